@@ -1,0 +1,117 @@
+"""The ACTv1 network: two levels, cycles, one segment at a time.
+
+One job: turn (inputs, states) into (new states, logits, q) as ACTV1_SPEC sections 3 to 5 say. Halting, losses and
+the carry's book-keeping are elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hrm_ray.model.config import ModelConfig
+from hrm_ray.model.embedding import InputEmbedding
+from hrm_ray.model.initialise import truncated_normal_
+from hrm_ray.model.layers import AttentionScope, KeyValueExchange, Level, Rotation, RotaryTable, linear
+
+
+@dataclass(frozen=True)
+class States:
+    """The two hidden states z_H and z_L, each [B, T, D]."""
+
+    z_h: Tensor
+    z_l: Tensor
+
+    def detach(self) -> States:
+        return States(self.z_h.detach(), self.z_l.detach())
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> States:
+        return States(change(self.z_h), change(self.z_l))
+
+
+class ActV1(nn.Module):
+    """The inner network of HRM (ACTv1), for puzzles (full attention) and text (causal or prefix attention).
+
+    Source: sapientinc/HRM, `HierarchicalReasoningModel_ACTV1_Inner`; here with separate projections.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        size = (config.hidden_size, config.num_heads, config.intermediate_size, config.rms_norm_eps)
+        self.embedding = InputEmbedding(config)
+        self.H_level = Level(config.h_layers, *size)
+        self.L_level = Level(config.l_layers, *size)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.q_head = nn.Linear(config.hidden_size, 2, bias=True)
+        self.rotary = (
+            RotaryTable(config.total_positions, config.head_dim, config.rope_theta)
+            if config.pos_encodings == "rope"
+            else None
+        )
+        self.H_init: Tensor
+        self.L_init: Tensor
+        self.register_buffer("H_init", torch.zeros(config.hidden_size, dtype=self.embedding.dtype))
+        self.register_buffer("L_init", torch.zeros(config.hidden_size, dtype=self.embedding.dtype))
+
+    def initialise(self, seed: int) -> None:
+        """Draw the starting weights of ACTV1_SPEC section 2; the same seed gives the same weights."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name == "q_head.bias":
+                nn.init.constant_(parameter, -5.0)
+            elif name == "q_head.weight":
+                nn.init.zeros_(parameter)
+            else:
+                truncated_normal_(parameter, parameter.shape[-1] ** -0.5, generator)
+        for start in (self.H_init, self.L_init):
+            wide = torch.empty(start.shape)
+            start.copy_(truncated_normal_(wide, 1.0, generator))
+
+    def initial_states(self, batch_size: int, length: int) -> States:
+        """Both levels' starting states at every position; [B, length, D]."""
+        shape = (batch_size, length, self.config.hidden_size)
+        return States(self.H_init.expand(shape), self.L_init.expand(shape))
+
+    def rotation(self, start: int, stop: int) -> Rotation | None:
+        return None if self.rotary is None else self.rotary.at(start, stop)
+
+    def segment(
+        self,
+        states: States,
+        x: Tensor,
+        scope: AttentionScope,
+        rotation: Rotation | None,
+        cache: KeyValueExchange | None = None,
+    ) -> States:
+        """One segment: h_cycles times (l_cycles L updates, then one H update).
+
+        The last `bp_steps` updates, in time order, carry gradient; all earlier ones run without a graph. The result
+        is attached to the graph: detach it before it becomes a carry.
+        """
+        config = self.config
+        z_h, z_l = states.z_h, states.z_l
+        without_gradient = config.updates_per_segment - config.bp_steps
+        gradient = torch.is_grad_enabled()
+        done = 0
+        for _ in range(config.h_cycles):
+            for _ in range(config.l_cycles):
+                with torch.set_grad_enabled(gradient and done >= without_gradient):
+                    z_l = self.L_level(z_l, z_h + x, scope, rotation, cache)
+                done += 1
+            with torch.set_grad_enabled(gradient and done >= without_gradient):
+                z_h = self.H_level(z_h, z_l, scope, rotation, cache)
+            done += 1
+        return States(z_h, z_l)
+
+    def logits(self, z_h: Tensor) -> Tensor:
+        """Token scores [B, S, V] at the token positions of `z_h` [B, P+S, D]."""
+        return linear(z_h[:, self.config.prefix_positions :], self.lm_head.weight)
+
+    def halting_scores(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """(q_halt, q_continue) in float32 from states [..., D]."""
+        q = nn.functional.linear(state, self.q_head.weight.to(state.dtype), self.q_head.bias.to(state.dtype)).float()
+        return q[..., 0], q[..., 1]

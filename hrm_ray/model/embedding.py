@@ -1,0 +1,81 @@
+"""What enters the network: token vectors, puzzle prefix, learned positions, the common scale.
+
+One job: ACTV1_SPEC section 3 and the training look-up of section 10. The sparse update of the puzzle table lives
+with the optimizers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hrm_ray.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class TakenRows:
+    """Rows taken from a puzzle table for one backward pass: identifiers [B] and the leaf [B, E] that gets gradient."""
+
+    identifiers: Tensor
+    rows: Tensor
+
+
+class PuzzleTable(nn.Module):
+    """One vector per puzzle identifier, trained by its own sparse rule; a buffer, not a parameter.
+
+    `taken` collects what the backward passes since the last weight update used; the sparse optimizer empties it.
+    """
+
+    def __init__(self, identifiers: int, ndim: int) -> None:
+        super().__init__()
+        self.weights: Tensor
+        self.register_buffer("weights", torch.zeros(identifiers, ndim))
+        self.taken: list[TakenRows] = []
+
+    def forward(self, identifiers: Tensor) -> Tensor:
+        """identifiers [B] -> rows [B, E]; in a training pass with gradient the rows are a fresh leaf."""
+        rows = self.weights[identifiers.long()]
+        if self.training and torch.is_grad_enabled():
+            rows.requires_grad_()
+            self.taken.append(TakenRows(identifiers, rows))
+        return rows
+
+
+class InputEmbedding(nn.Module):
+    """Tokens (and a puzzle identifier) to the injection x [B, P+S, D] that every L update receives."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_pos = (
+            nn.Embedding(config.total_positions, config.hidden_size) if config.pos_encodings == "learned" else None
+        )
+        self.puzzle_emb = (
+            PuzzleTable(config.num_puzzle_identifiers, config.puzzle_emb_ndim) if config.puzzle_emb_ndim else None
+        )
+        self.dtype = torch.bfloat16 if config.forward_dtype == "bfloat16" else torch.float32
+
+    def forward(self, inputs: Tensor, identifiers: Tensor | None, positions: Tensor | None) -> Tensor:
+        """inputs [B, S] -> x [B, P+S, D].
+
+        `identifiers` [B] is needed with a puzzle table. `positions` [B or 1, P+S] chooses learned positions;
+        None counts from 0.
+        """
+        config = self.config
+        x = F.embedding(inputs, self.embed_tokens.weight.to(self.dtype))
+        if self.puzzle_emb is not None:
+            assert identifiers is not None
+            row = self.puzzle_emb(identifiers).to(self.dtype)
+            pad = config.prefix_positions * config.hidden_size - config.puzzle_emb_ndim
+            prefix = F.pad(row, (0, pad)).view(-1, config.prefix_positions, config.hidden_size)
+            x = torch.cat((prefix, x), dim=1)
+        if self.embed_pos is not None:
+            table = self.embed_pos.weight.to(self.dtype)
+            places = table[: x.shape[1]] if positions is None else F.embedding(positions, table)
+            x = 0.707106781 * (x + places)
+        return math.sqrt(config.hidden_size) * x

@@ -1,0 +1,74 @@
+"""Weights of the original HRM, renamed and unfused into this project's layout, and back.
+
+One job: names and slices. It reads no files and builds no model. Source of the layout: sapientinc/HRM (ACTV1_SPEC,
+section 1); published checkpoints carry a leading `_orig_mod.`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hrm_ray.errors import DataFault, Fault
+
+_PREFIXES = ("_orig_mod.", "model.", "inner.")
+_PLAIN = {
+    "embed_tokens.embedding_weight": "embedding.embed_tokens.weight",
+    "embed_pos.embedding_weight": "embedding.embed_pos.weight",
+    "puzzle_emb.weights": "embedding.puzzle_emb.weights",
+    "lm_head.weight": "lm_head.weight",
+    "q_head.weight": "q_head.weight",
+    "q_head.bias": "q_head.bias",
+    "H_init": "H_init",
+    "L_init": "L_init",
+}
+_LAYER = re.compile(r"([HL]_level\.layers\.\d+)\.(self_attn|mlp)\.(qkv_proj|o_proj|gate_up_proj|down_proj)\.weight")
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def bare_name(name: str) -> str:
+    """`name` without the wrappers' prefixes that a reference checkpoint may carry."""
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def looks_like_reference(names: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict has the reference's fused projections."""
+    return any(".qkv_proj." in name for name in names)
+
+
+def split_fused(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """One reference tensor as this project's: renamed, and cut along the output rows where it was fused.
+
+    Works for weights and for their gradients. Raises DataFault for a name the reference does not have.
+    """
+    bare = bare_name(name)
+    if bare in _PLAIN:
+        return {_PLAIN[bare]: tensor}
+    match = _LAYER.fullmatch(bare)
+    if match is None:
+        raise DataFault(
+            Fault(
+                f"tensor {name!r}",
+                "the original HRM has no such tensor",
+                "Give an HRM (ACTv1) checkpoint or a bundle of this project",
+            )
+        )
+    layer, part, projection = match.groups()
+    targets = _FUSED.get(projection, (projection,))
+    return {
+        f"{layer}.{part}.{target}.weight": piece
+        for target, piece in zip(targets, torch.chunk(tensor, len(targets), dim=0), strict=True)
+    }
+
+
+def from_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A whole reference state dict in this project's names."""
+    ours: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        ours |= split_fused(name, tensor)
+    return ours

@@ -1,0 +1,157 @@
+"""ACT on puzzles: carry, halting with look-ahead, and the reference's losses.
+
+One job: ACTV1_SPEC sections 6 and 7 around the inner network. A row is replaced by the offered row only when it has
+halted, so the same forward serves carried supervision (one segment a step) and rollout (all segments of a batch).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hrm_ray.model.actv1 import ActV1, States
+from hrm_ray.model.halting import continue_target, halt_in_training, last_segment
+from hrm_ray.model.losses import CROSS_ENTROPIES, LossKind
+from hrm_ray.model.objective import Batch, Objective, SegmentOutput, Term
+from hrm_ray.model.scope import FULL
+from hrm_ray.values import IGNORE_LABEL
+
+ROW_FIELDS = ("inputs", "labels", "puzzle_identifiers", "active")
+"""Fields of an offered batch that stay with a row until it halts."""
+
+
+@dataclass(frozen=True)
+class PuzzleCarry:
+    """What a slot keeps between segments: states [B, T, D], segments so far int32 [B], halted bool [B], its row."""
+
+    states: States
+    steps: Tensor
+    halted: Tensor
+    data: Batch
+
+
+@dataclass(frozen=True)
+class PuzzleView:
+    """Everything a segment computes, for tests and evaluation; logits [B, S, V], the rest [B]."""
+
+    logits: Tensor
+    q_halt: Tensor
+    q_continue: Tensor
+    target_q_continue: Tensor | None
+    carry: PuzzleCarry
+
+
+class PuzzleObjective(Objective[PuzzleCarry]):
+    """The ACT wrapper and loss head for puzzles."""
+
+    def __init__(self, model: ActV1, loss: LossKind, *, rollout: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.cross_entropy = CROSS_ENTROPIES[loss]
+        self.rollout = rollout
+        self.segments_per_step = model.config.halt_max_steps if rollout else 1
+
+    def initial_carry(self, batch: Batch) -> PuzzleCarry:
+        """All slots halted, so that the first segment takes every offered row."""
+        rows, device = batch["inputs"].shape[0], batch["inputs"].device
+        states = self.model.initial_states(rows, self.model.config.total_positions)
+        return PuzzleCarry(
+            states=states.map(torch.zeros_like),
+            steps=torch.zeros(rows, dtype=torch.int32, device=device),
+            halted=torch.ones(rows, dtype=torch.bool, device=device),
+            data={name: torch.zeros_like(batch[name]) for name in ROW_FIELDS},
+        )
+
+    def weights(self, batch: Batch, carry: PuzzleCarry) -> dict[str, Tensor]:
+        """`rows`: rows in work, once per segment of the step."""
+        active = torch.where(carry.halted, batch["active"], carry.data["active"])
+        return {"rows": active.sum() * self.segments_per_step}
+
+    def take_offered(self, batch: Batch, carry: PuzzleCarry) -> PuzzleCarry:
+        """Halted rows start anew with the offered row; the others ignore the offer."""
+        fresh = carry.halted
+        start = self.model.initial_states(fresh.shape[0], self.model.config.total_positions)
+        wide = fresh.view(-1, 1, 1)
+        return PuzzleCarry(
+            states=States(
+                torch.where(wide, start.z_h, carry.states.z_h), torch.where(wide, start.z_l, carry.states.z_l)
+            ),
+            steps=torch.where(fresh, 0, carry.steps),
+            halted=fresh,
+            data={
+                name: torch.where(fresh.view(-1, *[1] * (batch[name].dim() - 1)), batch[name], carry.data[name])
+                for name in ROW_FIELDS
+            },
+        )
+
+    def think(self, batch: Batch, carry: PuzzleCarry) -> PuzzleView:
+        """One ACT step: take offered rows, one segment, decide who halts (ACTV1_SPEC, section 6)."""
+        model, config = self.model, self.model.config
+        carry = self.take_offered(batch, carry)
+        x = model.embedding(carry.data["inputs"], carry.data["puzzle_identifiers"], None)
+        rotation = model.rotation(0, config.total_positions)
+        states = model.segment(carry.states, x, FULL, rotation)
+        q_halt, q_continue = model.halting_scores(states.z_h[:, 0])
+        steps = carry.steps + 1
+        last = last_segment(steps, config.halt_max_steps)
+        halted, target = last, None
+        if self.training and config.halt_max_steps > 1:
+            with torch.no_grad():
+                # In rollout nothing is replaced before the last segment, whatever the scores say.
+                if not self.rollout:
+                    halted = halt_in_training(q_halt, q_continue, steps, last, batch["min_steps"])
+                ahead = model.segment(states.detach(), x.detach(), FULL, rotation)
+                target = continue_target(*model.halting_scores(ahead.z_h[:, 0]), last)
+        # An idle slot must be free to take a row of the next epoch at once.
+        halted = halted | ~carry.data["active"]
+        new_carry = PuzzleCarry(states.detach(), steps, halted, carry.data)
+        return PuzzleView(model.logits(states.z_h), q_halt, q_continue, target, new_carry)
+
+    def forward(self, batch: Batch, carry: PuzzleCarry) -> SegmentOutput[PuzzleCarry]:
+        """One segment and its losses (ACTV1_SPEC, section 7); sums over the rows in work."""
+        view = self.think(batch, carry)
+        labels, active = view.carry.data["labels"], view.carry.data["active"]
+        supervised = labels != IGNORE_LABEL
+        counts = supervised.sum(-1)
+        lm_rows = self.cross_entropy(view.logits, labels).sum(-1) / counts.clamp(min=1)
+        hit = supervised & (view.logits.argmax(-1) == labels)
+        correct = hit.sum(-1) == counts
+        halt_rows = _bce_rows(view.q_halt, correct.float())
+        terms = [
+            Term("lm_loss", _over(active, lm_rows), "rows"),
+            Term("q_halt_loss", _over(active, halt_rows), "rows", 0.5),
+        ]
+        if view.target_q_continue is not None:
+            continue_rows = _bce_rows(view.q_continue, view.target_q_continue)
+            terms.append(Term("q_continue_loss", _over(active, continue_rows), "rows", 0.5))
+        rows = active.sum()
+        metrics = {term.name: (term.total.detach(), rows) for term in terms}
+        with torch.no_grad():
+            metrics |= _halted_metrics(view, active & (counts > 0), hit, counts, correct)
+        return SegmentOutput(tuple(terms), view.carry, metrics)
+
+
+def _bce_rows(scores: Tensor, target: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(scores, target, reduction="none")
+
+
+def _over(active: Tensor, rows: Tensor) -> Tensor:
+    """Sum over active rows; by selection, so that whatever an idle slot computes cannot reach the loss."""
+    return torch.where(active, rows, 0.0).sum()
+
+
+def _halted_metrics(
+    view: PuzzleView, valid: Tensor, hit: Tensor, counts: Tensor, correct: Tensor
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Sums over rows that halted after this segment and have supervised labels, each with their number."""
+    done = view.carry.halted & valid
+    number = done.sum()
+    return {
+        "accuracy": (_over(done, hit.float().sum(-1) / counts.clamp(min=1)), number),
+        "exact_accuracy": ((done & correct).sum(), number),
+        "q_halt_accuracy": ((done & ((view.q_halt >= 0) == correct)).sum(), number),
+        "act_steps": (torch.where(done, view.carry.steps, 0).sum(), number),
+    }

@@ -1,0 +1,137 @@
+"""ACT on text: rollout of M segments on one batch, next-token loss, the `gain` halting head.
+
+One job: ACTV1_SPEC section 13. Every token of every segment is supervised; the head of segment m is trained in
+segment m+1 on the state that came in with the carry, so no look-ahead pass is needed and no graph is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hrm_ray.model.actv1 import ActV1, States
+from hrm_ray.model.halting import gain_target
+from hrm_ray.model.losses import CROSS_ENTROPIES, LossKind
+from hrm_ray.model.objective import Batch, Objective, SegmentOutput, Term
+from hrm_ray.model.scope import text_scope
+from hrm_ray.model.transformer import Transformer
+from hrm_ray.values import IGNORE_LABEL
+
+
+@dataclass(frozen=True)
+class TextCarry:
+    """What a batch keeps between its segments: states [B, S, D], each token's last loss [B, S] (nats), segments done."""
+
+    states: States
+    token_loss: Tensor
+    segments: int
+
+
+class TextObjective(Objective[TextCarry]):
+    """Next-token loss over all segments, plus the halting head's."""
+
+    def __init__(self, model: ActV1, loss: LossKind, halt_margin: float) -> None:
+        super().__init__()
+        self.model = model
+        self.cross_entropy = CROSS_ENTROPIES[loss]
+        self.halt_margin = halt_margin
+        self.segments_per_step = model.config.halt_max_steps
+
+    def initial_carry(self, batch: Batch) -> TextCarry:
+        rows, length = batch["inputs"].shape
+        zeros = torch.zeros(rows, length, device=batch["inputs"].device)
+        return TextCarry(self.model.initial_states(rows, length), zeros, 0)
+
+    def weights(self, batch: Batch, carry: TextCarry) -> dict[str, Tensor]:
+        """`tokens`: valid labels once per segment; `halt_tokens`: once per segment that judges its predecessor."""
+        valid = (batch["labels"] != IGNORE_LABEL).sum()
+        return {
+            "tokens": valid * self.segments_per_step,
+            "halt_tokens": valid * (self.segments_per_step - 1),
+            "rows": batch["active"].sum(),
+        }
+
+    def forward(self, batch: Batch, carry: TextCarry) -> SegmentOutput[TextCarry]:
+        """One segment on the same inputs as the last; sums over valid tokens."""
+        model = self.model
+        inputs, labels = batch["inputs"], batch["labels"]
+        x = model.embedding(inputs, None, batch.get("positions"))
+        scope = text_scope(inputs.shape[1], batch.get("documents"), batch.get("prompt"))
+        states = model.segment(carry.states, x, scope, model.rotation(0, inputs.shape[1]))
+        logits = model.logits(states.z_h)
+        valid = labels != IGNORE_LABEL
+        token_loss = self.cross_entropy(logits, labels)
+        judged, judge_metrics = self._judge(carry, token_loss.detach(), valid)
+        terms = (Term("lm_loss", token_loss.sum(), "tokens"), judged)
+        count = valid.sum()
+        metrics = dict(judge_metrics)
+        if carry.segments + 1 == self.segments_per_step:
+            metrics["lm_loss"] = (token_loss.detach().sum(), count)
+            metrics["accuracy"] = ((valid & (logits.argmax(-1) == labels)).sum(), count)
+        new_carry = TextCarry(states.detach(), token_loss.detach().float(), carry.segments + 1)
+        return SegmentOutput(terms, new_carry, metrics)
+
+    def _judge(
+        self, carry: TextCarry, token_loss: Tensor, valid: Tensor
+    ) -> tuple[Term, dict[str, tuple[Tensor, Tensor]]]:
+        """The halting term for the state that came in, judged by what this segment gained on it.
+
+        In the first segment, and with halting off, the term weighs nothing: it keeps the head in the graph, so that
+        neither DDP nor ZeRO waits for its gradient.
+        """
+        q_halt, q_continue = self.model.halting_scores(carry.states.z_h)
+        idle = 0.0 * (q_halt.sum() + q_continue.sum())
+        if carry.segments == 0 or self.model.config.halt_rule == "none":
+            return Term("q_halt_loss", idle, "halt_tokens", 0.5), {}
+        target = gain_target(carry.token_loss, token_loss, self.halt_margin)
+        loss = F.binary_cross_entropy_with_logits(q_halt, target, reduction="none")
+        total = torch.where(valid, loss, 0.0).sum()
+        with torch.no_grad():
+            count = valid.sum()
+            metrics = {
+                "q_halt_loss": (total.detach(), count),
+                "q_halt_accuracy": ((valid & ((q_halt > 0) == (target > 0.5))).sum(), count),
+                "halt_share": ((valid & (q_halt > 0)).sum(), count),
+            }
+        return Term("q_halt_loss", total + idle, "halt_tokens", 0.5), metrics
+
+
+@dataclass(frozen=True)
+class NoCarry:
+    """The carry of a network that has none."""
+
+
+class TransformerObjective(Objective[NoCarry]):
+    """Next-token loss of the baseline transformer: one pass, one term."""
+
+    segments_per_step = 1
+
+    def __init__(self, model: Transformer, loss: LossKind) -> None:
+        super().__init__()
+        self.model = model
+        self.cross_entropy = CROSS_ENTROPIES[loss]
+
+    def initial_carry(self, batch: Batch) -> NoCarry:
+        return NoCarry()
+
+    def weights(self, batch: Batch, carry: NoCarry) -> dict[str, Tensor]:
+        """`tokens`: valid labels."""
+        return {"tokens": (batch["labels"] != IGNORE_LABEL).sum(), "rows": batch["active"].sum()}
+
+    def forward(self, batch: Batch, carry: NoCarry) -> SegmentOutput[NoCarry]:
+        """The only segment."""
+        inputs, labels = batch["inputs"], batch["labels"]
+        x = self.model.embedding(inputs, None, batch.get("positions"))
+        scope = text_scope(inputs.shape[1], batch.get("documents"), batch.get("prompt"))
+        logits = self.model.logits(self.model(x, scope, self.model.rotation(0, inputs.shape[1])))
+        token_loss = self.cross_entropy(logits, labels)
+        valid = labels != IGNORE_LABEL
+        count = valid.sum()
+        metrics = {
+            "lm_loss": (token_loss.detach().sum(), count),
+            "accuracy": ((valid & (logits.argmax(-1) == labels)).sum(), count),
+        }
+        return SegmentOutput((Term("lm_loss", token_loss.sum(), "tokens"),), carry, metrics)

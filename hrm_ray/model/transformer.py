@@ -1,0 +1,59 @@
+"""A plain causal transformer of the same block: the baseline that learning claims are held against.
+
+One job: `--arch transformer`. One pass, no cycles, no carry, no halting head; post-norm blocks as in ACTv1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hrm_ray.model.config import ModelConfig
+from hrm_ray.model.embedding import InputEmbedding
+from hrm_ray.model.initialise import truncated_normal_
+from hrm_ray.model.layers import AttentionScope, KeyValueExchange, Level, Rotation, RotaryTable, linear
+
+
+class Transformer(nn.Module):
+    """`h_layers + l_layers` blocks over the same input embedding, with its own output head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = InputEmbedding(config)
+        self.stack = Level(
+            config.h_layers + config.l_layers,
+            config.hidden_size,
+            config.num_heads,
+            config.intermediate_size,
+            config.rms_norm_eps,
+        )
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rotary = (
+            RotaryTable(config.total_positions, config.head_dim, config.rope_theta)
+            if config.pos_encodings == "rope"
+            else None
+        )
+
+    def initialise(self, seed: int) -> None:
+        """Draw the starting weights by the same rule as ACTv1."""
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            truncated_normal_(parameter, parameter.shape[-1] ** -0.5, generator)
+
+    def rotation(self, start: int, stop: int) -> Rotation | None:
+        return None if self.rotary is None else self.rotary.at(start, stop)
+
+    def forward(
+        self,
+        x: Tensor,
+        scope: AttentionScope,
+        rotation: Rotation | None,
+        cache: KeyValueExchange | None = None,
+    ) -> Tensor:
+        """x [B, S, D] -> hidden states [B, S, D]."""
+        return self.stack(x, torch.zeros((), dtype=x.dtype, device=x.device), scope, rotation, cache)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Token scores [B, S, V]."""
+        return linear(hidden, self.lm_head.weight)

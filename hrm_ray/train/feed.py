@@ -1,0 +1,194 @@
+"""Which samples each micro-batch of each rank gets, step by step, and where that stands.
+
+One job: the cursor through the epochs' orders. Sample choice depends on the effective batch, the seed and the epoch,
+never on how the effective batch is split over ranks and micro-batches. It does not read samples' content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hrm_ray.data.order import epoch_order
+from hrm_ray.values import Columns, SampleSet
+
+HaltedSlots = Sequence["npt.NDArray[np.bool_]"]
+"""Per micro-batch of this rank: which slots take a new row now."""
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How an effective batch is cut: `batch_size` rows a micro-batch, `accumulation` of them a rank, `size` ranks."""
+
+    batch_size: int
+    accumulation: int
+    rank: int
+    size: int
+
+    @property
+    def effective(self) -> int:
+        return self.batch_size * self.accumulation * self.size
+
+    @property
+    def per_rank(self) -> int:
+        return self.batch_size * self.accumulation
+
+    @property
+    def first_slot(self) -> int:
+        """Number, in the effective batch, of this rank's first row."""
+        return self.rank * self.per_rank
+
+    def slots(self) -> npt.NDArray[np.int64]:
+        """This rank's places in the effective batch, micro-batch by micro-batch [accumulation, batch_size]."""
+        own = np.arange(self.per_rank, dtype=np.int64) + self.first_slot
+        return own.reshape(self.accumulation, self.batch_size)
+
+
+class Feed(Protocol):
+    """Offers rows for one step at a time."""
+
+    epoch: int
+
+    def offer(self, halted: HaltedSlots, step: int) -> list[Columns]:
+        """This rank's micro-batches for update number `step`; rows without a sample are inactive."""
+
+    def roll(self) -> bool:
+        """Begin the next epoch; False when there is none. Called when no rank had a row left."""
+
+    def position(self) -> dict[str, npt.NDArray[np.int64]]:
+        """Where this rank stands, for a checkpoint."""
+
+    def seek(self, epoch: int, position: dict[str, npt.NDArray[np.int64]]) -> None:
+        """Go to a stored place; `position` is that of this rank's slots."""
+
+
+class _Epochs:
+    """What both feeds share: the order of the current epoch and the limit."""
+
+    def __init__(self, samples: SampleSet, shape: BatchShape, *, seed: int, linear: bool, epochs: int | None) -> None:
+        self.samples = samples
+        self.shape = shape
+        self.seed = seed
+        self.linear = linear
+        self.epochs = epochs
+        self._enter(0)
+
+    def _enter(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.order = epoch_order(self.seed, epoch, len(self.samples), self.linear)
+
+    def _indices(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Sample numbers at `positions` of the epoch's order; -1 past its end (and for -1)."""
+        inside = (positions >= 0) & (positions < len(self.samples))
+        return np.where(inside, self.order.at(np.where(inside, positions, 0)), -1)
+
+    def _next_epoch(self) -> bool:
+        if self.epochs is not None and self.epoch + 1 >= self.epochs:
+            return False
+        self._enter(self.epoch + 1)
+        return True
+
+
+class RolloutFeed(_Epochs):
+    """Whole batches: every step takes the next `effective` samples; the last of an epoch may be smaller."""
+
+    def __init__(self, samples: SampleSet, shape: BatchShape, *, seed: int, linear: bool, epochs: int | None) -> None:
+        super().__init__(samples, shape, seed=seed, linear=linear, epochs=epochs)
+        self.taken = 0
+
+    def offer(self, halted: HaltedSlots, step: int) -> list[Columns]:
+        positions = self.taken + self.shape.slots()
+        self.taken = min(self.taken + self.shape.effective, len(self.samples))
+        return [self.samples.rows(self._indices(micro)) for micro in positions]
+
+    def roll(self) -> bool:
+        self.taken = 0
+        return self._next_epoch()
+
+    def position(self) -> dict[str, npt.NDArray[np.int64]]:
+        return {"taken": np.array([self.taken], dtype=np.int64)}
+
+    def seek(self, epoch: int, position: dict[str, npt.NDArray[np.int64]]) -> None:
+        self._enter(epoch)
+        self.taken = int(position["taken"][0])
+
+
+class SlotFeed(_Epochs):
+    """Carried supervision: slot g of the effective batch B owns samples g, g + B, g + 2B, ... of the epoch's order.
+
+    A slot takes its next sample when its row has halted; one that has run out idles until the next epoch (ACTV1_SPEC,
+    section 16). `min_steps` carries the exploration draw, keyed by (seed, step, slot).
+    """
+
+    def __init__(
+        self,
+        samples: SampleSet,
+        shape: BatchShape,
+        *,
+        seed: int,
+        linear: bool,
+        epochs: int | None,
+        explore: Callable[[int, npt.NDArray[np.int64]], npt.NDArray[np.int32]],
+    ) -> None:
+        super().__init__(samples, shape, seed=seed, linear=linear, epochs=epochs)
+        self.explore = explore
+        self.taken = np.zeros((shape.accumulation, shape.batch_size), dtype=np.int64)
+
+    def offer(self, halted: HaltedSlots, step: int) -> list[Columns]:
+        micro_batches = []
+        for number, slots in enumerate(self.shape.slots()):
+            positions = slots + self.taken[number] * self.shape.effective
+            wanted = np.where(halted[number], positions, -1)
+            self.taken[number] += (wanted >= 0) & (wanted < len(self.samples))
+            columns = self.samples.rows(self._indices(wanted))
+            micro_batches.append(columns | {"min_steps": self.explore(step, slots)})
+        return micro_batches
+
+    def roll(self) -> bool:
+        self.taken[:] = 0
+        return self._next_epoch()
+
+    def position(self) -> dict[str, npt.NDArray[np.int64]]:
+        return {"taken": self.taken.reshape(-1).copy()}
+
+    def seek(self, epoch: int, position: dict[str, npt.NDArray[np.int64]]) -> None:
+        self._enter(epoch)
+        self.taken = position["taken"].reshape(self.taken.shape).astype(np.int64)
+
+
+def exploration(
+    seed: int, probability: float, halt_max_steps: int
+) -> Callable[[int, npt.NDArray[np.int64]], npt.NDArray[np.int32]]:
+    """The draw of ACTV1_SPEC section 6.4 for (step, slots): 0, or with `probability` uniform in 2..halt_max_steps.
+
+    A counter-based hash of (seed, step, slot), so that it needs no state and no rank sees another's numbers.
+    """
+
+    def draw(step: int, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        if probability <= 0 or halt_max_steps < 2:
+            return np.zeros(len(slots), dtype=np.int32)
+        chance = _uniform(seed, step, slots, stream=0)
+        length = 2 + np.floor(_uniform(seed, step, slots, stream=1) * (halt_max_steps - 1))
+        return np.where(chance < probability, length, 0).astype(np.int32)
+
+    return draw
+
+
+def _uniform(seed: int, step: int, slots: npt.NDArray[np.int64], stream: int) -> npt.NDArray[np.float64]:
+    """Uniform numbers in [0, 1) by chained SplitMix64 finalisers (Steele et al. 2014)."""
+    with np.errstate(over="ignore"):
+        state = _mix(np.uint64(seed) + np.uint64(0x9E3779B97F4A7C15) * np.uint64(stream + 1))
+        state = _mix(state ^ np.uint64(step))
+        mixed = _mix(state + slots.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(value: np.uint64 | npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    mixed = np.asarray(value, dtype=np.uint64)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))

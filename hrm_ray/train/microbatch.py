@@ -1,0 +1,36 @@
+"""Columns of samples as tensors on a device.
+
+One job: move what the model needs and nothing else.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hrm_ray.model.config import ModelConfig
+from hrm_ray.model.objective import Batch
+from hrm_ray.values import Columns
+
+
+def wanted_columns(config: ModelConfig) -> frozenset[str]:
+    """Names of the columns that this architecture reads."""
+    if config.task == "puzzle":
+        return frozenset({"inputs", "labels", "puzzle_identifiers", "active", "min_steps"})
+    names = {"inputs", "labels", "active", "documents"}
+    if config.pos_encodings == "learned":
+        names.add("positions")
+    if config.lm_mask == "prefix":
+        names.add("prompt")
+    return frozenset(names)
+
+
+def to_batch(columns: Columns, wanted: frozenset[str], device: torch.device) -> Batch:
+    """The wanted columns as tensors.
+
+    `documents` is left out where every row is one document: attention then needs no mask, which is faster and equal.
+    """
+    return {
+        name: torch.from_numpy(values).to(device, non_blocking=True)
+        for name, values in columns.items()
+        if name in wanted and not (name == "documents" and not values.any())
+    }

@@ -1,0 +1,12 @@
+"""Ways to train on one or several devices, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hrm_ray.train.strategies.base import Strategy
+from hrm_ray.train.strategies.ddp import DdpStrategy
+from hrm_ray.train.strategies.single import SingleStrategy
+from hrm_ray.train.world import World
+
+STRATEGIES: dict[str, Callable[[World], Strategy]] = {"single": SingleStrategy, "ddp": DdpStrategy}

@@ -1,0 +1,85 @@
+"""One device, no synchronisation; also the common part of every strategy that keeps whole weights on each rank.
+
+One job: plain PyTorch training behind the strategy seam.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hrm_ray.model.objective import AnyObjective, Batch, SegmentOutput
+from hrm_ray.train.optimizer_state import load_optimizer, save_optimizer
+from hrm_ray.train.optimizers import BuildOptimizer
+from hrm_ray.train.world import World
+
+
+class SingleStrategy:
+    """One worker with the whole model and the whole optimizer."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._non_finite: list[str] = []
+
+    def prepare(self, objective: AnyObjective, build_optimizer: BuildOptimizer) -> None:
+        self.objective = objective.to(self.world.device)
+        self.wrapped = self._wrap(self.objective)
+        self.optimizer = build_optimizer(self.objective.parameters())
+
+    def _wrap(self, objective: AnyObjective) -> nn.Module:
+        return objective
+
+    def segment(self, batch: Batch, carry: Any) -> SegmentOutput[Any]:
+        output: SegmentOutput[Any] = self.wrapped(batch, carry)
+        return output
+
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, max_norm: float) -> float:
+        gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
+        norm_tensor = nn.utils.get_total_norm(gradients)
+        norm = float(norm_tensor)
+        if math.isfinite(norm):
+            if max_norm > 0:
+                nn.utils.clip_grads_with_norm_(self.objective.parameters(), max_norm, norm_tensor)
+            self.optimizer.step()
+        else:
+            self._non_finite = [
+                name
+                for name, p in self.objective.named_parameters()
+                if p.grad is not None and not bool(torch.isfinite(p.grad).all())
+            ]
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def set_learning_rate(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def non_finite_parameters(self) -> list[str]:
+        return self._non_finite
+
+    def any_rank(self, flag: bool) -> bool:
+        return bool(self.world.sum(torch.tensor(float(flag), device=self.world.device)) > 0)
+
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        return self.world.sum(tensor)
+
+    def full_weights(self) -> dict[str, Tensor]:
+        return dict(self.objective.model.state_dict())
+
+    def save(self, folder: Path) -> None:
+        if self.world.leads:
+            save_optimizer(self.optimizer, dict(self.objective.named_parameters()), folder)
+
+    def load(self, folder: Path) -> None:
+        load_optimizer(self.optimizer, dict(self.objective.named_parameters()), folder)
