@@ -11,6 +11,9 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
+from hrm_ray.model.actv1 import ActV1
+from hrm_ray.model.transformer import Transformer
+
 CarryT = TypeVar("CarryT")
 
 Batch = dict[str, Tensor]
@@ -44,6 +47,7 @@ class Objective(nn.Module, Generic[CarryT]):
     """
 
     segments_per_step: int
+    model: ActV1 | Transformer
 
     def initial_carry(self, batch: Batch) -> CarryT:
         """The carry before the first segment."""

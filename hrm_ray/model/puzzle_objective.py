@@ -47,6 +47,8 @@ class PuzzleView:
 class PuzzleObjective(Objective[PuzzleCarry]):
     """The ACT wrapper and loss head for puzzles."""
 
+    model: ActV1
+
     def __init__(self, model: ActV1, loss: LossKind, *, rollout: bool) -> None:
         super().__init__()
         self.model = model

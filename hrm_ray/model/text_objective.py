@@ -33,6 +33,8 @@ class TextCarry:
 class TextObjective(Objective[TextCarry]):
     """Next-token loss over all segments, plus the halting head's."""
 
+    model: ActV1
+
     def __init__(self, model: ActV1, loss: LossKind, halt_margin: float) -> None:
         super().__init__()
         self.model = model
@@ -106,6 +108,8 @@ class NoCarry:
 
 class TransformerObjective(Objective[NoCarry]):
     """Next-token loss of the baseline transformer: one pass, one term."""
+
+    model: Transformer
 
     segments_per_step = 1
 

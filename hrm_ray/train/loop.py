@@ -23,7 +23,7 @@ from hrm_ray.train.feed import BatchShape, Feed
 from hrm_ray.train.microbatch import to_batch
 from hrm_ray.train.optimizers import SparseSignSGD
 from hrm_ray.train.schedules import Schedule
-from hrm_ray.train.strategies import Strategy
+from hrm_ray.train.strategies.base import Strategy
 from hrm_ray.values import StopReason
 
 STOP_REASONS = tuple(StopReason)

@@ -51,17 +51,18 @@ class AdamATan2(torch.optim.Optimizer):
     def _update(
         self, parameters: list[torch.nn.Parameter], age: int, lr: float, beta1: float, beta2: float, decay: float
     ) -> None:
-        gradients = [p.grad for p in parameters]
+        weights: list[Tensor] = [p.data for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         first = [self.state[p]["exp_avg"] for p in parameters]
         second = [self.state[p]["exp_avg_sq"] for p in parameters]
-        torch._foreach_mul_(parameters, 1 - lr * decay)
+        torch._foreach_mul_(weights, 1 - lr * decay)
         torch._foreach_lerp_(first, gradients, 1 - beta1)
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
         scale = torch._foreach_sqrt(second)
         torch._foreach_div_(scale, (1 - beta2**age) ** 0.5)
         updates = [torch.atan2(m, s) for m, s in zip(first, scale, strict=True)]
-        torch._foreach_add_(parameters, updates, alpha=-lr / (1 - beta1**age))
+        torch._foreach_add_(weights, updates, alpha=-lr / (1 - beta1**age))
 
 
 def _adamw(settings: OptimizerSettings, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -42,7 +42,7 @@ class SingleStrategy:
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def step(self, max_norm: float) -> float:
         gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]

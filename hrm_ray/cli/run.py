@@ -1,0 +1,89 @@
+"""The body of `hrm-ray train`: plan, launch, show, and say how it ended.
+
+One job: the driver. What is decided is in launch, what is trained in train.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from hrm_ray.launch import local
+from hrm_ray.launch.identity import find_stored
+from hrm_ray.launch.identity import stored_settings as read_stored
+from hrm_ray.launch.plan import Draft, draft, make_plan, read_through
+from hrm_ray.launch.stopping import StopWatch
+from hrm_ray.metrics.console import ConsoleSink
+from hrm_ray.model.describe import count_parameters
+from hrm_ray.settings.tree import RunSettings, to_dotted
+from hrm_ray.values import MetricSink, Outcome, StopPoll, StopReason
+
+
+def stored_settings(where: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the run that `where` names, by dotted key."""
+    return read_stored(find_stored(where["run.resume_from"], where), where)
+
+
+def run_train(settings: RunSettings, dry_run: bool) -> int:
+    """Train, or with `dry_run` only say what would be done; gives the exit code."""
+    with StopWatch(settings.run.stop_file) as watch:
+        drafted = draft(settings)
+        print(describe(drafted))
+        if dry_run:
+            print("\n".join(f"  {key} = {value}" for key, value in to_dotted(drafted.settings).items()))
+            print(read_through(drafted))
+            print("dry run: nothing was started or written")
+            return 0
+        plan = make_plan(drafted)
+        watch.begin()
+        sink = ConsoleSink(sys.stdout, drafted.settings.run.step_limit)
+        try:
+            outcome = _launch(drafted.devices.launcher, plan, sink, watch.poll)
+        finally:
+            sink.close()
+    print(farewell(outcome))
+    return outcome.reason.exit_code
+
+
+def _launch(launcher: str, plan: dict[str, Any], sink: MetricSink, stop: StopPoll) -> Outcome:
+    if launcher == "local":
+        return local.run(plan, sink=sink, stop=stop)
+    from hrm_ray.orchestration import gang
+
+    return gang.run(plan, sink=sink, stop=stop)
+
+
+def describe(drafted: Draft) -> str:
+    """What is about to be trained, on what, where."""
+    settings, facts, devices = drafted.settings, drafted.facts, drafted.devices
+    count = count_parameters(drafted.config).total
+    chosen = settings.optimizer
+    effective = chosen.batch_size * chosen.gradient_accumulation_steps * devices.world_size
+    vocabulary = f"vocabulary {'' if drafted.vocab_is_certain else 'up to '}{drafted.config.vocab_size}"
+    size = f"{facts.puzzle.count} puzzles" if facts.puzzle is not None else f"{facts.bytes / 1e6:.1f} MB of text"
+    skipped = f", {facts.skipped_files} other file(s) not read" if facts.skipped_files else ""
+    lines = [
+        f"data    {facts.path} ({facts.task}, {size} in {facts.files} file(s){skipped})",
+        f"model   {drafted.config.arch}, {'' if drafted.vocab_is_certain else 'up to '}{count:,} parameters, "
+        f"sequence {drafted.config.seq_len}, {vocabulary}",
+        f"batch   {chosen.batch_size} x {chosen.gradient_accumulation_steps} accumulated x {devices.world_size} "
+        f"worker(s) = {effective}",
+        f"place   {devices.launcher} launcher, {devices.device}, {devices.threads} thread(s) a worker",
+        f"bundle  {drafted.identity.run_dir.root}",
+    ]
+    if drafted.identity.checkpoint is not None:
+        lines.append(f"resume  {drafted.identity.checkpoint}")
+    return "\n".join(lines)
+
+
+def farewell(outcome: Outcome) -> str:
+    """How the run ended, its last held-out figures, and what can be done next."""
+    lines = [f"ended   {outcome.reason.value} at step {outcome.step}, epoch {outcome.epoch}"]
+    if outcome.figures:
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in outcome.figures.items())
+        lines.append(f"held out  {shown}")
+    lines.append(f"bundle  {outcome.bundle}")
+    if outcome.reason is not StopReason.FINISHED:
+        lines.append(f"resume  hrm-ray train --bundle-dir {outcome.bundle} --resume")
+    return "\n".join(lines)

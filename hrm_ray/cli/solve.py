@@ -1,0 +1,117 @@
+"""The body of `hrm-ray solve`: answers of a trained puzzle model.
+
+One job: puzzles in, filled grids out, with how many segments each took. The network's part is model/solve.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from hrm_ray.cli.used_model import opened
+from hrm_ray.data.puzzles.format import PuzzleFacts
+from hrm_ray.data.puzzles.samples import open_puzzles
+from hrm_ray.errors import DataFault, Fault, SettingsError
+from hrm_ray.model.actv1 import ActV1
+from hrm_ray.model.solve import Answers, solve
+from hrm_ray.rundir import RunDir, read_json
+from hrm_ray.values import IGNORE_LABEL, Columns
+
+_BATCH = 256
+
+
+def run_solve(
+    bundle: Path,
+    *,
+    puzzles: list[str],
+    file: Path | None,
+    split: str,
+    limit: int | None,
+    stop_by_q: bool,
+    device: str,
+    as_json: bool,
+) -> int:
+    """Solve and print; gives the exit code."""
+    if bool(puzzles) == (file is not None):
+        raise SettingsError(Fault("PUZZLE or --file", "exactly one of them is needed", "Give puzzles, or --file PATH"))
+    model = opened(bundle, device)
+    if model.config.task != "puzzle":
+        raise DataFault(Fault(str(bundle), "this model writes text", "Use `hrm-ray generate` with it"))
+    facts = _facts(bundle)
+    columns = _from_file(file, split, facts, limit) if file is not None else _from_words(puzzles[:limit], facts)
+    right = known = 0
+    for first in range(0, len(columns["inputs"]), _BATCH):
+        part = {name: values[first : first + _BATCH] for name, values in columns.items()}
+        answers = solve(cast(ActV1, model), part["inputs"], part["puzzle_identifiers"], stop_by_q=stop_by_q)
+        for row in range(len(part["inputs"])):
+            correct = _correct(answers.tokens[row], part["labels"][row])
+            known += correct is not None
+            right += bool(correct)
+            print(_shown(facts, part["inputs"][row], answers, row, correct, as_json))
+    if known and not as_json:
+        print(f"{right} of {known} solved exactly ({100 * right / known:.1f} %)")
+    return 0
+
+
+def _facts(bundle: Path) -> PuzzleFacts:
+    """How the bundle's puzzles print."""
+    about = read_json(RunDir(bundle).puzzle)
+    grid = about["grid"]
+    return PuzzleFacts(
+        **{**about, "count": 0, "grid": tuple(grid) if grid is not None else None, "symbols": tuple(about["symbols"])}
+    )
+
+
+def _from_file(path: Path, split: str, facts: PuzzleFacts, limit: int | None) -> Columns:
+    samples = open_puzzles(path, split)
+    samples.fit_to(facts)
+    count = len(samples) if limit is None else min(limit, len(samples))
+    return samples.rows(np.arange(count, dtype=np.int64))
+
+
+def _from_words(words: list[str], facts: PuzzleFacts) -> Columns:
+    """Puzzles given as words, a symbol for each cell; 0 and . stand for an empty one too."""
+    values = {symbol: token for token, symbol in enumerate(facts.symbols) if len(symbol) == 1}
+    empty = next((values[symbol] for symbol in (".", "0", "_") if symbol in values), None)
+    if empty is not None:
+        values |= {"." : empty, "0": values.get("0", empty)}
+    rows = []
+    for word in words:
+        cells = "".join(word.split())
+        unknown = sorted(set(cells) - values.keys())
+        if len(cells) != facts.seq_len or unknown:
+            reason = f"it has {len(cells)} cells, the model's puzzles have {facts.seq_len}"
+            if unknown:
+                reason = f"it has {unknown[0]!r}, which no cell can hold"
+            known = "".join(values)
+            raise SettingsError(Fault(f"puzzle {word!r}", reason, f"Write {facts.seq_len} of the signs {known}"))
+        rows.append([values[cell] for cell in cells])
+    inputs = np.array(rows, dtype=np.int32)
+    return {
+        "inputs": inputs,
+        "labels": np.full_like(inputs, IGNORE_LABEL),
+        "puzzle_identifiers": np.full(len(rows), facts.blank_id, dtype=np.int32),
+    }
+
+
+def _correct(answer: npt.NDArray[np.int32], labels: npt.NDArray[np.int32]) -> bool | None:
+    """Whether every labelled cell is right; None where the solution is not known."""
+    known = labels != IGNORE_LABEL
+    return bool((answer[known] == labels[known]).all()) if known.any() else None
+
+
+def _shown(
+    facts: PuzzleFacts, puzzle: npt.NDArray[np.int32], answers: Answers, row: int, correct: bool | None, as_json: bool
+) -> str:
+    answer, segments = answers.tokens[row], int(answers.segments[row])
+    if as_json:
+        about: dict[str, Any] = {"puzzle": puzzle.tolist(), "answer": answer.tolist(), "segments": segments}
+        return json.dumps(about if correct is None else about | {"correct": correct})
+    verdict = {True: ", right", False: ", wrong", None: ""}[correct]
+    left, right = facts.render(puzzle).split("\n"), facts.render(answer).split("\n")
+    grids = "\n".join(f"{a}   {b}" for a, b in zip(left, right, strict=True))
+    return f"{grids}\n{segments} segment(s){verdict}\n"

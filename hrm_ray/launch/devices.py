@@ -1,0 +1,106 @@
+"""Which device, how many workers, how many threads, and who starts them.
+
+One job: hold what was asked against what this machine has, before anything starts. It starts nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hrm_ray.errors import EnvironmentFault, Fault, SettingsError
+from hrm_ray.settings.cluster import ClusterSettings
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Where a run takes place. `notes` are fallbacks that a person must see."""
+
+    device: str
+    world_size: int
+    threads: int
+    launcher: str
+    ray_address: str | None
+    notes: tuple[str, ...]
+
+
+def _mps() -> int:
+    return int(torch.backends.mps.is_available())
+
+
+def _xpu() -> int:
+    return torch.xpu.device_count()
+
+
+_COUNT: dict[str, Callable[[], int]] = {"cuda": torch.cuda.device_count, "xpu": _xpu, "mps": _mps, "cpu": lambda: 1}
+"""How many of a kind there are, best kind first."""
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # Windows and macOS have no affinity mask
+        return os.cpu_count() or 1
+
+
+def choose_devices(cluster: ClusterSettings) -> Devices:
+    """Resolve device, workers, threads and launcher. Raises EnvironmentFault or SettingsError.
+
+    A missing device is an error under --strict, and else a fallback to the best there is, which is said.
+    """
+    notes: list[str] = []
+    address = cluster.ray_address or os.environ.get("RAY_ADDRESS")
+    # The devices of a running cluster are the cluster's: it is asked when the run connects.
+    device = cluster.device if address and cluster.device != "auto" else _device(cluster, notes)
+    if cluster.cuda_numbers:
+        device = _pin_gpus(cluster, address, device, notes)
+    found = _COUNT[device]() if device == "cuda" and not address else 1
+    world_size = cluster.world_size or found
+    if device in ("xpu", "mps") and world_size > 1:
+        raise SettingsError(
+            Fault(f"--world-size {world_size}", f"several workers on {device} are not supported", "Give --world-size 1")
+        )
+    launcher = cluster.launcher or ("ray" if world_size > 1 or address else "local")
+    threads = cluster.threads or (1 if address else max(1, usable_cpus() // world_size))
+    return Devices(device, world_size, threads, launcher, address, tuple(notes))
+
+
+def choose_device(wanted: str, strict: bool = False) -> tuple[str, list[str]]:
+    """The device for a command of one process (generate, solve), and what to say of it."""
+    notes: list[str] = []
+    return _device(ClusterSettings(device=wanted, strict=strict), notes), notes
+
+
+def _device(cluster: ClusterSettings, notes: list[str]) -> str:
+    best = next(kind for kind, count in _COUNT.items() if count() > 0)
+    if cluster.device == "auto" or cluster.device == best or _COUNT[cluster.device]() > 0:
+        return best if cluster.device == "auto" else cluster.device
+    missing = Fault(f"--device {cluster.device}", "this machine has no such device", f"Give --device {best}, or auto")
+    if cluster.strict:
+        raise EnvironmentFault(missing)
+    notes.append(f"--device {cluster.device}: this machine has no such device; training on {best} instead.")
+    return best
+
+
+def _pin_gpus(cluster: ClusterSettings, address: str | None, device: str, notes: list[str]) -> str:
+    """Make only the named GPUs visible to this process and to those it starts."""
+    if address:
+        reason = "on a running cluster Ray chooses the GPUs"
+        raise SettingsError(Fault(f"--cuda-ids {cluster.cuda_ids}", reason, "Leave out --cuda-ids or --ray-address"))
+    there = torch.cuda.device_count()
+    missing = [number for number in cluster.cuda_numbers if number >= there]
+    if missing and cluster.strict:
+        reason = f"this machine has {there} CUDA devices"
+        raise EnvironmentFault(Fault(f"--cuda-ids {cluster.cuda_ids}", reason, "Name GPUs that are there"))
+    kept = [number for number in cluster.cuda_numbers if number < there]
+    if missing:
+        rest = f"GPUs {kept}" if kept else device
+        notes.append(f"--cuda-ids {cluster.cuda_ids}: there are {there} CUDA devices; training on {rest} instead.")
+    if not kept:
+        return device
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(number) for number in kept)
+    return "cuda"

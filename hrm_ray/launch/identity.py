@@ -1,0 +1,160 @@
+"""Which bundle a run writes, and which checkpoint it goes on from.
+
+One job: a new run gets a fresh folder, a resumed one its own, and nothing of anybody else's is touched. It reads
+settings and manifests; it trains nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hrm_ray.errors import DataFault, Fault, SettingsError
+from hrm_ray.rundir import RunDir, read_json, verify_checkpoint
+from hrm_ray.settings.options import options
+from hrm_ray.settings.run import DEFAULT_BUNDLE_DIR
+from hrm_ray.settings.tree import RunSettings, from_plain, to_dotted
+
+REUSABLE = frozenset({"tokenizer.json"})
+"""Files that may lie in a new run's folder: a tokenizer of an earlier one is used again."""
+
+FIXED = (
+    "model.",
+    "data.dataset_file",
+    "data.split",
+    "data.text_column",
+    "data.prompt_column",
+    "data.response_column",
+    "data.tokenizer_path",
+    "data.vocab_size",
+    "data.max_seq_len",
+    "data.packing",
+    "data.linear_dataset",
+    "optimizer.optimizer",
+    "run.seed",
+)
+"""Leaves (or sections) that a resumed run must share with its checkpoint: they decide tensors or the order of data."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The bundle's folder, the checkpoint to go on from, and the bundle that this one belongs to."""
+
+    run_dir: RunDir
+    checkpoint: Path | None
+    source: RunDir | None
+
+    @property
+    def continues(self) -> bool:
+        """Whether the run goes on in the bundle of its checkpoint (else it is new, or a branch in a new folder)."""
+        return self.source is not None and self.source.root.resolve() == self.run_dir.root.resolve()
+
+
+def find_stored(resume_from: Path | None, where: Mapping[str, Any]) -> RunDir:
+    """The bundle whose settings a resumed run starts from. `where` holds the leaves that name a bundle."""
+    if resume_from is not None:
+        return RunDir(resume_from.absolute().parent.parent)
+    if where["run.brain_name"] is None and where["run.bundle_dir"] is None and where["data.dataset_file"] is None:
+        raise SettingsError(
+            Fault("--resume", "nothing says which run", "Give --bundle-dir (or --brain-name) of the run to go on with")
+        )
+    return RunDir(_folder(where["run.brain_name"], where["run.bundle_dir"], where["data.dataset_file"]))
+
+
+def stored_settings(run_dir: RunDir, where: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a bundle by dotted key, to lie under those given now. Raises SettingsError or DataFault.
+
+    The bundle's place is what `where` says, or else the folder the settings were found in, wherever it has been moved.
+    """
+    if not run_dir.training_args.is_file():
+        reason = f"there is no run in it ({run_dir.training_args.name} is missing)"
+        mend = "Give --bundle-dir (or --brain-name) of an earlier run, or leave out --resume"
+        raise SettingsError(Fault(str(run_dir.root), reason, mend))
+    dotted = to_dotted(from_plain(read_json(run_dir.training_args)["settings"]))
+    named = where["run.brain_name"] is not None or where["run.bundle_dir"] is not None
+    return dotted | {"run.brain_name": None, "run.bundle_dir": None if named else str(run_dir.root)}
+
+
+def identify(settings: RunSettings) -> Identity:
+    """Bundle and checkpoint of this run; checks that the folder is free, or the checkpoint whole.
+
+    Raises SettingsError for a used name or settings that the checkpoint cannot go on with, DataFault for a damaged one.
+    """
+    run = settings.run
+    run_dir = RunDir(_folder(run.brain_name, run.bundle_dir, settings.data.dataset_file).absolute())
+    if run.resume_from is not None:
+        source = RunDir(run.resume_from.absolute().parent.parent)
+        return _resumed(settings, run_dir, run.resume_from.absolute(), source)
+    if run.resume:
+        steps = run_dir.checkpoint_steps()
+        if not steps:
+            mend = "Leave out --resume and give another --brain-name, or --resume-from a checkpoint"
+            raise SettingsError(Fault(str(run_dir.root), "there is no checkpoint to resume from", mend))
+        return _resumed(settings, run_dir, run_dir.checkpoint(steps[-1]), run_dir)
+    _check_free(run_dir)
+    return Identity(run_dir, None, None)
+
+
+def _folder(brain_name: str | None, bundle_dir: Path | None, dataset_file: Path | None) -> Path:
+    if brain_name is not None:
+        return (bundle_dir or DEFAULT_BUNDLE_DIR) / brain_name
+    if bundle_dir is not None:
+        return bundle_dir
+    assert dataset_file is not None
+    return DEFAULT_BUNDLE_DIR / dataset_file.resolve().stem
+
+
+def _resumed(settings: RunSettings, run_dir: RunDir, checkpoint: Path, source: RunDir) -> Identity:
+    verify_checkpoint(checkpoint)
+    if not source.training_args.is_file():
+        reason = "it does not lie in a bundle, as checkpoints/step_N of it"
+        raise DataFault(Fault(str(checkpoint), reason, "Give the path of a checkpoint inside its bundle"))
+    _check_same(settings, source)
+    identity = Identity(run_dir, checkpoint, source)
+    if not identity.continues:
+        _check_free(run_dir)
+    return identity
+
+
+def _check_free(run_dir: RunDir) -> None:
+    root = run_dir.root
+    if root.is_file():
+        raise SettingsError(Fault(str(root), "there is a file of this name", "Give another --brain-name"))
+    if not root.is_dir():
+        return
+    inside = sorted(path.name for path in root.iterdir() if path.name not in REUSABLE)
+    if not inside:
+        return
+    if run_dir.training_args.is_file():
+        steps = run_dir.checkpoint_steps()
+        reached = f"a checkpoint at step {steps[-1]}" if steps else "no checkpoint yet"
+        mend = "Give --resume to go on with it, or another --brain-name" if steps else "Give another --brain-name"
+        raise SettingsError(Fault(str(root), f"there is a run in it already, with {reached}", mend))
+    mend = "Give another --brain-name or --bundle-dir"
+    raise SettingsError(Fault(str(root), f"the folder is not empty (it holds {inside[0]})", mend))
+
+
+def _check_same(settings: RunSettings, source: RunDir) -> None:
+    """Refuse settings that would make the checkpoint's tensors or its place in the data mean something else."""
+    stored = to_dotted(from_plain(read_json(source.training_args)["settings"]))
+    now = to_dotted(settings)
+    faults = []
+    for key, value in now.items():
+        if key.startswith(FIXED) and not _same(key, stored[key], value):
+            mend = "Leave it out to go on with the run, or start a new one under another --brain-name"
+            faults.append(
+                Fault(options()[key].written(value), f"the run to resume was trained with {stored[key]}", mend)
+            )
+    if (stored["optimizer.ema"] is None) != (now["optimizer.ema"] is None):
+        reason = f"the run to resume was trained with {stored['optimizer.ema']}"
+        faults.append(Fault(f"--ema {now['optimizer.ema']}", reason, "Leave it as it was"))
+    if faults:
+        raise SettingsError(faults)
+
+
+def _same(key: str, stored: Any, now: Any) -> bool:
+    if key == "data.dataset_file" and stored is not None and now is not None:
+        return Path(stored).absolute() == Path(now).absolute()
+    return bool(stored == now)

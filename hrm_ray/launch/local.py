@@ -1,0 +1,31 @@
+"""Training in this process, without Ray.
+
+One job: the local launcher. The same session runs as in a Ray worker.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hrm_ray.train.session import train
+from hrm_ray.values import MetricSink, Outcome, StopPoll, StopReason
+
+
+@dataclass(frozen=True)
+class LocalLink:
+    """The driver is this process: records go straight to its display, and stops are read from it."""
+
+    display: MetricSink
+    stop: StopPoll
+
+    def sink(self) -> MetricSink:
+        return self.display
+
+    def stop_requested(self) -> StopReason | None:
+        return self.stop()
+
+
+def run(plan: dict[str, Any], *, sink: MetricSink, stop: StopPoll) -> Outcome:
+    """Train as the plan says, here and now; the plan's world size is 1."""
+    return train(plan, LocalLink(sink, stop))

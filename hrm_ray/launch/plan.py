@@ -1,0 +1,287 @@
+"""From settings to a plan that any launcher can carry out: data prepared, bundle made, everything decided.
+
+One job: the driver's part before workers start. The plan is JSON values only, since it travels to other processes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hrm_ray.data.detect import DataFacts, detect
+from hrm_ray.data.folders import whole_folder
+from hrm_ray.data.prepare import PreparedText, RowForm, TokenizerChoice, open_samples, prepare_puzzles, prepare_text
+from hrm_ray.data.puzzles.format import PuzzleFacts
+from hrm_ray.data.puzzles.samples import open_puzzles
+from hrm_ray.data.readers import TextSource, read_documents
+from hrm_ray.data.tokenizer import TextTokenizer
+from hrm_ray.errors import DataFault, Fault, SettingsError
+from hrm_ray.launch.devices import Devices, choose_devices
+from hrm_ray.launch.identity import REUSABLE, Identity, identify
+from hrm_ray.launch.preflight import check_resources
+from hrm_ray.model.config import ModelConfig
+from hrm_ray.metrics.jsonl import truncate_after
+from hrm_ray.rundir import RunDir, read_json, write_json
+from hrm_ray.settings.resolve import resolve_task
+from hrm_ray.settings.tree import RunSettings, to_plain
+from hrm_ray.train.assemble import model_config, schedule_length
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What is known of a run before anything is written: resolved settings, data, devices, bundle, architecture."""
+
+    settings: RunSettings
+    facts: DataFacts
+    evaluation: DataFacts | None
+    devices: Devices
+    identity: Identity
+    config: ModelConfig
+    vocab_is_certain: bool
+    """False where the vocabulary is still to be trained and may come out smaller."""
+
+
+def draft(settings: RunSettings) -> Draft:
+    """Check everything that can be checked without writing: data, devices, names, resources. Raises HrmRayError."""
+    if settings.data.dataset_file is None:
+        mend = "Give --dataset-file; `hrm-ray data build text --out corpus` makes one without a download"
+        raise SettingsError(Fault("--dataset-file", "there is nothing to train on", mend))
+    settings = _absolute(settings)
+    facts = detect(_source(settings, evaluation=False))
+    evaluation = detect(_source(settings, evaluation=True)) if _has_evaluation(settings) else None
+    puzzle_len = facts.puzzle.seq_len if facts.puzzle is not None else None
+    settings = resolve_task(settings, facts.task, puzzle_len)
+    if evaluation is not None and evaluation.task != facts.task:
+        reason = f"it holds {evaluation.task} data, the training data is {facts.task}"
+        raise DataFault(Fault(str(evaluation.path), reason, "Give held-out data of the same kind"))
+    devices = choose_devices(settings.cluster)
+    identity = identify(settings)
+    if facts.puzzle is not None:
+        config = _puzzle_config(settings, facts)
+        certain = True
+    else:
+        vocab_size, certain = _expected_vocabulary(settings, identity)
+        config = model_config(settings, vocab_size)
+    check_resources(settings, config, devices, identity.run_dir.root)
+    return Draft(settings, facts, evaluation, devices, identity, config, certain)
+
+
+def make_plan(drafted: Draft) -> dict[str, Any]:
+    """Make the bundle's folder and the data ready, and write the plan down.
+
+    A new bundle appears whole or not at all: it is prepared beside its place and renamed.
+    """
+    with _bundle(drafted.identity) as run_dir:
+        notes = list(drafted.devices.notes)
+        if drafted.facts.task == "puzzle":
+            config, data = _prepare_puzzles(drafted, run_dir)
+        else:
+            config, data = _prepare_text(drafted, run_dir, notes)
+        check_resources(drafted.settings, config, drafted.devices, run_dir.root)
+        plan = _plan(drafted, run_dir, config, data, notes)
+        _check_data_unchanged(drafted.identity, data)
+        write_json(run_dir.config, config.to_plain())
+        write_json(run_dir.training_args, {"settings": plan["settings"], "data": data})
+    root = drafted.identity.run_dir
+    if drafted.identity.checkpoint is not None and drafted.identity.continues:
+        _cut_back(root, drafted.identity.checkpoint)
+    return plan
+
+
+def read_through(drafted: Draft) -> str:
+    """Read all of the data once, keeping nothing, so that a bad row is found before a run; a sentence of what there is.
+
+    Puzzles were read whole when they were detected. Raises DataFault.
+    """
+    if drafted.facts.task == "puzzle":
+        return f"data: all {drafted.facts.puzzle.count if drafted.facts.puzzle else 0} puzzles are sound"
+    counts = []
+    for evaluation in (False, True):
+        if not evaluation or drafted.evaluation is not None:
+            counts.append(sum(1 for _ in read_documents(_source(drafted.settings, evaluation=evaluation))))
+    held_out = f", {counts[1]} held out" if len(counts) > 1 else ""
+    return f"data: {counts[0]} documents are readable{held_out}"
+
+
+def _plan(
+    drafted: Draft, run_dir: RunDir, config: ModelConfig, data: dict[str, Any], notes: list[str]
+) -> dict[str, Any]:
+    settings, devices = drafted.settings, drafted.devices
+    samples, _ = open_samples(data, run_dir.data)
+    chosen = settings.optimizer
+    effective = chosen.batch_size * chosen.gradient_accumulation_steps * devices.world_size
+    schedule_steps = schedule_length(settings, len(samples), effective, config.halt_max_steps)
+    if settings.run.step_limit is None and settings.model.supervision == "segment":
+        notes.append(
+            f"The learning-rate schedule is laid out for {schedule_steps} steps, the most that {settings.run.epochs} "
+            "epoch(s) can take when no puzzle halts early; give --steps for a schedule that reaches its end."
+        )
+    checkpoint = drafted.identity.checkpoint
+    return {
+        "settings": to_plain(settings),
+        "model_config": config.to_plain(),
+        "bundle": str(drafted.identity.run_dir.root),
+        "run_name": drafted.identity.run_dir.root.name,
+        "resume": None if checkpoint is None else str(checkpoint),
+        "data": data,
+        "samples": len(samples),
+        "schedule_steps": schedule_steps,
+        "world_size": devices.world_size,
+        "threads": devices.threads,
+        "device": devices.device,
+        "ray_address": devices.ray_address,
+        "notes": notes,
+    }
+
+
+@contextmanager
+def _bundle(identity: Identity) -> Iterator[RunDir]:
+    """The bundle's folder to prepare in: beside its place for a new one, in its place for a resumed one."""
+    if identity.continues:
+        yield identity.run_dir
+        return
+    root = identity.run_dir.root
+    with whole_folder(root, overwrite=True, owned=REUSABLE, option="--bundle-dir") as folder:
+        prepared = RunDir(folder)
+        tokenizers = identity.source if identity.source is not None else identity.run_dir
+        if tokenizers.tokenizer.is_file():
+            shutil.copyfile(tokenizers.tokenizer, prepared.tokenizer)
+        yield prepared
+
+
+def _prepare_text(drafted: Draft, run_dir: RunDir, notes: list[str]) -> tuple[ModelConfig, dict[str, Any]]:
+    settings = drafted.settings
+    stored = _stored_data(drafted.identity)
+    same_evaluation = stored is not None and stored["held_out"] == _held_out_name(settings)
+    if drafted.identity.continues and stored is not None and same_evaluation:
+        # The tokenised data of the run is there and was checked when it was made: go on with exactly that.
+        return replace(drafted.config, vocab_size=stored["vocab_size"]), stored
+    prepared = prepare_text(
+        _source(settings, evaluation=False),
+        _source(settings, evaluation=True) if drafted.evaluation is not None else None,
+        bundle=run_dir.root,
+        stores=run_dir.data,
+        choice=TokenizerChoice(
+            settings.data.tokenizer_path,
+            settings.data.vocab_size,
+            settings.data.tokenizer_train_examples,
+            settings.data.retrain_tokenizer,
+        ),
+        form=RowForm(
+            settings.data.max_seq_len or 0, settings.data.packing, prefix=settings.model.lm_mask == "prefix"
+        ),
+    )
+    notes.extend(prepared.notes)
+    vocab_size = prepared.tokenizer.vocab_size
+    return replace(drafted.config, vocab_size=vocab_size), _text_data(settings, prepared)
+
+
+def _text_data(settings: RunSettings, prepared: PreparedText) -> dict[str, Any]:
+    return {
+        **prepared.plan,
+        "path": str(settings.data.dataset_file),
+        "split": settings.data.split,
+        "held_out": _held_out_name(settings),
+        "vocab_size": prepared.tokenizer.vocab_size,
+        "tokenizer": prepared.tokenizer_origin,
+        "documents": prepared.train.meta.documents,
+        "tokens": prepared.train.meta.tokens,
+        "rows": prepared.train.rows,
+        "fingerprint": prepared.train.meta.fingerprint,
+    }
+
+
+def _prepare_puzzles(drafted: Draft, run_dir: RunDir) -> tuple[ModelConfig, dict[str, Any]]:
+    settings = drafted.settings
+    evaluation = _source(settings, evaluation=True) if drafted.evaluation is not None else None
+    prepared = prepare_puzzles(_source(settings, evaluation=False), evaluation)
+    samples = open_puzzles(drafted.facts.path, drafted.facts.split)
+    write_json(run_dir.puzzle, _printing(prepared.train))
+    return drafted.config, {**prepared.plan, "rows": len(samples), "fingerprint": samples.fingerprint()}
+
+
+def _printing(facts: PuzzleFacts) -> dict[str, Any]:
+    """What `hrm-ray solve` needs to read and show puzzles of this kind."""
+    about = asdict(facts)
+    del about["count"]
+    return about
+
+
+def _puzzle_config(settings: RunSettings, facts: DataFacts) -> ModelConfig:
+    puzzle = facts.puzzle
+    assert puzzle is not None
+    return model_config(
+        settings, puzzle.vocab_size, seq_len=puzzle.seq_len, puzzle_identifiers=puzzle.num_puzzle_identifiers
+    )
+
+
+def _expected_vocabulary(settings: RunSettings, identity: Identity) -> tuple[int, bool]:
+    """Tokens of the vocabulary as far as it is known before the data is read, and whether that is certain."""
+    if settings.data.tokenizer_path is not None:
+        return TextTokenizer.load(settings.data.tokenizer_path).vocab_size, True
+    bundle = identity.source if identity.source is not None else identity.run_dir
+    if bundle.tokenizer.is_file() and not settings.data.retrain_tokenizer:
+        return TextTokenizer.load(bundle.root).vocab_size, True
+    return settings.data.vocab_size, False
+
+
+def _source(settings: RunSettings, *, evaluation: bool) -> TextSource:
+    data = settings.data
+    path = data.eval_file if evaluation and data.eval_file is not None else data.dataset_file
+    assert path is not None
+    split = data.split
+    if evaluation:
+        split = data.val_split if data.val_split is not None else TextSource(path).split
+    return TextSource(path, split, data.text_column, data.prompt_column, data.response_column)
+
+
+def _has_evaluation(settings: RunSettings) -> bool:
+    return settings.data.eval_file is not None or settings.data.val_split is not None
+
+
+def _held_out_name(settings: RunSettings) -> str | None:
+    """One word for which held-out data a run evaluates on."""
+    if not _has_evaluation(settings):
+        return None
+    source = _source(settings, evaluation=True)
+    return f"{source.path}:{source.split}"
+
+
+def _stored_data(identity: Identity) -> dict[str, Any] | None:
+    if identity.source is None:
+        return None
+    data: dict[str, Any] = read_json(identity.source.training_args)["data"]
+    return data
+
+
+def _check_data_unchanged(identity: Identity, data: dict[str, Any]) -> None:
+    """A resumed run must see the samples that its place in the data was counted in."""
+    stored = _stored_data(identity)
+    if stored is not None and stored["fingerprint"] != data["fingerprint"]:
+        reason = "the data is not what the checkpoint was trained on (its fingerprint differs)"
+        mend = "Put the earlier data back, or start a new run with --student-init from this one"
+        raise DataFault(Fault(str(data["path"]), reason, mend))
+
+
+def _cut_back(run_dir: RunDir, checkpoint: Path) -> None:
+    """Take the bundle back to the checkpoint: later records go, later checkpoints step aside."""
+    step = int(checkpoint.name.removeprefix("step_"))
+    truncate_after(run_dir.metrics, step)
+    for later in run_dir.checkpoint_steps():
+        if later > step:
+            folder = run_dir.checkpoint(later)
+            folder.rename(run_dir.checkpoints / f"{folder.name}.superseded")
+
+
+def _absolute(settings: RunSettings) -> RunSettings:
+    """Every path absolute: workers and later runs may stand in other folders."""
+    changed: dict[str, Any] = {}
+    for section in ("model", "data", "run"):
+        values = getattr(settings, section)
+        paths = {name: value.absolute() for name, value in values if isinstance(value, Path)}
+        changed[section] = values.model_copy(update=paths)
+    return settings.model_copy(update=changed)

@@ -1,0 +1,63 @@
+"""What a run will need at the least, held against what this machine has.
+
+One job: refuse within seconds what cannot end well: too little memory for the weights, too little disk for the
+checkpoints. It is a lower bound; activations are not in it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import psutil
+
+from hrm_ray.errors import Fault, ResourceFault
+from hrm_ray.launch.devices import Devices
+from hrm_ray.model.config import ModelConfig
+from hrm_ray.model.describe import count_parameters
+from hrm_ray.settings.tree import RunSettings
+
+_MOMENTS = {"adamw": 2, "adam-atan2": 2, "sgd": 0}
+"""Tensors of the weights' size that an optimizer keeps."""
+
+
+def state_bytes(settings: RunSettings, config: ModelConfig) -> int:
+    """Bytes of weights, gradients, optimizer state and average of one worker, in float32."""
+    copies = 2 + _MOMENTS[settings.optimizer.optimizer] + (settings.optimizer.ema is not None)
+    return 4 * copies * count_parameters(config).total
+
+
+def checkpoint_bytes(settings: RunSettings, config: ModelConfig) -> int:
+    """Bytes of one checkpoint, without carries."""
+    copies = 1 + _MOMENTS[settings.optimizer.optimizer] + (settings.optimizer.ema is not None)
+    return 4 * copies * count_parameters(config).total
+
+
+def check_resources(settings: RunSettings, config: ModelConfig, devices: Devices, bundle: Path) -> None:
+    """Raises ResourceFault when memory (of a run on this machine's CPUs) or disk cannot suffice."""
+    faults = []
+    needed = state_bytes(settings, config) * devices.world_size
+    available = psutil.virtual_memory().available
+    if devices.device == "cpu" and not devices.ray_address and needed > available:
+        reason = (
+            f"weights, gradients and optimizer state of {devices.world_size} worker(s) take {_gb(needed)}, "
+            f"{_gb(available)} are free"
+        )
+        faults.append(Fault("memory", reason, "Choose a smaller model or fewer workers"))
+    disk = checkpoint_bytes(settings, config) * (settings.run.keep + 1)
+    free = shutil.disk_usage(_existing(bundle)).free
+    if disk > free:
+        reason = f"{settings.run.keep} checkpoints and one in the making take {_gb(disk)}, {_gb(free)} are free at {bundle}"
+        faults.append(Fault("disk", reason, "Lower --keep, free some space, or give another --bundle-dir"))
+    if faults:
+        raise ResourceFault(faults)
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"

@@ -1,0 +1,325 @@
+"""The run on a terminal: one live display, or plain lines where the stream is no terminal.
+
+One job: show records to a person. It measures nothing and keeps no history beyond what the remaining time needs.
+Text made here is ASCII; what comes from elsewhere is put into what the stream's encoding can carry.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TextIO
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.text import Text
+
+from hrm_ray.values import Record
+
+_LOG = logging.getLogger(__name__)
+_EVENT_STYLES = {"WARNING": "yellow", "ERROR": "bold red"}
+_REFRESH_S = 0.1
+_SEPARATOR = "  "
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.3g}"
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}/s" if value >= 100 else f"{value:.3g}/s"
+
+
+def _gigabytes(value: float) -> str:
+    return f"{value:.2f} GB"
+
+
+def _whole(value: float) -> str:
+    return f"{value:g}"
+
+
+@dataclass(frozen=True)
+class _Field:
+    """How a value of a record is named and written; `hide_zero` for what is worth a word only when not 0."""
+
+    name: str
+    label: str
+    write: Callable[[float], str]
+    hide_zero: bool = False
+
+
+_TRAIN_FIELDS = (
+    _Field("loss", "loss", _figure),
+    _Field("lr", "lr", lambda value: f"{value:.2e}"),
+    _Field("tokens_per_s", "tokens", _rate),
+    _Field("samples_per_s", "samples", _rate),
+    _Field("memory_gb", "memory", _gigabytes),
+    _Field("skipped_steps", "SKIPPED STEPS", _whole, hide_zero=True),
+    _Field("exact_accuracy", "exact", _percent),
+    _Field("accuracy", "accuracy", _percent),
+    _Field("lm_loss", "lm loss", _figure),
+    _Field("q_halt_loss", "halt loss", _figure),
+    _Field("mean_segments", "segments", lambda value: f"{value:.2f}"),
+    _Field("grad_norm", "grad norm", _figure),
+    _Field("peak_gb", "peak", _gigabytes),
+    _Field("effective_batch_size", "batch", _whole),
+)
+"""Most important first: what does not fit a narrow terminal is left off from the end."""
+
+_EVAL_FIELDS = (
+    _Field("exact_accuracy", "exact", _percent),
+    _Field("exact_accuracy_q_stop", "exact at Q stop", _percent),
+    _Field("loss", "loss", _figure),
+    _Field("bits_per_byte", "bits/byte", _figure),
+    _Field("perplexity", "perplexity", lambda value: f"{value:.2f}" if value < 1e5 else f"{value:.3g}"),
+    _Field("token_accuracy", "token accuracy", _percent),
+    _Field("cell_accuracy", "cells", _percent),
+    _Field("adaptive_loss", "adaptive loss", _figure),
+    _Field("mean_segments", "segments", lambda value: f"{value:.2f}"),
+    _Field("steps_q_stop", "segments at Q stop", lambda value: f"{value:.2f}"),
+)
+
+
+class ConsoleSink:
+    """Shows the records of one run on `stream`; only the driver makes one.
+
+    `interactive=None` asks the stream whether it is a terminal. On a terminal: a live block of step, figures and the
+    latest held-out ones, events scrolling past above it. Elsewhere: plain lines, all eval and event records, and a
+    train record when `every_s` seconds (by the records' time) or, if given, `every_records` records have passed since
+    the last one shown. `total_steps` (None: not known) is the step that the run ends at.
+
+    RuntimeError when a live display is open already. A stream that breaks (a closed pipe or terminal) ends the display
+    and is logged; the run goes on, for its records are in its files.
+    """
+
+    _live_is_open: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        stream: TextIO,
+        total_steps: int | None = None,
+        interactive: bool | None = None,
+        every_s: float = 10.0,
+        every_records: int | None = None,
+    ) -> None:
+        self._stream = stream
+        self._total_steps = total_steps
+        self._every_s = every_s
+        self._every_records = every_records
+        self._pace = _Pace()
+        self._train: Record | None = None
+        self._eval: Record | None = None
+        self._shown: Record | None = None
+        self._unshown_records = 0
+        self._broken = False
+        self._refreshed_s = -math.inf
+        if interactive is None:
+            interactive = stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._live = self._open_live() if interactive else None
+
+    def write(self, record: Record) -> None:
+        """Take one record."""
+        if record.kind == "train":
+            self._pace.add(record.step, record.time_s)
+            self._train = record
+        elif record.kind == "eval":
+            self._eval = record
+        self._showing(lambda: self._write_live(record) if self._live is not None else self._write_plain(record))
+
+    def close(self) -> None:
+        """End the display, its last state left standing; a second call does nothing."""
+        if self._live is not None:
+            live, self._live = self._live, None
+            ConsoleSink._live_is_open = False
+            self._try(live.stop)  # even when the stream has failed: it gives sys.stdout and sys.stderr back
+        elif self._train is not None and self._shown is not self._train:
+            self._showing(self._show_train)
+        self._train = None
+
+    def _open_live(self) -> Live:
+        if ConsoleSink._live_is_open:
+            raise RuntimeError("a live display is open already: close it before opening another")
+        console = Console(file=self._stream, force_terminal=True, highlight=False)
+        live = Live(_Block(self), console=console, auto_refresh=False, vertical_overflow="crop")
+        live.start()
+        ConsoleSink._live_is_open = True
+        return live
+
+    def _write_live(self, record: Record) -> None:
+        assert self._live is not None
+        if record.kind == "event":
+            level = str(record.values.get("level", "INFO"))
+            self._live.console.print(Text(self._event_line(record), style=_EVENT_STYLES.get(level, "")))
+        now_s = time.monotonic()
+        if record.kind != "train" or now_s - self._refreshed_s >= _REFRESH_S:
+            self._live.refresh()
+            self._refreshed_s = now_s
+
+    def _write_plain(self, record: Record) -> None:
+        if record.kind == "event":
+            self._print(self._event_line(record))
+        elif record.kind == "eval":
+            self._print(_SEPARATOR.join([self._step(record), "held out:", *_plain(_fields(_EVAL_FIELDS, record))]))
+        else:
+            self._unshown_records += 1
+            if self._is_due(record):
+                self._show_train()
+
+    def _is_due(self, record: Record) -> bool:
+        if self._shown is None:
+            return True
+        passed_s = record.time_s - self._shown.time_s
+        # A clock set back must not silence the display until it has caught up.
+        by_count = self._every_records is not None and self._unshown_records >= self._every_records
+        return by_count or passed_s >= self._every_s or passed_s < 0
+
+    def _show_train(self) -> None:
+        assert self._train is not None
+        self._shown, self._unshown_records = self._train, 0
+        self._print(_SEPARATOR.join([*self._place(self._train), *_plain(_fields(_TRAIN_FIELDS, self._train))]))
+
+    def _print(self, line: str) -> None:
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def _showing(self, show: Callable[[], None]) -> None:
+        """Run what touches the stream; once the stream has failed, nothing more is shown."""
+        if not self._broken:
+            self._try(show)
+
+    def _try(self, show: Callable[[], None]) -> None:
+        """Run what touches the stream; a failure of the stream is logged once."""
+        try:
+            show()
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) and not self._stream.closed:
+                raise  # only a closed stream's ValueError is the stream's failure
+            if not self._broken:
+                _LOG.warning("the display has ended, the run goes on: %s", error)
+            self._broken = True
+
+    def _step(self, record: Record) -> str:
+        return f"step {record.step}" + (f"/{self._total_steps}" if self._total_steps is not None else "")
+
+    def _place(self, record: Record) -> list[str]:
+        """How far the run is: step, epoch, time left."""
+        place = [self._step(record)]
+        epoch = record.values.get("epoch")
+        if isinstance(epoch, (int, float)):
+            place.append(f"epoch {epoch:g}")
+        left_s = self._pace.seconds_to(self._total_steps)
+        if left_s is not None:
+            place.append(f"ETA {_duration(left_s)}")
+        return place
+
+    def _event_line(self, record: Record) -> str:
+        level = record.values.get("level", "INFO")
+        message = _carried(str(record.values.get("message", "")), self._stream)
+        return f"[{level}] step {record.step}: {message}"
+
+
+class _Block:
+    """The live block, laid out for the terminal's width at each refresh: place and bar, figures, held-out figures."""
+
+    def __init__(self, sink: ConsoleSink) -> None:
+        self._sink = sink
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = options.max_width
+        train, held_out = self._sink._train, self._sink._eval
+        if train is None:
+            yield _fitted([Text("waiting for the first step")], width)
+        else:
+            place = _fitted([Text(part, style="bold") for part in self._sink._place(train)], width)
+            bar = self._bar(train.step, width - place.cell_len - len(_SEPARATOR), options.ascii_only)
+            yield Text(_SEPARATOR).join([place, bar]) if bar is not None else place
+            yield _fitted(_styled(_fields(_TRAIN_FIELDS, train)), width)
+        if held_out is not None:
+            head = Text(f"held out at step {held_out.step}:", style="cyan")
+            yield _fitted([head, *_styled(_fields(_EVAL_FIELDS, held_out))], width)
+
+    def _bar(self, step: int, width: int, ascii_only: bool) -> Text | None:
+        """A bar with its percentage in at most `width` cells; None when the end is not known or the room too small."""
+        total = self._sink._total_steps
+        if not total or width < 12:
+            return None
+        done = min(1.0, step / total)
+        percent = f" {math.floor(100 * done):3d} %"
+        cells = min(40, width - len(percent))
+        full = round(cells * done)
+        block, rest = ("#", "-") if ascii_only else ("\u2501", "\u2501")
+        return Text.assemble((block * full, "green"), (rest * (cells - full), "bright_black"), percent)
+
+
+class _Pace:
+    """Seconds per step over the last records, for the time left."""
+
+    def __init__(self, window: int = 50) -> None:
+        self._marks: deque[tuple[int, float]] = deque(maxlen=window)
+
+    def add(self, step: int, time_s: float) -> None:
+        if self._marks and (step <= self._marks[-1][0] or time_s < self._marks[-1][1]):
+            self._marks.clear()  # a run that went back to a checkpoint, or a clock set back
+        self._marks.append((step, time_s))
+
+    def seconds_to(self, total_steps: int | None) -> float | None:
+        """None while the end or the pace is not known."""
+        if total_steps is None or len(self._marks) < 2:
+            return None
+        (first, first_s), (last, last_s) = self._marks[0], self._marks[-1]
+        return max(0, total_steps - last) * (last_s - first_s) / (last - first)
+
+
+def _fields(fields: Iterable[_Field], record: Record) -> list[tuple[str, str]]:
+    """(label, written value) of the fields that the record has, in the table's order."""
+    values: Mapping[str, Any] = record.values
+    told = []
+    for field in fields:
+        value = values.get(field.name)
+        if isinstance(value, (int, float)) and not (field.hide_zero and value == 0):
+            told.append((field.label, field.write(value)))
+    return told
+
+
+def _plain(fields: list[tuple[str, str]]) -> list[str]:
+    return [f"{label} {value}" for label, value in fields]
+
+
+def _styled(fields: list[tuple[str, str]]) -> list[Text]:
+    return [Text.assemble((label, "bright_black"), " ", (value, "bold")) for label, value in fields]
+
+
+def _fitted(parts: list[Text], width: int) -> Text:
+    """As many whole parts as fit on one line; the first is cut rather than left out."""
+    line = Text(no_wrap=True, overflow="crop", end="\n")
+    for index, part in enumerate(parts):
+        gap = _SEPARATOR if index else ""
+        if index and line.cell_len + len(gap) + part.cell_len > width:
+            break
+        line.append(gap).append_text(part)
+    return line
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return f"{days}d {hour}h" if days else f"{hours}:{minute:02d}:{second:02d}"
+
+
+def _carried(text: str, stream: TextIO) -> str:
+    """`text` with what the stream cannot carry written as escapes, control characters (but newlines) as well."""
+    seen = "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
+    )
+    encoding = stream.encoding or "utf-8"
+    return seen.encode(encoding, errors="backslashreplace").decode(encoding)

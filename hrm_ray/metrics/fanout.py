@@ -1,0 +1,31 @@
+"""One sink made of several.
+
+One job: pass each record on. It holds no records and knows no kind of sink.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from hrm_ray.values import MetricSink, Record
+
+
+class FanOut:
+    """Writes each record to all sinks in their order; an error of one is raised, for lost metrics are not silent."""
+
+    def __init__(self, sinks: Sequence[MetricSink]) -> None:
+        self._sinks = tuple(sinks)
+
+    def write(self, record: Record) -> None:
+        """Take one record."""
+        for sink in self._sinks:
+            sink.write(record)
+
+    def close(self) -> None:
+        """Close all, the last opened first; one that fails is told on stderr and does not keep the others open."""
+        for sink in reversed(self._sinks):
+            try:
+                sink.close()
+            except Exception as error:  # noqa: BLE001 - clean-up
+                print(f"closing {type(sink).__name__} failed: {type(error).__name__}: {error}", file=sys.stderr)

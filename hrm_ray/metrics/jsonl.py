@@ -1,0 +1,177 @@
+"""Records as lines of JSON: written, read back, and cut at a step for a resumed run.
+
+One job: the file format of `metrics.jsonl`. It does not decide what is measured or when.
+
+A line is one flat object: `kind`, `step`, `time_s`, then the record's values under their own names. JSON has no
+word for a number that is not finite, so these are written as the texts "NaN", "Infinity" and "-Infinity" and read
+back as numbers; null would lose which of the three it was. A text value equal to one of the three is therefore
+read back as a number.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+from hrm_ray.errors import DataFault, Fault
+from hrm_ray.metrics.replacing import replacing
+from hrm_ray.values import Record, RecordKind
+
+_LOG = logging.getLogger(__name__)
+_OWN_KEYS = frozenset({"kind", "step", "time_s"})
+_KINDS: dict[str, RecordKind] = {kind: kind for kind in get_args(RecordKind)}
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class JsonlSink:
+    """Appends each record as one line and hands it to the system at once: a kill loses at most the line in writing.
+
+    `append=False` starts the file anew. When appending after a kill, a half-written last line is cut off first, so
+    that it cannot run into the next one; the cut is logged. A second process must not write the same file.
+    """
+
+    def __init__(self, path: Path, append: bool = True) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if append:
+            _mend_tail(path)
+        self._file = path.open("ab" if append else "wb")
+
+    def write(self, record: Record) -> None:
+        """Take one record. ValueError when a value bears one of the names kind, step, time_s or the sink is closed."""
+        self._file.write(to_line(record))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Release the file; a second call does nothing."""
+        self._file.close()
+
+
+def to_line(record: Record) -> bytes:
+    """One record as an ASCII line with its newline. TypeError for a value that JSON cannot carry (a tensor, say)."""
+    taken = _OWN_KEYS & record.values.keys()
+    if taken:
+        raise ValueError(f"metrics named {sorted(taken)} would hide the record's own fields; rename them")
+    flat: dict[str, Any] = {"kind": record.kind, "step": record.step, "time_s": record.time_s, **record.values}
+    return json.dumps({key: _jsonable(value) for key, value in flat.items()}, allow_nan=False).encode("ascii") + b"\n"
+
+
+def read_records(path: Path) -> list[Record]:
+    """All whole records of a file, in its order; one torn last line (no newline, not JSON) is left out.
+
+    DataFault when the file is missing or any other line is not a record.
+    """
+    return [record for record, _ in _records_and_lines(path)]
+
+
+def truncate_after(path: Path, step: int) -> int:
+    """Drop the records after `step` (and a torn last line) and say how many records went; for resuming at `step`.
+
+    The file is replaced at one stroke: a kill in between leaves either the old or the new file. A missing file has
+    nothing to drop. Call it before a sink opens the file. DataFault when a line is not a record.
+    """
+    if not path.exists():
+        return 0
+    dropped = 0
+    with replacing(path) as file:
+        for record, line in _records_and_lines(path):
+            if record.step <= step:
+                file.write(line)
+            else:
+                dropped += 1
+    return dropped
+
+
+def _records_and_lines(path: Path) -> Iterator[tuple[Record, bytes]]:
+    """Each record with its line as bytes, newline included."""
+    if not path.is_file():
+        raise DataFault(
+            Fault(str(path), "there is no such metrics file", "Name a metrics.jsonl that a run has written")
+        )
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            whole = line.endswith(b"\n")
+            try:
+                record = _from_line(line)
+            except ValueError as error:
+                if not whole:
+                    return
+                raise DataFault(
+                    Fault(
+                        f"{path}, line {number}",
+                        f"not a metrics record ({error})",
+                        "Remove the line, or name a file that a run has written",
+                    )
+                ) from error
+            yield record, line if whole else line + b"\n"
+
+
+class _NotARecordError(ValueError):
+    """A line that is JSON and yet no record."""
+
+
+def _from_line(line: bytes) -> Record:
+    """_NotARecordError, or what JSON and UTF-8 raise (all kinds of ValueError), when the line is not a record."""
+    flat = json.loads(line.decode("utf-8"))
+    if not isinstance(flat, dict):
+        raise _NotARecordError("not a JSON object")
+    kind, step, time_s = flat.pop("kind", None), flat.pop("step", None), _number(flat.pop("time_s", None))
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise _NotARecordError(f"kind is {kind!r}, known are {', '.join(sorted(_KINDS))}")
+    if not isinstance(step, int) or isinstance(step, bool):
+        raise _NotARecordError(f"step is {step!r}, not a whole number")
+    if not isinstance(time_s, (int, float)) or isinstance(time_s, bool):
+        raise _NotARecordError(f"time_s is {time_s!r}, not a number")
+    return Record(_KINDS[kind], step, time_s, {name: _number(value) for name, value in flat.items()})
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    return value
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, str):
+        return _NOT_FINITE.get(value, value)
+    if isinstance(value, list):
+        return [_number(item) for item in value]
+    return value
+
+
+def _mend_tail(path: Path) -> None:
+    """Make the file end with a newline: finish a last line that is whole but for it, cut off one that is torn."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        size, tail = _unfinished_tail(path)
+        if not tail:
+            return
+        try:
+            _from_line(tail)
+        except ValueError:
+            _LOG.warning("%s: cut off %d bytes of a half-written last line", path, len(tail))
+            file.truncate(size - len(tail))
+        else:
+            file.seek(size)
+            file.write(b"\n")
+
+
+def _unfinished_tail(path: Path) -> tuple[int, bytes]:
+    """The file's size and what follows its last newline, read from the end in growing bites."""
+    size = path.stat().st_size
+    bite = 4096
+    with path.open("rb") as file:
+        while True:
+            start = max(0, size - bite)
+            file.seek(start)
+            _, newline, tail = file.read().rpartition(b"\n")
+            if newline or start == 0:
+                return size, tail
+            bite *= 4

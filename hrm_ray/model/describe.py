@@ -1,0 +1,134 @@
+"""What an architecture costs: parameters by part, bytes, FLOPs per token.
+
+One job: count without allocating or training. The counts come from the modules themselves, on PyTorch's meta device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from hrm_ray.model.build import build_model
+from hrm_ray.model.config import ModelConfig
+
+_PARTS = {
+    "token embedding": "embedding.embed_tokens.",
+    "position embedding": "embedding.embed_pos.",
+    "puzzle embedding": "embedding.puzzle_emb.",
+    "H level": "H_level.",
+    "L level": "L_level.",
+    "transformer stack": "stack.",
+    "output head": "lm_head.",
+    "halting head": "q_head.",
+}
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Trained values by part; the puzzle table counts although its rule is its own."""
+
+    by_part: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.by_part.values())
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The account of one architecture.
+
+    FLOPs count a multiply and an add as two, matrix products only; per token of the sequence, for all segments.
+    `training_bytes` holds weights, gradients and two moments in float32.
+    """
+
+    config: ModelConfig
+    parameters: dict[str, int]
+    total_parameters: int
+    weight_bytes: int
+    training_bytes: int
+    forward_flops_per_token: int
+    training_flops_per_token: int
+
+    def to_plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def as_text(self) -> str:
+        """A table for a terminal."""
+        width = max(len(part) for part in self.parameters)
+        lines = [f"{part:<{width}}  {count:>15,}" for part, count in self.parameters.items()]
+        lines += [
+            f"{'total':<{width}}  {self.total_parameters:>15,}",
+            "",
+            f"weights                       {self.weight_bytes / 1e6:,.1f} MB (float32)",
+            f"weights, gradients, moments   {self.training_bytes / 1e6:,.1f} MB (AdamW)",
+            f"forward, all segments         {self.forward_flops_per_token / 1e6:,.2f} MFLOP per token",
+            f"training, all segments        {self.training_flops_per_token / 1e6:,.2f} MFLOP per token",
+            f"(sequence {self.config.seq_len}, vocabulary {self.config.vocab_size}, "
+            f"{self.config.halt_max_steps} segment(s) of {self.config.updates_per_segment} updates)",
+        ]
+        return "\n".join(lines)
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Count the values that training changes, without allocating them."""
+    with torch.device("meta"):
+        model = build_model(config)
+    counted = {name: p.numel() for name, p in model.named_parameters()}
+    counted |= {name: b.numel() for name, b in model.named_buffers() if name.endswith("puzzle_emb.weights")}
+    parts = {
+        part: sum(count for name, count in counted.items() if name.startswith(prefix))
+        for part, prefix in _PARTS.items()
+    }
+    return ParameterCount({part: count for part, count in parts.items() if count})
+
+
+def layer_flops(config: ModelConfig) -> int:
+    """Forward FLOPs of one block for one token: projections and attention over the whole sequence."""
+    projections = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size
+    return 2 * projections + 4 * config.total_positions * config.hidden_size
+
+
+def segment_flops(config: ModelConfig) -> tuple[int, int]:
+    """(forward, backward) FLOPs of one segment for one token, look-ahead not counted.
+
+    A backward pass costs twice its forward, and only the updates that carry gradient have one.
+    """
+    head = 2 * config.hidden_size * config.vocab_size
+    layer = layer_flops(config)
+    if config.arch == "transformer":
+        stack = (config.h_layers + config.l_layers) * layer
+        return stack + head, 2 * (stack + head)
+    order = ["L"] * config.l_cycles + ["H"]
+    updates = order * config.h_cycles
+    cost = {"H": config.h_layers * layer, "L": config.l_layers * layer}
+    forward = sum(cost[kind] for kind in updates) + head
+    backward = 2 * (sum(cost[kind] for kind in updates[-config.bp_steps :]) + head)
+    return forward, backward
+
+
+def training_flops(config: ModelConfig, supervision: str) -> int:
+    """FLOPs of one weight update for one token: every segment, and for puzzles the look-ahead."""
+    forward, backward = segment_flops(config)
+    segments = config.halt_max_steps if supervision == "rollout" else 1
+    ahead = 0
+    if config.task == "puzzle" and config.halt_max_steps > 1:
+        ahead = forward - 2 * config.hidden_size * config.vocab_size
+    return segments * (forward + backward + ahead)
+
+
+def summarise(config: ModelConfig) -> Summary:
+    """The whole account."""
+    count = count_parameters(config)
+    forward, _ = segment_flops(config)
+    return Summary(
+        config=config,
+        parameters=count.by_part,
+        total_parameters=count.total,
+        weight_bytes=4 * count.total,
+        training_bytes=16 * count.total,
+        forward_flops_per_token=forward * config.halt_max_steps,
+        training_flops_per_token=training_flops(config, "rollout"),
+    )

@@ -1,0 +1,190 @@
+"""Writing text token by token, with one key/value cache per segment and attention.
+
+One job: sampling from a language model (ACTV1_SPEC, section 13). A segment's pass over the network meets
+h_cycles * (l_cycles * l_layers + h_layers) attentions; each keeps its own keys and values per segment, so that a new
+token sees exactly what whole-sequence evaluation would show it. With adaptive reading a halted token leaves copies of
+its last keys and values in the caches of all later segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hrm_ray.model.actv1 import ActV1
+from hrm_ray.model.layers import AttentionScope
+from hrm_ray.model.scope import CAUSAL, FULL, text_scope
+from hrm_ray.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn: temperature 0 takes the likeliest; top_k 0 and top_p 1 cut nothing."""
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A drawn token and how many segments its predecessor's position was thought about."""
+
+    token: int
+    segments: int
+
+
+class SegmentCaches:
+    """Keys and values of every attention of every segment, [1, heads, T, d] each."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._segment = 0
+        self._place = 0
+        self._frozen = torch.zeros(0, dtype=torch.bool)
+
+    def begin_segment(self, segment: int, frozen: Tensor) -> None:
+        """The pass to come is that of `segment` (from 0) over new tokens; those `frozen` [new] had halted before it."""
+        self._segment, self._place, self._frozen = segment, 0, frozen
+
+    def exchange(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Take the new tokens' keys and values, a frozen token's replaced by its last ones; all there are come back."""
+        place, self._place = self._place, self._place + 1
+        if self._segment > 0:
+            old_keys, old_values = self._newest(self._segment - 1, place)
+            frozen = self._frozen.view(1, 1, -1, 1)
+            keys, values = torch.where(frozen, old_keys, keys), torch.where(frozen, old_values, values)
+        return self._append(place, keys, values)
+
+    def skip_segment(self, segment: int) -> None:
+        """All new tokens have halted: `segment` gets copies of the segment before, and no pass is needed."""
+        places = sum(1 for at, _ in self._kept if at == segment - 1)
+        self._segment = segment
+        for place in range(places):
+            self._append(place, *self._newest(segment - 1, place))
+
+    def _newest(self, segment: int, place: int) -> tuple[Tensor, Tensor]:
+        new = self._frozen.shape[0]
+        keys, values = self._kept[(segment, place)]
+        return keys[:, :, -new:], values[:, :, -new:]
+
+    def _append(self, place: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        site = (self._segment, place)
+        if site in self._kept:
+            old_keys, old_values = self._kept[site]
+            keys, values = torch.cat((old_keys, keys), dim=2), torch.cat((old_values, values), dim=2)
+        self._kept[site] = (keys, values)
+        return keys, values
+
+
+class Reader:
+    """Feeds tokens to a model and gives the scores of the next one, keeping caches in between."""
+
+    def __init__(self, model: ActV1 | Transformer, adaptive: bool) -> None:
+        self.model = model
+        self.adaptive = adaptive
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget everything read."""
+        self.caches = SegmentCaches()
+        self.length = 0
+
+    @torch.no_grad()
+    def read(self, tokens: list[int]) -> tuple[Tensor, Tensor]:
+        """Logits [n, V] after each of `tokens`, and how many segments each was thought about [n].
+
+        The first call reads a prompt (fully visible to itself under a prefix mask); later ones take one token each.
+        """
+        model, config = self.model, self.model.config
+        device = model.lm_head.weight.device
+        start, new = self.length, len(tokens)
+        assert start == 0 or new == 1, "after the prompt tokens come one at a time"
+        ids = torch.tensor([tokens], device=device)
+        places = torch.arange(start, start + new, device=device).unsqueeze(0)
+        x = model.embedding(ids, None, places if config.pos_encodings == "learned" else None)
+        rotation = model.rotation(start, start + new)
+        scope = self._scope(start, new, device)
+        self.length += new
+        if isinstance(model, Transformer):
+            self.caches.begin_segment(0, torch.zeros(new, dtype=torch.bool, device=device))
+            hidden = model(x, scope, rotation, self.caches)
+            return model.logits(hidden)[0], torch.ones(new, dtype=torch.long, device=device)
+        states = model.initial_states(1, new)
+        frozen = torch.zeros(new, dtype=torch.bool, device=device)
+        answer = torch.zeros_like(states.z_h[0])
+        thought = torch.zeros(new, dtype=torch.long, device=device)
+        for segment in range(config.halt_max_steps):
+            if bool(frozen.all()):
+                self.caches.skip_segment(segment)
+                continue
+            self.caches.begin_segment(segment, frozen)
+            states = model.segment(states, x, scope, rotation, self.caches)
+            halts = self.adaptive & (model.halting_scores(states.z_h)[0][0] > 0)
+            if segment == config.halt_max_steps - 1:
+                halts = torch.ones_like(frozen)
+            reads = halts & ~frozen
+            answer = torch.where(reads.unsqueeze(-1), states.z_h[0], answer)
+            thought = torch.where(reads, segment + 1, thought)
+            frozen = frozen | halts
+        return model.logits(answer.unsqueeze(0))[0], thought
+
+    def _scope(self, start: int, new: int, device: torch.device) -> AttentionScope:
+        if start > 0:
+            return FULL  # one new token sees all keys there are
+        if self.model.config.lm_mask == "prefix":
+            return text_scope(new, None, torch.ones(1, new, dtype=torch.bool, device=device))
+        return CAUSAL
+
+
+def generate(
+    model: ActV1 | Transformer,
+    prompt: list[int],
+    *,
+    sampling: Sampling,
+    max_new_tokens: int,
+    end_of_text_id: int,
+    seed: int,
+    adaptive: bool,
+) -> Iterator[Drawn]:
+    """Draw tokens after `prompt` (at least one) until end-of-text or `max_new_tokens`; the same seed, the same text.
+
+    When the context is full, the older half is forgotten and the rest read again.
+    """
+    reader = Reader(model, adaptive)
+    generator = torch.Generator().manual_seed(seed)
+    limit = model.config.seq_len
+    context = prompt[-limit:]
+    logits, segments = reader.read(context)
+    for _ in range(max_new_tokens):
+        token = draw(logits[-1], sampling, generator)
+        if token == end_of_text_id:
+            return
+        yield Drawn(token, int(segments[-1]))
+        context.append(token)
+        if len(context) > limit:
+            context = context[-(limit // 2) :]
+            reader.restart()
+            logits, segments = reader.read(context)
+        else:
+            logits, segments = reader.read([token])
+
+
+def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """One token from scores [V]."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    scores = logits.float().cpu() / sampling.temperature
+    if sampling.top_k:
+        least = scores.topk(min(sampling.top_k, scores.shape[0])).values[-1]
+        scores = scores.masked_fill(scores < least, -torch.inf)
+    chances = scores.softmax(-1)
+    if sampling.top_p < 1:
+        ordered, order = chances.sort(descending=True)
+        # A token stays while the mass before it is below top_p, so the likeliest always stays.
+        cut = ordered.cumsum(-1) - ordered >= sampling.top_p
+        chances = chances.index_fill(0, order[cut], 0.0)
+    return int(torch.multinomial(chances, 1, generator=generator))

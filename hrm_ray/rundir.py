@@ -1,0 +1,164 @@
+"""Where the files of a run lie: the one object that knows their names.
+
+One job: paths inside a bundle, and how a checkpoint's folder comes to be whole or absent. It does not know what the
+files hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hrm_ray.errors import DataFault, Fault
+
+_STEP = re.compile(r"step_(\d+)")
+_PARTIAL = ".partial"
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A bundle's folder: config.json, model.safetensors, best/, tokenizer.json, metadata.json, training_args.json,
+    metrics.jsonl, tensorboard/, data/, checkpoints/step_N/."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def weights(self) -> Path:
+        return self.root / "model.safetensors"
+
+    @property
+    def best(self) -> RunDir:
+        """The best validation's model: a bundle of its own, without checkpoints."""
+        return RunDir(self.root / "best")
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.root / "tokenizer.json"
+
+    @property
+    def puzzle(self) -> Path:
+        """How a puzzle's tokens print (the description of the set it was trained on)."""
+        return self.root / "puzzle.json"
+
+    @property
+    def metadata(self) -> Path:
+        return self.root / "metadata.json"
+
+    @property
+    def training_args(self) -> Path:
+        return self.root / "training_args.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def data(self) -> Path:
+        """Tokenised data of the run: data/train, data/eval."""
+        return self.root / "data"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step_{step}"
+
+    def partial_checkpoint(self, step: int) -> Path:
+        """Where a checkpoint is written before it is whole."""
+        return self.checkpoints / f"step_{step}{_PARTIAL}"
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the whole checkpoints, rising."""
+        if not self.checkpoints.is_dir():
+            return []
+        matches = (_STEP.fullmatch(path.name) for path in self.checkpoints.iterdir())
+        return sorted(int(match.group(1)) for match in matches if match)
+
+    def seal_checkpoint(self, step: int) -> Path:
+        """Make the partial checkpoint of `step` whole: manifest with sizes and sha256, fsync, then one rename."""
+        partial, whole = self.partial_checkpoint(step), self.checkpoint(step)
+        files = sorted(path for path in partial.iterdir() if path.name != MANIFEST)
+        entries = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
+        for path in files:
+            _fsync(path)
+        write_json(partial / MANIFEST, {"step": step, "files": entries})
+        if whole.exists():
+            shutil.rmtree(whole)
+        partial.rename(whole)
+        return whole
+
+    def prune(self, keep: int) -> None:
+        """Delete all but the newest `keep` checkpoints, and what an interrupted save left behind."""
+        for step in self.checkpoint_steps()[:-keep]:
+            shutil.rmtree(self.checkpoint(step))
+        for leftover in self.checkpoints.glob(f"*{_PARTIAL}"):
+            shutil.rmtree(leftover)
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Check that a checkpoint is whole: manifest there, every file with the stated size and sha256. Raises DataFault."""
+    mend = "Give an older one with --resume-from, or train anew under another --brain-name"
+    manifest = folder / MANIFEST
+    if not folder.is_dir():
+        raise DataFault(Fault(str(folder), "there is no such checkpoint", mend))
+    if not manifest.is_file():
+        raise DataFault(Fault(str(folder), f"it is no whole checkpoint ({MANIFEST} is missing)", mend))
+    for name, entry in read_json(manifest)["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise DataFault(Fault(str(path), "the checkpoint's manifest names it, but it is not there", mend))
+        found = path.stat().st_size
+        if found != entry["bytes"]:
+            raise DataFault(Fault(str(path), f"it has {found} bytes, but was saved with {entry['bytes']}", mend))
+        if file_sha256(path) != entry["sha256"]:
+            raise DataFault(Fault(str(path), "its content is not what was saved (sha256 differs)", mend))
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that `path` holds either the old content or the new, never half."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=False) + "\n", encoding="utf-8")
+    _fsync(temporary)
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of a bundle. Raises DataFault when it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataFault(Fault(str(path), "there is no such file", "Give a whole bundle, as hrm-ray train wrote it")) from None
+    except (ValueError, OSError) as error:
+        raise DataFault(Fault(str(path), f"it cannot be read as JSON ({error})", "Restore the file or train anew")) from None
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

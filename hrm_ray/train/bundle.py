@@ -1,0 +1,107 @@
+"""A trained model on disk: what a bundle needs besides its checkpoints, and reading it back.
+
+One job: config.json, weights, tokenizer or puzzle description, metadata. A bundle is read by generate, solve,
+`--student-init` and by people.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hrm_ray
+from hrm_ray.errors import DataFault, Fault
+from hrm_ray.model.actv1 import ActV1
+from hrm_ray.model.build import build_model
+from hrm_ray.model.config import ModelConfig
+from hrm_ray.model.transformer import Transformer
+from hrm_ray.rundir import RunDir, file_sha256, read_json, write_json
+from hrm_ray.train.loop import Progress
+from hrm_ray.train.weights_file import fill_module, read_tensors, save_tensors
+from hrm_ray.values import StopReason
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A model read from a bundle, ready to compute, with its settings as they were stored."""
+
+    run_dir: RunDir
+    model: ActV1 | Transformer
+    training_args: dict[str, Any]
+
+
+def open_bundle(folder: Path, device: torch.device) -> Bundle:
+    """Read a bundle (or a bundle's best/) onto `device`. Raises DataFault that names what is missing or wrong."""
+    run_dir = RunDir(folder)
+    if not folder.is_dir():
+        raise DataFault(Fault(str(folder), "there is no such bundle", "Give the folder that hrm-ray train wrote"))
+    if not run_dir.weights.is_file():
+        mend = "Finish the run (hrm-ray train --resume), or give another bundle"
+        raise DataFault(Fault(str(run_dir.weights), "the bundle has no final weights", mend))
+    config = ModelConfig.from_plain(read_json(run_dir.config), str(run_dir.config))
+    metadata = read_json(run_dir.metadata)
+    if file_sha256(run_dir.weights) != metadata["weights_sha256"]:
+        mend = "Copy the bundle again from its source, or resume its run to write it anew"
+        raise DataFault(Fault(str(run_dir.weights), "its content is not what was saved (sha256 differs)", mend))
+    model = build_model(config)
+    fill_module(model, read_tensors(run_dir.weights), str(run_dir.weights))
+    return Bundle(run_dir, model.to(device).eval(), read_json(run_dir.training_args))
+
+
+def save_best(run_dir: RunDir, weights: Mapping[str, Tensor], best: Mapping[str, Any]) -> None:
+    """Write best/: the weights of the best validation as a small bundle of their own."""
+    folder = run_dir.best
+    folder.root.mkdir(exist_ok=True)
+    for source, target in (
+        (run_dir.config, folder.config),
+        (run_dir.training_args, folder.training_args),
+        (run_dir.tokenizer, folder.tokenizer),
+        (run_dir.puzzle, folder.puzzle),
+    ):
+        if source.is_file():
+            shutil.copyfile(source, target)
+    save_tensors(weights, folder.weights)
+    write_json(folder.metadata, _metadata(folder, best={**best}, step=best["step"]))
+
+
+def save_final(
+    run_dir: RunDir,
+    weights: Mapping[str, Tensor],
+    reason: StopReason,
+    progress: Progress,
+    epoch: int,
+    figures: Mapping[str, float],
+    best: Mapping[str, Any] | None,
+) -> None:
+    """Write model.safetensors and metadata.json of a run that has ended for `reason`."""
+    save_tensors(weights, run_dir.weights)
+    about = _metadata(
+        run_dir,
+        ended=reason.value,
+        step=progress.step,
+        skipped_steps=progress.skipped_steps,
+        epoch=epoch,
+        figures=dict(figures),
+        best=dict(best) if best is not None else None,
+    )
+    write_json(run_dir.metadata, about)
+
+
+def _metadata(run_dir: RunDir, **about: Any) -> dict[str, Any]:
+    return {
+        "hrm_ray": hrm_ray.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "parameters": sum(t.numel() for t in read_tensors(run_dir.weights).values()),
+        "weights_sha256": file_sha256(run_dir.weights),
+        **about,
+    }

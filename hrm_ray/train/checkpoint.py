@@ -1,0 +1,128 @@
+"""Saving and restoring the state of a run, whole or not at all.
+
+One job: what a checkpoint holds and how it is laid back. Weights, optimizer, average, carries and data position go in
+as safetensors, counters as JSON; nothing is pickled. The folder counts only once its manifest is there (RunDir).
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hrm_ray.errors import DataFault, Fault
+from hrm_ray.model.actv1 import States
+from hrm_ray.model.puzzle_objective import ROW_FIELDS, PuzzleCarry
+from hrm_ray.rundir import RunDir, read_json, write_json
+from hrm_ray.train.loop import Progress, TrainingLoop
+from hrm_ray.train.weights_file import fill_module, read_tensors, save_tensors
+
+WEIGHTS, AVERAGE, STATE = "model.safetensors", "ema.safetensors", "state.json"
+
+
+def save_checkpoint(loop: TrainingLoop, run_dir: RunDir, extra: dict[str, Any], keep: int) -> Path:
+    """Write a checkpoint of the present step; called on all ranks, returns when it is whole.
+
+    `extra` is the runner's own JSON-able state. Ranks write their slots, the leading rank everything else.
+    """
+    parts, world = loop.parts, loop.world
+    step = loop.progress.step
+    folder = run_dir.partial_checkpoint(step)
+    if world.leads:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    world.barrier()
+    weights = parts.strategy.full_weights()
+    parts.strategy.save(folder)
+    save_tensors(_slots(loop), folder / f"slots_{parts.shape.first_slot:08d}.safetensors")
+    if world.leads:
+        save_tensors(weights, folder / WEIGHTS)
+        if parts.ema is not None:
+            save_tensors(parts.ema.average, folder / AVERAGE)
+        state = {
+            "progress": vars(loop.progress),
+            "epoch": parts.feed.epoch,
+            "effective_batch_size": parts.shape.effective,
+            "extra": extra,
+        }
+        write_json(folder / STATE, state)
+    world.barrier()
+    if world.leads:
+        run_dir.seal_checkpoint(step)
+        run_dir.prune(keep)
+    world.barrier()
+    return run_dir.checkpoint(step)
+
+
+def load_checkpoint(loop: TrainingLoop, folder: Path) -> dict[str, Any]:
+    """Lay a whole checkpoint back into the loop, on any number of ranks with the same effective batch.
+
+    Called on all ranks, after the folder was verified; returns the runner's `extra`. Raises DataFault.
+    """
+    parts = loop.parts
+    state = read_json(folder / STATE)
+    if state["effective_batch_size"] != parts.shape.effective:
+        raise DataFault(
+            Fault(
+                f"effective batch {parts.shape.effective}",
+                f"the checkpoint {folder} was trained with {state['effective_batch_size']}",
+                "Choose --batch-size, --gradient-accumulation-steps and --world-size with that product",
+            )
+        )
+    fill_module(parts.objective.model, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
+    parts.strategy.load(folder)
+    if parts.ema is not None:
+        parts.ema.load(read_tensors(folder / AVERAGE))
+    loop.progress = Progress(**state["progress"])
+    slots = _own_slots(loop, folder)
+    position = {
+        name.removeprefix("feed."): tensor.numpy() for name, tensor in slots.items() if name.startswith("feed.")
+    }
+    parts.feed.seek(state["epoch"], position)
+    if parts.carried:
+        loop.carries = _carries(loop, slots)
+    extra: dict[str, Any] = state["extra"]
+    return extra
+
+
+def _slots(loop: TrainingLoop) -> dict[str, Tensor]:
+    """This rank's carries, slot by slot, and its place in the data."""
+    tensors = {f"feed.{n}": torch.from_numpy(np.ascontiguousarray(v)) for n, v in loop.parts.feed.position().items()}
+    if loop.parts.carried and loop.carries is not None:
+        carries: list[PuzzleCarry] = loop.carries
+        tensors["carry.z_h"] = torch.cat([c.states.z_h for c in carries])
+        tensors["carry.z_l"] = torch.cat([c.states.z_l for c in carries])
+        tensors["carry.steps"] = torch.cat([c.steps for c in carries])
+        tensors["carry.halted"] = torch.cat([c.halted for c in carries])
+        for name in ROW_FIELDS:
+            tensors[f"carry.data.{name}"] = torch.cat([c.data[name] for c in carries])
+    return tensors
+
+
+def _own_slots(loop: TrainingLoop, folder: Path) -> dict[str, Tensor]:
+    """The slots of this rank out of all ranks' files; what does not go by slots comes from the first file."""
+    shape = loop.parts.shape
+    files = [read_tensors(path) for path in sorted(folder.glob("slots_*.safetensors"))]
+    if not loop.parts.carried:
+        return files[0]
+    own = slice(shape.first_slot, shape.first_slot + shape.per_rank)
+    return {name: torch.cat([f[name] for f in files])[own] for name in files[0]}
+
+
+def _carries(loop: TrainingLoop, slots: dict[str, Tensor]) -> list[PuzzleCarry]:
+    device, rows = loop.world.device, loop.parts.shape.batch_size
+    on_device = {name: tensor.to(device) for name, tensor in slots.items() if name.startswith("carry.")}
+    cut = {name: tensor.split(rows) for name, tensor in on_device.items()}
+    return [
+        PuzzleCarry(
+            states=States(cut["carry.z_h"][i], cut["carry.z_l"][i]),
+            steps=cut["carry.steps"][i],
+            halted=cut["carry.halted"][i],
+            data={name: cut[f"carry.data.{name}"][i] for name in ROW_FIELDS},
+        )
+        for i in range(loop.parts.shape.accumulation)
+    ]

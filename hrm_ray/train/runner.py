@@ -1,0 +1,153 @@
+"""A whole run on one worker: steps, and between them logging, evaluation, checkpoints and the end.
+
+One job: what happens when. The step itself is the loop's; files are named by RunDir.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from hrm_ray.metrics.meters import DeviceMemory, MemoryMeter, Throughput
+from hrm_ray.rundir import RunDir
+from hrm_ray.settings.tree import RunSettings
+from hrm_ray.train.assemble import Workplace
+from hrm_ray.train.bundle import save_best, save_final
+from hrm_ray.train.checkpoint import save_checkpoint
+from hrm_ray.train.evaluate import better, evaluate
+from hrm_ray.train.loop import StepReport
+from hrm_ray.values import MetricSink, Outcome, Record, StopReason
+
+
+class Runner:
+    """Drives a loop to its end. Every rank runs one; the leading rank's sink writes the records."""
+
+    def __init__(self, settings: RunSettings, workplace: Workplace, run_dir: RunDir, sink: MetricSink) -> None:
+        self.settings = settings
+        self.loop = workplace.loop
+        self.held_out = workplace.held_out
+        self.run_dir = run_dir
+        self.sink = sink
+        self.best: dict[str, Any] | None = None
+        self.figures: dict[str, float] = {}
+        self._throughput = Throughput()
+        self._memory = MemoryMeter(_accelerator_memory(self.loop.world.device))
+        self._evaluated_at = -1
+        self._saved_at = -1
+
+    def resume(self, extra: dict[str, Any]) -> None:
+        """Take up the runner's own state of a checkpoint."""
+        self.best = extra["best"]
+        self._saved_at = self.loop.progress.step
+
+    def tell(self, level: str, message: str) -> None:
+        """Put a sentence for a person into the records."""
+        self._write("event", {"level": level, "message": message})
+
+    def run(self) -> Outcome:
+        """Train until steps or epochs are done or a stop is asked for; leaves a checkpoint and the final bundle."""
+        limit = self.settings.run.step_limit
+        reason = StopReason.FINISHED
+        while limit is None or self.loop.progress.step < limit:
+            report = self.loop.step()
+            if report is None:
+                break
+            self._after(report)
+            if report.stop is not None:
+                reason = report.stop
+                break
+        return self._end(reason)
+
+    def _after(self, report: StepReport) -> None:
+        run, step = self.settings.run, self.loop.progress.step
+        self._count(report)
+        if not report.applied:
+            self.tell("WARNING", f"step skipped: gradient norm {report.norm} ({self.loop.progress.bad_steps} in a row)")
+            return
+        if step % run.log_every == 0 or step == 1:
+            self._log(report)
+        if run.eval_every and step % run.eval_every == 0:
+            self._evaluate()
+        if run.save_every and step % run.save_every == 0:
+            self._save()
+
+    def _count(self, report: StepReport) -> None:
+        per_segment = report.totals.get("tokens", report.totals["rows"])
+        self._throughput.add(round(per_segment / self.loop.parts.objective.segments_per_step))
+
+    def _log(self, report: StepReport) -> None:
+        means = self.loop.flush_metrics()
+        shape, progress = self.loop.parts.shape, self.loop.progress
+        rate = self._throughput.per_s()
+        unit = "tokens_per_s" if "tokens" in report.totals else "samples_per_s"
+        values: dict[str, Any] = means | {
+            "lr": report.lr,
+            "grad_norm": report.norm,
+            "epoch": self.loop.parts.feed.epoch,
+            "batch_idx": progress.batch_idx,
+            "skipped_steps": progress.skipped_steps,
+            "physical_batch_size": shape.batch_size,
+            "gradient_accumulation_steps": shape.accumulation,
+            "effective_batch_size": shape.effective,
+            **self._memory.read(),
+        }
+        if rate is not None:
+            values[unit] = rate
+        self._write("train", values)
+
+    def _evaluate(self) -> None:
+        if self.held_out is None or self._evaluated_at == self.loop.progress.step:
+            return
+        self._throughput.pause()
+        ema = self.loop.parts.ema
+        with ema.in_place() if ema is not None else nullcontext():
+            self.figures = evaluate(self.loop.parts.objective, self.held_out, self.loop.world)
+            improved = better(self.figures, self.best)
+            if improved:
+                weights = self.loop.parts.strategy.full_weights()
+                self.best = {**self.figures, "step": self.loop.progress.step}
+                if self.loop.world.leads:
+                    save_best(self.run_dir, weights, self.best)
+        self._evaluated_at = self.loop.progress.step
+        self._write("eval", dict(self.figures) | {"best": improved})
+        self._throughput.resume()
+
+    def _save(self) -> None:
+        if self._saved_at == self.loop.progress.step:
+            return
+        self._throughput.pause()
+        save_checkpoint(self.loop, self.run_dir, {"best": self.best}, self.settings.run.keep)
+        self._saved_at = self.loop.progress.step
+        self._throughput.resume()
+
+    def _end(self, reason: StopReason) -> Outcome:
+        """The last checkpoint, and after a run that was not stopped the last evaluation and the final weights."""
+        progress, epoch = self.loop.progress, self.loop.parts.feed.epoch
+        if reason is StopReason.FINISHED:
+            self._evaluate()
+        self._save()
+        ema = self.loop.parts.ema
+        with ema.in_place() if ema is not None else nullcontext():
+            weights = self.loop.parts.strategy.full_weights()
+            if self.loop.world.leads:
+                save_final(self.run_dir, weights, reason, progress, epoch, self.figures, self.best)
+        return Outcome(reason, progress.step, epoch, str(self.run_dir.root), self.figures)
+
+    def _write(self, kind: Any, values: dict[str, Any]) -> None:
+        if self.loop.world.leads:
+            self.sink.write(Record(kind, self.loop.progress.step, time.time(), values))
+
+
+def _accelerator_memory(device: torch.device) -> Callable[[], DeviceMemory] | None:
+    """How to read the accelerator's memory; None on the CPU, where the process's own memory counts."""
+    if device.type != "cuda":
+        return None
+    return lambda: DeviceMemory(
+        torch.cuda.memory_allocated(device),
+        torch.cuda.max_memory_allocated(device),
+        torch.cuda.memory_reserved(device),
+    )

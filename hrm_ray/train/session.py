@@ -1,0 +1,65 @@
+"""What one worker does from start to end, whatever launcher started it.
+
+One job: read the plan, put the parts together, restore a checkpoint if one is named, run, close. The driver has
+prepared the bundle's folder and the data beforehand.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hrm_ray.data.prepare import open_samples
+from hrm_ray.metrics.fanout import FanOut
+from hrm_ray.metrics.jsonl import JsonlSink
+from hrm_ray.metrics.tensorboard import TensorBoardSink
+from hrm_ray.model.config import ModelConfig
+from hrm_ray.rundir import RunDir
+from hrm_ray.settings.tree import RunSettings, from_plain
+from hrm_ray.train.assemble import assemble
+from hrm_ray.train.checkpoint import load_checkpoint
+from hrm_ray.train.runner import Runner
+from hrm_ray.train.world import World
+from hrm_ray.values import DriverLink, MetricSink, Outcome
+
+
+def train(plan: dict[str, Any], link: DriverLink) -> Outcome:
+    """Run this worker's share of the plan; the process group, if there is to be one, already exists.
+
+    `plan` is what launch/plan.py wrote: JSON values only.
+    """
+    settings = from_plain(plan["settings"])
+    config = ModelConfig.from_plain(plan["model_config"], "the launch plan")
+    run_dir = RunDir(Path(plan["bundle"]))
+    world = World.here(plan["device"], plan["threads"])
+    samples, held_out = open_samples(plan["data"], run_dir.data)
+    stop_poll = link.stop_requested if world.leads else lambda: None
+    workplace = assemble(settings, config, samples, held_out, world, plan["schedule_steps"], stop_poll)
+    resumed_step: int | None = None
+    extra: dict[str, Any] = {}
+    if plan["resume"] is not None:
+        extra = load_checkpoint(workplace.loop, Path(plan["resume"]))
+        resumed_step = workplace.loop.progress.step
+    sink = _sinks(settings, run_dir, resumed_step, link) if world.leads else FanOut([])
+    try:
+        runner = Runner(settings, workplace, run_dir, sink)
+        for note in plan["notes"]:
+            runner.tell("WARNING", note)
+        if plan["resume"] is not None:
+            runner.resume(extra)
+            runner.tell("INFO", f"going on from {plan['resume']}")
+        return runner.run()
+    finally:
+        sink.close()
+
+
+def _sinks(settings: RunSettings, run_dir: RunDir, resumed_step: int | None, link: DriverLink) -> MetricSink:
+    """The leading rank's sinks; the plan has already cut the old records of a resumed run at its step."""
+    sinks: list[MetricSink] = [
+        JsonlSink(run_dir.metrics),
+        TensorBoardSink(run_dir.tensorboard, resumed_step),
+        link.sink(),
+    ]
+    if settings.run.log_file is not None:
+        sinks.append(JsonlSink(settings.run.log_file))
+    return FanOut(sinks)

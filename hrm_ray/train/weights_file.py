@@ -1,0 +1,52 @@
+"""A model's tensors as a safetensors file: written atomically, loaded strictly.
+
+One job: names, shapes and files of weights. Optimizer state is elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hrm_ray.errors import DataFault, Fault
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write `tensors` so that `path` is whole or unchanged."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary)
+    os.replace(temporary, path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises DataFault when it is missing or cut short."""
+    if not path.is_file():
+        raise DataFault(Fault(str(path), "there is no such file", "Give a whole bundle or checkpoint"))
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        mend = "Copy the file again from its source, or use another checkpoint"
+        raise DataFault(Fault(str(path), f"it is no whole safetensors file ({error})", mend)) from None
+
+
+def fill_module(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Load `tensors` into `module`; every name and shape must agree. Raises DataFault that lists what does not."""
+    own = module.state_dict()
+    wrong = [f"{n} is missing" for n in own.keys() - tensors.keys()]
+    wrong += [f"{n} is not part of this architecture" for n in tensors.keys() - own.keys()]
+    wrong += [
+        f"{n} has shape {list(tensors[n].shape)}, the model {list(own[n].shape)}"
+        for n in own.keys() & tensors.keys()
+        if tensors[n].shape != own[n].shape
+    ]
+    if wrong:
+        shown = "; ".join(sorted(wrong)[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+        mend = "Give weights of the same architecture, or set the model options to those of the weights"
+        raise DataFault(Fault(source, f"these weights are of another architecture: {shown}", mend))
+    module.load_state_dict(dict(tensors))
