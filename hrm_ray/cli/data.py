@@ -1,0 +1,58 @@
+"""`hrm-ray data build`: says what was built.
+
+One job: call the builders of `hrm_ray.data.build` and print their summaries. It decides nothing about the data.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hrm_ray.data.build import Difficulty, build_sudoku, build_text
+
+
+def run_build_sudoku(
+    out: Path,
+    *,
+    size: int,
+    train: int,
+    test: int,
+    difficulty: Difficulty,
+    clues: int | None,
+    augment: int,
+    seed: int,
+    overwrite: bool,
+) -> int:
+    """Build the puzzles; gives the exit code."""
+    made = build_sudoku(
+        out,
+        size=size,
+        train=train,
+        test=test,
+        difficulty=difficulty,
+        clues=clues,
+        augment=augment,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    print(f"{made.folder}: Sudoku {made.size}x{made.size}")
+    print(f"  train  {made.train} puzzles on {made.train_grids} grids ({made.base_puzzles} before augmentation)")
+    print(f"  test   {made.test} puzzles on {made.test_grids} other grids")
+    print(f"  clues  {_counts(made.clues)}")
+    print(f"  grades {_counts(made.grades)}")
+    print(f"next: hrm-ray train --dataset-file {made.folder} --val-split test")
+    return 0
+
+
+def run_build_text(out: Path, *, max_bytes: int | None, seed: int, overwrite: bool) -> int:
+    """Build the corpus; gives the exit code."""
+    made = build_text(out, max_bytes=max_bytes, seed=seed, overwrite=overwrite)
+    print(f"{made.folder}: text of Python's documentation")
+    print(f"  train  {made.train_documents} documents, {made.train_bytes} bytes")
+    print(f"  test   {made.test_documents} documents, {made.test_bytes} bytes")
+    print(f"  {made.duplicates} duplicates left out")
+    print(f"next: hrm-ray train --dataset-file {made.folder} --val-split test")
+    return 0
+
+
+def _counts(numbers: dict[int, int]) -> str:
+    return ", ".join(f"{count} with {value}" for value, count in sorted(numbers.items()))

@@ -1,0 +1,202 @@
+"""The command `hrm-ray`: its sub-commands, and the way in.
+
+One job: say which commands and options there are. Each body imports what it needs, so that help and completion load
+neither torch nor Ray. Errors become exit codes in `edge`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+import typer
+from typer.main import get_command
+
+from hrm_ray.cli.edge import Ended, exit_code_of
+
+DeviceChoice: TypeAlias = Literal["auto", "cpu", "cuda", "xpu", "mps"]
+Difficulty: TypeAlias = Literal["any", "easy", "medium", "hard"]
+
+app = typer.Typer(
+    name="hrm-ray",
+    help="Trains Hierarchical Reasoning Models on Ray, and uses what was trained.",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Data sets.", rich_markup_mode=None)
+build_app = typer.Typer(help="Build a data set from nothing, without a download.", rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+data_app.add_typer(build_app, name="build")
+
+FLAT_OPTIONS: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+"""For commands whose options are the settings tree's: all words are handed on, `--help` included."""
+
+
+def carried(command: Callable[..., int]) -> Callable[..., int]:
+    """Brings what a command raises past Typer to the edge, unchanged; interrupts and broken pipes above all."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> int:
+        try:
+            return command(*args, **kwargs)
+        except (KeyboardInterrupt, EOFError, OSError) as error:
+            raise Ended from error
+
+    return run
+
+
+@app.command(context_settings=FLAT_OPTIONS)
+@carried
+def train(ctx: typer.Context) -> int:
+    """Train a model; `hrm-ray train --help` lists all options by section."""
+    from hrm_ray.cli.train import train_command
+
+    return train_command(ctx.args, "train")
+
+
+@app.command(name="train-actv1", context_settings=FLAT_OPTIONS)
+@carried
+def train_actv1(ctx: typer.Context) -> int:
+    """The same as train, under its older name."""
+    from hrm_ray.cli.train import train_command
+
+    return train_command(ctx.args, "train-actv1")
+
+
+@app.command(name="arch-summary", context_settings=FLAT_OPTIONS)
+@carried
+def arch_summary(ctx: typer.Context) -> int:
+    """Parameters by part, memory and FLOPs per token of an architecture, without training."""
+    from hrm_ray.cli.arch_summary import arch_summary_command
+
+    return arch_summary_command(ctx.args)
+
+
+@app.command()
+@carried
+def generate(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a trained bundle.")],
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Spread of the draw; 0 takes the likeliest.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw among this many likeliest tokens; 0 among all.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw among the likeliest up to this mass.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Where the draws come from.")] = 0,
+    adaptive: Annotated[bool, typer.Option(help="Let each token stop thinking when its halting head says so.")] = False,
+    device: Annotated[DeviceChoice, typer.Option(help="Where to compute.")] = "auto",
+) -> int:
+    """Write text with a trained language model."""
+    from hrm_ray.cli.generate import run_generate
+
+    return run_generate(
+        bundle,
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        adaptive=adaptive,
+        device=device,
+    )
+
+
+@app.command()
+@carried
+def solve(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a trained bundle.")],
+    puzzles: Annotated[
+        list[str] | None, typer.Argument(help="Puzzles, cell by cell in one word; 0 or . is empty.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="Puzzles to solve: a file, or a data folder.")] = None,
+    split: Annotated[str, typer.Option(help="Split of --file to solve.")] = "test",
+    limit: Annotated[int | None, typer.Option(min=1, help="Solve at most this many.")] = None,
+    stop_by_q: Annotated[bool, typer.Option(help="Stop each puzzle when its halting head says so.")] = False,
+    device: Annotated[DeviceChoice, typer.Option(help="Where to compute.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object per puzzle.")] = False,
+) -> int:
+    """Solve puzzles with a trained model."""
+    from hrm_ray.cli.solve import run_solve
+
+    return run_solve(
+        bundle,
+        puzzles=puzzles or [],
+        file=file,
+        split=split,
+        limit=limit,
+        stop_by_q=stop_by_q,
+        device=device,
+        as_json=as_json,
+    )
+
+
+@app.command()
+@carried
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Bundles or metrics.jsonl files.")],
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("loss.png"),
+    metric: Annotated[list[str] | None, typer.Option(help="Metric to draw; may be given several times.")] = None,
+) -> int:
+    """Draw loss curves of runs side by side, as a PNG."""
+    from hrm_ray.metrics.plots import plot_runs
+
+    print(plot_runs(runs, out, metric))
+    return 0
+
+
+@build_app.command("sudoku")
+@carried
+def data_build_sudoku(
+    out: Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")],
+    size: Annotated[int, typer.Option(help="4 or 9 cells to a side.")] = 9,
+    train: Annotated[int, typer.Option(help="Puzzles to train on, before augmentation.")] = 1000,
+    test: Annotated[int, typer.Option(help="Held-out puzzles, on other grids than the training puzzles.")] = 1000,
+    difficulty: Annotated[Difficulty, typer.Option(help="easy needs no guess, medium 1 to 3, hard more.")] = "any",
+    clues: Annotated[int | None, typer.Option(help="Clues in a puzzle; without it no clue can be left out.")] = None,
+    augment: Annotated[int, typer.Option(help="Symmetric copies added for each training puzzle.")] = 0,
+    seed: Annotated[int, typer.Option(help="Where the draws come from.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set that is there.")] = False,
+) -> int:
+    """Build Sudoku puzzles with exactly one solution each."""
+    from hrm_ray.cli.data import run_build_sudoku
+
+    return run_build_sudoku(
+        out,
+        size=size,
+        train=train,
+        test=test,
+        difficulty=difficulty,
+        clues=clues,
+        augment=augment,
+        seed=seed,
+        overwrite=overwrite,
+    )
+
+
+@build_app.command("text")
+@carried
+def data_build_text(
+    out: Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")],
+    max_bytes: Annotated[int | None, typer.Option(help="End the corpus before it passes this size.")] = None,
+    seed: Annotated[int, typer.Option(help="Where the order of the documents comes from.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set that is there.")] = False,
+) -> int:
+    """Build a text corpus from the documentation that comes with Python."""
+    from hrm_ray.cli.data import run_build_text
+
+    return run_build_text(out, max_bytes=max_bytes, seed=seed, overwrite=overwrite)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command line and leave the process with its exit code."""
+    command = get_command(app)
+    given = list(sys.argv[1:] if words is None else words) or ["--help"]
+    sys.exit(exit_code_of(lambda: command.main(given, prog_name="hrm-ray", standalone_mode=False)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The help page of a command that takes the flat options.
+
+One job: print the options by section, each with its spellings, values, meaning and default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from hrm_ray.settings.options import Option, options
+from hrm_ray.settings.tree import SECTIONS
+
+
+def print_option_help(
+    usage: str, about: str, own: Iterable[tuple[str, str]], sections: Iterable[str] = tuple(SECTIONS)
+) -> None:
+    """Print the page: `own` are the command's own options as (spelling, help), then the tree's by section."""
+    console = Console(highlight=False)
+    console.print(Text(f"\n Usage: {usage}\n", style="bold"))
+    console.print(Text(f" {about}\n"))
+    console.print(_panel("options", own))
+    for section in sections:
+        rows = [(_spellings(option), _meaning(option)) for option in options().values() if option.section == section]
+        console.print(_panel(section, rows))
+
+
+def _panel(title: str, rows: Iterable[tuple[str, str]]) -> Panel:
+    table = Table.grid(padding=(0, 2), expand=True)
+    table.add_column(ratio=2, style="cyan", overflow="fold")
+    table.add_column(ratio=3)
+    for spelling, meaning in rows:
+        table.add_row(Text(spelling), Text(meaning))
+    return Panel(table, title=title, title_align="left", border_style="dim")
+
+
+def _spellings(option: Option) -> str:
+    if option.is_switch:
+        return f"{option.flag}/{option.off_flag}"
+    value = "|".join(option.choices) if option.choices else "VALUE"
+    aliases = "".join(f", {alias}" for alias in option.aliases)
+    return f"{option.flag}{aliases} {value}"
+
+
+def _meaning(option: Option) -> str:
+    if option.default is None:
+        return option.help
+    default = option.written(option.default) if option.is_switch else option.default
+    return f"{option.help} [default: {default}]"

@@ -1,0 +1,70 @@
+"""What is wrong with one value, in a person's words.
+
+One job: turn an error that pydantic found into a Fault. It does not decide what is wrong, and it raises nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+from hrm_ray.errors import Fault
+
+_BOUNDS = {
+    "greater_than_equal": ("ge", "is below the least allowed value", "{} or more"),
+    "greater_than": ("gt", "is not above the bound", "more than {}"),
+    "less_than_equal": ("le", "is above the greatest allowed value", "{} or less"),
+    "less_than": ("lt", "is not below the bound", "less than {}"),
+}
+"""pydantic's error type: its context's key for the bound, the reason, and how the mend names the bound."""
+
+_KINDS = {
+    "int_": ("is not a whole number", "Give a whole number"),
+    "float_": ("is not a number", "Give a number"),
+    "bool_": ("is neither true nor false", "Give true or false"),
+    "path_": ("is not a path", "Give the path of a file or folder"),
+    "string_": ("is not text", "Give text, in quotation marks where YAML would read something else"),
+}
+"""Beginning of pydantic's error type: reason and mend."""
+
+
+def fault_of_error(error: Any, said: str) -> Fault:
+    """The fault in one entry of `ValidationError.errors()`; `said` is how the user named and gave the value."""
+    kind, context = str(error["type"]), error.get("ctx", {})
+    if kind in _BOUNDS:
+        bound, reason, words = _BOUNDS[kind]
+        limit = words.format(_number(context[bound]))
+        return Fault(said, reason, f"Give {limit}")
+    if kind == "literal_error":
+        choices = [part.strip().strip("'") for part in context["expected"].replace(" or ", ", ").split(",")]
+        near = nearest(str(error["input"]), choices, at_most=1)
+        hint = f"; the nearest is {near[0]}" if near else ""
+        return Fault(said, "is not one of the choices", f"Choose one of {', '.join(choices)}{hint}")
+    if kind == "finite_number":
+        return Fault(said, "is not a finite number", "Give a finite number")
+    if kind == "extra_forbidden":
+        return Fault(said, "is not a setting", "Leave it out")
+    if kind == "refused":
+        return Fault(said, context["reason"], context["mend"])
+    for beginning, (reason, mend) in _KINDS.items():
+        if kind.startswith(beginning):
+            return Fault(said, reason, mend)
+    return Fault(said, f"cannot be used ({error['msg']})", "Give a value as `hrm-ray train --help` says")
+
+
+def nearest(name: str, known: Iterable[str], at_most: int = 3) -> list[str]:
+    """The known names that look most like `name`, best first; empty where none is near."""
+    return get_close_matches(name, list(dict.fromkeys(known)), n=at_most, cutoff=0.6)
+
+
+def mend_of_name(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The mend for an unknown name: the nearest names, or `otherwise`."""
+    near = nearest(name, known)
+    if not near:
+        return otherwise
+    return f"The nearest {'is' if len(near) == 1 else 'are'} {', '.join(near)}"
+
+
+def _number(value: Any) -> str:
+    return str(int(value)) if float(value).is_integer() else str(value)

@@ -1,0 +1,173 @@
+"""From what a user says in four places to one validated tree, or to everything that is wrong, at once.
+
+One job: precedence. Defaults < the resumed run < preset < file < options < trial, where a preset or `num_layers`,
+wherever it is named, fills only leaves that the same user did not set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from hrm_ray.errors import Fault, SettingsError
+from hrm_ray.settings.faults import fault_of_error, mend_of_name, nearest
+from hrm_ray.settings.options import Spelling, options, spellings
+from hrm_ray.settings.presets import IN_PLACE_OF, PRESETS, SAID_EACH_TIME, layer_leaves, preset_leaves
+from hrm_ray.settings.rules import broken_rules
+from hrm_ray.settings.tree import SECTIONS, RunSettings
+from hrm_ray.settings.yaml_file import Said, read_settings_file, read_tree
+
+
+def load_settings(
+    said_options: Mapping[str, str | bool],
+    config_path: Path | None = None,
+    base: Mapping[str, Any] | None = None,
+    trial: Mapping[str, Any] | None = None,
+    *,
+    found: Sequence[Fault] = (),
+    also_known: Iterable[str] = (),
+) -> RunSettings:
+    """One tree from the options, the settings file, a resumed run (`base`, dotted keys) and a trial's overrides.
+
+    Options go by their spelling (`--lr`, `--no-rope`), or without the dashes. `found` are faults met before, which
+    are told together with the ones found here; `also_known` are a command's other options, for "the nearest is".
+    Raises SettingsError with every fault.
+    """
+    user = _merged(
+        [
+            read_settings_file(config_path) if config_path is not None else Said(),
+            read_options(said_options, also_known),
+            read_tree(trial or {}, "trial"),
+        ]
+    )
+    resumed = read_tree({key: value for key, value in (base or {}).items() if key not in SAID_EACH_TIME}, "resumed run")
+    faults = [*found, *resumed.faults, *user.faults]
+
+    by_user = _filled(user.values)
+    replaced = {old for key in by_user for old in IN_PLACE_OF.get(key, ())}
+    kept = {key: value for key, value in _filled(resumed.values).items() if key not in replaced}
+    values = {**kept, **by_user}
+    given = frozenset(key for key, value in user.values.items() if value is not None)
+    words = {**resumed.words, **user.words}
+
+    wrong = _wrong_leaves(values)
+    for key, error in wrong.items():
+        faults.append(fault_of_error(error, words.get(key, f"{key} = {values[key]}")))
+    settings = RunSettings.model_validate(
+        {**_nested({key: value for key, value in values.items() if key not in wrong}), "given": given - set(wrong)}
+    )
+    faults += broken_rules(settings, set(wrong) | _filled_by(wrong, user.values) | user.suspects | resumed.suspects)
+    if faults:
+        raise SettingsError(faults)
+    return settings
+
+
+def peek_leaves(
+    said_options: Mapping[str, str | bool], config_path: Path | None, keys: Sequence[str]
+) -> dict[str, Any]:
+    """A few leaves before the whole is loaded (which folder to resume, say), by dotted key.
+
+    Whatever is wrong is passed over with the leaf's default, since the load that follows reports it.
+    """
+    said = _merged([read_settings_file(config_path) if config_path is not None else Said(), read_options(said_options)])
+    wanted = {key: value for key, value in said.values.items() if key in keys}
+    wrong = _wrong_leaves(wanted)
+    settings = RunSettings.model_validate(_nested({key: wanted[key] for key in wanted if key not in wrong}))
+    return {key: settings.leaf(key) for key in keys}
+
+
+def read_options(said_options: Mapping[str, str | bool], also_known: Iterable[str] = ()) -> Said:
+    """What flat options say. A switch's value is True or text; a value option without its value is True."""
+    said = Said()
+    for name, value in said_options.items():
+        spelling = _spelling(name)
+        shown = f"{name} {value or repr(value)}" if isinstance(value, str) else name
+        if spelling is None:
+            known = [*spellings(), *also_known]
+            mend = mend_of_name(name, known, "`--help` lists the options")
+            said.faults.append(Fault(shown, "is not an option", mend))
+            said.suspects.update(spellings()[near].option.key for near in nearest(name, known) if near in spellings())
+            continue
+        key, meant = spelling.option.key, _meant(spelling, value)
+        if meant is None:
+            wrong = "needs a value" if spelling.fixed is None else "takes no value"
+            example = f"Write {name} VALUE" if spelling.fixed is None else f"Write {name} alone"
+            said.faults.append(Fault(shown, wrong, example))
+            said.suspects.add(key)
+        elif key in said.values and said.values[key] != meant:
+            reason = f"contradicts {said.words[key]}, which sets the same"
+            said.faults.append(Fault(shown, reason, "Keep one of the two"))
+            said.suspects.add(key)
+        else:
+            said.values[key], said.words[key] = meant, shown
+    return said
+
+
+def _spelling(name: str) -> Spelling | None:
+    """What an option's name stands for: `--hidden-size`, `hidden_size` or `model.hidden_size`."""
+    if name in options():
+        name = options()[name].flag
+    if name.startswith("--"):
+        return spellings().get(name)
+    return None if name.startswith("-") else spellings().get(f"--{name.replace('_', '-')}")
+
+
+def _meant(spelling: Spelling, value: str | bool) -> str | bool | None:
+    """The value a spelling gives its leaf; None where it lacks a value or has one it does not take."""
+    if spelling.fixed is None:
+        return None if isinstance(value, bool) else str(value)
+    if spelling.fixed is True:
+        return value
+    return spelling.fixed if value is True else None
+
+
+def _merged(sources: Sequence[Said]) -> Said:
+    """Sources laid over one another, the last on top."""
+    whole = Said()
+    for source in sources:
+        whole.values.update(source.values)
+        whole.words.update(source.words)
+        whole.faults.extend(source.faults)
+        whole.suspects.update(source.suspects)
+    return whole
+
+
+def _filled(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with what their preset and their number of layers stand for laid under them."""
+    preset = preset_leaves(str(values.get("model.model_preset")))
+    number = str(values.get("model.num_layers"))
+    layers = layer_leaves(int(number)) if number.isascii() and number.isdigit() and int(number) > 1 else {}
+    return {**preset, **layers, **values}
+
+
+def _filled_by(wrong: Iterable[str], said: Mapping[str, Any]) -> set[str]:
+    """Leaves that a faulty preset or number of layers would have filled: nobody knows their value."""
+    unknown: set[str] = set()
+    if "model.model_preset" in wrong:
+        unknown.update(key for leaves in PRESETS.values() for key in leaves)
+    if "model.num_layers" in wrong:
+        unknown.update(layer_leaves(2))
+    return unknown - set(said)
+
+
+def _wrong_leaves(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves that cannot have their value, each with pydantic's account of it."""
+    wrong: dict[str, Any] = {}
+    for section, leaves in _nested(values).items():
+        try:
+            SECTIONS[section].model_validate(leaves)
+        except ValidationError as error:
+            for each in error.errors():
+                wrong.setdefault(f"{section}.{each['loc'][0]}", each)
+    return wrong
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    tree: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, _, leaf = key.partition(".")
+        tree.setdefault(section, {})[leaf] = value
+    return tree

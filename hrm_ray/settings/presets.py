@@ -1,0 +1,49 @@
+"""Named sizes, and the settings that stand in for others.
+
+One job: say which leaves a preset or `num_layers` fills, as literal tables. `load` lays them under what the user said.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "nano": {
+        "model.hidden_size": 128,
+        "model.num_heads": 4,
+        "model.h_layers": 2,
+        "model.l_layers": 2,
+        "model.expansion": 4.0,
+    },
+    "tiny": {
+        "model.hidden_size": 256,
+        "model.num_heads": 4,
+        "model.h_layers": 4,
+        "model.l_layers": 4,
+        "model.expansion": 4.0,
+    },
+}
+"""Sizes by name: about 5 and 15 million parameters at the default vocabulary (FEATURES.md, M11)."""
+
+IN_PLACE_OF: dict[str, tuple[str, ...]] = {
+    "model.num_layers": ("model.h_layers", "model.l_layers"),
+    "model.h_layers": ("model.num_layers",),
+    "model.l_layers": ("model.num_layers",),
+    "model.expansion": ("model.d_ff",),
+    "data.eval_file": ("data.val_split",),
+    "data.val_split": ("data.eval_file",),
+}
+"""A leaf that the user sets takes the place of these leaves of a resumed run, which therefore fall away."""
+
+SAID_EACH_TIME: frozenset[str] = frozenset({"run.resume", "run.resume_from"})
+"""Leaves about one invocation only: never taken from a resumed run."""
+
+
+def preset_leaves(name: str) -> dict[str, Any]:
+    """The leaves that a preset fills; none for a name that is no preset (that is reported as a wrong value)."""
+    return dict(PRESETS[name]) if name in PRESETS else {}
+
+
+def layer_leaves(num_layers: int) -> dict[str, Any]:
+    """An even number of layers, half for H and half for L."""
+    return {"model.h_layers": num_layers // 2, "model.l_layers": num_layers // 2}

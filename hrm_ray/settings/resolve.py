@@ -1,0 +1,62 @@
+"""Settings that depend on what the data turns out to be.
+
+One job: fill the leaves that were left open (task, supervision, exploration, loss, sequence length), and refuse what
+contradicts the data. It reads no data: the caller says what was found.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hrm_ray.errors import Fault, SettingsError
+from hrm_ray.settings.model import Task
+from hrm_ray.settings.rules import broken_rules
+from hrm_ray.settings.tree import RunSettings
+
+TASK_DEFAULTS: dict[Task, dict[str, Any]] = {
+    "lm": {"supervision": "rollout", "halt_exploration_prob": 0.0, "loss": "softmax"},
+    "puzzle": {"supervision": "segment", "halt_exploration_prob": 0.1, "loss": "stablemax"},
+}
+"""Leaves of section `model` by task (FEATURES.md M4, M5, M14)."""
+
+TEXT_SEQ_LEN = 128
+"""Tokens of a text sequence when the user did not say (FEATURES.md D5)."""
+
+
+def resolve_task(settings: RunSettings, task_of_data: Task, puzzle_len: int | None = None) -> RunSettings:
+    """The settings with nothing left open that the task decides; all rules hold for the result.
+
+    `puzzle_len` is the length of the data's puzzles in tokens, needed for task puzzle.
+    Raises SettingsError with every contradiction, such as another task or length than the data has.
+    """
+    faults = _contradictions(settings, task_of_data, puzzle_len)
+    if faults:
+        raise SettingsError(faults)
+    model: dict[str, Any] = {"task": task_of_data}
+    for leaf, default in TASK_DEFAULTS[task_of_data].items():
+        if settings.leaf(f"model.{leaf}") is None:
+            model[leaf] = default
+    length = settings.data.max_seq_len or (TEXT_SEQ_LEN if task_of_data == "lm" else puzzle_len)
+    resolved = settings.model_copy(
+        update={
+            "model": settings.model.model_copy(update=model),
+            "data": settings.data.model_copy(update={"max_seq_len": length}),
+        }
+    )
+    faults = broken_rules(resolved)
+    if faults:
+        raise SettingsError(faults)
+    return resolved
+
+
+def _contradictions(settings: RunSettings, task_of_data: Task, puzzle_len: int | None) -> list[Fault]:
+    faults: list[Fault] = []
+    names = {"lm": "text", "puzzle": "puzzles"}
+    if settings.model.task not in (None, task_of_data):
+        reason = f"the data is {names[task_of_data]}"
+        faults.append(Fault(f"--task {settings.model.task}", reason, f"Give --task {task_of_data}, or other data"))
+    length = settings.data.max_seq_len
+    if task_of_data == "puzzle" and puzzle_len is not None and length not in (None, puzzle_len):
+        reason = f"the puzzles of this data are {puzzle_len} tokens long and are read whole"
+        faults.append(Fault(f"--max-seq-len {length}", reason, "Leave it out"))
+    return faults

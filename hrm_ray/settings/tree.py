@@ -1,0 +1,86 @@
+"""The settings tree: five sections, and which leaves the user set.
+
+One job: hold them, and turn the whole into plain values and back. Loading is in `load`, rules are in `rules`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_serializer
+
+from hrm_ray.errors import Fault, SettingsError
+from hrm_ray.settings.base import Section
+from hrm_ray.settings.cluster import ClusterSettings
+from hrm_ray.settings.data import DataSettings
+from hrm_ray.settings.faults import fault_of_error
+from hrm_ray.settings.model import ModelSettings
+from hrm_ray.settings.optimizer import OptimizerSettings
+from hrm_ray.settings.run import RunSectionSettings
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelSettings,
+    "data": DataSettings,
+    "optimizer": OptimizerSettings,
+    "cluster": ClusterSettings,
+    "run": RunSectionSettings,
+}
+
+
+class RunSettings(BaseModel):
+    """All that a user may say about a run, validated and frozen."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
+
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    run: RunSectionSettings = RunSectionSettings()
+    given: frozenset[str] = frozenset()
+    """Dotted keys that this run's user set, in the file, on the command line or in a trial. Rules against options
+    that would change nothing need it; presets, defaults and the settings of a resumed run are not in it."""
+
+    @field_serializer("given", when_used="json")
+    def _given_in_order(self, given: frozenset[str]) -> list[str]:
+        return sorted(given)
+
+    def leaf(self, dotted: str) -> Any:
+        """The value of a leaf by its dotted key, such as `model.hidden_size`."""
+        section, _, name = dotted.partition(".")
+        return getattr(getattr(self, section), name)
+
+
+def leaf_keys() -> Iterator[str]:
+    """Every leaf's dotted key, in the order of the tree."""
+    for section, kind in SECTIONS.items():
+        for name in kind.model_fields:
+            yield f"{section}.{name}"
+
+
+def to_plain(settings: RunSettings) -> dict[str, Any]:
+    """The whole tree as nested dictionaries that JSON can hold; paths become text."""
+    return settings.model_dump(mode="json")
+
+
+def from_plain(plain: Mapping[str, Any]) -> RunSettings:
+    """The tree back from `to_plain`'s dictionaries.
+
+    Raises SettingsError for anything that is not such a dictionary.
+    """
+    try:
+        return RunSettings.model_validate(dict(plain))
+    except ValidationError as error:
+        raise SettingsError([_fault_of_stored(each) for each in error.errors()]) from None
+
+
+def to_dotted(settings: RunSettings) -> dict[str, Any]:
+    """Every leaf by its dotted key, values as in `to_plain`; what `load_settings` takes as `base`."""
+    plain = to_plain(settings)
+    return {key: plain[key.partition(".")[0]][key.partition(".")[2]] for key in leaf_keys()}
+
+
+def _fault_of_stored(error: Any) -> Fault:
+    dotted = ".".join(str(part) for part in error["loc"])
+    return fault_of_error(error, f"{dotted} = {error['input']} (stored settings)")

@@ -1,0 +1,116 @@
+"""The settings file: YAML with nested sections or dotted keys.
+
+One job: read it into dotted keys, and say all that is wrong with its form and its names. Values are `load`'s matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hrm_ray.errors import Fault
+from hrm_ray.settings.faults import nearest
+from hrm_ray.settings.options import ALIASES, options
+from hrm_ray.settings.tree import SECTIONS
+
+
+class _LoaderWithoutDoubles(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys and says nothing; here that is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What one source of settings says."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    """Values by dotted key."""
+    words: dict[str, str] = field(default_factory=dict)
+    """How each was said, for messages, by dotted key."""
+    faults: list[Fault] = field(default_factory=list)
+    suspects: set[str] = field(default_factory=set)
+    """Leaves that a misspelt name may have meant; rules that read them would report what is not so."""
+
+
+def read_settings_file(path: Path) -> Said:
+    """The values of a settings file, and everything wrong with its form and names.
+
+    An empty file sets nothing. A file that cannot be read at all gives no values and one fault.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_LoaderWithoutDoubles)
+    except OSError as error:
+        return _unusable(path, f"cannot be read ({error.strerror})", "Give a readable YAML file")
+    except UnicodeDecodeError as error:
+        return _unusable(path, f"is not UTF-8 text (byte {error.start})", "Save the file as UTF-8")
+    except yaml.YAMLError as error:
+        return _unusable(path, f"is not YAML ({_where(error)})", "Mend the file there")
+    if content is None:
+        return Said()
+    if not isinstance(content, dict):
+        return _unusable(path, "holds no settings by name", "Write sections such as `model:` with their settings below")
+    return read_tree(content, str(path))
+
+
+def read_tree(content: Mapping[Any, Any], source: str) -> Said:
+    """Nested sections and dotted keys, as in a file; `source` says in messages where they stand."""
+    said = Said()
+    for key, value in content.items():
+        if key in SECTIONS and value is None:
+            continue
+        if key in SECTIONS and isinstance(value, dict):
+            pairs = [(f"{key}.{name}", each) for name, each in value.items()]
+        else:
+            pairs = [(str(key), value)]
+        for dotted, each in pairs:
+            if dotted in said.values:
+                reason = "is set twice, in its section and with a dotted key"
+                said.faults.append(Fault(f"{dotted} in {source}", reason, "Keep one of the two"))
+            elif dotted in options():
+                said.values[dotted] = each
+                said.words[dotted] = f"{dotted} = {each} ({source})"
+            else:
+                mend, suspects = _mend_of_key(dotted)
+                said.faults.append(Fault(f"{dotted} = {each} ({source})", "is not a setting", mend))
+                said.suspects.update(suspects)
+    return said
+
+
+def _mend_of_key(name: str) -> tuple[str, list[str]]:
+    """What to write in place of an unknown key, and the leaves that may have been meant."""
+    if name in SECTIONS:
+        first = next(key for key in options() if key.startswith(f"{name}."))
+        return f"`{name}` is a section: write its settings below it, such as {first}", []
+    keys_by_leaf = {key.partition(".")[2]: key for key in options()}
+    leaf = name.replace("-", "_").lower().rpartition(".")[2]
+    alias = ALIASES.get(f"--{leaf.replace('_', '-')}")
+    if alias is not None:
+        return f"In a file it is called {alias.leaf}", [alias.leaf]
+    near = [keys_by_leaf[each] for each in nearest(leaf, keys_by_leaf)]
+    if not near:
+        return "`hrm-ray train --help` lists the settings", []
+    if keys_by_leaf.get(leaf) in near:
+        return f"Write {keys_by_leaf[leaf]}", near
+    return f"The nearest {'is' if len(near) == 1 else 'are'} {', '.join(near)}", near
+
+
+def _unusable(path: Path, reason: str, mend: str) -> Said:
+    return Said(faults=[Fault(f"--config {path}", reason, mend)], suspects=set(options()))
+
+
+def _where(error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return " ".join(str(error).split())

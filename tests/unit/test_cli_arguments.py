@@ -1,0 +1,82 @@
+"""The words of a command line are split without losing or inventing any."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hrm_ray.cli.arguments import parse_arguments
+from hrm_ray.settings.load import load_settings
+from hrm_ray.settings.options import to_options
+
+OWN = {"--config": True, "--dry-run": False}
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "own"),
+    [
+        (["--lr", "1e-3", "--packing"], {"--lr": "1e-3", "--packing": True}, {}),
+        (["--lr=1e-3", "--no-packing", "--keep", "2"], {"--lr": "1e-3", "--no-packing": True, "--keep": "2"}, {}),
+        (["--no-rope", "--d-model", "64"], {"--no-rope": True, "--d-model": "64"}, {}),
+        (["--brain-name", "a=b", "--packing=no"], {"--brain-name": "a=b", "--packing": "no"}, {}),
+        (["--weight-decay", "-1"], {"--weight-decay": "-1"}, {}),
+        (["--lr", "--keep", "2"], {"--lr": True, "--keep": "2"}, {}),
+        (["--config", "a.yaml", "--dry-run", "--lr"], {"--lr": True}, {"--config": "a.yaml", "--dry-run": True}),
+        (["--hiden-size", "64", "--keep", "2"], {"--hiden-size": "64", "--keep": "2"}, {}),
+        (["--dryrun", "--keep", "2"], {"--dryrun": True, "--keep": "2"}, {}),
+        (["--lr", "1", "--lr", "1"], {"--lr": "1"}, {}),
+    ],
+)
+def test_words_become_options(words: list[str], options: dict[str, str | bool], own: dict[str, str | bool]) -> None:
+    found = parse_arguments(words, OWN)
+    assert (found.options, found.own, found.faults) == (options, own, [])
+
+
+@pytest.mark.parametrize(
+    ("words", "value", "reason"),
+    [
+        (["stray", "--lr", "1"], "stray", "stands alone"),
+        (["--packing", "no"], "no", "stands alone"),
+        (["--dryrun", "stray"], "stray", "stands alone"),
+        (["--lr", "1", "--lr", "2"], "--lr 1 and --lr 2", "given twice"),
+        (["--config"], "--config", "needs a value"),
+        (["--config="], "--config", "needs a value"),
+        (["--dry-run=yes"], "--dry-run=yes", "takes no value"),
+    ],
+)
+def test_what_does_not_fit_is_a_fault(words: list[str], value: str, reason: str) -> None:
+    (fault,) = parse_arguments(words, OWN).faults
+    assert fault.value == value and reason in fault.reason
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "--hidden-size": st.sampled_from(["64", "128"]),
+            "--weight-decay": st.floats(0, 10).map(str),
+            "--brain-name": st.text("abc-=_ ", min_size=1).filter(lambda text: text.strip() and text[-1] not in ". "),
+            "--packing": st.booleans(),
+            "--device": st.sampled_from(["cpu", "cuda"]),
+        },
+    )
+)
+def test_what_settings_say_as_words_gives_the_settings(said: dict[str, str | bool]) -> None:
+    settings = load_settings(said)
+    words: list[str] = []
+    for name, value in to_options(settings).items():
+        if isinstance(value, bool):
+            words.append(name if value else f"--no-{name[2:]}")
+        else:
+            words.append(f"{name}={value}")
+    found = parse_arguments(words, OWN)
+    assert not found.faults and {name for name in found.options} <= set(words) | {
+        word.partition("=")[0] for word in words
+    }
+    again = {key: value for key, value in found.options.items() if key.removeprefix("--") in _names(said)}
+    assert load_settings(again) == settings
+
+
+def _names(said: dict[str, str | bool]) -> set[str]:
+    return {name[2:] for name in said} | {f"no-{name[2:]}" for name in said}

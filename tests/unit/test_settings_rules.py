@@ -1,0 +1,187 @@
+"""Every rule between leaves refuses what it should, passes what it should, and reads only what it declares."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from hrm_ray.errors import SettingsError
+from hrm_ray.settings.idle import IDLE_LEAVES
+from hrm_ray.settings.load import load_settings, read_options
+from hrm_ray.settings.rules import RULES, broken_rules
+from hrm_ray.settings.tree import SECTIONS, RunSettings, leaf_keys
+
+Options = dict[str, str | bool]
+
+PREFIX: Options = {"--lm-mask": "prefix", "--prompt-column": "p", "--response-column": "r"}
+
+EXAMPLES: dict[str, tuple[Options, Options, str]] = {
+    "heads_divide": (
+        {"--num-heads": "6", "--hidden-size": "64"},
+        {"--num-heads": "4", "--hidden-size": "64"},
+        "--num-heads 4",
+    ),
+    "head_size_even": (
+        {"--num-heads": "4", "--hidden-size": "12"},
+        {"--num-heads": "4", "--hidden-size": "12", "--no-rope": True},
+        "3",
+    ),
+    "layers_even": ({"--num-layers": "5"}, {"--num-layers": "6"}, "--num-layers 6"),
+    "layers_once": ({"--num-layers": "4", "--h-layers": "1"}, {"--h-layers": "1"}, "--h-layers 1"),
+    "width_once": ({"--d-ff": "64", "--expansion": "2"}, {"--d-ff": "64"}, "--expansion 2"),
+    "gradient_within_segment": (
+        {"--bp-steps": "7"},
+        {"--bp-steps": "6", "--h-cycles": "2", "--l-cycles": "2"},
+        "--bp-steps 6",
+    ),
+    "text_in_rollout": (
+        {"--task": "lm", "--supervision": "segment"},
+        {"--task": "puzzle", "--supervision": "segment"},
+        "",
+    ),
+    "text_without_exploration": (
+        {"--task": "lm", "--halt-exploration-prob": "0.5"},
+        {"--task": "lm", "--halt-exploration-prob": "0"},
+        "0.5",
+    ),
+    "exploration_has_room": (
+        {"--halt-max-steps": "1", "--halt-exploration-prob": "0.5"},
+        {"--halt-max-steps": "1"},
+        "--halt-max-steps 1",
+    ),
+    "columns_with_prefix": ({"--prompt-column": "p"}, PREFIX, "--lm-mask prefix"),
+    "puzzle_without_prefix": ({"--task": "puzzle", **PREFIX}, {"--task": "lm", **PREFIX}, "full attention"),
+    "transformer_for_text": (
+        {"--task": "puzzle", "--arch": "transformer"},
+        {"--task": "lm", "--arch": "transformer"},
+        "causal",
+    ),
+    "puzzle_embedding_for_puzzles": (
+        {"--task": "lm", "--puzzle-emb-ndim": "8"},
+        {"--task": "puzzle", "--puzzle-emb-ndim": "8"},
+        "8",
+    ),
+    "warmup_within_run": ({"--warmup-steps": "200"}, {"--warmup-steps": "200", "--epochs": "1"}, "--warmup-steps 199"),
+    "workers_need_ray": (
+        {"--launcher": "local", "--world-size": "2"},
+        {"--launcher": "local", "--world-size": "1"},
+        "--launcher ray",
+    ),
+    "workers_need_ddp": ({"--no-ddp": True, "--world-size": "2"}, {"--ddp": True, "--world-size": "1"}, "--no-ddp"),
+    "address_needs_ray": ({"--launcher": "local", "--ray-address": "a:1"}, {"--ray-address": "a:1"}, "a:1"),
+    "gpu_numbers_for_gpus": ({"--cuda-ids": "0", "--device": "cpu"}, {"--cuda-ids": "0"}, "--device cuda"),
+    "gpu_for_each_worker": (
+        {"--cuda-ids": "0,1", "--world-size": "3"},
+        {"--cuda-ids": "0,1", "--world-size": "2"},
+        "--world-size 2",
+    ),
+    "resume_one_way": ({"--resume": True, "--resume-from": "c"}, {"--resume-from": "c"}, "--resume"),
+    "one_held_out_set": ({"--val-split": "v", "--eval-file": "f"}, {"--val-split": "v"}, "v"),
+    "evaluation_needs_data": ({"--eval-every": "5"}, {"--eval-every": "5", "--val-split": "v"}, "--eval-file"),
+    "cycles_of_transformer": ({"--arch": "transformer", "--h-cycles": "2"}, {"--arch": "transformer"}, "--h-cycles 2"),
+    "rope_theta_of_rope": ({"--no-rope": True, "--rope-theta": "1e4"}, {"--rope-theta": "1e4"}, "rope"),
+    "halt_margin_of_gain": ({"--halt-rule": "none", "--halt-margin": "0.1"}, {"--halt-margin": "0.1"}, "0.1"),
+    "text_leaves_of_text": ({"--task": "puzzle", "--no-packing": True}, {"--task": "puzzle"}, "--no-packing"),
+    "text_column_without_prefix": ({**PREFIX, "--text-column": "t"}, PREFIX, "--text-column t"),
+    "training_of_own_tokenizer": (
+        {"--model": "tok", "--vocab-size": "400", "--retrain-tokenizer": True},
+        {"--model": "tok"},
+        "--vocab-size 400 with --retrain-tokenizer",
+    ),
+    "eval_batches_need_data": ({"--eval-batches": "3"}, {"--eval-batches": "3", "--eval-file": "f"}, "--eval-file"),
+    "decay_of_wsd": ({"--wsd-decay-ratio": "0.1"}, {"--wsd-decay-ratio": "0.1", "--lr-schedule": "wsd"}, "wsd"),
+    "minimum_of_constant": (
+        {"--lr-min-ratio": "0", "--lr-schedule": "constant"},
+        {"--lr-schedule": "constant"},
+        "constant",
+    ),
+    "moments_of_sgd": ({"--optimizer": "sgd", "--beta1": "0.8"}, {"--optimizer": "sgd"}, "--beta1 0.8"),
+    "puzzle_embedding_options": (
+        {"--puzzle-emb-lr": "0.1"},
+        {"--puzzle-emb-lr": "0.1", "--puzzle-emb-ndim": "4"},
+        "--puzzle-emb-ndim",
+    ),
+}
+"""Rule -> options it refuses, options it passes, and what its message names."""
+
+
+def test_every_rule_has_an_example() -> None:
+    assert [rule.name for rule in RULES] == list(dict.fromkeys(rule.name for rule in RULES))
+    assert {rule.name for rule in RULES} == set(EXAMPLES)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_rule_refuses(name: str) -> None:
+    bad, _, hint = EXAMPLES[name]
+    with pytest.raises(SettingsError) as caught:
+        load_settings(bad)
+    rule = next(rule for rule in RULES if rule.name == name)
+    own = rule.check(unchecked(bad))
+    assert own in caught.value.faults
+    assert own is not None and hint in str(own)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_rule_passes(name: str) -> None:
+    load_settings(EXAMPLES[name][1])
+
+
+@pytest.mark.parametrize("name", [idle.name for idle in IDLE_LEAVES])
+def test_a_leaf_that_nobody_gave_is_never_idle(name: str) -> None:
+    settings = unchecked(EXAMPLES[name][0])
+    rule = next(rule for rule in RULES if rule.name == name)
+    assert rule.check(settings) is not None
+    assert rule.check(settings.model_copy(update={"given": frozenset()})) is None
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_a_rule_reads_what_it_declares(rule: Any) -> None:
+    assert set(rule.reads) <= set(leaf_keys())
+    for options in EXAMPLES[rule.name][:2]:
+        seen: set[str] = set()
+        rule.check(cast(RunSettings, Watched(unchecked(options), seen)))
+        assert seen <= set(rule.reads)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_a_rule_is_skipped_when_a_leaf_is_faulty(rule: Any) -> None:
+    settings = unchecked(EXAMPLES[rule.name][0])
+    fault = rule.check(settings)
+    assert fault in broken_rules(settings)
+    for key in rule.reads:
+        assert fault not in broken_rules(settings, {key})
+
+
+class Watched:
+    """Settings that note which leaves are read."""
+
+    def __init__(self, settings: RunSettings, seen: set[str]) -> None:
+        self.given = settings.given
+        self._settings, self._seen = settings, seen
+
+    def __getattr__(self, section: str) -> WatchedSection:
+        return WatchedSection(section, self._settings, self._seen)
+
+    def leaf(self, key: str) -> Any:
+        self._seen.add(key)
+        return self._settings.leaf(key)
+
+
+class WatchedSection:
+    def __init__(self, section: str, settings: RunSettings, seen: set[str]) -> None:
+        self._section, self._settings, self._seen = section, settings, seen
+
+    def __getattr__(self, leaf: str) -> Any:
+        derived = {"step_limit": ("run.steps", "run.epochs"), "cuda_numbers": ("cluster.cuda_ids",)}
+        self._seen.update(derived.get(leaf, (f"{self._section}.{leaf}",)))
+        return getattr(getattr(self._settings, self._section), leaf)
+
+
+def unchecked(options: Options) -> RunSettings:
+    """The tree that the options mean, with no rule applied."""
+    values = read_options(options).values
+    nested: dict[str, Any] = {section: {} for section in SECTIONS}
+    for key, value in values.items():
+        nested[key.partition(".")[0]][key.partition(".")[2]] = value
+    return RunSettings.model_validate({**nested, "given": frozenset(values)})
