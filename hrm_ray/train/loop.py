@@ -147,9 +147,7 @@ class TrainingLoop:
 
     def _totals(self, batches: list[Batch], carries: list[Any]) -> tuple[dict[str, float], StopReason | None]:
         """All denominators of this step over micro-batches and ranks, and the stop that any rank knows of."""
-        shares = [
-            self.parts.objective.weights(batch, carry) for batch, carry in zip(batches, carries, strict=True)
-        ]
+        shares = [self.parts.objective.weights(batch, carry) for batch, carry in zip(batches, carries, strict=True)]
         names = sorted(shares[0])
         wish = self.stop_poll()
         flags = [float(wish is reason) for reason in STOP_REASONS]
@@ -184,7 +182,7 @@ class TrainingLoop:
     def _applied(self, puzzle_emb_lr: float) -> None:
         parts = self.parts
         if parts.sparse is not None:
-            parts.sparse.step(puzzle_emb_lr, self.world.gather_rows)
+            parts.sparse.step(puzzle_emb_lr, self.world)
         if parts.ema is not None:
             parts.ema.update()
         self.progress.step += 1

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hrm_ray.model.embedding import PuzzleTable
 from hrm_ray.settings.optimizer import OptimizerSettings
+from hrm_ray.train.world import World
 
 BuildOptimizer = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
 
@@ -72,9 +73,7 @@ def _adamw(settings: OptimizerSettings, params: Iterable[torch.nn.Parameter]) ->
 
 
 def _adam_atan2(settings: OptimizerSettings, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    return AdamATan2(
-        params, lr=settings.lr, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
-    )
+    return AdamATan2(params, lr=settings.lr, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay)
 
 
 def _sgd(settings: OptimizerSettings, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -105,8 +104,11 @@ class SparseSignSGD:
         self.table = table
         self.weight_decay = weight_decay
 
-    def gradients(self, gather_rows: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """(identifiers [K], summed gradients [K, E]) of everything taken since the last update, over all ranks."""
+    def gradients(self, world: World) -> tuple[Tensor, Tensor]:
+        """(identifiers [K], their gradients [K, E]) of everything taken since the last update, over all ranks.
+
+        The loop scales losses by the number of ranks, for strategies that average; rows are summed, so it is undone.
+        """
         taken = [(t.identifiers, t.rows.grad) for t in self.table.taken if t.rows.grad is not None]
         self.table.taken.clear()
         ndim = self.table.weights.shape[1]
@@ -116,14 +118,15 @@ class SparseSignSGD:
         else:
             identifiers = torch.zeros(0, dtype=torch.long, device=self.table.weights.device)
             gradients = self.table.weights.new_zeros(0, ndim)
-        identifiers, gradients = gather_rows(identifiers), gather_rows(gradients)
+        identifiers, gradients = world.gather_rows(identifiers), world.gather_rows(gradients)
         present, place = identifiers.unique(return_inverse=True)
-        return present, gradients.new_zeros(present.shape[0], ndim).index_add_(0, place, gradients)
+        summed = gradients.new_zeros(present.shape[0], ndim).index_add_(0, place, gradients)
+        return present, summed / world.size
 
     @torch.no_grad()
-    def step(self, lr: float, gather_rows: Callable[[Tensor], Tensor]) -> None:
-        """One update with the learning rate of this step."""
-        present, summed = self.gradients(gather_rows)
+    def step(self, lr: float, world: World) -> None:
+        """One update with the learning rate of this step; a collective."""
+        present, summed = self.gradients(world)
         table = self.table.weights
         table[present] = table[present] * (1 - lr * self.weight_decay) - lr * summed.sign()
 

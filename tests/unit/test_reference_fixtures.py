@@ -28,7 +28,12 @@ from hrm_ray.values import Columns
 from tests.support.fixtures import Fixture, discover
 
 LOSSES = {"softmax_cross_entropy": "softmax", "stablemax_cross_entropy": "stablemax"}
-METRICS = {"accuracy": "accuracy", "exact_accuracy": "exact_accuracy", "q_halt_accuracy": "q_halt_accuracy", "steps": "act_steps"}
+METRICS = {
+    "accuracy": "accuracy",
+    "exact_accuracy": "exact_accuracy",
+    "q_halt_accuracy": "q_halt_accuracy",
+    "steps": "act_steps",
+}
 
 
 @pytest.fixture(params=discover(), ids=lambda path: path.stem)

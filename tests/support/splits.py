@@ -1,0 +1,204 @@
+"""One training problem, cut in different ways over ranks and micro-batches, for comparing the results.
+
+One job: scenarios and the function that runs one of them with one cut. It runs in the test process and in spawned
+gloo processes alike.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hrm_ray.model.config import ModelConfig
+from hrm_ray.settings.tree import RunSettings
+from hrm_ray.train.assemble import assemble, model_config
+from hrm_ray.train.loop import TrainingLoop
+from hrm_ray.train.world import World
+from hrm_ray.values import IGNORE_LABEL, Columns
+
+VOCABULARY, SEQ_LEN, IDENTIFIERS = 17, 12, 5
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the effective batch of 8 is cut."""
+
+    ranks: int
+    accumulation: int
+    batch: int
+
+
+CUTS = {"1x1x8": Cut(1, 1, 8), "1x2x4": Cut(1, 2, 4), "2x1x4": Cut(2, 1, 4), "2x2x2": Cut(2, 2, 2)}
+
+TEXT = {"task": "lm", "supervision": "rollout", "halt_exploration_prob": 0.0, "loss": "softmax", "halt_max_steps": 3}
+PUZZLE = {
+    "task": "puzzle",
+    "supervision": "segment",
+    "halt_exploration_prob": 0.5,
+    "loss": "stablemax",
+    "halt_max_steps": 3,
+}
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "text": TEXT,
+    "transformer": TEXT | {"arch": "transformer", "halt_max_steps": 1},
+    "puzzle-carried": PUZZLE,
+    "puzzle-embedding": PUZZLE | {"puzzle_emb_ndim": 24, "pos_encodings": "learned"},
+    "puzzle-rollout": PUZZLE | {"supervision": "rollout", "puzzle_emb_ndim": 8},
+}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {"optimizer": "sgd", "lr": 0.5},
+    "adam-atan2": {"optimizer": "adam-atan2", "lr": 1e-3},
+}
+STEPS = 10
+
+
+class Rows:
+    """A fixed SampleSet of unequal rows: different numbers of labels, one to three documents in a row."""
+
+    def __init__(self, task: str, count: int = 44) -> None:
+        draw = np.random.default_rng(7)
+        self.inputs = draw.integers(1, VOCABULARY, (count, SEQ_LEN)).astype(np.int32)
+        self.labels = draw.integers(1, VOCABULARY, (count, SEQ_LEN)).astype(np.int32)
+        lengths = draw.integers(1, SEQ_LEN + 1, count)
+        self.labels[np.arange(SEQ_LEN) >= lengths[:, None]] = IGNORE_LABEL
+        self.identifiers = draw.integers(0, IDENTIFIERS, count).astype(np.int32)
+        self.documents = np.sort(draw.integers(0, 3, (count, SEQ_LEN)), axis=1).astype(np.int32)
+        self.task = task
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def rows(self, indices: npt.NDArray[np.int64]) -> Columns:
+        active = indices >= 0
+        at = np.where(active, indices, 0)
+        labels = np.where(active[:, None], self.labels[at], np.int32(IGNORE_LABEL))
+        columns: Columns = {"inputs": self.inputs[at], "labels": labels, "active": active}
+        if self.task == "puzzle":
+            return columns | {"puzzle_identifiers": self.identifiers[at]}
+        return columns | {"documents": self.documents[at]}
+
+
+def settings_for(scenario: str, optimizer: str, cut: Cut) -> RunSettings:
+    return RunSettings.model_validate(
+        {
+            "model": {
+                "hidden_size": 16,
+                "num_heads": 2,
+                "h_layers": 1,
+                "l_layers": 1,
+                "d_ff": 24,
+                **SCENARIOS[scenario],
+            },
+            "data": {"linear_dataset": False},
+            "optimizer": {
+                "batch_size": cut.batch,
+                "gradient_accumulation_steps": cut.accumulation,
+                "grad_clip": 0.0,
+                "lr_schedule": "constant",
+                "weight_decay": 0.1,
+                **OPTIMIZERS[optimizer],
+            },
+            "run": {"seed": 3},
+        }
+    )
+
+
+def config_for(settings: RunSettings) -> ModelConfig:
+    return model_config(settings, VOCABULARY, seq_len=SEQ_LEN, puzzle_identifiers=IDENTIFIERS)
+
+
+def warm_heads(loop: TrainingLoop) -> None:
+    """Halting scores away from their start, so that rows really halt at different segments."""
+    model = loop.parts.objective.model
+    state = model.state_dict()
+    generator = torch.Generator().manual_seed(11)
+    if "q_head.weight" in state:
+        state["q_head.weight"].copy_(torch.randn(state["q_head.weight"].shape, generator=generator) / 2)
+        state["q_head.bias"].copy_(torch.tensor([0.5, 0.0]))
+
+
+@dataclass
+class Result:
+    """What one cut gave: first step's gradients, weights after the last step, mean losses, halted slots seen."""
+
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    losses: list[float]
+    halted_early: int
+
+
+def run(scenario: str, optimizer: str, cut: Cut) -> Result:
+    """Train STEPS updates as this rank's part of `cut`."""
+    settings = settings_for(scenario, optimizer, cut)
+    config = config_for(settings)
+    world = World.here("cpu", 1)
+    assert world.size == cut.ranks
+    samples = Rows(config.task)
+    loop = assemble(settings, config, samples, None, world, STEPS, lambda: None).loop
+    warm_heads(loop)
+    gradients = _capture(loop)
+    losses, halted_early = [], 0
+    for _ in range(STEPS):
+        report = loop.step()
+        assert report is not None and report.applied
+        losses.append(loop.flush_metrics()["loss"])
+        for carry in loop.carries or []:
+            halted_early += int((carry.halted & carry.data["active"] & (carry.steps < config.halt_max_steps)).sum())
+    weights = {name: t.clone() for name, t in loop.parts.strategy.full_weights().items()}
+    return Result(gradients, weights, losses, halted_early)
+
+
+def _capture(loop: TrainingLoop) -> dict[str, Tensor]:
+    """Fills with the first step's gradients: what the optimizer sees, and the puzzle table's summed rows."""
+    seen: dict[str, Tensor] = {}
+    strategy, sparse = loop.parts.strategy, loop.parts.sparse
+    step = strategy.step
+
+    def step_and_keep(max_norm: float) -> float:
+        for name, parameter in loop.parts.objective.named_parameters():
+            if name not in seen and parameter.grad is not None:
+                seen[name] = parameter.grad.clone()
+        return step(max_norm)
+
+    strategy.step = step_and_keep  # type: ignore[method-assign]
+    if sparse is not None:
+        gather = sparse.gradients
+
+        def gather_and_keep(world: World) -> tuple[Tensor, Tensor]:
+            present, summed = gather(world)
+            if "puzzle rows" not in seen:
+                table = torch.zeros_like(sparse.table.weights)
+                table[present] = summed
+                seen["puzzle rows"] = table
+            return present, summed
+
+        sparse.gradients = gather_and_keep  # type: ignore[method-assign]
+    return seen
+
+
+def spawned_rank(rank: int, ranks: int, rendezvous: str, out: str) -> None:
+    """A gloo process: runs every scenario with every cut of `ranks` ranks; the leading rank saves the results."""
+    os.environ["USE_LIBUV"] = "0"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
+    results = {
+        (scenario, optimizer, name): run(scenario, optimizer, cut)
+        for scenario in SCENARIOS
+        for optimizer in OPTIMIZERS
+        for name, cut in CUTS.items()
+        if cut.ranks == ranks
+    }
+    if rank == 0:
+        torch.save(results, Path(out))
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
