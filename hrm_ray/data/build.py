@@ -1,0 +1,308 @@
+"""`hrm-ray data build`: data sets made on this machine, so that a first run needs no download.
+
+One job: build_sudoku and build_text, each a folder that is complete or absent. Solving is puzzles/sudoku.py, the
+documentation's text pydocs.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from hrm_ray.data.folders import check_vacant, whole_folder
+from hrm_ray.data.puzzles import sudoku, symmetry
+from hrm_ray.data.puzzles.format import DESCRIPTION, Description, SplitEntry, write_description, write_split
+from hrm_ray.data.pydocs import python_documents
+from hrm_ray.errors import EnvironmentFault, Fault, SettingsError
+
+Difficulty: TypeAlias = Literal["any", "easy", "medium", "hard"]
+
+GRADES: dict[Difficulty, tuple[int, int]] = {"any": (1, 10**9), "easy": (1, 2), "medium": (3, 5), "hard": (6, 10**9)}
+"""Lowest and highest grade of each difficulty (sudoku.grade): easy needs no guess, medium 1 to 3, hard more."""
+
+_HELD_OUT_GRIDS_4X4 = 72
+# After this many draws in a row without a usable new puzzle the request is taken for impossible.
+_PATIENCE = {4: 20_000, 9: 2_000}
+_TEST_SHARE = 50  # one document in so many is held out
+_PUZZLE_FILES = frozenset({DESCRIPTION, "train.safetensors", "test.safetensors"})
+_TEXT_FILES = frozenset({"train.jsonl", "test.jsonl"})
+
+
+@dataclass(frozen=True)
+class SudokuSummary:
+    """What build_sudoku made. `grades` and `clues` count the training set's base puzzles by grade and by number of
+    clues."""
+
+    folder: Path
+    size: int
+    train: int
+    test: int
+    base_puzzles: int
+    train_grids: int
+    test_grids: int
+    grades: dict[int, int]
+    clues: dict[int, int]
+
+
+@dataclass(frozen=True)
+class TextSummary:
+    """What build_text made: documents and UTF-8 bytes of text per split, and exact duplicates left out."""
+
+    folder: Path
+    train_documents: int
+    test_documents: int
+    train_bytes: int
+    test_bytes: int
+    duplicates: int
+
+
+def build_sudoku(
+    out: Path,
+    *,
+    size: int = 9,
+    train: int = 1000,
+    test: int = 1000,
+    difficulty: Difficulty = "any",
+    clues: int | None = None,
+    augment: int = 0,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> SudokuSummary:
+    """A puzzle set of `train` and `test` different unique-solution Sudokus; each training puzzle comes with `augment`
+    symmetric copies beside it. `clues` None gives minimal puzzles (no clue can go), else puzzles with that many
+    clues.
+
+    Tokens: 0 pad, 1 empty, digit + 1. Held-out puzzles never share a solution grid with training puzzles or their
+    copies. 4x4: 72 of the 288 grids are held out. 9x9: held-out grids are essentially different from all training
+    grids, that is, no symmetry maps one to the other (told by sudoku.grid_class).
+
+    Raises SettingsError for values that cannot be honoured, among them more or harder puzzles than there seem to be.
+    """
+    _check_sudoku(size, train, test, difficulty, clues, augment)
+    check_vacant(out, overwrite=overwrite, owned=_PUZZLE_FILES, option="--out")
+    maker = _PuzzleMaker(size, difficulty, clues, seed)
+    test_puzzles, test_grids = maker.draw(test, "test")
+    base_puzzles, base_grids = maker.draw(train, "train")
+    train_puzzles, train_grids = _augmented(size, base_puzzles, base_grids, test_grids, augment, seed)
+    with whole_folder(out, overwrite=overwrite, owned=_PUZZLE_FILES) as building:
+        splits: dict[str, SplitEntry] = {
+            "train": write_split(building, "train", train_puzzles + 1, train_grids + 1),
+            "test": write_split(building, "test", test_puzzles + 1, test_grids + 1),
+        }
+        built: dict[str, Any] = {
+            "difficulty": difficulty,
+            "clues": clues,
+            "augment": augment,
+            "seed": seed,
+            "base_puzzles": train,
+        }
+        write_description(building, _sudoku_description(size, splits, built))
+    grades = [sudoku.grade(size, puzzle) for puzzle in base_puzzles.tolist()]
+    return SudokuSummary(
+        folder=out,
+        size=size,
+        train=len(train_puzzles),
+        test=len(test_puzzles),
+        base_puzzles=train,
+        train_grids=len(np.unique(train_grids, axis=0)),
+        test_grids=len(np.unique(test_grids, axis=0)),
+        grades=_counted(grades),
+        clues=_counted(np.count_nonzero(base_puzzles, axis=1).tolist()),
+    )
+
+
+def _sudoku_description(size: int, splits: dict[str, SplitEntry], built: dict[str, Any]) -> Description:
+    return Description(
+        kind="puzzle",
+        format=1,
+        name=f"sudoku-{size}x{size}",
+        seq_len=size * size,
+        vocab_size=size + 2,
+        num_puzzle_identifiers=1,
+        pad_id=0,
+        blank_id=0,
+        grid=(size, size),
+        symbols=["#", ".", *map(str, range(1, size + 1))],
+        splits=splits,
+        built=built,
+    )
+
+
+def _check_sudoku(size: int, train: int, test: int, difficulty: str, clues: int | None, augment: int) -> None:
+    """Raises SettingsError with everything that is wrong."""
+    faults = []
+    if size not in sudoku.SIZES:
+        faults.append(Fault(f"size {size}", "Sudoku is built in 4x4 and 9x9", "Give --size 4 or --size 9"))
+    if difficulty not in GRADES:
+        faults.append(Fault(f"difficulty {difficulty}", "it is not known", f"Give one of {', '.join(GRADES)}"))
+    for name, value, least in (("train", train, 1), ("test", test, 1), ("augment", augment, 0)):
+        if value < least:
+            faults.append(Fault(f"{name} {value}", f"it is at least {least}", f"Give --{name} {least} or more"))
+    if clues is not None and size in sudoku.SIZES:
+        # 4 and 17 are the fewest clues with which a unique solution is possible (9x9: McGuire, Tugemann, Civario 2012).
+        least, most = {4: (4, 15), 9: (17, 80)}[size]
+        if not least <= clues <= most:
+            faults.append(
+                Fault(f"clues {clues}", f"a {size}x{size} puzzle has {least} to {most}", "Give a number in between")
+            )
+    if faults:
+        raise SettingsError(faults)
+
+
+class _PuzzleMaker:
+    """Draws different puzzles for two splits that share no grid. Draw "test" first: "train" then keeps clear of it,
+    and the held-out puzzles do not depend on how many training puzzles are wanted."""
+
+    def __init__(self, size: int, difficulty: Difficulty, clues: int | None, seed: int) -> None:
+        self._size, self._difficulty, self._clues, self._seed = size, difficulty, clues, seed
+        self._held_out: set[object] = set()
+        self._pools: dict[str, list[sudoku.Grid]] = {}
+        if size == 4:
+            shuffled = list(sudoku.all_grids_4x4())
+            random.Random(f"sudoku grids {seed}").shuffle(shuffled)
+            self._pools = {"test": shuffled[:_HELD_OUT_GRIDS_4X4], "train": shuffled[_HELD_OUT_GRIDS_4X4:]}
+
+    def draw(self, count: int, split: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """`count` different puzzles and their solutions, uint8 [count, size*size] each."""
+        rng = random.Random(f"sudoku {self._size} {split} {self._seed}")
+        low, high = GRADES[self._difficulty]
+        found: dict[sudoku.Grid, sudoku.Grid] = {}
+        idle = 0
+        while len(found) < count:
+            idle += 1
+            if idle > _PATIENCE[self._size]:
+                raise self._exhausted(count, len(found), split)
+            grid = self._grid(split, rng)
+            if grid is None:
+                continue
+            puzzle = sudoku.reduce_clues(self._size, grid, rng, self._clues)
+            too_many = self._clues is not None and self._size**2 - puzzle.count(0) != self._clues
+            if too_many or puzzle in found:
+                continue
+            if self._difficulty != "any" and not low <= sudoku.grade(self._size, puzzle) <= high:
+                continue
+            found[puzzle] = grid
+            idle = 0
+            if split == "test":
+                self._held_out.add(sudoku.grid_class(self._size, grid))
+        return np.array(list(found), dtype=np.uint8), np.array(list(found.values()), dtype=np.uint8)
+
+    def _grid(self, split: str, rng: random.Random) -> sudoku.Grid | None:
+        """A grid that `split` may use; None where the one drawn belongs to the other split."""
+        if self._pools:
+            return rng.choice(self._pools[split])
+        grid = sudoku.random_grid(self._size, rng)
+        if split == "train" and sudoku.grid_class(self._size, grid) in self._held_out:
+            return None
+        return grid
+
+    def _exhausted(self, count: int, found: int, split: str) -> SettingsError:
+        kind = f"{self._size}x{self._size} puzzles of difficulty {self._difficulty}"
+        kind += " that are minimal" if self._clues is None else f" with {self._clues} clues"
+        reason = f"only {found} different {kind} were found, {_PATIENCE[self._size]} draws in a row gave no new one"
+        return SettingsError(
+            Fault(
+                f"{split} {count}",
+                reason,
+                f"Give a smaller --{split}, another --difficulty or another --clues, or use --augment",
+            )
+        )
+
+
+def _augmented(
+    size: int,
+    puzzles: npt.NDArray[np.uint8],
+    grids: npt.NDArray[np.uint8],
+    held_out: npt.NDArray[np.uint8],
+    copies: int,
+    seed: int,
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """Puzzles and solutions followed by `copies` symmetric copies of each. A copy whose solution is a held-out grid
+    is drawn again (for 4x4 a quarter of them; for 9x9 there are none, since held-out grids are essentially
+    different)."""
+    if not copies:
+        return puzzles, grids
+    rng = np.random.default_rng([seed, size])
+    held_out_keys = np.unique(_keys(held_out))
+    sources = np.tile(np.arange(len(puzzles)), copies)
+    new_puzzles = np.empty((len(sources), puzzles.shape[1]), dtype=np.uint8)
+    new_grids = np.empty_like(new_puzzles)
+    waiting = np.arange(len(sources))
+    while waiting.size:
+        drawn = symmetry.draw(len(waiting), size, rng)
+        taken = sources[waiting]
+        new_puzzles[waiting], new_grids[waiting] = drawn.apply(puzzles[taken]), drawn.apply(grids[taken])
+        waiting = waiting[np.isin(_keys(new_grids[waiting]), held_out_keys)]
+    return np.concatenate([puzzles, new_puzzles]), np.concatenate([grids, new_grids])
+
+
+def _keys(grids: npt.NDArray[np.uint8]) -> npt.NDArray[np.void]:
+    """Each grid as one opaque value that can be compared and sorted."""
+    grids = np.ascontiguousarray(grids)
+    return grids.view(f"V{grids.shape[1]}").reshape(-1)
+
+
+def _counted(values: Iterable[int]) -> dict[int, int]:
+    found, counts = np.unique(list(values), return_counts=True)
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))
+
+
+def build_text(out: Path, *, max_bytes: int | None = None, seed: int = 0, overwrite: bool = False) -> TextSummary:
+    """A text corpus of Python's own documentation: train.jsonl and test.jsonl with rows {"text", "source"}.
+
+    Documents come in an order keyed by `seed`, each at most once; about one in 50 is held out, chosen by a hash of
+    its text, so no held-out document occurs in training. `max_bytes` ends the corpus before the document that would
+    pass it (UTF-8 bytes of text, both splits together). Raises SettingsError for values that cannot be honoured.
+    """
+    check_vacant(out, overwrite=overwrite, owned=_TEXT_FILES, option="--out")
+    unique: dict[str, tuple[str, str]] = {}
+    documents = 0
+    for source, text in python_documents():
+        documents += 1
+        unique.setdefault(hashlib.sha256(f"{seed} {text}".encode()).hexdigest(), (source, text))
+    if not unique:
+        raise EnvironmentFault(
+            Fault(
+                f"Python {platform.python_version()}",
+                "it comes without its library's sources",
+                "Use a complete installation of Python",
+            )
+        )
+    splits: dict[str, list[str]] = {"train": [], "test": []}
+    sizes = {"train": 0, "test": 0}
+    for key, (source, text) in sorted(unique.items()):
+        length = len(text.encode("utf-8"))
+        if max_bytes is not None and sum(sizes.values()) + length > max_bytes:
+            break
+        # The first digits order the documents, so the last ones choose: else a short corpus had all of one split.
+        split = "test" if int(key[-8:], 16) % _TEST_SHARE == 0 else "train"
+        splits[split].append(json.dumps({"text": text, "source": source}, ensure_ascii=False))
+        sizes[split] += length
+    if not all(splits.values()):
+        raise SettingsError(
+            Fault(
+                f"max_bytes {max_bytes}",
+                "so little text leaves nothing to train on or to hold out",
+                "Give --max-bytes 1000000 or more",
+            )
+        )
+    with whole_folder(out, overwrite=overwrite, owned=_TEXT_FILES) as building:
+        for split, rows in splits.items():
+            (building / f"{split}.jsonl").write_bytes(("\n".join(rows) + "\n").encode("utf-8"))
+    return TextSummary(
+        folder=out,
+        train_documents=len(splits["train"]),
+        test_documents=len(splits["test"]),
+        train_bytes=sizes["train"],
+        test_bytes=sizes["test"],
+        duplicates=documents - len(unique),
+    )

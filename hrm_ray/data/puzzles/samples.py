@@ -1,0 +1,296 @@
+"""Puzzles as samples: reading a puzzle set and giving its rows.
+
+One job: PuzzleSamples, from a folder of our builder, a plain .safetensors file (`<split>.inputs`, `<split>.labels`,
+optional `<split>.puzzle_identifiers`; or without prefix, which is the split "train"), or .jsonl with lists `inputs`
+and `labels`. It does not choose the order (order.py).
+
+Labels are taken as they are. IGNORE_LABEL (-100) marks a cell without loss; in a folder with dataset.json the pad
+token as a label does so too (reference: sapientinc/HRM, ignore_label_id). Plain files do not say which token pads, so
+there every label counts, and padding rows use token 0 and identifier 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from hrm_ray.data.puzzles.format import DESCRIPTION, REBUILD, PuzzleFacts, file_sha256, read_description
+from hrm_ray.data.splits import missing_split, require_path, split_files
+from hrm_ray.errors import DataFault, Fault
+from hrm_ray.values import IGNORE_LABEL, Columns
+
+Tensors = dict[str, npt.NDArray[Any]]
+_FINGERPRINT_ROWS = 4096
+
+
+class PuzzleSamples:
+    """A SampleSet of puzzles, held in memory in the width they have on disk (usually one byte per cell)."""
+
+    def __init__(self, facts: PuzzleFacts, tensors: Tensors, source: Path, pad_labels_count: bool) -> None:
+        """`tensors`: inputs and labels [N, S], optional puzzle_identifiers [N]; integers of any width. Raises
+        DataFault where they do not fit each other or `facts`."""
+        self.facts = facts
+        self._inputs, self._labels = tensors["inputs"], tensors["labels"]
+        self._identifiers = tensors.get(
+            "puzzle_identifiers", np.full(len(self._inputs), facts.blank_id, dtype=np.int32)
+        )
+        self._ignored = None if pad_labels_count else facts.pad_id
+        _check_ids(self._inputs, 0, facts.vocab_size, source, "inputs", "the vocabulary")
+        _check_ids(self._identifiers, 0, facts.num_puzzle_identifiers, source, "puzzle_identifiers", "the identifiers")
+        counted = self._labels != IGNORE_LABEL
+        if self._ignored is not None:
+            counted &= self._labels != self._ignored
+        _check_ids(self._labels[counted], 0, facts.vocab_size, source, "labels", "the vocabulary")
+        unlabelled = np.flatnonzero(~counted.any(axis=1))
+        if unlabelled.size:
+            raise DataFault(
+                Fault(f"{source}, sample {unlabelled[0]}", "it has no label at all", "Give it labels or leave it out")
+            )
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    def rows(self, indices: npt.NDArray[np.int64]) -> Columns:
+        """The puzzles at `indices` (int64 [B]; -1 gives an inactive padding row) as columns of values.Columns."""
+        indices = np.asarray(indices, dtype=np.int64)
+        if indices.size and (indices.min() < -1 or indices.max() >= len(self)):
+            raise IndexError(f"samples are 0..{len(self) - 1}, asked for {indices.min()}..{indices.max()}")
+        active = indices >= 0
+        taken = np.where(active, indices, 0)
+        inputs, labels = self._inputs[taken].astype(np.int32), self._labels[taken].astype(np.int32)
+        identifiers = self._identifiers[taken].astype(np.int32)
+        if self._ignored is not None:
+            labels[labels == self._ignored] = IGNORE_LABEL
+        inputs[~active], labels[~active], identifiers[~active] = self.facts.pad_id, IGNORE_LABEL, self.facts.blank_id
+        return {"inputs": inputs, "labels": labels, "puzzle_identifiers": identifiers, "active": active}
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the samples in order: the same data, wherever it lies and however it is stored."""
+        digest = hashlib.sha256()
+        for first in range(0, len(self), _FINGERPRINT_ROWS):
+            columns = self.rows(np.arange(first, min(first + _FINGERPRINT_ROWS, len(self)), dtype=np.int64))
+            for name in ("inputs", "labels", "puzzle_identifiers"):
+                digest.update(np.ascontiguousarray(columns[name], dtype="<i4").tobytes())
+        return digest.hexdigest()
+
+    def fit_to(self, facts: PuzzleFacts) -> None:
+        """For evaluation data: checks that the samples fit the training set's `facts` and takes those over, but for
+        the count.
+
+        Plain files do not say their vocabulary; an evaluation file may hold fewer tokens, but none that training does
+        not know. Raises DataFault where it does not fit.
+        """
+        own = self.facts
+        for what, fits, there, known in (
+            ("tokens", own.vocab_size <= facts.vocab_size, own.vocab_size, facts.vocab_size),
+            ("cells", own.seq_len == facts.seq_len, own.seq_len, facts.seq_len),
+            (
+                "puzzle identifiers",
+                own.num_puzzle_identifiers <= facts.num_puzzle_identifiers,
+                own.num_puzzle_identifiers,
+                facts.num_puzzle_identifiers,
+            ),
+        ):
+            if not fits:
+                reason = f"it has {there} {what}, the training data {known}"
+                raise DataFault(Fault(own.name, reason, "Evaluate on data of the same kind as the training data"))
+        self.facts = replace(facts, count=own.count)
+
+
+def open_puzzles(path: Path, split: str = "train") -> PuzzleSamples:
+    """The split of the puzzle set at `path`. Raises DataFault for what is no puzzle set, a missing split or damaged
+    data."""
+    require_path(path)
+    if path.is_dir() and (path / DESCRIPTION).is_file():
+        return _open_built(path, split)
+    if path.suffix.lower() == ".safetensors" and path.is_file():
+        return _open_safetensors(path, split)
+    return open_puzzle_rows([file for file in split_files(path, split).files if file.suffix.lower() == ".jsonl"])
+
+
+def _open_built(folder: Path, split: str) -> PuzzleSamples:
+    description = read_description(folder)
+    if split not in description.splits:
+        raise missing_split(folder, split, sorted(description.splits))
+    path = folder / f"{split}.safetensors"
+    if not path.is_file():
+        raise DataFault(Fault(str(path), f"{DESCRIPTION} names this file, but it is not there", REBUILD))
+    entry = description.splits[split]
+    tensors = _read_tensors(path)
+    if file_sha256(path) != entry.sha256:
+        raise DataFault(Fault(str(path), f"its checksum is not the one in {DESCRIPTION}", REBUILD))
+    given = description.model_dump(include=set(PuzzleFacts.__dataclass_fields__) - {"count", "symbols"})
+    facts = PuzzleFacts(**given, count=entry.count, symbols=tuple(description.symbols))
+    _check_shapes(tensors, path, "")
+    if tensors["inputs"].shape != (entry.count, facts.seq_len):
+        wanted = [entry.count, facts.seq_len]
+        raise DataFault(
+            Fault(str(path), f"inputs are {list(tensors['inputs'].shape)}, {DESCRIPTION} says {wanted}", REBUILD)
+        )
+    return PuzzleSamples(facts, tensors, path, pad_labels_count=False)
+
+
+def _open_safetensors(path: Path, split: str) -> PuzzleSamples:
+    tensors = _read_tensors(path)
+    prefix = "" if "inputs" in tensors else f"{split}."
+    splits = safetensors_splits(list(tensors))
+    if not splits:
+        held = ", ".join(sorted(tensors)) or "nothing"
+        raise DataFault(
+            Fault(
+                str(path),
+                f"it holds no puzzles but {held}",
+                "Puzzles are tensors <split>.inputs and <split>.labels [N, S]",
+            )
+        )
+    if split not in splits:
+        raise missing_split(path, split, splits)
+    for name in splits:
+        _check_shapes(tensors, path, prefix and f"{name}.")
+    own = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    # The vocabulary is that of the whole file: a held-out split must not need a larger model than the training split.
+    every = [tensor for name, tensor in tensors.items() if name.endswith(("inputs", "labels"))]
+    identifiers = [tensor for name, tensor in tensors.items() if name.endswith("puzzle_identifiers")]
+    facts = _plain_facts(path.stem, own["inputs"], every, identifiers)
+    return PuzzleSamples(facts, own, path, pad_labels_count=True)
+
+
+def safetensors_splits(names: Sequence[str]) -> list[str]:
+    """The splits that a plain file with tensors of these names holds."""
+    if "inputs" in names:
+        return ["train"]
+    return sorted(name[: -len(".inputs")] for name in names if name.endswith(".inputs"))
+
+
+def open_puzzle_rows(paths: Sequence[Path]) -> PuzzleSamples:
+    """Puzzles from .jsonl files of objects with `inputs`, `labels` (lists of ids, all equally long) and optionally
+    `puzzle_identifier`. Faults name file and line."""
+    inputs: list[list[int]] = []
+    labels: list[list[int]] = []
+    identifiers: list[int] = []
+    for path in paths:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    row = _parse_row(line, f"{path}:{number}", len(inputs[0]) if inputs else None)
+                    inputs.append(row[0])
+                    labels.append(row[1])
+                    identifiers.append(row[2])
+    if not inputs:
+        raise DataFault(
+            Fault(
+                ", ".join(map(str, paths[:1])) or "no .jsonl file",
+                "there is no row in it",
+                'Give rows like {"inputs": [...], "labels": [...]}',
+            )
+        )
+    tensors: Tensors = {
+        "inputs": np.array(inputs, dtype=np.int32),
+        "labels": np.array(labels, dtype=np.int32),
+        "puzzle_identifiers": np.array(identifiers, dtype=np.int32),
+    }
+    name = paths[0].stem if len(paths) == 1 else paths[0].parent.name
+    facts = _plain_facts(
+        name, tensors["inputs"], [tensors["inputs"], tensors["labels"]], [tensors["puzzle_identifiers"]]
+    )
+    return PuzzleSamples(facts, tensors, paths[0], pad_labels_count=True)
+
+
+def _parse_row(line: bytes, where: str, seq_len: int | None) -> tuple[list[int], list[int], int]:
+    mend = 'Give rows like {"inputs": [1, 2], "labels": [3, 2]}, lists of equal length'
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataFault(Fault(where, f"this line is not JSON ({error})", mend)) from error
+    if not isinstance(row, dict):
+        raise DataFault(Fault(where, "this row is not an object", mend))
+    for name, least in (("inputs", 0), ("labels", IGNORE_LABEL)):
+        if name not in row:
+            raise DataFault(
+                Fault(where, f"there is no `{name}`; the row has {', '.join(sorted(row)) or 'nothing'}", mend)
+            )
+        values = row[name]
+        if not isinstance(values, list) or not values or not all(type(value) is int for value in values):
+            raise DataFault(Fault(where, f"`{name}` is not a list of whole numbers", mend))
+        wrong = [value for value in values if not (0 <= value < 2**31 or value == least)]
+        if wrong:
+            raise DataFault(
+                Fault(where, f"`{name}` holds {wrong[0]}", f"Ids are 0 or more (labels: or {IGNORE_LABEL} for none)")
+            )
+    inputs, labels, identifier = row["inputs"], row["labels"], row.get("puzzle_identifier", 0)
+    if len(inputs) != len(labels):
+        raise DataFault(Fault(where, f"{len(inputs)} inputs but {len(labels)} labels", mend))
+    if seq_len is not None and len(inputs) != seq_len:
+        raise DataFault(
+            Fault(where, f"this row is {len(inputs)} long, the first one {seq_len}", "Pad all rows to one length")
+        )
+    if type(identifier) is not int or not 0 <= identifier < 2**31:
+        raise DataFault(Fault(where, f"`puzzle_identifier` is {identifier!r}", "It is a whole number, 0 or more"))
+    return inputs, labels, identifier
+
+
+def _plain_facts(
+    name: str, inputs: npt.NDArray[Any], tokens: Sequence[npt.NDArray[Any]], identifiers: Sequence[npt.NDArray[Any]]
+) -> PuzzleFacts:
+    """Facts of a file without description: the vocabulary is what occurs."""
+    return PuzzleFacts(
+        name=name,
+        count=len(inputs),
+        seq_len=inputs.shape[1],
+        vocab_size=max(int(tensor.max()) for tensor in tokens) + 1,
+        num_puzzle_identifiers=max((int(tensor.max()) for tensor in identifiers), default=0) + 1,
+        pad_id=0,
+        blank_id=0,
+        grid=None,
+        symbols=(),
+    )
+
+
+def _read_tensors(path: Path) -> Tensors:
+    try:
+        tensors: Tensors = load_file(path)
+    except (SafetensorError, ValueError) as error:
+        size = path.stat().st_size
+        raise DataFault(
+            Fault(
+                str(path),
+                f"these {size} bytes are no whole safetensors file ({error})",
+                "It may be cut short: copy it again",
+            )
+        ) from error
+    return tensors
+
+
+def _check_shapes(tensors: Tensors, path: Path, prefix: str) -> None:
+    """Raises DataFault unless inputs, labels and identifiers are integers of matching, non-empty shapes."""
+    mend = "Inputs and labels are integers [N, S], puzzle_identifiers [N]"
+    for name in ("inputs", "labels"):
+        if prefix + name not in tensors:
+            held = ", ".join(sorted(tensors)) or "nothing"
+            raise DataFault(Fault(str(path), f"there is no tensor `{prefix}{name}`; it holds {held}", mend))
+    inputs = tensors[f"{prefix}inputs"]
+    if inputs.ndim != 2 or inputs.size == 0:
+        raise DataFault(Fault(str(path), f"`{prefix}inputs` has the shape {list(inputs.shape)}", mend))
+    for name, shape in (("inputs", inputs.shape), ("labels", inputs.shape), ("puzzle_identifiers", inputs.shape[:1])):
+        tensor = tensors.get(prefix + name)
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise DataFault(Fault(str(path), f"`{prefix}{name}` is {list(tensor.shape)}, expected {list(shape)}", mend))
+        if tensor.dtype.kind not in "iu":
+            raise DataFault(Fault(str(path), f"`{prefix}{name}` is {tensor.dtype}, not integers", mend))
+
+
+def _check_ids(ids: npt.NDArray[Any], least: int, bound: int, source: Path, name: str, what: str) -> None:
+    if ids.size and (int(ids.min()) < least or int(ids.max()) >= bound):
+        wrong = int(ids.min()) if int(ids.min()) < least else int(ids.max())
+        raise DataFault(Fault(f"{source}, `{name}`", f"it holds {wrong}, {what} is 0..{bound - 1}", REBUILD))

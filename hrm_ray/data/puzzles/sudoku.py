@@ -1,0 +1,289 @@
+"""Sudoku of 4x4 and 9x9: solving, grading, and generating puzzles with exactly one solution.
+
+One job: grids and puzzles as tuples of digits (0 = empty, row by row). It does not write files (build.py) and does not
+permute symmetries (symmetry.py).
+
+The solver holds all candidates of a grid in one Python integer, one bit per (digit, row, column). A constraint is "this
+group of candidates holds exactly one"; counting a whole family of groups at once (all cells, all rows, all columns, all
+boxes, for all digits) takes `size` shifts of that integer, which makes pure Python fast enough.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import islice
+from typing import TypeAlias
+
+Grid: TypeAlias = tuple[int, ...]
+
+SIZES = (4, 9)
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Groups of one kind: a group's members are its base bit shifted left by each of `offsets`."""
+
+    base: int
+    offsets: tuple[int, ...]
+    spread: int
+
+
+@dataclass(frozen=True)
+class Board:
+    """The constants of one size: candidate bit = digit_index * cells + cell."""
+
+    size: int
+    box: int
+    cells: int
+    every: int
+    keep: tuple[int, ...]
+    families: tuple[_Family, ...]
+
+    @property
+    def full(self) -> int:
+        """Mask of one bit per cell."""
+        return (1 << self.cells) - 1
+
+
+@cache
+def board(size: int) -> Board:
+    """The board of `size` (4 or 9). Raises ValueError for another size."""
+    if size not in SIZES:
+        raise ValueError(f"Sudoku of size {size} is not known; sizes are {SIZES}")
+    box, cells = int(size**0.5), size * size
+
+    def family(base_cells: Sequence[int], offsets: Sequence[int]) -> _Family:
+        base = sum(1 << (digit * cells + cell) for digit in range(size) for cell in base_cells)
+        return _Family(base, tuple(offsets), sum(1 << offset for offset in offsets))
+
+    rows = family([row * size for row in range(size)], range(size))
+    columns = family(range(size), range(0, cells, size))
+    corners = [row * size + column for row in range(0, size, box) for column in range(0, size, box)]
+    boxes = family(corners, [row * size + column for row in range(box) for column in range(box)])
+    cell_groups = _Family(
+        (1 << cells) - 1, tuple(range(0, size * cells, cells)), sum(1 << d * cells for d in range(size))
+    )
+    every = (1 << (size * cells)) - 1
+    keep = []
+    for digit in range(size):
+        for cell in range(cells):
+            row, column = divmod(cell, size)
+            peers = [
+                peer
+                for peer in range(cells)
+                if peer // size == row
+                or peer % size == column
+                or (peer // size // box, peer % size // box) == (row // box, column // box)
+            ]
+            cleared = sum(1 << (digit * cells + peer) for peer in peers)
+            cleared |= sum(1 << (other * cells + cell) for other in range(size))
+            keep.append(every & ~cleared | 1 << (digit * cells + cell))
+    return Board(size, box, cells, every, tuple(keep), (cell_groups, rows, columns, boxes))
+
+
+def place(table: Board, candidates: int, cell: int, digit: int) -> int:
+    """The candidates left after putting `digit` (1..size) in `cell`; a digit that is no candidate leaves no grid
+    (0)."""
+    index = (digit - 1) * table.cells + cell
+    return candidates & table.keep[index] if candidates >> index & 1 else 0
+
+
+def candidates_of(table: Board, puzzle: Sequence[int]) -> int:
+    """All candidates left by the clues of `puzzle`; 0 when two clues contradict each other."""
+    candidates = table.every
+    for cell, digit in enumerate(puzzle):
+        if digit:
+            candidates = place(table, candidates, cell, digit)
+            if not candidates:
+                return 0
+    return candidates
+
+
+def _propagate(table: Board, candidates: int, families: Sequence[_Family]) -> int:
+    """Puts the singles of `families` until none is left; 0 when some group has no candidate any more."""
+    placed = 0
+    while True:
+        forced = 0
+        for family in families:
+            base = family.base
+            once = twice = 0
+            for offset in family.offsets:
+                member = candidates >> offset & base
+                twice |= once & member
+                once |= member
+            if once != base:
+                return 0
+            forced |= (base & ~twice) * family.spread
+        fresh = forced & candidates & ~placed
+        if not fresh:
+            return candidates
+        placed |= fresh
+        while fresh:
+            index = (fresh & -fresh).bit_length() - 1
+            candidates &= table.keep[index]
+            fresh &= fresh - 1
+
+
+def _branch_cell(table: Board, candidates: int) -> int:
+    """A cell with the fewest candidates but at least two (the lowest numbered); -1 when every cell is decided."""
+    at_least = [0] * (table.size + 2)
+    at_least[0] = table.full
+    for digit in range(table.size):
+        layer = candidates >> digit * table.cells & table.full
+        for held in range(digit, -1, -1):
+            at_least[held + 1] |= at_least[held] & layer
+    for held in range(2, table.size + 1):
+        exactly = at_least[held] & ~at_least[held + 1]
+        if exactly:
+            return (exactly & -exactly).bit_length() - 1
+    return -1
+
+
+@dataclass
+class SearchCost:
+    """How much a search had to guess: the number of cells at which it tried digits one after the other."""
+
+    guesses: int = 0
+
+
+def solutions(
+    size: int, puzzle: Sequence[int], cost: SearchCost | None = None, rng: random.Random | None = None
+) -> Iterator[Grid]:
+    """Every solution of `puzzle`, found in a fixed order (with `rng`: digits tried in random order)."""
+    table = board(size)
+    yield from _search(table, candidates_of(table, puzzle), cost or SearchCost(), rng)
+
+
+def _search(table: Board, candidates: int, cost: SearchCost, rng: random.Random | None) -> Iterator[Grid]:
+    candidates = _propagate(table, candidates, table.families)
+    if not candidates:
+        return
+    cell = _branch_cell(table, candidates)
+    if cell < 0:
+        yield _read_off(table, candidates)
+        return
+    cost.guesses += 1
+    digits = [digit for digit in range(table.size) if candidates >> digit * table.cells + cell & 1]
+    if rng is not None:
+        rng.shuffle(digits)
+    for digit in digits:
+        yield from _search(table, candidates & table.keep[digit * table.cells + cell], cost, rng)
+
+
+def _read_off(table: Board, candidates: int) -> Grid:
+    grid = [0] * table.cells
+    while candidates:
+        digit, cell = divmod((candidates & -candidates).bit_length() - 1, table.cells)
+        grid[cell] = digit + 1
+        candidates &= candidates - 1
+    return tuple(grid)
+
+
+def count_solutions(size: int, puzzle: Sequence[int], limit: int = 2) -> int:
+    """Number of solutions, counted up to `limit`."""
+    found = 0
+    for _ in solutions(size, puzzle):
+        found += 1
+        if found >= limit:
+            break
+    return found
+
+
+def grade(size: int, puzzle: Sequence[int]) -> int:
+    """How hard a puzzle is for this solver: 1 when naked singles alone solve it (a cell with one candidate), 2 when
+    hidden singles are needed too (a digit with one place in a row, column or box), else 2 + the number of cells at
+    which the solver had to guess until the solution was found and proved to be the only one.
+
+    Deterministic: the undecided cell with the fewest candidates is guessed first, digits in ascending order.
+    Symmetric copies share the grades 1 and 2; above, the number of guesses depends on the order of cells and digits.
+    Raises ValueError for a puzzle without exactly one solution.
+    """
+    table = board(size)
+    naked = _propagate(table, candidates_of(table, puzzle), table.families[:1])
+    if naked and _branch_cell(table, naked) < 0:
+        return 1
+    cost = SearchCost()
+    if len(list(islice(solutions(size, puzzle, cost), 2))) != 1:
+        raise ValueError("only a puzzle with exactly one solution has a grade")
+    return 2 + cost.guesses
+
+
+def random_grid(size: int, rng: random.Random) -> Grid:
+    """A random complete grid: the first row is drawn freely, the rest is searched in random digit order. Every grid can
+    come, not all equally often."""
+    first_row = rng.sample(range(1, size + 1), size)
+    return next(solutions(size, [*first_row, *[0] * (size * size - size)], rng=rng))
+
+
+@cache
+def all_grids_4x4() -> tuple[Grid, ...]:
+    """The 288 complete 4x4 grids, sorted."""
+    return tuple(sorted(solutions(4, (0,) * 16)))
+
+
+def reduce_clues(size: int, grid: Grid, rng: random.Random, clues: int | None) -> Grid:
+    """Takes clues off a complete grid in random order as long as the solution stays the only one.
+
+    With `clues` None the result is minimal: no further clue can go. Otherwise it stops at that many clues, and may
+    end with more where the order drawn allows no fewer; the caller compares.
+    """
+    table = board(size)
+    puzzle = list(grid)
+    left = table.cells
+    for cell in rng.sample(range(table.cells), table.cells):
+        if clues is not None and left <= clues:
+            break
+        digit, puzzle[cell] = puzzle[cell], 0
+        # The grid itself is one solution, so a second one must have another digit in this cell.
+        others = candidates_of(table, puzzle) & ~(1 << (digit - 1) * table.cells + cell)
+        if next(_search(table, others, SearchCost(), None), None) is None:
+            left -= 1
+        else:
+            puzzle[cell] = digit
+    return tuple(puzzle)
+
+
+def grid_class(size: int, grid: Grid) -> tuple[object, ...]:
+    """A fingerprint that all symmetric copies of a grid share (relabelled digits, permuted bands, stacks, rows and
+    columns inside them, transposed). Different fingerprints prove that two grids are essentially different; equal
+    ones prove nothing.
+
+    For two rows the map "digit in the first -> digit in the second" is a permutation; relabelling conjugates it and
+    reordering columns leaves it alone, so its cycle lengths are invariant. Gathered per band and over bands.
+    """
+    lines = [grid[row * size : (row + 1) * size] for row in range(size)]
+    crossed = [tuple(line[column] for line in lines) for column in range(size)]
+    return tuple(sorted((_line_class(size, lines), _line_class(size, crossed))))
+
+
+def _line_class(size: int, lines: Sequence[Sequence[int]]) -> tuple[object, ...]:
+    box = board(size).box
+    bands = range(size // box)
+
+    def between(first: int, second: int) -> tuple[tuple[int, ...], ...]:
+        pairs = [
+            (a, b)
+            for a in range(first * box, first * box + box)
+            for b in range(second * box, second * box + box)
+            if first != second or a < b
+        ]
+        return tuple(sorted(_cycle_lengths(lines[a], lines[b]) for a, b in pairs))
+
+    inside = tuple(sorted(between(band, band) for band in bands))
+    across = tuple(sorted(between(first, second) for first in bands for second in bands if first < second))
+    return (inside, across)
+
+
+def _cycle_lengths(first: Sequence[int], second: Sequence[int]) -> tuple[int, ...]:
+    step = dict(zip(first, second, strict=True))
+    lengths = []
+    while step:
+        length, (start, at) = 1, step.popitem()
+        while at != start:
+            at = step.pop(at)
+            length += 1
+        lengths.append(length)
+    return tuple(sorted(lengths))

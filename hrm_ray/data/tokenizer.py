@@ -1,0 +1,281 @@
+"""Text to tokens and back: a fast Hugging Face tokenizer with the two marks that training needs.
+
+One job: load, train, save, encode, decode. Every tokenizer here knows an end-of-text token; marks that happen to be
+written in a document are encoded as plain text. It does not read documents from files and does not pack.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from hrm_ray.errors import DataFault, EnvironmentFault, Fault, SettingsError
+
+END_OF_TEXT = "<|endoftext|>"
+PAD = "<|pad|>"
+MARKS = (END_OF_TEXT, PAD)
+LEAST_VOCABULARY = 256 + len(MARKS)
+"""A byte-level vocabulary holds each byte and the marks; anything above are merges."""
+
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One document: `ids` int32 [T], and `bytes` int32 [T], the UTF-8 bytes of the text that each token stands for
+    (their sum is the document's length in bytes; where one character is split over tokens, the first bears all its
+    bytes)."""
+
+    ids: npt.NDArray[np.int32]
+    bytes: npt.NDArray[np.int32]
+
+
+class TextTokenizer:
+    """A `tokenizers.Tokenizer` with its end-of-text and padding ids."""
+
+    def __init__(self, backend: Tokenizer, end_of_text: str, pad: str | None) -> None:
+        """`end_of_text` and `pad` are tokens of `backend`; without `pad` the end-of-text token pads (padding is never
+        a label)."""
+        # Truncation and padding may be set in a tokenizer.json; either would lose text without a word.
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        self._backend = backend
+        self._end_of_text, self._pad = end_of_text, pad
+        self.end_of_text_id: int = _id_of(backend, end_of_text)
+        self.pad_id: int = self.end_of_text_id if pad is None else _id_of(backend, pad)
+        # Ids may have gaps, and an embedding needs a row for the highest one.
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over everything that decides which ids a text gets."""
+        content = f"{self._end_of_text}\0{self._pad}\0{self._backend.to_str()}"
+        return hashlib.sha256(content.encode("utf-8")).hexdigest()
+
+    def encode_documents(self, texts: Sequence[str]) -> list[Encoded]:
+        """Each text's tokens, without any mark added. A text of which the tokenizer keeps nothing gives empty
+        arrays."""
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            Encoded(np.array(encoding.ids, dtype=np.int32), _bytes_per_token(text, encoding.offsets))
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
+
+    def encode(self, text: str) -> npt.NDArray[np.int32]:
+        """The ids of one text, int32 [T]."""
+        return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[Any], keep_marks: bool = False) -> str:
+        """The text of `ids`; end-of-text, padding and other marks are left out unless `keep_marks`. Bytes that form no
+        character become U+FFFD."""
+        text: str = self._backend.decode([int(token) for token in ids], skip_special_tokens=not keep_marks)
+        return text
+
+    def save(self, folder: Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json (which names the marks; Transformers reads both)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._end_of_text, "pad_token": self._pad}
+        _replace_file(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        _replace_file(folder / TOKENIZER_FILE, self._backend.to_str(pretty=True))
+
+    @classmethod
+    def load(cls, path: Path) -> TextTokenizer:
+        """From a folder with tokenizer.json, such a file itself, or a folder that Transformers can make a fast
+        tokenizer of.
+
+        Raises SettingsError for a path that is not there, DataFault for files that cannot be used or name no
+        end-of-text token.
+        """
+        if not path.exists():
+            raise _missing(path)
+        if path.is_file():
+            return cls._from_file(path)
+        if (path / TOKENIZER_FILE).is_file():
+            return cls._from_file(path / TOKENIZER_FILE)
+        return cls._through_transformers(path)
+
+    @classmethod
+    def _from_file(cls, file: Path) -> TextTokenizer:
+        try:
+            backend = Tokenizer.from_str(file.read_bytes().decode("utf-8"))
+        except Exception as error:  # the library raises bare Exception for every kind of damage
+            reason = f"this is no tokenizer that the tokenizers library reads ({error})"
+            raise DataFault(Fault(str(file), reason, "It may be cut short: copy it again, or train one")) from error
+        end_of_text, pad = _marks_of(file.parent)
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        if end_of_text is None and END_OF_TEXT in vocabulary:
+            end_of_text = END_OF_TEXT
+        if pad is None and PAD in vocabulary:
+            pad = PAD
+        if end_of_text is None:
+            raise _no_end_of_text(file)
+        for mark in filter(None, (end_of_text, pad)):
+            if mark not in vocabulary:
+                raise DataFault(
+                    Fault(
+                        str(file),
+                        f"the token {mark} named in {CONFIG_FILE} is not in it",
+                        "Take both files from one tokenizer",
+                    )
+                )
+        return cls(backend, end_of_text, pad)
+
+    @classmethod
+    def _through_transformers(cls, folder: Path) -> TextTokenizer:
+        try:
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            raise EnvironmentFault(
+                Fault(
+                    str(folder),
+                    f"it holds no {TOKENIZER_FILE} and Transformers is not installed",
+                    "pip install transformers",
+                )
+            ) from error
+        mend = f"Give a folder with {TOKENIZER_FILE}"
+        try:
+            found = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, use_fast=True)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataFault(
+                Fault(str(folder), f"Transformers finds no tokenizer in it ({first_line})", mend)
+            ) from error
+        if not found.is_fast:
+            raise DataFault(Fault(str(folder), "it gives a slow tokenizer, which cannot tell a token's bytes", mend))
+        if found.eos_token is None:
+            raise _no_end_of_text(folder)
+        return cls(found.backend_tokenizer, str(found.eos_token), found.pad_token and str(found.pad_token))
+
+    @classmethod
+    def train(cls, documents: Iterable[str], vocab_size: int, examples: int) -> TextTokenizer:
+        """A byte-level BPE trained on the first `examples` documents. The same documents give the same file.
+
+        Where the data offers fewer merges than asked for, the vocabulary is smaller: see `vocab_size` of the result.
+        Raises SettingsError for a vocabulary that cannot hold all bytes, DataFault for documents without text.
+        """
+        if vocab_size < LEAST_VOCABULARY:
+            reason = f"256 bytes and {len(MARKS)} marks need {LEAST_VOCABULARY}"
+            raise SettingsError(
+                Fault(f"vocab_size {vocab_size}", reason, f"Give --vocab-size {LEAST_VOCABULARY} or more")
+            )
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(MARKS),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        sample = _Counted(islice(documents, examples))
+        backend.train_from_iterator(iter(sample), trainer=trainer)
+        if not sample.characters:
+            raise DataFault(
+                Fault("tokenizer", "the documents to train it on hold no text", "Give data with text in it")
+            )
+        return cls(backend, END_OF_TEXT, PAD)
+
+
+class _Counted:
+    """Passes texts on and counts their characters."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts = texts
+        self.characters = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._texts:
+            self.characters += len(text)
+            yield text
+
+
+def _bytes_per_token(text: str, offsets: Sequence[tuple[int, int]]) -> npt.NDArray[np.int32]:
+    """UTF-8 bytes per token from character offsets: from where the tokens before ended to where this one ends. What
+    no token covers (a tokenizer may drop spaces) falls to the token after it, at the end of the text to the last
+    one."""
+    if not offsets:
+        return np.zeros(0, dtype=np.int32)
+    ends = np.array(offsets, dtype=np.int64)[:, 1]
+    if not text.isascii():
+        points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+        widths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
+        ends = np.concatenate(([0], np.cumsum(widths)))[ends]
+        total = int(widths.sum())
+    else:
+        total = len(text)
+    ends[-1] = total
+    ends = np.minimum(np.maximum.accumulate(ends), total)
+    return np.diff(ends, prepend=0).astype(np.int32)
+
+
+def _marks_of(folder: Path) -> tuple[str | None, str | None]:
+    """End-of-text and padding tokens as the Hugging Face files beside a tokenizer.json name them."""
+    marks: dict[str, str] = {}
+    for name in ("special_tokens_map.json", CONFIG_FILE):
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            said = json.loads(file.read_bytes().decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise DataFault(
+                Fault(str(file), f"this is not JSON ({error})", "It may be cut short: copy it again")
+            ) from error
+        for key in ("eos_token", "pad_token"):
+            token = said.get(key) if isinstance(said, dict) else None
+            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, str) and token:
+                marks[key] = token
+    return marks.get("eos_token"), marks.get("pad_token")
+
+
+def _id_of(backend: Tokenizer, token: str) -> int:
+    index = backend.token_to_id(token)
+    if index is None:
+        raise DataFault(
+            Fault(f"token {token}", "the tokenizer's vocabulary does not hold it", "Use the tokenizer's own files")
+        )
+    return int(index)
+
+
+def _no_end_of_text(path: Path) -> DataFault:
+    return DataFault(
+        Fault(
+            str(path),
+            "this tokenizer names no end-of-text token, so documents could not be told apart",
+            f'Add "eos_token" to {CONFIG_FILE} beside it',
+        )
+    )
+
+
+def _missing(path: Path) -> SettingsError:
+    parts = path.parts
+    if not path.is_absolute() and 1 <= len(parts) <= 2 and not path.suffix and parts[0] not in (".", ".."):
+        reason = "there is no such folder; if it is meant as a Hub id: those are not supported yet"
+    else:
+        reason = "nothing is at this path"
+    return SettingsError(
+        Fault(str(path), reason, f"Give a folder with {TOKENIZER_FILE}, or leave it out to train one on the data")
+    )
+
+
+def _replace_file(path: Path, content: str) -> None:
+    """Writes a small file whole or not at all."""
+    beside = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    try:
+        beside.write_bytes(content.encode("utf-8"))
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,200 @@
+"""The tokenizer: bytes add up, text comes back, training is repeatable, marks in a text are text."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+from hrm_ray.data.tokenizer import END_OF_TEXT, LEAST_VOCABULARY, PAD, TextTokenizer
+from hrm_ray.errors import DataFault, SettingsError
+
+CORPUS = [
+    "the quick brown fox jumps over the lazy dog, the end",
+    "Zwölf Boxkämpfer jagen Viktor 🙂",
+    "日本語のテキスト",
+] * 5
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> TextTokenizer:
+    return TextTokenizer.train(CORPUS, 320, 100)
+
+
+@pytest.fixture(scope="module")
+def lossy() -> TextTokenizer:
+    """A tokenizer that drops spaces and accents, as some do: tokens do not cover the text."""
+    words = {word: number for number, word in enumerate(["[UNK]", "<eos>", "the", "end", "a"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    backend.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()])
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return TextTokenizer(backend, "<eos>", None)
+
+
+@given(texts=st.lists(st.text(), min_size=1, max_size=4))
+def test_bytes_of_tokens_add_up_and_the_text_comes_back(tokenizer: TextTokenizer, texts: list[str]) -> None:
+    for text, encoded in zip(texts, tokenizer.encode_documents(texts), strict=True):
+        assert encoded.ids.dtype == encoded.bytes.dtype == np.int32 and encoded.ids.shape == encoded.bytes.shape
+        assert encoded.bytes.sum() == len(text.encode()) and (encoded.bytes >= 0).all()
+        assert tokenizer.decode(encoded.ids) == text
+        assert np.array_equal(tokenizer.encode(text), encoded.ids)
+
+
+@pytest.mark.parametrize("text", ["🙂", "👩‍👩‍👧‍👦 family", "漢字かな", "e\u0301", "a🙂b", "\x00\n\t \u2028", "Ω≈ç√"])
+def test_characters_split_over_tokens_are_counted_once(tokenizer: TextTokenizer, text: str) -> None:
+    (encoded,) = tokenizer.encode_documents([text])
+    assert encoded.bytes.sum() == len(text.encode())
+    assert tokenizer.decode(encoded.ids) == text
+
+
+def test_each_token_of_plain_text_has_its_own_length(tokenizer: TextTokenizer) -> None:
+    text = "the quick dog"
+    (encoded,) = tokenizer.encode_documents([text])
+    assert encoded.bytes.tolist() == [len(tokenizer.decode([token])) for token in encoded.ids]
+
+
+@given(text=st.text(alphabet=st.sampled_from("the ndaäé\u0301 🙂\n"), max_size=30))
+def test_bytes_add_up_where_the_tokenizer_drops_text(lossy: TextTokenizer, text: str) -> None:
+    (encoded,) = lossy.encode_documents([text])
+    assert encoded.bytes.sum() == (len(text.encode()) if len(encoded.ids) else 0)
+    assert (encoded.bytes >= 0).all()
+
+
+def test_two_trainings_give_the_same_file(tmp_path: Path) -> None:
+    """In two processes, because hash seeds differ between processes and not inside one."""
+    code = (
+        "import sys, pathlib; from hrm_ray.data.tokenizer import TextTokenizer; "
+        "from tests.unit.test_data_tokenizer import CORPUS; "
+        "TextTokenizer.train(CORPUS, 320, 100).save(pathlib.Path(sys.argv[1]))"
+    )
+    for name in ("a", "b"):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=True, cwd=Path(__file__).parents[2])
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_only_the_first_examples_are_trained_on() -> None:
+    texts = ["aaaa bbbb"] * 3 + ["zyzyzyzy"] * 3
+    assert TextTokenizer.train(texts, 300, 3).fingerprint == TextTokenizer.train(texts[:3], 300, 99).fingerprint
+    assert TextTokenizer.train(texts, 300, 3).fingerprint != TextTokenizer.train(texts, 300, 6).fingerprint
+
+
+def test_little_data_gives_a_smaller_vocabulary() -> None:
+    assert TextTokenizer.train(["ab"], 5000, 10).vocab_size == LEAST_VOCABULARY + 1
+
+
+def test_a_vocabulary_too_small_for_bytes_is_refused() -> None:
+    with pytest.raises(SettingsError, match=f"--vocab-size {LEAST_VOCABULARY}"):
+        TextTokenizer.train(["ab"], LEAST_VOCABULARY - 1, 10)
+
+
+def test_nothing_to_train_on_is_refused() -> None:
+    with pytest.raises(DataFault, match="no text"):
+        TextTokenizer.train([""], 300, 10)
+
+
+def test_a_fault_of_the_reader_comes_through_training() -> None:
+    def reading():  # type: ignore[no-untyped-def]
+        yield "text"
+        raise SettingsError([])
+
+    with pytest.raises(SettingsError):
+        TextTokenizer.train(reading(), 300, 10)
+
+
+def test_marks_written_in_a_text_are_text(tokenizer: TextTokenizer) -> None:
+    text = f"a{END_OF_TEXT}b{PAD}"
+    (encoded,) = tokenizer.encode_documents([text])
+    assert not {tokenizer.end_of_text_id, tokenizer.pad_id} & set(encoded.ids.tolist())
+    assert tokenizer.decode(encoded.ids) == text
+
+
+def test_marks_are_left_out_of_decoded_text(tokenizer: TextTokenizer) -> None:
+    ids = [*tokenizer.encode("the"), tokenizer.end_of_text_id, tokenizer.pad_id]
+    assert tokenizer.decode(ids) == "the"
+    assert tokenizer.decode(ids, keep_marks=True) == f"the{END_OF_TEXT}{PAD}"
+
+
+def test_what_is_saved_is_loaded(tokenizer: TextTokenizer, lossy: TextTokenizer, tmp_path: Path) -> None:
+    for number, kind in enumerate((tokenizer, lossy)):
+        folder = tmp_path / str(number)
+        kind.save(folder)
+        assert sorted(file.name for file in folder.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+        for path in (folder, folder / "tokenizer.json"):
+            again = TextTokenizer.load(path)
+            assert (again.fingerprint, again.vocab_size) == (kind.fingerprint, kind.vocab_size)
+            assert (again.end_of_text_id, again.pad_id) == (kind.end_of_text_id, kind.pad_id)
+
+
+def test_truncation_and_padding_of_a_file_are_switched_off(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    backend = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    backend.enable_truncation(2)
+    backend.enable_padding(length=8)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    text = "the quick brown fox"
+    assert np.array_equal(TextTokenizer.load(tmp_path).encode(text), tokenizer.encode(text))
+
+
+def test_a_hugging_face_folder_names_its_marks(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    config = {"eos_token": {"content": PAD, "special": True}, "pad_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert TextTokenizer.load(tmp_path).end_of_text_id == tokenizer.pad_id
+
+
+def test_a_folder_of_vocabulary_and_merges_goes_through_transformers(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "whole")
+    model = json.loads((tmp_path / "whole" / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    merges = "".join(" ".join(pair) + "\n" for pair in model["merges"])
+    (folder / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    loaded = TextTokenizer.load(folder)
+    text = "the quick 🙂"
+    assert loaded.end_of_text_id == tokenizer.end_of_text_id
+    assert np.array_equal(loaded.encode(text), tokenizer.encode(text))
+
+
+def test_a_tokenizer_without_end_of_text_is_refused(tmp_path: Path) -> None:
+    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataFault, match="end-of-text"):
+        TextTokenizer.load(tmp_path)
+
+
+def test_marks_that_are_not_in_the_vocabulary_are_refused(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    with pytest.raises(DataFault, match="</s>"):
+        TextTokenizer.load(tmp_path)
+
+
+def test_damaged_files_are_refused(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    whole = (tmp_path / "tokenizer.json").read_bytes()
+    (tmp_path / "tokenizer.json").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataFault, match="tokenizer.json"):
+        TextTokenizer.load(tmp_path)
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    with pytest.raises(DataFault, match=r"tokenizer\.json"):
+        TextTokenizer.load(tmp_path)
+
+
+def test_a_hub_id_is_told_apart_from_a_wrong_path(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="Hub"):
+        TextTokenizer.load(Path("openai-community/gpt2"))
+    with pytest.raises(SettingsError) as caught:
+        TextTokenizer.load(tmp_path / "nothing")
+    assert "Hub" not in str(caught.value)
