@@ -59,11 +59,7 @@ def run_solve(
 
 def _facts(bundle: Path) -> PuzzleFacts:
     """How the bundle's puzzles print."""
-    about = read_json(RunDir(bundle).puzzle)
-    grid = about["grid"]
-    return PuzzleFacts(
-        **{**about, "count": 0, "grid": tuple(grid) if grid is not None else None, "symbols": tuple(about["symbols"])}
-    )
+    return PuzzleFacts.from_plain(read_json(RunDir(bundle).puzzle))
 
 
 def _from_file(path: Path, split: str, facts: PuzzleFacts, limit: int | None) -> Columns:
@@ -74,27 +70,13 @@ def _from_file(path: Path, split: str, facts: PuzzleFacts, limit: int | None) ->
 
 
 def _from_words(words: list[str], facts: PuzzleFacts) -> Columns:
-    """Puzzles given as words, a symbol for each cell; 0 and . stand for an empty one too."""
-    values = {symbol: token for token, symbol in enumerate(facts.symbols) if len(symbol) == 1}
-    empty = next((values[symbol] for symbol in (".", "0", "_") if symbol in values), None)
-    if empty is not None:
-        values |= {"." : empty, "0": values.get("0", empty)}
-    rows = []
-    for word in words:
-        cells = "".join(word.split())
-        unknown = sorted(set(cells) - values.keys())
-        if len(cells) != facts.seq_len or unknown:
-            reason = f"it has {len(cells)} cells, the model's puzzles have {facts.seq_len}"
-            if unknown:
-                reason = f"it has {unknown[0]!r}, which no cell can hold"
-            known = "".join(values)
-            raise SettingsError(Fault(f"puzzle {word!r}", reason, f"Write {facts.seq_len} of the signs {known}"))
-        rows.append([values[cell] for cell in cells])
-    inputs = np.array(rows, dtype=np.int32)
+    """Puzzles given as words, a symbol for each cell; 0 stands for an empty one where no digit is 0."""
+    as_written = str.maketrans({"0": "."}) if "." in facts.symbols and "0" not in facts.symbols else {}
+    inputs = np.stack([facts.parse(word.translate(as_written)) for word in words])
     return {
         "inputs": inputs,
         "labels": np.full_like(inputs, IGNORE_LABEL),
-        "puzzle_identifiers": np.full(len(rows), facts.blank_id, dtype=np.int32),
+        "puzzle_identifiers": np.full(len(words), facts.blank_id, dtype=np.int32),
     }
 
 

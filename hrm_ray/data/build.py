@@ -32,7 +32,7 @@ GRADES: dict[Difficulty, tuple[int, int]] = {"any": (1, 10**9), "easy": (1, 2), 
 _HELD_OUT_GRIDS_4X4 = 72
 # After this many draws in a row without a usable new puzzle the request is taken for impossible.
 _PATIENCE = {4: 20_000, 9: 2_000}
-_TEST_SHARE = 50  # one document in so many is held out
+_TEST_SHARE = 25  # one document in so many is held out
 _PUZZLE_FILES = frozenset({DESCRIPTION, "train.safetensors", "test.safetensors"})
 _TEXT_FILES = frozenset({"train.jsonl", "test.jsonl"})
 
