@@ -1,0 +1,189 @@
+"""The channel between training workers and the driver: an actor that holds records, failures and the stop.
+
+One job: carry values. The hub keeps them in order and hands them out once; `HubLink` is a worker's end of it
+(`DriverLink` of hrm_ray.values). Does not decide what a failure means and writes nothing to a screen or a file.
+
+Why an actor and not ray.train.report: a report is a barrier of all ranks and its queue is emptied once per health
+check, so one report per step costs hundreds of milliseconds per step; a push here costs well under one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from hrm_ray.orchestration.failures import Failure
+from hrm_ray.values import MetricSink, Outcome, Record, StopReason
+
+SEND_INTERVAL_S = 0.1
+"""At most ten pushes a second, whatever the rate of records."""
+STOP_CHECK_INTERVAL_S = 0.1
+"""`stop_requested` looks at the channel at most this often, so that it costs nothing in a loop of fast steps."""
+
+
+@dataclass(frozen=True)
+class WorkerPlace:
+    """Where a rank runs, for messages to a person."""
+
+    rank: int
+    pid: int
+    node_ip: str
+
+
+@dataclass(frozen=True)
+class News:
+    """What the driver has not seen yet, and the state of the gang."""
+
+    records: list[Record] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    workers: dict[int, WorkerPlace] = field(default_factory=dict)
+    finished: frozenset[int] = frozenset()
+    outcome: Outcome | None = None
+
+
+class Hub:
+    """Runs as an actor next to the driver; all state is small and lives as long as the run."""
+
+    def __init__(self) -> None:
+        self._records: dict[int, Record] = {}
+        self._failures: list[Failure] = []
+        self._workers: dict[int, WorkerPlace] = {}
+        self._finished: set[int] = set()
+        self._outcome: Outcome | None = None
+        self._stop: StopReason | None = None
+        self._stop_set = asyncio.Event()
+        self._called_off = False
+
+    async def announce(self, place: WorkerPlace) -> bool:
+        """A worker says that it is there; False tells it not to begin, because the driver has given up."""
+        if not self._called_off:
+            self._workers[place.rank] = place
+        return not self._called_off
+
+    async def push(self, first: int, records: list[Record]) -> None:
+        """Records numbered from `first`; numbered because an actor may run concurrent calls in any order."""
+        for offset, record in enumerate(records):
+            self._records[first + offset] = record
+
+    async def fail(self, failure: Failure) -> None:
+        self._failures.append(failure)
+
+    async def finish(self, rank: int, outcome: Outcome) -> None:
+        self._finished.add(rank)
+        if rank == 0:
+            self._outcome = outcome
+
+    async def ask_stop(self, reason: StopReason) -> bool:
+        """Tell the workers to stop; False if none has begun, and then none will."""
+        self._called_off = not self._workers
+        if self._stop is None:
+            self._stop = reason
+            self._stop_set.set()
+        return not self._called_off
+
+    async def wait_for_stop(self) -> StopReason | None:
+        """Answered when a stop is asked for: the workers hold the promise and look at it, so polling needs no call."""
+        await self._stop_set.wait()
+        return self._stop
+
+    async def take(self, seen: int) -> News:
+        """Everything after the first `seen` records, without gaps; those seen are forgotten."""
+        for index in [index for index in self._records if index < seen]:
+            del self._records[index]
+        records: list[Record] = []
+        while seen + len(records) in self._records:
+            records.append(self._records[seen + len(records)])
+        return News(records, list(self._failures), dict(self._workers), frozenset(self._finished), self._outcome)
+
+
+class HubSink:
+    """A MetricSink that hands records to the hub from a thread of its own, so a training step never waits for it."""
+
+    def __init__(self, hub: Any) -> None:
+        self._hub = hub
+        self._pending: list[Record] = []
+        self._sent = 0
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._send_until_closed, name="hub-sink", daemon=True)
+        self._thread.start()
+
+    def write(self, record: Record) -> None:
+        """Take one record; costs microseconds."""
+        with self._lock:
+            self._pending.append(record)
+        self._wake.set()
+
+    def close(self) -> None:
+        """Return when the hub has every record."""
+        self._closing.set()
+        self._wake.set()
+        self._thread.join()
+
+    def _send_until_closed(self) -> None:
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            closing = self._closing.is_set()
+            with self._lock:
+                batch, self._pending = self._pending, []
+            if batch:
+                first, self._sent = self._sent, self._sent + len(batch)
+                ray.get(self._hub.push.remote(first, batch))
+            if closing:
+                return
+            self._closing.wait(SEND_INTERVAL_S)
+
+
+class HubLink:
+    """A worker's end of the channel (`DriverLink`)."""
+
+    def __init__(self, hub: Any, rank: int) -> None:
+        self._hub = hub
+        self._rank = rank
+        self._sink: HubSink | None = None
+        self._promise = hub.wait_for_stop.remote()
+        self._next_look_s = 0.0
+        self._reason: StopReason | None = None
+
+    def sink(self) -> MetricSink:
+        """The channel for the leading rank's records; one per worker."""
+        if self._sink is None:
+            self._sink = HubSink(self._hub)
+        return self._sink
+
+    def stop_requested(self) -> StopReason | None:
+        """The driver's stop, at most STOP_CHECK_INTERVAL_S old; a local look, no call to another process."""
+        now = time.monotonic()
+        if self._reason is None and now >= self._next_look_s:
+            self._next_look_s = now + STOP_CHECK_INTERVAL_S
+            ready, _ = ray.wait([self._promise], timeout=0)
+            if ready:
+                self._reason = ray.get(self._promise)
+        return self._reason
+
+    def announce(self, place: WorkerPlace) -> bool:
+        """Say that this worker is there; False means: do not begin."""
+        return bool(ray.get(self._hub.announce.remote(place)))
+
+    def flush(self) -> None:
+        """Return when every record written so far is with the hub."""
+        if self._sink is not None:
+            self._sink.close()
+            self._sink = None
+
+    def finish(self, outcome: Outcome) -> None:
+        """Hand over all records, then the outcome."""
+        self.flush()
+        ray.get(self._hub.finish.remote(self._rank, outcome))
+
+    def fail(self, failure: Failure) -> None:
+        """Hand over all records, then the failure."""
+        self.flush()
+        ray.get(self._hub.fail.remote(failure))

@@ -1,0 +1,146 @@
+"""Asked for against there, before any worker is started: CPUs, GPUs and memory of this machine or of a cluster.
+
+One job: refuse within seconds, with numbers, what Ray would wait for without end. Pure functions over numbers; the
+only look outside is at this machine. Does not start or ask Ray.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from hrm_ray.errors import Fault, ResourceFault
+
+RAY_MEMORY_BYTES = 700 * 2**20
+"""Resident memory of Ray's own processes (measured 0.7 GB with and without the dashboard)."""
+WORKER_MEMORY_BYTES = 500 * 2**20
+"""Resident memory of one training worker with torch loaded, before any model (measured 0.4 GB)."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a gang needs: so many workers, each with so many CPUs (threads) and GPUs (0 or 1)."""
+
+    world_size: int
+    threads: int
+    gpus_per_worker: int
+
+    @property
+    def cpus(self) -> int:
+        return self.world_size * self.threads
+
+    @property
+    def gpus(self) -> int:
+        return self.world_size * self.gpus_per_worker
+
+    def per_worker(self) -> dict[str, float]:
+        """The resources of one worker in Ray's terms."""
+        need: dict[str, float] = {"CPU": float(self.threads)}
+        if self.gpus_per_worker:
+            need["GPU"] = float(self.gpus_per_worker)
+        return need
+
+
+def usable_cpus() -> int:
+    """CPUs this process may run on: fewer than the machine has where an affinity mask or a container says so."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # Windows and macOS have no affinity call in os
+        return os.cpu_count() or 1
+
+
+def available_memory_bytes() -> int:
+    """Memory that can be taken without swapping; the container's limit (cgroup v2) where that is less."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return available
+    return available if limit == "max" else max(0, min(available, int(limit) - used))
+
+
+def check_machine(demand: Demand, cpus: int, memory_bytes: int) -> None:
+    """Raise ResourceFault (every shortage at once) unless this machine can hold a local cluster with the gang."""
+    faults = []
+    if demand.cpus > cpus:
+        faults.append(
+            Fault(
+                f"world_size {demand.world_size} x threads {demand.threads} = {demand.cpus} CPUs",
+                f"this machine offers {cpus}",
+                f"Use at most --world-size {max(1, cpus // demand.threads)} with --threads {demand.threads}, "
+                "or give a cluster with --ray-address",
+            )
+        )
+    need = RAY_MEMORY_BYTES + demand.world_size * WORKER_MEMORY_BYTES
+    if need > memory_bytes:
+        faults.append(
+            Fault(
+                f"world_size {demand.world_size}",
+                f"Ray and the workers need about {need / 2**30:.1f} GiB of memory before any model, "
+                f"{memory_bytes / 2**30:.1f} GiB is available",
+                "Use fewer workers, free memory, or use --launcher local for one device",
+            )
+        )
+    if faults:
+        raise ResourceFault(faults)
+
+
+def check_local_gpus(demand: Demand, gpus: int) -> None:
+    """Raise ResourceFault unless this machine has a GPU per worker."""
+    if demand.gpus > gpus:
+        raise ResourceFault(
+            Fault(
+                f"world_size {demand.world_size} with device cuda",
+                f"this machine has {gpus} visible GPUs",
+                f"Use --world-size {max(1, gpus)}" if gpus else "Use --device cpu",
+            )
+        )
+
+
+def places(demand: Demand, nodes: Sequence[Mapping[str, float]]) -> int:
+    """How many workers fit on these nodes, each worker whole on one node."""
+    return sum(
+        min(int(node.get(name, 0.0) // amount) for name, amount in demand.per_worker().items()) for node in nodes
+    )
+
+
+def check_cluster(demand: Demand, nodes: Sequence[Mapping[str, float]], address: str) -> None:
+    """Raise ResourceFault unless the living nodes (total resources of each) could ever hold the gang."""
+    fits = places(demand, nodes)
+    if fits < demand.world_size:
+        raise ResourceFault(
+            Fault(
+                f"world_size {demand.world_size} with {_words(demand)} per worker",
+                f"the cluster at {address} has room for {fits}: {_totals(nodes)} on {len(nodes)} node(s)",
+                f"Use --world-size {fits}" if fits else "Lower --threads, use another device, or add nodes",
+            )
+        )
+
+
+def check_free(demand: Demand, free: Mapping[str, float], total: Mapping[str, float], address: str) -> None:
+    """Raise ResourceFault unless the cluster has enough free right now; others may be using it."""
+    need = {"CPU": float(demand.cpus), "GPU": float(demand.gpus)}
+    short = [name for name, amount in need.items() if amount > free.get(name, 0.0)]
+    if short:
+        state = ", ".join(f"{free.get(name, 0.0):g} of {total.get(name, 0.0):g} {name}s free" for name in short)
+        raise ResourceFault(
+            Fault(
+                f"world_size {demand.world_size} with {_words(demand)} per worker",
+                f"the cluster at {address} is busy: {state}",
+                "Wait until it is free (`ray status` shows who uses it) or use fewer workers",
+            )
+        )
+
+
+def _words(demand: Demand) -> str:
+    gpu = f" and {demand.gpus_per_worker} GPU" if demand.gpus_per_worker else ""
+    return f"{demand.threads} CPU{'s' if demand.threads > 1 else ''}{gpu}"
+
+
+def _totals(nodes: Sequence[Mapping[str, float]]) -> str:
+    return ", ".join(f"{sum(node.get(name, 0.0) for node in nodes):g} {name}s" for name in ("CPU", "GPU"))

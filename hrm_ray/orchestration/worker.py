@@ -1,0 +1,57 @@
+"""What runs inside each Ray Train worker: find the training body, run it, report how it ended.
+
+One job: the worker's edge. Every exception is caught here, sent to the driver once, and ends the worker; nothing
+is printed for a person. Does not build models or read data: the body does, given the plan and the link.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import ray
+import ray.train
+
+from hrm_ray.orchestration.failures import Failure
+from hrm_ray.orchestration.report import HubLink, WorkerPlace
+from hrm_ray.values import DriverLink, Outcome
+
+PEER_LOSS_WAIT_S = 5.0
+"""A rank whose collective broke waits this long before it ends, so that the rank which is really gone is noticed
+first; Ray ends the waiting rank earlier as a rule."""
+
+
+class WorkerEnded(Exception):
+    """Tells Ray Train that this rank failed; the cause is with the driver already."""
+
+
+def find_body(name: str) -> Callable[[dict[str, Any], DriverLink], Outcome]:
+    """The function behind `package.module:function`."""
+    module, _, function = name.partition(":")
+    body: Callable[[dict[str, Any], DriverLink], Outcome] = importlib.import_module(module).__dict__[function]
+    return body
+
+
+def main(config: dict[str, Any]) -> None:
+    """The training function of TorchTrainer; torch.distributed is set up when it is entered.
+
+    `config`: "body" (dotted name), "plan" (plain dict), "hub" (actor handle).
+    """
+    rank = ray.train.get_context().get_world_rank()
+    link = HubLink(config["hub"], rank)
+    if not link.announce(WorkerPlace(rank, os.getpid(), ray.util.get_node_ip_address())):
+        return
+    try:
+        link.finish(find_body(config["body"])(config["plan"], link))
+    except BaseException as error:  # noqa: BLE001 - the actor's edge: whatever it is, the driver tells it once
+        failure = Failure.of(rank, error)
+        traceback.print_exc(file=sys.stderr)
+        link.fail(failure)
+        if failure.peer_loss:
+            threading.Event().wait(PEER_LOSS_WAIT_S)
+        raise WorkerEnded(f"rank {rank}: {failure.kind}") from None
