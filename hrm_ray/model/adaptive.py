@@ -55,8 +55,12 @@ class Reading:
     frozen: Tensor
 
 
-def adaptive_segments(model: ActV1, x: Tensor, scope: AttentionScope) -> Iterator[Reading]:
-    """Segment after segment over x [B, T, D]; a token is read out at the first segment (from 1) where q_halt > 0."""
+def adaptive_segments(model: ActV1, x: Tensor, scope: AttentionScope, prompt: Tensor | None) -> Iterator[Reading]:
+    """Segment after segment over x [B, T, D]; a token is read out at the first segment (from 1) where q_halt > 0.
+
+    `prompt` bool [B, T] marks tokens that think to the end: a prompt under a prefix mask has no labels, so the head was
+    never trained there.
+    """
     rows, length = x.shape[:2]
     states = model.initial_states(rows, length)
     frozen = torch.zeros(rows, length, dtype=torch.bool, device=x.device)
@@ -65,6 +69,8 @@ def adaptive_segments(model: ActV1, x: Tensor, scope: AttentionScope) -> Iterato
         cache.begin_segment(frozen)
         states = model.segment(states, x, scope, rotation, cache)
         halts = model.halting_scores(states.z_h)[0] > 0
+        if prompt is not None:
+            halts = halts & ~prompt
         if segment == model.config.halt_max_steps:
             halts = torch.ones_like(halts)
         reads = halts & ~frozen

@@ -86,9 +86,13 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 
 
 def layer_flops(config: ModelConfig) -> int:
-    """Forward FLOPs of one block for one token: projections and attention over the whole sequence."""
+    """Forward FLOPs of one block for one token: projections and attention over the whole sequence.
+
+    The prefix positions of a puzzle embedding are work too; their share is spread over the tokens.
+    """
     projections = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size
-    return 2 * projections + 4 * config.total_positions * config.hidden_size
+    position = 2 * projections + 4 * config.total_positions * config.hidden_size
+    return position * config.total_positions // config.seq_len
 
 
 def segment_flops(config: ModelConfig) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from hrm_ray.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class TakenRows:
-    """Rows taken from a puzzle table for one backward pass: identifiers [B] and the leaf [B, E] that gets gradient."""
+    """Rows taken from a puzzle table for one backward pass: identifiers [K] and the leaf [K, E] that gets gradient."""
 
     identifiers: Tensor
     rows: Tensor
@@ -36,13 +36,19 @@ class PuzzleTable(nn.Module):
         self.register_buffer("weights", torch.zeros(identifiers, ndim))
         self.taken: list[TakenRows] = []
 
-    def forward(self, identifiers: Tensor) -> Tensor:
-        """identifiers [B] -> rows [B, E]; in a training pass with gradient the rows are a fresh leaf."""
+    def forward(self, identifiers: Tensor, active: Tensor | None) -> Tensor:
+        """identifiers [B] -> rows [B, E]; in a training pass with gradient the rows `active` [B] are a fresh leaf.
+
+        An idle slot's identifier is not taken: it would decay although no puzzle used it. None: all are active.
+        """
         rows = self.weights[identifiers.long()]
-        if self.training and torch.is_grad_enabled():
-            rows.requires_grad_()
-            self.taken.append(TakenRows(identifiers, rows))
-        return rows
+        if not (self.training and torch.is_grad_enabled()):
+            return rows
+        if active is None:
+            active = torch.ones_like(identifiers, dtype=torch.bool)
+        leaf = rows[active].requires_grad_()
+        self.taken.append(TakenRows(identifiers[active], leaf))
+        return rows.index_put((active,), leaf)
 
 
 class InputEmbedding(nn.Module):
@@ -60,17 +66,19 @@ class InputEmbedding(nn.Module):
         )
         self.dtype = torch.bfloat16 if config.forward_dtype == "bfloat16" else torch.float32
 
-    def forward(self, inputs: Tensor, identifiers: Tensor | None, positions: Tensor | None) -> Tensor:
+    def forward(
+        self, inputs: Tensor, identifiers: Tensor | None, positions: Tensor | None, active: Tensor | None = None
+    ) -> Tensor:
         """inputs [B, S] -> x [B, P+S, D].
 
-        `identifiers` [B] is needed with a puzzle table. `positions` [B or 1, P+S] chooses learned positions;
-        None counts from 0.
+        `identifiers` [B] is needed with a puzzle table, and in training `active` [B], the rows that are no padding.
+        `positions` [B or 1, P+S] chooses learned positions; None counts from 0.
         """
         config = self.config
         x = F.embedding(inputs, self.embed_tokens.weight.to(self.dtype))
         if self.puzzle_emb is not None:
             assert identifiers is not None
-            row = self.puzzle_emb(identifiers).to(self.dtype)
+            row = self.puzzle_emb(identifiers, active).to(self.dtype)
             pad = config.prefix_positions * config.hidden_size - config.puzzle_emb_ndim
             prefix = F.pad(row, (0, pad)).view(-1, config.prefix_positions, config.hidden_size)
             x = torch.cat((prefix, x), dim=1)

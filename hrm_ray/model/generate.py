@@ -117,13 +117,15 @@ class Reader:
         frozen = torch.zeros(new, dtype=torch.bool, device=device)
         answer = torch.zeros_like(states.z_h[0])
         thought = torch.zeros(new, dtype=torch.long, device=device)
+        # A prompt under a prefix mask was never judged in training, so it thinks to the end (see adaptive.py).
+        may_halt = self.adaptive and not (start == 0 and config.lm_mask == "prefix")
         for segment in range(config.halt_max_steps):
             if bool(frozen.all()):
                 self.caches.skip_segment(segment)
                 continue
             self.caches.begin_segment(segment, frozen)
             states = model.segment(states, x, scope, rotation, self.caches)
-            halts = self.adaptive & (model.halting_scores(states.z_h)[0][0] > 0)
+            halts = may_halt & (model.halting_scores(states.z_h)[0][0] > 0)
             if segment == config.halt_max_steps - 1:
                 halts = torch.ones_like(frozen)
             reads = halts & ~frozen
@@ -177,14 +179,17 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """One token from scores [V]."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    scores = logits.float().cpu() / sampling.temperature
+    # From the likeliest down and in double, so that no temperature overflows.
+    scores = logits.cpu().double()
+    scores = (scores - scores.max()) / sampling.temperature
     if sampling.top_k:
-        least = scores.topk(min(sampling.top_k, scores.shape[0])).values[-1]
-        scores = scores.masked_fill(scores < least, -torch.inf)
+        kept = scores.topk(min(sampling.top_k, scores.shape[0]))
+        scores = torch.full_like(scores, -torch.inf).index_copy(0, kept.indices, kept.values)
     chances = scores.softmax(-1)
     if sampling.top_p < 1:
         ordered, order = chances.sort(descending=True)
-        # A token stays while the mass before it is below top_p, so the likeliest always stays.
+        # A token stays while the mass before it is below top_p; the likeliest stays even at 0.
         cut = ordered.cumsum(-1) - ordered >= sampling.top_p
+        cut[0] = False
         chances = chances.index_fill(0, order[cut], 0.0)
     return int(torch.multinomial(chances, 1, generator=generator))

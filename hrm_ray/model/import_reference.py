@@ -44,7 +44,8 @@ def looks_like_reference(names: Mapping[str, Tensor]) -> bool:
 def split_fused(name: str, tensor: Tensor) -> dict[str, Tensor]:
     """One reference tensor as this project's: renamed, and cut along the output rows where it was fused.
 
-    Works for weights and for their gradients. Raises DataFault for a name the reference does not have.
+    Works for weights and for their gradients. Raises DataFault for a name the reference does not have,
+    and for a height that cannot be cut.
     """
     bare = bare_name(name)
     if bare in _PLAIN:
@@ -60,6 +61,14 @@ def split_fused(name: str, tensor: Tensor) -> dict[str, Tensor]:
         )
     layer, part, projection = match.groups()
     targets = _FUSED.get(projection, (projection,))
+    if tensor.dim() == 0 or tensor.shape[0] % len(targets):
+        raise DataFault(
+            Fault(
+                f"tensor {name!r} {list(tensor.shape)}",
+                f"its rows cannot be cut into {' and '.join(targets)} alike",
+                "Give a whole HRM (ACTv1) checkpoint",
+            )
+        )
     return {
         f"{layer}.{part}.{target}.weight": piece
         for target, piece in zip(targets, torch.chunk(tensor, len(targets), dim=0), strict=True)

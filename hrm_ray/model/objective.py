@@ -60,6 +60,10 @@ class Objective(nn.Module, Generic[CarryT]):
         """
         raise NotImplementedError
 
+    def restarted(self, carry: CarryT) -> CarryT:
+        """The carry after a skipped update: what is not finite in it must not spoil the steps to come."""
+        return carry
+
     def forward(self, batch: Batch, carry: CarryT) -> SegmentOutput[CarryT]:
         """One segment."""
         raise NotImplementedError

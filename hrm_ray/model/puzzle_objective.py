@@ -6,7 +6,7 @@ halted, so the same forward serves carried supervision (one segment a step) and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -89,11 +89,21 @@ class PuzzleObjective(Objective[PuzzleCarry]):
             },
         )
 
+    def restarted(self, carry: PuzzleCarry) -> PuzzleCarry:
+        """Rows whose states are not finite begin again with the same puzzle; the others go on."""
+        broken = ~(carry.states.z_h.isfinite().all(-1).all(-1) & carry.states.z_l.isfinite().all(-1).all(-1))
+        start = self.model.initial_states(broken.shape[0], self.model.config.total_positions)
+        wide = broken.view(-1, 1, 1)
+        states = States(
+            torch.where(wide, start.z_h, carry.states.z_h), torch.where(wide, start.z_l, carry.states.z_l)
+        )
+        return replace(carry, states=states, steps=torch.where(broken, 0, carry.steps))
+
     def think(self, batch: Batch, carry: PuzzleCarry) -> PuzzleView:
         """One ACT step: take offered rows, one segment, decide who halts (ACTV1_SPEC, section 6)."""
         model, config = self.model, self.model.config
         carry = self.take_offered(batch, carry)
-        x = model.embedding(carry.data["inputs"], carry.data["puzzle_identifiers"], None)
+        x = model.embedding(carry.data["inputs"], carry.data["puzzle_identifiers"], None, carry.data["active"])
         rotation = model.rotation(0, config.total_positions)
         states = model.segment(carry.states, x, FULL, rotation)
         q_halt, q_continue = model.halting_scores(states.z_h[:, 0])

@@ -23,7 +23,7 @@ from hrm_ray.values import IGNORE_LABEL
 
 @dataclass(frozen=True)
 class TextCarry:
-    """What a batch keeps between its segments: states [B, S, D], each token's last loss [B, S] (nats), segments done."""
+    """What a batch keeps between segments: states [B, S, D], each token's last loss [B, S] (nats), segments done."""
 
     states: States
     token_loss: Tensor
@@ -66,7 +66,7 @@ class TextObjective(Objective[TextCarry]):
         logits = model.logits(states.z_h)
         valid = labels != IGNORE_LABEL
         token_loss = self.cross_entropy(logits, labels)
-        judged, judge_metrics = self._judge(carry, token_loss.detach(), valid)
+        judged, judge_metrics = self._judge(carry, token_loss.detach().float(), valid)
         terms = (Term("lm_loss", token_loss.sum(), "tokens"), judged)
         count = valid.sum()
         metrics = dict(judge_metrics)

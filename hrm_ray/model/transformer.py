@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.embedding import InputEmbedding
 from hrm_ray.model.initialise import truncated_normal_
-from hrm_ray.model.layers import AttentionScope, KeyValueExchange, Level, Rotation, RotaryTable, linear
+from hrm_ray.model.layers import AttentionScope, KeyValueExchange, Level, RotaryTable, Rotation, linear
 
 
 class Transformer(nn.Module):

@@ -87,7 +87,7 @@ def _adaptive_sums(text: TextObjective, batch: Batch, x: Tensor) -> Sums:
     scope = text_scope(labels.shape[1], batch.get("documents"), batch.get("prompt"))
     valid = labels != IGNORE_LABEL
     loss, segments = x.new_zeros(()), x.new_zeros(())
-    for reading in adaptive_segments(text.model, x, scope):
+    for reading in adaptive_segments(text.model, x, scope, batch.get("prompt")):
         now = reading.reads & valid
         token_loss = text.cross_entropy(text.model.logits(reading.states.z_h), labels)
         loss = loss + torch.where(now, token_loss, 0.0).sum()
@@ -121,10 +121,11 @@ def _text_figures(sums: Mapping[str, float]) -> dict[str, float]:
     figures = {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": sums["loss"] / math.log(2) / sums["bytes"],
         "token_accuracy": sums["hits"] / tokens,
         "tokens": tokens,
     }
+    if sums["bytes"] > 0:
+        figures["bits_per_byte"] = sums["loss"] / math.log(2) / sums["bytes"]
     if "adaptive_loss" in sums:
         figures |= {"adaptive_loss": sums["adaptive_loss"] / tokens, "mean_segments": sums["segments"] / tokens}
     return figures

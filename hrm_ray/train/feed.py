@@ -106,8 +106,11 @@ class RolloutFeed(_Epochs):
         return [self.samples.rows(self._indices(micro)) for micro in positions]
 
     def roll(self) -> bool:
+        # Past the last epoch the place stays, so that a checkpoint of the end does not begin that epoch again.
+        if not self._next_epoch():
+            return False
         self.taken = 0
-        return self._next_epoch()
+        return True
 
     def position(self) -> dict[str, npt.NDArray[np.int64]]:
         return {"taken": np.array([self.taken], dtype=np.int64)}
@@ -149,8 +152,10 @@ class SlotFeed(_Epochs):
         return micro_batches
 
     def roll(self) -> bool:
+        if not self._next_epoch():
+            return False
         self.taken[:] = 0
-        return self._next_epoch()
+        return True
 
     def position(self) -> dict[str, npt.NDArray[np.int64]]:
         return {"taken": self.taken.reshape(-1).copy()}

@@ -192,6 +192,8 @@ class TrainingLoop:
         """Count a step whose gradient was not finite; too many in a row end the run."""
         if self.parts.sparse is not None:
             self.parts.sparse.forget()
+        if self.parts.carried and self.carries is not None:
+            self.carries = [self.parts.objective.restarted(carry) for carry in self.carries]
         self.progress.bad_steps += 1
         self.progress.skipped_steps += 1
         if self.progress.bad_steps >= self.parts.max_bad_steps:

@@ -62,7 +62,7 @@ class AdamATan2(torch.optim.Optimizer):
         torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
         scale = torch._foreach_sqrt(second)
         torch._foreach_div_(scale, (1 - beta2**age) ** 0.5)
-        updates = [torch.atan2(m, s) for m, s in zip(first, scale, strict=True)]
+        updates = [torch.atan2(m, s, out=s) for m, s in zip(first, scale, strict=True)]
         torch._foreach_add_(weights, updates, alpha=-lr / (1 - beta1**age))
 
 

@@ -24,32 +24,33 @@ class Schedule:
         """Multiplier of the base rate for update number `step` (from 1); flat past the end."""
         if step < self.warmup_steps:
             return step / self.warmup_steps
-        rest = max(self.total_steps - self.warmup_steps, 1)
-        progress = min(max((step - self.warmup_steps) / rest, 0.0), 1.0)
-        return SCHEDULES[self.kind](self, progress)
+        return SCHEDULES[self.kind](self, step)
+
+    def progress(self, step: int, start: float) -> float:
+        """How far `step` is on the way from `start` to the end of the run, in 0..1."""
+        return min(max((step - start) / max(self.total_steps - start, 1), 0.0), 1.0)
 
 
-def _cosine(schedule: Schedule, progress: float) -> float:
+def _cosine(schedule: Schedule, step: int) -> float:
+    progress = schedule.progress(step, schedule.warmup_steps)
     return schedule.min_ratio + (1 - schedule.min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _linear(schedule: Schedule, progress: float) -> float:
-    return 1 - (1 - schedule.min_ratio) * progress
+def _linear(schedule: Schedule, step: int) -> float:
+    return 1 - (1 - schedule.min_ratio) * schedule.progress(step, schedule.warmup_steps)
 
 
-def _constant(schedule: Schedule, progress: float) -> float:
+def _constant(schedule: Schedule, step: int) -> float:
     return 1.0
 
 
-def _wsd(schedule: Schedule, progress: float) -> float:
-    """Warm-up, stable, decay: flat, then linear over the last `wsd_decay_ratio` of the run (arXiv 2404.06395)."""
-    if schedule.wsd_decay_ratio == 0:
-        return 1.0
-    falling = max(progress - (1 - schedule.wsd_decay_ratio), 0.0) / schedule.wsd_decay_ratio
-    return 1 - (1 - schedule.min_ratio) * falling
+def _wsd(schedule: Schedule, step: int) -> float:
+    """Warm-up, stable, decay: flat, then linear over the last `wsd_decay_ratio` of all updates (arXiv 2404.06395)."""
+    start = max(schedule.total_steps * (1 - schedule.wsd_decay_ratio), schedule.warmup_steps)
+    return 1 - (1 - schedule.min_ratio) * schedule.progress(step, start)
 
 
-SCHEDULES: dict[str, Callable[[Schedule, float], float]] = {
+SCHEDULES: dict[str, Callable[[Schedule, int], float]] = {
     "cosine": _cosine,
     "linear": _linear,
     "constant": _constant,

@@ -1,0 +1,198 @@
+"""Drawing tokens by exact small distributions, and writing text with caches.
+
+Whether cached reading equals whole-sequence reading is in test_model_adaptive.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hrm_ray.model.generate import Drawn, Reader, Sampling, draw, generate
+from hrm_ray.model.layers import AttentionScope
+from tests.support.tiny_models import VOCAB, between, tiny_actv1, tiny_config, tiny_model
+
+CHANCES = [0.5, 0.25, 0.125, 0.125]
+LOGITS = torch.log(torch.tensor(CHANCES))
+
+
+def counted(sampling: Sampling, logits: torch.Tensor = LOGITS, draws: int = 2000) -> list[float]:
+    generator = torch.Generator().manual_seed(1)
+    seen = Counter(draw(logits, sampling, generator) for _ in range(draws))
+    return [seen[token] / draws for token in range(len(logits))]
+
+
+def assert_chances(sampling: Sampling, want: list[float]) -> None:
+    """2000 draws: 4 sigma are 0.045 at most; a token that is cut never comes."""
+    got = counted(sampling)
+    assert got == pytest.approx(want, abs=0.045)
+    assert [share == 0 for share in got] == [chance == 0 for chance in want]
+
+
+def test_plain_draws_follow_the_scores() -> None:
+    assert_chances(Sampling(temperature=1.0), CHANCES)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_temperature_is_an_exponent(temperature: float) -> None:
+    powers = [chance ** (1 / temperature) for chance in CHANCES]
+    assert_chances(Sampling(temperature=temperature), [power / sum(powers) for power in powers])
+
+
+def test_temperature_zero_is_the_likeliest_and_draws_nothing() -> None:
+    generator = torch.Generator().manual_seed(1)
+    before = generator.get_state()
+    scores = torch.tensor([0.1, 5.0, 4.999, -3.0])
+    assert {draw(scores, Sampling(temperature=0.0, top_k=3, top_p=0.5), generator) for _ in range(20)} == {1}
+    assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-46, 1e-9])
+def test_the_smallest_temperatures_take_the_likeliest(temperature: float) -> None:
+    assert counted(Sampling(temperature=temperature), torch.tensor([3.0, -2.0, 2.9]), 20) == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("top_k", "want"),
+    [(1, [1.0, 0, 0, 0]), (2, [2 / 3, 1 / 3, 0, 0]), (0, CHANCES), (4, CHANCES), (99, CHANCES)],
+)
+def test_top_k(top_k: int, want: list[float]) -> None:
+    assert_chances(Sampling(temperature=1.0, top_k=top_k), want)
+
+
+def test_top_k_of_equal_scores_keeps_k() -> None:
+    got = counted(Sampling(temperature=1.0, top_k=2), torch.zeros(4), 200)
+    assert sum(share > 0 for share in got) == 2
+
+
+@pytest.mark.parametrize(
+    ("top_p", "want"),
+    [
+        (0.0, [1.0, 0, 0, 0]),
+        (0.3, [1.0, 0, 0, 0]),
+        (0.5, [1.0, 0, 0, 0]),
+        (0.51, [2 / 3, 1 / 3, 0, 0]),
+        (0.75, [2 / 3, 1 / 3, 0, 0]),
+        (1.0, CHANCES),
+    ],
+)
+def test_top_p(top_p: float, want: list[float]) -> None:
+    """The fewest likeliest tokens whose mass reaches top_p. Logits in double, so that the masses are exact."""
+    sampling = Sampling(temperature=1.0, top_p=top_p)
+    got = counted(sampling, torch.log(torch.tensor(CHANCES, dtype=torch.float64)))
+    assert got == pytest.approx(want, abs=0.045)
+    assert [share == 0 for share in got] == [chance == 0 for chance in want]
+
+
+def test_top_p_counts_the_mass_after_top_k_and_temperature() -> None:
+    """Left by top_k 3: 4/7, 2/7, 1/7. 0.8 is reached by two of them; of all four it would take three."""
+    assert_chances(Sampling(temperature=1.0, top_k=3, top_p=0.8), [2 / 3, 1 / 3, 0, 0])
+    # At temperature 1/2 the chances are 32/44, 8/44, 2/44, 2/44: the first is enough for 0.7.
+    assert_chances(Sampling(temperature=0.5, top_p=0.7), [1.0, 0, 0, 0])
+
+
+@settings(max_examples=50)
+@given(
+    scores=st.lists(st.floats(-50, 50), min_size=1, max_size=8),
+    temperature=st.floats(0, 5),
+    top_k=st.integers(0, 9),
+    top_p=st.floats(0, 1),
+    seed=st.integers(0, 100),
+)
+def test_any_sampling_gives_a_token_it_may_give(
+    scores: list[float], temperature: float, top_k: int, top_p: float, seed: int
+) -> None:
+    logits = torch.tensor(scores)
+    token = draw(logits, Sampling(temperature, top_k, top_p), torch.Generator().manual_seed(seed))
+    better = sum(float(other) > float(logits[token]) for other in logits)
+    assert 0 <= token < len(scores)
+    if top_k:
+        assert better < top_k
+    if temperature == 0:
+        assert better == 0
+
+
+def written(prompt: list[int], count: int, **changes: Any) -> list[Drawn]:
+    settings_ = {"seed": 3, "end_of_text_id": VOCAB, "sampling": Sampling(1.0), "adaptive": False} | changes
+    config = settings_.pop("config", tiny_config(seq_len=6))
+    return list(generate(tiny_model(config), prompt, max_new_tokens=count, **settings_))
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_same_seed_the_same_text(adaptive: bool) -> None:
+    first = written([1, 2], 12, adaptive=adaptive)
+    torch.manual_seed(99)
+    assert written([1, 2], 12, adaptive=adaptive) == first
+    assert [d.token for d in written([1, 2], 12, seed=4, adaptive=adaptive)] != [d.token for d in first]
+
+
+def test_text_ends_at_end_of_text_and_at_the_limit() -> None:
+    free = [d.token for d in written([1], 10)]
+    assert len(free) == 10
+    stop = free[4]
+    assert [d.token for d in written([1], 10, end_of_text_id=stop)] == free[: free.index(stop)]
+    assert written([1], 0) == []
+
+
+CONTEXTS: dict[str, dict[str, Any]] = {
+    "rope": {},
+    "learned": {"pos_encodings": "learned"},
+    "prefix": {"lm_mask": "prefix"},
+    "odd length": {"seq_len": 5, "pos_encodings": "learned"},
+    "two positions": {"seq_len": 2},
+    "transformer": {"arch": "transformer", "halt_rule": "none", "halt_max_steps": 1, "pos_encodings": "learned"},
+}
+
+
+@pytest.mark.parametrize("case", CONTEXTS)
+@pytest.mark.parametrize("prompt_length", [1, 6, 9])
+def test_a_full_context_is_halved_and_read_again(case: str, prompt_length: int) -> None:
+    """Greedy text equals that of reading, for every token, the context that the rule leaves."""
+    config = tiny_config(**({"seq_len": 6} | CONTEXTS[case]))
+    prompt = [(3 * n + 1) % VOCAB for n in range(prompt_length)]
+    greedy = Sampling(temperature=0.0)
+    got = [d.token for d in written(prompt, 15, config=config, sampling=greedy)]
+    model = tiny_model(config)
+    limit, context, first = config.seq_len, prompt[-config.seq_len :], min(prompt_length, config.seq_len)
+    for number, token in enumerate(got):
+        # The part read at once, which a prefix mask shows to itself, then one token after the other.
+        reader = Reader(model, adaptive=False)
+        logits, _ = reader.read(context[:first])
+        for late in context[first:]:
+            logits, _ = reader.read([late])
+        assert int(logits[-1].argmax()) == token, f"token {number}"
+        context = [*context, token]
+        if len(context) > limit:
+            context = context[-(limit // 2) :]
+            first = len(context)
+    assert len(got) == 15
+
+
+def test_drawn_tells_the_segments_of_the_position_before() -> None:
+    fixed = written([1, 2], 8, config=tiny_config(halt_max_steps=3, seq_len=12))
+    assert {d.segments for d in fixed} == {3}
+    model = tiny_actv1(tiny_config(halt_max_steps=3, seq_len=12))
+    with torch.no_grad():
+        states = model.initial_states(1, VOCAB)
+        x = model.embedding(torch.arange(VOCAB).unsqueeze(0), None, None)
+        states = model.segment(states, x, AttentionScope(mask=torch.eye(VOCAB).bool()), None)
+        model.q_head.bias[0] -= between(model.halting_scores(states.z_h)[0])
+    seen = set()
+    for prompt in ([1, 2], [2, 1], [3, 4], [5, 6], [7, 8]):
+        read = Reader(model, adaptive=True).read(prompt)[1].tolist()
+        options = {"sampling": Sampling(0.0), "max_new_tokens": 1, "end_of_text_id": VOCAB, "seed": 1}
+        (drawn,) = generate(model, prompt, adaptive=True, **options)
+        assert drawn.segments == read[-1]
+        seen.add(tuple(read))
+    assert any(first != last for first, last in seen), "no prompt whose first token halts elsewhere than its last"
+
+
+def test_scores_of_a_bfloat16_model_can_be_drawn() -> None:
+    assert len(written([1, 2], 4, config=tiny_config(forward_dtype="bfloat16", seq_len=8))) == 4
+    assert math.isclose(sum(counted(Sampling(1.0), LOGITS.bfloat16(), 50)), 1.0)
