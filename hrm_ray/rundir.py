@@ -99,16 +99,26 @@ class RunDir:
             _fsync(path)
         write_json(partial / MANIFEST, {"step": step, "files": entries})
         if whole.exists():
-            shutil.rmtree(whole)
-        partial.rename(whole)
+            aside = _step_aside(whole)
+            partial.rename(whole)
+            shutil.rmtree(aside)
+        else:
+            partial.rename(whole)
         return whole
 
     def prune(self, keep: int) -> None:
         """Delete all but the newest `keep` checkpoints, and what an interrupted save left behind."""
         for step in self.checkpoint_steps()[:-keep]:
-            shutil.rmtree(self.checkpoint(step))
+            _step_aside(self.checkpoint(step))
         for leftover in self.checkpoints.glob(f"*{_PARTIAL}"):
             shutil.rmtree(leftover)
+
+
+def _step_aside(checkpoint: Path) -> Path:
+    """Rename a checkpoint that is to go, so that a deletion that is interrupted leaves none that looks whole."""
+    aside = checkpoint.with_name(f"{checkpoint.name}.old{_PARTIAL}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return checkpoint.rename(aside)
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -119,14 +129,21 @@ def verify_checkpoint(folder: Path) -> None:
         raise DataFault(Fault(str(folder), "there is no such checkpoint", mend))
     if not manifest.is_file():
         raise DataFault(Fault(str(folder), f"it is no whole checkpoint ({MANIFEST} is missing)", mend))
-    for name, entry in read_json(manifest)["files"].items():
+    try:
+        files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in read_json(manifest)["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataFault(Fault(str(manifest), f"it is not what was saved ({error!r} is wrong in it)", mend)) from None
+    unknown = sorted(path.name for path in folder.iterdir() if path.name not in {*files, MANIFEST})
+    if unknown:
+        raise DataFault(Fault(str(folder / unknown[0]), "the checkpoint's manifest does not name it", mend))
+    for name, (size, sha256) in files.items():
         path = folder / name
         if not path.is_file():
             raise DataFault(Fault(str(path), "the checkpoint's manifest names it, but it is not there", mend))
         found = path.stat().st_size
-        if found != entry["bytes"]:
-            raise DataFault(Fault(str(path), f"it has {found} bytes, but was saved with {entry['bytes']}", mend))
-        if file_sha256(path) != entry["sha256"]:
+        if found != size:
+            raise DataFault(Fault(str(path), f"it has {found} bytes, but was saved with {size}", mend))
+        if file_sha256(path) != sha256:
             raise DataFault(Fault(str(path), "its content is not what was saved (sha256 differs)", mend))
 
 
@@ -141,9 +158,12 @@ def file_sha256(path: Path) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that `path` holds either the old content or the new, never half."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=False) + "\n", encoding="utf-8")
-    _fsync(temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=False) + "\n", encoding="utf-8")
+        _fsync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:

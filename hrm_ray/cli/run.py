@@ -5,8 +5,10 @@ One job: the driver. What is decided is in launch, what is trained in train.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from hrm_ray.launch import local
@@ -42,7 +44,7 @@ def run_train(settings: RunSettings, dry_run: bool) -> int:
             outcome = _launch(drafted.devices.launcher, plan, sink, watch.poll)
         finally:
             sink.close()
-    print(farewell(outcome))
+    print(farewell(outcome, settings.run.stop_file))
     return outcome.reason.exit_code
 
 
@@ -77,7 +79,7 @@ def describe(drafted: Draft) -> str:
     return "\n".join(lines)
 
 
-def farewell(outcome: Outcome) -> str:
+def farewell(outcome: Outcome, stop_file: Path | None) -> str:
     """How the run ended, its last held-out figures, and what can be done next."""
     lines = [f"ended   {outcome.reason.value} at step {outcome.step}, epoch {outcome.epoch}"]
     if outcome.figures:
@@ -85,5 +87,7 @@ def farewell(outcome: Outcome) -> str:
         lines.append(f"held out  {shown}")
     lines.append(f"bundle  {outcome.bundle}")
     if outcome.reason is not StopReason.FINISHED:
-        lines.append(f"resume  hrm-ray train --bundle-dir {outcome.bundle} --resume")
+        lines.append(f"resume  hrm-ray train --bundle-dir {shlex.quote(outcome.bundle)} --resume")
+    if outcome.reason is StopReason.STOP_FILE:
+        lines.append(f"        (remove {stop_file} first)")
     return "\n".join(lines)

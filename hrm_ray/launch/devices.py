@@ -72,7 +72,7 @@ def choose_devices(cluster: ClusterSettings) -> Devices:
 def choose_device(wanted: str, strict: bool = False) -> tuple[str, list[str]]:
     """The device for a command of one process (generate, solve), and what to say of it."""
     notes: list[str] = []
-    return _device(ClusterSettings(device=wanted, strict=strict), notes), notes
+    return _device(ClusterSettings.model_validate({"device": wanted, "strict": strict}), notes), notes
 
 
 def _device(cluster: ClusterSettings, notes: list[str]) -> str:
@@ -102,5 +102,7 @@ def _pin_gpus(cluster: ClusterSettings, address: str | None, device: str, notes:
         notes.append(f"--cuda-ids {cluster.cuda_ids}: there are {there} CUDA devices; training on {rest} instead.")
     if not kept:
         return device
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(number) for number in kept)
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    # The numbers count what this process sees; where that is a choice already (a batch system's), choose among it.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[number] if visible else str(number) for number in kept)
     return "cuda"

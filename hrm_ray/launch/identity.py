@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hrm_ray.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 from hrm_ray.errors import DataFault, Fault, SettingsError
+from hrm_ray.metrics.jsonl import read_records
 from hrm_ray.rundir import RunDir, read_json, verify_checkpoint
 from hrm_ray.settings.options import options
 from hrm_ray.settings.run import DEFAULT_BUNDLE_DIR
 from hrm_ray.settings.tree import RunSettings, from_plain, to_dotted
 
-REUSABLE = frozenset({"tokenizer.json"})
+REUSABLE = frozenset({TOKENIZER_FILE, CONFIG_FILE})
 """Files that may lie in a new run's folder: a tokenizer of an earlier one is used again."""
 
 FIXED = (
@@ -29,6 +31,8 @@ FIXED = (
     "data.response_column",
     "data.tokenizer_path",
     "data.vocab_size",
+    "data.tokenizer_train_examples",
+    "data.retrain_tokenizer",
     "data.max_seq_len",
     "data.packing",
     "data.linear_dataset",
@@ -72,9 +76,29 @@ def stored_settings(run_dir: RunDir, where: Mapping[str, Any]) -> dict[str, Any]
         reason = f"there is no run in it ({run_dir.training_args.name} is missing)"
         mend = "Give --bundle-dir (or --brain-name) of an earlier run, or leave out --resume"
         raise SettingsError(Fault(str(run_dir.root), reason, mend))
-    dotted = to_dotted(from_plain(read_json(run_dir.training_args)["settings"]))
+    dotted = _stored_leaves(run_dir)
     named = where["run.brain_name"] is not None or where["run.bundle_dir"] is not None
     return dotted | {"run.brain_name": None, "run.bundle_dir": None if named else str(run_dir.root)}
+
+
+def stored_args(run_dir: RunDir) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings and data of a bundle as training_args.json holds them. Raises DataFault for another content."""
+    plain = read_json(run_dir.training_args)
+    if not isinstance(plain, dict) or not all(isinstance(plain.get(part), dict) for part in ("settings", "data")):
+        raise _not_as_written(run_dir, "settings and data are not both in it")
+    return plain["settings"], plain["data"]
+
+
+def _stored_leaves(run_dir: RunDir) -> dict[str, Any]:
+    try:
+        return to_dotted(from_plain(stored_args(run_dir)[0]))
+    except SettingsError as error:
+        raise _not_as_written(run_dir, "; ".join(f"{f.value}: {f.reason}" for f in error.faults)) from error
+
+
+def _not_as_written(run_dir: RunDir, what: str) -> DataFault:
+    mend = "Restore the file from a copy of the bundle, or use the version of hrm_ray that wrote it"
+    return DataFault(Fault(str(run_dir.training_args), f"it is not what hrm-ray train wrote ({what})", mend))
 
 
 def identify(settings: RunSettings) -> Identity:
@@ -95,6 +119,44 @@ def identify(settings: RunSettings) -> Identity:
         return _resumed(settings, run_dir, run_dir.checkpoint(steps[-1]), run_dir)
     _check_free(run_dir)
     return Identity(run_dir, None, None)
+
+
+def check_effective_batch(identity: Identity, effective: int) -> None:
+    """A checkpoint goes on with the effective batch it was trained with, since slots and the place in the data are
+    counted in it. Raises SettingsError."""
+    if identity.checkpoint is None:
+        return
+    trained: int = read_json(identity.checkpoint / "state.json")["effective_batch_size"]
+    if trained != effective:
+        reason = f"the checkpoint {identity.checkpoint} was trained with {trained}"
+        mend = f"Choose --batch-size, --gradient-accumulation-steps and --world-size whose product is {trained}"
+        raise SettingsError(Fault(f"effective batch {effective}", reason, mend))
+
+
+def check_own_files(settings: RunSettings, identity: Identity) -> None:
+    """The stop file must not be there yet, and the log file must be new, or this run's own. Raises SettingsError, or
+    DataFault for a log file that a resumed run cannot have written."""
+    stop, log = settings.run.stop_file, settings.run.log_file
+    if stop is not None and stop.exists():
+        reason = "it is there already, so the run would stop at its first step"
+        raise SettingsError(Fault(f"--stop-file {stop}", reason, "Remove it, or name another"))
+    if log is None:
+        return
+    if log == identity.run_dir.metrics:
+        reason = "the run writes its metrics there anyway"
+        raise SettingsError(Fault(f"--log-file {log}", reason, "Leave it out, or name another file"))
+    if log.is_dir() or _behind_a_file(log):
+        reason = "a folder has this name" if log.is_dir() else "part of the path is a file, not a folder"
+        raise SettingsError(Fault(f"--log-file {log}", reason, "Name another file"))
+    if not log.exists() or not log.stat().st_size:
+        return
+    if not identity.continues or not read_records(log):
+        reason = "there is something in it already that this run has not written"
+        raise SettingsError(Fault(f"--log-file {log}", reason, "Name another file, or move this one away"))
+
+
+def _behind_a_file(path: Path) -> bool:
+    return any(parent.is_file() for parent in path.parents)
 
 
 def _folder(brain_name: str | None, bundle_dir: Path | None, dataset_file: Path | None) -> Path:
@@ -122,6 +184,9 @@ def _check_free(run_dir: RunDir) -> None:
     root = run_dir.root
     if root.is_file():
         raise SettingsError(Fault(str(root), "there is a file of this name", "Give another --brain-name"))
+    if _behind_a_file(root):
+        mend = "Give another --bundle-dir"
+        raise SettingsError(Fault(str(root), "part of the path is a file, not a folder", mend))
     if not root.is_dir():
         return
     inside = sorted(path.name for path in root.iterdir() if path.name not in REUSABLE)
@@ -138,7 +203,7 @@ def _check_free(run_dir: RunDir) -> None:
 
 def _check_same(settings: RunSettings, source: RunDir) -> None:
     """Refuse settings that would make the checkpoint's tensors or its place in the data mean something else."""
-    stored = to_dotted(from_plain(read_json(source.training_args)["settings"]))
+    stored = _stored_leaves(source)
     now = to_dotted(settings)
     faults = []
     for key, value in now.items():

@@ -8,27 +8,39 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from hrm_ray.data.detect import DataFacts, detect
 from hrm_ray.data.folders import whole_folder
 from hrm_ray.data.prepare import PreparedText, RowForm, TokenizerChoice, open_samples, prepare_puzzles, prepare_text
-from hrm_ray.data.puzzles.format import PuzzleFacts
 from hrm_ray.data.puzzles.samples import open_puzzles
 from hrm_ray.data.readers import TextSource, read_documents
-from hrm_ray.data.tokenizer import TextTokenizer
-from hrm_ray.errors import DataFault, Fault, SettingsError
+from hrm_ray.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, TextTokenizer
+from hrm_ray.errors import DataFault, Fault, ResourceFault, SettingsError
 from hrm_ray.launch.devices import Devices, choose_devices
-from hrm_ray.launch.identity import REUSABLE, Identity, identify
+from hrm_ray.launch.identity import (
+    REUSABLE,
+    Identity,
+    check_effective_batch,
+    check_own_files,
+    identify,
+    stored_args,
+)
 from hrm_ray.launch.preflight import check_resources
-from hrm_ray.model.config import ModelConfig
 from hrm_ray.metrics.jsonl import truncate_after
-from hrm_ray.rundir import RunDir, read_json, write_json
+from hrm_ray.model.config import ModelConfig
+from hrm_ray.rundir import RunDir, write_json
 from hrm_ray.settings.resolve import resolve_task
 from hrm_ray.settings.tree import RunSettings, to_plain
 from hrm_ray.train.assemble import model_config, schedule_length
+from hrm_ray.train.start_weights import check_start_weights
+from hrm_ray.train.weights_file import NO_ROOM
+
+_STORES = frozenset({"train", "eval"})
+"""Folders of tokenised data that lie in a bundle's data/."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +70,12 @@ def draft(settings: RunSettings) -> Draft:
     if evaluation is not None and evaluation.task != facts.task:
         reason = f"it holds {evaluation.task} data, the training data is {facts.task}"
         raise DataFault(Fault(str(evaluation.path), reason, "Give held-out data of the same kind"))
+    if evaluation is not None and facts.puzzle is not None:
+        open_puzzles(evaluation.path, evaluation.split).fit_to(facts.puzzle)
     devices = choose_devices(settings.cluster)
     identity = identify(settings)
+    check_effective_batch(identity, _effective_batch(settings, devices))
+    check_own_files(settings, identity)
     if facts.puzzle is not None:
         config = _puzzle_config(settings, facts)
         certain = True
@@ -67,14 +83,28 @@ def draft(settings: RunSettings) -> Draft:
         vocab_size, certain = _expected_vocabulary(settings, identity)
         config = model_config(settings, vocab_size)
     check_resources(settings, config, devices, identity.run_dir.root)
+    if certain and settings.model.student_init is not None:
+        check_start_weights(settings.model.student_init, config)
     return Draft(settings, facts, evaluation, devices, identity, config, certain)
 
 
 def make_plan(drafted: Draft) -> dict[str, Any]:
     """Make the bundle's folder and the data ready, and write the plan down.
 
-    A new bundle appears whole or not at all: it is prepared beside its place and renamed.
+    A new bundle appears whole or not at all: it is prepared beside its place and renamed. Raises ResourceFault where
+    the disk is full.
     """
+    try:
+        return _made_plan(drafted)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        root = drafted.identity.run_dir.root
+        mend = "Free some space there, or give another --bundle-dir"
+        raise ResourceFault(Fault(str(root), f"it cannot be written ({error})", mend)) from error
+
+
+def _made_plan(drafted: Draft) -> dict[str, Any]:
     with _bundle(drafted.identity) as run_dir:
         notes = list(drafted.devices.notes)
         if drafted.facts.task == "puzzle":
@@ -82,13 +112,16 @@ def make_plan(drafted: Draft) -> dict[str, Any]:
         else:
             config, data = _prepare_text(drafted, run_dir, notes)
         check_resources(drafted.settings, config, drafted.devices, run_dir.root)
+        start = drafted.settings.model.student_init
+        if start is not None and not drafted.vocab_is_certain:
+            check_start_weights(start, config)
         plan = _plan(drafted, run_dir, config, data, notes)
         _check_data_unchanged(drafted.identity, data)
         write_json(run_dir.config, config.to_plain())
         write_json(run_dir.training_args, {"settings": plan["settings"], "data": data})
     root = drafted.identity.run_dir
     if drafted.identity.checkpoint is not None and drafted.identity.continues:
-        _cut_back(root, drafted.identity.checkpoint)
+        _cut_back(root, drafted.identity.checkpoint, drafted.settings.run.log_file)
     return plan
 
 
@@ -112,8 +145,7 @@ def _plan(
 ) -> dict[str, Any]:
     settings, devices = drafted.settings, drafted.devices
     samples, _ = open_samples(data, run_dir.data)
-    chosen = settings.optimizer
-    effective = chosen.batch_size * chosen.gradient_accumulation_steps * devices.world_size
+    effective = _effective_batch(settings, devices)
     schedule_steps = schedule_length(settings, len(samples), effective, config.halt_max_steps)
     if settings.run.step_limit is None and settings.model.supervision == "segment":
         notes.append(
@@ -138,6 +170,11 @@ def _plan(
     }
 
 
+def _effective_batch(settings: RunSettings, devices: Devices) -> int:
+    chosen = settings.optimizer
+    return chosen.batch_size * chosen.gradient_accumulation_steps * devices.world_size
+
+
 @contextmanager
 def _bundle(identity: Identity) -> Iterator[RunDir]:
     """The bundle's folder to prepare in: beside its place for a new one, in its place for a resumed one."""
@@ -148,8 +185,9 @@ def _bundle(identity: Identity) -> Iterator[RunDir]:
     with whole_folder(root, overwrite=True, owned=REUSABLE, option="--bundle-dir") as folder:
         prepared = RunDir(folder)
         tokenizers = identity.source if identity.source is not None else identity.run_dir
-        if tokenizers.tokenizer.is_file():
-            shutil.copyfile(tokenizers.tokenizer, prepared.tokenizer)
+        for name in (TOKENIZER_FILE, CONFIG_FILE):
+            if (tokenizers.root / name).is_file():
+                shutil.copyfile(tokenizers.root / name, folder / name)
         yield prepared
 
 
@@ -160,24 +198,32 @@ def _prepare_text(drafted: Draft, run_dir: RunDir, notes: list[str]) -> tuple[Mo
     if drafted.identity.continues and stored is not None and same_evaluation:
         # The tokenised data of the run is there and was checked when it was made: go on with exactly that.
         return replace(drafted.config, vocab_size=stored["vocab_size"]), stored
-    prepared = prepare_text(
-        _source(settings, evaluation=False),
-        _source(settings, evaluation=True) if drafted.evaluation is not None else None,
-        bundle=run_dir.root,
-        stores=run_dir.data,
-        choice=TokenizerChoice(
-            settings.data.tokenizer_path,
-            settings.data.vocab_size,
-            settings.data.tokenizer_train_examples,
-            settings.data.retrain_tokenizer,
-        ),
-        form=RowForm(
-            settings.data.max_seq_len or 0, settings.data.packing, prefix=settings.model.lm_mask == "prefix"
-        ),
-    )
+    with whole_folder(run_dir.data, overwrite=True, owned=_STORES, option="--bundle-dir") as stores:
+        prepared = prepare_text(
+            _source(settings, evaluation=False),
+            _source(settings, evaluation=True) if drafted.evaluation is not None else None,
+            bundle=run_dir.root,
+            stores=stores,
+            choice=_tokenizer_choice(drafted),
+            form=RowForm(
+                settings.data.max_seq_len or 0, settings.data.packing, prefix=settings.model.lm_mask == "prefix"
+            ),
+        )
+        data = _text_data(settings, prepared)
+        # Before the new data takes the place of what the run was trained on.
+        _check_data_unchanged(drafted.identity, data)
     notes.extend(prepared.notes)
-    vocab_size = prepared.tokenizer.vocab_size
-    return replace(drafted.config, vocab_size=vocab_size), _text_data(settings, prepared)
+    return replace(drafted.config, vocab_size=data["vocab_size"]), data
+
+
+def _tokenizer_choice(drafted: Draft) -> TokenizerChoice:
+    """What the settings say; a resumed run or a branch keeps the tokenizer of its checkpoint in any case."""
+    data = drafted.settings.data
+    if drafted.identity.source is not None:
+        return TokenizerChoice(None, drafted.config.vocab_size, data.tokenizer_train_examples, retrain=False)
+    return TokenizerChoice(
+        data.tokenizer_path, data.vocab_size, data.tokenizer_train_examples, data.retrain_tokenizer
+    )
 
 
 def _text_data(settings: RunSettings, prepared: PreparedText) -> dict[str, Any]:
@@ -200,15 +246,8 @@ def _prepare_puzzles(drafted: Draft, run_dir: RunDir) -> tuple[ModelConfig, dict
     evaluation = _source(settings, evaluation=True) if drafted.evaluation is not None else None
     prepared = prepare_puzzles(_source(settings, evaluation=False), evaluation)
     samples = open_puzzles(drafted.facts.path, drafted.facts.split)
-    write_json(run_dir.puzzle, _printing(prepared.train))
+    write_json(run_dir.puzzle, prepared.train.plain())
     return drafted.config, {**prepared.plan, "rows": len(samples), "fingerprint": samples.fingerprint()}
-
-
-def _printing(facts: PuzzleFacts) -> dict[str, Any]:
-    """What `hrm-ray solve` needs to read and show puzzles of this kind."""
-    about = asdict(facts)
-    del about["count"]
-    return about
 
 
 def _puzzle_config(settings: RunSettings, facts: DataFacts) -> ModelConfig:
@@ -221,9 +260,11 @@ def _puzzle_config(settings: RunSettings, facts: DataFacts) -> ModelConfig:
 
 def _expected_vocabulary(settings: RunSettings, identity: Identity) -> tuple[int, bool]:
     """Tokens of the vocabulary as far as it is known before the data is read, and whether that is certain."""
+    if identity.source is not None:
+        return TextTokenizer.load(identity.source.root).vocab_size, True
     if settings.data.tokenizer_path is not None:
         return TextTokenizer.load(settings.data.tokenizer_path).vocab_size, True
-    bundle = identity.source if identity.source is not None else identity.run_dir
+    bundle = identity.run_dir
     if bundle.tokenizer.is_file() and not settings.data.retrain_tokenizer:
         return TextTokenizer.load(bundle.root).vocab_size, True
     return settings.data.vocab_size, False
@@ -254,8 +295,7 @@ def _held_out_name(settings: RunSettings) -> str | None:
 def _stored_data(identity: Identity) -> dict[str, Any] | None:
     if identity.source is None:
         return None
-    data: dict[str, Any] = read_json(identity.source.training_args)["data"]
-    return data
+    return stored_args(identity.source)[1]
 
 
 def _check_data_unchanged(identity: Identity, data: dict[str, Any]) -> None:
@@ -267,14 +307,17 @@ def _check_data_unchanged(identity: Identity, data: dict[str, Any]) -> None:
         raise DataFault(Fault(str(data["path"]), reason, mend))
 
 
-def _cut_back(run_dir: RunDir, checkpoint: Path) -> None:
+def _cut_back(run_dir: RunDir, checkpoint: Path, log_file: Path | None) -> None:
     """Take the bundle back to the checkpoint: later records go, later checkpoints step aside."""
     step = int(checkpoint.name.removeprefix("step_"))
-    truncate_after(run_dir.metrics, step)
+    for records in (run_dir.metrics, log_file):
+        if records is not None:
+            truncate_after(records, step)
     for later in run_dir.checkpoint_steps():
         if later > step:
             folder = run_dir.checkpoint(later)
-            folder.rename(run_dir.checkpoints / f"{folder.name}.superseded")
+            aside = (run_dir.checkpoints / f"{folder.name}.superseded-{number}" for number in count(1))
+            folder.rename(next(place for place in aside if not place.exists()))
 
 
 def _absolute(settings: RunSettings) -> RunSettings:

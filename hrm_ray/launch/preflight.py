@@ -47,7 +47,8 @@ def check_resources(settings: RunSettings, config: ModelConfig, devices: Devices
     disk = checkpoint_bytes(settings, config) * (settings.run.keep + 1)
     free = shutil.disk_usage(_existing(bundle)).free
     if disk > free:
-        reason = f"{settings.run.keep} checkpoints and one in the making take {_gb(disk)}, {_gb(free)} are free at {bundle}"
+        kept = f"{settings.run.keep} checkpoints and one in the making"
+        reason = f"{kept} take {_gb(disk)}, {_gb(free)} are free at {bundle}"
         faults.append(Fault("disk", reason, "Lower --keep, free some space, or give another --bundle-dir"))
     if faults:
         raise ResourceFault(faults)

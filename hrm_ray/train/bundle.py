@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 import hrm_ray
+from hrm_ray.data.folders import whole_folder
+from hrm_ray.data.tokenizer import CONFIG_FILE
 from hrm_ray.errors import DataFault, Fault
 from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.build import build_model
@@ -43,11 +45,21 @@ def open_bundle(folder: Path, device: torch.device) -> Bundle:
     run_dir = RunDir(folder)
     if not folder.is_dir():
         raise DataFault(Fault(str(folder), "there is no such bundle", "Give the folder that hrm-ray train wrote"))
+    if not run_dir.config.is_file():
+        reason = f"it is no bundle ({run_dir.config.name} is missing)"
+        raise DataFault(Fault(str(folder), reason, "Give the folder that hrm-ray train wrote"))
     if not run_dir.weights.is_file():
         mend = "Finish the run (hrm-ray train --resume), or give another bundle"
         raise DataFault(Fault(str(run_dir.weights), "the bundle has no final weights", mend))
-    config = ModelConfig.from_plain(read_json(run_dir.config), str(run_dir.config))
+    architecture = read_json(run_dir.config)
+    if not isinstance(architecture, dict):
+        reason = "it describes no architecture"
+        raise DataFault(Fault(str(run_dir.config), reason, "Restore the file from a whole bundle"))
+    config = ModelConfig.from_plain(architecture, str(run_dir.config))
     metadata = read_json(run_dir.metadata)
+    if not isinstance(metadata, dict) or "weights_sha256" not in metadata:
+        reason = "it does not say which weights were saved (weights_sha256 is missing)"
+        raise DataFault(Fault(str(run_dir.metadata), reason, "Restore the file, or resume the run to write it anew"))
     if file_sha256(run_dir.weights) != metadata["weights_sha256"]:
         mend = "Copy the bundle again from its source, or resume its run to write it anew"
         raise DataFault(Fault(str(run_dir.weights), "its content is not what was saved (sha256 differs)", mend))
@@ -57,19 +69,22 @@ def open_bundle(folder: Path, device: torch.device) -> Bundle:
 
 
 def save_best(run_dir: RunDir, weights: Mapping[str, Tensor], best: Mapping[str, Any]) -> None:
-    """Write best/: the weights of the best validation as a small bundle of their own."""
-    folder = run_dir.best
-    folder.root.mkdir(exist_ok=True)
-    for source, target in (
-        (run_dir.config, folder.config),
-        (run_dir.training_args, folder.training_args),
-        (run_dir.tokenizer, folder.tokenizer),
-        (run_dir.puzzle, folder.puzzle),
-    ):
-        if source.is_file():
-            shutil.copyfile(source, target)
-    save_tensors(weights, folder.weights)
-    write_json(folder.metadata, _metadata(folder, best={**best}, step=best["step"]))
+    """Write best/: the weights of the best validation as a small bundle of their own, whole or as it was before."""
+    described = (run_dir.config, run_dir.training_args, run_dir.tokenizer, run_dir.root / CONFIG_FILE, run_dir.puzzle)
+    names = {path.name for path in (*described, run_dir.weights, run_dir.metadata)}
+    with whole_folder(run_dir.best.root, overwrite=True, owned=frozenset(names), option="--bundle-dir") as building:
+        for source in described:
+            if source.is_file():
+                shutil.copyfile(source, building / source.name)
+        folder = RunDir(building)
+        save_tensors(weights, folder.weights)
+        write_json(folder.metadata, _metadata(folder, best={**best}, step=best["step"]))
+
+
+def step_of_best(run_dir: RunDir) -> int | None:
+    """The step whose weights lie in best/, None where there are none. Raises DataFault for unreadable metadata."""
+    metadata = run_dir.best.metadata
+    return int(read_json(metadata)["step"]) if metadata.is_file() else None
 
 
 def save_final(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from hrm_ray.errors import DataFault, Fault
@@ -19,7 +20,7 @@ from hrm_ray.model.actv1 import States
 from hrm_ray.model.puzzle_objective import ROW_FIELDS, PuzzleCarry
 from hrm_ray.rundir import RunDir, read_json, write_json
 from hrm_ray.train.loop import Progress, TrainingLoop
-from hrm_ray.train.weights_file import fill_module, read_tensors, save_tensors
+from hrm_ray.train.weights_file import fill_module, read_tensors, save_tensors, unwritable
 
 WEIGHTS, AVERAGE, STATE = "model.safetensors", "ema.safetensors", "state.json"
 
@@ -27,11 +28,27 @@ WEIGHTS, AVERAGE, STATE = "model.safetensors", "ema.safetensors", "state.json"
 def save_checkpoint(loop: TrainingLoop, run_dir: RunDir, extra: dict[str, Any], keep: int) -> Path:
     """Write a checkpoint of the present step; called on all ranks, returns when it is whole.
 
-    `extra` is the runner's own JSON-able state. Ranks write their slots, the leading rank everything else.
+    `extra` is the runner's own JSON-able state. Ranks write their slots, the leading rank everything else. Raises
+    ResourceFault where the disk takes no more; then no part of this checkpoint is left, and the earlier ones are.
     """
+    partial = run_dir.partial_checkpoint(loop.progress.step)
+    try:
+        _write(loop, partial, extra)
+        if loop.world.leads:
+            run_dir.seal_checkpoint(loop.progress.step)
+            run_dir.prune(keep)
+    except (OSError, SafetensorError) as error:
+        raise unwritable(partial, error) from error
+    finally:
+        if loop.world.leads:
+            shutil.rmtree(partial, ignore_errors=True)
+    loop.world.barrier()
+    return run_dir.checkpoint(loop.progress.step)
+
+
+def _write(loop: TrainingLoop, folder: Path, extra: dict[str, Any]) -> None:
+    """All files of a checkpoint but its manifest; when it returns, every rank's are there."""
     parts, world = loop.parts, loop.world
-    step = loop.progress.step
-    folder = run_dir.partial_checkpoint(step)
     if world.leads:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -51,11 +68,6 @@ def save_checkpoint(loop: TrainingLoop, run_dir: RunDir, extra: dict[str, Any], 
         }
         write_json(folder / STATE, state)
     world.barrier()
-    if world.leads:
-        run_dir.seal_checkpoint(step)
-        run_dir.prune(keep)
-    world.barrier()
-    return run_dir.checkpoint(step)
 
 
 def load_checkpoint(loop: TrainingLoop, folder: Path) -> dict[str, Any]:

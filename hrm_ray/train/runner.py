@@ -16,7 +16,7 @@ from hrm_ray.metrics.meters import DeviceMemory, MemoryMeter, Throughput
 from hrm_ray.rundir import RunDir
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import Workplace
-from hrm_ray.train.bundle import save_best, save_final
+from hrm_ray.train.bundle import save_best, save_final, step_of_best
 from hrm_ray.train.checkpoint import save_checkpoint
 from hrm_ray.train.evaluate import better, evaluate
 from hrm_ray.train.loop import StepReport
@@ -38,11 +38,24 @@ class Runner:
         self._memory = MemoryMeter(_accelerator_memory(self.loop.world.device))
         self._evaluated_at = -1
         self._saved_at = -1
+        data = settings.data
+        # How much of the held-out data is read goes by the batch, so figures of another one cannot be compared.
+        self._evaluated_on = [str(data.eval_file), data.val_split, data.eval_batches, settings.optimizer.batch_size]
 
     def resume(self, extra: dict[str, Any]) -> None:
-        """Take up the runner's own state of a checkpoint."""
-        self.best = extra["best"]
+        """Take up the runner's own state of a checkpoint.
+
+        The best so far counts only while best/ holds its weights. After going back behind a better one, or into
+        another bundle, the next evaluation is the best again, so that best/ and what is said of it agree. On other
+        held-out data than before nothing has been evaluated yet.
+        """
         self._saved_at = self.loop.progress.step
+        if extra["evaluated_on"] != self._evaluated_on:
+            return
+        best = extra["best"]
+        self.best = best if best is not None and step_of_best(self.run_dir) == best["step"] else None
+        self.figures = extra["figures"]
+        self._evaluated_at = extra["evaluated_at"]
 
     def tell(self, level: str, message: str) -> None:
         """Put a sentence for a person into the records."""
@@ -72,7 +85,8 @@ class Runner:
             self._log(report)
         if run.eval_every and step % run.eval_every == 0:
             self._evaluate()
-        if run.save_every and step % run.save_every == 0:
+        # What is saved at the end comes after the last evaluation, whose figures belong into the checkpoint.
+        if run.save_every and step % run.save_every == 0 and step != run.step_limit:
             self._save()
 
     def _count(self, report: StepReport) -> None:
@@ -113,6 +127,7 @@ class Runner:
                 if self.loop.world.leads:
                     save_best(self.run_dir, weights, self.best)
         self._evaluated_at = self.loop.progress.step
+        self._saved_at = -1
         self._write("eval", dict(self.figures) | {"best": improved})
         self._throughput.resume()
 
@@ -120,7 +135,9 @@ class Runner:
         if self._saved_at == self.loop.progress.step:
             return
         self._throughput.pause()
-        save_checkpoint(self.loop, self.run_dir, {"best": self.best}, self.settings.run.keep)
+        extra: dict[str, Any] = {"best": self.best, "figures": self.figures, "evaluated_at": self._evaluated_at}
+        extra["evaluated_on"] = self._evaluated_on
+        save_checkpoint(self.loop, self.run_dir, extra, self.settings.run.keep)
         self._saved_at = self.loop.progress.step
         self._throughput.resume()
 

@@ -19,6 +19,7 @@ from hrm_ray.settings.tree import RunSettings, from_plain
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.checkpoint import load_checkpoint
 from hrm_ray.train.runner import Runner
+from hrm_ray.train.weights_file import NO_ROOM, unwritable
 from hrm_ray.train.world import World
 from hrm_ray.values import DriverLink, MetricSink, Outcome
 
@@ -49,6 +50,10 @@ def train(plan: dict[str, Any], link: DriverLink) -> Outcome:
             runner.resume(extra)
             runner.tell("INFO", f"going on from {plan['resume']}")
         return runner.run()
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise unwritable(Path(error.filename or run_dir.root), error) from error
     finally:
         sink.close()
 

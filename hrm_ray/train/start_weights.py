@@ -6,18 +6,33 @@ One job: read them and give them this project's names (`--student-init`). Shapes
 from __future__ import annotations
 
 import pickle
+import struct
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hrm_ray.errors import DataFault, Fault
+from hrm_ray.model.build import build_model
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.import_reference import from_reference, looks_like_reference
 from hrm_ray.rundir import RunDir
-from hrm_ray.train.weights_file import read_tensors
+from hrm_ray.train.weights_file import check_fit, read_tensors
 
 _PUZZLE_TABLE = "embedding.puzzle_emb.weights"
+
+_NOT_TENSORS = (
+    RuntimeError,
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    struct.error,
+    pickle.UnpicklingError,
+)
+"""What PyTorch's restricted unpickler raises for files that are something else."""
 
 
 def start_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
@@ -37,8 +52,19 @@ def start_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
     return tensors
 
 
+def check_start_weights(path: Path, config: ModelConfig) -> None:
+    """Raises DataFault unless the tensors at `path` fit the architecture, before a run is begun with them."""
+    with torch.device("meta"):
+        model = build_model(config)
+    check_fit(model, start_weights(path, config), str(path))
+
+
 def _read(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
+        if not RunDir(path).weights.is_file():
+            mend = "Give a bundle's folder, as hrm-ray train wrote it, or a file of weights"
+            reason = "there are no weights in this folder (model.safetensors is missing)"
+            raise DataFault(Fault(str(path), reason, mend))
         return read_tensors(RunDir(path).weights)
     if path.suffix == ".safetensors":
         return read_tensors(path)
@@ -47,7 +73,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise DataFault(Fault(str(path), "there is no such file or folder", mend))
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except _NOT_TENSORS as error:
         raise DataFault(Fault(str(path), f"it is no PyTorch file of tensors ({type(error).__name__})", mend)) from None
     if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
         raise DataFault(Fault(str(path), "it holds something else than tensors by name", mend))

@@ -5,6 +5,7 @@ One job: names, shapes and files of weights. Optimizer state is elsewhere.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,14 +15,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hrm_ray.errors import DataFault, Fault
+from hrm_ray.errors import DataFault, Fault, ResourceFault
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What writing to a full disk, past a quota or past the largest file fails with."""
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write `tensors` so that `path` is whole or unchanged."""
+    """Write `tensors` so that `path` is whole or unchanged. Raises ResourceFault where they cannot be written."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary)
-    os.replace(temporary, path)
+    try:
+        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary)
+        os.replace(temporary, path)
+    except (SafetensorError, OSError) as error:
+        raise unwritable(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def unwritable(path: Path, error: Exception) -> ResourceFault:
+    """What to raise where a file of a run cannot be written. safetensors has an error of its own for a full disk."""
+    mend = "Free some space there, then go on from the last checkpoint with --resume"
+    return ResourceFault(Fault(str(path), f"it cannot be written ({error})", mend))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -37,6 +52,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def fill_module(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Load `tensors` into `module`; every name and shape must agree. Raises DataFault that lists what does not."""
+    check_fit(module, tensors, source)
+    module.load_state_dict(dict(tensors))
+
+
+def check_fit(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raises DataFault, with what does not agree, unless `tensors` are all that `module` holds, in the same shapes."""
     own = module.state_dict()
     wrong = [f"{n} is missing" for n in own.keys() - tensors.keys()]
     wrong += [f"{n} is not part of this architecture" for n in tensors.keys() - own.keys()]
@@ -49,4 +70,3 @@ def fill_module(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: 
         shown = "; ".join(sorted(wrong)[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
         mend = "Give weights of the same architecture, or set the model options to those of the weights"
         raise DataFault(Fault(source, f"these weights are of another architecture: {shown}", mend))
-    module.load_state_dict(dict(tensors))

@@ -1,0 +1,241 @@
+"""Checkpoints are whole or absent, checked before they are used, and never cost an earlier one."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from hrm_ray.errors import DataFault
+from hrm_ray.metrics import jsonl
+from hrm_ray.rundir import MANIFEST, RunDir, verify_checkpoint
+from hrm_ray.train import optimizer_state, weights_file
+from hrm_ray.train.bundle import open_bundle
+from tests.support.runs import PUZZLE, TEXT, failing_at, files_below, hrm, puzzle_file, refused, text_file, train
+
+PACKAGE = Path(__file__).resolve().parents[2] / "hrm_ray"
+FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "slots_00000000.safetensors", "state.json")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with puzzles.safetensors and a bundle b of five steps, with checkpoints 2, 4 and 5."""
+    folder = tmp_path_factory.mktemp("trained")
+    words = (*PUZZLE, "--steps", "5", "--save-every", "2", "--ema", "0.9", "--puzzle-emb-ndim", "4")
+    train(puzzle_file(folder), folder / "b", *words)
+    return folder
+
+
+@pytest.fixture
+def bundle(trained: Path, tmp_path: Path) -> Path:
+    """A bundle of its own for one test."""
+    shutil.copytree(trained / "b", tmp_path / "b")
+    return tmp_path / "b"
+
+
+def test_what_is_in_it(bundle: Path) -> None:
+    folder = bundle / "checkpoints" / "step_5"
+    assert sorted(path.name for path in folder.iterdir()) == sorted((*FILES, MANIFEST))
+    assert sorted(json.loads((folder / MANIFEST).read_text())["files"]) == sorted(FILES)
+    verify_checkpoint(folder)
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    train(puzzle_file(tmp_path), tmp_path / "b", *PUZZLE, "--steps", "7", "--save-every", "2", "--keep", "2")
+    assert sorted(path.name for path in (tmp_path / "b" / "checkpoints").iterdir()) == ["step_6", "step_7"]
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "first byte": lambda path: path.write_bytes(flipped(path.read_bytes(), 0)),
+    "a byte inside": lambda path: path.write_bytes(flipped(path.read_bytes(), path.stat().st_size // 2)),
+    "last byte": lambda path: path.write_bytes(flipped(path.read_bytes(), path.stat().st_size - 1)),
+    "cut in half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "cut by one": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "empty": lambda path: path.write_bytes(b""),
+    "gone": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_named(damage: str, bundle: Path) -> None:
+    for name in FILES:
+        path = bundle / "checkpoints" / "step_5" / name
+        content = path.read_bytes()
+        DAMAGES[damage](path)
+        before = files_below(bundle)
+        words = ("train", "--bundle-dir", bundle, "--resume", "--steps", "6")
+        refused(5, *words, naming=(path, "--resume-from"))
+        assert files_below(bundle) == before, "nothing is deleted or written"
+        path.write_bytes(content)
+    verify_checkpoint(bundle / "checkpoints" / "step_5")
+
+
+@pytest.mark.parametrize("damage", ["cut in half", "empty", "gone"])
+def test_a_damaged_manifest(damage: str, bundle: Path) -> None:
+    DAMAGES[damage](bundle / "checkpoints" / "step_5" / MANIFEST)
+    before = files_below(bundle)
+    folder = bundle / "checkpoints" / "step_5"
+    refused(5, "train", "--bundle-dir", bundle, "--resume", "--steps", "6", naming=(folder, MANIFEST))
+    assert files_below(bundle) == before
+    older = ("train", "--resume-from", bundle / "checkpoints" / "step_4", "--steps", "6")
+    assert hrm(*older).code == 0, "an older one is there to go on from"
+
+
+def test_a_manifest_with_any_byte_changed(bundle: Path) -> None:
+    """Either it still says the same of the files, or it is refused: no other error comes of it."""
+    folder = bundle / "checkpoints" / "step_5"
+    content = (folder / MANIFEST).read_bytes()
+    files = json.loads(content)["files"]
+    accepted = 0
+    for place in range(0, len(content), 2):
+        for bit in (1, 16):
+            changed = content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :]
+            (folder / MANIFEST).write_bytes(changed)
+            try:
+                verify_checkpoint(folder)
+            except DataFault:
+                continue
+            assert json.loads(changed)["files"] == files
+            accepted += 1
+    assert accepted < len(content) / 8
+
+
+def test_a_file_that_is_not_of_it(bundle: Path) -> None:
+    """Slots of another run's rank, say, would be read along."""
+    stray = bundle / "checkpoints" / "step_5" / "slots_00000004.safetensors"
+    shutil.copyfile(stray.with_name("slots_00000000.safetensors"), stray)
+    refused(5, "train", "--bundle-dir", bundle, "--resume", "--steps", "6", naming=(stray, "manifest"))
+
+
+def test_a_power_cut_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is copied before every write, rename and deletion of a run that saves each step. In the copy every
+    checkpoint that bears its final name is whole, and so is best/; and `--resume` ends where the run ended, to the
+    bit, whatever lay there half done. The last step is saved twice: once as any other, and after the evaluation with
+    which the epoch ends."""
+    data, held_out = text_file(tmp_path, rows=10), text_file(tmp_path, rows=4, name="held_out.txt", seed=1)
+    words = (*TEXT, "--epochs", "1", "--save-every", "1", "--keep", "2", "--ema", "0.5", "--lr", "1e-2")
+    bundle, cut = tmp_path / "b", tmp_path / "cut"
+    copies: list[Path] = []
+
+    def copy_first(real: Callable[..., Any]) -> Callable[..., Any]:
+        def copying(*words: Any, **named: Any) -> Any:
+            if RunDir(bundle).checkpoint_steps():
+                copies.append(cut / str(len(copies)))
+                shutil.copytree(bundle, copies[-1])
+            return real(*words, **named)
+
+        return copying
+
+    def deleting(folder: Any, ignore_errors: bool = False) -> None:
+        """Half a deletion is on the disk at some moment too."""
+        first = next((path for path in sorted(Path(folder).rglob("*")) if path.is_file()), None)
+        if first is not None:
+            first.unlink()
+        copy_first(real_rmtree)(folder, ignore_errors=ignore_errors)
+
+    real_rmtree = shutil.rmtree
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", copy_first(os.replace))
+        patch.setattr(os, "rename", copy_first(os.rename))
+        patch.setattr(Path, "rename", copy_first(Path.rename))
+        patch.setattr(shutil, "rmtree", deleting)
+        for module in ("weights_file", "optimizer_state"):
+            patch.setattr(f"hrm_ray.train.{module}.save_file", copy_first(save_file))
+        train(data, bundle, *words, "--eval-every", "2", "--eval-file", held_out)
+    last = RunDir(bundle).checkpoint_steps()[-1]
+    assert last == 3 and len(copies) > 25
+    end = files_below(bundle / "checkpoints" / f"step_{last}")
+    for copy in copies:
+        for step in RunDir(copy).checkpoint_steps():
+            verify_checkpoint(copy / "checkpoints" / f"step_{step}")
+        if (copy / "best").exists():
+            open_bundle(copy / "best", torch.device("cpu"))
+        ran = hrm("train", "--bundle-dir", copy, "--resume")
+        assert ran.code == 0, (copy, ran.err, sorted(path.name for path in (copy / "checkpoints").iterdir()))
+        assert files_below(copy / "checkpoints" / f"step_{last}") == end
+        names = {"model.safetensors", "best/model.safetensors", "tokenizer.json"}
+        assert {n: (copy / n).read_bytes() for n in names} == {n: (bundle / n).read_bytes() for n in names}
+
+
+FULL_OS = OSError(errno.ENOSPC, "No space left on device")
+FULL_SAFETENSORS = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+FULL: dict[str, tuple[Any, str, BaseException]] = {
+    "weights": (weights_file, "save_file", FULL_SAFETENSORS),
+    "optimizer": (optimizer_state, "save_file", FULL_SAFETENSORS),
+    "json": (json, "dumps", FULL_OS),
+    "fsync": (os, "fsync", FULL_OS),
+    "replace": (os, "replace", FULL_OS),
+    "metrics": (jsonl, "to_line", FULL_OS),
+}
+
+
+@pytest.mark.parametrize("writer", FULL)
+def test_a_full_disk(writer: str, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At whichever write: one message, exit code 4, what was saved before stays whole, and no scraps are left."""
+    owner, attribute, error = FULL[writer]
+    real = getattr(owner, attribute)
+    kept = {step: files_below(bundle / "checkpoints" / f"step_{step}") for step in (2, 4, 5)}
+    for call in range(1, 60):
+        copy = bundle.with_name(f"copy{call}")
+        shutil.copytree(bundle, copy)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, attribute, failing_at(call, real, error))
+            ran = hrm("train", "--bundle-dir", copy, "--resume", "--steps", "7", "--save-every", "1", "--keep", "9")
+        for step, files in kept.items():
+            assert files_below(copy / "checkpoints" / f"step_{step}") == files
+        for step in RunDir(copy).checkpoint_steps():
+            verify_checkpoint(copy / "checkpoints" / f"step_{step}")
+        assert not [path for path in copy.rglob("*") if path.name.endswith((".partial", ".tmp"))]
+        if ran.code == 0:
+            assert call > 1
+            break
+        assert ran.code == 4 and len(ran.faults) == 1 and "Traceback" not in ran.err, (call, ran.err)
+        assert "No space left" in ran.faults[0] and ("--resume" in ran.faults[0] or "--bundle-dir" in ran.faults[0])
+    else:
+        raise AssertionError("it never got through")
+
+
+def test_a_full_disk_while_the_data_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = text_file(tmp_path)
+    monkeypatch.setattr("hrm_ray.data.prepare.write_text_store", failing_at(1, lambda: None, FULL_OS))
+    refused(4, "train", "--dataset-file", data, "--bundle-dir", tmp_path / "b", *TEXT, naming=(tmp_path / "b", "space"))
+    assert [path.name for path in tmp_path.iterdir()] == [data.name]
+
+
+def test_nothing_is_unpickled(bundle: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unpickling(*words: Any, **named: Any) -> Any:
+        raise AssertionError("a file of a run was unpickled")
+
+    for owner, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
+        monkeypatch.setattr(owner, name, unpickling)
+    assert hrm("train", "--bundle-dir", bundle, "--resume", "--steps", "6").code == 0
+    assert hrm("solve", bundle, "--file", trained / "puzzles.safetensors", "--split", "train").code == 0
+
+
+def test_the_only_torch_load_admits_tensors_alone() -> None:
+    loads = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            owner = node.func.value
+            if isinstance(owner, ast.Name) and owner.id in ("torch", "pickle") and node.func.attr in ("load", "loads"):
+                loads.append((path.name, {word.arg: ast.unparse(word.value) for word in node.keywords}))
+    assert [name for name, _ in loads] == ["start_weights.py"]
+    assert loads[0][1]["weights_only"] == "True"

@@ -1,0 +1,102 @@
+"""What is refused before anything starts, because this machine has not got it."""
+
+from __future__ import annotations
+
+import os
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hrm_ray.errors import EnvironmentFault, SettingsError
+from hrm_ray.launch.devices import choose_device, choose_devices
+from hrm_ray.settings.cluster import ClusterSettings
+from tests.support.runs import TEXT, hrm, refused, text_file
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(autouse=True)
+def a_machine_without_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch)
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, cuda: int = 0, cpus: int = 8) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(
+        "hrm_ray.launch.devices._COUNT", {"cuda": lambda: cuda, "xpu": int, "mps": int, "cpu": lambda: 1}
+    )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+    monkeypatch.setattr("hrm_ray.launch.devices.usable_cpus", lambda: cpus)
+
+
+def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100_000))
+    words = ("train", "--dataset-file", text_file(tmp_path), "--bundle-dir", tmp_path / "b", *TEXT)
+    refused(4, *words, naming=("memory", "take", "free", "smaller model"))
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.txt"]
+
+
+def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(10**9, 10**9, 1000))
+    words = ("train", "--dataset-file", text_file(tmp_path), "--bundle-dir", tmp_path / "b", *TEXT)
+    refused(4, *words, naming=("disk", "checkpoints", "--keep"))
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.txt"]
+
+
+def test_one_device_is_trained_here() -> None:
+    chosen = choose_devices(ClusterSettings())
+    assert (chosen.device, chosen.world_size, chosen.threads, chosen.launcher) == ("cpu", 1, 8, "local")
+    assert chosen.notes == ()
+
+
+def test_several_workers_share_the_cpus() -> None:
+    chosen = choose_devices(ClusterSettings(world_size=3))
+    assert (chosen.world_size, chosen.threads, chosen.launcher) == (3, 2, "ray")
+
+
+def test_all_gpus_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, cuda=4)
+    chosen = choose_devices(ClusterSettings())
+    assert (chosen.device, chosen.world_size, chosen.launcher) == ("cuda", 4, "ray")
+    alone = choose_devices(ClusterSettings(world_size=1))
+    assert (alone.device, alone.world_size, alone.launcher) == ("cuda", 1, "local")
+
+
+def test_named_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, cuda=4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    with pytest.raises(EnvironmentFault, match="--cuda-ids 1,9"):
+        choose_devices(ClusterSettings(cuda_ids="1,9", strict=True))
+    told = choose_devices(ClusterSettings(cuda_ids="1,9"))
+    assert len(told.notes) == 1 and "--cuda-ids 1,9" in told.notes[0] and "[1]" in told.notes[0]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+def test_named_gpus_among_those_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, cuda=3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,GPU-7")
+    choose_devices(ClusterSettings(cuda_ids="1,2"))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5,GPU-7"
+
+
+def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+    told = choose_devices(ClusterSettings(device="cuda"))
+    assert told.device == "cpu" and len(told.notes) == 1 and "--device cuda" in told.notes[0]
+    with pytest.raises(EnvironmentFault, match="--device cuda: this machine has no such device"):
+        choose_devices(ClusterSettings(device="cuda", strict=True))
+    assert choose_device("mps")[0] == "cpu"
+    words = ("train", "--dataset-file", text_file(tmp_path), "--bundle-dir", tmp_path / "b", *TEXT)
+    refused(3, *words, "--device", "cuda", "--strict", naming=("--device cuda", "no such device", "--device cpu"))
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.txt"]
+    ran = hrm(*words, "--device", "cuda", "--steps", "1")
+    assert ran.code == 0 and "WARNING" in ran.out and "--device cuda" in ran.out
+
+
+def test_gpus_of_a_cluster_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match="Ray chooses the GPUs"):
+        choose_devices(ClusterSettings(cuda_ids="0", ray_address="auto"))
+    chosen = choose_devices(ClusterSettings(device="cuda", ray_address="auto", world_size=2))
+    assert (chosen.device, chosen.world_size, chosen.launcher, chosen.notes) == ("cuda", 2, "ray", ())
