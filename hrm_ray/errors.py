@@ -70,7 +70,6 @@ class DivergedError(HrmRayError):
 
 
 ERROR_KINDS: dict[str, type[HrmRayError]] = {
-    kind.__name__: kind
-    for kind in (SettingsError, EnvironmentFault, ResourceFault, DataFault, DivergedError)
+    kind.__name__: kind for kind in (SettingsError, EnvironmentFault, ResourceFault, DataFault, DivergedError)
 }
 """By name, for rebuilding an error that was sent from another process."""

@@ -122,7 +122,7 @@ def _step_aside(checkpoint: Path) -> Path:
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Check that a checkpoint is whole: manifest there, every file with the stated size and sha256. Raises DataFault."""
+    """Check that a checkpoint is whole: its manifest, and every file with the stated sha256. Raises DataFault."""
     mend = "Give an older one with --resume-from, or train anew under another --brain-name"
     manifest = folder / MANIFEST
     if not folder.is_dir():
@@ -148,6 +148,7 @@ def verify_checkpoint(folder: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -171,9 +172,13 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataFault(Fault(str(path), "there is no such file", "Give a whole bundle, as hrm-ray train wrote it")) from None
+        raise DataFault(
+            Fault(str(path), "there is no such file", "Give a whole bundle, as hrm-ray train wrote it")
+        ) from None
     except (ValueError, OSError) as error:
-        raise DataFault(Fault(str(path), f"it cannot be read as JSON ({error})", "Restore the file or train anew")) from None
+        raise DataFault(
+            Fault(str(path), f"it cannot be read as JSON ({error})", "Restore the file or train anew")
+        ) from None
 
 
 def _fsync(path: Path) -> None:

@@ -82,7 +82,10 @@ def main() -> None:
     config = opened.model.config
     if config.task != "lm" or config.halt_max_steps < 3:
         reason = "one segment ahead and all later ones are the same thing here"
-        print(SettingsError(Fault(str(said.bundle), reason, "Give a language model of 3 or more segments")), file=sys.stderr)
+        print(
+            SettingsError(Fault(str(said.bundle), reason, "Give a language model of 3 or more segments")),
+            file=sys.stderr,
+        )
         raise SystemExit(2)
     data = opened.training_args["data"]
     samples = TextSamples(

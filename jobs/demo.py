@@ -18,6 +18,7 @@ from hrm_ray.metrics.plots import loss_sparkline
 JOBS = Path(__file__).parent
 HOME = Path("artifacts")
 PROMPT = "The function returns"
+PUZZLE = "1....2..3......4"
 
 
 def command(*words: str | Path) -> None:
@@ -77,24 +78,32 @@ def main() -> None:
     heading("3. What there is now")
     plot = home / "loss.png"
     command("plot", puzzle_bundle, text_bundle, "--out", plot)
-    puzzles, text = figures(puzzle_bundle), figures(text_bundle)
-    print(f"""
-Sudoku   {100 * puzzles["exact_accuracy"]:.1f} % of {puzzles["puzzles"]:.0f} held-out puzzles exactly right at the last segment,
-         {100 * puzzles["exact_accuracy_q_stop"]:.1f} % when each stops by Q (after {puzzles["steps_q_stop"]:.1f} segments), in {puzzle_minutes:.1f} minutes
-         (held out means: other solution grids than in training)
-Text     {text["bits_per_byte"]:.2f} held-out bits per byte, perplexity {text["perplexity"]:.0f}, in {text_minutes:.1f} minutes
-
-bundles  {puzzle_bundle}
+    print(summary(figures(puzzle_bundle), puzzle_minutes, figures(text_bundle), text_minutes))
+    print(f"""bundles  {puzzle_bundle}
          {text_bundle}
 plot     {plot}
 curves   tensorboard --logdir {home}
 
-next     hrm-ray solve {puzzle_bundle} 1...............
+next     hrm-ray solve {puzzle_bundle} {PUZZLE}
          hrm-ray generate {text_bundle} --prompt "A list is" --adaptive
          hrm-ray train --bundle-dir {text_bundle} --resume --steps 2000
          hrm-ray train --dataset-file YOUR_TEXT --dry-run
          hrm-ray train --help
+(hrm-ray is in {Path(sys.executable).parent})
 """)
+
+
+def summary(puzzles: dict[str, float], puzzle_minutes: float, text: dict[str, float], text_minutes: float) -> str:
+    """What was reached, in figures."""
+    exact, by_q = 100 * puzzles["exact_accuracy"], 100 * puzzles["exact_accuracy_q_stop"]
+    return f"""
+Sudoku   {exact:.1f} % of {puzzles["puzzles"]:.0f} held-out puzzles exactly right at the last segment,
+         {by_q:.1f} % when each stops by Q, after {puzzles["steps_q_stop"]:.1f} segments; {puzzle_minutes:.1f} minutes
+         (held out means: other solution grids than in training)
+Text     {text["bits_per_byte"]:.2f} held-out bits per byte, perplexity {text["perplexity"]:.0f},
+         {text["adaptive_loss"] - text["loss"]:+.3f} nats when each token stops by its halting head (after
+         {text["mean_segments"]:.2f} segments), in {text_minutes:.1f} minutes
+"""
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from hrm_ray.cli.used_model import opened
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataFault, Fault, SettingsError
 from hrm_ray.model.generate import Sampling, generate
+from hrm_ray.rundir import RunDir
 
 
 def run_generate(
@@ -36,6 +37,9 @@ def run_generate(
     if adaptive and (config.arch != "actv1" or config.halt_rule == "none" or config.halt_max_steps == 1):
         reason = "this model has no trained halting head for text"
         raise SettingsError(Fault("--adaptive", reason, "Leave it out, or train with --halt-rule gain"))
+    tokenizer_file = RunDir(bundle).tokenizer
+    if not tokenizer_file.is_file():
+        raise DataFault(Fault(str(tokenizer_file), "the bundle has no tokenizer", "Give a whole bundle"))
     tokenizer = TextTokenizer.load(bundle)
     ids = [int(token) for token in tokenizer.encode(prompt)] or [tokenizer.end_of_text_id]
     kept = len(ids[-config.seq_len :])

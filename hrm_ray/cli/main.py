@@ -113,7 +113,7 @@ def solve(
         list[str] | None, typer.Argument(help="Puzzles, cell by cell in one word; 0 or . is empty.")
     ] = None,
     file: Annotated[Path | None, typer.Option(help="Puzzles to solve: a file, or a data folder.")] = None,
-    split: Annotated[str, typer.Option(help="Split of --file to solve.")] = "test",
+    split: Annotated[str | None, typer.Option(help="Split of --file to solve; test where there is one.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Solve at most this many.")] = None,
     stop_by_q: Annotated[bool, typer.Option(help="Stop each puzzle when its halting head says so.")] = False,
     device: Annotated[DeviceChoice, typer.Option(help="Where to compute.")] = "auto",

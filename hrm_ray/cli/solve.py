@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from hrm_ray.cli.used_model import opened
 from hrm_ray.data.puzzles.format import PuzzleFacts
-from hrm_ray.data.puzzles.samples import open_puzzles
+from hrm_ray.data.puzzles.samples import open_puzzles, puzzle_splits
 from hrm_ray.errors import DataFault, Fault, SettingsError
 from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.solve import Answers, solve
@@ -29,7 +29,7 @@ def run_solve(
     *,
     puzzles: list[str],
     file: Path | None,
-    split: str,
+    split: str | None,
     limit: int | None,
     stop_by_q: bool,
     device: str,
@@ -62,8 +62,9 @@ def _facts(bundle: Path) -> PuzzleFacts:
     return PuzzleFacts.from_plain(read_json(RunDir(bundle).puzzle))
 
 
-def _from_file(path: Path, split: str, facts: PuzzleFacts, limit: int | None) -> Columns:
-    samples = open_puzzles(path, split)
+def _from_file(path: Path, split: str | None, facts: PuzzleFacts, limit: int | None) -> Columns:
+    chosen = split or ("test" if "test" in puzzle_splits(path) else "train")
+    samples = open_puzzles(path, chosen)
     samples.fit_to(facts)
     count = len(samples) if limit is None else min(limit, len(samples))
     return samples.rows(np.arange(count, dtype=np.int64))

@@ -73,6 +73,9 @@ def draft(settings: RunSettings) -> Draft:
     if evaluation is not None and facts.puzzle is not None:
         open_puzzles(evaluation.path, evaluation.split).fit_to(facts.puzzle)
     devices = choose_devices(settings.cluster)
+    if devices.device == "mps" and settings.model.loss == "stablemax":
+        reason = "it is computed in float64, which this device does not have"
+        raise SettingsError(Fault("--loss stablemax on mps", reason, "Give --loss softmax, or --device cpu"))
     identity = identify(settings)
     check_effective_batch(identity, _effective_batch(settings, devices))
     check_own_files(settings, identity)
@@ -83,7 +86,7 @@ def draft(settings: RunSettings) -> Draft:
         vocab_size, certain = _expected_vocabulary(settings, identity)
         config = model_config(settings, vocab_size)
     check_resources(settings, config, devices, identity.run_dir.root)
-    if certain and settings.model.student_init is not None:
+    if certain and settings.model.student_init is not None and identity.checkpoint is None:
         check_start_weights(settings.model.student_init, config)
     return Draft(settings, facts, evaluation, devices, identity, config, certain)
 
@@ -113,7 +116,7 @@ def _made_plan(drafted: Draft) -> dict[str, Any]:
             config, data = _prepare_text(drafted, run_dir, notes)
         check_resources(drafted.settings, config, drafted.devices, run_dir.root)
         start = drafted.settings.model.student_init
-        if start is not None and not drafted.vocab_is_certain:
+        if start is not None and not drafted.vocab_is_certain and drafted.identity.checkpoint is None:
             check_start_weights(start, config)
         plan = _plan(drafted, run_dir, config, data, notes)
         _check_data_unchanged(drafted.identity, data)
@@ -212,6 +215,9 @@ def _prepare_text(drafted: Draft, run_dir: RunDir, notes: list[str]) -> tuple[Mo
         data = _text_data(settings, prepared)
         # Before the new data takes the place of what the run was trained on.
         _check_data_unchanged(drafted.identity, data)
+    if prepared.notes and settings.cluster.strict:
+        mend = "Mend the data or the option, or leave out --strict"
+        raise SettingsError([Fault("--strict", note.rstrip("."), mend) for note in prepared.notes])
     notes.extend(prepared.notes)
     return replace(drafted.config, vocab_size=data["vocab_size"]), data
 
@@ -221,9 +227,7 @@ def _tokenizer_choice(drafted: Draft) -> TokenizerChoice:
     data = drafted.settings.data
     if drafted.identity.source is not None:
         return TokenizerChoice(None, drafted.config.vocab_size, data.tokenizer_train_examples, retrain=False)
-    return TokenizerChoice(
-        data.tokenizer_path, data.vocab_size, data.tokenizer_train_examples, data.retrain_tokenizer
-    )
+    return TokenizerChoice(data.tokenizer_path, data.vocab_size, data.tokenizer_train_examples, data.retrain_tokenizer)
 
 
 def _text_data(settings: RunSettings, prepared: PreparedText) -> dict[str, Any]:

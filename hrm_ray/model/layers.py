@@ -152,9 +152,7 @@ class Level(nn.Module):
 
     def __init__(self, layers: int, hidden_size: int, num_heads: int, intermediate_size: int, eps: float) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            Block(hidden_size, num_heads, intermediate_size, eps) for _ in range(layers)
-        )
+        self.layers = nn.ModuleList(Block(hidden_size, num_heads, intermediate_size, eps) for _ in range(layers))
 
     def forward(
         self,

@@ -94,9 +94,7 @@ class PuzzleObjective(Objective[PuzzleCarry]):
         broken = ~(carry.states.z_h.isfinite().all(-1).all(-1) & carry.states.z_l.isfinite().all(-1).all(-1))
         start = self.model.initial_states(broken.shape[0], self.model.config.total_positions)
         wide = broken.view(-1, 1, 1)
-        states = States(
-            torch.where(wide, start.z_h, carry.states.z_h), torch.where(wide, start.z_l, carry.states.z_l)
-        )
+        states = States(torch.where(wide, start.z_h, carry.states.z_h), torch.where(wide, start.z_l, carry.states.z_l))
         return replace(carry, states=states, steps=torch.where(broken, 0, carry.steps))
 
     def think(self, batch: Batch, carry: PuzzleCarry) -> PuzzleView:

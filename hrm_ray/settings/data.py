@@ -44,4 +44,4 @@ class DataSettings(Section):
     val_split: str | None = None
     """Split of --dataset-file to evaluate on."""
     eval_batches: int = Field(default=10, ge=1)
-    """At most this many batches in one evaluation."""
+    """At most this many effective batches in one evaluation: the same samples however the batch is cut."""

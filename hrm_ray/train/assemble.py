@@ -44,11 +44,14 @@ def assemble(
     world: World,
     schedule_steps: int,
     stop_poll: Callable[[], StopReason | None],
+    *,
+    resumes: bool = False,
 ) -> Workplace:
     """Put the parts of one worker together. `settings` are resolved; `schedule_steps` is the schedule's length."""
     model = build_model(config)
     model.initialise(settings.run.seed)
-    if settings.model.student_init is not None:
+    # A resumed run has its weights in the checkpoint; what it once started from may be gone.
+    if settings.model.student_init is not None and not resumes:
         fill_module(model, start_weights(settings.model.student_init, config), str(settings.model.student_init))
     objective = build_objective(
         model,
@@ -77,15 +80,15 @@ def assemble(
         ema=Ema(model, settings.optimizer.ema) if settings.optimizer.ema is not None else None,
     )
     evaluation = (
-        HeldOut(held_out, settings.optimizer.batch_size, settings.data.eval_batches) if held_out is not None else None
+        HeldOut(held_out, shape.batch_size, settings.data.eval_batches * shape.accumulation * shape.size)
+        if held_out is not None
+        else None
     )
     objective.train()
     return Workplace(TrainingLoop(parts, stop_poll), evaluation)
 
 
-def _feed(
-    settings: RunSettings, config: ModelConfig, samples: SampleSet, shape: BatchShape, carried: bool
-) -> Feed:
+def _feed(settings: RunSettings, config: ModelConfig, samples: SampleSet, shape: BatchShape, carried: bool) -> Feed:
     seed, linear, epochs = settings.run.seed, settings.data.linear_dataset, settings.run.epochs
     if not carried:
         return RolloutFeed(samples, shape, seed=seed, linear=linear, epochs=epochs)

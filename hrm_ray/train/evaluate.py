@@ -100,7 +100,9 @@ def _transformer_sums(objective: AnyObjective, batch: Batch) -> Sums:
     length = batch["labels"].shape[1]
     x = plain.model.embedding(batch["inputs"], None, batch.get("positions"))
     scope = text_scope(length, batch.get("documents"), batch.get("prompt"))
-    return _token_sums(plain.model.logits(plain.model(x, scope, plain.model.rotation(0, length))), batch, plain.cross_entropy)
+    return _token_sums(
+        plain.model.logits(plain.model(x, scope, plain.model.rotation(0, length))), batch, plain.cross_entropy
+    )
 
 
 def _token_sums(logits: Tensor, batch: Batch, cross_entropy: Callable[[Tensor, Tensor], Tensor]) -> Sums:
@@ -204,7 +206,12 @@ _FIGURES: dict[type, Callable[[Mapping[str, float]], dict[str, float]]] = {
 
 
 def better(figures: Mapping[str, float], best: Mapping[str, Any] | None) -> bool:
-    """Whether held-out `figures` beat the best so far: exact accuracy first for puzzles, then the lower loss."""
+    """Whether held-out `figures` beat the best so far: exact accuracy first for puzzles, then the lower loss.
+
+    Figures that are not finite beat nothing, so that they are never what is kept as the best.
+    """
+    if not math.isfinite(figures["loss"]):
+        return False
     if best is None:
         return True
     rank = (figures.get("exact_accuracy", 0.0), -figures["loss"])

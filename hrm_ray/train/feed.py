@@ -162,7 +162,7 @@ class SlotFeed(_Epochs):
 
     def seek(self, epoch: int, position: dict[str, npt.NDArray[np.int64]]) -> None:
         self._enter(epoch)
-        self.taken = position["taken"].reshape(self.taken.shape).astype(np.int64)
+        self.taken = position["taken"].astype(np.int64).reshape(self.shape.accumulation, self.shape.batch_size)
 
 
 def exploration(

@@ -120,9 +120,14 @@ class TrainingLoop:
         factor = parts.rates.schedule.factor(number)
         parts.strategy.set_learning_rate(parts.rates.lr * factor)
         metrics = self._passes(batches, carries, totals)
-        norm = parts.strategy.step(parts.grad_clip)
+        rows = parts.sparse.gradients(self.world) if parts.sparse is not None else None
+        if rows is None or bool(rows[1].isfinite().all()):
+            norm = parts.strategy.step(parts.grad_clip)
+        else:
+            norm = math.nan
+            parts.strategy.discard()
         if math.isfinite(norm):
-            self._applied(parts.rates.puzzle_emb_lr * factor)
+            self._applied(rows, parts.rates.puzzle_emb_lr * factor)
             self.metrics.add(metrics.pairs)
         else:
             self._skipped(number, norm)
@@ -179,10 +184,10 @@ class TrainingLoop:
         metrics.add({"loss": (torch.zeros(()), share)})
         return metrics
 
-    def _applied(self, puzzle_emb_lr: float) -> None:
+    def _applied(self, rows: tuple[Tensor, Tensor] | None, puzzle_emb_lr: float) -> None:
         parts = self.parts
-        if parts.sparse is not None:
-            parts.sparse.step(puzzle_emb_lr, self.world)
+        if parts.sparse is not None and rows is not None:
+            parts.sparse.apply(*rows, puzzle_emb_lr)
         if parts.ema is not None:
             parts.ema.update()
         self.progress.step += 1
@@ -190,14 +195,12 @@ class TrainingLoop:
 
     def _skipped(self, number: int, norm: float) -> None:
         """Count a step whose gradient was not finite; too many in a row end the run."""
-        if self.parts.sparse is not None:
-            self.parts.sparse.forget()
         if self.parts.carried and self.carries is not None:
             self.carries = [self.parts.objective.restarted(carry) for carry in self.carries]
         self.progress.bad_steps += 1
         self.progress.skipped_steps += 1
         if self.progress.bad_steps >= self.parts.max_bad_steps:
-            names = self.parts.strategy.non_finite_parameters()
+            names = self.parts.strategy.non_finite_parameters() or ["the puzzle embedding"]
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             raise DivergedError(
                 Fault(

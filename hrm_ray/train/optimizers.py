@@ -31,7 +31,7 @@ class AdamATan2(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient; the others are left alone, decay included."""
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
@@ -67,8 +67,15 @@ class AdamATan2(torch.optim.Optimizer):
 
 
 def _adamw(settings: OptimizerSettings, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    listed = list(params)
+    # On the CPU PyTorch's default passes over memory once per operation; its fused kernel once in all.
+    fused = True if all(parameter.device.type == "cpu" for parameter in listed) else None
     return torch.optim.AdamW(
-        params, lr=settings.lr, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
+        listed,
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        weight_decay=settings.weight_decay,
+        fused=fused,
     )
 
 
@@ -124,12 +131,7 @@ class SparseSignSGD:
         return present, summed / world.size
 
     @torch.no_grad()
-    def step(self, lr: float, world: World) -> None:
-        """One update with the learning rate of this step; a collective."""
-        present, summed = self.gradients(world)
+    def apply(self, present: Tensor, summed: Tensor, lr: float) -> None:
+        """Update the rows `present` [K] by their summed gradients [K, E], as `gradients` gave them."""
         table = self.table.weights
         table[present] = table[present] * (1 - lr * self.weight_decay) - lr * summed.sign()
-
-    def forget(self) -> None:
-        """Drop what was collected, for a step that is skipped."""
-        self.table.taken.clear()

@@ -35,7 +35,16 @@ def train(plan: dict[str, Any], link: DriverLink) -> Outcome:
     world = World.here(plan["device"], plan["threads"])
     samples, held_out = open_samples(plan["data"], run_dir.data)
     stop_poll = link.stop_requested if world.leads else lambda: None
-    workplace = assemble(settings, config, samples, held_out, world, plan["schedule_steps"], stop_poll)
+    workplace = assemble(
+        settings,
+        config,
+        samples,
+        held_out,
+        world,
+        plan["schedule_steps"],
+        stop_poll,
+        resumes=plan["resume"] is not None,
+    )
     resumed_step: int | None = None
     extra: dict[str, Any] = {}
     if plan["resume"] is not None:

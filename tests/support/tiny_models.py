@@ -106,9 +106,7 @@ def puzzle_batch(seed: int, rows: int, config: ModelConfig) -> Batch:
     return {
         "inputs": torch.from_numpy(inputs.astype(np.int32)),
         "labels": torch.from_numpy(labels.astype(np.int32)),
-        "puzzle_identifiers": torch.from_numpy(
-            rng.integers(0, config.num_puzzle_identifiers, rows).astype(np.int32)
-        ),
+        "puzzle_identifiers": torch.from_numpy(rng.integers(0, config.num_puzzle_identifiers, rows).astype(np.int32)),
         "active": torch.ones(rows, dtype=torch.bool),
         "min_steps": torch.zeros(rows, dtype=torch.int32),
     }

@@ -48,7 +48,12 @@ def test_truncated_normal_of_deviation_zero() -> None:
 def test_scales_of_the_starting_weights(arch: str, positions: str) -> None:
     """1/sqrt(fan in) for linear maps, 1/sqrt(D) for embeddings, 1 for the initial states; the halting head -5 and 0."""
     config = tiny_config(
-        arch=arch, pos_encodings=positions, hidden_size=64, intermediate_size=96, vocab_size=256, seq_len=128,
+        arch=arch,
+        pos_encodings=positions,
+        hidden_size=64,
+        intermediate_size=96,
+        vocab_size=256,
+        seq_len=128,
         halt_rule="none",
     )
     model = build_model(config)

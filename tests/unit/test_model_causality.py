@@ -85,9 +85,7 @@ def lengths(cuts: list[int]) -> list[int]:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @settings(max_examples=6)
 @given(cuts=CUTS, at=st.integers(0, 11), seed=st.integers(0, 1000))
-def test_packed_documents_do_not_see_each_other(
-    name: str, positions: str, cuts: list[int], at: int, seed: int
-) -> None:
+def test_packed_documents_do_not_see_each_other(name: str, positions: str, cuts: list[int], at: int, seed: int) -> None:
     config = tiny_config(pos_encodings=positions, **ARCHITECTURES[name])
     objective = objective_of(config)
     batch = wanted(text_batch(seed, [lengths(cuts), [5, 7]]), config)
@@ -172,7 +170,9 @@ def test_real_rows_never_see_their_label(mode: str, arch: str) -> None:
     """Columns of TextSamples: the label of position t is token t+1 of the same document, and changing the input that
     shows it moves no logit up to t."""
     config = tiny_config(
-        vocab_size=TOKENIZER.vocab_size, seq_len=24, lm_mask="prefix" if mode.startswith("prefix") else "causal",
+        vocab_size=TOKENIZER.vocab_size,
+        seq_len=24,
+        lm_mask="prefix" if mode.startswith("prefix") else "causal",
         **ARCHITECTURES[arch],
     )
     objective = objective_of(config)

@@ -26,7 +26,10 @@ MARGIN = 0.01
 
 def objective_of(config: ModelConfig, loss: str = "softmax", supervision: str = "rollout") -> AnyObjective:
     return build_objective(
-        tiny_model(config), loss, supervision=supervision, halt_margin=MARGIN  # type: ignore[arg-type]
+        tiny_model(config),
+        loss,
+        supervision=supervision,
+        halt_margin=MARGIN,  # type: ignore[arg-type]
     ).train()
 
 

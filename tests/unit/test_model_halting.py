@@ -98,7 +98,10 @@ def test_exploration_keeps_rows_at_work() -> None:
             carry = objective.think(batch, carry).carry
             seen.append((carry.steps.tolist(), carry.halted.tolist()))
     assert [halted for _, halted in seen] == [
-        [True, False, False], [True, False, False], [True, True, False], [True, False, True]
+        [True, False, False],
+        [True, False, False],
+        [True, True, False],
+        [True, False, True],
     ]
     assert [steps for steps, _ in seen] == [[1, 1, 1], [1, 2, 2], [1, 3, 3], [1, 1, 4]]
 
@@ -122,7 +125,9 @@ def test_scores_do_not_stop_a_row_in_evaluation() -> None:
 
 def halting_text(segments: int, rule: str = "gain") -> tuple[TextObjective, Batch]:
     objective = build_objective(
-        tiny_model(tiny_config(halt_max_steps=segments, halt_rule=rule)), "softmax", supervision="rollout",
+        tiny_model(tiny_config(halt_max_steps=segments, halt_rule=rule)),
+        "softmax",
+        supervision="rollout",
         halt_margin=0.01,
     )
     assert isinstance(objective, TextObjective)

@@ -67,7 +67,11 @@ CASES: dict[str, dict[str, Any]] = {
     "prefix": {"lm_mask": "prefix", "pos_encodings": "learned"},
     "full backward": {"bp_steps": 4, "h_cycles": 2, "l_cycles": 1, "pos_encodings": "learned"},
     "transformer": {
-        "arch": "transformer", "h_layers": 1, "l_layers": 1, "halt_max_steps": 1, "halt_rule": "none",
+        "arch": "transformer",
+        "h_layers": 1,
+        "l_layers": 1,
+        "halt_max_steps": 1,
+        "halt_rule": "none",
         "pos_encodings": "learned",
     },
 }
@@ -77,8 +81,17 @@ CASES: dict[str, dict[str, Any]] = {
 def test_random_tokens_stay_at_ln_v(case: str) -> None:
     torch.set_num_threads(1)
     config = tiny_config(
-        **({"vocab_size": VOCAB, "seq_len": LENGTH, "hidden_size": 32, "intermediate_size": 48, "l_cycles": 1,
-            "h_cycles": 1} | CASES[case])
+        **(
+            {
+                "vocab_size": VOCAB,
+                "seq_len": LENGTH,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "l_cycles": 1,
+                "h_cycles": 1,
+            }
+            | CASES[case]
+        )
     )
     model = build_model(config)
     model.initialise(1)
@@ -90,9 +103,15 @@ def test_random_tokens_stay_at_ln_v(case: str) -> None:
     feed = RolloutFeed(RandomTokens(STEPS * BATCH, 7, config.lm_mask == "prefix"), shape, seed=0, linear=True, epochs=1)
     loop = TrainingLoop(
         LoopParts(
-            strategy=strategy, objective=objective, feed=feed, shape=shape,
-            rates=Rates(Schedule("linear", 10, STEPS, 0.0, 0.2), settings.lr, 0.0), wanted=wanted_columns(config),
-            carried=False, grad_clip=1.0, max_bad_steps=1,
+            strategy=strategy,
+            objective=objective,
+            feed=feed,
+            shape=shape,
+            rates=Rates(Schedule("linear", 10, STEPS, 0.0, 0.2), settings.lr, 0.0),
+            wanted=wanted_columns(config),
+            carried=False,
+            grad_clip=1.0,
+            max_bad_steps=1,
         )
     )
     steps = 0

@@ -134,6 +134,11 @@ def take(table: PuzzleTable, identifiers: list[int], gradient: Tensor, active: l
     (rows * gradient).sum().backward()
 
 
+def update(optimizer: SparseSignSGD, lr: float, world: World) -> None:
+    """What the loop does at a step that is applied."""
+    optimizer.apply(*optimizer.gradients(world), lr)
+
+
 @settings(max_examples=30)
 @given(
     batches=st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), min_size=1, max_size=3),
@@ -149,7 +154,7 @@ def test_sparse_sign_rule(batches: list[list[int]], seed: int, w: float) -> None
     gradients = [torch.randint(-1, 2, (3, 4), generator=generator).float() for _ in batches]
     for identifiers, gradient in zip(batches, gradients, strict=True):
         take(table, identifiers, gradient)
-    SparseSignSGD(table, w).step(lr, ALONE)
+    update(SparseSignSGD(table, w), lr, ALONE)
     for number in range(6):
         sums = [0.0] * 4
         for identifiers, gradient in zip(batches, gradients, strict=True):
@@ -171,7 +176,7 @@ def test_opposite_gradients_of_one_identifier_cancel() -> None:
     table = table_of(2, 3)
     start = table.weights.clone()
     take(table, [1, 1, 1], torch.tensor([[2.0, 1.0, 5.0], [-1.0, -1.0, -3.0], [-0.5, 0.0, -3.0]]))
-    SparseSignSGD(table, 0.5).step(0.1, ALONE)
+    update(SparseSignSGD(table, 0.5), 0.1, ALONE)
     want = start[1] * 0.95 - 0.1 * torch.tensor([1.0, 0.0, -1.0])
     torch.testing.assert_close(table.weights[1], want, rtol=1e-6, atol=1e-7)
     assert torch.equal(table.weights[0], start[0])
@@ -181,7 +186,7 @@ def test_idle_rows_do_not_decay() -> None:
     table = table_of(3, 2)
     start = table.weights.clone()
     take(table, [1, 0, 2], torch.ones(3, 2), active=[True, False, False])
-    SparseSignSGD(table, 0.5).step(0.1, ALONE)
+    update(SparseSignSGD(table, 0.5), 0.1, ALONE)
     assert torch.equal(table.weights[[0, 2]], start[[0, 2]])
     assert not torch.equal(table.weights[1], start[1])
 
@@ -190,7 +195,7 @@ def test_ranks_are_added_before_the_sign() -> None:
     table = table_of(3, 1)
     start = table.weights.clone()
     take(table, [1], torch.tensor([[1.0]]))
-    SparseSignSGD(table, 0.0).step(0.1, BesideAnother(0, 2, torch.device("cpu"), True))
+    update(SparseSignSGD(table, 0.0), 0.1, BesideAnother(0, 2, torch.device("cpu"), True))
     moved = (table.weights - start).flatten().tolist()
     assert moved == pytest.approx([0.0, 0.1, -0.1], abs=1e-7)
 
@@ -199,10 +204,10 @@ def test_a_step_that_used_nothing_or_is_skipped_changes_nothing() -> None:
     table = table_of(3, 2)
     start = table.weights.clone()
     optimizer = SparseSignSGD(table, 0.5)
-    optimizer.step(0.1, ALONE)
+    update(optimizer, 0.1, ALONE)
     take(table, [0, 1], torch.ones(2, 2))
-    optimizer.forget()
-    optimizer.step(0.1, ALONE)
+    optimizer.gradients(ALONE)
+    update(optimizer, 0.1, ALONE)
     assert torch.equal(table.weights, start)
 
 

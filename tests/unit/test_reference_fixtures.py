@@ -210,7 +210,7 @@ def check_state(fixture: Fixture, objective: PuzzleObjective, when: str, near: f
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         gaps = (ours[name].double() - tensor.double()).abs()
-        # Updates of adam-atan2 and sign-SGD act like a sign: where a gradient is rounding noise the other sign is legal.
+        # adam-atan2 and sign-SGD act like a sign: where a gradient is rounding noise the other sign is legal.
         assert float((gaps <= near).double().mean()) >= 0.999, f"{when} {name}"
         assert float(gaps.max()) <= far, f"{when} {name}"
 

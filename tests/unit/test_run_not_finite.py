@@ -54,6 +54,10 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, attempts: set[int], poison: str) -
             last = [p for p in strategy.objective.parameters() if p.grad is not None][-1]
             assert last.grad is not None
             last.grad.view(-1)[0] = math.inf
+        if armed("rows"):
+            taken = strategy.objective.model.embedding.puzzle_emb.taken[-1]
+            assert taken.rows.grad is not None
+            taken.rows.grad[0, 0] = math.nan
 
     monkeypatch.setattr("hrm_ray.train.loop.weighed", weighing)
     monkeypatch.setattr(TrainingLoop, "step", stepping)
@@ -81,8 +85,13 @@ def same(a: Any, b: Any) -> bool:
     return bool(torch.equal(a, b)) if isinstance(a, Tensor) else bool(a == b)
 
 
-@pytest.mark.parametrize("poison", POISONS)
-@pytest.mark.parametrize("kind", ["text", "carried", "rollout"])
+@pytest.mark.parametrize(
+    ("kind", "poison"),
+    [
+        *((kind, poison) for kind in ("text", "carried", "rollout") for poison in POISONS),
+        *((kind, "rows") for kind in ("carried", "rollout")),
+    ],
+)
 def test_a_skipped_step_leaves_no_trace(
     kind: str, poison: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

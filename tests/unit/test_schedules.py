@@ -34,15 +34,15 @@ def test_the_end_is_the_least_ratio_and_stays(kind: str) -> None:
     assert schedule(kind).factor(109) > 0.1
 
 
-@given(
-    step=st.integers(1, 400), warmup=st.integers(0, 50), rest=st.integers(1, 300), ratio=st.floats(0, 1)
-)
+@given(step=st.integers(1, 400), warmup=st.integers(0, 50), rest=st.integers(1, 300), ratio=st.floats(0, 1))
 def test_cosine_is_the_formula_of_the_reference(step: int, warmup: int, rest: int, ratio: float) -> None:
     """ACTV1_SPEC, section 11, inside the run."""
     total = warmup + rest
     step = min(step, total)
-    want = step / warmup if step < warmup else ratio + (1 - ratio) * 0.5 * (
-        1 + math.cos(math.pi * (step - warmup) / (total - warmup))
+    want = (
+        step / warmup
+        if step < warmup
+        else ratio + (1 - ratio) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
     )
     assert schedule("cosine", warmup, total, ratio).factor(step) == pytest.approx(want, rel=1e-12, abs=1e-15)
 

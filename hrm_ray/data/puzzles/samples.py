@@ -117,6 +117,16 @@ def open_puzzles(path: Path, split: str = "train") -> PuzzleSamples:
     return open_puzzle_rows([file for file in split_files(path, split).files if file.suffix.lower() == ".jsonl"])
 
 
+def puzzle_splits(path: Path) -> list[str]:
+    """The splits there are at `path`, a puzzle set; rows of .jsonl are the split "train" here."""
+    require_path(path)
+    if path.is_dir() and (path / DESCRIPTION).is_file():
+        return sorted(read_description(path).splits)
+    if path.suffix.lower() == ".safetensors" and path.is_file():
+        return safetensors_splits(list(_read_tensors(path)))
+    return ["train"]
+
+
 def _open_built(folder: Path, split: str) -> PuzzleSamples:
     description = read_description(folder)
     if split not in description.splits:
@@ -226,6 +236,8 @@ def _parse_row(line: bytes, where: str, seq_len: int | None) -> tuple[list[int],
             raise DataFault(
                 Fault(where, f"`{name}` holds {wrong[0]}", f"Ids are 0 or more (labels: or {IGNORE_LABEL} for none)")
             )
+    if "puzzle_identifiers" in row:
+        raise DataFault(Fault(where, "a row has one puzzle, not `puzzle_identifiers`", "Name it `puzzle_identifier`"))
     inputs, labels, identifier = row["inputs"], row["labels"], row.get("puzzle_identifier", 0)
     if len(inputs) != len(labels):
         raise DataFault(Fault(where, f"{len(inputs)} inputs but {len(labels)} labels", mend))

@@ -39,6 +39,9 @@ class Strategy(Protocol):
         The norm is the same on every rank, so all update or none does.
         """
 
+    def discard(self) -> None:
+        """Clear the gradients without an update; called on all ranks alike."""
+
     def set_learning_rate(self, lr: float) -> None:
         """For the next update."""
 
@@ -52,7 +55,7 @@ class Strategy(Protocol):
         """Added over ranks, in place; a collective."""
 
     def full_weights(self) -> dict[str, Tensor]:
-        """All weights and buffers of the model by name, on the leading rank (elsewhere possibly empty); a collective."""
+        """All weights and buffers by name, on the leading rank (elsewhere possibly empty); a collective."""
 
     def save(self, folder: Path) -> None:
         """Write the optimizer's state into a checkpoint folder; called on all ranks."""

@@ -45,6 +45,7 @@ class SingleStrategy:
         loss.backward()
 
     def step(self, max_norm: float) -> float:
+        self._non_finite = []
         gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
         norm_tensor = nn.utils.get_total_norm(gradients)
         norm = float(norm_tensor)
@@ -60,6 +61,10 @@ class SingleStrategy:
             ]
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def discard(self) -> None:
+        self._non_finite = []
+        self.optimizer.zero_grad(set_to_none=True)
 
     def set_learning_rate(self, lr: float) -> None:
         for group in self.optimizer.param_groups:

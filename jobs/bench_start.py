@@ -1,0 +1,93 @@
+"""What a launcher costs: time per step with and without Ray, seconds to the first step, and of `hrm-ray --help`.
+
+One job: run the command line in fresh processes and read the clock of its records.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from timing import Summary, hrm_ray_command, plain, summary, table
+
+from hrm_ray.metrics.jsonl import read_records
+
+STEPS = 60
+FIRST_STEPS = 10
+"""Not counted: caches, allocator and Ray's own threads settle."""
+HELP_RUNS = 7
+HELP_LIMIT_S = 0.5
+MODEL = (
+    *("--hidden-size", "64", "--num-heads", "2", "--h-layers", "1", "--l-layers", "1", "--expansion", "4"),
+    *("--halt-max-steps", "8", "--batch-size", "64", "--optimizer", "adam-atan2"),
+    *("--steps", str(STEPS), "--log-every", "1", "--save-every", "0"),
+)
+"""The demonstration's Sudoku model; a record for every step, which is the most a launcher can be asked to carry."""
+
+
+def compare_launchers(pairs: int, threads: int, *, with_ray: bool) -> dict[str, Any]:
+    """Runs of the same training by both launchers in turn: step times, their ratio, and seconds to the first step."""
+    launchers = ("local", "ray") if with_ray else ("local",)
+    steps: dict[str, list[float]] = {launcher: [] for launcher in launchers}
+    starts: dict[str, list[float]] = {launcher: [] for launcher in launchers}
+    with tempfile.TemporaryDirectory(prefix="hrm-ray-bench-") as name:
+        folder = Path(name)
+        print("\nbuilding Sudoku for the launchers ...", flush=True)
+        hrm_ray_command(
+            ["data", "build", "sudoku", "--size", "4", "--train", "2000", "--test", "50", "--out", folder / "sudoku"]
+        )
+        for number in range(pairs):
+            for launcher in launchers if number % 2 == 0 else launchers[::-1]:
+                print(f"run {number + 1} of {pairs}, {launcher} ...", flush=True)
+                start, step = _run(launcher, folder / "sudoku", folder / f"{launcher}-{number}", threads)
+                starts[launcher].append(start)
+                steps[launcher].append(step)
+    found: dict[str, Any] = {"threads": threads, "pairs": pairs}
+    rows = []
+    for launcher in launchers:
+        step_ms, start_s = summary([1e3 * s for s in steps[launcher]]), summary(starts[launcher])
+        found[launcher] = {"step_wall_ms": plain(step_ms), "start_s": plain(start_s)}
+        rows.append([launcher, step_ms.shown(1), start_s.shown(2)])
+    print(f"\nLaunchers at {threads} thread(s), {STEPS - FIRST_STEPS} steps a run; median over runs [interval]")
+    print(table(("launcher", "step wall ms", "command to first step, s"), rows))
+    if with_ray:
+        ratio = summary([ray / local for local, ray in zip(steps["local"], steps["ray"], strict=True)])
+        extra = summary([ray - local for local, ray in zip(starts["local"], starts["ray"], strict=True)])
+        found["step_ratio"], found["start_difference_s"] = plain(ratio), plain(extra)
+        print(f"with Ray / without, pair by pair: {_said(ratio)}; Ray's start takes {extra.shown(2)} s more")
+    else:
+        print("Ray: skipped")
+    return found
+
+
+def _said(ratio: Summary) -> str:
+    return f"{ratio.shown()} ({100 * ratio.coverage:.0f} % interval, {ratio.rounds} pairs)"
+
+
+def _run(launcher: str, data: Path, bundle: Path, threads: int) -> tuple[float, float]:
+    """Seconds from just before the command to the first step's record, and the median step's seconds."""
+    began = time.time()
+    hrm_ray_command(
+        [
+            *("train", "--dataset-file", data, "--bundle-dir", bundle, "--launcher", launcher),
+            *("--threads", str(threads), *MODEL),
+        ]
+    )
+    at = [record.time_s for record in read_records(bundle / "metrics.jsonl") if record.kind == "train"]
+    if len(at) != STEPS:
+        raise RuntimeError(f"{bundle}: {len(at)} records of {STEPS} steps")
+    return at[0] - began, statistics.median(later - at_s for at_s, later in pairwise(at[FIRST_STEPS:]))
+
+
+def help_time() -> dict[str, Any]:
+    """Seconds of `hrm-ray --help`, the first call (which may compile) left out."""
+    hrm_ray_command(["--help"])
+    taken = summary([hrm_ray_command(["--help"]) for _ in range(HELP_RUNS)])
+    passed = taken.median < HELP_LIMIT_S
+    verdict = "PASS" if passed else "FAIL"
+    print(f"\nhrm-ray --help: {taken.shown()} s, median of {HELP_RUNS}; below {HELP_LIMIT_S} s: {verdict}")
+    return {"wall_s": plain(taken), "limit_s": HELP_LIMIT_S, "passed": passed}
