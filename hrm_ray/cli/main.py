@@ -6,6 +6,7 @@ neither torch nor Ray. Errors become exit codes in `edge`.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -193,6 +194,9 @@ def data_build_text(
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
+    # OpenMP's threads spin while they wait, forward's and backward's alike: with a neighbour on one of two cores a step
+    # then took twenty times as long. It is read when torch is loaded, so it is set before.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command = get_command(app)
     given = list(sys.argv[1:] if words is None else words) or ["--help"]
     sys.exit(exit_code_of(lambda: command.main(given, prog_name="hrm-ray", standalone_mode=False)))

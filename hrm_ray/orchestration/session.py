@@ -68,6 +68,7 @@ SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a FutureWarning
 }
 LOCAL_SETTINGS = {
+    "RAY_worker_niceness": "0",  # else 15: any neighbour on the machine would starve training, unlike without Ray
     "RAY_enable_metrics_collection": "0",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # a rank stuck in a collective must not delay the end by 30 s
 }
@@ -92,6 +93,7 @@ def worker_environment(threads: int) -> dict[str, str]:
         "MKL_NUM_THREADS": count,
         "OPENBLAS_NUM_THREADS": count,
         "RAYON_NUM_THREADS": count,
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),  # see hrm_ray.cli.main
         "USE_LIBUV": "0",  # torch builds for Windows have no libuv; elsewhere it makes no difference here
         "PYTHONPATH": _python_path(),
     }
