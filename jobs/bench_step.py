@@ -92,7 +92,8 @@ def report_steps(timed: dict[str, Timed], threads: int) -> None:
         ]
         for name, one in timed.items()
     ]
-    print(f"\nTime per step at {threads} thread(s); median [95 % interval]; floor = the step's matrix products alone")
+    covered = 100 * min(one.ratio.coverage for one in timed.values())
+    print(f"\nTime per step at {threads} thread(s); median [{covered:.0f} % interval]; floor: its products alone")
     titles = ("case", "step CPU ms", "wall ms", "floor CPU ms", "step / floor", "GFLOP", "floor GFLOP/s")
     print(table(titles, rows))
     for name, one in timed.items():

@@ -17,6 +17,7 @@ import typer
 from typer.main import get_command
 
 from hrm_ray.cli.edge import Ended, exit_code_of
+from hrm_ray.spinning import spin_briefly
 
 DeviceChoice: TypeAlias = Literal["auto", "cpu", "cuda", "xpu", "mps"]
 Difficulty: TypeAlias = Literal["any", "easy", "medium", "hard"]
@@ -194,9 +195,7 @@ def data_build_text(
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
-    # OpenMP's threads spin while they wait, forward's and backward's alike: with a neighbour on one of two cores a step
-    # then took twenty times as long. It is read when torch is loaded, so it is set before.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    spin_briefly(os.environ)
     command = get_command(app)
     given = list(sys.argv[1:] if words is None else words) or ["--help"]
     sys.exit(exit_code_of(lambda: command.main(given, prog_name="hrm-ray", standalone_mode=False)))

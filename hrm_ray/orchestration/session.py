@@ -39,6 +39,7 @@ import ray._private.worker as ray_worker
 import hrm_ray
 from hrm_ray.errors import EnvironmentFault, Fault, HrmRayError, SettingsError
 from hrm_ray.orchestration.resources import Demand
+from hrm_ray.spinning import SPIN_VARIABLE, spin_briefly
 
 NAMESPACE = "hrm_ray"
 OBJECT_STORE_BYTES = 200 * 2**20
@@ -88,15 +89,18 @@ def source_root() -> str:
 def worker_environment(threads: int) -> dict[str, str]:
     """Environment variables of every training worker; in force before its libraries are loaded."""
     count = str(threads)
-    return {
+    environment = {
         "OMP_NUM_THREADS": count,
         "MKL_NUM_THREADS": count,
         "OPENBLAS_NUM_THREADS": count,
         "RAYON_NUM_THREADS": count,
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),  # see hrm_ray.cli.main
         "USE_LIBUV": "0",  # torch builds for Windows have no libuv; elsewhere it makes no difference here
         "PYTHONPATH": _python_path(),
     }
+    passed_on = {name: os.environ[name] for name in ("OMP_WAIT_POLICY", SPIN_VARIABLE) if name in os.environ}
+    environment.update(passed_on)
+    spin_briefly(environment)
+    return environment
 
 
 def _python_path() -> str:

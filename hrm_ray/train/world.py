@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hrm_ray.train.host_memory import keep_freed_memory
+
 
 @dataclass(frozen=True)
 class World:
@@ -25,6 +27,8 @@ class World:
     def here(cls, device: str, threads: int) -> World:
         """The world of this process: that of its process group, or a world of one without a group."""
         torch.set_num_threads(threads)
+        if device == "cpu":
+            keep_freed_memory()
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size(), _local_device(device), True)
         return cls(0, 1, _local_device(device), False)
