@@ -32,6 +32,7 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hrm_ray.errors import EnvironmentFault, Fault, HrmRayError, ResourceFault
+from hrm_ray.launch.devices import usable_cpus
 from hrm_ray.orchestration import resources
 from hrm_ray.orchestration.failures import (
     RESUME_HINT,
@@ -90,7 +91,7 @@ def run(plan: dict[str, Any], *, sink: MetricSink, stop: StopPoll) -> Outcome:
     request = Request.of(plan)
     if request.address is None or request.address == "local":
         request = Request(request.demand, request.device, None, request.name, request.body)
-        resources.check_machine(request.demand, resources.usable_cpus(), resources.available_memory_bytes())
+        resources.check_machine(request.demand, usable_cpus(), resources.available_memory_bytes())
     else:
         check_address(request.address)
     session = Session(request.address, request.demand)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hrm_ray.errors import EnvironmentFault, ResourceFault, SettingsError
+from hrm_ray.launch.devices import usable_cpus
 from hrm_ray.orchestration.resources import (
     Demand,
     available_memory_bytes,
@@ -13,7 +14,6 @@ from hrm_ray.orchestration.resources import (
     check_local_gpus,
     check_machine,
     places,
-    usable_cpus,
 )
 from hrm_ray.orchestration.session import check_address
 

@@ -136,11 +136,11 @@ class Result:
     halted_early: int
 
 
-def run(scenario: str, optimizer: str, cut: Cut) -> Result:
-    """Train STEPS updates as this rank's part of `cut`."""
+def run(scenario: str, optimizer: str, cut: Cut, device: str = "cpu") -> Result:
+    """Train STEPS updates as this rank's part of `cut`; tensors of the result are on the CPU."""
     settings = settings_for(scenario, optimizer, cut)
     config = config_for(settings)
-    world = World.here("cpu", 1)
+    world = World.here(device, 1)
     assert world.size == cut.ranks
     samples = Rows(config.task)
     loop = assemble(settings, config, samples, None, world, STEPS, lambda: None).loop
@@ -153,8 +153,8 @@ def run(scenario: str, optimizer: str, cut: Cut) -> Result:
         losses.append(loop.flush_metrics()["loss"])
         for carry in loop.carries or []:
             halted_early += int((carry.halted & carry.data["active"] & (carry.steps < config.halt_max_steps)).sum())
-    weights = {name: t.clone() for name, t in loop.parts.strategy.full_weights().items()}
-    return Result(gradients, weights, losses, halted_early)
+    weights = {name: t.cpu().clone() for name, t in loop.parts.strategy.full_weights().items()}
+    return Result({name: t.cpu() for name, t in gradients.items()}, weights, losses, halted_early)
 
 
 def _capture(loop: TrainingLoop) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ each token prints, "splits": {name: {"count", "sha256"}}, "built": how it was ma
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.numpy import save
 
 from hrm_ray.errors import DataFault, Fault, SettingsError
+from hrm_ray.rundir import file_sha256
 
 DESCRIPTION = "dataset.json"
 REBUILD = "Build it again with `hrm-ray data build`, or copy it again"
@@ -147,12 +147,3 @@ def read_description(folder: Path) -> Description:
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise DataFault(Fault(str(path), f"the description is not complete ({wrong})", REBUILD)) from error
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces of 1 MiB."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -23,9 +23,10 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from hrm_ray.data.puzzles.format import DESCRIPTION, REBUILD, PuzzleFacts, file_sha256, read_description
+from hrm_ray.data.puzzles.format import DESCRIPTION, REBUILD, PuzzleFacts, read_description
 from hrm_ray.data.splits import missing_split, require_path, split_files
 from hrm_ray.errors import DataFault, Fault
+from hrm_ray.rundir import file_sha256
 from hrm_ray.values import IGNORE_LABEL, Columns
 
 Tensors = dict[str, npt.NDArray[Any]]

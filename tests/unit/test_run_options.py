@@ -1,0 +1,83 @@
+"""Options whose effect shows only in a whole run: --strict, how much is evaluated, where solve looks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hrm_ray.train.evaluate import better
+from tests.support.runs import PUZZLE, TEXT, hrm, puzzle_file, records, refused, text_file, train
+
+
+def test_a_smaller_vocabulary_is_said_and_refused_when_strict(tmp_path: Path) -> None:
+    """The corpus cannot give 5000 tokens: a warning in the records, an error under --strict, and then no bundle."""
+    data, words = text_file(tmp_path), [*TEXT, "--steps", "1"]
+    words[words.index("--vocab-size") + 1] = "5000"
+    train(data, tmp_path / "b", *words)
+    told = [event["message"] for event in records(tmp_path / "b", "event") if event["level"] == "WARNING"]
+    assert len(told) == 1 and "5000" in told[0]
+    command = ("train", "--dataset-file", data, "--bundle-dir", tmp_path / "c", *words, "--strict")
+    refused(2, *command, naming=("--strict", "5000"))
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_missing_device_is_said_and_refused_when_strict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("hrm_ray.launch.devices._COUNT", {"cuda": lambda: 0, "cpu": lambda: 1})
+    data, words = text_file(tmp_path), [*TEXT, "--steps", "1", "--device", "cuda"]
+    train(data, tmp_path / "b", *words)
+    told = [event["message"] for event in records(tmp_path / "b", "event") if event["level"] == "WARNING"]
+    assert any("--device cuda" in message and "cpu" in message for message in told)
+    command = ("train", "--dataset-file", data, "--bundle-dir", tmp_path / "c", *words, "--strict")
+    refused(3, *command, naming=("--device cuda",))
+
+
+def test_an_evaluation_reads_the_same_puzzles_however_the_batch_is_cut(tmp_path: Path) -> None:
+    train_set, held_out = puzzle_file(tmp_path), puzzle_file(tmp_path, count=30, name="held.safetensors", seed=1)
+    words = [*PUZZLE, "--steps", "2", "--eval-file", held_out, "--eval-batches", "3"]
+    train(train_set, tmp_path / "whole", *words, "--batch-size", "8")
+    train(train_set, tmp_path / "cut", *words, "--batch-size", "2", "--gradient-accumulation-steps", "4")
+    counts = [records(tmp_path / name, "eval")[-1]["puzzles"] for name in ("whole", "cut")]
+    assert counts == [24, 24]
+
+
+def test_figures_that_are_not_finite_are_never_the_best() -> None:
+    nan = {"loss": float("nan")}
+    assert not better(nan, None)
+    assert better({"loss": 2.0}, None)
+    assert not better(nan, {"loss": 2.0})
+
+
+def test_rows_with_the_plural_of_identifier_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"inputs": [1, 2], "labels": [2, 1], "puzzle_identifiers": 3}) + "\n")
+    refused(5, "train", "--dataset-file", path, "--dry-run", naming=("puzzle_identifiers", "puzzle_identifier"))
+
+
+def test_rows_of_several_puzzles_train_the_table(tmp_path: Path) -> None:
+    """.jsonl rows with `puzzle_identifier`: the table has a row for each, and those that were seen have moved."""
+    from safetensors.torch import load_file
+
+    path = tmp_path / "rows.jsonl"
+    rows = [{"inputs": [1, 2, 0], "labels": [1, 2, 3], "puzzle_identifier": number % 4} for number in range(8)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(path, tmp_path / "b", *PUZZLE, "--steps", "6", "--puzzle-emb-ndim", "8")
+    table = load_file(tmp_path / "b" / "model.safetensors")["embedding.puzzle_emb.weights"]
+    assert table.shape == (4, 8)
+    assert bool((table != 0).any(dim=1).all())
+
+
+def test_solve_takes_the_test_split_where_there_is_one_and_all_rows_elsewhere(tmp_path: Path) -> None:
+    out = tmp_path / "sudoku"
+    assert hrm("data", "build", "sudoku", "--size", 4, "--train", 20, "--test", 6, "--out", out).code == 0
+    train(out, tmp_path / "b", *PUZZLE, "--steps", "1")
+    assert "of 6 solved exactly" in hrm("solve", tmp_path / "b", "--file", out).out
+    assert "of 20 solved exactly" in hrm("solve", tmp_path / "b", "--file", out, "--split", "train").out
+    rows = tmp_path / "rows.jsonl"
+    row = {"inputs": [1, 2, 3, 4] * 4, "labels": [2, 3, 4, 5] * 4}
+    rows.write_text(json.dumps(row) + "\n")
+    assert "of 1 solved exactly" in hrm("solve", tmp_path / "b", "--file", rows).out
+    given = hrm("solve", tmp_path / "b", "1....2..3......4", "--json")
+    assert given.code == 0 and json.loads(given.out)["segments"] == 3
