@@ -29,6 +29,8 @@ test: $(VENV)/installed-dev
 ifneq ($(filter true 1,$(CI)),)
 ifneq ($(wildcard $(FIXTURES)),)
 	HRM_RAY_FIXTURES=$(abspath $(FIXTURES)) $(PY) -m pytest tests/unit/test_reference_fixtures.py
+else
+	@echo "WARNING: $(FIXTURES) is not there: the reference was checked on tests/fixtures only"
 endif
 endif
 

@@ -19,6 +19,7 @@ from hrm_ray.errors import DataFault, Fault
 
 _STEP = re.compile(r"step_(\d+)")
 _PARTIAL = ".partial"
+_OLD = f".old{_PARTIAL}"
 MANIFEST = "manifest.json"
 
 
@@ -96,7 +97,7 @@ class RunDir:
         files = sorted(path for path in partial.iterdir() if path.name != MANIFEST)
         entries = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
         for path in files:
-            _fsync(path)
+            sync_file(path)
         write_json(partial / MANIFEST, {"step": step, "files": entries})
         if whole.exists():
             aside = _step_aside(whole)
@@ -105,6 +106,18 @@ class RunDir:
         else:
             partial.rename(whole)
         return whole
+
+    def recover(self) -> None:
+        """Bring back what an interrupted replacement had moved aside: a whole checkpoint, or best/."""
+        for aside in self.checkpoints.glob(f"step_*{_OLD}"):
+            place = aside.with_name(aside.name.removesuffix(_OLD))
+            if (aside / MANIFEST).is_file() and not place.exists():
+                aside.rename(place)
+        for aside in self.root.glob(".best.replaced-*"):
+            if not self.best.root.exists():
+                aside.rename(self.best.root)
+        for leftover in self.root.glob(".best.*-*"):
+            shutil.rmtree(leftover)
 
     def prune(self, keep: int) -> None:
         """Delete all but the newest `keep` checkpoints, and what an interrupted save left behind."""
@@ -116,7 +129,7 @@ class RunDir:
 
 def _step_aside(checkpoint: Path) -> Path:
     """Rename a checkpoint that is to go, so that a deletion that is interrupted leaves none that looks whole."""
-    aside = checkpoint.with_name(f"{checkpoint.name}.old{_PARTIAL}")
+    aside = checkpoint.with_name(f"{checkpoint.name}{_OLD}")
     shutil.rmtree(aside, ignore_errors=True)
     return checkpoint.rename(aside)
 
@@ -161,7 +174,7 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(json.dumps(value, indent=1, sort_keys=False) + "\n", encoding="utf-8")
-        _fsync(temporary)
+        sync_file(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -181,7 +194,8 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
-def _fsync(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Wait until a file's content is on the disk."""
     descriptor = os.open(path, os.O_RDWR)
     try:
         os.fsync(descriptor)

@@ -19,7 +19,6 @@ from bench_memory import memory_by_segments
 from bench_start import compare_launchers, help_time
 from timing import Summary, in_turn, machine, plain, summary, table
 
-REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "speed_reference.json"
 WARM_UP_STEPS = 3
 OTHER_PARTS = ("ray", "help", "memory")
 
@@ -146,7 +145,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--skip-ray", action="store_true", help="time the local launcher alone")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument(
-        "--reference", type=Path, default=REFERENCE, help="the reference's figures (speed_reference.json)"
+        "--reference", type=Path, help="the reference's figures (speed_reference.json); without it they are left out"
     )
     chosen = parser.parse_args()
     parts = [*CASES, *OTHER_PARTS] if chosen.only is None else chosen.only.split(",")
@@ -170,7 +169,8 @@ def main() -> None:
     if timed:
         report_steps(timed, chosen.threads)
         figures["steps"] = {name: one.to_plain() for name, one in timed.items()}
-        figures["reference"] = against_reference(timed, chosen.reference, chosen.threads)
+        if chosen.reference is not None:
+            figures["reference"] = against_reference(timed, chosen.reference, chosen.threads)
     if "ray" in chosen.parts:
         figures["launchers"] = compare_launchers(chosen.pairs, chosen.threads, with_ray=not chosen.skip_ray)
     if "help" in chosen.parts:

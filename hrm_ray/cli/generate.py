@@ -45,6 +45,9 @@ def run_generate(
     kept = len(ids[-config.seq_len :])
     if kept < len(ids):
         print(f"the prompt has {len(ids)} tokens; the last {kept} are read", file=sys.stderr)
+    room = config.seq_len - kept + 1
+    if config.lm_mask == "prefix" and max_new_tokens > room:
+        print(f"the context of {config.seq_len} tokens has room for {room} after this prompt", file=sys.stderr)
     drawn = generate(
         model,
         ids,

@@ -6,13 +6,14 @@ One job: the driver. What is decided is in launch, what is trained in train.
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hrm_ray.launch import local
-from hrm_ray.launch.identity import find_stored
+from hrm_ray.launch.identity import find_stored, never_trained
 from hrm_ray.launch.identity import stored_settings as read_stored
 from hrm_ray.launch.plan import Draft, draft, make_plan, read_through
 from hrm_ray.launch.stopping import StopWatch
@@ -33,6 +34,7 @@ def run_train(settings: RunSettings, dry_run: bool) -> int:
         drafted = draft(settings)
         print(describe(drafted))
         if dry_run:
+            print("".join(f"warning {note}\n" for note in drafted.notes), end="")
             print("\n".join(f"  {key} = {value}" for key, value in to_dotted(drafted.settings).items()))
             print(read_through(drafted))
             print("dry run: nothing was started or written")
@@ -44,6 +46,9 @@ def run_train(settings: RunSettings, dry_run: bool) -> int:
             outcome = _launch(drafted.devices.launcher, plan, sink, watch.poll)
         finally:
             sink.close()
+            # A launch that was refused or stopped before its first step leaves no bundle behind.
+            if not plan["continues"] and never_trained(drafted.identity.run_dir):
+                shutil.rmtree(drafted.identity.run_dir.root)
     print(farewell(outcome, settings.run.stop_file))
     return outcome.reason.exit_code
 

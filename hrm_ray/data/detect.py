@@ -42,7 +42,7 @@ def detect(source: TextSource) -> DataFacts:
         return DataFacts("puzzle", path, split, 1, (path / f"{split}.safetensors").stat().st_size, 0, samples.facts)
     if path.suffix.lower() == ".safetensors" and path.is_file():
         return DataFacts("puzzle", path, split, 1, path.stat().st_size, 0, open_puzzles(path, split).facts)
-    found = split_files(path, split)
+    found = split_files(path, split, source.apart)
     size = sum(file.stat().st_size for file in found.files)
     if _is_puzzle_rows(found.files[0]):
         return DataFacts("puzzle", path, split, len(found.files), size, found.skipped, open_puzzles(path, split).facts)

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hrm_ray.data.splits import WHOLE, split_files
+from hrm_ray.data.puzzles.format import DESCRIPTION
+from hrm_ray.data.splits import TEXT_SUFFIXES, WHOLE, split_files
 from hrm_ray.errors import DataFault, Fault, SettingsError
 
 _UTF8 = "Convert the file to UTF-8"
@@ -26,6 +27,8 @@ class TextSource:
     text_column: str = "text"
     prompt_column: str | None = None
     response_column: str | None = None
+    apart: str | None = None
+    """A split that is held out of this one, where this one is all of a folder that has no split of its name."""
 
     @property
     def pairs(self) -> bool:
@@ -47,6 +50,15 @@ class Document:
     response: str | None = None
 
 
+def text_files(source: TextSource) -> list[Path]:
+    """The files that `source` reads as documents, resolved; none for a puzzle set. Raises as `read_documents`."""
+    if source.path.is_dir() and (source.path / DESCRIPTION).is_file():
+        return []
+    if source.path.suffix.lower() not in TEXT_SUFFIXES and not source.path.is_dir():
+        return []
+    return [file.resolve() for file in split_files(source.path, source.split, source.apart).files]
+
+
 def read_documents(source: TextSource) -> Iterator[Document]:
     """The documents of `source`, files in sorted order, rows in file order; empty texts are left in.
 
@@ -55,7 +67,7 @@ def read_documents(source: TextSource) -> Iterator[Document]:
     """
     _check_columns(source)
     any_text = False
-    for file in split_files(source.path, source.split).files:
+    for file in split_files(source.path, source.split, source.apart).files:
         for document in _read_jsonl(file, source) if file.suffix.lower() == ".jsonl" else _read_txt(file, source):
             any_text = any_text or bool(document.text)
             yield document

@@ -46,12 +46,13 @@ def missing_split(path: Path, split: str, splits: Sequence[str]) -> DataFault:
     return DataFault(Fault(f"split `{split}` of {path}", "there is no such split", f"Splits there are: {there}"))
 
 
-def split_files(path: Path, split: str) -> SplitFiles:
+def split_files(path: Path, split: str, apart: str | None = None) -> SplitFiles:
     """The .txt and .jsonl files of `split` at `path`, a file or a folder (searched through, hidden names left out).
 
     In a folder, split NAME is its sub-folder NAME and its files NAME.txt, NAME.jsonl; where there are none, the split
-    "train" is the whole folder. A single file has only the split "train". Raises SettingsError for a missing path,
-    DataFault for an unknown suffix, an unknown split, or a folder without readable files.
+    "train" is the whole folder, without the files of the split `apart`. A single file has only the split "train".
+    Raises SettingsError for a missing path, DataFault for an unknown suffix, an unknown split, or a folder without
+    readable files.
     """
     require_path(path)
     suffixes = " and ".join(TEXT_SUFFIXES)
@@ -75,7 +76,11 @@ def split_files(path: Path, split: str) -> SplitFiles:
                 f"Give {suffixes} files",
             )
         )
-    return SplitFiles(tuple(named or readable), skipped)
+    rest = [file for file in readable if _split_of(path, file) != apart]
+    if not named and not rest:
+        reason = f"all of its files are of the split `{apart}`, which is held out"
+        raise DataFault(Fault(str(path), reason, "Add training data, or hold out another split"))
+    return SplitFiles(tuple(named or rest), skipped)
 
 
 def _split_of(folder: Path, file: Path) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from hrm_ray.errors import EnvironmentFault, Fault, SettingsError
+from hrm_ray.launch.resources import usable_cpus
 from hrm_ray.settings.cluster import ClusterSettings
 
 
@@ -39,34 +40,34 @@ _COUNT: dict[str, Callable[[], int]] = {"cuda": torch.cuda.device_count, "xpu": 
 """How many of a kind there are, best kind first."""
 
 
-def usable_cpus() -> int:
-    """CPUs that this process may run on."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # Windows and macOS have no affinity mask
-        return os.cpu_count() or 1
-
-
 def choose_devices(cluster: ClusterSettings) -> Devices:
     """Resolve device, workers, threads and launcher. Raises EnvironmentFault or SettingsError.
 
     A missing device is an error under --strict, and else a fallback to the best there is, which is said.
     """
     notes: list[str] = []
-    address = cluster.ray_address or os.environ.get("RAY_ADDRESS")
+    address = _cluster_address(cluster)
     # The devices of a running cluster are the cluster's: it is asked when the run connects.
     device = cluster.device if address and cluster.device != "auto" else _device(cluster, notes)
     if cluster.cuda_numbers:
         device = _pin_gpus(cluster, address, device, notes)
-    found = _COUNT[device]() if device == "cuda" and not address else 1
-    world_size = cluster.world_size or found
+    found = _COUNT[device]() if device == "cuda" and not address and cluster.launcher != "local" else 1
+    world_size = cluster.world_size or (1 if cluster.ddp is False else found)
     if device in ("xpu", "mps") and world_size > 1:
         raise SettingsError(
             Fault(f"--world-size {world_size}", f"several workers on {device} are not supported", "Give --world-size 1")
         )
-    launcher = cluster.launcher or ("ray" if world_size > 1 or address else "local")
+    launcher = cluster.launcher or ("ray" if world_size > 1 or address or cluster.ddp else "local")
     threads = cluster.threads or (1 if address else max(1, usable_cpus() // world_size))
     return Devices(device, world_size, threads, launcher, address, tuple(notes))
+
+
+def _cluster_address(cluster: ClusterSettings) -> str | None:
+    """The running cluster to use, if any: the option, or what `ray job submit` sets; the local launcher uses none."""
+    if cluster.launcher == "local":
+        return None
+    address = cluster.ray_address or os.environ.get("RAY_ADDRESS") or None
+    return None if address == "local" else address
 
 
 def choose_device(wanted: str, strict: bool = False) -> tuple[str, list[str]]:

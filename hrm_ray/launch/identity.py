@@ -22,6 +22,16 @@ from hrm_ray.settings.tree import RunSettings, from_plain, to_dotted
 REUSABLE = frozenset({TOKENIZER_FILE, CONFIG_FILE})
 """Files that may lie in a new run's folder: a tokenizer of an earlier one is used again."""
 
+PREPARED = REUSABLE | {
+    "config.json",
+    "training_args.json",
+    "puzzle.json",
+    "data",
+    "metrics.jsonl",
+    "tensorboard",
+}
+"""Files of a bundle that exist before the first step."""
+
 FIXED = (
     "model.",
     "data.dataset_file",
@@ -112,6 +122,7 @@ def identify(settings: RunSettings) -> Identity:
         source = RunDir(run.resume_from.absolute().parent.parent)
         return _resumed(settings, run_dir, run.resume_from.absolute(), source)
     if run.resume:
+        run_dir.recover()
         steps = run_dir.checkpoint_steps()
         if not steps:
             mend = "Leave out --resume and give another --brain-name, or --resume-from a checkpoint"
@@ -119,6 +130,18 @@ def identify(settings: RunSettings) -> Identity:
         return _resumed(settings, run_dir, run_dir.checkpoint(steps[-1]), run_dir)
     _check_free(run_dir)
     return Identity(run_dir, None, None)
+
+
+def never_trained(run_dir: RunDir) -> bool:
+    """Whether a bundle was only prepared: no record, no checkpoint, no weights, and nothing in it but our own files.
+
+    A launch that was killed before its first step leaves such a one; a new run may take its place.
+    """
+    if not run_dir.training_args.is_file() or run_dir.weights.is_file() or run_dir.checkpoints.exists():
+        return False
+    if any(path.name not in PREPARED for path in run_dir.root.iterdir()):
+        return False
+    return not run_dir.metrics.is_file() or run_dir.metrics.stat().st_size == 0
 
 
 def check_effective_batch(identity: Identity, effective: int) -> None:
@@ -191,6 +214,8 @@ def _check_free(run_dir: RunDir) -> None:
         return
     inside = sorted(path.name for path in root.iterdir() if path.name not in REUSABLE)
     if not inside:
+        return
+    if never_trained(run_dir):
         return
     if run_dir.training_args.is_file():
         steps = run_dir.checkpoint_steps()

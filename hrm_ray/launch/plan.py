@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +16,27 @@ from hrm_ray.data.detect import DataFacts, detect
 from hrm_ray.data.folders import whole_folder
 from hrm_ray.data.prepare import PreparedText, RowForm, TokenizerChoice, open_samples, prepare_puzzles, prepare_text
 from hrm_ray.data.puzzles.samples import open_puzzles
-from hrm_ray.data.readers import TextSource, read_documents
+from hrm_ray.data.readers import TextSource, read_documents, text_files
+from hrm_ray.data.text_store import open_text_store
 from hrm_ray.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, TextTokenizer
 from hrm_ray.errors import DataFault, Fault, ResourceFault, SettingsError
 from hrm_ray.launch.devices import Devices, choose_devices
 from hrm_ray.launch.identity import (
-    REUSABLE,
+    PREPARED,
     Identity,
     check_effective_batch,
     check_own_files,
     identify,
     stored_args,
 )
-from hrm_ray.launch.preflight import check_resources
-from hrm_ray.metrics.jsonl import truncate_after
+from hrm_ray.launch.preflight import check_launch, check_resources
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import RunDir, write_json
 from hrm_ray.settings.resolve import resolve_task
 from hrm_ray.settings.tree import RunSettings, to_plain
 from hrm_ray.train.assemble import model_config, schedule_length
 from hrm_ray.train.start_weights import check_start_weights
+from hrm_ray.train.take_up import write_description
 from hrm_ray.train.weights_file import NO_ROOM
 
 _STORES = frozenset({"train", "eval"})
@@ -55,6 +55,8 @@ class Draft:
     config: ModelConfig
     vocab_is_certain: bool
     """False where the vocabulary is still to be trained and may come out smaller."""
+    notes: tuple[str, ...]
+    """Fallbacks and doubts that a person must see."""
 
 
 def draft(settings: RunSettings) -> Draft:
@@ -70,12 +72,14 @@ def draft(settings: RunSettings) -> Draft:
     if evaluation is not None and evaluation.task != facts.task:
         reason = f"it holds {evaluation.task} data, the training data is {facts.task}"
         raise DataFault(Fault(str(evaluation.path), reason, "Give held-out data of the same kind"))
+    notes = _overlap(settings) if evaluation is not None else []
     if evaluation is not None and facts.puzzle is not None:
         open_puzzles(evaluation.path, evaluation.split).fit_to(facts.puzzle)
     devices = choose_devices(settings.cluster)
     if devices.device == "mps" and settings.model.loss == "stablemax":
         reason = "it is computed in float64, which this device does not have"
         raise SettingsError(Fault("--loss stablemax on mps", reason, "Give --loss softmax, or --device cpu"))
+    check_launch(devices)
     identity = identify(settings)
     check_effective_batch(identity, _effective_batch(settings, devices))
     check_own_files(settings, identity)
@@ -88,7 +92,7 @@ def draft(settings: RunSettings) -> Draft:
     check_resources(settings, config, devices, identity.run_dir.root)
     if certain and settings.model.student_init is not None and identity.checkpoint is None:
         check_start_weights(settings.model.student_init, config)
-    return Draft(settings, facts, evaluation, devices, identity, config, certain)
+    return Draft(settings, facts, evaluation, devices, identity, config, certain, (*devices.notes, *notes))
 
 
 def make_plan(drafted: Draft) -> dict[str, Any]:
@@ -109,7 +113,7 @@ def make_plan(drafted: Draft) -> dict[str, Any]:
 
 def _made_plan(drafted: Draft) -> dict[str, Any]:
     with _bundle(drafted.identity) as run_dir:
-        notes = list(drafted.devices.notes)
+        notes = list(drafted.notes)
         if drafted.facts.task == "puzzle":
             config, data = _prepare_puzzles(drafted, run_dir)
         else:
@@ -120,11 +124,8 @@ def _made_plan(drafted: Draft) -> dict[str, Any]:
             check_start_weights(start, config)
         plan = _plan(drafted, run_dir, config, data, notes)
         _check_data_unchanged(drafted.identity, data)
-        write_json(run_dir.config, config.to_plain())
-        write_json(run_dir.training_args, {"settings": plan["settings"], "data": data})
-    root = drafted.identity.run_dir
-    if drafted.identity.checkpoint is not None and drafted.identity.continues:
-        _cut_back(root, drafted.identity.checkpoint, drafted.settings.run.log_file)
+        if not drafted.identity.continues:
+            write_description(run_dir, plan)
     return plan
 
 
@@ -162,6 +163,7 @@ def _plan(
         "bundle": str(drafted.identity.run_dir.root),
         "run_name": drafted.identity.run_dir.root.name,
         "resume": None if checkpoint is None else str(checkpoint),
+        "continues": drafted.identity.continues,
         "data": data,
         "samples": len(samples),
         "schedule_steps": schedule_steps,
@@ -185,7 +187,7 @@ def _bundle(identity: Identity) -> Iterator[RunDir]:
         yield identity.run_dir
         return
     root = identity.run_dir.root
-    with whole_folder(root, overwrite=True, owned=REUSABLE, option="--bundle-dir") as folder:
+    with whole_folder(root, overwrite=True, owned=PREPARED, option="--bundle-dir") as folder:
         prepared = RunDir(folder)
         tokenizers = identity.source if identity.source is not None else identity.run_dir
         for name in (TOKENIZER_FILE, CONFIG_FILE):
@@ -197,8 +199,7 @@ def _bundle(identity: Identity) -> Iterator[RunDir]:
 def _prepare_text(drafted: Draft, run_dir: RunDir, notes: list[str]) -> tuple[ModelConfig, dict[str, Any]]:
     settings = drafted.settings
     stored = _stored_data(drafted.identity)
-    same_evaluation = stored is not None and stored["held_out"] == _held_out_name(settings)
-    if drafted.identity.continues and stored is not None and same_evaluation:
+    if drafted.identity.continues and stored is not None and _same_evaluation(settings, stored, run_dir):
         # The tokenised data of the run is there and was checked when it was made: go on with exactly that.
         return replace(drafted.config, vocab_size=stored["vocab_size"]), stored
     with whole_folder(run_dir.data, overwrite=True, owned=_STORES, option="--bundle-dir") as stores:
@@ -222,6 +223,15 @@ def _prepare_text(drafted: Draft, run_dir: RunDir, notes: list[str]) -> tuple[Mo
     return replace(drafted.config, vocab_size=data["vocab_size"]), data
 
 
+def _same_evaluation(settings: RunSettings, stored: dict[str, Any], run_dir: RunDir) -> bool:
+    """Whether the run's stores hold the held-out data that is asked for now; the name alone could be out of date."""
+    if stored["held_out"] != _held_out_name(settings):
+        return False
+    if stored["held_out"] is None:
+        return True
+    return open_text_store(run_dir.data / "eval").meta.fingerprint == stored["held_out_fingerprint"]
+
+
 def _tokenizer_choice(drafted: Draft) -> TokenizerChoice:
     """What the settings say; a resumed run or a branch keeps the tokenizer of its checkpoint in any case."""
     data = drafted.settings.data
@@ -236,6 +246,7 @@ def _text_data(settings: RunSettings, prepared: PreparedText) -> dict[str, Any]:
         "path": str(settings.data.dataset_file),
         "split": settings.data.split,
         "held_out": _held_out_name(settings),
+        "held_out_fingerprint": prepared.evaluation.meta.fingerprint if prepared.evaluation is not None else None,
         "vocab_size": prepared.tokenizer.vocab_size,
         "tokenizer": prepared.tokenizer_origin,
         "documents": prepared.train.meta.documents,
@@ -281,7 +292,25 @@ def _source(settings: RunSettings, *, evaluation: bool) -> TextSource:
     split = data.split
     if evaluation:
         split = data.val_split if data.val_split is not None else TextSource(path).split
-    return TextSource(path, split, data.text_column, data.prompt_column, data.response_column)
+    # Where the training split is the whole folder, the files held out of it are not part of it.
+    apart = None if evaluation else data.val_split
+    return TextSource(path, split, data.text_column, data.prompt_column, data.response_column, apart)
+
+
+def _overlap(settings: RunSettings) -> list[str]:
+    """What to say where a file is trained on and evaluated on. Raises SettingsError under --strict."""
+    train, held_out = _source(settings, evaluation=False), _source(settings, evaluation=True)
+    if train.path.resolve() == held_out.path.resolve() and train.split == held_out.split:
+        both = {train.path.resolve()}
+    else:
+        both = set(text_files(train)) & set(text_files(held_out))
+    if not both:
+        return []
+    reason = "it is in the training data and in the held-out data, so the figures do not tell what was learned"
+    if settings.cluster.strict:
+        mend = "Give --eval-file data that is not in --dataset-file, or --val-split another split"
+        raise SettingsError(Fault(str(min(both)), reason, mend))
+    return [f"{min(both)}: {reason}."]
 
 
 def _has_evaluation(settings: RunSettings) -> bool:
@@ -309,19 +338,6 @@ def _check_data_unchanged(identity: Identity, data: dict[str, Any]) -> None:
         reason = "the data is not what the checkpoint was trained on (its fingerprint differs)"
         mend = "Put the earlier data back, or start a new run with --student-init from this one"
         raise DataFault(Fault(str(data["path"]), reason, mend))
-
-
-def _cut_back(run_dir: RunDir, checkpoint: Path, log_file: Path | None) -> None:
-    """Take the bundle back to the checkpoint: later records go, later checkpoints step aside."""
-    step = int(checkpoint.name.removeprefix("step_"))
-    for records in (run_dir.metrics, log_file):
-        if records is not None:
-            truncate_after(records, step)
-    for later in run_dir.checkpoint_steps():
-        if later > step:
-            folder = run_dir.checkpoint(later)
-            aside = (run_dir.checkpoints / f"{folder.name}.superseded-{number}" for number in count(1))
-            folder.rename(next(place for place in aside if not place.exists()))
 
 
 def _absolute(settings: RunSettings) -> RunSettings:

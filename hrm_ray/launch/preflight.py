@@ -9,10 +9,18 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import psutil
+import torch
 
 from hrm_ray.errors import Fault, ResourceFault
+from hrm_ray.launch.cluster_address import check_address
 from hrm_ray.launch.devices import Devices
+from hrm_ray.launch.resources import (
+    Demand,
+    available_memory_bytes,
+    check_local_gpus,
+    check_machine,
+    usable_cpus,
+)
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.describe import count_parameters
 from hrm_ray.settings.tree import RunSettings
@@ -33,11 +41,27 @@ def checkpoint_bytes(settings: RunSettings, config: ModelConfig) -> int:
     return 4 * copies * count_parameters(config).total
 
 
+def check_launch(devices: Devices) -> None:
+    """Whether Ray could start the workers here, or could be at the address; nothing is started.
+
+    Raises ResourceFault, EnvironmentFault or SettingsError. What a running cluster has is asked when it is joined.
+    """
+    if devices.launcher != "ray":
+        return
+    if devices.ray_address is not None:
+        check_address(devices.ray_address)
+        return
+    demand = Demand(devices.world_size, devices.threads, 1 if devices.device == "cuda" else 0)
+    check_machine(demand, usable_cpus(), available_memory_bytes())
+    if demand.gpus:
+        check_local_gpus(demand, torch.cuda.device_count())
+
+
 def check_resources(settings: RunSettings, config: ModelConfig, devices: Devices, bundle: Path) -> None:
     """Raises ResourceFault when memory (of a run on this machine's CPUs) or disk cannot suffice."""
     faults = []
     needed = state_bytes(settings, config) * devices.world_size
-    available = psutil.virtual_memory().available
+    available = available_memory_bytes()
     if devices.device == "cpu" and not devices.ray_address and needed > available:
         reason = (
             f"weights, gradients and optimizer state of {devices.world_size} worker(s) take {_gb(needed)}, "

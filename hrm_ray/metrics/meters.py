@@ -1,4 +1,4 @@
-"""What is measured along the way: throughput, memory, and sums of metrics.
+"""What is measured along the way: throughput and memory.
 
 One job: keep the running figures. Nothing here writes them anywhere, and tensors are converted before they come here.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,73 +121,3 @@ def peak_resident_bytes() -> int:
 
     unit_bytes = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
-
-
-class MetricSums:
-    """Metrics as (total, weight) pairs by name, so that adding over micro-batches, segments and ranks is exact in kind:
-    the mean of the whole, not a mean of means.
-
-    A metric brings its weight along (`add`), or is declared `per` a count that is kept once under its own name
-    (`add_per`, `add_count`) and may come from elsewhere: losses per valid token, say.
-    """
-
-    def __init__(self) -> None:
-        self._pairs: dict[str, tuple[float, float]] = {}
-        self._per: dict[str, tuple[str, float]] = {}
-        self._counts: dict[str, float] = {}
-
-    def add(self, name: str, total: float, weight: float) -> None:
-        """Add to a metric. ValueError when the weight is negative or the metric is declared per a count."""
-        if name in self._per:
-            raise ValueError(f"metric {name!r} is declared per {self._per[name][0]!r} and takes no weight of its own")
-        _check_weight(name, weight)
-        old_total, old_weight = self._pairs.get(name, (0.0, 0.0))
-        self._pairs[name] = (old_total + total, old_weight + weight)
-
-    def add_per(self, name: str, total: float, per: str) -> None:
-        """Add to a metric whose weight is the count `per`. ValueError when it was declared otherwise before."""
-        if name in self._pairs:
-            raise ValueError(f"metric {name!r} brings its own weights and cannot be per {per!r} as well")
-        declared, old_total = self._per.get(name, (per, 0.0))
-        if declared != per:
-            raise ValueError(f"metric {name!r} is declared per {declared!r}, not per {per!r}")
-        self._per[name] = (per, old_total + total)
-
-    def add_count(self, name: str, amount: float) -> None:
-        """Add to a count that metrics are per. ValueError when the amount is negative."""
-        _check_weight(name, amount)
-        self._counts[name] = self._counts.get(name, 0.0) + amount
-
-    def merge(self, other: MetricSums) -> None:
-        """Add all of `other`: another micro-batch, segment or rank."""
-        for name, (total, weight) in other._pairs.items():
-            self.add(name, total, weight)
-        for name, (per, total) in other._per.items():
-            self.add_per(name, total, per)
-        for name, amount in other._counts.items():
-            self.add_count(name, amount)
-
-    def pairs(self) -> dict[str, tuple[float, float]]:
-        """Every metric's (total, weight): what a reduction over ranks adds up, name by name.
-
-        A count never added is 0. A rank may lack a name that another has: agree on the names before reducing.
-        """
-        per = {name: (total, self._counts.get(count, 0.0)) for name, (count, total) in self._per.items()}
-        return {**self._pairs, **per}
-
-    @classmethod
-    def from_pairs(cls, pairs: Mapping[str, tuple[float, float]]) -> MetricSums:
-        """The sums that `pairs` describe, as they come back from a reduction over ranks."""
-        sums = cls()
-        for name, (total, weight) in pairs.items():
-            sums.add(name, total, weight)
-        return sums
-
-    def means(self) -> dict[str, float]:
-        """total / weight of each metric; one of weight 0 has no mean and is left out."""
-        return {name: total / weight for name, (total, weight) in self.pairs().items() if weight != 0}
-
-
-def _check_weight(name: str, weight: float) -> None:
-    if weight < 0:
-        raise ValueError(f"{name!r}: weight {weight} is negative")

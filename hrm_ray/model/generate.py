@@ -154,7 +154,8 @@ def generate(
 ) -> Iterator[Drawn]:
     """Draw tokens after `prompt` (at least one) until end-of-text or `max_new_tokens`; the same seed, the same text.
 
-    When the context is full, the older half is forgotten and the rest read again.
+    When the context is full, the older half is forgotten and the rest read again; under a prefix mask the text ends
+    there, because an answer read again as part of a prompt is nothing the model was trained on.
     """
     reader = Reader(model, adaptive)
     generator = torch.Generator().manual_seed(seed)
@@ -167,6 +168,8 @@ def generate(
             return
         yield Drawn(token, int(segments[-1]))
         context.append(token)
+        if len(context) > limit and model.config.lm_mask == "prefix":
+            return
         if len(context) > limit:
             context = context[-(limit // 2) :]
             reader.restart()

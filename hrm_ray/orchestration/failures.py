@@ -92,7 +92,10 @@ class Failure:
 
 
 LONGEST_ACCOUNT = 400
-RESUME_HINT = "The last saved checkpoint is kept: mend the cause and run the same command with --resume"
+RESUME_HINT = (
+    "A checkpoint that was saved is kept: mend the cause and run the same command with --resume, "
+    "or under another --brain-name where none was saved"
+)
 
 
 def death_in_words(said_by_ray: str) -> str:

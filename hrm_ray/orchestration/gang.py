@@ -19,7 +19,6 @@ How it ends:
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -32,8 +31,9 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hrm_ray.errors import EnvironmentFault, Fault, HrmRayError, ResourceFault
-from hrm_ray.launch.devices import usable_cpus
-from hrm_ray.orchestration import resources
+from hrm_ray.launch import resources
+from hrm_ray.launch.cluster_address import check_address
+from hrm_ray.launch.resources import Demand, usable_cpus
 from hrm_ray.orchestration.failures import (
     RESUME_HINT,
     Failure,
@@ -43,8 +43,7 @@ from hrm_ray.orchestration.failures import (
     first_cause,
 )
 from hrm_ray.orchestration.report import Hub, News
-from hrm_ray.orchestration.resources import Demand
-from hrm_ray.orchestration.session import Session, check_address, worker_environment
+from hrm_ray.orchestration.session import Session, worker_environment
 from hrm_ray.values import MetricSink, Outcome, Record, StopPoll, StopReason
 
 BODY = "hrm_ray.train.session:train"
@@ -72,7 +71,7 @@ class Request:
         return cls(
             demand=Demand(plan["world_size"], plan["threads"], 1 if device == "cuda" else 0),
             device=device,
-            address=plan["ray_address"] or os.environ.get("RAY_ADDRESS") or None,
+            address=plan["ray_address"],
             name=plan["run_name"],
             body=plan.get("body", BODY),
         )
@@ -89,8 +88,7 @@ def run(plan: dict[str, Any], *, sink: MetricSink, stop: StopPoll) -> Outcome:
     worker that failed first, or WorkerCrash.
     """
     request = Request.of(plan)
-    if request.address is None or request.address == "local":
-        request = Request(request.demand, request.device, None, request.name, request.body)
+    if request.address is None:
         resources.check_machine(request.demand, usable_cpus(), resources.available_memory_bytes())
     else:
         check_address(request.address)

@@ -227,6 +227,16 @@ def _workers_need_ddp(settings: RunSettings) -> Fault | None:
     )
 
 
+def _ddp_needs_ray(settings: RunSettings) -> Fault | None:
+    if settings.cluster.launcher != "local" or not settings.cluster.ddp:
+        return None
+    return Fault(
+        said(settings, "cluster.ddp", "cluster.launcher"),
+        "the local launcher has one worker, whose gradients there is nothing to average with",
+        "Leave out --ddp, or give --launcher ray",
+    )
+
+
 def _address_needs_ray(settings: RunSettings) -> Fault | None:
     if settings.cluster.launcher != "local" or settings.cluster.ray_address is None:
         return None
@@ -321,6 +331,7 @@ RULES: tuple[Rule, ...] = (
     Rule("warmup_within_run", ("run.steps", "run.epochs", "optimizer.warmup_steps"), _warmup_within_run),
     Rule("workers_need_ray", ("cluster.launcher", "cluster.world_size"), _workers_need_ray),
     Rule("workers_need_ddp", ("cluster.ddp", "cluster.world_size"), _workers_need_ddp),
+    Rule("ddp_needs_ray", ("cluster.ddp", "cluster.launcher"), _ddp_needs_ray),
     Rule("address_needs_ray", ("cluster.launcher", "cluster.ray_address"), _address_needs_ray),
     Rule("gpu_numbers_for_gpus", ("cluster.cuda_ids", "cluster.device"), _gpu_numbers_for_gpus),
     Rule("gpu_for_each_worker", ("cluster.cuda_ids", "cluster.world_size"), _gpu_for_each_worker),

@@ -59,7 +59,8 @@ def assemble(
         supervision=str(settings.model.supervision),
         halt_margin=settings.model.halt_margin,
     )
-    strategy = STRATEGIES["ddp" if world.grouped and settings.cluster.ddp is not False else "single"](world)
+    assert world.size == 1 or settings.cluster.ddp is not False, "several workers need DDP"
+    strategy = STRATEGIES["ddp" if world.size > 1 or (world.grouped and settings.cluster.ddp) else "single"](world)
     strategy.prepare(objective, builder(settings.optimizer))
     shape = BatchShape(
         settings.optimizer.batch_size, settings.optimizer.gradient_accumulation_steps, world.rank, world.size

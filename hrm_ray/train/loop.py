@@ -156,7 +156,7 @@ class TrainingLoop:
         names = sorted(shares[0])
         wish = self.stop_poll()
         flags = [float(wish is reason) for reason in STOP_REASONS]
-        vector = torch.stack([sum((share[n] for share in shares), torch.zeros(())) for n in names]).to(self._count_type)
+        vector = torch.stack([torch.stack([share[n] for share in shares]).to(self._count_type).sum() for n in names])
         vector = torch.cat((vector, torch.tensor(flags, dtype=self._count_type, device=vector.device)))
         summed = self.parts.strategy.sum_over_ranks(vector).tolist()
         raised = [reason for reason, flag in zip(STOP_REASONS, summed[len(names) :], strict=True) if flag > 0]
@@ -165,7 +165,7 @@ class TrainingLoop:
     def _passes(self, batches: list[Batch], carries: list[Any], totals: dict[str, float]) -> MetricTotals:
         """Forward and backward over every micro-batch and segment; each segment's graph ends with its backward."""
         parts, metrics = self.parts, MetricTotals()
-        share = torch.tensor(1.0 / self.world.size)
+        share = torch.tensor(1.0 / self.world.size, dtype=self._count_type)
         segments = parts.objective.segments_per_step
         for number, batch in enumerate(batches):
             carry = carries[number]

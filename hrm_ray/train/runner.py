@@ -39,8 +39,10 @@ class Runner:
         self._evaluated_at = -1
         self._saved_at = -1
         data = settings.data
-        # How much of the held-out data is read goes by the batch, so figures of another one cannot be compared.
-        self._evaluated_on = [str(data.eval_file), data.val_split, data.eval_batches, settings.optimizer.batch_size]
+        # Figures on other samples cannot be compared.
+        count = self.held_out.count if self.held_out is not None else 0
+        self._evaluated_on = [str(data.eval_file), data.val_split, count]
+        self._last_report: StepReport | None = None
 
     def resume(self, extra: dict[str, Any]) -> None:
         """Take up the runner's own state of a checkpoint.
@@ -81,6 +83,7 @@ class Runner:
         if not report.applied:
             self.tell("WARNING", f"step skipped: gradient norm {report.norm} ({self.loop.progress.bad_steps} in a row)")
             return
+        self._last_report = report
         if step % run.log_every == 0 or step == 1:
             self._log(report)
         if run.eval_every and step % run.eval_every == 0:
@@ -95,6 +98,7 @@ class Runner:
 
     def _log(self, report: StepReport) -> None:
         means = self.loop.flush_metrics()
+        self._last_report = None
         shape, progress = self.loop.parts.shape, self.loop.progress
         rate = self._throughput.per_s()
         unit = "tokens_per_s" if "tokens" in report.totals else "samples_per_s"
@@ -144,6 +148,9 @@ class Runner:
     def _end(self, reason: StopReason) -> Outcome:
         """The last checkpoint, and after a run that was not stopped the last evaluation and the final weights."""
         progress, epoch = self.loop.progress, self.loop.parts.feed.epoch
+        if self._last_report is not None:
+            # The steps since the last record, fewer than --log-every.
+            self._log(self._last_report)
         if reason is StopReason.FINISHED:
             self._evaluate()
         self._save()

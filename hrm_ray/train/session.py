@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hrm_ray.data.prepare import open_samples
+from hrm_ray.errors import EnvironmentFault, Fault
 from hrm_ray.metrics.fanout import FanOut
 from hrm_ray.metrics.jsonl import JsonlSink
 from hrm_ray.metrics.tensorboard import TensorBoardSink
@@ -19,6 +20,7 @@ from hrm_ray.settings.tree import RunSettings, from_plain
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.checkpoint import load_checkpoint
 from hrm_ray.train.runner import Runner
+from hrm_ray.train.take_up import go_back, write_description
 from hrm_ray.train.weights_file import NO_ROOM, unwritable
 from hrm_ray.train.world import World
 from hrm_ray.values import DriverLink, MetricSink, Outcome
@@ -29,10 +31,23 @@ def train(plan: dict[str, Any], link: DriverLink) -> Outcome:
 
     `plan` is what launch/plan.py wrote: JSON values only.
     """
+    try:
+        return _train(plan, link)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise unwritable(Path(error.filename or plan["bundle"]), error) from error
+
+
+def _train(plan: dict[str, Any], link: DriverLink) -> Outcome:
     settings = from_plain(plan["settings"])
     config = ModelConfig.from_plain(plan["model_config"], "the launch plan")
     run_dir = RunDir(Path(plan["bundle"]))
     world = World.here(plan["device"], plan["threads"])
+    if not run_dir.root.is_dir():
+        reason = f"rank {world.rank} does not see the bundle that the driver made"
+        mend = "Give --bundle-dir a folder that all nodes of the cluster share"
+        raise EnvironmentFault(Fault(str(run_dir.root), reason, mend))
     samples, held_out = open_samples(plan["data"], run_dir.data)
     stop_poll = link.stop_requested if world.leads else lambda: None
     workplace = assemble(
@@ -50,6 +65,11 @@ def train(plan: dict[str, Any], link: DriverLink) -> Outcome:
     if plan["resume"] is not None:
         extra = load_checkpoint(workplace.loop, Path(plan["resume"]))
         resumed_step = workplace.loop.progress.step
+        # Every rank has the checkpoint: only now is the bundle taken back to it.
+        world.barrier()
+        if world.leads and plan["continues"]:
+            write_description(run_dir, plan)
+            go_back(run_dir, resumed_step, settings.run.log_file)
     sink = _sinks(settings, run_dir, resumed_step, link) if world.leads else FanOut([])
     try:
         runner = Runner(settings, workplace, run_dir, sink)
@@ -59,10 +79,6 @@ def train(plan: dict[str, Any], link: DriverLink) -> Outcome:
             runner.resume(extra)
             runner.tell("INFO", f"going on from {plan['resume']}")
         return runner.run()
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        raise unwritable(Path(error.filename or run_dir.root), error) from error
     finally:
         sink.close()
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hrm_ray.errors import DataFault, Fault, ResourceFault
+from hrm_ray.rundir import sync_file
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What writing to a full disk, past a quota or past the largest file fails with."""
@@ -26,6 +27,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary)
+        sync_file(temporary)
         os.replace(temporary, path)
     except (SafetensorError, OSError) as error:
         raise unwritable(path, error) from error

@@ -14,10 +14,9 @@ import psutil
 import pytest
 
 from hrm_ray.errors import DataFault, EnvironmentFault, ResourceFault
-from hrm_ray.launch.devices import usable_cpus
+from hrm_ray.launch.resources import Demand, usable_cpus
 from hrm_ray.orchestration import gang, session, worker
 from hrm_ray.orchestration.failures import StoppedBeforeStart, WorkerCrash
-from hrm_ray.orchestration.resources import Demand
 from hrm_ray.values import Outcome, Record, StopReason
 from tests.support import ray_bodies
 

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from hrm_ray.orchestration.session import EMPTY_SETTINGS
+from hrm_ray.launch.cluster_address import EMPTY_SETTINGS
 
 pytestmark = [
     pytest.mark.slow,

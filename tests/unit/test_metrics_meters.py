@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import mmap
 import sys
 
 import psutil
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from hrm_ray.metrics.meters import DeviceMemory, MemoryMeter, MetricSums, Throughput, peak_resident_bytes
+from hrm_ray.metrics.meters import DeviceMemory, MemoryMeter, Throughput, peak_resident_bytes
 
 
 class _Clock:
@@ -73,12 +71,15 @@ def test_throughput_keeps_few_marks() -> None:
 def test_memory_of_this_process_sees_an_allocation() -> None:
     meter = MemoryMeter()
     before = meter.read()
-    block = bytearray(b"x") * 200_000_000
+    # Mapped and unmapped by itself: what the C library keeps of freed memory is its own affair.
+    block = mmap.mmap(-1, 200_000_000)
+    for _ in range(200):
+        block.write(b"x" * 1_000_000)
     during = meter.read()
     # 5 MB of slack: the interpreter may give back or take some pages meanwhile.
     assert during["memory_gb"] - before["memory_gb"] == pytest.approx(0.2, abs=0.005)
     assert during["peak_gb"] >= during["memory_gb"]
-    del block
+    block.close()
     after = meter.read()
     assert after["memory_gb"] < during["memory_gb"] - 0.15
     assert after["peak_gb"] >= during["memory_gb"]
@@ -104,67 +105,3 @@ def test_peak_on_windows_comes_from_psutil(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(psutil.Process, "memory_info", lambda process: _Info())
     assert peak_resident_bytes() == 12345
-
-
-def test_means_and_zero_weights() -> None:
-    sums = MetricSums()
-    sums.add("loss", 6.0, 2.0)
-    sums.add("loss", 2.0, 2.0)
-    sums.add("exact_accuracy", 0.0, 0.0)
-    sums.add_per("lm_loss", 9.0, per="tokens")
-    sums.add_per("q_halt_loss", 9.0, per="halted rows")
-    sums.add_count("tokens", 3.0)
-    assert sums.means() == {"loss": 2.0, "lm_loss": 3.0}
-    assert sums.pairs()["lm_loss"] == (9.0, 3.0)
-    assert MetricSums.from_pairs(sums.pairs()).means() == sums.means()
-
-
-def test_infinite_and_nan_totals_are_kept() -> None:
-    sums = MetricSums()
-    sums.add("loss", math.nan, 1.0)
-    sums.add("perplexity", math.inf, 1.0)
-    assert math.isnan(sums.means()["loss"])
-    assert sums.means()["perplexity"] == math.inf
-
-
-def test_declarations_do_not_mix() -> None:
-    sums = MetricSums()
-    sums.add("loss", 1.0, 1.0)
-    sums.add_per("lm_loss", 1.0, per="tokens")
-    with pytest.raises(ValueError, match="brings its own weights"):
-        sums.add_per("loss", 1.0, per="tokens")
-    with pytest.raises(ValueError, match="takes no weight"):
-        sums.add("lm_loss", 1.0, 1.0)
-    with pytest.raises(ValueError, match="not per 'rows'"):
-        sums.add_per("lm_loss", 1.0, per="rows")
-    with pytest.raises(ValueError, match="negative"):
-        sums.add("loss", 1.0, -1.0)
-    with pytest.raises(ValueError, match="negative"):
-        sums.add_count("tokens", -1.0)
-
-
-_ITEM = st.tuples(
-    st.sampled_from(["loss", "accuracy"]), st.floats(0, 1e6), st.integers(0, 4096), st.integers(0, 3), st.integers(0, 2)
-)
-
-
-@given(items=st.lists(_ITEM, max_size=40), order=st.permutations(range(4)))
-def test_any_split_over_ranks_and_micro_batches_gives_the_same_means(
-    items: list[tuple[str, float, int, int, int]], order: list[int]
-) -> None:
-    """1e-12 relative: 40 additions of numbers that are not negative err by at most 40 * 1.1e-16 each way."""
-    whole = MetricSums()
-    parts = [[MetricSums() for _ in range(3)] for _ in range(4)]
-    for name, total, weight, rank, micro_batch in items:
-        for sums in (whole, parts[rank][micro_batch]):
-            sums.add(name, total, weight)
-            sums.add_per(f"{name} per token", total, per="tokens")
-            sums.add_count("tokens", weight)
-    joined = MetricSums()
-    for index in order:
-        of_rank = MetricSums()
-        for part in reversed(parts[index]):
-            of_rank.merge(part)
-        joined.merge(of_rank)
-    assert joined.means().keys() == whole.means().keys()
-    assert joined.means() == pytest.approx(whole.means(), rel=1e-12, abs=0.0)

@@ -69,6 +69,7 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
         "--launcher ray",
     ),
     "workers_need_ddp": ({"--no-ddp": True, "--world-size": "2"}, {"--ddp": True, "--world-size": "1"}, "--no-ddp"),
+    "ddp_needs_ray": ({"--ddp": True, "--launcher": "local"}, {"--ddp": True, "--launcher": "ray"}, "--launcher ray"),
     "address_needs_ray": ({"--launcher": "local", "--ray-address": "a:1"}, {"--ray-address": "a:1"}, "a:1"),
     "gpu_numbers_for_gpus": ({"--cuda-ids": "0", "--device": "cpu"}, {"--cuda-ids": "0"}, "--device cuda"),
     "gpu_for_each_worker": (

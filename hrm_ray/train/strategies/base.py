@@ -48,9 +48,6 @@ class Strategy(Protocol):
     def non_finite_parameters(self) -> list[str]:
         """Names of the parameters whose gradient was not finite at the last skipped step."""
 
-    def any_rank(self, flag: bool) -> bool:
-        """Whether any rank raised its flag; a collective."""
-
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """Added over ranks, in place; a collective."""
 

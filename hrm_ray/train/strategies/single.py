@@ -73,9 +73,6 @@ class SingleStrategy:
     def non_finite_parameters(self) -> list[str]:
         return self._non_finite
 
-    def any_rank(self, flag: bool) -> bool:
-        return bool(self.world.sum(torch.tensor(float(flag), device=self.world.device)) > 0)
-
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         return self.world.sum(tensor)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hrm_ray.errors import EnvironmentFault, ResourceFault, SettingsError
-from hrm_ray.launch.devices import usable_cpus
-from hrm_ray.orchestration.resources import (
+from hrm_ray.launch.cluster_address import check_address
+from hrm_ray.launch.resources import (
     Demand,
     available_memory_bytes,
     check_cluster,
@@ -14,8 +14,8 @@ from hrm_ray.orchestration.resources import (
     check_local_gpus,
     check_machine,
     places,
+    usable_cpus,
 )
-from hrm_ray.orchestration.session import check_address
 
 GIB = 2**30
 

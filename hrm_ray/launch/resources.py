@@ -6,6 +6,7 @@ only look outside is at this machine. Does not start or ask Ray.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,14 @@ class Demand:
         if self.gpus_per_worker:
             need["GPU"] = float(self.gpus_per_worker)
         return need
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # Windows and macOS have no affinity mask
+        return os.cpu_count() or 1
 
 
 def available_memory_bytes() -> int:

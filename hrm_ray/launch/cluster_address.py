@@ -1,0 +1,59 @@
+"""Whether an address can be a Ray cluster, found out within seconds and without Ray.
+
+One job: refuse what Ray would wait for. It joins nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from hrm_ray.errors import EnvironmentFault, Fault, SettingsError
+
+PROBE_TIMEOUT_S = 5.0
+EMPTY_SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+"""An HTTP/2 SETTINGS frame (RFC 9113, 6.5); both sides begin with one, type 4 in the fourth byte."""
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + EMPTY_SETTINGS
+
+
+def check_address(address: str) -> None:
+    """Refuse an address that cannot be a Ray cluster, within seconds, before Ray would wait for it."""
+    if address in ("auto", "local"):
+        return
+    if "://" in address:
+        raise SettingsError(
+            Fault(
+                f"ray_address {address}",
+                "Ray Client and job addresses cannot hold a training run",
+                "Give host:port of the cluster's head (as `ray start --head` prints it), or use `ray job submit`",
+            )
+        )
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise SettingsError(
+            Fault(f"ray_address {address}", "is not host:port", "Give for example 10.0.0.1:6379, or auto")
+        )
+    problem = _probe(host.strip("[]"), int(port))
+    if problem is not None:
+        raise EnvironmentFault(
+            Fault(f"ray_address {address}", problem, "Give the address of a running head, or none to use this machine")
+        )
+
+
+def _probe(host: str, port: int) -> str | None:
+    """What is wrong with a would-be head, if anything: it must speak HTTP/2, as every gRPC server does.
+
+    Ray itself would try for minutes and print warnings on the way.
+    """
+    try:
+        with socket.create_connection((host, port), timeout=PROBE_TIMEOUT_S) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+                return None
+            connection.sendall(HTTP2_GREETING)
+            answer = connection.recv(len(EMPTY_SETTINGS))
+    except TimeoutError:
+        return f"it does not answer within {PROBE_TIMEOUT_S:.0f} s as a Ray head does"
+    except OSError as error:
+        return f"nothing answers there ({error})"
+    is_settings = len(answer) > 3 and answer[3] == EMPTY_SETTINGS[3]
+    return None if is_settings else "what answers there is not a Ray head"
