@@ -30,6 +30,7 @@ IN_PLACE_OF: dict[str, tuple[str, ...]] = {
     "model.h_layers": ("model.num_layers",),
     "model.l_layers": ("model.num_layers",),
     "model.expansion": ("model.d_ff",),
+    "cluster.launcher": ("cluster.ddp",),
     "data.eval_file": ("data.val_split",),
     "data.val_split": ("data.eval_file",),
 }

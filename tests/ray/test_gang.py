@@ -137,7 +137,7 @@ def test_a_killed_worker_is_named_and_its_logs_are_kept(
     error, _ = fail("killed_on_rank_1", tmp_path, world_size=2)
     assert isinstance(error, WorkerCrash)
     assert str(error).startswith("worker 1: the process died")
-    assert "checkpoint is kept" in str(error)
+    assert "checkpoint that was saved is kept" in str(error)
     assert "--resume" in str(error)
     assert "Traceback" not in str(error)
     (kept,) = temp_root.iterdir()
