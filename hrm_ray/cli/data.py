@@ -5,6 +5,7 @@ One job: call the builders of `hrm_ray.data.build` and print their summaries. It
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from hrm_ray.data.build import Difficulty, build_sudoku, build_text
@@ -39,7 +40,7 @@ def run_build_sudoku(
     print(f"  test   {made.test} puzzles on {made.test_grids} other grids")
     print(f"  clues  {_counts(made.clues)}")
     print(f"  grades {_counts(made.grades)}")
-    print(f"next: hrm-ray train --dataset-file {made.folder} --val-split test")
+    print(f"next: hrm-ray train --dataset-file {shlex.quote(str(made.folder))} --val-split test")
     return 0
 
 
@@ -50,7 +51,7 @@ def run_build_text(out: Path, *, max_bytes: int | None, seed: int, overwrite: bo
     print(f"  train  {made.train_documents} documents, {made.train_bytes} bytes")
     print(f"  test   {made.test_documents} documents, {made.test_bytes} bytes")
     print(f"  {made.duplicates} duplicates left out")
-    print(f"next: hrm-ray train --dataset-file {made.folder} --val-split test")
+    print(f"next: hrm-ray train --dataset-file {shlex.quote(str(made.folder))} --val-split test")
     return 0
 
 

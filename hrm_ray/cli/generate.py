@@ -30,6 +30,10 @@ def run_generate(
     device: str,
 ) -> int:
     """Print the prompt and what the model writes after it, as it comes; gives the exit code."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise SettingsError(Fault(f"--prompt {prompt!r}", "it is not UTF-8 text", "Give text in UTF-8")) from None
     model = opened(bundle, device)
     config = model.config
     if config.task != "lm":

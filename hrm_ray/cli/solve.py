@@ -87,12 +87,21 @@ def _correct(answer: npt.NDArray[np.int32], labels: npt.NDArray[np.int32]) -> bo
     return bool((answer[known] == labels[known]).all()) if known.any() else None
 
 
+def _written(facts: PuzzleFacts, tokens: npt.NDArray[np.int32]) -> str | list[int]:
+    """A grid as `solve` takes it: a sign a cell where the tokens have signs, else their numbers."""
+    if not facts.symbols or max(map(len, facts.symbols)) > 1:
+        numbers: list[int] = tokens.tolist()
+        return numbers
+    return "".join(facts.symbols[token] for token in tokens)
+
+
 def _shown(
     facts: PuzzleFacts, puzzle: npt.NDArray[np.int32], answers: Answers, row: int, correct: bool | None, as_json: bool
 ) -> str:
     answer, segments = answers.tokens[row], int(answers.segments[row])
     if as_json:
-        about: dict[str, Any] = {"puzzle": puzzle.tolist(), "answer": answer.tolist(), "segments": segments}
+        about: dict[str, Any] = {"puzzle": _written(facts, puzzle), "answer": _written(facts, answer)}
+        about["segments"] = segments
         return json.dumps(about if correct is None else about | {"correct": correct})
     verdict = {True: ", right", False: ", wrong", None: ""}[correct]
     left, right = facts.render(puzzle).split("\n"), facts.render(answer).split("\n")

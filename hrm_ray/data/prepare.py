@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -21,6 +22,8 @@ from hrm_ray.data.tokenizer import TOKENIZER_FILE, TextTokenizer
 from hrm_ray.values import SampleSet
 
 _SPLITS = frozenset({"train", "eval"})
+
+_TRIED_DOCUMENTS, _TRIED_CHARACTERS = 5, 2000
 
 TokenizerOrigin: TypeAlias = Literal["loaded", "reused", "trained"]
 
@@ -103,6 +106,7 @@ def prepare_text(
     # Last, so that data that cannot be used leaves the bundle's tokenizer as it was.
     if origin != "reused":
         tokenizer.save(bundle)
+    notes.extend(_losses(train, tokenizer))
     prepared = replace(prepared, folder=stores / "train")
     held_out = held_out and replace(held_out, folder=stores / "eval")
     plan: DataPlan = {
@@ -125,7 +129,7 @@ def _choose(
         tokenizer = TextTokenizer.load(bundle)
         if tokenizer.vocab_size != choice.vocab_size:
             notes.append(
-                f"{bundle / TOKENIZER_FILE} is used again: it has {tokenizer.vocab_size} tokens, {asked}. "
+                f"The bundle's {TOKENIZER_FILE} is used again: it has {tokenizer.vocab_size} tokens, {asked}. "
                 "With --retrain-tokenizer a new one is trained."
             )
         return tokenizer, "reused"
@@ -134,6 +138,18 @@ def _choose(
     if tokenizer.vocab_size != choice.vocab_size:
         notes.append(f"The data gives a vocabulary of {tokenizer.vocab_size} tokens, {asked}.")
     return tokenizer, "trained"
+
+
+def _losses(source: TextSource, tokenizer: TextTokenizer) -> list[str]:
+    """A note where the first documents do not come back from the tokenizer as they were."""
+    for document in islice(read_documents(source), _TRIED_DOCUMENTS):
+        text = document.text[:_TRIED_CHARACTERS]
+        if tokenizer.decode(tokenizer.encode(text), keep_marks=True) != text:
+            return [
+                "The tokenizer does not give the text back as it was (letters, spaces or lines are lost), so bits per "
+                "byte come out too low to compare with another tokenizer's."
+            ]
+    return []
 
 
 def _prepare_split(

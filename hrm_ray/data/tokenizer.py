@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from hrm_ray.errors import DataFault, EnvironmentFault, Fault, SettingsError
 
@@ -25,6 +25,8 @@ END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 MARKS = (END_OF_TEXT, PAD)
 LEAST_VOCABULARY = 256 + len(MARKS)
+LONGEST_WORD = 256
+"""Characters without a space between them (or of space) that are taken as one word."""
 """A byte-level vocabulary holds each byte and the marks; anything above are merges."""
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -171,7 +173,9 @@ class TextTokenizer:
                 Fault(f"vocab_size {vocab_size}", reason, f"Give --vocab-size {LEAST_VOCABULARY} or more")
             )
         backend = Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        # A BPE takes time with the square of a word's length, and cannot be interrupted: no word is longer than this.
+        short = pre_tokenizers.Split(Regex(f"\\S{{{LONGEST_WORD}}}|\\s{{{LONGEST_WORD}}}"), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([short, pre_tokenizers.ByteLevel(add_prefix_space=False)])
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,

@@ -34,7 +34,6 @@ PREPARED = REUSABLE | {
 
 FIXED = (
     "model.",
-    "data.dataset_file",
     "data.split",
     "data.text_column",
     "data.prompt_column",
@@ -49,7 +48,9 @@ FIXED = (
     "optimizer.optimizer",
     "run.seed",
 )
-"""Leaves (or sections) that a resumed run must share with its checkpoint: they decide tensors or the order of data."""
+"""Leaves (or sections) that a resumed run must share with its checkpoint: they decide tensors or the order of data.
+
+The data may have moved: what counts is its fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,11 @@ class Identity:
 def find_stored(resume_from: Path | None, where: Mapping[str, Any]) -> RunDir:
     """The bundle whose settings a resumed run starts from. `where` holds the leaves that name a bundle."""
     if resume_from is not None:
-        return RunDir(resume_from.absolute().parent.parent)
+        source = RunDir(resume_from.absolute().parent.parent)
+        if not source.training_args.is_file():
+            mend = "Give a checkpoint's folder, BUNDLE/checkpoints/step_N, or --bundle-dir BUNDLE --resume"
+            raise SettingsError(Fault(f"--resume-from {resume_from}", "there is no checkpoint of a bundle here", mend))
+        return source
     if where["run.brain_name"] is None and where["run.bundle_dir"] is None and where["data.dataset_file"] is None:
         raise SettingsError(
             Fault("--resume", "nothing says which run", "Give --bundle-dir (or --brain-name) of the run to go on with")
@@ -220,7 +225,9 @@ def _check_free(run_dir: RunDir) -> None:
     if run_dir.training_args.is_file():
         steps = run_dir.checkpoint_steps()
         reached = f"a checkpoint at step {steps[-1]}" if steps else "no checkpoint yet"
-        mend = "Give --resume to go on with it, or another --brain-name" if steps else "Give another --brain-name"
+        mend = "Give --resume to go on with it, or another --brain-name"
+        if not steps:
+            mend = "Nothing of it can be resumed: delete the folder, or give another --brain-name"
         raise SettingsError(Fault(str(root), f"there is a run in it already, with {reached}", mend))
     mend = "Give another --brain-name or --bundle-dir"
     raise SettingsError(Fault(str(root), f"the folder is not empty (it holds {inside[0]})", mend))
@@ -232,7 +239,7 @@ def _check_same(settings: RunSettings, source: RunDir) -> None:
     now = to_dotted(settings)
     faults = []
     for key, value in now.items():
-        if key.startswith(FIXED) and not _same(key, stored[key], value):
+        if key.startswith(FIXED) and stored[key] != value:
             mend = "Leave it out to go on with the run, or start a new one under another --brain-name"
             faults.append(
                 Fault(options()[key].written(value), f"the run to resume was trained with {stored[key]}", mend)
@@ -242,9 +249,3 @@ def _check_same(settings: RunSettings, source: RunDir) -> None:
         faults.append(Fault(f"--ema {now['optimizer.ema']}", reason, "Leave it as it was"))
     if faults:
         raise SettingsError(faults)
-
-
-def _same(key: str, stored: Any, now: Any) -> bool:
-    if key == "data.dataset_file" and stored is not None and now is not None:
-        return Path(stored).absolute() == Path(now).absolute()
-    return bool(stored == now)

@@ -31,11 +31,11 @@ from hrm_ray.launch.identity import (
 )
 from hrm_ray.launch.preflight import check_launch, check_resources
 from hrm_ray.model.config import ModelConfig
-from hrm_ray.rundir import RunDir, write_json
+from hrm_ray.rundir import MANIFEST, RunDir, read_json, write_json
 from hrm_ray.settings.resolve import resolve_task
 from hrm_ray.settings.tree import RunSettings, to_plain
 from hrm_ray.train.assemble import model_config, schedule_length
-from hrm_ray.train.start_weights import check_start_weights
+from hrm_ray.train.start_weights import check_start_weights, start_weights
 from hrm_ray.train.take_up import write_description
 from hrm_ray.train.weights_file import NO_ROOM
 
@@ -81,6 +81,7 @@ def draft(settings: RunSettings) -> Draft:
         raise SettingsError(Fault("--loss stablemax on mps", reason, "Give --loss softmax, or --device cpu"))
     check_launch(devices)
     identity = identify(settings)
+    notes += _already_there(settings, identity)
     check_effective_batch(identity, _effective_batch(settings, devices))
     check_own_files(settings, identity)
     if facts.puzzle is not None:
@@ -90,8 +91,11 @@ def draft(settings: RunSettings) -> Draft:
         vocab_size, certain = _expected_vocabulary(settings, identity)
         config = model_config(settings, vocab_size)
     check_resources(settings, config, devices, identity.run_dir.root)
-    if certain and settings.model.student_init is not None and identity.checkpoint is None:
-        check_start_weights(settings.model.student_init, config)
+    if settings.model.student_init is not None and identity.checkpoint is None:
+        if certain:
+            check_start_weights(settings.model.student_init, config)
+        else:
+            start_weights(settings.model.student_init, config)
     return Draft(settings, facts, evaluation, devices, identity, config, certain, (*devices.notes, *notes))
 
 
@@ -122,11 +126,24 @@ def _made_plan(drafted: Draft) -> dict[str, Any]:
         start = drafted.settings.model.student_init
         if start is not None and not drafted.vocab_is_certain and drafted.identity.checkpoint is None:
             check_start_weights(start, config)
+        if drafted.facts.task == "lm" and drafted.identity.source is None:
+            _check_start_tokenizer(drafted.settings, TextTokenizer.load(run_dir.root))
         plan = _plan(drafted, run_dir, config, data, notes)
         _check_data_unchanged(drafted.identity, data)
         if not drafted.identity.continues:
             write_description(run_dir, plan)
     return plan
+
+
+def _already_there(settings: RunSettings, identity: Identity) -> list[str]:
+    """What to say where a resumed run has no step left to take."""
+    limit = settings.run.step_limit
+    if identity.checkpoint is None or limit is None:
+        return []
+    step: int = read_json(identity.checkpoint / MANIFEST)["step"]
+    if step < limit:
+        return []
+    return [f"The run is at step {step} already and --steps is {limit}: give more steps for it to train on."]
 
 
 def read_through(drafted: Draft) -> str:
@@ -225,19 +242,43 @@ def _prepare_text(drafted: Draft, run_dir: RunDir, notes: list[str]) -> tuple[Mo
 
 def _same_evaluation(settings: RunSettings, stored: dict[str, Any], run_dir: RunDir) -> bool:
     """Whether the run's stores hold the held-out data that is asked for now; the name alone could be out of date."""
-    if stored["held_out"] != _held_out_name(settings):
+    if stored["path"] != str(settings.data.dataset_file) or stored["held_out"] != _held_out_name(settings):
         return False
     if stored["held_out"] is None:
         return True
     return open_text_store(run_dir.data / "eval").meta.fingerprint == stored["held_out_fingerprint"]
 
 
+def _start_tokenizer(settings: RunSettings) -> Path | None:
+    """The bundle whose weights are started from, where it has a tokenizer: its embeddings belong to those tokens."""
+    start = settings.model.student_init
+    return start if start is not None and RunDir(start).tokenizer.is_file() else None
+
+
+def _check_start_tokenizer(settings: RunSettings, tokenizer: TextTokenizer) -> None:
+    """Weights of a bundle mean something only under its own tokenizer. Raises SettingsError."""
+    start = _start_tokenizer(settings)
+    if start is not None and TextTokenizer.load(start).fingerprint != tokenizer.fingerprint:
+        reason = "its weights belong to its own tokenizer, and another one was chosen"
+        raise SettingsError(Fault(f"--student-init {start}", reason, f"Give --tokenizer-path {start}"))
+
+
 def _tokenizer_choice(drafted: Draft) -> TokenizerChoice:
-    """What the settings say; a resumed run or a branch keeps the tokenizer of its checkpoint in any case."""
+    """What the settings say; a resumed run or a branch keeps the tokenizer of its checkpoint in any case, and weights
+    of a bundle bring their tokenizer along unless another is asked for."""
     data = drafted.settings.data
+    start = _start_tokenizer(drafted.settings)
+    if drafted.identity.source is None and start is not None and not _asks_for_tokenizer(drafted.settings):
+        return TokenizerChoice(start, data.vocab_size, data.tokenizer_train_examples, retrain=False)
     if drafted.identity.source is not None:
         return TokenizerChoice(None, drafted.config.vocab_size, data.tokenizer_train_examples, retrain=False)
     return TokenizerChoice(data.tokenizer_path, data.vocab_size, data.tokenizer_train_examples, data.retrain_tokenizer)
+
+
+def _asks_for_tokenizer(settings: RunSettings) -> bool:
+    """Whether the user chose a tokenizer, or how one is to be trained."""
+    own = {"data.vocab_size", "data.tokenizer_train_examples", "data.retrain_tokenizer"}
+    return settings.data.tokenizer_path is not None or bool(own & settings.given)
 
 
 def _text_data(settings: RunSettings, prepared: PreparedText) -> dict[str, Any]:
@@ -279,6 +320,9 @@ def _expected_vocabulary(settings: RunSettings, identity: Identity) -> tuple[int
         return TextTokenizer.load(identity.source.root).vocab_size, True
     if settings.data.tokenizer_path is not None:
         return TextTokenizer.load(settings.data.tokenizer_path).vocab_size, True
+    start = _start_tokenizer(settings)
+    if start is not None and not _asks_for_tokenizer(settings):
+        return TextTokenizer.load(start).vocab_size, True
     bundle = identity.run_dir
     if bundle.tokenizer.is_file() and not settings.data.retrain_tokenizer:
         return TextTokenizer.load(bundle.root).vocab_size, True

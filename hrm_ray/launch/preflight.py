@@ -35,6 +35,12 @@ def state_bytes(settings: RunSettings, config: ModelConfig) -> int:
     return 4 * copies * count_parameters(config).total
 
 
+def batch_bytes(settings: RunSettings, config: ModelConfig) -> int:
+    """The least that one micro-batch takes: its tokens and labels, the injection and two states, and the logits."""
+    row = config.total_positions * (8 + 3 * 4 * config.hidden_size) + 4 * config.seq_len * config.vocab_size
+    return settings.optimizer.batch_size * row
+
+
 def checkpoint_bytes(settings: RunSettings, config: ModelConfig) -> int:
     """Bytes of one checkpoint, without carries."""
     copies = 1 + _MOMENTS[settings.optimizer.optimizer] + (settings.optimizer.ema is not None)
@@ -42,11 +48,15 @@ def checkpoint_bytes(settings: RunSettings, config: ModelConfig) -> int:
 
 
 def check_launch(devices: Devices) -> None:
-    """Whether Ray could start the workers here, or could be at the address; nothing is started.
+    """Whether the threads are there, and Ray could start the workers here or be at the address; nothing is started.
 
     Raises ResourceFault, EnvironmentFault or SettingsError. What a running cluster has is asked when it is joined.
     """
     if devices.launcher != "ray":
+        cpus = usable_cpus()
+        if devices.threads > cpus:
+            reason = f"this machine offers {cpus} CPUs"
+            raise ResourceFault(Fault(f"--threads {devices.threads}", reason, f"Give --threads {cpus} or fewer"))
         return
     if devices.ray_address is not None:
         check_address(devices.ray_address)
@@ -60,14 +70,14 @@ def check_launch(devices: Devices) -> None:
 def check_resources(settings: RunSettings, config: ModelConfig, devices: Devices, bundle: Path) -> None:
     """Raises ResourceFault when memory (of a run on this machine's CPUs) or disk cannot suffice."""
     faults = []
-    needed = state_bytes(settings, config) * devices.world_size
+    needed = (state_bytes(settings, config) + batch_bytes(settings, config)) * devices.world_size
     available = available_memory_bytes()
     if devices.device == "cpu" and not devices.ray_address and needed > available:
         reason = (
-            f"weights, gradients and optimizer state of {devices.world_size} worker(s) take {_gb(needed)}, "
+            f"weights, gradients, optimizer state and one batch of {devices.world_size} worker(s) take {_gb(needed)}, "
             f"{_gb(available)} are free"
         )
-        faults.append(Fault("memory", reason, "Choose a smaller model or fewer workers"))
+        faults.append(Fault("memory", reason, "Choose a smaller model or batch, or fewer workers"))
     disk = checkpoint_bytes(settings, config) * (settings.run.keep + 1)
     free = shutil.disk_usage(_existing(bundle)).free
     if disk > free:
@@ -85,4 +95,4 @@ def _existing(path: Path) -> Path:
 
 
 def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

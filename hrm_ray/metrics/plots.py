@@ -65,11 +65,19 @@ class _Run:
 
     def series(self, kind: RecordKind, metric: str) -> tuple[Floats, Floats]:
         """Steps and values of a metric; numbers that are not finite stay in as gaps."""
+        metric = self._shown(kind, metric)
         points = [(float(record.step), value) for record in self.records for value in _numbers(record, kind, metric)]
         return np.array([step for step, _ in points]), np.array([value for _, value in points])
 
     def has(self, kind: RecordKind, metric: str) -> bool:
+        metric = self._shown(kind, metric)
         return any(_numbers(record, kind, metric) for record in self.records)
+
+    def _shown(self, kind: RecordKind, metric: str) -> str:
+        """Training's `loss` holds the halting loss too; beside the held-out loss stands what is the same: lm_loss."""
+        if (kind, metric) == ("train", "loss") and any(_numbers(record, kind, "lm_loss") for record in self.records):
+            return "lm_loss"
+        return metric
 
 
 def plot_runs(runs: list[Path], out: Path, metrics: list[str] | None = None) -> Path:
@@ -88,9 +96,13 @@ def plot_runs(runs: list[Path], out: Path, metrics: list[str] | None = None) -> 
         raise SettingsError(Fault(str(out), "plots are written as one PNG file", "Name a file that ends in .png"))
     loaded = _load(runs)
     data = _draw(loaded, _panels(loaded, metrics))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out) as file:
-        file.write(data)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out) as file:
+            file.write(data)
+    except OSError as error:
+        reason = f"it cannot be written ({error.strerror})"
+        raise SettingsError(Fault(str(out), reason, "Give --out a place that can be written")) from error
     return out
 
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from hrm_ray.errors import Fault, SettingsError
 from hrm_ray.settings.faults import fault_of_error, mend_of_name, nearest
 from hrm_ray.settings.options import Spelling, options, spellings
-from hrm_ray.settings.presets import IN_PLACE_OF, PRESETS, SAID_EACH_TIME, layer_leaves, preset_leaves
+from hrm_ray.settings.presets import FALLS_AWAY, IN_PLACE_OF, PRESETS, SAID_EACH_TIME, layer_leaves, preset_leaves
 from hrm_ray.settings.rules import broken_rules
 from hrm_ray.settings.tree import SECTIONS, RunSettings
 from hrm_ray.settings.yaml_file import Said, read_settings_file, read_tree
@@ -47,7 +47,7 @@ def load_settings(
     faults = [*found, *resumed.faults, *user.faults]
 
     by_user = _filled(user.values)
-    replaced = {old for key in by_user for old in IN_PLACE_OF.get(key, ())}
+    replaced = {old for key in by_user for old in (*IN_PLACE_OF.get(key, ()), *FALLS_AWAY.get(key, ()))}
     kept = {key: value for key, value in _filled(resumed.values).items() if key not in replaced}
     values = {**kept, **by_user}
     given = frozenset(key for key, value in user.values.items() if value is not None)
@@ -128,6 +128,9 @@ def _merged(sources: Sequence[Said]) -> Said:
     """Sources laid over one another, the last on top."""
     whole = Said()
     for source in sources:
+        # What is said later takes the place of its rivals said earlier, as an option does of itself.
+        for rival in {old for key in source.values for old in IN_PLACE_OF.get(key, ())} - source.values.keys():
+            whole.values.pop(rival, None)
         whole.values.update(source.values)
         whole.words.update(source.words)
         whole.faults.extend(source.faults)

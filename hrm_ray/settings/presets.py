@@ -30,11 +30,13 @@ IN_PLACE_OF: dict[str, tuple[str, ...]] = {
     "model.h_layers": ("model.num_layers",),
     "model.l_layers": ("model.num_layers",),
     "model.expansion": ("model.d_ff",),
-    "cluster.launcher": ("cluster.ddp",),
     "data.eval_file": ("data.val_split",),
     "data.val_split": ("data.eval_file",),
 }
 """A leaf that the user sets takes the place of these leaves of a resumed run, which therefore fall away."""
+
+FALLS_AWAY: dict[str, tuple[str, ...]] = {"cluster.launcher": ("cluster.ddp",)}
+"""Leaves of a resumed run that another choice of the user's makes void; no rivals where both are said at once."""
 
 SAID_EACH_TIME: frozenset[str] = frozenset({"run.resume", "run.resume_from"})
 """Leaves about one invocation only: never taken from a resumed run."""

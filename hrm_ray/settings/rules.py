@@ -151,6 +151,12 @@ def _columns_with_prefix(settings: RunSettings) -> Fault | None:
             f"it needs to know which fields are prompt and response, and lacks {' and '.join(missing)}",
             "Give --prompt-column and --response-column",
         )
+    if data.prompt_column is not None and data.prompt_column == data.response_column:
+        return Fault(
+            said(settings, *named),
+            "the prompt would show the whole response, and the model would learn to copy",
+            "Name two fields",
+        )
     if settings.model.lm_mask != "prefix" and named:
         return Fault(
             said(settings, *named),

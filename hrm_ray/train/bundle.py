@@ -24,6 +24,7 @@ from hrm_ray.errors import DataFault, Fault
 from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.build import build_model
 from hrm_ray.model.config import ModelConfig
+from hrm_ray.model.describe import count_parameters
 from hrm_ray.model.transformer import Transformer
 from hrm_ray.rundir import RunDir, file_sha256, read_json, write_json
 from hrm_ray.train.loop import Progress
@@ -116,7 +117,7 @@ def _metadata(run_dir: RunDir, **about: Any) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "parameters": sum(t.numel() for t in read_tensors(run_dir.weights).values()),
+        "parameters": count_parameters(ModelConfig.from_plain(read_json(run_dir.config), str(run_dir.config))).total,
         "weights_sha256": file_sha256(run_dir.weights),
         **about,
     }

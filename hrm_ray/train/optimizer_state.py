@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hrm_ray.errors import DataFault, Fault
+from hrm_ray.train.weights_file import save_tensors
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 _SEPARATOR = "|"
@@ -25,8 +26,8 @@ def save_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn
         for key, value in optimizer.state.get(parameter, {}).items():
             if not isinstance(value, Tensor):
                 raise TypeError(f"optimizer state {key!r} of {name!r} is no tensor: {type(value).__name__}")
-            tensors[f"{name}{_SEPARATOR}{key}"] = value.detach().contiguous().cpu()
-    save_file(tensors, folder / OPTIMIZER_FILE)
+            tensors[f"{name}{_SEPARATOR}{key}"] = value
+    save_tensors(tensors, folder / OPTIMIZER_FILE)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], folder: Path) -> None:

@@ -26,7 +26,11 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write `tensors` so that `path` is whole or unchanged. Raises ResourceFault where they cannot be written."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        # safetensors makes files for their owner alone; a bundle's files are as readable as any other of the user's.
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary)
+        temporary.chmod(mode)
         sync_file(temporary)
         os.replace(temporary, path)
     except (SafetensorError, OSError) as error:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from hrm_ray.errors import DataFault
 from hrm_ray.metrics import jsonl
 from hrm_ray.rundir import MANIFEST, RunDir, verify_checkpoint
-from hrm_ray.train import optimizer_state, weights_file
+from hrm_ray.train import weights_file
 from hrm_ray.train.bundle import open_bundle
 from tests.support.runs import PUZZLE, TEXT, failing_at, files_below, hrm, puzzle_file, refused, text_file, train
 
@@ -155,7 +155,7 @@ def test_a_power_cut_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         patch.setattr(os, "rename", copy_first(os.rename))
         patch.setattr(Path, "rename", copy_first(Path.rename))
         patch.setattr(shutil, "rmtree", deleting)
-        for module in ("weights_file", "optimizer_state"):
+        for module in ("weights_file",):
             patch.setattr(f"hrm_ray.train.{module}.save_file", copy_first(save_file))
         train(data, bundle, *words, "--eval-every", "2", "--eval-file", held_out)
     last = RunDir(bundle).checkpoint_steps()[-1]
@@ -177,7 +177,6 @@ FULL_OS = OSError(errno.ENOSPC, "No space left on device")
 FULL_SAFETENSORS = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 FULL: dict[str, tuple[Any, str, BaseException]] = {
     "weights": (weights_file, "save_file", FULL_SAFETENSORS),
-    "optimizer": (optimizer_state, "save_file", FULL_SAFETENSORS),
     "json": (json, "dumps", FULL_OS),
     "fsync": (os, "fsync", FULL_OS),
     "replace": (os, "replace", FULL_OS),

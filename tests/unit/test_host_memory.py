@@ -26,10 +26,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
 def test_a_step_faults_no_page_twice() -> None:
-    """Ten rounds of two 48 MB tensors: mapped anew they fault in every round, kept they do not (1 % slack)."""
+    """Ten rounds of two 48 MB tensors: mapped anew they fault in every round, kept they do not.
+
+    10 % slack: the heap may still grow a little.
+    """
     faults = {}
     for how in ("kept", "given back"):
         run = subprocess.run([sys.executable, "-c", COUNT, how], capture_output=True, text=True, check=True)
         faults[how] = int(run.stdout)
     assert faults["given back"] > 1000
-    assert faults["kept"] <= 0.01 * faults["given back"]
+    assert faults["kept"] <= 0.1 * faults["given back"]

@@ -207,7 +207,7 @@ TRAINING: dict[str, Case] = {
     "a checkpoint that is not there": (
         2,
         lambda d: ["--resume-from", d / "b" / "checkpoints" / "step_3"],
-        ("there is no run in it",),
+        ("step_3", "there is no checkpoint of a bundle"),
     ),
 }
 

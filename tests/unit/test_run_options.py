@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
+from hrm_ray.data.tokenizer import LONGEST_WORD, TextTokenizer
 from hrm_ray.train.evaluate import better
 from tests.support.runs import PUZZLE, TEXT, hrm, puzzle_file, records, refused, text_file, train
 
@@ -58,8 +60,6 @@ def test_rows_with_the_plural_of_identifier_are_refused(tmp_path: Path) -> None:
 
 def test_rows_of_several_puzzles_train_the_table(tmp_path: Path) -> None:
     """.jsonl rows with `puzzle_identifier`: the table has a row for each, and those that were seen have moved."""
-    from safetensors.torch import load_file
-
     path = tmp_path / "rows.jsonl"
     rows = [{"inputs": [1, 2, 0], "labels": [1, 2, 3], "puzzle_identifier": number % 4} for number in range(8)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -81,3 +81,79 @@ def test_solve_takes_the_test_split_where_there_is_one_and_all_rows_elsewhere(tm
     assert "of 1 solved exactly" in hrm("solve", tmp_path / "b", "--file", rows).out
     given = hrm("solve", tmp_path / "b", "1....2..3......4", "--json")
     assert given.code == 0 and json.loads(given.out)["segments"] == 3
+
+
+def test_a_word_without_end_is_cut(tmp_path: Path) -> None:
+    """A BPE takes time with the square of a word's length: 200,000 letters in one took minutes, cut they take none."""
+    tokenizer = TextTokenizer.train(["x" * 200_000 + " and " + " " * 200_000], 300, 10)
+    text = "y" * 1000 + " z" + " " * 1000
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    longest = max(len(tokenizer.decode([token])) for token in range(tokenizer.vocab_size))
+    assert 1 < longest <= LONGEST_WORD
+
+
+def test_data_that_has_moved(tmp_path: Path) -> None:
+    """A run goes on with the same data from another place, and not with other data."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    data = text_file(first)
+    train(data, tmp_path / "b", *TEXT, "--steps", "2")
+    moved = data.rename(second / "elsewhere.txt")
+    resume = ("train", "--bundle-dir", tmp_path / "b", "--resume", "--steps", "4")
+    refused(2, *resume, naming=(data, "nothing is at this path"))
+    other = text_file(first, name="other.txt", seed=5)
+    refused(5, *resume, "--dataset-file", other, naming=(other, "fingerprint"))
+    assert hrm(*resume, "--dataset-file", moved).code == 0
+    assert [record["step"] for record in records(tmp_path / "b")] == [1, 2, 3, 4]
+
+
+def test_weights_of_a_bundle_bring_their_tokenizer(tmp_path: Path) -> None:
+    words = [*TEXT, "--steps", "1"]
+    train(text_file(tmp_path), tmp_path / "a", *words)
+    own = (tmp_path / "a" / "tokenizer.json").read_bytes()
+    other = text_file(tmp_path, name="other.txt", seed=9)
+    without = [word for word in words if word not in ("--vocab-size", "300")]
+    train(other, tmp_path / "b", *without, "--student-init", tmp_path / "a")
+    assert (tmp_path / "b" / "tokenizer.json").read_bytes() == own
+    start = ("--dataset-file", other, "--bundle-dir", tmp_path / "c", *words, "--student-init", tmp_path / "a")
+    refused(2, "train", *start, naming=("--student-init", "--tokenizer-path"))
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "naming"),
+    [(("--batch-size", "1000000000"), ("memory", "batch")), (("--threads", "100000"), ("--threads 100000",))],
+)
+def test_sizes_that_cannot_be_are_refused_at_once(
+    words: tuple[str, ...], naming: tuple[str, ...], tmp_path: Path
+) -> None:
+    data = text_file(tmp_path)
+    usual = list(TEXT)
+    usual[usual.index(words[0]) + 1] = words[1]
+    refused(4, "train", "--dataset-file", data, "--bundle-dir", tmp_path / "b", *usual, naming=naming)
+    assert not (tmp_path / "b").exists()
+
+
+def test_every_file_of_a_bundle_is_as_readable_as_any_other(tmp_path: Path) -> None:
+    train(text_file(tmp_path), tmp_path / "b", *TEXT, "--steps", "1")
+    plain = tmp_path / "plain"
+    plain.touch()
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "b").rglob("*") if path.is_file()}
+    assert modes == {plain.stat().st_mode & 0o777}
+
+
+def test_a_resumed_run_without_a_step_left_says_so(tmp_path: Path) -> None:
+    train(text_file(tmp_path), tmp_path / "b", *TEXT, "--steps", "3")
+    assert hrm("train", "--bundle-dir", tmp_path / "b", "--resume", "--steps", "2").code == 0
+    told = [event["message"] for event in records(tmp_path / "b", "event") if event["level"] == "WARNING"]
+    assert any("at step 3 already" in message for message in told)
+
+
+def test_an_option_takes_the_place_of_its_rival_in_the_file(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("model:\n  h_layers: 1\n  l_layers: 1\n")
+    words = list(TEXT)
+    words[words.index("--num-layers") + 1] = "4"
+    ran = hrm("train", "--dataset-file", text_file(tmp_path), "--config", config, *words, "--dry-run")
+    assert ran.code == 0 and "model.h_layers = 2" in ran.out
