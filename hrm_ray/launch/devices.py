@@ -83,7 +83,7 @@ def _device(cluster: ClusterSettings, notes: list[str]) -> str:
     missing = Fault(f"--device {cluster.device}", "this machine has no such device", f"Give --device {best}, or auto")
     if cluster.strict:
         raise EnvironmentFault(missing)
-    notes.append(f"--device {cluster.device}: this machine has no such device; training on {best} instead.")
+    notes.append(f"--device {cluster.device}: this machine has no such device; {best} is used instead.")
     return best
 
 
