@@ -49,7 +49,8 @@ class RunSettings(BaseModel):
     def leaf(self, dotted: str) -> Any:
         """The value of a leaf by its dotted key, such as `model.hidden_size`."""
         section, _, name = dotted.partition(".")
-        return getattr(getattr(self, section), name)
+        part: Section = getattr(self, section)
+        return getattr(part, name)
 
 
 def leaf_keys() -> Iterator[str]:
