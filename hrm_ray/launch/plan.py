@@ -302,7 +302,8 @@ def _prepare_puzzles(drafted: Draft, run_dir: RunDir) -> tuple[ModelConfig, dict
     evaluation = _source(settings, evaluation=True) if drafted.evaluation is not None else None
     prepared = prepare_puzzles(_source(settings, evaluation=False), evaluation)
     samples = open_puzzles(drafted.facts.path, drafted.facts.split)
-    write_json(run_dir.puzzle, prepared.train.plain())
+    if not drafted.identity.continues:
+        write_json(run_dir.puzzle, prepared.train.plain())
     return drafted.config, {**prepared.plan, "rows": len(samples), "fingerprint": samples.fingerprint()}
 
 

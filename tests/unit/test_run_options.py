@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from hrm_ray.data.tokenizer import LONGEST_WORD, TextTokenizer
 from hrm_ray.train.evaluate import better
-from tests.support.runs import PUZZLE, TEXT, hrm, puzzle_file, records, refused, text_file, train
+from tests.support.runs import PUZZLE, TEXT, files_below, hrm, puzzle_file, records, refused, text_file, train
 
 
 def test_a_smaller_vocabulary_is_said_and_refused_when_strict(tmp_path: Path) -> None:
@@ -157,3 +157,13 @@ def test_an_option_takes_the_place_of_its_rival_in_the_file(tmp_path: Path) -> N
     words[words.index("--num-layers") + 1] = "4"
     ran = hrm("train", "--dataset-file", text_file(tmp_path), "--config", config, *words, "--dry-run")
     assert ran.code == 0 and "model.h_layers = 2" in ran.out
+
+
+def test_a_resume_with_other_puzzles_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    """Sets of another name and other solutions: what the bundle says of its puzzles stays too."""
+    train(puzzle_file(tmp_path), tmp_path / "b", *PUZZLE, "--steps", "2")
+    before = files_below(tmp_path / "b")
+    other = puzzle_file(tmp_path, name="other.safetensors", seed=4)
+    resume = ("train", "--bundle-dir", tmp_path / "b", "--resume", "--steps", "4", "--dataset-file", other)
+    refused(5, *resume, naming=(other, "fingerprint"))
+    assert files_below(tmp_path / "b") == before
