@@ -1,7 +1,7 @@
 """What a run will need at the least, held against what this machine has.
 
-One job: refuse within seconds what cannot end well: too little memory for the weights, too little disk for the
-checkpoints. It is a lower bound; activations are not in it.
+One job: refuse within seconds what cannot end well: too few CPUs or GPUs, too little memory for the weights and one
+batch, too little disk for the checkpoints. It is a lower bound; what a backward pass keeps is not in it.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any, Literal, get_args, get_origin
 
 from hrm_ray.settings.base import plain_types
-from hrm_ray.settings.tree import SECTIONS, RunSettings, leaf_keys
+from hrm_ray.settings.tree import SECTIONS, leaf_keys
 
 
 @dataclass(frozen=True)
@@ -95,16 +95,6 @@ def spellings() -> Mapping[str, Spelling]:
     for name, alias in ALIASES.items():
         table[name] = Spelling(options()[alias.leaf], alias.value)
     return table
-
-
-def to_options(settings: RunSettings) -> dict[str, str | bool]:
-    """The options that would say these settings in full; leaves that are None have none."""
-    said: dict[str, str | bool] = {}
-    for key, option in options().items():
-        value = settings.leaf(key)
-        if value is not None:
-            said[option.flag] = value if option.is_switch else str(value)
-    return said
 
 
 def _option(key: str) -> Option:

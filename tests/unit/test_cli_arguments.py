@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hrm_ray.cli.arguments import parse_arguments
 from hrm_ray.settings.load import load_settings
-from hrm_ray.settings.options import to_options
+from tests.support.said import to_options
 
 OWN = {"--config": True, "--dry-run": False}
 

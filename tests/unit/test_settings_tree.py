@@ -14,9 +14,10 @@ from pydantic import ValidationError
 
 from hrm_ray.errors import SettingsError
 from hrm_ray.settings.load import load_settings
-from hrm_ray.settings.options import options, to_options
+from hrm_ray.settings.options import options
 from hrm_ray.settings.resolve import resolve_task
 from hrm_ray.settings.tree import RunSettings, from_plain, leaf_keys, to_dotted, to_plain
+from tests.support.said import to_options
 
 WHOLE = st.integers(1, 10**6)
 SHARE = st.floats(0.01, 0.99)
