@@ -233,9 +233,9 @@ def _prepare_text(drafted: Draft, run_dir: RunDir, notes: list[str]) -> tuple[Mo
         data = _text_data(settings, prepared)
         # Before the new data takes the place of what the run was trained on.
         _check_data_unchanged(drafted.identity, data)
-    if prepared.notes and settings.cluster.strict:
-        mend = "Mend the data or the option, or leave out --strict"
-        raise SettingsError([Fault("--strict", note.rstrip("."), mend) for note in prepared.notes])
+        if prepared.notes and settings.cluster.strict:
+            mend = "Mend the data or the option, or leave out --strict"
+            raise SettingsError([Fault("--strict", note.rstrip("."), mend) for note in prepared.notes])
     notes.extend(prepared.notes)
     return replace(drafted.config, vocab_size=data["vocab_size"]), data
 
