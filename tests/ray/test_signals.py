@@ -41,16 +41,17 @@ class Driver:
         (temp / "plan.json").write_text(json.dumps(plan))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.ray.gang_driver", str(temp / "plan.json")],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            # Unbuffered: `communicate` reads past a buffer, so what a line-wise read had taken ahead would be lost.
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0, start_new_session=True,
             env={**os.environ, **environment, "TMPDIR": str(temp)},
         )  # fmt: skip
 
     def wait_for_records(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            if line.startswith("record 5"):
+            if line.startswith(b"record 5"):
                 return
-            assert line.startswith("record"), line
+            assert line.startswith(b"record"), line
         raise AssertionError("the driver ended before it had trained")
 
     def interrupt_group(self) -> None:
@@ -60,7 +61,8 @@ class Driver:
     def end(self) -> tuple[int, list[str]]:
         """Exit code, and what was printed besides records."""
         output, _ = self.process.communicate(timeout=60)
-        return self.process.returncode, [line for line in output.splitlines() if not line.startswith("record")]
+        lines = output.decode().splitlines()
+        return self.process.returncode, [line for line in lines if not line.startswith("record")]
 
     def left(self) -> list[psutil.Process]:
         """Processes alive that this driver has started, however far they are from it."""
