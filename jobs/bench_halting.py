@@ -21,6 +21,7 @@ from torch import Tensor
 from hrm_ray.data.packing import TextSamples
 from hrm_ray.errors import Fault, SettingsError
 from hrm_ray.model.actv1 import ActV1
+from hrm_ray.model.layers import Context
 from hrm_ray.model.losses import softmax_cross_entropy
 from hrm_ray.model.scope import text_scope
 from hrm_ray.train.bundle import open_bundle
@@ -43,7 +44,7 @@ def segment_losses(model: ActV1, samples: TextSamples, rows: int) -> tuple[Tenso
             valid = labels != IGNORE_LABEL
             per_segment, q_halt = [], []
             for _ in range(model.config.halt_max_steps):
-                states = model.segment(states, x, scope, model.rotation(0, labels.shape[1]))
+                states = model.segment(states, x, Context(scope, model.rotation(0, labels.shape[1])))
                 per_segment.append(softmax_cross_entropy(model.logits(states.z_h), labels)[valid])
                 q_halt.append(model.halting_scores(states.z_h)[0][valid])
             losses.append(torch.stack(per_segment))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.embedding import InputEmbedding
 from hrm_ray.model.initialise import truncated_normal_
-from hrm_ray.model.layers import AttentionScope, KeyValueExchange, Level, RotaryTable, Rotation, linear
+from hrm_ray.model.layers import Context, Level, RotaryTable, Rotation, linear
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,9 @@ class ActV1(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        size = (config.hidden_size, config.num_heads, config.intermediate_size, config.rms_norm_eps)
         self.embedding = InputEmbedding(config)
-        self.H_level = Level(config.h_layers, *size)
-        self.L_level = Level(config.l_layers, *size)
+        self.H_level = Level(config.h_layers, config)
+        self.L_level = Level(config.l_layers, config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.q_head = nn.Linear(config.hidden_size, 2, bias=True)
         self.rotary = (
@@ -79,33 +78,26 @@ class ActV1(nn.Module):
     def rotation(self, start: int, stop: int) -> Rotation | None:
         return None if self.rotary is None else self.rotary.at(start, stop)
 
-    def segment(
-        self,
-        states: States,
-        x: Tensor,
-        scope: AttentionScope,
-        rotation: Rotation | None,
-        cache: KeyValueExchange | None = None,
-    ) -> States:
+    def segment(self, states: States, x: Tensor, context: Context) -> States:
         """One segment: h_cycles times (l_cycles L updates, then one H update).
 
         The last `bp_steps` updates, in time order, carry gradient; all earlier ones run without a graph. The result
         is attached to the graph: detach it before it becomes a carry.
         """
-        config = self.config
+        first = self.config.updates_per_segment - self.config.bp_steps
+        with torch.no_grad():
+            states = self.updates(states, x, context, 0, first)
+        return self.updates(states, x, context, first, self.config.updates_per_segment)
+
+    def updates(self, states: States, x: Tensor, context: Context, first: int, stop: int) -> States:
+        """The updates `first` to `stop` (exclusive) of a segment, in time order, in the present gradient mode."""
         z_h, z_l = states.z_h, states.z_l
-        without_gradient = config.updates_per_segment - config.bp_steps
-        gradient = torch.is_grad_enabled()
-        done = 0
-        for _ in range(config.h_cycles):
-            for _ in range(config.l_cycles):
-                with torch.set_grad_enabled(gradient and done >= without_gradient):
-                    z_l = self.L_level(z_l, z_h + x, scope, rotation, cache)
-                done += 1
-            with torch.set_grad_enabled(gradient and done >= without_gradient):
-                z_h = self.H_level(z_h, z_l, scope, rotation, cache)
-            done += 1
-        if gradient and config.bp_steps == 1:
+        for number in range(first, stop):
+            if number % (self.config.l_cycles + 1) < self.config.l_cycles:
+                z_l = self.L_level(z_l, z_h + x, context.at(number))
+            else:
+                z_h = self.H_level(z_h, z_l, context.at(number))
+        if torch.is_grad_enabled() and stop == self.config.updates_per_segment and self.config.bp_steps == 1:
             z_h = z_h + self._untrained(x)
         return States(z_h, z_l)
 

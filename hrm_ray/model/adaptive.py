@@ -14,35 +14,32 @@ import torch
 from torch import Tensor
 
 from hrm_ray.model.actv1 import ActV1, States
-from hrm_ray.model.layers import AttentionScope
+from hrm_ray.model.layers import AttentionScope, Context, Site
 
 
 class FrozenExchange:
     """Keeps the keys and values of every attention of the last segment; frozen tokens keep theirs."""
 
     def __init__(self) -> None:
-        self._kept: list[tuple[Tensor, Tensor]] = []
-        self._place = 0
+        self._kept: dict[Site, tuple[Tensor, Tensor]] = {}
         self._frozen: Tensor | None = None
 
     def begin_segment(self, frozen: Tensor) -> None:
         """`frozen` bool [B, T]: tokens that have halted before this segment."""
-        self._place = 0
         self._frozen = frozen.view(frozen.shape[0], 1, frozen.shape[1], 1)
 
-    def exchange(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def exchange(self, site: Site, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, heads, T, d] of this attention, those of frozen tokens replaced by their kept ones."""
-        place, self._place = self._place, self._place + 1
-        if place == len(self._kept):
-            self._kept.append((keys, values))
+        if site not in self._kept:
+            self._kept[site] = (keys, values)
             return keys, values
         assert self._frozen is not None
-        old_keys, old_values = self._kept[place]
-        self._kept[place] = (
+        old_keys, old_values = self._kept[site]
+        self._kept[site] = (
             torch.where(self._frozen, old_keys, keys),
             torch.where(self._frozen, old_values, values),
         )
-        return self._kept[place]
+        return self._kept[site]
 
 
 @dataclass(frozen=True)
@@ -64,10 +61,11 @@ def adaptive_segments(model: ActV1, x: Tensor, scope: AttentionScope, prompt: Te
     rows, length = x.shape[:2]
     states = model.initial_states(rows, length)
     frozen = torch.zeros(rows, length, dtype=torch.bool, device=x.device)
-    cache, rotation = FrozenExchange(), model.rotation(0, length)
+    cache = FrozenExchange()
+    context = Context(scope, model.rotation(0, length), cache)
     for segment in range(1, model.config.halt_max_steps + 1):
         cache.begin_segment(frozen)
-        states = model.segment(states, x, scope, rotation, cache)
+        states = model.segment(states, x, context)
         halts = model.halting_scores(states.z_h)[0] > 0
         if prompt is not None:
             halts = halts & ~prompt

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hrm_ray.model.actv1 import ActV1
-from hrm_ray.model.layers import AttentionScope
+from hrm_ray.model.layers import AttentionScope, Context, Site
 from hrm_ray.model.scope import CAUSAL, FULL, text_scope
 from hrm_ray.model.transformer import Transformer
 
@@ -41,42 +41,40 @@ class SegmentCaches:
     """Keys and values of every attention of every segment, [1, heads, T, d] each."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._kept: dict[tuple[int, Site], tuple[Tensor, Tensor]] = {}
         self._segment = 0
-        self._place = 0
         self._frozen = torch.zeros(0, dtype=torch.bool)
 
     def begin_segment(self, segment: int, frozen: Tensor) -> None:
         """The pass to come is that of `segment` (from 0) over new tokens; those `frozen` [new] had halted before it."""
-        self._segment, self._place, self._frozen = segment, 0, frozen
+        self._segment, self._frozen = segment, frozen
 
-    def exchange(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def exchange(self, site: Site, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Take the new tokens' keys and values, a frozen token's replaced by its last ones; all there are come back."""
-        place, self._place = self._place, self._place + 1
         if self._segment > 0:
-            old_keys, old_values = self._newest(self._segment - 1, place)
+            old_keys, old_values = self._newest(self._segment - 1, site)
             frozen = self._frozen.view(1, 1, -1, 1)
             keys, values = torch.where(frozen, old_keys, keys), torch.where(frozen, old_values, values)
-        return self._append(place, keys, values)
+        return self._append(site, keys, values)
 
     def skip_segment(self, segment: int) -> None:
         """All new tokens have halted: `segment` gets copies of the segment before, and no pass is needed."""
-        places = sum(1 for at, _ in self._kept if at == segment - 1)
+        sites = [site for at, site in self._kept if at == segment - 1]
         self._segment = segment
-        for place in range(places):
-            self._append(place, *self._newest(segment - 1, place))
+        for site in sites:
+            self._append(site, *self._newest(segment - 1, site))
 
-    def _newest(self, segment: int, place: int) -> tuple[Tensor, Tensor]:
+    def _newest(self, segment: int, site: Site) -> tuple[Tensor, Tensor]:
         new = self._frozen.shape[0]
-        keys, values = self._kept[(segment, place)]
+        keys, values = self._kept[(segment, site)]
         return keys[:, :, -new:], values[:, :, -new:]
 
-    def _append(self, place: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        site = (self._segment, place)
-        if site in self._kept:
-            old_keys, old_values = self._kept[site]
+    def _append(self, site: Site, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        place = (self._segment, site)
+        if place in self._kept:
+            old_keys, old_values = self._kept[place]
             keys, values = torch.cat((old_keys, keys), dim=2), torch.cat((old_values, values), dim=2)
-        self._kept[site] = (keys, values)
+        self._kept[place] = (keys, values)
         return keys, values
 
 
@@ -106,12 +104,11 @@ class Reader:
         ids = torch.tensor([tokens], device=device)
         places = torch.arange(start, start + new, device=device).unsqueeze(0)
         x = model.embedding(ids, None, places if config.pos_encodings == "learned" else None)
-        rotation = model.rotation(start, start + new)
-        scope = self._scope(start, new, device)
+        context = Context(self._scope(start, new, device), model.rotation(start, start + new), self.caches)
         self.length += new
         if isinstance(model, Transformer):
             self.caches.begin_segment(0, torch.zeros(new, dtype=torch.bool, device=device))
-            hidden = model(x, scope, rotation, self.caches)
+            hidden = model(x, context)
             return model.logits(hidden)[0], torch.ones(new, dtype=torch.long, device=device)
         states = model.initial_states(1, new)
         frozen = torch.zeros(new, dtype=torch.bool, device=device)
@@ -124,7 +121,7 @@ class Reader:
                 self.caches.skip_segment(segment)
                 continue
             self.caches.begin_segment(segment, frozen)
-            states = model.segment(states, x, scope, rotation, self.caches)
+            states = model.segment(states, x, context)
             halts = may_halt & (model.halting_scores(states.z_h)[0][0] > 0)
             if segment == config.halt_max_steps - 1:
                 halts = torch.ones_like(frozen)

@@ -5,19 +5,28 @@ One job: one layer's arithmetic (ACTV1_SPEC, section 4). It knows nothing of cyc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hrm_ray.model.config import ModelConfig
+
+Site = tuple[int, int]
+"""Which attention (or FFN) of a segment: the number of the update in time order, and of the layer in its level."""
 
 
 class KeyValueExchange(Protocol):
     """What a key/value cache does at one attention of a segment: takes the new keys and values, gives those to use."""
 
-    def exchange(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """`keys`, `values` [B, heads, T_new, d] -> [B, heads, T_all, d]. Called once per attention, in time order."""
+    def exchange(self, site: Site, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """`keys`, `values` [B, heads, T_new, d] -> [B, heads, T_all, d].
+
+        Called in time order; once more with the same numbers where a block is recomputed in the backward pass.
+        """
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,22 @@ class RotaryTable(nn.Module):
         return Rotation(self.cos[start:stop], self.sin[start:stop])
 
 
+@dataclass(frozen=True)
+class Context:
+    """What every layer of a pass is told: who sees whom, the positions, where keys and values go, which update it is.
+
+    `update` counts the L and H updates of a segment in time order.
+    """
+
+    scope: AttentionScope
+    rotation: Rotation | None
+    cache: KeyValueExchange | None = None
+    update: int = 0
+
+    def at(self, update: int) -> Context:
+        return replace(self, update=update)
+
+
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn pairs (x_j, x_{j+d/2}) of `x` [B, heads, T, d] by their position's angle, in float32."""
     wide = x.float()
@@ -87,27 +112,27 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
 class Attention(nn.Module):
     """Multi-head attention with separate q, k, v, o projections; scale 1/sqrt(head_dim), no dropout."""
 
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        hidden_size = config.hidden_size
+        self.num_heads = config.num_heads
         self.q_proj = Projection(hidden_size, hidden_size)
         self.k_proj = Projection(hidden_size, hidden_size)
         self.v_proj = Projection(hidden_size, hidden_size)
         self.o_proj = Projection(hidden_size, hidden_size)
 
-    def forward(
-        self, x: Tensor, scope: AttentionScope, rotation: Rotation | None, cache: KeyValueExchange | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
         batch, length, hidden = x.shape
         split = (batch, length, self.num_heads, hidden // self.num_heads)
         query = self.q_proj(x).view(split).transpose(1, 2)
         keys = self.k_proj(x).view(split).transpose(1, 2)
         values = self.v_proj(x).view(split).transpose(1, 2)
-        if rotation is not None:
-            query, keys = rotate(query, rotation), rotate(keys, rotation)
-        if cache is not None:
-            keys, values = cache.exchange(keys, values)
+        if context.rotation is not None:
+            query, keys = rotate(query, context.rotation), rotate(keys, context.rotation)
+        if context.cache is not None:
+            keys, values = context.cache.exchange((context.update, layer), keys, values)
+        scope = context.scope
         seen = F.scaled_dot_product_attention(query, keys, values, attn_mask=scope.mask, is_causal=scope.causal)
         return self.o_proj(seen.transpose(1, 2).reshape(batch, length, hidden))
 
@@ -115,11 +140,11 @@ class Attention(nn.Module):
 class GatedFeedForward(nn.Module):
     """SwiGLU: down( silu(gate x) * up x )."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = Projection(hidden_size, intermediate_size)
-        self.up_proj = Projection(hidden_size, intermediate_size)
-        self.down_proj = Projection(intermediate_size, hidden_size)
+        self.gate_proj = Projection(config.hidden_size, config.intermediate_size)
+        self.up_proj = Projection(config.hidden_size, config.intermediate_size)
+        self.down_proj = Projection(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
@@ -133,37 +158,35 @@ class GatedFeedForward(nn.Module):
 class Block(nn.Module):
     """Post-norm layer: x <- N(x + Attention(x)); x <- N(x + FFN(x))."""
 
-    def __init__(self, hidden_size: int, num_heads: int, intermediate_size: int, eps: float) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.self_attn = Attention(hidden_size, num_heads)
-        self.mlp = GatedFeedForward(hidden_size, intermediate_size)
-        self.eps = eps
+        self.self_attn = Attention(config)
+        self.mlp = GatedFeedForward(config)
+        self.eps = config.rms_norm_eps
 
-    def forward(
-        self, x: Tensor, scope: AttentionScope, rotation: Rotation | None, cache: KeyValueExchange | None
-    ) -> Tensor:
-        """x [B, T, D] -> [B, T, D]."""
-        x = rms_norm(x + self.self_attn(x, scope, rotation, cache), self.eps)
+    def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; `layer` is the block's number in its level."""
+        x = rms_norm(x + self.self_attn(x, context, layer), self.eps)
         return rms_norm(x + self.mlp(x), self.eps)
 
 
 class Level(nn.Module):
-    """A stack of blocks that takes an injection once, at its entry."""
+    """A stack of blocks that takes an injection once, at its entry.
 
-    def __init__(self, layers: int, hidden_size: int, num_heads: int, intermediate_size: int, eps: float) -> None:
+    With `recompute` the backward pass computes each block again from its input instead of keeping what is inside it
+    (gradient checkpointing); set by `transforms.recompute`.
+    """
+
+    def __init__(self, layers: int, config: ModelConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(hidden_size, num_heads, intermediate_size, eps) for _ in range(layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(layers))
+        self.recompute = False
 
-    def forward(
-        self,
-        x: Tensor,
-        injection: Tensor,
-        scope: AttentionScope,
-        rotation: Rotation | None,
-        cache: KeyValueExchange | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, injection: Tensor | None, context: Context) -> Tensor:
         """x, injection [B, T, D] -> [B, T, D]."""
-        x = x + injection
-        for layer in self.layers:
-            x = layer(x, scope, rotation, cache)
+        if injection is not None:
+            x = x + injection
+        keeps = not (self.recompute and torch.is_grad_enabled())
+        for number, layer in enumerate(self.layers):
+            x = layer(x, context, number) if keeps else checkpoint(layer, x, context, number, use_reentrant=False)
         return x

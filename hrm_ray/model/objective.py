@@ -49,6 +49,11 @@ class Objective(nn.Module, Generic[CarryT]):
     segments_per_step: int
     model: ActV1 | Transformer
 
+    @property
+    def passes_per_step(self) -> int:
+        """Calls, each with a backward pass of its own, that a weight update takes of one micro-batch."""
+        return self.segments_per_step
+
     def initial_carry(self, batch: Batch) -> CarryT:
         """The carry before the first segment."""
         raise NotImplementedError

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hrm_ray.model.actv1 import ActV1, States
 from hrm_ray.model.halting import continue_target, halt_in_training, last_segment
+from hrm_ray.model.layers import Context
 from hrm_ray.model.losses import CROSS_ENTROPIES, LossKind
 from hrm_ray.model.objective import Batch, Objective, SegmentOutput, Term
 from hrm_ray.model.scope import FULL
@@ -102,8 +103,8 @@ class PuzzleObjective(Objective[PuzzleCarry]):
         model, config = self.model, self.model.config
         carry = self.take_offered(batch, carry)
         x = model.embedding(carry.data["inputs"], carry.data["puzzle_identifiers"], None, carry.data["active"])
-        rotation = model.rotation(0, config.total_positions)
-        states = model.segment(carry.states, x, FULL, rotation)
+        context = Context(FULL, model.rotation(0, config.total_positions))
+        states = model.segment(carry.states, x, context)
         q_halt, q_continue = model.halting_scores(states.z_h[:, 0])
         steps = carry.steps + 1
         last = last_segment(steps, config.halt_max_steps)
@@ -113,7 +114,7 @@ class PuzzleObjective(Objective[PuzzleCarry]):
                 # In rollout nothing is replaced before the last segment, whatever the scores say.
                 if not self.rollout:
                     halted = halt_in_training(q_halt, q_continue, steps, last, batch["min_steps"])
-                ahead = model.segment(states.detach(), x.detach(), FULL, rotation)
+                ahead = model.segment(states.detach(), x.detach(), context)
                 target = continue_target(*model.halting_scores(ahead.z_h[:, 0]), last)
         # An idle slot must be free to take a row of the next epoch at once.
         halted = halted | ~carry.data["active"]

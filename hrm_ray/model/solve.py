@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from hrm_ray.model.actv1 import ActV1
+from hrm_ray.model.layers import Context
 from hrm_ray.model.scope import FULL
 
 
@@ -32,11 +33,11 @@ def solve(
     cells = torch.from_numpy(inputs).to(device)
     x = model.embedding(cells, torch.from_numpy(identifiers).to(device), None)
     states = model.initial_states(len(inputs), config.total_positions)
-    rotation = model.rotation(0, config.total_positions)
+    context = Context(FULL, model.rotation(0, config.total_positions))
     answer = torch.zeros_like(cells)
     segments = torch.zeros(len(inputs), dtype=torch.int32, device=device)
     for segment in range(1, config.halt_max_steps + 1):
-        states = model.segment(states, x, FULL, rotation)
+        states = model.segment(states, x, context)
         q_halt, q_continue = model.halting_scores(states.z_h[:, 0])
         stops = (q_halt > q_continue) if stop_by_q else torch.zeros_like(segments, dtype=torch.bool)
         if segment == config.halt_max_steps:

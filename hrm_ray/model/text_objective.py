@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hrm_ray.model.actv1 import ActV1, States
 from hrm_ray.model.halting import gain_target
+from hrm_ray.model.layers import Context
 from hrm_ray.model.losses import CROSS_ENTROPIES, LossKind
 from hrm_ray.model.objective import Batch, Objective, SegmentOutput, Term
 from hrm_ray.model.scope import text_scope
@@ -62,7 +63,7 @@ class TextObjective(Objective[TextCarry]):
         inputs, labels = batch["inputs"], batch["labels"]
         x = model.embedding(inputs, None, batch.get("positions"))
         scope = text_scope(inputs.shape[1], batch.get("documents"), batch.get("prompt"))
-        states = model.segment(carry.states, x, scope, model.rotation(0, inputs.shape[1]))
+        states = model.segment(carry.states, x, Context(scope, model.rotation(0, inputs.shape[1])))
         logits = model.logits(states.z_h)
         valid = labels != IGNORE_LABEL
         token_loss = self.cross_entropy(logits, labels)
@@ -130,7 +131,7 @@ class TransformerObjective(Objective[NoCarry]):
         inputs, labels = batch["inputs"], batch["labels"]
         x = self.model.embedding(inputs, None, batch.get("positions"))
         scope = text_scope(inputs.shape[1], batch.get("documents"), batch.get("prompt"))
-        logits = self.model.logits(self.model(x, scope, self.model.rotation(0, inputs.shape[1])))
+        logits = self.model.logits(self.model(x, Context(scope, self.model.rotation(0, inputs.shape[1]))))
         token_loss = self.cross_entropy(logits, labels)
         valid = labels != IGNORE_LABEL
         count = valid.sum()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.embedding import InputEmbedding
 from hrm_ray.model.initialise import truncated_normal_
-from hrm_ray.model.layers import AttentionScope, KeyValueExchange, Level, RotaryTable, Rotation, linear
+from hrm_ray.model.layers import Context, Level, RotaryTable, Rotation, linear
 
 
 class Transformer(nn.Module):
@@ -21,13 +21,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = InputEmbedding(config)
-        self.stack = Level(
-            config.h_layers + config.l_layers,
-            config.hidden_size,
-            config.num_heads,
-            config.intermediate_size,
-            config.rms_norm_eps,
-        )
+        self.stack = Level(config.h_layers + config.l_layers, config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = (
             RotaryTable(config.total_positions, config.head_dim, config.rope_theta)
@@ -44,15 +38,10 @@ class Transformer(nn.Module):
     def rotation(self, start: int, stop: int) -> Rotation | None:
         return None if self.rotary is None else self.rotary.at(start, stop)
 
-    def forward(
-        self,
-        x: Tensor,
-        scope: AttentionScope,
-        rotation: Rotation | None,
-        cache: KeyValueExchange | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         """x [B, S, D] -> hidden states [B, S, D]."""
-        return self.stack(x, torch.zeros((), dtype=x.dtype, device=x.device), scope, rotation, cache)
+        hidden: Tensor = self.stack(x, None, context)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Token scores [B, S, V]."""

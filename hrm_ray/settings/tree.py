@@ -1,4 +1,4 @@
-"""The settings tree: five sections, and which leaves the user set.
+"""The settings tree: its sections, and which leaves the user set.
 
 One job: hold them, and turn the whole into plain values and back. Loading is in `load`, rules are in `rules`.
 """
@@ -15,6 +15,7 @@ from hrm_ray.settings.base import Section
 from hrm_ray.settings.cluster import ClusterSettings
 from hrm_ray.settings.data import DataSettings
 from hrm_ray.settings.faults import fault_of_error
+from hrm_ray.settings.memory import MemorySettings
 from hrm_ray.settings.model import ModelSettings
 from hrm_ray.settings.optimizer import OptimizerSettings
 from hrm_ray.settings.run import RunSectionSettings
@@ -23,6 +24,7 @@ SECTIONS: dict[str, type[Section]] = {
     "model": ModelSettings,
     "data": DataSettings,
     "optimizer": OptimizerSettings,
+    "memory": MemorySettings,
     "cluster": ClusterSettings,
     "run": RunSectionSettings,
 }
@@ -36,6 +38,7 @@ class RunSettings(BaseModel):
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
+    memory: MemorySettings = MemorySettings()
     cluster: ClusterSettings = ClusterSettings()
     run: RunSectionSettings = RunSectionSettings()
     given: frozenset[str] = frozenset()

@@ -12,6 +12,7 @@ from typing import cast
 from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.build import build_model, build_objective
 from hrm_ray.model.config import ModelConfig, swiglu_width
+from hrm_ray.model.transforms.recompute import recompute_blocks
 from hrm_ray.settings.model import LossKind
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.ema import Ema
@@ -53,6 +54,8 @@ def assemble(
     # A resumed run has its weights in the checkpoint; what it once started from may be gone.
     if settings.model.student_init is not None and not resumes:
         fill_module(model, start_weights(settings.model.student_init, config), str(settings.model.student_init))
+    if settings.memory.gradient_checkpointing:
+        recompute_blocks(model)
     objective = build_objective(
         model,
         cast(LossKind, settings.model.loss),

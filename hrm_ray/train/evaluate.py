@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hrm_ray.model.adaptive import adaptive_segments
+from hrm_ray.model.layers import Context
 from hrm_ray.model.objective import AnyObjective, Batch
 from hrm_ray.model.puzzle_objective import PuzzleObjective
 from hrm_ray.model.scope import text_scope
@@ -68,10 +69,10 @@ def _text_sums(objective: AnyObjective, batch: Batch) -> Sums:
     carry = text.initial_carry(batch)
     x = text.model.embedding(batch["inputs"], None, batch.get("positions"))
     scope = text_scope(labels.shape[1], batch.get("documents"), batch.get("prompt"))
-    rotation = text.model.rotation(0, labels.shape[1])
+    context = Context(scope, text.model.rotation(0, labels.shape[1]))
     states = carry.states
     for _ in range(text.segments_per_step):
-        states = text.model.segment(states, x, scope, rotation)
+        states = text.model.segment(states, x, context)
     sums = _token_sums(text.model.logits(states.z_h), batch, text.cross_entropy)
     if _reads_adaptively(text):
         sums |= _adaptive_sums(text, batch, x)
@@ -101,7 +102,7 @@ def _transformer_sums(objective: AnyObjective, batch: Batch) -> Sums:
     x = plain.model.embedding(batch["inputs"], None, batch.get("positions"))
     scope = text_scope(length, batch.get("documents"), batch.get("prompt"))
     return _token_sums(
-        plain.model.logits(plain.model(x, scope, plain.model.rotation(0, length))), batch, plain.cross_entropy
+        plain.model.logits(plain.model(x, Context(scope, plain.model.rotation(0, length)))), batch, plain.cross_entropy
     )
 
 

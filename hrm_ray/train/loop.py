@@ -166,11 +166,11 @@ class TrainingLoop:
         """Forward and backward over every micro-batch and segment; each segment's graph ends with its backward."""
         parts, metrics = self.parts, MetricTotals()
         share = torch.tensor(1.0 / self.world.size, dtype=self._count_type)
-        segments = parts.objective.segments_per_step
+        passes = parts.objective.passes_per_step
         for number, batch in enumerate(batches):
             carry = carries[number]
-            for segment in range(segments):
-                last = number == len(batches) - 1 and segment == segments - 1
+            for index in range(passes):
+                last = number == len(batches) - 1 and index == passes - 1
                 with parts.strategy.accumulate(last):
                     output = parts.strategy.segment(batch, carry)
                     loss = weighed(output, totals)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.build import build_objective
+from hrm_ray.model.layers import Context
 from hrm_ray.model.objective import AnyObjective, Batch
 from hrm_ray.model.scope import CAUSAL
 from hrm_ray.model.solve import solve
@@ -73,7 +74,7 @@ def lean_to_the_middle(model: ActV1) -> None:
     batch = text_batch(6, LENGTHS)
     with torch.no_grad():
         x = model.embedding(batch["inputs"], None, None)
-        states = model.segment(model.initial_states(len(LENGTHS), 12), x, CAUSAL, model.rotation(0, 12))
+        states = model.segment(model.initial_states(len(LENGTHS), 12), x, Context(CAUSAL, model.rotation(0, 12)))
         model.q_head.bias[0] -= between(model.halting_scores(states.z_h)[0])
 
 

@@ -17,7 +17,7 @@ from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.adaptive import adaptive_segments
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.generate import Reader
-from hrm_ray.model.layers import AttentionScope
+from hrm_ray.model.layers import AttentionScope, Context
 from hrm_ray.model.scope import CAUSAL, text_scope
 from hrm_ray.model.transformer import Transformer
 from tests.support.naive_model import NaiveByToken
@@ -43,7 +43,7 @@ def spread_halting(model: ActV1, scope: AttentionScope, prompt: Tensor | None = 
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         x = model.embedding(torch.tensor([TOKENS]), None, None)
-        first = model.segment(model.initial_states(1, LENGTH), x, scope, model.rotation(0, LENGTH)).z_h[0]
+        first = model.segment(model.initial_states(1, LENGTH), x, Context(scope, model.rotation(0, LENGTH))).z_h[0]
         for _ in range(200):
             direction = torch.randn(model.config.hidden_size, generator=generator)
             model.q_head.weight[0] = direction
@@ -122,7 +122,7 @@ def test_plain_reading_with_caches(shape: str, positions: str, mask: str, prompt
         x = model.embedding(torch.tensor([TOKENS]), None, None)
         states = model.initial_states(1, LENGTH)
         for _ in range(config.halt_max_steps):
-            states = model.segment(states, x, scope_for(config, prompt), model.rotation(0, LENGTH))
+            states = model.segment(states, x, Context(scope_for(config, prompt), model.rotation(0, LENGTH)))
         want = model.logits(states.z_h)[0].float()
     got, segments, _ = by_token(model, prompt, adaptive=False)
     assert segments == [config.halt_max_steps] * LENGTH
@@ -139,7 +139,7 @@ def test_transformer_with_caches(positions: str, mask: str, prompt: int) -> None
     assert isinstance(model, Transformer)
     with torch.no_grad():
         x = model.embedding(torch.tensor([TOKENS]), None, None)
-        want = model.logits(model(x, scope_for(config, prompt), model.rotation(0, LENGTH)))[0]
+        want = model.logits(model(x, Context(scope_for(config, prompt), model.rotation(0, LENGTH))))[0]
     got, segments, reader = by_token(model, prompt, adaptive=False)
     assert segments == [1] * LENGTH and len(reader.caches._kept) == 3
     assert float((got - want).abs().max()) <= tolerance(config)
@@ -151,12 +151,12 @@ def test_a_halted_token_leaves_its_last_keys_and_values() -> None:
     model = tiny_actv1(config, seed=4)
     spread_halting(model, CAUSAL)
     _, segments, reader = by_token(model, 5, adaptive=True)
-    places = config.h_cycles * (config.l_cycles + 1)
+    sites = [(update, 0) for update in range(config.updates_per_segment)]
     for token, halted_at in enumerate(segments):
         for segment in range(1, 4):
-            for place in range(places):
-                keys, values = reader.caches._kept[(segment, place)]
-                old_keys, old_values = reader.caches._kept[(segment - 1, place)]
+            for site in sites:
+                keys, values = reader.caches._kept[(segment, site)]
+                old_keys, old_values = reader.caches._kept[(segment - 1, site)]
                 copied = segment + 1 > halted_at
                 assert torch.equal(keys[:, :, token], old_keys[:, :, token]) == copied
                 assert torch.equal(values[:, :, token], old_values[:, :, token]) == copied
