@@ -15,9 +15,10 @@ from torch import Tensor
 from hrm_ray.model.actv1 import ActV1, States
 from hrm_ray.model.halting import gain_target
 from hrm_ray.model.layers import Context
-from hrm_ray.model.losses import CROSS_ENTROPIES, LossKind
+from hrm_ray.model.losses import LossKind
 from hrm_ray.model.objective import Batch, Objective, SegmentOutput, Term
 from hrm_ray.model.scope import text_scope
+from hrm_ray.model.scoring import score_tokens
 from hrm_ray.model.transformer import Transformer
 from hrm_ray.values import IGNORE_LABEL
 
@@ -39,7 +40,7 @@ class TextObjective(Objective[TextCarry]):
     def __init__(self, model: ActV1, loss: LossKind, halt_margin: float) -> None:
         super().__init__()
         self.model = model
-        self.cross_entropy = CROSS_ENTROPIES[loss]
+        self.loss_kind = loss
         self.halt_margin = halt_margin
         self.segments_per_step = model.config.halt_max_steps
 
@@ -64,16 +65,15 @@ class TextObjective(Objective[TextCarry]):
         x = model.embedding(inputs, None, batch.get("positions"))
         scope = text_scope(inputs.shape[1], batch.get("documents"), batch.get("prompt"))
         states = model.segment(carry.states, x, Context(scope, model.rotation(0, inputs.shape[1])))
-        logits = model.logits(states.z_h)
-        valid = labels != IGNORE_LABEL
-        token_loss = self.cross_entropy(logits, labels)
+        scored = score_tokens(states.z_h, model.lm_head.weight, labels, self.loss_kind)
+        token_loss, valid = scored.loss, labels != IGNORE_LABEL
         judged, judge_metrics = self._judge(carry, token_loss.detach().float(), valid)
         terms = (Term("lm_loss", token_loss.sum(), "tokens"), judged)
         count = valid.sum()
         metrics = dict(judge_metrics)
         if carry.segments + 1 == self.segments_per_step:
             metrics["lm_loss"] = (token_loss.detach().sum(), count)
-            metrics["accuracy"] = ((valid & (logits.argmax(-1) == labels)).sum(), count)
+            metrics["accuracy"] = (scored.hit.sum(), count)
         new_carry = TextCarry(states.detach(), token_loss.detach().float(), carry.segments + 1)
         return SegmentOutput(terms, new_carry, metrics)
 
@@ -117,7 +117,7 @@ class TransformerObjective(Objective[NoCarry]):
     def __init__(self, model: Transformer, loss: LossKind) -> None:
         super().__init__()
         self.model = model
-        self.cross_entropy = CROSS_ENTROPIES[loss]
+        self.loss_kind = loss
 
     def initial_carry(self, batch: Batch) -> NoCarry:
         return NoCarry()
@@ -131,12 +131,12 @@ class TransformerObjective(Objective[NoCarry]):
         inputs, labels = batch["inputs"], batch["labels"]
         x = self.model.embedding(inputs, None, batch.get("positions"))
         scope = text_scope(inputs.shape[1], batch.get("documents"), batch.get("prompt"))
-        logits = self.model.logits(self.model(x, Context(scope, self.model.rotation(0, inputs.shape[1]))))
-        token_loss = self.cross_entropy(logits, labels)
-        valid = labels != IGNORE_LABEL
-        count = valid.sum()
+        hidden = self.model(x, Context(scope, self.model.rotation(0, inputs.shape[1])))
+        scored = score_tokens(hidden, self.model.lm_head.weight, labels, self.loss_kind)
+        token_loss = scored.loss
+        count = (labels != IGNORE_LABEL).sum()
         metrics = {
             "lm_loss": (token_loss.detach().sum(), count),
-            "accuracy": ((valid & (logits.argmax(-1) == labels)).sum(), count),
+            "accuracy": (scored.hit.sum(), count),
         }
         return SegmentOutput((Term("lm_loss", token_loss.sum(), "tokens"),), carry, metrics)

@@ -20,6 +20,7 @@ from hrm_ray.model.layers import Context
 from hrm_ray.model.objective import AnyObjective, Batch
 from hrm_ray.model.puzzle_objective import PuzzleObjective
 from hrm_ray.model.scope import text_scope
+from hrm_ray.model.scoring import score_tokens
 from hrm_ray.model.text_objective import TextObjective, TransformerObjective
 from hrm_ray.train.microbatch import to_batch, wanted_columns
 from hrm_ray.train.world import World
@@ -73,7 +74,7 @@ def _text_sums(objective: AnyObjective, batch: Batch) -> Sums:
     states = carry.states
     for _ in range(text.segments_per_step):
         states = text.model.segment(states, x, context)
-    sums = _token_sums(text.model.logits(states.z_h), batch, text.cross_entropy)
+    sums = _token_sums(text, states.z_h, batch)
     if _reads_adaptively(text):
         sums |= _adaptive_sums(text, batch, x)
     return sums
@@ -90,8 +91,8 @@ def _adaptive_sums(text: TextObjective, batch: Batch, x: Tensor) -> Sums:
     loss, segments = x.new_zeros(()), x.new_zeros(())
     for reading in adaptive_segments(text.model, x, scope, batch.get("prompt")):
         now = reading.reads & valid
-        token_loss = text.cross_entropy(text.model.logits(reading.states.z_h), labels)
-        loss = loss + torch.where(now, token_loss, 0.0).sum()
+        scored = score_tokens(reading.states.z_h, text.model.lm_head.weight, labels, text.loss_kind)
+        loss = loss + torch.where(now, scored.loss, 0.0).sum()
         segments = segments + reading.segment * now.sum()
     return {"adaptive_loss": loss, "segments": segments}
 
@@ -101,18 +102,16 @@ def _transformer_sums(objective: AnyObjective, batch: Batch) -> Sums:
     length = batch["labels"].shape[1]
     x = plain.model.embedding(batch["inputs"], None, batch.get("positions"))
     scope = text_scope(length, batch.get("documents"), batch.get("prompt"))
-    return _token_sums(
-        plain.model.logits(plain.model(x, Context(scope, plain.model.rotation(0, length)))), batch, plain.cross_entropy
-    )
+    return _token_sums(plain, plain.model(x, Context(scope, plain.model.rotation(0, length))), batch)
 
 
-def _token_sums(logits: Tensor, batch: Batch, cross_entropy: Callable[[Tensor, Tensor], Tensor]) -> Sums:
+def _token_sums(text: TextObjective | TransformerObjective, hidden: Tensor, batch: Batch) -> Sums:
     labels = batch["labels"]
-    valid = labels != IGNORE_LABEL
+    scored = score_tokens(hidden, text.model.lm_head.weight, labels, text.loss_kind)
     return {
-        "loss": cross_entropy(logits, labels).sum(),
-        "hits": (valid & (logits.argmax(-1) == labels)).sum(),
-        "tokens": valid.sum(),
+        "loss": scored.loss.sum(),
+        "hits": scored.hit.sum(),
+        "tokens": (labels != IGNORE_LABEL).sum(),
         "bytes": batch["label_bytes"].sum(),
     }
 

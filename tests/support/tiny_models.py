@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hrm_ray.model import text_objective
 from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.build import build_model
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.objective import AnyObjective, Batch
+from hrm_ray.model.scoring import Scored
 from hrm_ray.model.transformer import Transformer
 from hrm_ray.values import IGNORE_LABEL
 
@@ -114,19 +116,25 @@ def puzzle_batch(seed: int, rows: int, config: ModelConfig) -> Batch:
 
 @contextmanager
 def recorded_logits(model: ActV1 | Transformer) -> Iterator[list[Tensor]]:
-    """Every result of `model.logits` inside the context, so that the objective's own pass can be looked into."""
+    """The logits of every state that is scored inside the context, so that an objective's pass can be looked into."""
     seen: list[Tensor] = []
-    genuine = model.logits
+    logits, score = model.logits, text_objective.score_tokens
 
     def listening(hidden: Tensor) -> Tensor:
-        seen.append(genuine(hidden))
+        seen.append(logits(hidden))
         return seen[-1]
 
+    def scoring(hidden: Tensor, *others: Any) -> Scored:
+        seen.append(logits(hidden))
+        return score(hidden, *others)
+
     model.logits = listening  # type: ignore[method-assign]
+    text_objective.score_tokens = scoring
     try:
         yield seen
     finally:
         del model.logits
+        text_objective.score_tokens = score
 
 
 def logits_of_segments(objective: AnyObjective, batch: Batch) -> list[Tensor]:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hrm_ray.model.build import build_objective
 from hrm_ray.model.halting import continue_target, gain_target, halt_in_training, last_segment
+from hrm_ray.model.losses import CROSS_ENTROPIES
 from hrm_ray.model.objective import Batch
 from hrm_ray.model.puzzle_objective import PuzzleObjective
 from hrm_ray.model.text_objective import TextObjective
@@ -176,7 +177,7 @@ def test_metrics_of_halting() -> None:
         first = objective(batch, objective.initial_carry(batch))
         second = objective(batch, first.carry)
     assert "halt_share" not in first.metrics and "lm_loss" not in first.metrics
-    losses = [objective.cross_entropy(scores, batch["labels"]) for scores in logits]
+    losses = [CROSS_ENTROPIES[objective.loss_kind](scores, batch["labels"]) for scores in logits]
     q_halt = objective.model.halting_scores(first.carry.states.z_h)[0].detach()
     halts = right = count = 0
     for row, place in np.argwhere(batch["labels"].numpy() != IGNORE_LABEL):
