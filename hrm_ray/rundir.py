@@ -44,6 +44,11 @@ class RunDir:
         return RunDir(self.root / "best")
 
     @property
+    def adapter(self) -> Path:
+        """The adapters that were trained, in peft's own format; the weights beside have them merged in."""
+        return self.root / "adapter"
+
+    @property
     def tokenizer(self) -> Path:
         return self.root / "tokenizer.json"
 

@@ -41,6 +41,7 @@ class Case:
 
 _PUZZLE = {
     "task": "puzzle",
+    "use_moe": False,
     "num_heads": 4,
     "expansion": 4.0,
     "halt_max_steps": 8,
@@ -50,6 +51,7 @@ _PUZZLE = {
 }
 _TEXT = {
     "task": "lm",
+    "use_moe": False,
     "hidden_size": 256,
     "num_heads": 4,
     "expansion": 4.0,
@@ -139,6 +141,8 @@ def build_loop(case: Case, threads: int, **model_changes: Any) -> TrainingLoop:
         {
             "model": {**case.model, **model_changes},
             "optimizer": {"batch_size": case.batch_size, "optimizer": case.optimizer},
+            # The floor and the reference are float32 and keep what the backward pass needs.
+            "memory": {"amp": False, "gradient_checkpointing": False},
         }
     )
     config = model_config(settings, case.vocab_size, seq_len=case.seq_len)

@@ -39,7 +39,7 @@ def segment_losses(model: ActV1, samples: TextSamples, rows: int) -> tuple[Tenso
             batch = to_batch(samples.rows(indices), wanted_columns(model.config), torch.device("cpu"))
             labels = batch["labels"]
             x = model.embedding(batch["inputs"], None, batch.get("positions"))
-            scope = text_scope(labels.shape[1], batch.get("documents"), batch.get("prompt"))
+            scope = text_scope(batch.get("documents"), batch.get("prompt"), model.config.window_size)
             states = model.initial_states(len(labels), labels.shape[1])
             valid = labels != IGNORE_LABEL
             per_segment, q_halt = [], []

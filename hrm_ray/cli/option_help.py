@@ -39,10 +39,10 @@ def _panel(title: str, rows: Iterable[tuple[str, str]]) -> Panel:
 
 
 def _spellings(option: Option) -> str:
-    if option.is_switch:
-        return f"{option.flag}/{option.off_flag}"
-    value = "|".join(option.choices) if option.choices else "VALUE"
     aliases = "".join(f", {alias}" for alias in option.aliases)
+    if option.is_switch:
+        return f"{option.flag}/{option.off_flag}{aliases}"
+    value = "|".join(option.choices) if option.choices else "VALUE"
     return f"{option.flag}{aliases} {value}"
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from hrm_ray.launch import local
+from hrm_ray.launch.draft import Draft, draft, read_through
 from hrm_ray.launch.identity import find_stored, never_trained
 from hrm_ray.launch.identity import stored_settings as read_stored
-from hrm_ray.launch.plan import Draft, draft, make_plan, read_through
+from hrm_ray.launch.plan import make_plan
 from hrm_ray.launch.stopping import StopWatch
 from hrm_ray.metrics.console import ConsoleSink
 from hrm_ray.model.describe import count_parameters
@@ -64,15 +65,17 @@ def _launch(launcher: str, plan: dict[str, Any], sink: MetricSink, stop: StopPol
 def describe(drafted: Draft) -> str:
     """What is about to be trained, on what, where."""
     settings, facts, devices = drafted.settings, drafted.facts, drafted.devices
-    count = count_parameters(drafted.config).total
+    parameters = count_parameters(drafted.config)
+    active = f" ({parameters.active:,} active per token)" if parameters.idle else ""
+    most = "" if drafted.vocab_is_certain else "up to "
     chosen = settings.optimizer
     effective = chosen.batch_size * chosen.gradient_accumulation_steps * devices.world_size
-    vocabulary = f"vocabulary {'' if drafted.vocab_is_certain else 'up to '}{drafted.config.vocab_size}"
+    vocabulary = f"vocabulary {most}{drafted.config.vocab_size}"
     size = f"{facts.puzzle.count} puzzles" if facts.puzzle is not None else f"{facts.bytes / 1e6:.1f} MB of text"
     skipped = f", {facts.skipped_files} other file(s) not read" if facts.skipped_files else ""
     lines = [
         f"data    {facts.path} ({facts.task}, {size} in {facts.files} file(s){skipped})",
-        f"model   {drafted.config.arch}, {'' if drafted.vocab_is_certain else 'up to '}{count:,} parameters, "
+        f"model   {drafted.config.arch}, {most}{parameters.total:,} parameters{active}, "
         f"sequence {drafted.config.seq_len}, {vocabulary}",
         f"batch   {chosen.batch_size} x {chosen.gradient_accumulation_steps} accumulated x {devices.world_size} "
         f"worker(s) = {effective}",

@@ -46,11 +46,19 @@ FIXED = (
     "data.packing",
     "data.linear_dataset",
     "optimizer.optimizer",
+    "optimizer.use_8bit_optimizer",
+    "memory.model_dtype",
+    "memory.load_in_",
+    "adapt.",
+    "run.profile",
     "run.seed",
 )
 """Leaves (or sections) that a resumed run must share with its checkpoint: they decide tensors or the order of data.
 
 The data may have moved: what counts is its fingerprint."""
+
+OF_OLDER_RUNS: dict[tuple[str, str], Any] = {("model", "use_moe"): False, ("memory", "amp"): False}
+"""Section and leaf -> what a run was trained with whose stored settings are older than the leaf."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +113,12 @@ def stored_args(run_dir: RunDir) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _stored_leaves(run_dir: RunDir) -> dict[str, Any]:
+    plain = stored_args(run_dir)[0]
+    for (section, leaf), value in OF_OLDER_RUNS.items():
+        if isinstance(plain.get(section, {}), dict):
+            plain.setdefault(section, {}).setdefault(leaf, value)
     try:
-        return to_dotted(from_plain(stored_args(run_dir)[0]))
+        return to_dotted(from_plain(plain))
     except SettingsError as error:
         raise _not_as_written(run_dir, "; ".join(f"{f.value}: {f.reason}" for f in error.faults)) from error
 

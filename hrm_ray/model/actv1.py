@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.embedding import InputEmbedding
-from hrm_ray.model.initialise import truncated_normal_
+from hrm_ray.model.initialise import draw_parameter_, truncated_normal_
 from hrm_ray.model.layers import Context, Level, RotaryTable, Rotation, linear
 
 
@@ -65,7 +65,7 @@ class ActV1(nn.Module):
             elif name == "q_head.weight":
                 nn.init.zeros_(parameter)
             else:
-                truncated_normal_(parameter, parameter.shape[-1] ** -0.5, generator)
+                draw_parameter_(name, parameter, generator)
         for start in (self.H_init, self.L_init):
             wide = torch.empty(start.shape)
             start.copy_(truncated_normal_(wide, 1.0, generator))
@@ -92,6 +92,9 @@ class ActV1(nn.Module):
     def updates(self, states: States, x: Tensor, context: Context, first: int, stop: int) -> States:
         """The updates `first` to `stop` (exclusive) of a segment, in time order, in the present gradient mode."""
         z_h, z_l = states.z_h, states.z_l
+        if torch.is_grad_enabled() and torch.is_autocast_enabled(x.device.type):
+            # Autocast keeps the weights' casts, and those made without a graph would cut the weights' gradients off.
+            torch.clear_autocast_cache()
         for number in range(first, stop):
             if number % (self.config.l_cycles + 1) < self.config.l_cycles:
                 z_l = self.L_level(z_l, z_h + x, context.at(number))
@@ -103,7 +106,8 @@ class ActV1(nn.Module):
 
     def _untrained(self, x: Tensor) -> Tensor:
         """A zero through what only L updates use, so that neither DDP nor ZeRO waits for its gradient."""
-        return 0.0 * torch.stack([x.float().sum(), *(p.sum() for p in self.L_level.parameters())]).sum()
+        trained = (p.sum(dtype=torch.float32) for p in self.L_level.parameters() if p.requires_grad)
+        return 0.0 * torch.stack([x.sum(dtype=torch.float32), *trained]).sum()
 
     def logits(self, z_h: Tensor) -> Tensor:
         """Token scores [B, S, V] at the token positions of `z_h` [B, P+S, D]."""

@@ -7,39 +7,58 @@ generation is in generate.py and gives the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hrm_ray.model.actv1 import ActV1, States
-from hrm_ray.model.layers import AttentionScope, Context, Site
+from hrm_ray.model.actv1 import ActV1
+from hrm_ray.model.chunked_caches import Passed
+from hrm_ray.model.chunked_rest import Keeper, Rest
+from hrm_ray.model.chunked_rows import ChunkedRows, ShelvedStates, sweep
+from hrm_ray.model.layers import KeyValueExchange
+from hrm_ray.model.routing import Site
 
 
-class FrozenExchange:
-    """Keeps the keys and values of every attention of the last segment; frozen tokens keep theirs."""
+class FrozenKeys:
+    """Keeps the keys and values of every attention of the last segment, by chunk; frozen tokens keep theirs."""
 
-    def __init__(self) -> None:
-        self._kept: dict[Site, tuple[Tensor, Tensor]] = {}
+    def __init__(self, rows: ChunkedRows, keeper: Keeper) -> None:
+        self._rows = rows
+        self._keeper = keeper
+        self._kept: dict[tuple[Site, int], tuple[Rest, Rest]] = {}
         self._frozen: Tensor | None = None
 
     def begin_segment(self, frozen: Tensor) -> None:
         """`frozen` bool [B, T]: tokens that have halted before this segment."""
-        self._frozen = frozen.view(frozen.shape[0], 1, frozen.shape[1], 1)
+        self._frozen = frozen
+
+    def of_site(self, site: Site) -> Callable[[int], KeyValueExchange]:
+        """What the chunks of one attention exchange with, see ExchangeOf."""
+        passed = Passed(self._rows.length, self._rows.window)
+        return lambda chunk: _FrozenChunk(self, passed, chunk)
+
+    def replaced(self, site: Site, chunk: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """A chunk's keys and values [B, heads, T, d], those of frozen tokens replaced by their kept ones."""
+        assert self._frozen is not None
+        place = (site, chunk)
+        if place in self._kept:
+            old = [rest.fetch() for rest in self._kept[place]]
+            frozen = self._frozen[:, None, self._rows.parts[chunk], None]
+            keys, values = torch.where(frozen, old[0], keys), torch.where(frozen, old[1], values)
+        self._kept[place] = (self._keeper.rest(keys), self._keeper.rest(values))
+        return keys, values
+
+
+class _FrozenChunk:
+    def __init__(self, frozen: FrozenKeys, passed: Passed, chunk: int) -> None:
+        self._frozen = frozen
+        self._passed = passed
+        self._chunk = chunk
 
     def exchange(self, site: Site, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, heads, T, d] of this attention, those of frozen tokens replaced by their kept ones."""
-        if site not in self._kept:
-            self._kept[site] = (keys, values)
-            return keys, values
-        assert self._frozen is not None
-        old_keys, old_values = self._kept[site]
-        self._kept[site] = (
-            torch.where(self._frozen, old_keys, keys),
-            torch.where(self._frozen, old_values, values),
-        )
-        return self._kept[site]
+        return self._passed.exchange(site, *self._frozen.replaced(site, self._chunk, keys, values))
 
 
 @dataclass(frozen=True)
@@ -47,28 +66,27 @@ class Reading:
     """After one segment of adaptive reading: states, which tokens are read out now, and which are now frozen [B, T]."""
 
     segment: int
-    states: States
+    states: ShelvedStates
     reads: Tensor
     frozen: Tensor
 
 
-def adaptive_segments(model: ActV1, x: Tensor, scope: AttentionScope, prompt: Tensor | None) -> Iterator[Reading]:
-    """Segment after segment over x [B, T, D]; a token is read out at the first segment (from 1) where q_halt > 0.
+def adaptive_segments(model: ActV1, rows: ChunkedRows, keeper: Keeper) -> Iterator[Reading]:
+    """Segment after segment over `rows`; a token is read out at the first segment (from 1) where q_halt > 0.
 
-    `prompt` bool [B, T] marks tokens that think to the end: a prompt under a prefix mask has no labels, so the head was
-    never trained there.
+    Tokens of a prompt think to the end: under a prefix mask they have no labels, so the head was never trained there.
+    Without a graph. Keys and values of every attention are kept, as generation keeps them; activations follow the
+    chunk.
     """
-    rows, length = x.shape[:2]
-    states = model.initial_states(rows, length)
-    frozen = torch.zeros(rows, length, dtype=torch.bool, device=x.device)
-    cache = FrozenExchange()
-    context = Context(scope, model.rotation(0, length), cache)
+    states = ShelvedStates.initial(rows, model)
+    frozen = torch.zeros(rows.rows, rows.length, dtype=torch.bool, device=rows.batch["inputs"].device)
+    keys = FrozenKeys(rows, keeper)
     for segment in range(1, model.config.halt_max_steps + 1):
-        cache.begin_segment(frozen)
-        states = model.segment(states, x, context)
-        halts = model.halting_scores(states.z_h)[0] > 0
-        if prompt is not None:
-            halts = halts & ~prompt
+        keys.begin_segment(frozen)
+        states = sweep(model, rows, states, range(model.config.updates_per_segment), keeper, keys.of_site)
+        halts = torch.cat([model.halting_scores(states.z_h.get(chunk))[0] > 0 for chunk in range(len(rows))], dim=1)
+        if rows.scope.prompt is not None:
+            halts = halts & ~rows.scope.prompt
         if segment == model.config.halt_max_steps:
             halts = torch.ones_like(halts)
         reads = halts & ~frozen

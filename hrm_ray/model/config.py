@@ -7,11 +7,15 @@ settings, and does not import torch.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from hrm_ray.errors import DataFault, Fault
 
 MODEL_TYPE = "hrm_actv1"
+
+ForwardDtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
+FORWARD_DTYPES: dict[str, ForwardDtype] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Type of the activations by the name that `--model-dtype` takes."""
 
 
 def swiglu_width(hidden_size: int, expansion: float) -> int:
@@ -27,7 +31,11 @@ class ModelConfig:
     """Everything that decides the tensors of a model and how a segment is computed.
 
     `seq_len` counts tokens; `total_positions` also counts the prefix vectors of a puzzle embedding.
-    `intermediate_size` is the FFN's inner width. `forward_dtype` is the activations' type; weights stay float32.
+    `intermediate_size` is the FFN's inner width; `swiglu` False is an FFN without a gate. `forward_dtype` is the
+    activations' type; weights are cast to it at use. `rmsnorm` False is LayerNorm with weight and bias; `rms_norm_eps`
+    serves both. Dropout acts in training only.
+    `num_experts` 0 is a dense FFN; the capacity of experts acts in training only.
+    `window_size` is how many positions, itself included, a position of a text sees at most; None is no limit.
     """
 
     task: Literal["lm", "puzzle"]
@@ -50,7 +58,15 @@ class ModelConfig:
     halt_rule: Literal["none", "gain"] = "gain"
     puzzle_emb_ndim: int = 0
     num_puzzle_identifiers: int = 1
-    forward_dtype: Literal["float32", "bfloat16"] = "float32"
+    forward_dtype: ForwardDtype = "float32"
+    activation: Literal["silu", "gelu", "relu"] = "silu"
+    swiglu: bool = True
+    rmsnorm: bool = True
+    dropout_rate: float = 0.0
+    num_experts: int = 0
+    num_experts_per_tok: int = 2
+    moe_capacity_factor: float = 1.25
+    window_size: int | None = None
 
     @property
     def head_dim(self) -> int:

@@ -27,13 +27,22 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Trained values by part; the puzzle table counts although its rule is its own."""
+    """Trained values by part; the puzzle table counts although its rule is its own.
+
+    `idle` of them belong to experts that a token does not go through.
+    """
 
     by_part: dict[str, int]
+    idle: int = 0
 
     @property
     def total(self) -> int:
         return sum(self.by_part.values())
+
+    @property
+    def active(self) -> int:
+        """Values that one token is computed with."""
+        return self.total - self.idle
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ class Summary:
     config: ModelConfig
     parameters: dict[str, int]
     total_parameters: int
+    active_parameters: int
     weight_bytes: int
     training_bytes: int
     forward_flops_per_token: int
@@ -61,6 +71,7 @@ class Summary:
         lines = [f"{part:<{width}}  {count:>15,}" for part, count in self.parameters.items()]
         lines += [
             f"{'total':<{width}}  {self.total_parameters:>15,}",
+            *([f"{'active':<{width}}  {self.active_parameters:>15,}  (per token)"] if self.config.num_experts else []),
             "",
             f"weights                       {self.weight_bytes / 1e6:,.1f} MB (float32)",
             f"weights, gradients, moments   {self.training_bytes / 1e6:,.1f} MB (AdamW)",
@@ -82,15 +93,22 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
         part: sum(count for name, count in counted.items() if name.startswith(prefix))
         for part, prefix in _PARTS.items()
     }
-    return ParameterCount({part: count for part, count in parts.items() if count})
+    idle = 0
+    if config.num_experts:
+        experts = sum(count for name, count in counted.items() if ".mlp.experts." in name)
+        idle = experts // config.num_experts * (config.num_experts - config.num_experts_per_tok)
+    return ParameterCount({part: count for part, count in parts.items() if count}, idle)
 
 
 def layer_flops(config: ModelConfig) -> int:
     """Forward FLOPs of one block for one token: projections and attention over the whole sequence.
 
+    With experts those that a token goes through count, and the router; dropped choices are computed too.
     The prefix positions of a puzzle embedding are work too; their share is spread over the tokens.
     """
-    projections = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size
+    matrices = (3 if config.swiglu else 2) * (config.num_experts_per_tok if config.num_experts else 1)
+    projections = 4 * config.hidden_size**2 + matrices * config.hidden_size * config.intermediate_size
+    projections += config.num_experts * config.hidden_size
     position = 2 * projections + 4 * config.total_positions * config.hidden_size
     return position * config.total_positions // config.seq_len
 
@@ -131,6 +149,7 @@ def summarise(config: ModelConfig) -> Summary:
         config=config,
         parameters=count.by_part,
         total_parameters=count.total,
+        active_parameters=count.active,
         weight_bytes=4 * count.total,
         training_bytes=16 * count.total,
         forward_flops_per_token=forward * config.halt_max_steps,

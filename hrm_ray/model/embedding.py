@@ -15,13 +15,28 @@ from torch import Tensor, nn
 
 from hrm_ray.model.config import ModelConfig
 
+FORWARD_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Types of the activations by the name that a configuration has for them."""
+
 
 @dataclass(frozen=True)
 class TakenRows:
-    """Rows taken from a puzzle table for one backward pass: identifiers [K] and the leaf [K, E] that gets gradient."""
+    """Rows looked up in a puzzle table for one backward pass: identifiers [B], the leaf [B, E] that gets gradient, and
+    which rows [B] are active (None: all)."""
 
     identifiers: Tensor
-    rows: Tensor
+    leaf: Tensor
+    active: Tensor | None
+
+    def used(self) -> tuple[Tensor, Tensor] | None:
+        """(identifiers [K], gradients [K, E]) of the active rows; None where no backward pass has come by.
+
+        An idle slot's identifier is left out: it would decay although no puzzle used it.
+        """
+        gradient = self.leaf.grad
+        if gradient is None or self.active is None:
+            return None if gradient is None else (self.identifiers, gradient)
+        return self.identifiers[self.active], gradient[self.active]
 
 
 class PuzzleTable(nn.Module):
@@ -37,18 +52,14 @@ class PuzzleTable(nn.Module):
         self.taken: list[TakenRows] = []
 
     def forward(self, identifiers: Tensor, active: Tensor | None) -> Tensor:
-        """identifiers [B] -> rows [B, E]; in a training pass with gradient the rows `active` [B] are a fresh leaf.
+        """identifiers [B] -> rows [B, E], which in a training pass with gradient are a fresh leaf.
 
-        An idle slot's identifier is not taken: it would decay although no puzzle used it. None: all are active.
+        `active` [B] says which of them are in work (None: all).
         """
         rows = self.weights[identifiers.long()]
-        if not (self.training and torch.is_grad_enabled()):
-            return rows
-        if active is None:
-            active = torch.ones_like(identifiers, dtype=torch.bool)
-        leaf = rows[active].requires_grad_()
-        self.taken.append(TakenRows(identifiers[active], leaf))
-        return rows.index_put((active,), leaf)
+        if self.training and torch.is_grad_enabled():
+            self.taken.append(TakenRows(identifiers, rows.requires_grad_(), active))
+        return rows
 
 
 class InputEmbedding(nn.Module):
@@ -64,7 +75,7 @@ class InputEmbedding(nn.Module):
         self.puzzle_emb = (
             PuzzleTable(config.num_puzzle_identifiers, config.puzzle_emb_ndim) if config.puzzle_emb_ndim else None
         )
-        self.dtype = torch.bfloat16 if config.forward_dtype == "bfloat16" else torch.float32
+        self.dtype = FORWARD_TYPES[config.forward_dtype]
 
     def forward(
         self, inputs: Tensor, identifiers: Tensor | None, positions: Tensor | None, active: Tensor | None = None

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from hrm_ray.model.actv1 import ActV1
-from hrm_ray.model.layers import AttentionScope, Context, Site
-from hrm_ray.model.scope import CAUSAL, FULL, text_scope
+from hrm_ray.model.attention import AttentionScope
+from hrm_ray.model.layers import Context, Site
+from hrm_ray.model.scope import text_scope
 from hrm_ray.model.transformer import Transformer
 
 
@@ -38,9 +39,13 @@ class Drawn:
 
 
 class SegmentCaches:
-    """Keys and values of every attention of every segment, [1, heads, T, d] each."""
+    """Keys and values of every attention of every segment, [1, heads, T, d] each.
 
-    def __init__(self) -> None:
+    With a `window` what no new token can see any more is dropped.
+    """
+
+    def __init__(self, window: int | None = None) -> None:
+        self._window = window
         self._kept: dict[tuple[int, Site], tuple[Tensor, Tensor]] = {}
         self._segment = 0
         self._frozen = torch.zeros(0, dtype=torch.bool)
@@ -72,10 +77,14 @@ class SegmentCaches:
     def _append(self, site: Site, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         place = (self._segment, site)
         if place in self._kept:
-            old_keys, old_values = self._kept[place]
+            old_keys, old_values = map(self._in_reach, self._kept[place])
             keys, values = torch.cat((old_keys, keys), dim=2), torch.cat((old_values, values), dim=2)
         self._kept[place] = (keys, values)
         return keys, values
+
+    def _in_reach(self, old: Tensor) -> Tensor:
+        """What the next token can see of what is kept."""
+        return old if self._window is None else old[:, :, max(old.shape[2] - self._window + 1, 0) :]
 
 
 class Reader:
@@ -88,7 +97,7 @@ class Reader:
 
     def restart(self) -> None:
         """Forget everything read."""
-        self.caches = SegmentCaches()
+        self.caches = SegmentCaches(self.model.config.window_size)
         self.length = 0
 
     @torch.no_grad()
@@ -132,11 +141,10 @@ class Reader:
         return model.logits(answer.unsqueeze(0))[0], thought
 
     def _scope(self, start: int, new: int, device: torch.device) -> AttentionScope:
-        if start > 0:
-            return FULL  # one new token sees all keys there are
-        if self.model.config.lm_mask == "prefix":
-            return text_scope(new, None, torch.ones(1, new, dtype=torch.bool, device=device))
-        return CAUSAL
+        prompt = None
+        if start == 0 and self.model.config.lm_mask == "prefix":
+            prompt = torch.ones(1, new, dtype=torch.bool, device=device)
+        return text_scope(None, prompt, self.model.config.window_size)
 
 
 def generate(

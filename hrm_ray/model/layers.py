@@ -1,4 +1,4 @@
-"""The block both levels are made of: attention, gated FFN, norm, rotary positions.
+"""The block both levels are made of: attention, FFN, norm, dropout, rotary positions.
 
 One job: one layer's arithmetic (ACTV1_SPEC, section 4). It knows nothing of cycles, segments or losses.
 """
@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hrm_ray.model.activations import inner_values
+from hrm_ray.model.attention import AttentionKernel, AttentionScope, attend
 from hrm_ray.model.config import ModelConfig
-
-Site = tuple[int, int]
-"""Which attention (or FFN) of a segment: the number of the update in time order, and of the layer in its level."""
+from hrm_ray.model.moe import MixtureOfExperts
+from hrm_ray.model.routing import Routing
+from hrm_ray.model.routing import Site as Site
 
 
 class KeyValueExchange(Protocol):
@@ -27,14 +29,6 @@ class KeyValueExchange(Protocol):
 
         Called in time order; once more with the same numbers where a block is recomputed in the backward pass.
         """
-
-
-@dataclass(frozen=True)
-class AttentionScope:
-    """Which positions see which: a boolean mask [B or 1, 1, T_query, T_key] (True = sees), or a rule without one."""
-
-    mask: Tensor | None = None
-    causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,13 +63,15 @@ class RotaryTable(nn.Module):
 class Context:
     """What every layer of a pass is told: who sees whom, the positions, where keys and values go, which update it is.
 
-    `update` counts the L and H updates of a segment in time order.
+    `update` counts the L and H updates of a segment in time order. `routing` is the record of the routers of a model
+    with experts; without one nobody listens to them.
     """
 
     scope: AttentionScope
     rotation: Rotation | None
     cache: KeyValueExchange | None = None
     update: int = 0
+    routing: Routing | None = None
 
     def at(self, update: int) -> Context:
         return replace(self, update=update)
@@ -110,7 +106,10 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with separate q, k, v, o projections; scale 1/sqrt(head_dim), no dropout."""
+    """Multi-head attention with separate q, k, v, o projections; scale 1/sqrt(head_dim), no dropout.
+
+    `kernel` computes it; `transforms.attend` chooses another where the device has one.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -120,6 +119,7 @@ class Attention(nn.Module):
         self.k_proj = Projection(hidden_size, hidden_size)
         self.v_proj = Projection(hidden_size, hidden_size)
         self.o_proj = Projection(hidden_size, hidden_size)
+        self.kernel: AttentionKernel = attend
 
     def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
@@ -132,42 +132,76 @@ class Attention(nn.Module):
             query, keys = rotate(query, context.rotation), rotate(keys, context.rotation)
         if context.cache is not None:
             keys, values = context.cache.exchange((context.update, layer), keys, values)
-        scope = context.scope
-        seen = F.scaled_dot_product_attention(query, keys, values, attn_mask=scope.mask, is_causal=scope.causal)
+        seen = self.kernel(query, keys, values, context.scope)
         return self.o_proj(seen.transpose(1, 2).reshape(batch, length, hidden))
 
 
-class GatedFeedForward(nn.Module):
-    """SwiGLU: down( silu(gate x) * up x )."""
+class RmsNorm(nn.Module):
+    """RMSNorm without a weight, as in the reference."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = Projection(config.hidden_size, config.intermediate_size)
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with weight and bias, as PyTorch's, in float32 (Ba et al. 2016)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.bias = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps)
+        return wide.to(x.dtype)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU, down( act(gate x) * up x ); without a gate down( act(up x) ), of the same inner width."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.gate_proj = Projection(config.hidden_size, config.intermediate_size) if config.swiglu else None
         self.up_proj = Projection(config.hidden_size, config.intermediate_size)
         self.down_proj = Projection(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if torch.is_grad_enabled():
-            return self.down_proj(F.silu(gate) * up)
-        # Most updates of a segment keep no graph; these, the widest tensors of a layer, are then changed in place.
-        return self.down_proj(F.silu(gate, inplace=True).mul_(up))
+        gate = self.gate_proj(x) if self.gate_proj is not None else None
+        return self.down_proj(inner_values(self.activation, self.up_proj(x), gate))
 
 
 class Block(nn.Module):
-    """Post-norm layer: x <- N(x + Attention(x)); x <- N(x + FFN(x))."""
+    """Post-norm layer: x <- N(x + Attention(x)); x <- N(x + FFN(x)); in training with dropout on both branches.
+
+    Dropout is drawn anew at every call, in updates without a graph and in a puzzle's look-ahead too: a segment in
+    training is the same computation whether gradient passes through it or not.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        norm = RmsNorm if config.rmsnorm else LayerNorm
         self.self_attn = Attention(config)
-        self.mlp = GatedFeedForward(config)
-        self.eps = config.rms_norm_eps
+        self.attn_norm = norm(config)
+        self.mlp = MixtureOfExperts(config) if config.num_experts else FeedForward(config)
+        self.mlp_norm = norm(config)
+        self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
         """x [B, T, D] -> [B, T, D]; `layer` is the block's number in its level."""
-        x = rms_norm(x + self.self_attn(x, context, layer), self.eps)
-        return rms_norm(x + self.mlp(x), self.eps)
+        x = self.attn_norm(x + self.dropout(self.self_attn(x, context, layer)))
+        if isinstance(self.mlp, MixtureOfExperts):
+            fed = self.mlp(x, (context.update, layer), context.routing)
+        else:
+            fed = self.mlp(x)
+        result: Tensor = self.mlp_norm(x + self.dropout(fed))
+        return result
 
 
 class Level(nn.Module):

@@ -32,7 +32,10 @@ class Term:
 
 @dataclass(frozen=True)
 class SegmentOutput(Generic[CarryT]):
-    """Result of one segment: terms to descend, the detached carry, and metrics as (total, weight) pairs."""
+    """Result of one segment: terms to descend, the detached carry, and metrics as (total, weight) pairs.
+
+    A metric's total may be a vector, its weight then serves all of it.
+    """
 
     terms: tuple[Term, ...]
     carry: CarryT
@@ -63,6 +66,10 @@ class Objective(nn.Module, Generic[CarryT]):
 
         `rows` is always there and counts the rows in work; an epoch is over when it is 0 everywhere.
         """
+        raise NotImplementedError
+
+    def recut(self, carries: list[CarryT], rows: int) -> list[CarryT]:
+        """Carries that outlive a step, laid out anew for micro-batches of `rows` rows, in the same order."""
         raise NotImplementedError
 
     def restarted(self, carry: CarryT) -> CarryT:

@@ -6,6 +6,7 @@ halted, so the same forward serves carried supervision (one segment a step) and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +18,8 @@ from hrm_ray.model.halting import continue_target, halt_in_training, last_segmen
 from hrm_ray.model.layers import Context
 from hrm_ray.model.losses import CROSS_ENTROPIES, LossKind
 from hrm_ray.model.objective import Batch, Objective, SegmentOutput, Term
+from hrm_ray.model.router_losses import NO_ROUTER_LOSSES, RouterLosses, router_terms, router_weights
+from hrm_ray.model.routing import Routing
 from hrm_ray.model.scope import FULL
 from hrm_ray.values import IGNORE_LABEL
 
@@ -33,6 +36,30 @@ class PuzzleCarry:
     halted: Tensor
     data: Batch
 
+    @classmethod
+    def joined(cls, carries: Sequence[PuzzleCarry]) -> PuzzleCarry:
+        """The carries of several micro-batches as one."""
+        return cls(
+            states=States(
+                torch.cat([carry.states.z_h for carry in carries]), torch.cat([carry.states.z_l for carry in carries])
+            ),
+            steps=torch.cat([carry.steps for carry in carries]),
+            halted=torch.cat([carry.halted for carry in carries]),
+            data={name: torch.cat([carry.data[name] for carry in carries]) for name in ROW_FIELDS},
+        )
+
+    def split(self, rows: int) -> list[PuzzleCarry]:
+        """One carry for every `rows` rows."""
+        return [
+            PuzzleCarry(
+                states=self.states.map(lambda state, part=part: state[part]),  # type: ignore[misc]
+                steps=self.steps[part],
+                halted=self.halted[part],
+                data={name: values[part] for name, values in self.data.items()},
+            )
+            for part in (slice(first, first + rows) for first in range(0, len(self.halted), rows))
+        ]
+
 
 @dataclass(frozen=True)
 class PuzzleView:
@@ -43,6 +70,7 @@ class PuzzleView:
     q_continue: Tensor
     target_q_continue: Tensor | None
     carry: PuzzleCarry
+    routing: Routing | None
 
 
 class PuzzleObjective(Objective[PuzzleCarry]):
@@ -50,11 +78,14 @@ class PuzzleObjective(Objective[PuzzleCarry]):
 
     model: ActV1
 
-    def __init__(self, model: ActV1, loss: LossKind, *, rollout: bool) -> None:
+    def __init__(
+        self, model: ActV1, loss: LossKind, *, rollout: bool, router_losses: RouterLosses = NO_ROUTER_LOSSES
+    ) -> None:
         super().__init__()
         self.model = model
         self.cross_entropy = CROSS_ENTROPIES[loss]
         self.rollout = rollout
+        self.router_losses = router_losses
         self.segments_per_step = model.config.halt_max_steps if rollout else 1
 
     def initial_carry(self, batch: Batch) -> PuzzleCarry:
@@ -68,10 +99,14 @@ class PuzzleObjective(Objective[PuzzleCarry]):
             data={name: torch.zeros_like(batch[name]) for name in ROW_FIELDS},
         )
 
+    def recut(self, carries: list[PuzzleCarry], rows: int) -> list[PuzzleCarry]:
+        return PuzzleCarry.joined(carries).split(rows)
+
     def weights(self, batch: Batch, carry: PuzzleCarry) -> dict[str, Tensor]:
         """`rows`: rows in work, once per segment of the step."""
         active = torch.where(carry.halted, batch["active"], carry.data["active"])
-        return {"rows": active.sum() * self.segments_per_step}
+        own = {"rows": active.sum() * self.segments_per_step}
+        return own | router_weights(self.model.config, active, self.segments_per_step)
 
     def take_offered(self, batch: Batch, carry: PuzzleCarry) -> PuzzleCarry:
         """Halted rows start anew with the offered row; the others ignore the offer."""
@@ -103,7 +138,8 @@ class PuzzleObjective(Objective[PuzzleCarry]):
         model, config = self.model, self.model.config
         carry = self.take_offered(batch, carry)
         x = model.embedding(carry.data["inputs"], carry.data["puzzle_identifiers"], None, carry.data["active"])
-        context = Context(FULL, model.rotation(0, config.total_positions))
+        routing = Routing(config.total_positions) if config.num_experts else None
+        context = Context(FULL, model.rotation(0, config.total_positions), routing=routing)
         states = model.segment(carry.states, x, context)
         q_halt, q_continue = model.halting_scores(states.z_h[:, 0])
         steps = carry.steps + 1
@@ -114,12 +150,13 @@ class PuzzleObjective(Objective[PuzzleCarry]):
                 # In rollout nothing is replaced before the last segment, whatever the scores say.
                 if not self.rollout:
                     halted = halt_in_training(q_halt, q_continue, steps, last, batch["min_steps"])
-                ahead = model.segment(states.detach(), x.detach(), context)
+                aside = replace(context, routing=routing.unheard() if routing is not None else None)
+                ahead = model.segment(states.detach(), x.detach(), aside)
                 target = continue_target(*model.halting_scores(ahead.z_h[:, 0]), last)
         # An idle slot must be free to take a row of the next epoch at once.
         halted = halted | ~carry.data["active"]
         new_carry = PuzzleCarry(states.detach(), steps, halted, carry.data)
-        return PuzzleView(model.logits(states.z_h), q_halt, q_continue, target, new_carry)
+        return PuzzleView(model.logits(states.z_h), q_halt, q_continue, target, new_carry, routing)
 
     def forward(self, batch: Batch, carry: PuzzleCarry) -> SegmentOutput[PuzzleCarry]:
         """One segment and its losses (ACTV1_SPEC, section 7); sums over the rows in work."""
@@ -138,11 +175,12 @@ class PuzzleObjective(Objective[PuzzleCarry]):
         if view.target_q_continue is not None:
             continue_rows = _bce_rows(view.q_continue, view.target_q_continue)
             terms.append(Term("q_continue_loss", _over(active, continue_rows), "rows", 0.5))
+        routed, router_metrics = router_terms(view.routing, active, self.router_losses)
         rows = active.sum()
-        metrics = {term.name: (term.total.detach(), rows) for term in terms}
+        metrics = {term.name: (term.total.detach(), rows) for term in terms} | router_metrics
         with torch.no_grad():
             metrics |= _halted_metrics(view, active & (counts > 0), hit, counts, correct)
-        return SegmentOutput(tuple(terms), view.carry, metrics)
+        return SegmentOutput((*terms, *routed), view.carry, metrics)
 
 
 def _bce_rows(scores: Tensor, target: Tensor) -> Tensor:

@@ -7,28 +7,19 @@ attention on text.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from hrm_ray.model.layers import AttentionScope
+from hrm_ray.model.attention import AttentionScope
 
 FULL = AttentionScope()
 CAUSAL = AttentionScope(causal=True)
 
 
-def text_scope(length: int, documents: Tensor | None, prompt: Tensor | None) -> AttentionScope:
-    """The scope of packed text rows.
+def text_scope(documents: Tensor | None, prompt: Tensor | None, window: int | None = None) -> AttentionScope:
+    """The scope of packed text rows, for one pass.
 
     `documents` [B, S] numbers the documents of a row (None: one document a row); attention stays inside a document.
     `prompt` [B, S] is True inside a prompt (None: plain causal); prompts of one document see each other fully.
+    `window` (None: no end) is how many positions back, itself included, a position sees.
     """
-    if documents is None and prompt is None:
-        return CAUSAL
-    given = documents if documents is not None else prompt
-    assert given is not None
-    mask = torch.ones(length, length, dtype=torch.bool, device=given.device).tril().unsqueeze(0)
-    if prompt is not None:
-        mask = mask | (prompt.unsqueeze(2) & prompt.unsqueeze(1))
-    if documents is not None:
-        mask = mask & (documents.unsqueeze(2) == documents.unsqueeze(1))
-    return AttentionScope(mask=mask.unsqueeze(1))
+    return AttentionScope(causal=True, documents=documents, prompt=prompt, window=window)

@@ -29,15 +29,16 @@ class Scored:
 
 
 def score_tokens(
-    hidden: Tensor, weight: Tensor, labels: Tensor, kind: LossKind, bytes_at_once: int = SCORES_BYTES
+    hidden: Tensor, weight: Tensor, labels: Tensor, kind: LossKind, bytes_at_once: int | None = None
 ) -> Scored:
     """Score `hidden` [B, S, D] against `labels` [B, S] with the output head `weight` [V, D].
 
-    The same numbers whatever `bytes_at_once` is; beyond it the backward pass computes the scores a second time.
+    The same numbers whatever `bytes_at_once` (SCORES_BYTES if not said) is; beyond it the backward pass computes the
+    scores a second time.
     """
     dtype = _compute_dtype(hidden)
     tokens, vocabulary = labels.numel(), weight.shape[0]
-    rows = max(1, bytes_at_once // (4 * vocabulary))
+    rows = max(1, (SCORES_BYTES if bytes_at_once is None else bytes_at_once) // (4 * vocabulary))
     if tokens <= rows:
         logits = F.linear(hidden.to(dtype), weight.to(dtype))
         return Scored(CROSS_ENTROPIES[kind](logits, labels), _hits(logits, labels))

@@ -16,7 +16,15 @@ from hrm_ray.model.actv1 import ActV1, States
 from hrm_ray.model.halting import gain_target
 from hrm_ray.model.layers import Context
 from hrm_ray.model.losses import LossKind
-from hrm_ray.model.objective import Batch, Objective, SegmentOutput, Term
+from hrm_ray.model.objective import Batch, CarryT, Objective, SegmentOutput, Term
+from hrm_ray.model.router_losses import (
+    NO_ROUTER_LOSSES,
+    RouterLosses,
+    RouterOutcome,
+    router_terms,
+    router_weights,
+    text_routing,
+)
 from hrm_ray.model.scope import text_scope
 from hrm_ray.model.scoring import score_tokens
 from hrm_ray.model.transformer import Transformer
@@ -32,45 +40,45 @@ class TextCarry:
     segments: int
 
 
-class TextObjective(Objective[TextCarry]):
-    """Next-token loss over all segments, plus the halting head's."""
+class RolloutOnText(Objective[CarryT]):
+    """What all ways to train ACT on text share: the denominators, and the losses of a segment's states."""
 
     model: ActV1
 
-    def __init__(self, model: ActV1, loss: LossKind, halt_margin: float) -> None:
+    def __init__(
+        self, model: ActV1, loss: LossKind, halt_margin: float, router_losses: RouterLosses = NO_ROUTER_LOSSES
+    ) -> None:
         super().__init__()
         self.model = model
         self.loss_kind = loss
         self.halt_margin = halt_margin
+        self.router_losses = router_losses
         self.segments_per_step = model.config.halt_max_steps
 
-    def initial_carry(self, batch: Batch) -> TextCarry:
-        rows, length = batch["inputs"].shape
-        zeros = torch.zeros(rows, length, device=batch["inputs"].device)
-        return TextCarry(self.model.initial_states(rows, length), zeros, 0)
-
-    def weights(self, batch: Batch, carry: TextCarry) -> dict[str, Tensor]:
+    def weights(self, batch: Batch, carry: CarryT) -> dict[str, Tensor]:
         """`tokens`: valid labels once per segment; `halt_tokens`: once per segment that judges its predecessor."""
         valid = (batch["labels"] != IGNORE_LABEL).sum()
         return {
             "tokens": valid * self.segments_per_step,
             "halt_tokens": valid * (self.segments_per_step - 1),
             "rows": batch["active"].sum(),
-        }
+        } | router_weights(self.model.config, batch["active"], self.segments_per_step)
 
-    def forward(self, batch: Batch, carry: TextCarry) -> SegmentOutput[TextCarry]:
-        """One segment on the same inputs as the last; sums over valid tokens."""
-        model = self.model
-        inputs, labels = batch["inputs"], batch["labels"]
-        x = model.embedding(inputs, None, batch.get("positions"))
-        scope = text_scope(inputs.shape[1], batch.get("documents"), batch.get("prompt"))
-        states = model.segment(carry.states, x, Context(scope, model.rotation(0, inputs.shape[1])))
-        scored = score_tokens(states.z_h, model.lm_head.weight, labels, self.loss_kind)
+    def supervised(
+        self,
+        carry: TextCarry,
+        states: States,
+        labels: Tensor,
+        routed: RouterOutcome,
+    ) -> SegmentOutput[TextCarry]:
+        """The losses of what a segment made of the `carry`, for whole rows or a part of their positions; sums over
+        valid tokens. `routed` are the routers' terms and metrics."""
+        scored = score_tokens(states.z_h, self.model.lm_head.weight, labels, self.loss_kind)
         token_loss, valid = scored.loss, labels != IGNORE_LABEL
         judged, judge_metrics = self._judge(carry, token_loss.detach().float(), valid)
-        terms = (Term("lm_loss", token_loss.sum(), "tokens"), judged)
+        terms = (Term("lm_loss", token_loss.sum(), "tokens"), judged, *routed[0])
         count = valid.sum()
-        metrics = dict(judge_metrics)
+        metrics = routed[1] | judge_metrics
         if carry.segments + 1 == self.segments_per_step:
             metrics["lm_loss"] = (token_loss.detach().sum(), count)
             metrics["accuracy"] = (scored.hit.sum(), count)
@@ -102,41 +110,75 @@ class TextObjective(Objective[TextCarry]):
         return Term("q_halt_loss", total + idle, "halt_tokens", 0.5), metrics
 
 
+class TextObjective(RolloutOnText[TextCarry]):
+    """Next-token loss over all segments, plus the halting head's."""
+
+    def initial_carry(self, batch: Batch) -> TextCarry:
+        rows, length = batch["inputs"].shape
+        zeros = torch.zeros(rows, length, device=batch["inputs"].device)
+        return TextCarry(self.model.initial_states(rows, length), zeros, 0)
+
+    def forward(self, batch: Batch, carry: TextCarry) -> SegmentOutput[TextCarry]:
+        """One segment on the same inputs as the last."""
+        model = self.model
+        inputs, labels = batch["inputs"], batch["labels"]
+        x = model.embedding(inputs, None, batch.get("positions"))
+        scope = text_scope(batch.get("documents"), batch.get("prompt"), model.config.window_size)
+        routing = text_routing(model.config, labels)
+        context = Context(scope, model.rotation(0, inputs.shape[1]), routing=routing)
+        states = model.segment(carry.states, x, context)
+        return self.supervised(carry, states, labels, router_terms(routing, batch["active"], self.router_losses))
+
+
 @dataclass(frozen=True)
 class NoCarry:
     """The carry of a network that has none."""
 
 
-class TransformerObjective(Objective[NoCarry]):
-    """Next-token loss of the baseline transformer: one pass, one term."""
+class OnePassOnText(Objective[CarryT]):
+    """What all ways to train the baseline transformer share: the denominators, and the loss of hidden states."""
 
     model: Transformer
 
     segments_per_step = 1
 
-    def __init__(self, model: Transformer, loss: LossKind) -> None:
+    def __init__(self, model: Transformer, loss: LossKind, router_losses: RouterLosses = NO_ROUTER_LOSSES) -> None:
         super().__init__()
         self.model = model
         self.loss_kind = loss
+        self.router_losses = router_losses
+
+    def weights(self, batch: Batch, carry: CarryT) -> dict[str, Tensor]:
+        """`tokens`: valid labels."""
+        own = {"tokens": (batch["labels"] != IGNORE_LABEL).sum(), "rows": batch["active"].sum()}
+        return own | router_weights(self.model.config, batch["active"], 1)
+
+    def supervised(
+        self, hidden: Tensor, labels: Tensor, routed: RouterOutcome
+    ) -> tuple[tuple[Term, ...], dict[str, tuple[Tensor, Tensor]]]:
+        """Terms and metrics of `hidden` [B, T, D], for whole rows or a part of their positions; see RolloutOnText."""
+        scored = score_tokens(hidden, self.model.lm_head.weight, labels, self.loss_kind)
+        token_loss, count = scored.loss, (labels != IGNORE_LABEL).sum()
+        metrics = routed[1] | {
+            "lm_loss": (token_loss.detach().sum(), count),
+            "accuracy": (scored.hit.sum(), count),
+        }
+        return (Term("lm_loss", token_loss.sum(), "tokens"), *routed[0]), metrics
+
+
+class TransformerObjective(OnePassOnText[NoCarry]):
+    """Next-token loss of the baseline transformer: one pass, one term."""
 
     def initial_carry(self, batch: Batch) -> NoCarry:
         return NoCarry()
-
-    def weights(self, batch: Batch, carry: NoCarry) -> dict[str, Tensor]:
-        """`tokens`: valid labels."""
-        return {"tokens": (batch["labels"] != IGNORE_LABEL).sum(), "rows": batch["active"].sum()}
 
     def forward(self, batch: Batch, carry: NoCarry) -> SegmentOutput[NoCarry]:
         """The only segment."""
         inputs, labels = batch["inputs"], batch["labels"]
         x = self.model.embedding(inputs, None, batch.get("positions"))
-        scope = text_scope(inputs.shape[1], batch.get("documents"), batch.get("prompt"))
-        hidden = self.model(x, Context(scope, self.model.rotation(0, inputs.shape[1])))
-        scored = score_tokens(hidden, self.model.lm_head.weight, labels, self.loss_kind)
-        token_loss = scored.loss
-        count = (labels != IGNORE_LABEL).sum()
-        metrics = {
-            "lm_loss": (token_loss.detach().sum(), count),
-            "accuracy": (scored.hit.sum(), count),
-        }
-        return SegmentOutput((Term("lm_loss", token_loss.sum(), "tokens"),), carry, metrics)
+        scope = text_scope(batch.get("documents"), batch.get("prompt"), self.model.config.window_size)
+        routing = text_routing(self.model.config, labels)
+        hidden = self.model(x, Context(scope, self.model.rotation(0, inputs.shape[1]), routing=routing))
+        routed = router_terms(routing, batch["active"], self.router_losses)
+        terms, metrics = self.supervised(hidden, labels, routed)
+        return SegmentOutput(terms, carry, metrics)

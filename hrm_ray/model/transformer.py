@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.embedding import InputEmbedding
-from hrm_ray.model.initialise import truncated_normal_
+from hrm_ray.model.initialise import draw_parameter_
 from hrm_ray.model.layers import Context, Level, RotaryTable, Rotation, linear
 
 
@@ -32,8 +32,8 @@ class Transformer(nn.Module):
     def initialise(self, seed: int) -> None:
         """Draw the starting weights by the same rule as ACTv1."""
         generator = torch.Generator().manual_seed(seed)
-        for parameter in self.parameters():
-            truncated_normal_(parameter, parameter.shape[-1] ** -0.5, generator)
+        for name, parameter in self.named_parameters():
+            draw_parameter_(name, parameter, generator)
 
     def rotation(self, start: int, stop: int) -> Rotation | None:
         return None if self.rotary is None else self.rotary.at(start, stop)

@@ -23,6 +23,11 @@ class IdleLeaves:
     mend: str
 
 
+def _window_holds_the_row(settings: RunSettings) -> bool:
+    window, length = settings.model.window_size, settings.data.max_seq_len
+    return window is not None and length is not None and window >= length
+
+
 IDLE_LEAVES: tuple[IdleLeaves, ...] = (
     IdleLeaves(
         "cycles_of_transformer",
@@ -39,6 +44,21 @@ IDLE_LEAVES: tuple[IdleLeaves, ...] = (
         lambda settings: settings.model.arch == "transformer",
         "a transformer reads its input once, without cycles and halting",
         "Leave it out, or give --arch actv1",
+    ),
+    IdleLeaves(
+        "expert_leaves_of_experts",
+        (
+            "model.num_experts",
+            "model.num_experts_per_tok",
+            "model.moe_capacity_factor",
+            "model.moe_load_balance_coef",
+            "model.moe_router_z_coef",
+            "optimizer.auto_adjust_lr",
+        ),
+        ("model.use_moe",),
+        lambda settings: not settings.model.use_moe,
+        "there are no experts",
+        "Leave it out, or give --use-moe",
     ),
     IdleLeaves(
         "rope_theta_of_rope",
@@ -123,6 +143,76 @@ IDLE_LEAVES: tuple[IdleLeaves, ...] = (
         lambda settings: settings.optimizer.optimizer == "sgd",
         "sgd is plain here and keeps no moments",
         "Leave it out, or give another --optimizer",
+    ),
+    IdleLeaves(
+        "window_within_row",
+        ("model.window_size",),
+        ("data.max_seq_len",),
+        _window_holds_the_row,
+        "a row has no more tokens than that, so each sees all before it anyway",
+        "Leave it out, give a smaller --window-size, or a longer --max-seq-len",
+    ),
+    IdleLeaves(
+        "chunk_leaves_of_chunked_training",
+        ("memory.chunk_size", "memory.chunk_gradients", "memory.cpu_offload"),
+        ("memory.use_chunked_training",),
+        lambda settings: not settings.memory.use_chunked_training,
+        "the sequence is not cut into chunks",
+        "Give --use-chunked-training, or leave it out",
+    ),
+    IdleLeaves(
+        "chunk_offload_needs_device_memory",
+        ("memory.cpu_offload",),
+        ("cluster.device",),
+        lambda settings: settings.memory.cpu_offload and settings.cluster.device == "cpu",
+        "on the CPU all of it is in host memory anyway",
+        "Leave it out, or give another --device",
+    ),
+    IdleLeaves(
+        "offload_needs_device_memory",
+        ("memory.optimizer_offload",),
+        ("cluster.device",),
+        lambda settings: settings.memory.optimizer_offload and settings.cluster.device == "cpu",
+        "on the CPU the optimizer's state is in host memory anyway",
+        "Leave it out, or give another --device",
+    ),
+    IdleLeaves(
+        "offload_of_moments",
+        ("memory.optimizer_offload",),
+        ("optimizer.optimizer",),
+        lambda settings: settings.memory.optimizer_offload and settings.optimizer.optimizer == "sgd",
+        "sgd is plain here and keeps no state",
+        "Leave it out, or give another --optimizer",
+    ),
+    IdleLeaves(
+        "adapter_leaves_of_peft",
+        (
+            "adapt.peft_method",
+            "adapt.lora_r",
+            "adapt.lora_alpha",
+            "adapt.lora_dropout",
+            "adapt.lora_target_modules",
+        ),
+        ("adapt.use_peft",),
+        lambda settings: not settings.adapt.use_peft,
+        "there are no adapters",
+        "Give --use-peft, or leave it out",
+    ),
+    IdleLeaves(
+        "ranks_of_matrices",
+        ("adapt.lora_r", "adapt.lora_alpha", "adapt.lora_dropout"),
+        ("adapt.use_peft", "adapt.peft_method"),
+        lambda settings: settings.adapt.use_peft and settings.adapt.peft_method == "ia3",
+        "ia3 learns factors, which have no rank and no dropout",
+        "Leave it out, or give another --peft-method",
+    ),
+    IdleLeaves(
+        "amp_dtype_of_amp",
+        ("memory.amp_dtype",),
+        ("memory.amp",),
+        lambda settings: not settings.memory.amp,
+        "mixed precision is off",
+        "Leave it out, or give --amp",
     ),
     IdleLeaves(
         "puzzle_embedding_options",

@@ -1,7 +1,7 @@
 """From what a user says in four places to one validated tree, or to everything that is wrong, at once.
 
-One job: precedence. Defaults < the resumed run < preset < file < options < trial, where a preset or `num_layers`,
-wherever it is named, fills only leaves that the same user did not set.
+One job: precedence. Defaults < profile < the resumed run < preset < file < options < trial, where a preset or
+`num_layers`, wherever it is named, fills only leaves that the same user did not set.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from hrm_ray.errors import Fault, SettingsError
 from hrm_ray.settings.faults import fault_of_error, mend_of_name, nearest
 from hrm_ray.settings.options import Spelling, options, spellings
 from hrm_ray.settings.presets import FALLS_AWAY, IN_PLACE_OF, PRESETS, SAID_EACH_TIME, layer_leaves, preset_leaves
+from hrm_ray.settings.profiles import PROFILES, profile_leaves
 from hrm_ray.settings.rules import broken_rules
 from hrm_ray.settings.tree import SECTIONS, RunSettings
 from hrm_ray.settings.yaml_file import Said, read_settings_file, read_tree
@@ -49,7 +50,8 @@ def load_settings(
     by_user = _filled(user.values)
     replaced = {old for key in by_user for old in (*IN_PLACE_OF.get(key, ()), *FALLS_AWAY.get(key, ()))}
     kept = {key: value for key, value in _filled(resumed.values).items() if key not in replaced}
-    values = {**kept, **by_user}
+    profile = profile_leaves(str({**resumed.values, **user.values}.get("run.profile")))
+    values = {**profile, **kept, **by_user}
     given = frozenset(key for key, value in user.values.items() if value is not None)
     words = {**resumed.words, **user.words}
 
@@ -147,8 +149,10 @@ def _filled(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _filled_by(wrong: Iterable[str], said: Mapping[str, Any]) -> set[str]:
-    """Leaves that a faulty preset or number of layers would have filled: nobody knows their value."""
+    """Leaves that a faulty profile, preset or number of layers would have filled: nobody knows their value."""
     unknown: set[str] = set()
+    if "run.profile" in wrong:
+        unknown.update(key for leaves in PROFILES.values() for key in leaves)
     if "model.model_preset" in wrong:
         unknown.update(key for leaves in PRESETS.values() for key in leaves)
     if "model.num_layers" in wrong:

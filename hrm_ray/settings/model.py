@@ -18,8 +18,9 @@ PosEncodings: TypeAlias = Literal["rope", "learned", "none"]
 LmMask: TypeAlias = Literal["causal", "prefix"]
 Supervision: TypeAlias = Literal["segment", "rollout"]
 HaltRule: TypeAlias = Literal["none", "gain"]
+Activation: TypeAlias = Literal["silu", "gelu", "relu"]
 LossKind: TypeAlias = Literal["softmax", "stablemax"]
-ModelPreset: TypeAlias = Literal["nano", "tiny"]
+ModelPreset: TypeAlias = Literal["nano", "tiny", "small", "medium", "large", "xlarge"]
 
 
 class ModelSettings(Section):
@@ -30,7 +31,7 @@ class ModelSettings(Section):
     arch: Arch = "actv1"
     """actv1 is the HRM; transformer a plain causal transformer of the same block, to compare with."""
     model_preset: ModelPreset | None = None
-    """A named size: nano or tiny; every single option still overrides it."""
+    """A named size of about 5, 15, 50, 150, 400 or 1000 million parameters; every single option still overrides it."""
     h_layers: int = Field(default=2, ge=1)
     """Layers of the high level (H)."""
     l_layers: int = Field(default=2, ge=1)
@@ -54,9 +55,33 @@ class ModelSettings(Section):
     rope_theta: float = Field(default=10000.0, gt=0)
     """Base of the rotary frequencies."""
     rms_norm_eps: float = Field(default=1e-5, gt=0)
-    """Added to the mean square in RMSNorm."""
+    """Added to the mean square in RMSNorm, or to the variance in LayerNorm."""
+    rmsnorm: bool = True
+    """RMSNorm without a weight; otherwise LayerNorm with weight and bias."""
+    activation: Activation = "silu"
+    """Nonlinearity of the feed-forward part."""
+    swiglu: bool = True
+    """A gate in the feed-forward part; otherwise two matrices of the same inner width."""
+    dropout_rate: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the values that dropout sets to 0 behind attention and feed-forward part, in training."""
     lm_mask: LmMask = "causal"
     """Attention of a language model: causal, or prefix (full inside the prompt, causal in the response)."""
+    use_moe: bool = True
+    """Sparse experts in place of the feed-forward part of every block."""
+    num_experts: int = Field(default=8, ge=2)
+    """Experts of each block, each as wide as the feed-forward part would be."""
+    num_experts_per_tok: int = Field(default=2, ge=1)
+    """Experts that each token goes through."""
+    moe_capacity_factor: float = Field(default=1.25, gt=0)
+    """In training an expert takes this many times its even share of a sequence; what is over is dropped."""
+    moe_load_balance_coef: float = Field(default=0.01, ge=0)
+    """Weight in the loss of the term that keeps the experts of a sequence evenly used."""
+    moe_router_z_coef: float = Field(default=0.001, ge=0)
+    """Weight in the loss of the term that keeps the routers' scores small."""
+    window_size: int | None = Field(default=None, ge=1)
+    """How many positions of a text, itself included, a position sees at most (if not said: all before it)."""
+    use_flash_attn: bool | None = None
+    """Compute attention with FlashAttention (if not said: where it is installed and the GPU can)."""
     supervision: Supervision | None = None
     """segment: a weight update per segment, the carry kept; rollout: all segments, then one update
     (if not said: segment for puzzles, rollout for text)."""

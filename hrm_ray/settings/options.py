@@ -25,10 +25,16 @@ class Alias:
 
 ALIASES: dict[str, Alias] = {
     "--d-model": Alias("model.hidden_size"),
+    "--no-moe": Alias("model.use_moe", "false"),
     "--no-rope": Alias("model.pos_encodings", "learned"),
     "--model": Alias("data.tokenizer_path"),
     "--seq-len": Alias("data.max_seq_len"),
     "--learning-rate": Alias("optimizer.lr"),
+    "--use-mixed-precision": Alias("memory.amp", "true"),
+    "--no-mixed-precision": Alias("memory.amp", "false"),
+    "--use-lora": Alias("adapt.use_peft", "true"),
+    "--no-use-lora": Alias("adapt.use_peft", "false"),
+    "--lora-rank": Alias("adapt.lora_r"),
     "--save-dir": Alias("run.bundle_dir"),
     "--output-dir": Alias("run.bundle_dir"),
 }

@@ -37,6 +37,9 @@ def resolve_task(settings: RunSettings, task_of_data: Task, puzzle_len: int | No
         if settings.leaf(f"model.{leaf}") is None:
             model[leaf] = default
     length = settings.data.max_seq_len or (TEXT_SEQ_LEN if task_of_data == "lm" else puzzle_len)
+    if task_of_data == "puzzle" and "data.max_seq_len" not in settings.given and puzzle_len is not None:
+        # A profile's length is one for text.
+        length = puzzle_len
     resolved = settings.model_copy(
         update={
             "model": settings.model.model_copy(update=model),
@@ -49,13 +52,29 @@ def resolve_task(settings: RunSettings, task_of_data: Task, puzzle_len: int | No
     return resolved
 
 
+MOE_LR = 1e-3
+"""Learning rates above this are lowered to it where there are experts (FEATURES.md, M10)."""
+
+
+def moderate_lr(settings: RunSettings) -> tuple[RunSettings, list[str]]:
+    """The settings with a learning rate that routers bear, never a higher one, and a sentence where it was lowered."""
+    chosen = settings.optimizer
+    if not (settings.model.use_moe and chosen.auto_adjust_lr) or chosen.lr <= MOE_LR:
+        return settings, []
+    note = (
+        f"--lr {chosen.lr:g} is lowered to {MOE_LR:g}, because the model has experts; --no-auto-adjust-lr uses it as "
+        "given."
+    )
+    return settings.model_copy(update={"optimizer": chosen.model_copy(update={"lr": MOE_LR})}), [note]
+
+
 def _contradictions(settings: RunSettings, task_of_data: Task, puzzle_len: int | None) -> list[Fault]:
     faults: list[Fault] = []
     names = {"lm": "text", "puzzle": "puzzles"}
     if settings.model.task not in (None, task_of_data):
         reason = f"the data is {names[task_of_data]}"
         faults.append(Fault(f"--task {settings.model.task}", reason, f"Give --task {task_of_data}, or other data"))
-    length = settings.data.max_seq_len
+    length = settings.data.max_seq_len if "data.max_seq_len" in settings.given else None
     if task_of_data == "puzzle" and puzzle_len is not None and length not in (None, puzzle_len):
         reason = f"the puzzles of this data are {puzzle_len} tokens long and are read whole"
         faults.append(Fault(f"--max-seq-len {length}", reason, "Leave it out"))

@@ -14,8 +14,11 @@ def _warmup_within_run(settings: RunSettings) -> Fault | None:
     steps, warmup = settings.run.step_limit, settings.optimizer.warmup_steps
     if steps is None or warmup < steps:
         return None
+    profile = settings.run.profile
+    of_profile = profile != "hrm-hf" and "optimizer.warmup_steps" not in settings.given
     return Fault(
-        f"--warmup-steps {warmup} with --steps {steps}{'' if settings.run.steps is not None else ' (default)'}",
+        f"--warmup-steps {warmup}{f' (of --profile {profile})' if of_profile else ''} with --steps {steps}"
+        f"{'' if settings.run.steps is not None else ' (default)'}",
         "the warm-up would last to the end of the run",
         f"Give at most --warmup-steps {steps - 1}, or more --steps",
     )
@@ -105,7 +108,10 @@ def _one_held_out_set(settings: RunSettings) -> Fault | None:
 
 
 def _evaluation_needs_data(settings: RunSettings) -> Fault | None:
-    if settings.run.eval_every == 0 or settings.data.val_split is not None or settings.data.eval_file is not None:
+    """Only what this user said is refused: a profile evaluates where there is something to evaluate on."""
+    if settings.run.eval_every == 0 or "run.eval_every" not in settings.given:
+        return None
+    if settings.data.val_split is not None or settings.data.eval_file is not None:
         return None
     return Fault(
         said(settings, "run.eval_every"),
@@ -115,7 +121,11 @@ def _evaluation_needs_data(settings: RunSettings) -> Fault | None:
 
 
 LAUNCH_RULES: tuple[Rule, ...] = (
-    Rule("warmup_within_run", ("run.steps", "run.epochs", "optimizer.warmup_steps"), _warmup_within_run),
+    Rule(
+        "warmup_within_run",
+        ("run.steps", "run.epochs", "run.profile", "optimizer.warmup_steps"),
+        _warmup_within_run,
+    ),
     Rule("workers_need_ray", ("cluster.launcher", "cluster.world_size"), _workers_need_ray),
     Rule("workers_need_ddp", ("cluster.ddp", "cluster.world_size"), _workers_need_ddp),
     Rule("ddp_needs_ray", ("cluster.ddp", "cluster.launcher"), _ddp_needs_ray),

@@ -85,6 +85,17 @@ def _gradient_within_segment(settings: RunSettings) -> Fault | None:
     )
 
 
+def _experts_to_choose_from(settings: RunSettings) -> Fault | None:
+    model = settings.model
+    if not model.use_moe or model.num_experts_per_tok <= model.num_experts:
+        return None
+    return Fault(
+        said(settings, "model.num_experts_per_tok", "model.num_experts"),
+        "a token cannot go through more experts than there are",
+        f"Give at most --num-experts-per-tok {model.num_experts}",
+    )
+
+
 def _text_in_rollout(settings: RunSettings) -> Fault | None:
     if settings.model.task != "lm" or settings.model.supervision != "segment":
         return None
@@ -156,6 +167,16 @@ def _puzzle_without_prefix(settings: RunSettings) -> Fault | None:
     )
 
 
+def _window_for_text(settings: RunSettings) -> Fault | None:
+    if settings.model.task != "puzzle" or settings.model.window_size is None:
+        return None
+    return Fault(
+        f"{said(settings, 'model.window_size')} with puzzles",
+        "every cell of a puzzle must see every other, at whatever distance",
+        "Leave it out",
+    )
+
+
 def _transformer_for_text(settings: RunSettings) -> Fault | None:
     if settings.model.arch != "transformer" or settings.model.task != "puzzle":
         return None
@@ -187,11 +208,17 @@ MODEL_RULES: tuple[Rule, ...] = (
         ("model.arch", "model.bp_steps", "model.h_cycles", "model.l_cycles"),
         _gradient_within_segment,
     ),
+    Rule(
+        "experts_to_choose_from",
+        ("model.use_moe", "model.num_experts", "model.num_experts_per_tok"),
+        _experts_to_choose_from,
+    ),
     Rule("text_in_rollout", ("model.task", "model.supervision"), _text_in_rollout),
     Rule("text_without_exploration", ("model.task", "model.halt_exploration_prob"), _text_without_exploration),
     Rule("exploration_has_room", ("model.halt_max_steps", "model.halt_exploration_prob"), _exploration_has_room),
     Rule("columns_with_prefix", ("model.lm_mask", "data.prompt_column", "data.response_column"), _columns_with_prefix),
     Rule("puzzle_without_prefix", ("model.task", "model.lm_mask"), _puzzle_without_prefix),
+    Rule("window_for_text", ("model.task", "model.window_size"), _window_for_text),
     Rule("transformer_for_text", ("model.task", "model.arch"), _transformer_for_text),
     Rule("puzzle_embedding_for_puzzles", ("model.task", "model.puzzle_emb_ndim"), _puzzle_embedding_for_puzzles),
 )

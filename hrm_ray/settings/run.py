@@ -6,6 +6,7 @@ One job: the leaves of section `run`, and how many weight updates follow from th
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from pydantic import Field, field_validator
 
@@ -15,6 +16,8 @@ DEFAULT_STEPS = 200
 """Weight updates of a run for which neither steps nor epochs were given."""
 DEFAULT_BUNDLE_DIR = Path("artifacts") / "brains"
 
+Profile: TypeAlias = Literal["hrm-hf", "train-advanced"]
+
 _NOT_IN_A_NAME = frozenset('/\\:*?"<>|')
 """Not allowed in file names on Windows or Linux."""
 
@@ -22,6 +25,8 @@ _NOT_IN_A_NAME = frozenset('/\\:*?"<>|')
 class RunSectionSettings(Section):
     """Name, length, checkpoints and logs."""
 
+    profile: Profile = "hrm-hf"
+    """Whose defaults hold where nothing is said: those of the HRM-HF trainer, or of the train_advanced script."""
     brain_name: str | None = None
     """Name of the bundle, a folder inside --bundle-dir (if not said: the name of the data)."""
     bundle_dir: Path | None = None

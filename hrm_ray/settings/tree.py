@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, field_serializer
 
 from hrm_ray.errors import Fault, SettingsError
+from hrm_ray.settings.adapt import AdaptSettings
 from hrm_ray.settings.base import Section
 from hrm_ray.settings.cluster import ClusterSettings
 from hrm_ray.settings.data import DataSettings
@@ -25,6 +26,7 @@ SECTIONS: dict[str, type[Section]] = {
     "data": DataSettings,
     "optimizer": OptimizerSettings,
     "memory": MemorySettings,
+    "adapt": AdaptSettings,
     "cluster": ClusterSettings,
     "run": RunSectionSettings,
 }
@@ -39,6 +41,7 @@ class RunSettings(BaseModel):
     data: DataSettings = DataSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     memory: MemorySettings = MemorySettings()
+    adapt: AdaptSettings = AdaptSettings()
     cluster: ClusterSettings = ClusterSettings()
     run: RunSectionSettings = RunSectionSettings()
     given: frozenset[str] = frozenset()

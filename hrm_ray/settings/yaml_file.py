@@ -49,19 +49,29 @@ def read_settings_file(path: Path) -> Said:
 
     An empty file sets nothing. A file that cannot be read at all gives no values and one fault.
     """
+    content = read_mapping(path, "--config", "Write sections such as `model:` with their settings below")
+    if isinstance(content, Fault):
+        return Said(faults=[content], suspects=set(options()))
+    return read_tree(content, str(path))
+
+
+def read_mapping(path: Path, option: str, form: str = "Write `name: value`, one a line") -> dict[Any, Any] | Fault:
+    """What a YAML (or JSON) file given with `option` holds by name, or what is wrong with it; an empty file is {}."""
+
+    def unusable(reason: str, mend: str) -> Fault:
+        return Fault(f"{option} {path}", reason, mend)
+
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_LoaderWithoutDoubles)
     except OSError as error:
-        return _unusable(path, f"cannot be read ({error.strerror})", "Give a readable YAML file")
+        return unusable(f"cannot be read ({error.strerror})", "Give a readable YAML file")
     except UnicodeDecodeError as error:
-        return _unusable(path, f"is not UTF-8 text (byte {error.start})", "Save the file as UTF-8")
+        return unusable(f"is not UTF-8 text (byte {error.start})", "Save the file as UTF-8")
     except yaml.YAMLError as error:
-        return _unusable(path, f"is not YAML ({_where(error)})", "Mend the file there")
+        return unusable(f"is not YAML ({_where(error)})", "Mend the file there")
     if content is None:
-        return Said()
-    if not isinstance(content, dict):
-        return _unusable(path, "holds no settings by name", "Write sections such as `model:` with their settings below")
-    return read_tree(content, str(path))
+        return {}
+    return content if isinstance(content, dict) else unusable("holds no settings by name", form)
 
 
 def read_tree(content: Mapping[Any, Any], source: str) -> Said:
@@ -104,10 +114,6 @@ def _mend_of_key(name: str) -> tuple[str, list[str]]:
     if keys_by_leaf.get(leaf) in near:
         return f"Write {keys_by_leaf[leaf]}", near
     return f"The nearest {'is' if len(near) == 1 else 'are'} {', '.join(near)}", near
-
-
-def _unusable(path: Path, reason: str, mend: str) -> Said:
-    return Said(faults=[Fault(f"--config {path}", reason, mend)], suspects=set(options()))
 
 
 def _where(error: yaml.YAMLError) -> str:

@@ -9,18 +9,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
+from torch import nn
+
 from hrm_ray.model.actv1 import ActV1
+from hrm_ray.model.attention_backends import load_kernel
 from hrm_ray.model.build import build_model, build_objective
-from hrm_ray.model.config import ModelConfig, swiglu_width
+from hrm_ray.model.chunked import Chunking
+from hrm_ray.model.config import FORWARD_DTYPES, ModelConfig, swiglu_width
+from hrm_ray.model.regularise import regularise
+from hrm_ray.model.router_losses import RouterLosses
+from hrm_ray.model.transforms.attend import use_kernel
+from hrm_ray.model.transforms.narrow import narrow_weights
+from hrm_ray.model.transforms.peft import Adapters, lay_adapters
+from hrm_ray.model.transforms.quantise import quantise_projections
 from hrm_ray.model.transforms.recompute import recompute_blocks
+from hrm_ray.settings.adaptive_lr import AdaptiveLrSettings
+from hrm_ray.settings.memory import MemorySettings
 from hrm_ray.settings.model import LossKind
 from hrm_ray.settings.tree import RunSettings
+from hrm_ray.train.adaptive_lr import AdaptiveLr
+from hrm_ray.train.attention_choice import kernel_of
 from hrm_ray.train.ema import Ema
 from hrm_ray.train.evaluate import HeldOut
 from hrm_ray.train.feed import BatchShape, Feed, RolloutFeed, SlotFeed, exploration
 from hrm_ray.train.loop import LoopParts, Rates, TrainingLoop
 from hrm_ray.train.microbatch import wanted_columns
-from hrm_ray.train.optimizers import SparseSignSGD, builder
+from hrm_ray.train.optimizers import BuildOptimizer, SparseSignSGD, builder, followed_by
+from hrm_ray.train.parameterwise import InHostMemory, OnDevice, one_by_one
+from hrm_ray.train.precision import NARROW, LossScaler, choose_precision
 from hrm_ray.train.schedules import Schedule
 from hrm_ray.train.start_weights import start_weights
 from hrm_ray.train.strategies import STRATEGIES
@@ -47,24 +63,36 @@ def assemble(
     stop_poll: Callable[[], StopReason | None],
     *,
     resumes: bool = False,
+    adaptive_lr: AdaptiveLrSettings | None = None,
 ) -> Workplace:
-    """Put the parts of one worker together. `settings` are resolved; `schedule_steps` is the schedule's length."""
+    """Put the parts of one worker together. `settings` are resolved; `schedule_steps` is the schedule's length;
+    `adaptive_lr` is what the file of --adaptive-lr-config holds."""
     model = build_model(config)
     model.initialise(settings.run.seed)
     # A resumed run has its weights in the checkpoint; what it once started from may be gone.
     if settings.model.student_init is not None and not resumes:
         fill_module(model, start_weights(settings.model.student_init, config), str(settings.model.student_init))
-    if settings.memory.gradient_checkpointing:
+    adapters = _transform(model, settings, schedule_steps)
+    use_kernel(model, load_kernel(kernel_of(settings, config, world.device)))
+    memory = settings.memory
+    if memory.gradient_checkpointing:
         recompute_blocks(model)
     objective = build_objective(
         model,
         cast(LossKind, settings.model.loss),
         supervision=str(settings.model.supervision),
         halt_margin=settings.model.halt_margin,
+        router_losses=RouterLosses(settings.model.moe_load_balance_coef, settings.model.moe_router_z_coef),
+        chunking=_chunking(memory),
     )
+    if adapters is not None and adapters.ranks is not None:
+        regularise(objective, adapters.ranks.regulariser())
+    precision = choose_precision(memory.amp, memory.amp_dtype, memory.model_dtype, world.device)
     assert world.size == 1 or settings.cluster.ddp is not False, "several workers need DDP"
-    strategy = STRATEGIES["ddp" if world.size > 1 or (world.grouped and settings.cluster.ddp) else "single"](world)
-    strategy.prepare(objective, builder(settings.optimizer))
+    strategy = STRATEGIES["ddp" if world.size > 1 or (world.grouped and settings.cluster.ddp) else "single"](
+        world, precision
+    )
+    strategy.prepare(objective, _build_optimizer(settings, world, adapters))
     shape = BatchShape(
         settings.optimizer.batch_size, settings.optimizer.gradient_accumulation_steps, world.rank, world.size
     )
@@ -75,13 +103,21 @@ def assemble(
         objective=objective,
         feed=_feed(settings, config, samples, shape, carried),
         shape=shape,
-        rates=Rates(_schedule(settings, schedule_steps), settings.optimizer.lr, settings.optimizer.puzzle_emb_lr),
+        rates=Rates(
+            _schedule(settings, schedule_steps),
+            settings.optimizer.lr,
+            settings.optimizer.puzzle_emb_lr,
+            AdaptiveLr(adaptive_lr, settings.optimizer.warmup_steps) if adaptive_lr is not None else None,
+        ),
         wanted=wanted_columns(config),
         carried=carried,
         grad_clip=settings.optimizer.grad_clip,
         max_bad_steps=settings.optimizer.max_bad_steps,
+        seed=settings.run.seed,
         sparse=SparseSignSGD(table, settings.optimizer.puzzle_emb_weight_decay) if table is not None else None,
         ema=Ema(model, settings.optimizer.ema) if settings.optimizer.ema is not None else None,
+        scaler=LossScaler() if precision.scaled else None,
+        adapters=adapters,
     )
     evaluation = (
         HeldOut(held_out, shape.batch_size, settings.data.eval_batches * shape.accumulation * shape.size)
@@ -90,6 +126,35 @@ def assemble(
     )
     objective.train()
     return Workplace(TrainingLoop(parts, stop_poll), evaluation)
+
+
+def _transform(model: nn.Module, settings: RunSettings, schedule_steps: int) -> Adapters | None:
+    """What is done to the weights, in the one order that works: codes are made of wide weights, adapters stay wide."""
+    memory = settings.memory
+    if memory.load_in_8bit or memory.load_in_4bit:
+        quantise_projections(model, 8 if memory.load_in_8bit else 4)
+    if memory.model_dtype != "fp32":
+        narrow_weights(model, NARROW[memory.model_dtype])
+    if not settings.adapt.use_peft:
+        return None
+    return lay_adapters(model, settings.adapt, seed=settings.run.seed, total_steps=schedule_steps)
+
+
+def _build_optimizer(settings: RunSettings, world: World, adapters: Adapters | None) -> BuildOptimizer:
+    build = builder(settings.optimizer)
+    offload = settings.memory.optimizer_offload and world.device.type != "cpu"
+    if settings.memory.model_dtype != "fp32" or offload:
+        place = InHostMemory(world.device) if offload else OnDevice(world.device)
+        build = one_by_one(build, seed=settings.run.seed, place=place)
+    if adapters is not None and adapters.ranks is not None:
+        build = followed_by(build, adapters.ranks.after_update)
+    return build
+
+
+def _chunking(memory: MemorySettings) -> Chunking | None:
+    if not memory.use_chunked_training:
+        return None
+    return Chunking(memory.chunk_size, exact=memory.chunk_gradients == "exact", offload=memory.cpu_offload)
 
 
 def _feed(settings: RunSettings, config: ModelConfig, samples: SampleSet, shape: BatchShape, carried: bool) -> Feed:
@@ -145,8 +210,17 @@ def model_config(
         rope_theta=chosen.rope_theta,
         rms_norm_eps=chosen.rms_norm_eps,
         lm_mask=chosen.lm_mask,
+        window_size=chosen.window_size,
         bp_steps=1 if transformer else chosen.bp_steps,
         halt_rule="none" if transformer else chosen.halt_rule,
         puzzle_emb_ndim=chosen.puzzle_emb_ndim,
+        forward_dtype=FORWARD_DTYPES[settings.memory.model_dtype],
         num_puzzle_identifiers=puzzle_identifiers,
+        activation=chosen.activation,
+        swiglu=chosen.swiglu,
+        rmsnorm=chosen.rmsnorm,
+        dropout_rate=chosen.dropout_rate,
+        num_experts=chosen.num_experts if chosen.use_moe else 0,
+        num_experts_per_tok=chosen.num_experts_per_tok,
+        moe_capacity_factor=chosen.moe_capacity_factor,
     )

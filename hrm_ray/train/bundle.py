@@ -31,6 +31,25 @@ from hrm_ray.train.loop import Progress
 from hrm_ray.train.weights_file import fill_module, read_tensors, save_tensors
 from hrm_ray.values import StopReason
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""peft's names for the files of an adapter."""
+
+
+@dataclass(frozen=True)
+class BundleWeights:
+    """What is saved of a model: its tensors under their plain names, and the adapters apart where there are some, as
+    (configuration, tensors)."""
+
+    tensors: Mapping[str, Tensor]
+    adapter: tuple[Mapping[str, Any], Mapping[str, Tensor]] | None = None
+
+    def write(self, run_dir: RunDir) -> None:
+        save_tensors(self.tensors, run_dir.weights)
+        if self.adapter is not None:
+            run_dir.adapter.mkdir(exist_ok=True)
+            save_tensors(self.adapter[1], run_dir.adapter / ADAPTER_WEIGHTS)
+            write_json(run_dir.adapter / ADAPTER_CONFIG, self.adapter[0])
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -69,16 +88,16 @@ def open_bundle(folder: Path, device: torch.device) -> Bundle:
     return Bundle(run_dir, model.to(device).eval(), read_json(run_dir.training_args))
 
 
-def save_best(run_dir: RunDir, weights: Mapping[str, Tensor], best: Mapping[str, Any]) -> None:
+def save_best(run_dir: RunDir, weights: BundleWeights, best: Mapping[str, Any]) -> None:
     """Write best/: the weights of the best validation as a small bundle of their own, whole or as it was before."""
     described = (run_dir.config, run_dir.training_args, run_dir.tokenizer, run_dir.root / CONFIG_FILE, run_dir.puzzle)
-    names = {path.name for path in (*described, run_dir.weights, run_dir.metadata)}
+    names = {path.name for path in (*described, run_dir.weights, run_dir.metadata, run_dir.adapter)}
     with whole_folder(run_dir.best.root, overwrite=True, owned=frozenset(names), option="--bundle-dir") as building:
         for source in described:
             if source.is_file():
                 shutil.copyfile(source, building / source.name)
         folder = RunDir(building)
-        save_tensors(weights, folder.weights)
+        weights.write(folder)
         write_json(folder.metadata, _metadata(folder, best={**best}, step=best["step"]))
 
 
@@ -90,7 +109,7 @@ def step_of_best(run_dir: RunDir) -> int | None:
 
 def save_final(
     run_dir: RunDir,
-    weights: Mapping[str, Tensor],
+    weights: BundleWeights,
     reason: StopReason,
     progress: Progress,
     epoch: int,
@@ -98,7 +117,7 @@ def save_final(
     best: Mapping[str, Any] | None,
 ) -> None:
     """Write model.safetensors and metadata.json of a run that has ended for `reason`."""
-    save_tensors(weights, run_dir.weights)
+    weights.write(run_dir)
     about = _metadata(
         run_dir,
         ended=reason.value,

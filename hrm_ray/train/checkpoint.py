@@ -20,9 +20,11 @@ from hrm_ray.model.actv1 import States
 from hrm_ray.model.puzzle_objective import ROW_FIELDS, PuzzleCarry
 from hrm_ray.rundir import RunDir, read_json, write_json
 from hrm_ray.train.loop import Progress, TrainingLoop
+from hrm_ray.train.precision import LossScaler
 from hrm_ray.train.weights_file import fill_module, read_tensors, save_tensors, unwritable
 
-WEIGHTS, AVERAGE, STATE = "model.safetensors", "ema.safetensors", "state.json"
+WEIGHTS, AVERAGE, RANKS = "model.safetensors", "ema.safetensors", "ranks.safetensors"
+STATE = "state.json"
 
 
 def save_checkpoint(loop: TrainingLoop, run_dir: RunDir, extra: dict[str, Any], keep: int) -> Path:
@@ -54,26 +56,34 @@ def _write(loop: TrainingLoop, folder: Path, extra: dict[str, Any]) -> None:
         folder.mkdir(parents=True)
     world.barrier()
     weights = parts.strategy.full_weights()
+    adaptive = parts.rates.adaptive
+    trend = None if adaptive is None else adaptive.state(parts.strategy.sum_over_ranks, world.leads)
     parts.strategy.save(folder)
     save_tensors(_slots(loop), folder / f"slots_{parts.shape.first_slot:08d}.safetensors")
     if world.leads:
         save_tensors(weights, folder / WEIGHTS)
         if parts.ema is not None:
             save_tensors(parts.ema.average, folder / AVERAGE)
+        if parts.adapters is not None and parts.adapters.ranks is not None:
+            save_tensors(parts.adapters.ranks.state(), folder / RANKS)
         state = {
             "progress": vars(loop.progress),
             "epoch": parts.feed.epoch,
             "effective_batch_size": parts.shape.effective,
+            "physical_batch_size": parts.shape.batch_size,
+            "loss_scaler": None if parts.scaler is None else vars(parts.scaler),
+            "adaptive_lr": trend,
             "extra": extra,
         }
         write_json(folder / STATE, state)
     world.barrier()
 
 
-def load_checkpoint(loop: TrainingLoop, folder: Path) -> dict[str, Any]:
+def load_checkpoint(loop: TrainingLoop, folder: Path, *, keep_cut: bool = True) -> dict[str, Any]:
     """Lay a whole checkpoint back into the loop, on any number of ranks with the same effective batch.
 
-    Called on all ranks, after the folder was verified; returns the runner's `extra`. Raises DataFault.
+    With `keep_cut` micro-batches that had become smaller for lack of memory stay so. Called on all ranks, after the
+    folder was verified; returns the runner's `extra`. Raises DataFault.
     """
     parts = loop.parts
     state = read_json(folder / STATE)
@@ -89,7 +99,18 @@ def load_checkpoint(loop: TrainingLoop, folder: Path) -> dict[str, Any]:
     parts.strategy.load(folder)
     if parts.ema is not None:
         parts.ema.load(read_tensors(folder / AVERAGE))
+    if parts.adapters is not None and parts.adapters.ranks is not None:
+        parts.adapters.ranks.load(read_tensors(folder / RANKS))
     loop.progress = Progress(**state["progress"])
+    if parts.scaler is not None and state["loss_scaler"] is not None:
+        parts.scaler = LossScaler(**state["loss_scaler"])
+    adaptive = parts.rates.adaptive
+    if adaptive is not None and state["adaptive_lr"] is not None:
+        zero = torch.zeros((), dtype=loop.count_type, device=loop.world.device)
+        adaptive.load(state["adaptive_lr"], loop.world.leads, zero)
+    rows = state["physical_batch_size"]
+    if keep_cut and rows < parts.shape.batch_size and parts.shape.per_rank % rows == 0:
+        loop.cut_to(rows)
     slots = _own_slots(loop, folder)
     position = {
         name.removeprefix("feed."): tensor.numpy() for name, tensor in slots.items() if name.startswith("feed.")
@@ -105,13 +126,11 @@ def _slots(loop: TrainingLoop) -> dict[str, Tensor]:
     """This rank's carries, slot by slot, and its place in the data."""
     tensors = {f"feed.{n}": torch.from_numpy(np.ascontiguousarray(v)) for n, v in loop.parts.feed.position().items()}
     if loop.parts.carried and loop.carries is not None:
-        carries: list[PuzzleCarry] = loop.carries
-        tensors["carry.z_h"] = torch.cat([c.states.z_h for c in carries])
-        tensors["carry.z_l"] = torch.cat([c.states.z_l for c in carries])
-        tensors["carry.steps"] = torch.cat([c.steps for c in carries])
-        tensors["carry.halted"] = torch.cat([c.halted for c in carries])
+        carry = PuzzleCarry.joined(loop.carries)
+        tensors["carry.z_h"], tensors["carry.z_l"] = carry.states.z_h, carry.states.z_l
+        tensors["carry.steps"], tensors["carry.halted"] = carry.steps, carry.halted
         for name in ROW_FIELDS:
-            tensors[f"carry.data.{name}"] = torch.cat([c.data[name] for c in carries])
+            tensors[f"carry.data.{name}"] = carry.data[name]
     return tensors
 
 
@@ -126,15 +145,11 @@ def _own_slots(loop: TrainingLoop, folder: Path) -> dict[str, Tensor]:
 
 
 def _carries(loop: TrainingLoop, slots: dict[str, Tensor]) -> list[PuzzleCarry]:
-    device, rows = loop.world.device, loop.parts.shape.batch_size
-    on_device = {name: tensor.to(device) for name, tensor in slots.items() if name.startswith("carry.")}
-    cut = {name: tensor.split(rows) for name, tensor in on_device.items()}
-    return [
-        PuzzleCarry(
-            states=States(cut["carry.z_h"][i], cut["carry.z_l"][i]),
-            steps=cut["carry.steps"][i],
-            halted=cut["carry.halted"][i],
-            data={name: cut[f"carry.data.{name}"][i] for name in ROW_FIELDS},
-        )
-        for i in range(loop.parts.shape.accumulation)
-    ]
+    carried = {name: tensor.to(loop.world.device) for name, tensor in slots.items() if name.startswith("carry.")}
+    whole = PuzzleCarry(
+        states=States(carried["carry.z_h"], carried["carry.z_l"]),
+        steps=carried["carry.steps"],
+        halted=carried["carry.halted"],
+        data={name: carried[f"carry.data.{name}"] for name in ROW_FIELDS},
+    )
+    return whole.split(loop.parts.shape.batch_size)

@@ -1,6 +1,7 @@
 """A moving average of the weights, for evaluation and for the final model.
 
-One job: keep it, swap it in and out. Averages float parameters; buffers are read from the model.
+One job: keep it, swap it in and out. It is kept in float32, whatever the weights' type, since what one step adds is
+too small for a narrow one. Averages what is trained; frozen parameters and buffers are read from the model.
 """
 
 from __future__ import annotations
@@ -16,16 +17,21 @@ class Ema:
     """average <- decay * average + (1 - decay) * weight after every weight update (HRM-Text's rule, no warm-up)."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = model
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.decay = decay
-        self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.average = {name: p.detach().to(torch.float32, copy=True) for name, p in self.trained.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Take in the weights as they are now."""
-        averages = list(self.average.values())
-        weights = [p.detach() for p in self.model.parameters()]
-        torch._foreach_lerp_(averages, weights, 1 - self.decay)
+        pairs = [(average, self.trained[name].detach()) for name, average in self.average.items()]
+        wide = [(average, weight) for average, weight in pairs if weight.dtype == torch.float32]
+        if wide:
+            torch._foreach_lerp_([average for average, _ in wide], [weight for _, weight in wide], 1 - self.decay)
+        # One after the other, so that only one narrow weight is widened at a time.
+        for average, weight in pairs:
+            if weight.dtype != torch.float32:
+                average.lerp_(weight.float(), 1 - self.decay)
 
     def load(self, average: dict[str, Tensor]) -> None:
         """Restore a stored average."""
@@ -35,7 +41,7 @@ class Ema:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The model computes with the average inside this context, with its own weights after it, to the bit."""
-        kept = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        kept = {name: p.detach().clone() for name, p in self.trained.items()}
         try:
             self._fill(self.average)
             yield
@@ -44,5 +50,5 @@ class Ema:
 
     @torch.no_grad()
     def _fill(self, source: dict[str, Tensor]) -> None:
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.trained.items():
             parameter.copy_(source[name])

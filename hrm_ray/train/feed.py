@@ -7,7 +7,7 @@ never on how the effective batch is split over ranks and micro-batches. It does 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -42,6 +42,11 @@ class BatchShape:
         """Number, in the effective batch, of this rank's first row."""
         return self.rank * self.per_rank
 
+    def with_batch(self, batch_size: int) -> BatchShape:
+        """The same rows of each rank in micro-batches of `batch_size`, which divides them."""
+        assert self.per_rank % batch_size == 0
+        return replace(self, batch_size=batch_size, accumulation=self.per_rank // batch_size)
+
     def slots(self) -> npt.NDArray[np.int64]:
         """This rank's places in the effective batch, micro-batch by micro-batch [accumulation, batch_size]."""
         own = np.arange(self.per_rank, dtype=np.int64) + self.first_slot
@@ -58,6 +63,9 @@ class Feed(Protocol):
 
     def roll(self) -> bool:
         """Begin the next epoch; False when there is none. Called when no rank had a row left."""
+
+    def recut(self, shape: BatchShape) -> None:
+        """Cut this rank's rows into other micro-batches from now on."""
 
     def position(self) -> dict[str, npt.NDArray[np.int64]]:
         """Where this rank stands, for a checkpoint."""
@@ -76,6 +84,10 @@ class _Epochs:
         self.linear = linear
         self.epochs = epochs
         self._enter(0)
+
+    def recut(self, shape: BatchShape) -> None:
+        assert (shape.first_slot, shape.effective) == (self.shape.first_slot, self.shape.effective)
+        self.shape = shape
 
     def _enter(self, epoch: int) -> None:
         self.epoch = epoch
@@ -150,6 +162,10 @@ class SlotFeed(_Epochs):
             columns = self.samples.rows(self._indices(wanted))
             micro_batches.append(columns | {"min_steps": self.explore(step, slots)})
         return micro_batches
+
+    def recut(self, shape: BatchShape) -> None:
+        super().recut(shape)
+        self.taken = self.taken.reshape(shape.accumulation, shape.batch_size)
 
     def roll(self) -> bool:
         if not self._next_epoch():

@@ -2,7 +2,8 @@
 
 One job: make the gradient of the whole effective batch, exactly, and apply it. Loss is sums and weights until the end:
 all denominators of a step are added over micro-batches, segments and ranks before the first forward pass, so the
-gradient is that of one large batch however it is split. Logging, evaluation and saving are the runner's.
+gradient is that of one large batch however it is split. Where memory runs out, all ranks cut their micro-batches
+smaller and do the step again, with the same rows. Logging, evaluation and saving are the runner's.
 """
 
 from __future__ import annotations
@@ -18,13 +19,18 @@ from torch import Tensor
 
 from hrm_ray.errors import DivergedError, Fault
 from hrm_ray.model.objective import AnyObjective, Batch, SegmentOutput
+from hrm_ray.model.transforms.peft import Adapters
+from hrm_ray.train.adaptive_lr import Action, AdaptiveLr
 from hrm_ray.train.ema import Ema
 from hrm_ray.train.feed import BatchShape, Feed
 from hrm_ray.train.microbatch import to_batch
 from hrm_ray.train.optimizers import SparseSignSGD
+from hrm_ray.train.out_of_memory import is_out_of_memory, recut, release, smaller, too_large
+from hrm_ray.train.precision import LossScaler
+from hrm_ray.train.randomness import seed_step
 from hrm_ray.train.schedules import Schedule
 from hrm_ray.train.strategies.base import Strategy
-from hrm_ray.values import StopReason
+from hrm_ray.values import Columns, StopReason
 
 STOP_REASONS = tuple(StopReason)
 
@@ -48,15 +54,25 @@ class StepReport:
     lr: float
     totals: dict[str, float]
     stop: StopReason | None
+    recut: BatchShape | None
+    """How rows are cut from this step on, where memory ran out."""
+    adapted: Action | None
+    """What the control of the learning rate decided, where a window of it ended with this step."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates of the weights and of the puzzle table, and the schedule both follow."""
+    """Learning rates of the weights and of the puzzle table, and what both follow: the schedule, and the control."""
 
     schedule: Schedule
     lr: float
     puzzle_emb_lr: float
+    adaptive: AdaptiveLr | None = None
+
+    def factor(self, step: int) -> float:
+        """Multiplier of both rates for update number `step` (from 1)."""
+        factor = self.schedule.factor(step)
+        return factor if self.adaptive is None else factor * self.adaptive.factor
 
 
 @dataclass
@@ -74,11 +90,14 @@ class LoopParts:
     max_bad_steps: int
     sparse: SparseSignSGD | None = None
     ema: Ema | None = None
+    scaler: LossScaler | None = None
+    adapters: Adapters | None = None
+    seed: int = 0
 
 
 @dataclass
 class MetricTotals:
-    """(total, weight) pairs by name since the last flush, as tensors on the device."""
+    """(total, weight) pairs by name since the last flush, as tensors on the device; a total may be a vector."""
 
     pairs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -101,88 +120,154 @@ class TrainingLoop:
         self.carries: list[Any] | None = None
         self.metrics = MetricTotals()
         self.world = parts.strategy.world
-        # MPS has no float64; token counts of one step are exact in float32 up to 16 million.
-        self._count_type = torch.float32 if self.world.device.type == "mps" else torch.float64
+        # What is summed over steps and ranks. MPS has no float64; counts are exact in float32 up to 16 million.
+        self.count_type = torch.float32 if self.world.device.type == "mps" else torch.float64
 
     def step(self) -> StepReport | None:
         """One weight update, or a skipped one; None when all epochs are over."""
         parts = self.parts
         number = self.progress.step + 1
         while True:
-            batches = self._offered(number)
-            carries = self._carries_for(batches)
-            totals, stop = self._totals(batches, carries)
+            columns = self._offered(number)
+            totals, stop = self._totals(columns)
             if totals["rows"] > 0:
                 break
             if not parts.feed.roll():
                 return None
         self.progress.batch_idx += 1
-        factor = parts.rates.schedule.factor(number)
+        factor = parts.rates.factor(number)
         parts.strategy.set_learning_rate(parts.rates.lr * factor)
-        metrics = self._passes(batches, carries, totals)
+        metrics, recut = self._passes_that_fit(columns, totals, number)
+        parts.strategy.reduce()
         rows = parts.sparse.gradients(self.world) if parts.sparse is not None else None
         if rows is None or bool(rows[1].isfinite().all()):
-            norm = parts.strategy.step(parts.grad_clip)
+            norm = self._updated(number)
         else:
             norm = math.nan
             parts.strategy.discard()
+        adapted: Action | None = None
         if math.isfinite(norm):
             self._applied(rows, parts.rates.puzzle_emb_lr * factor)
+            adapted = self._observed(number, metrics)
             self.metrics.add(metrics.pairs)
         else:
             self._skipped(number, norm)
-        return StepReport(math.isfinite(norm), norm, parts.rates.lr * factor, totals, stop)
+        return StepReport(math.isfinite(norm), norm, parts.rates.lr * factor, totals, stop, recut, adapted)
 
-    def _offered(self, step: int) -> list[Batch]:
+    def _updated(self, number: int) -> float:
+        """The weight update, or none where the norm of the gradients, which is given back, is not finite."""
+        scale = self.parts.scaler.scale if self.parts.scaler is not None else 1.0
+        try:
+            return self.parts.strategy.step(self.parts.grad_clip, scale)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            # Some weights may have moved already: there is no step to do again, and a smaller batch would not help.
+            raise too_large(number, "in the weight update, which no smaller batch makes smaller") from error
+
+    def _offered(self, step: int) -> list[Columns]:
         shape = self.parts.shape
         if self.parts.carried and self.carries is not None:
             halted = [carry.halted.cpu().numpy() for carry in self.carries]
         else:
             halted = [np.ones(shape.batch_size, dtype=np.bool_)] * shape.accumulation
-        columns = self.parts.feed.offer(halted, step)
+        return self.parts.feed.offer(halted, step)
+
+    def _on_device(self, columns: list[Columns]) -> list[Batch]:
         return [to_batch(micro, self.parts.wanted, self.world.device) for micro in columns]
 
-    def _carries_for(self, batches: list[Batch]) -> list[Any]:
+    def _carry_for(self, number: int, batch: Batch) -> Any:
+        """The carry that a micro-batch begins the step with."""
         if self.carries is None or not self.parts.carried:
-            carries = [self.parts.objective.initial_carry(batch) for batch in batches]
-            if self.parts.carried:
-                self.carries = carries
-            return carries
-        return self.carries
+            return self.parts.objective.initial_carry(batch)
+        return self.carries[number]
 
-    def _totals(self, batches: list[Batch], carries: list[Any]) -> tuple[dict[str, float], StopReason | None]:
+    def _totals(self, columns: list[Columns]) -> tuple[dict[str, float], StopReason | None]:
         """All denominators of this step over micro-batches and ranks, and the stop that any rank knows of."""
-        shares = [self.parts.objective.weights(batch, carry) for batch, carry in zip(batches, carries, strict=True)]
+        batches = self._on_device(columns)
+        shares = [
+            self.parts.objective.weights(batch, self._carry_for(number, batch)) for number, batch in enumerate(batches)
+        ]
         names = sorted(shares[0])
         wish = self.stop_poll()
         flags = [float(wish is reason) for reason in STOP_REASONS]
-        vector = torch.stack([torch.stack([share[n] for share in shares]).to(self._count_type).sum() for n in names])
-        vector = torch.cat((vector, torch.tensor(flags, dtype=self._count_type, device=vector.device)))
+        vector = torch.stack([torch.stack([share[n] for share in shares]).to(self.count_type).sum() for n in names])
+        vector = torch.cat((vector, torch.tensor(flags, dtype=self.count_type, device=vector.device)))
         summed = self.parts.strategy.sum_over_ranks(vector).tolist()
         raised = [reason for reason, flag in zip(STOP_REASONS, summed[len(names) :], strict=True) if flag > 0]
         return dict(zip(names, summed, strict=False)), (raised[0] if raised else None)
 
-    def _passes(self, batches: list[Batch], carries: list[Any], totals: dict[str, float]) -> MetricTotals:
-        """Forward and backward over every micro-batch and segment; each segment's graph ends with its backward."""
+    def _passes_that_fit(
+        self, columns: list[Columns], totals: dict[str, float], number: int
+    ) -> tuple[MetricTotals, BatchShape | None]:
+        """All passes of a step, its rows cut as small as memory demands; the new cut, if there is one.
+
+        The denominators are sums over rows, so they hold for every cut.
+        """
+        parts = self.parts
+        cut: BatchShape | None = None
+        while True:
+            done = self._tried(columns, totals)
+            if not parts.strategy.any_rank(done is None):
+                assert done is not None
+                metrics, carries = done
+                if parts.carried:
+                    self.carries = carries
+                return metrics, cut
+            rows = smaller(parts.shape.batch_size)
+            if rows is None:
+                raise too_large(number, "with a micro-batch of 1")
+            parts.strategy.discard()
+            if parts.sparse is not None:
+                parts.sparse.forget()
+            columns, cut = recut(columns, rows), self.cut_to(rows)
+
+    def cut_to(self, rows: int) -> BatchShape:
+        """Cut this rank's rows into micro-batches of `rows` from now on; the effective batch stays as it is."""
+        parts = self.parts
+        parts.shape = parts.shape.with_batch(rows)
+        parts.feed.recut(parts.shape)
+        if parts.carried and self.carries is not None:
+            self.carries = parts.objective.recut(self.carries, rows)
+        return parts.shape
+
+    def _tried(self, columns: list[Columns], totals: dict[str, float]) -> tuple[MetricTotals, list[Any]] | None:
+        """`passes`, or None where memory ran out in one of them."""
+        try:
+            return self.passes(self._on_device(columns), totals)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        release(self.world.device)
+        return None
+
+    def passes(self, batches: list[Batch], totals: dict[str, float]) -> tuple[MetricTotals, list[Any]]:
+        """Forward and backward over every micro-batch and pass; each pass's graph ends with its backward.
+
+        Gives the metrics and the new carries; nothing but gradients has changed if it raises.
+        """
         parts, metrics = self.parts, MetricTotals()
-        share = torch.tensor(1.0 / self.world.size, dtype=self._count_type)
+        seed_step(parts.seed, self.progress.batch_idx, self.world.rank)
+        carries: list[Any] = []
+        scale = self.world.size * (parts.scaler.scale if parts.scaler is not None else 1.0)
+        share = torch.tensor(1.0 / self.world.size, dtype=self.count_type)
         passes = parts.objective.passes_per_step
         for number, batch in enumerate(batches):
-            carry = carries[number]
+            carry = self._carry_for(number, batch)
             for index in range(passes):
                 last = number == len(batches) - 1 and index == passes - 1
                 with parts.strategy.accumulate(last):
                     output = parts.strategy.segment(batch, carry)
                     loss = weighed(output, totals)
-                    parts.strategy.backward(loss * self.world.size)
+                    parts.strategy.backward(loss * scale)
                 carry = output.carry
                 metrics.add(output.metrics)
                 metrics.add({"loss": (loss.detach(), torch.zeros(()))})
             if parts.carried:
-                carries[number] = carry
+                carries.append(carry)
         # Every rank adds its part of the step's loss; the ranks' weights add up to one step.
         metrics.add({"loss": (torch.zeros(()), share)})
-        return metrics
+        return metrics, carries
 
     def _applied(self, rows: tuple[Tensor, Tensor] | None, puzzle_emb_lr: float) -> None:
         parts = self.parts
@@ -190,15 +275,27 @@ class TrainingLoop:
             parts.sparse.apply(*rows, puzzle_emb_lr)
         if parts.ema is not None:
             parts.ema.update()
+        if parts.scaler is not None:
+            parts.scaler.stepped()
         self.progress.step += 1
         self.progress.bad_steps = 0
+
+    def _observed(self, number: int, metrics: MetricTotals) -> Action | None:
+        """Let the control of the learning rate see this step's loss."""
+        if self.parts.rates.adaptive is None:
+            return None
+        loss = metrics.pairs["loss"][0].to(self.world.device, self.count_type)
+        return self.parts.rates.adaptive.observe(number, loss, self.parts.strategy.sum_over_ranks)
 
     def _skipped(self, number: int, norm: float) -> None:
         """Count a step whose gradient was not finite; too many in a row end the run."""
         if self.parts.carried and self.carries is not None:
             self.carries = [self.parts.objective.restarted(carry) for carry in self.carries]
-        self.progress.bad_steps += 1
         self.progress.skipped_steps += 1
+        if self.parts.scaler is not None and self.parts.scaler.overflowed():
+            # A scale that was too large is no sign of divergence; the next one is half of it.
+            return
+        self.progress.bad_steps += 1
         if self.progress.bad_steps >= self.parts.max_bad_steps:
             names = self.parts.strategy.non_finite_parameters() or ["the puzzle embedding"]
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -211,14 +308,24 @@ class TrainingLoop:
             )
 
     def flush_metrics(self) -> dict[str, float]:
-        """Means since the last flush over all ranks; a name whose weight is 0 is left out. A collective."""
+        """Means since the last flush over all ranks; a name whose weight is 0 is left out. A collective.
+
+        The values of a vector are told one by one, as name_0, name_1 and so on.
+        """
         pairs, self.metrics = self.metrics.pairs, MetricTotals()
         if not pairs:
             return {}
         names = sorted(pairs)
-        flat = torch.stack([part.to(self.world.device, self._count_type) for name in names for part in pairs[name]])
-        summed = self.parts.strategy.sum_over_ranks(flat).view(len(names), 2).tolist()
-        return {name: total / weight for name, (total, weight) in zip(names, summed, strict=True) if weight > 0}
+        flat = [part.to(self.world.device, self.count_type).view(-1) for name in names for part in pairs[name]]
+        summed = iter(self.parts.strategy.sum_over_ranks(torch.cat(flat)).tolist())
+        means: dict[str, float] = {}
+        for name in names:
+            total = pairs[name][0]
+            values, weight = [next(summed) for _ in range(total.numel())], next(summed)
+            if weight > 0:
+                of = [name] if total.dim() == 0 else [f"{name}_{number}" for number in range(len(values))]
+                means |= {one: value / weight for one, value in zip(of, values, strict=True)}
+        return means
 
 
 def weighed(output: SegmentOutput[Any], totals: dict[str, float]) -> Tensor:

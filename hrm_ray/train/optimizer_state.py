@@ -1,42 +1,46 @@
-"""An optimizer's state as a safetensors file, by parameter name.
+"""An optimizer's state: as a safetensors file by parameter name, and how many bytes it takes.
 
-One job: write and read moments and counters exactly. No pickle: tensors by `parameter|key`, nothing else.
+One job: write, read and count moments, scales and counters exactly. No pickle: tensors by `parameter|key`, nothing
+else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hrm_ray.errors import DataFault, Fault
-from hrm_ray.train.weights_file import save_tensors
+from hrm_ray.train.live_bytes import storage_bytes
+from hrm_ray.train.parameterwise import Parameterwise
+from hrm_ray.train.weights_file import read_tensors, save_tensors
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 _SEPARATOR = "|"
+_BY_BLOCKS = frozenset({"absmax1", "absmax2", "qmap1", "qmap2"})
+"""State of bitsandbytes that is no value per weight: a scale per block of them, and the meaning of the 256 codes."""
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
-    """Write the state of every parameter that has one."""
+    """Write the state of every parameter that has one. Counters of Python become int64 scalars."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
-            if not isinstance(value, Tensor):
-                raise TypeError(f"optimizer state {key!r} of {name!r} is no tensor: {type(value).__name__}")
-            tensors[f"{name}{_SEPARATOR}{key}"] = value
+            tensors[f"{name}{_SEPARATOR}{key}"] = _as_tensor(name, key, value)
     save_tensors(tensors, folder / OPTIMIZER_FILE)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
     """Restore what `save_optimizer` wrote. Raises DataFault when it belongs to other parameters."""
     path = folder / OPTIMIZER_FILE
-    for full_name, tensor in load_file(path).items():
+    tables: dict[str, Tensor] = {}
+    for full_name, tensor in read_tensors(path).items():
         name, _, key = full_name.rpartition(_SEPARATOR)
         parameter = parameters.get(name)
-        if parameter is None or (tensor.dim() > 0 and tensor.shape != parameter.shape):
+        if parameter is None or not _fits(key, tensor, parameter):
             raise DataFault(
                 Fault(
                     f"{full_name!r} in {path}",
@@ -44,5 +48,43 @@ def load_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn
                     "Resume with the architecture and the optimizer that wrote the checkpoint",
                 )
             )
-        # Counters stay on the CPU, as PyTorch's optimizers keep them; moments follow the weights.
-        optimizer.state[parameter][key] = tensor if tensor.dim() == 0 else tensor.to(parameter.device)
+        state = optimizer.state[parameter]
+        if tensor.dtype == torch.int64 and tensor.dim() == 0:
+            state[key] = int(tensor)
+        elif tensor.dim() == 0:
+            # Counters stay on the CPU, as PyTorch's optimizers keep them.
+            state[key] = tensor
+        elif key in tables and torch.equal(tables[key], tensor.to(tables[key].device)):
+            state[key] = tables[key]
+        else:
+            state[key] = _placed(optimizer, parameter, tensor)
+            if key.startswith("qmap"):
+                tables[key] = state[key]
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all tensors that the optimizer keeps between updates; what several parameters share counts once."""
+    return storage_bytes(state_tensors(optimizer))
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All tensors that the optimizer keeps between updates."""
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+
+
+def _as_tensor(name: str, key: str, value: Any) -> Tensor:
+    if isinstance(value, int):
+        return torch.tensor(value, dtype=torch.int64)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"optimizer state {key!r} of {name!r} is no tensor: {type(value).__name__}")
+    # A file takes no two tensors in the same memory, which the code tables of all parameters share.
+    return value.clone() if key in _BY_BLOCKS else value
+
+
+def _fits(key: str, tensor: Tensor, parameter: nn.Parameter) -> bool:
+    return tensor.dim() == 0 or tensor.shape == parameter.shape or (key in _BY_BLOCKS and tensor.dim() == 1)
+
+
+def _placed(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, tensor: Tensor) -> Tensor:
+    """The tensor where the optimizer keeps it: beside the weights, or in host memory."""
+    return optimizer.place.keep(tensor) if isinstance(optimizer, Parameterwise) else tensor.to(parameter.device)

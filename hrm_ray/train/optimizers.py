@@ -83,6 +83,18 @@ def _adam_atan2(settings: OptimizerSettings, params: Iterable[torch.nn.Parameter
     return AdamATan2(params, lr=settings.lr, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay)
 
 
+def _adamw_8bit(settings: OptimizerSettings, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW with moments in 8 bits by blocks of 256, each with its scale (Dettmers et al. 2022, arXiv 2110.02861).
+
+    Parameters of fewer than 4096 values keep float32 moments, as bitsandbytes advises.
+    """
+    from bitsandbytes.optim.adamw import AdamW8bit
+
+    return AdamW8bit(
+        list(params), lr=settings.lr, betas=(settings.beta1, settings.beta2), weight_decay=settings.weight_decay
+    )
+
+
 def _sgd(settings: OptimizerSettings, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=settings.lr, weight_decay=settings.weight_decay)
 
@@ -97,7 +109,19 @@ OPTIMIZERS: dict[str, Callable[[OptimizerSettings, Iterable[torch.nn.Parameter]]
 
 def builder(settings: OptimizerSettings) -> BuildOptimizer:
     """The optimizer that the settings name, waiting for its parameters."""
-    return lambda params: OPTIMIZERS[settings.optimizer](settings, params)
+    rule = _adamw_8bit if settings.use_8bit_optimizer else OPTIMIZERS[settings.optimizer]
+    return lambda params: rule(settings, params)
+
+
+def followed_by(build: BuildOptimizer, after: Callable[[], None]) -> BuildOptimizer:
+    """The optimizer that `build` makes; `after` is called after each of its updates, with the gradients still there."""
+
+    def built(params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = build(params)
+        optimizer.register_step_post_hook(lambda *_: after())
+        return optimizer
+
+    return built
 
 
 class SparseSignSGD:
@@ -116,7 +140,7 @@ class SparseSignSGD:
 
         The loop scales losses by the number of ranks, for strategies that average; rows are summed, so it is undone.
         """
-        taken = [(t.identifiers, t.rows.grad) for t in self.table.taken if t.rows.grad is not None]
+        taken = [used for rows in self.table.taken if (used := rows.used()) is not None]
         self.table.taken.clear()
         ndim = self.table.weights.shape[1]
         if taken:
@@ -129,6 +153,10 @@ class SparseSignSGD:
         present, place = identifiers.unique(return_inverse=True)
         summed = gradients.new_zeros(present.shape[0], ndim).index_add_(0, place, gradients)
         return present, summed / world.size
+
+    def forget(self) -> None:
+        """Drop what the passes of an abandoned step have taken."""
+        self.table.taken.clear()
 
     @torch.no_grad()
     def apply(self, present: Tensor, summed: Tensor, lr: float) -> None:

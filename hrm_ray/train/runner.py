@@ -15,10 +15,12 @@ import torch
 from hrm_ray.metrics.meters import DeviceMemory, MemoryMeter, Throughput
 from hrm_ray.rundir import RunDir
 from hrm_ray.settings.tree import RunSettings
+from hrm_ray.train.adaptive_lr import Action
 from hrm_ray.train.assemble import Workplace
-from hrm_ray.train.bundle import save_best, save_final, step_of_best
+from hrm_ray.train.bundle import BundleWeights, save_best, save_final, step_of_best
 from hrm_ray.train.checkpoint import save_checkpoint
 from hrm_ray.train.evaluate import better, evaluate
+from hrm_ray.train.feed import BatchShape
 from hrm_ray.train.loop import StepReport
 from hrm_ray.values import MetricSink, Outcome, Record, StopReason
 
@@ -80,8 +82,12 @@ class Runner:
     def _after(self, report: StepReport) -> None:
         run, step = self.settings.run, self.loop.progress.step
         self._count(report)
+        if report.recut is not None:
+            self._tell_of_recut(report.recut)
+        if report.adapted is not None and report.adapted.kind != "hold":
+            self._tell_of_rate(report.adapted)
         if not report.applied:
-            self.tell("WARNING", f"step skipped: gradient norm {report.norm} ({self.loop.progress.bad_steps} in a row)")
+            self.tell("WARNING", self._why_skipped(report))
             return
         self._last_report = report
         if step % run.log_every == 0 or step == 1:
@@ -91,6 +97,25 @@ class Runner:
         # What is saved at the end comes after the last evaluation, whose figures belong into the checkpoint.
         if run.save_every and step % run.save_every == 0 and step != run.step_limit:
             self._save()
+
+    def _tell_of_recut(self, shape: BatchShape) -> None:
+        if self.held_out is not None:
+            self.held_out = self.held_out.with_batch(shape.batch_size)
+        self.tell(
+            "WARNING",
+            f"Out of memory at step {self.loop.progress.step}: from here on micro-batches of {shape.batch_size} with "
+            f"{shape.accumulation} accumulated; the effective batch stays {shape.effective}.",
+        )
+
+    def _tell_of_rate(self, action: Action) -> None:
+        level, done = ("INFO", "lowered") if action.kind == "lower" else ("WARNING", "stepped back")
+        self.tell(level, f"Learning rate {done} at step {self.loop.progress.step}: {action.reason}.")
+
+    def _why_skipped(self, report: StepReport) -> str:
+        scaler, in_a_row = self.loop.parts.scaler, self.loop.progress.bad_steps
+        if scaler is not None and in_a_row == 0:
+            return f"step skipped: float16 gradients overflowed; the loss scale is now {scaler.scale:g}"
+        return f"step skipped: gradient norm {report.norm} ({in_a_row} in a row)"
 
     def _count(self, report: StepReport) -> None:
         per_segment = report.totals.get("tokens", report.totals["rows"])
@@ -113,6 +138,8 @@ class Runner:
             "effective_batch_size": shape.effective,
             **self._memory.read(),
         }
+        if self.loop.parts.scaler is not None:
+            values["loss_scale"] = self.loop.parts.scaler.scale
         if rate is not None:
             values[unit] = rate
         self._write("train", values)
@@ -123,10 +150,11 @@ class Runner:
         self._throughput.pause()
         ema = self.loop.parts.ema
         with ema.in_place() if ema is not None else nullcontext():
-            self.figures = evaluate(self.loop.parts.objective, self.held_out, self.loop.world)
+            with self.loop.parts.strategy.precision.computing(self.loop.world.device):
+                self.figures = evaluate(self.loop.parts.objective, self.held_out, self.loop.world)
             improved = better(self.figures, self.best)
             if improved:
-                weights = self.loop.parts.strategy.full_weights()
+                weights = self._weights()
                 self.best = {**self.figures, "step": self.loop.progress.step}
                 if self.loop.world.leads:
                     save_best(self.run_dir, weights, self.best)
@@ -156,10 +184,17 @@ class Runner:
         self._save()
         ema = self.loop.parts.ema
         with ema.in_place() if ema is not None else nullcontext():
-            weights = self.loop.parts.strategy.full_weights()
+            weights = self._weights()
             if self.loop.world.leads:
                 save_final(self.run_dir, weights, reason, progress, epoch, self.figures, self.best)
         return Outcome(reason, progress.step, epoch, str(self.run_dir.root), self.figures)
+
+    def _weights(self) -> BundleWeights:
+        """What a bundle gets of the weights as they are now; a collective."""
+        weights, adapters = self.loop.parts.strategy.full_weights(), self.loop.parts.adapters
+        if adapters is None:
+            return BundleWeights(weights)
+        return BundleWeights(adapters.merged_weights(), adapters.in_file())
 
     def _write(self, kind: Any, values: dict[str, Any]) -> None:
         if self.loop.world.leads:

@@ -16,14 +16,20 @@ from hrm_ray.metrics.jsonl import JsonlSink
 from hrm_ray.metrics.tensorboard import TensorBoardSink
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import RunDir
+from hrm_ray.settings.adaptive_lr import AdaptiveLrSettings
 from hrm_ray.settings.tree import RunSettings, from_plain
 from hrm_ray.train.assemble import assemble
+from hrm_ray.train.attention_choice import flash_notes
 from hrm_ray.train.checkpoint import load_checkpoint
+from hrm_ray.train.precision import slow_bfloat16
 from hrm_ray.train.runner import Runner
 from hrm_ray.train.take_up import go_back, write_description
 from hrm_ray.train.weights_file import NO_ROOM, unwritable
 from hrm_ray.train.world import World
 from hrm_ray.values import DriverLink, MetricSink, Outcome
+
+_CUT = frozenset({"optimizer.batch_size", "optimizer.gradient_accumulation_steps"})
+"""What says how rows are cut into micro-batches: a user who says so anew does not get the cut of the checkpoint."""
 
 
 def train(plan: dict[str, Any], link: DriverLink) -> Outcome:
@@ -59,11 +65,12 @@ def _train(plan: dict[str, Any], link: DriverLink) -> Outcome:
         plan["schedule_steps"],
         stop_poll,
         resumes=plan["resume"] is not None,
+        adaptive_lr=None if plan["adaptive_lr"] is None else AdaptiveLrSettings(**plan["adaptive_lr"]),
     )
     resumed_step: int | None = None
     extra: dict[str, Any] = {}
     if plan["resume"] is not None:
-        extra = load_checkpoint(workplace.loop, Path(plan["resume"]))
+        extra = load_checkpoint(workplace.loop, Path(plan["resume"]), keep_cut=not _CUT & settings.given)
         resumed_step = workplace.loop.progress.step
         # Every rank has the checkpoint: only now is the bundle taken back to it.
         world.barrier()
@@ -73,8 +80,12 @@ def _train(plan: dict[str, Any], link: DriverLink) -> Outcome:
     sink = _sinks(settings, run_dir, resumed_step, link) if world.leads else FanOut([])
     try:
         runner = Runner(settings, workplace, run_dir, sink)
-        for note in plan["notes"]:
+        # On a running cluster the driver's machine says nothing of the workers'.
+        own = flash_notes(settings, config, world.device) if plan["ray_address"] else []
+        for note in (*plan["notes"], *own):
             runner.tell("WARNING", note)
+        if workplace.loop.parts.strategy.precision.autocast is not None and slow_bfloat16(world.device):
+            runner.tell("INFO", "This CPU has no 16-bit units: --amp saves memory and costs time, --no-amp is faster.")
         if plan["resume"] is not None:
             runner.resume(extra)
             runner.tell("INFO", f"going on from {plan['resume']}")

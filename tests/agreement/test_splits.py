@@ -1,4 +1,4 @@
-"""One process with batch 8 = accumulation 2 x 4 = DDP 2 x 4 = DDP 2 x accumulation 2 x 2.
+"""One process with batch 8 = accumulation 2 x 4 = DDP 2 x 4 = DDP 2 x accumulation 2 x 2, out of memory or not.
 
 Unclipped gradients of the first step, losses of every step, and weights after ten updates: rows of unequal token
 counts, a smaller last batch and an epoch's end on the way, text and puzzles, the sparse puzzle table included.
@@ -59,6 +59,14 @@ def test_logged_losses_agree(results: Results, scenario: str, optimizer: str, cu
 
 
 @pytest.mark.parametrize(("scenario", "cut"), [(s, c) for s in SCENARIOS for c in CUTS if c != "1x1x8"])
+def test_logged_metrics_are_those_of_the_whole_batch(results: Results, scenario: str, cut: str) -> None:
+    """Every metric of the first step, the use of each expert among them; 1e-5 for sums in another order."""
+    whole, ours = results[(scenario, "sgd", "1x1x8")].metrics, results[(scenario, "sgd", cut)].metrics
+    assert ours == pytest.approx(whole, rel=1e-5, abs=1e-6)
+    assert ("expert_usage_share_3" in whole) == scenario.endswith("experts")
+
+
+@pytest.mark.parametrize(("scenario", "cut"), [(s, c) for s in SCENARIOS for c in CUTS if c != "1x1x8"])
 def test_weights_after_ten_sgd_updates(results: Results, scenario: str, cut: str) -> None:
     """SGD is linear in the gradient, so weights stay as close as gradients: 1e-5 of a weight of size 1.
 
@@ -87,6 +95,12 @@ def test_weights_after_ten_adam_atan2_updates(results: Results, scenario: str, c
         else:
             assert float((gaps <= 1e-5).float().mean()) >= 0.999, name
             assert float(gaps.max()) <= most, name
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_out_of_memory_cuts_smaller_on_all_ranks(results: Results, scenario: str) -> None:
+    for cut, ended_as in {"1x1x8": (1, 8), "1x1x8 -> 1x4x2": (4, 2), "2x2x2 -> 2x4x1": (4, 1)}.items():
+        assert results[(scenario, "sgd", cut)].ended_as == ended_as
 
 
 @pytest.mark.parametrize("scenario", [s for s in SCENARIOS if s.startswith("puzzle") and s != "puzzle-rollout"])

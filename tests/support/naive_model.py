@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.transformer import Transformer
+from tests.support.naive_moe import Told, naive_experts, naive_feed_forward
 
 
 def causal_table(length: int) -> Tensor:
@@ -43,7 +44,14 @@ class NaiveState:
 
 
 class NaiveModel:
-    """Works on single rows [T, D]; `weights` are float64 leaves by the model's own names."""
+    """Works on single rows [T, D]; `weights` are float64 leaves by the model's own names.
+
+    With experts, `told` is what the routers of the last segment's updates with gradient did, `counted` how many
+    positions of the row count, and `training` whether the capacity acts.
+    """
+
+    training = True
+    counted: int | None = None
 
     def __init__(self, model: ActV1 | Transformer) -> None:
         self.config = model.config
@@ -77,6 +85,7 @@ class NaiveModel:
     def segment(self, state: NaiveState, x: Tensor, allowed: Tensor) -> NaiveState:
         """The last `bp_steps` updates keep their graph; every earlier result is cut off."""
         config = self.config
+        self.told: list[Told] = []
         if config.arch == "transformer":
             layers = config.h_layers + config.l_layers
             return NaiveState(self._level("stack", layers, x, allowed), torch.zeros(0))
@@ -89,6 +98,7 @@ class NaiveModel:
                 z_h = self._level("H_level", config.h_layers, z_h + z_l, allowed)
             if number < len(kinds) - config.bp_steps:
                 z_h, z_l = z_h.detach(), z_l.detach()
+                self.told = []
         return NaiveState(z_h, z_l)
 
     def logits(self, state: NaiveState) -> Tensor:
@@ -101,14 +111,41 @@ class NaiveModel:
     def _level(self, name: str, layers: int, x: Tensor, allowed: Tensor) -> Tensor:
         for number in range(layers):
             at = f"{name}.layers.{number}"
-            x = self._norm(x + self._attention(f"{at}.self_attn", x, allowed))
-            gate = x @ self.weights[f"{at}.mlp.gate_proj.weight"].T
-            up = x @ self.weights[f"{at}.mlp.up_proj.weight"].T
-            x = self._norm(x + (gate / (1 + torch.exp(-gate)) * up) @ self.weights[f"{at}.mlp.down_proj.weight"].T)
+            x = self._norm(f"{at}.attn_norm", x + self._attention(f"{at}.self_attn", x, allowed))
+            x = self._norm(f"{at}.mlp_norm", x + self._feed_forward(f"{at}.mlp", x))
         return x
 
-    def _norm(self, x: Tensor) -> Tensor:
-        return x / ((x**2).mean(-1, keepdim=True) + self.config.rms_norm_eps) ** 0.5
+    def _feed_forward(self, at: str, x: Tensor) -> Tensor:
+        if self.config.num_experts:
+            return self._experts(at, x)
+        up = x @ self.weights[f"{at}.up_proj.weight"].T
+        inner = self._bent(up) if not self.config.swiglu else self._bent(x @ self.weights[f"{at}.gate_proj.weight"].T)
+        return (inner * up if self.config.swiglu else inner) @ self.weights[f"{at}.down_proj.weight"].T
+
+    def _experts(self, at: str, x: Tensor) -> Tensor:
+        stacks = {
+            name: self.weights[f"{at}.experts.{name}.weight"]
+            for name in ("gate_proj", "up_proj", "down_proj")
+            if name != "gate_proj" or self.config.swiglu
+        }
+        feed = naive_feed_forward(self.config, stacks, self._bent)
+        counted = len(x) if self.counted is None else self.counted
+        router = self.weights[f"{at}.router.weight"]
+        out, told = naive_experts(self.config, router, feed, x, training=self.training, counted=counted)
+        self.told.append(told)
+        return out
+
+    def _bent(self, x: Tensor) -> Tensor:
+        if self.config.activation == "silu":
+            return x / (1 + torch.exp(-x))
+        return x * (x > 0) if self.config.activation == "relu" else x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+    def _norm(self, at: str, x: Tensor) -> Tensor:
+        if self.config.rmsnorm:
+            return x / ((x**2).mean(-1, keepdim=True) + self.config.rms_norm_eps) ** 0.5
+        x = x - x.mean(-1, keepdim=True)
+        x = x / ((x**2).mean(-1, keepdim=True) + self.config.rms_norm_eps) ** 0.5
+        return x * self.weights[f"{at}.weight"] + self.weights[f"{at}.bias"]
 
     def _attention(self, at: str, x: Tensor, allowed: Tensor) -> Tensor:
         width = self.config.head_dim

@@ -18,8 +18,13 @@ from hrm_ray.cli import main as cli
 from hrm_ray.train.loop import StepReport, TrainingLoop
 from hrm_ray.values import StopReason
 
-TINY = ("--hidden-size", "32", "--num-heads", "2", "--num-layers", "2", "--threads", "1", "--launcher", "local")
-"""One layer each for H and L, on one thread, in this process."""
+TINY = (
+    *("--hidden-size", "32", "--num-heads", "2", "--num-layers", "2", "--no-use-moe"),
+    *("--threads", "1", "--launcher", "local"),
+)
+"""One layer each for H and L, without experts, on one thread, in this process."""
+EXPERTS = ("--use-moe", "--num-experts", "4", "--d-ff", "32")
+"""After the words above: a model with experts."""
 TEXT = (*TINY, "--vocab-size", "300", "--max-seq-len", "16", "--batch-size", "4", "--log-every", "1")
 PUZZLE = (*TINY, "--batch-size", "4", "--log-every", "1", "--halt-max-steps", "3", "--halt-exploration-prob", "0.5")
 CELLS, SYMBOLS = 6, 5
@@ -55,13 +60,17 @@ def train(data: Path, bundle: Path, *words: object) -> Ran:
 
 
 def last_said(words: Sequence[object]) -> list[object]:
-    """The words with each option's last value only, so that a test can say what differs after what is usual."""
+    """The words with each option's last value only, so that a test can say what differs after what is usual.
+
+    A switch and its `--no-` form are one option.
+    """
     values: dict[str, list[object]] = {}
     for number, word in enumerate(words):
         if str(word).startswith("--"):
             has_value = number + 1 < len(words) and not str(words[number + 1]).startswith("--")
-            values[str(word)] = [words[number + 1]] if has_value else []
-    return [part for name, value in values.items() for part in (name, *value)]
+            option = str(word).replace("--no-", "--", 1)
+            values[option] = [word, words[number + 1]] if has_value else [word]
+    return [part for said in values.values() for part in said]
 
 
 def refused(code: int, *words: object, naming: tuple[object, ...]) -> str:

@@ -24,6 +24,7 @@ from hrm_ray.train.assemble import assemble, model_config
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.world import World
 from hrm_ray.values import IGNORE_LABEL, Columns
+from tests.support.fail_at import FailAt, script
 
 VOCABULARY, SEQ_LEN, IDENTIFIERS = 17, 12, 5
 
@@ -35,25 +36,53 @@ class Cut:
     ranks: int
     accumulation: int
     batch: int
+    failures: tuple[FailAt, ...] = ()
 
 
-CUTS = {"1x1x8": Cut(1, 1, 8), "1x2x4": Cut(1, 2, 4), "2x1x4": Cut(2, 1, 4), "2x2x2": Cut(2, 2, 2)}
+CUTS = {
+    "1x1x8": Cut(1, 1, 8),
+    "1x2x4": Cut(1, 2, 4),
+    "2x1x4": Cut(2, 1, 4),
+    "2x2x2": Cut(2, 2, 2),
+    # Memory runs out on the way: twice in one step, and on one of two ranks in the backward pass of its last batch.
+    "1x1x8 -> 1x4x2": Cut(1, 1, 8, (FailAt(0, 3, fits=2),)),
+    "2x2x2 -> 2x4x1": Cut(2, 2, 2, (FailAt(1, 4, fits=1, in_backward=True, passes=1),)),
+}
 
-TEXT = {"task": "lm", "supervision": "rollout", "halt_exploration_prob": 0.0, "loss": "softmax", "halt_max_steps": 3}
+TEXT = {
+    "task": "lm",
+    "use_moe": False,
+    "supervision": "rollout",
+    "halt_exploration_prob": 0.0,
+    "loss": "softmax",
+    "halt_max_steps": 3,
+}
 PUZZLE = {
     "task": "puzzle",
+    "use_moe": False,
     "supervision": "segment",
     "halt_exploration_prob": 0.5,
     "loss": "stablemax",
     "halt_max_steps": 3,
 }
+EXPERTS = {"use_moe": True, "num_experts": 4, "moe_capacity_factor": 0.8, "moe_load_balance_coef": 0.1}
+"""A capacity that drops, and a balance loss that shows in the gradients."""
 SCENARIOS: dict[str, dict[str, Any]] = {
     "text": TEXT,
     "transformer": TEXT | {"arch": "transformer", "halt_max_steps": 1},
+    "text-experts": TEXT | EXPERTS,
+    "chunked": TEXT | {"window_size": 7, "halt_max_steps": 2},
+    "chunked-exact-experts": TEXT | EXPERTS | {"halt_max_steps": 2},
     "puzzle-carried": PUZZLE,
+    "puzzle-experts": PUZZLE | EXPERTS | {"bp_steps": 4},
     "puzzle-embedding": PUZZLE | {"puzzle_emb_ndim": 24, "pos_encodings": "learned"},
     "puzzle-rollout": PUZZLE | {"supervision": "rollout", "puzzle_emb_ndim": 8},
 }
+MEMORY: dict[str, dict[str, Any]] = {
+    "chunked": {"use_chunked_training": True, "chunk_size": 5},
+    "chunked-exact-experts": {"use_chunked_training": True, "chunk_size": 5, "chunk_gradients": "exact"},
+}
+"""What a scenario asks of section `memory`."""
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": "sgd", "lr": 0.5},
     "adam-atan2": {"optimizer": "adam-atan2", "lr": 1e-3},
@@ -107,6 +136,7 @@ def settings_for(scenario: str, optimizer: str, cut: Cut) -> RunSettings:
                 "weight_decay": 0.1,
                 **OPTIMIZERS[optimizer],
             },
+            "memory": {"amp": False, **MEMORY.get(scenario, {})},
             "run": {"seed": 3},
         }
     )
@@ -134,6 +164,9 @@ class Result:
     weights: dict[str, Tensor]
     losses: list[float]
     halted_early: int
+    ended_as: tuple[int, int]
+    metrics: dict[str, float]
+    """All that was logged of the first step."""
 
 
 def run(scenario: str, optimizer: str, cut: Cut, device: str = "cpu") -> Result:
@@ -145,16 +178,20 @@ def run(scenario: str, optimizer: str, cut: Cut, device: str = "cpu") -> Result:
     samples = Rows(config.task)
     loop = assemble(settings, config, samples, None, world, STEPS, lambda: None).loop
     warm_heads(loop)
+    script(loop, cut.failures)
     gradients = _capture(loop)
-    losses, halted_early = [], 0
+    losses, halted_early, metrics = [], 0, {}
     for _ in range(STEPS):
         report = loop.step()
         assert report is not None and report.applied
-        losses.append(loop.flush_metrics()["loss"])
+        logged = loop.flush_metrics()
+        losses.append(logged["loss"])
+        metrics = metrics or logged
         for carry in loop.carries or []:
             halted_early += int((carry.halted & carry.data["active"] & (carry.steps < config.halt_max_steps)).sum())
     weights = {name: t.cpu().clone() for name, t in loop.parts.strategy.full_weights().items()}
-    return Result({name: t.cpu() for name, t in gradients.items()}, weights, losses, halted_early)
+    ended_as = (loop.parts.shape.accumulation, loop.parts.shape.batch_size)
+    return Result({name: t.cpu() for name, t in gradients.items()}, weights, losses, halted_early, ended_as, metrics)
 
 
 def _capture(loop: TrainingLoop) -> dict[str, Tensor]:
@@ -163,11 +200,11 @@ def _capture(loop: TrainingLoop) -> dict[str, Tensor]:
     strategy, sparse = loop.parts.strategy, loop.parts.sparse
     step = strategy.step
 
-    def step_and_keep(max_norm: float) -> float:
+    def step_and_keep(max_norm: float, scale: float) -> float:
         for name, parameter in loop.parts.objective.named_parameters():
             if name not in seen and parameter.grad is not None:
                 seen[name] = parameter.grad.clone()
-        return step(max_norm)
+        return step(max_norm, scale)
 
     strategy.step = step_and_keep  # type: ignore[method-assign]
     if sparse is not None:

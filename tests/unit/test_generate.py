@@ -14,8 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hrm_ray.model.attention import AttentionScope
 from hrm_ray.model.generate import Drawn, Reader, Sampling, draw, generate
-from hrm_ray.model.layers import AttentionScope, Context
+from hrm_ray.model.layers import Context
 from tests.support.tiny_models import VOCAB, between, tiny_actv1, tiny_config, tiny_model
 
 CHANCES = [0.5, 0.25, 0.125, 0.125]
@@ -183,7 +184,7 @@ def test_drawn_tells_the_segments_of_the_position_before() -> None:
     with torch.no_grad():
         states = model.initial_states(1, VOCAB)
         x = model.embedding(torch.arange(VOCAB).unsqueeze(0), None, None)
-        states = model.segment(states, x, Context(AttentionScope(mask=torch.eye(VOCAB).bool()), None))
+        states = model.segment(states, x, Context(AttentionScope(documents=torch.arange(VOCAB).unsqueeze(0)), None))
         model.q_head.bias[0] -= between(model.halting_scores(states.z_h)[0])
     seen = set()
     for prompt in ([1, 2], [2, 1], [3, 4], [5, 6], [7, 8]):

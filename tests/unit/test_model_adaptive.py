@@ -7,6 +7,7 @@ makes sure that no score lies within 1e-3 of the threshold, so that rounding can
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,9 +16,12 @@ from torch import Tensor
 
 from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.adaptive import adaptive_segments
+from hrm_ray.model.attention import AttentionScope
+from hrm_ray.model.chunked_rest import Here
+from hrm_ray.model.chunked_rows import ChunkedRows
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.generate import Reader
-from hrm_ray.model.layers import AttentionScope, Context
+from hrm_ray.model.layers import Context
 from hrm_ray.model.scope import CAUSAL, text_scope
 from hrm_ray.model.transformer import Transformer
 from tests.support.naive_model import NaiveByToken
@@ -31,6 +35,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "many layers": {"h_cycles": 1, "l_cycles": 3, "h_layers": 2, "l_layers": 3, "halt_max_steps": 3},
     "one segment": {"halt_max_steps": 1},
     "five segments": {"halt_max_steps": 5},
+    "window": {"halt_max_steps": 3, "window_size": 4},
+    "narrowest window": {"halt_max_steps": 2, "window_size": 1},
     "bfloat16": {"forward_dtype": "bfloat16", "halt_max_steps": 3},
 }
 POSITIONS = ("rope", "learned", "none")
@@ -48,22 +54,25 @@ def spread_halting(model: ActV1, scope: AttentionScope, prompt: Tensor | None = 
             direction = torch.randn(model.config.hidden_size, generator=generator)
             model.q_head.weight[0] = direction
             model.q_head.bias[0] = -(first @ direction).quantile(0.6)
-            logits, halted_at, margin = whole(model, scope, prompt)
+            logits, halted_at, margin = whole(model, prompt)
             if len(set(halted_at)) >= min(segments, 3) and (margin > 1e-3 or segments == 1):
                 return logits, halted_at
     raise AssertionError("no halting head found that lets tokens halt at different segments")
 
 
-def whole(model: ActV1, scope: AttentionScope, prompt: Tensor | None) -> tuple[Tensor, list[int], float]:
+def whole(model: ActV1, prompt: Tensor | None) -> tuple[Tensor, list[int], float]:
     """Logits [T, V] and segments of adaptive reading on the whole sequence; the least |q| that decided anything."""
-    x = model.embedding(torch.tensor([TOKENS]), None, None)
+    inputs = {"inputs": torch.tensor([TOKENS])}
+    # In three chunks where the mask allows it: what is read does not depend on how rows are cut.
+    rows = ChunkedRows(model, inputs, 5) if prompt is None else ChunkedRows(model, inputs | {"prompt": prompt}, LENGTH)
     logits, segments = torch.zeros(LENGTH, model.config.vocab_size), [0] * LENGTH
     margin, frozen = float("inf"), torch.zeros(LENGTH, dtype=torch.bool)
     with torch.no_grad():
-        for reading in adaptive_segments(model, x, scope, prompt):
-            scores = model.logits(reading.states.z_h)[0].float()
+        for reading in adaptive_segments(model, rows, Here()):
+            z_h = torch.cat([reading.states.z_h.get(chunk) for chunk in range(len(rows))], dim=1)
+            scores = model.logits(z_h)[0].float()
             if reading.segment < model.config.halt_max_steps and not bool(frozen.all()):
-                q = model.halting_scores(reading.states.z_h)[0][0]
+                q = model.halting_scores(z_h)[0][0]
                 margin = min(margin, float(q[~frozen].abs().min()))
             for place in range(LENGTH):
                 if bool(reading.reads[0, place]):
@@ -81,10 +90,10 @@ def by_token(model: ActV1 | Transformer, prompt: int, adaptive: bool) -> tuple[T
 
 def scope_for(config: ModelConfig, prompt: int) -> AttentionScope:
     if config.lm_mask == "causal":
-        return CAUSAL
+        return text_scope(None, None, config.window_size)
     inside = torch.zeros(1, LENGTH, dtype=torch.bool)
     inside[0, :prompt] = True
-    return text_scope(LENGTH, None, inside)
+    return text_scope(None, inside, config.window_size)
 
 
 def tolerance(config: ModelConfig) -> float:
@@ -108,7 +117,7 @@ def test_adaptive_reading_with_caches(shape: str, positions: str, mask: str, pro
     per_segment = config.h_cycles * (config.l_cycles * config.l_layers + config.h_layers)
     kept = reader.caches._kept
     assert len(kept) == config.halt_max_steps * per_segment
-    assert {keys.shape[2] for pair in kept.values() for keys in pair} == {LENGTH}
+    assert {keys.shape[2] for pair in kept.values() for keys in pair} == {config.window_size or LENGTH}
 
 
 @pytest.mark.parametrize(("mask", "prompt"), [("causal", 1), ("causal", 5), ("prefix", 5), ("prefix", 12)])
@@ -131,10 +140,10 @@ def test_plain_reading_with_caches(shape: str, positions: str, mask: str, prompt
 
 @pytest.mark.parametrize(("mask", "prompt"), [("causal", 1), ("causal", 5), ("prefix", 5), ("prefix", 12)])
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_transformer_with_caches(positions: str, mask: str, prompt: int) -> None:
-    config = tiny_config(
-        arch="transformer", h_layers=2, halt_max_steps=1, halt_rule="none", pos_encodings=positions, lm_mask=mask
-    )
+@pytest.mark.parametrize("window", [None, 4])
+def test_transformer_with_caches(positions: str, mask: str, prompt: int, window: int | None) -> None:
+    base = tiny_config(arch="transformer", h_layers=2, halt_max_steps=1, halt_rule="none", window_size=window)
+    config = replace(base, pos_encodings=positions, lm_mask=mask)
     model = tiny_model(config, seed=4)
     assert isinstance(model, Transformer)
     with torch.no_grad():
@@ -160,6 +169,12 @@ def test_a_halted_token_leaves_its_last_keys_and_values() -> None:
                 copied = segment + 1 > halted_at
                 assert torch.equal(keys[:, :, token], old_keys[:, :, token]) == copied
                 assert torch.equal(values[:, :, token], old_values[:, :, token]) == copied
+
+
+def test_what_a_window_cannot_show_any_more_is_dropped() -> None:
+    model = tiny_actv1(tiny_config(window_size=4), seed=4)
+    _, _, reader = by_token(model, 9, adaptive=False)
+    assert {keys.shape[2] for keys, _ in reader.caches._kept.values()} == {4}
 
 
 def test_restart_forgets() -> None:

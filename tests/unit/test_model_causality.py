@@ -33,6 +33,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "one cycle, two layers": {"h_cycles": 1, "l_cycles": 1, "h_layers": 2, "l_layers": 2},
     "full backward": {"h_cycles": 1, "l_cycles": 3, "bp_steps": 4},
     "bfloat16": {"forward_dtype": "bfloat16"},
+    "window": {"window_size": 3},
     "transformer": {"arch": "transformer", "halt_max_steps": 1, "halt_rule": "none", "h_layers": 2, "l_layers": 1},
 }
 

@@ -30,6 +30,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "puzzle": {"task": "puzzle", "seq_len": 6},
     "puzzle embedding": {"task": "puzzle", "seq_len": 6, "puzzle_emb_ndim": 40, "num_puzzle_identifiers": 7},
     "one segment": {"task": "puzzle", "seq_len": 6, "halt_max_steps": 1},
+    "experts": {"num_experts": 5, "num_experts_per_tok": 2},
+    "experts, no gate, prefix": {
+        **{"num_experts": 4, "num_experts_per_tok": 3, "swiglu": False, "task": "puzzle", "seq_len": 6},
+        "puzzle_emb_ndim": 40,
+    },
+    "no gate": {"swiglu": False, "activation": "relu"},
+    "layer norm": {"rmsnorm": False, "activation": "gelu"},
 }
 
 
@@ -57,10 +64,36 @@ def preset_config(name: str) -> ModelConfig:
     return tiny_config(**leaves, intermediate_size=width, vocab_size=16000, seq_len=128)
 
 
-@pytest.mark.parametrize(("name", "millions"), [("nano", 5), ("tiny", 15)])
-def test_presets_have_the_size_they_are_named_for(name: str, millions: int) -> None:
-    """Within 10 % (FEATURES.md, M11), and no memory is taken to count them."""
-    assert count_parameters(preset_config(name)).total == pytest.approx(millions * 1e6, rel=0.1)
+MILLIONS = {"nano": 5, "tiny": 15, "small": 50, "medium": 150, "large": 400, "xlarge": 1000}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_size_they_are_named_for(name: str) -> None:
+    """Within 10 % (FEATURES.md, M11), counted on a device without memory."""
+    config = preset_config(name)
+    assert count_parameters(config).total == pytest.approx(MILLIONS[name] * 1e6, rel=0.1)
+    assert config.h_layers == config.l_layers
+    assert config.head_dim == (32 if name == "nano" else 64)
+
+
+def test_counting_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest preset's weights would be 4 GB: the modules that are counted hold none."""
+    built = []
+    monkeypatch.setattr(
+        "hrm_ray.model.describe.build_model", lambda config: built.append(build_model(config)) or built[-1]
+    )
+    count_parameters(preset_config("nano"))
+    assert all(tensor.is_meta for tensor in (*built[0].parameters(), *built[0].buffers()))
+
+
+def flop_counter() -> FlopCounterMode:
+    """PyTorch's counter, taught the grouped product: every row meets one matrix, whichever it is."""
+
+    def product(left: Any, right: Any, *rest: Any, out_shape: Any = None, **named: Any) -> int:
+        return 2 * left[0] * left[1] * right[-1]
+
+    ours = torch.ops.hrm_ray
+    return FlopCounterMode(display=False, custom_mapping={ours.rows_times: product, ours.rows_with_rows: product})
 
 
 def objective_and_batch(config: ModelConfig, supervision: str) -> tuple[AnyObjective, Batch, int]:
@@ -78,10 +111,10 @@ def counted(objective: AnyObjective, batch: Batch) -> tuple[int, int]:
     carry, forward, backward = objective.initial_carry(batch), 0, 0
     with sdpa_kernel(SDPBackend.MATH):
         for _ in range(objective.segments_per_step):
-            with FlopCounterMode(display=False) as count:
+            with flop_counter() as count:
                 output = objective(batch, carry)
             forward += count.get_total_flops()
-            with FlopCounterMode(display=False) as count:
+            with flop_counter() as count:
                 weighed(output, totals).backward()
             backward += count.get_total_flops()
             carry = output.carry
@@ -100,7 +133,7 @@ def test_forward_flops(shape: str) -> None:
     config = tiny_config(**SHAPES[shape])
     objective, batch, tokens = objective_and_batch(config, "rollout")
     objective.eval()
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), flop_counter() as count:
         objective(batch, objective.initial_carry(batch))
     forward, _ = segment_flops(config)
     assert count.get_total_flops() - head_flops(config, batch, 1) == pytest.approx(forward * tokens, abs=tokens)

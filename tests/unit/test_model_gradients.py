@@ -18,10 +18,12 @@ from hrm_ray.model.build import build_objective
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.objective import AnyObjective, Batch
 from hrm_ray.model.puzzle_objective import PuzzleObjective
+from hrm_ray.model.router_losses import RouterLosses
 from tests.support.naive_model import NaiveModel, cross_entropies, full_table, text_table
 from tests.support.tiny_models import backward_all, puzzle_batch, text_batch, tiny_actv1, tiny_config, tiny_model
 
 MARGIN = 0.01
+ROUTERS = RouterLosses(balance=0.3, z=0.2)
 
 
 def objective_of(config: ModelConfig, loss: str = "softmax", supervision: str = "rollout") -> AnyObjective:
@@ -30,7 +32,16 @@ def objective_of(config: ModelConfig, loss: str = "softmax", supervision: str = 
         loss,
         supervision=supervision,
         halt_margin=MARGIN,  # type: ignore[arg-type]
+        router_losses=ROUTERS,
     ).train()
+
+
+def naive_router_loss(naive: NaiveModel) -> Tensor:
+    """Of one row and segment: means over the routers whose update carries gradient."""
+    if not naive.told:
+        return torch.zeros((), dtype=torch.float64)
+    balance = torch.stack([told.balance for told in naive.told]).mean()
+    return ROUTERS.balance * balance + ROUTERS.z * torch.stack([told.z for told in naive.told]).mean()
 
 
 def naive_text_loss(naive: NaiveModel, batch: Batch, kind: str) -> Tensor:
@@ -46,9 +57,11 @@ def naive_text_loss(naive: NaiveModel, batch: Batch, kind: str) -> Tensor:
         allowed = text_table(batch["documents"][row].tolist(), prompt)
         state = naive.start(len(inputs))
         earlier: list[Tensor | None] = [None] * len(labels)
+        naive.counted = 1 + max(place for place, label in enumerate(labels) if label >= 0)
         for _ in range(segments):
             came_in = state.z_h.detach()
             state = naive.segment(state, naive.embed(inputs, batch["positions"][row]), allowed)
+            total = total + naive_router_loss(naive) / rows / segments
             losses = cross_entropies(naive.logits(state), labels, kind)
             for place, loss in enumerate(losses):
                 if loss is None:
@@ -87,6 +100,23 @@ TEXT_CASES: dict[str, dict[str, Any]] = {
     "no positions": {"pos_encodings": "none"},
     "prefix": {"lm_mask": "prefix", "halt_max_steps": 3},
     "transformer": {"arch": "transformer", "halt_max_steps": 1, "halt_rule": "none", "h_layers": 2},
+    "gelu": {"activation": "gelu"},
+    "relu, no gate": {"activation": "relu", "swiglu": False, "bp_steps": 4},
+    "silu, no gate": {"swiglu": False},
+    "layer norm": {"rmsnorm": False, "bp_steps": 6},
+    "layer norm, one update": {"rmsnorm": False, "bp_steps": 1},
+    "experts": {"num_experts": 4},
+    "experts, drops, all updates": {"num_experts": 5, "moe_capacity_factor": 0.7, "bp_steps": 6, "l_layers": 2},
+    "experts, one chosen, one update": {"num_experts": 4, "num_experts_per_tok": 1, "bp_steps": 1},
+    "experts, no gate, prefix": {"num_experts": 3, "num_experts_per_tok": 3, "swiglu": False, "lm_mask": "prefix"},
+    "experts in a transformer": {
+        **{"arch": "transformer", "halt_max_steps": 1, "halt_rule": "none", "num_experts": 4},
+        **{"activation": "gelu", "moe_capacity_factor": 0.9},
+    },
+    "transformer with layer norm and gelu": {
+        **{"arch": "transformer", "halt_max_steps": 1, "halt_rule": "none"},
+        **{"rmsnorm": False, "activation": "gelu", "swiglu": False},
+    },
 }
 
 
@@ -95,7 +125,7 @@ TEXT_CASES: dict[str, dict[str, Any]] = {
 def test_text_loss_and_gradients(case: str, loss: str) -> None:
     config = tiny_config(**TEXT_CASES[case])
     objective = objective_of(config, loss)
-    batch = text_batch(5, [[7, 3, 2], [12], [4, 8]], prompts=[3, 5, 1] if case == "prefix" else None)
+    batch = text_batch(5, [[7, 3, 2], [12], [4, 8]], prompts=[3, 5, 1] if "prefix" in case else None)
     naive = NaiveModel(objective.model)
     want = naive_text_loss(naive, batch, loss)
     # One backward over the naive sum is the sum over segments, because its carry is detached by hand.
@@ -143,6 +173,7 @@ def naive_puzzle_step(
         logits = naive.logits(new)
         losses = [value for value in cross_entropies(logits, labels, loss) if value is not None]
         total = total + sum(losses, torch.zeros(())) / len(losses)
+        total = total + naive_router_loss(naive)
         right = all(int(s.argmax()) == label for s, label in zip(logits, labels, strict=True) if label >= 0)
         q = naive.q(new.z_h[0])
         bce = F.binary_cross_entropy_with_logits
@@ -162,6 +193,8 @@ PUZZLE_CASES: dict[str, dict[str, Any]] = {
     "wide embedding": {"puzzle_emb_ndim": 40, "num_puzzle_identifiers": 4, "bp_steps": 6},
     "one segment": {"halt_max_steps": 1, "puzzle_emb_ndim": 16, "num_puzzle_identifiers": 2},
     "one update": {"bp_steps": 1, "puzzle_emb_ndim": 10, "num_puzzle_identifiers": 4},
+    "experts": {"num_experts": 4, "moe_capacity_factor": 0.8, "puzzle_emb_ndim": 10, "num_puzzle_identifiers": 4},
+    "experts, no embedding": {"num_experts": 8, "bp_steps": 6},
 }
 
 
@@ -195,8 +228,9 @@ def assert_same_puzzle_rows(objective: AnyObjective, naive: NaiveModel) -> None:
     assert table is not None
     ours = torch.zeros_like(table.weights, dtype=torch.float64)
     for taken in table.taken:
-        assert taken.rows.grad is not None and taken.identifiers.shape[0] == 2
-        ours.index_add_(0, taken.identifiers.long(), taken.rows.grad.double())
+        used = taken.used()
+        assert used is not None and used[0].shape[0] == 2
+        ours.index_add_(0, used[0].long(), used[1].double())
     theirs = naive.weights["embedding.puzzle_emb.weights"].grad
     theirs = torch.zeros_like(ours) if theirs is None else theirs
     assert float((ours - theirs).abs().max()) <= 1e-4 * float(theirs.square().mean().sqrt()) + 1e-7

@@ -100,9 +100,10 @@ def test_idle_slots_add_nothing_whatever_is_in_them(rollout: bool) -> None:
         output = objective(batch, carry)
         torch.stack([term.coefficient * term.total for term in output.terms]).sum().backward()
         gradients = {name: p.grad for name, p in objective.named_parameters()}
-        identifiers = [taken.identifiers.tolist() for taken in table.taken]
-        assert identifiers == [output.carry.data["puzzle_identifiers"][[0, 2]].tolist()]
-        results.append((weights, summary(output), gradients, table.taken[0].rows.grad))
+        (used,) = [taken.used() for taken in table.taken]
+        assert used is not None
+        assert [used[0].tolist()] == [output.carry.data["puzzle_identifiers"][[0, 2]].tolist()]
+        results.append((weights, summary(output), gradients, used[1]))
     (plain_weights, plain, gradients, rows), (weights, values, others, other_rows) = results
     assert weights == plain_weights == {"rows": 2.0 * (3 if rollout else 1)}
     assert values == plain

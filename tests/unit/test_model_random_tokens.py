@@ -24,6 +24,7 @@ from hrm_ray.train.feed import BatchShape, RolloutFeed
 from hrm_ray.train.loop import LoopParts, Rates, TrainingLoop
 from hrm_ray.train.microbatch import to_batch, wanted_columns
 from hrm_ray.train.optimizers import builder
+from hrm_ray.train.precision import Precision
 from hrm_ray.train.schedules import Schedule
 from hrm_ray.train.strategies import SingleStrategy
 from hrm_ray.train.world import World
@@ -98,7 +99,7 @@ def test_random_tokens_stay_at_ln_v(case: str) -> None:
     model.initialise(1)
     objective = build_objective(model, "softmax", supervision="rollout", halt_margin=0.01).train()
     settings = OptimizerSettings(optimizer="adamw", lr=5e-3, weight_decay=0.0)
-    strategy = SingleStrategy(WORLD)
+    strategy = SingleStrategy(WORLD, Precision())
     strategy.prepare(objective, builder(settings))
     shape = BatchShape(BATCH, 1, 0, 1)
     feed = RolloutFeed(RandomTokens(STEPS * BATCH, 7, config.lm_mask == "prefix"), shape, seed=0, linear=True, epochs=1)

@@ -106,7 +106,11 @@ TRAINING: dict[str, Case] = {
         lambda d: ["--dataset-file", text_file(d), "--batchsize", "4"],
         ("--batchsize", "--batch-size"),
     ),
-    "an option of a later version": (2, lambda d: ["--dataset-file", text_file(d), "--use-moe"], ("--use-moe",)),
+    "an option of a later version": (
+        2,
+        lambda d: ["--dataset-file", text_file(d), "--parallel-independent"],
+        ("--parallel-independent",),
+    ),
     "two workers in this process": (
         2,
         lambda d: ["--dataset-file", text_file(d), "--world-size", "2"],

@@ -182,7 +182,7 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert ran.code == 0 and ran.err == ""
         assert "parameters" in ran.out and "nothing was started" in ran.out
         assert "optimizer.batch_size = 4" in ran.out and f"artifacts/brains/{path.stem}" in ran.out
-        config = ("--hidden-size", "32", "--num-heads", "2", "--num-layers", "2")
+        config = ("--hidden-size", "32", "--num-heads", "2", "--num-layers", "2", "--no-moe")
         vocab, task = ("300", "lm") if path == data else ("5", "puzzle")
         counted = hrm("arch-summary", *config, "--task", task, "--vocab-size", vocab, "--json")
         assert f"{json.loads(counted.out)['total_parameters']:,} parameters" in ran.out

@@ -153,9 +153,9 @@ def test_puzzles_of_carried_epochs(
             asked.update(int(index) for index in indices if index >= 0)
         return real(samples, indices)
 
-    def assembled(*parts: Any, resumes: bool) -> Any:
+    def assembled(*parts: Any, **named: Any) -> Any:
         trained.append(True)
-        return assemble(*parts, resumes=resumes)
+        return assemble(*parts, **named)
 
     monkeypatch.setattr(PuzzleSamples, "rows", counting)
     monkeypatch.setattr("hrm_ray.train.session.assemble", assembled)

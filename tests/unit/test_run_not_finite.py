@@ -56,8 +56,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, attempts: set[int], poison: str) -
             last.grad.view(-1)[0] = math.inf
         if armed("rows"):
             taken = strategy.objective.model.embedding.puzzle_emb.taken[-1]
-            assert taken.rows.grad is not None
-            taken.rows.grad[0, 0] = math.nan
+            assert taken.leaf.grad is not None and taken.active is not None
+            taken.leaf.grad[taken.active.nonzero()[0, 0], 0] = math.nan
 
     monkeypatch.setattr("hrm_ray.train.loop.weighed", weighing)
     monkeypatch.setattr(TrainingLoop, "step", stepping)

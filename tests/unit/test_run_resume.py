@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.support.runs import (
+    EXPERTS,
     PUZZLE,
     TEXT,
     computed,
@@ -33,6 +34,11 @@ TEXT_CASES: dict[str, tuple[str, ...]] = {
     "sgd, wsd, learned positions": ("--optimizer", "sgd", "--lr-schedule", "wsd", "--no-rope", "--lr", "1e-2"),
     "transformer": ("--arch", "transformer", "--lr-schedule", "linear", "--no-packing"),
     "three segments, epochs alone": ("--halt-max-steps", "3", "--epochs", "3"),
+    "experts": (*EXPERTS, "--lr", "1e-2"),
+    "experts in a transformer, accumulated": (
+        *(*EXPERTS, "--arch", "transformer", "--gradient-accumulation-steps", "2", "--batch-size", "2"),
+    ),
+    "dropout, no gate, layer norm": ("--dropout-rate", "0.3", "--no-swiglu", "--no-rmsnorm", "--activation", "gelu"),
 }
 PUZZLE_CASES: dict[str, tuple[str, ...]] = {
     "carried": (),
@@ -45,6 +51,10 @@ PUZZLE_CASES: dict[str, tuple[str, ...]] = {
     "rollout, embedding, sgd": ("--supervision", "rollout", "--puzzle-emb-ndim", "8", "--optimizer", "sgd"),
     "rollout, accumulated": ("--supervision", "rollout", "--gradient-accumulation-steps", "2", "--batch-size", "2"),
     "carried, epochs alone": ("--epochs", "4"),
+    "carried, experts, embedding": (*EXPERTS, "--puzzle-emb-ndim", "8", "--ema", "0.9"),
+    "carried, dropout, accumulated": (
+        *("--dropout-rate", "0.3", "--gradient-accumulation-steps", "2", "--batch-size", "2"),
+    ),
 }
 ALWAYS = ("--eval-every", "6", "--eval-batches", "1", "--save-every", "7", "--keep", "9")
 
@@ -181,6 +191,7 @@ def test_the_same_effective_batch_cut_otherwise(supervision: str, tmp_path: Path
     order, so float32 weights may differ by rounding: 1e-5 is some 100 times the rounding of 10 updates."""
     data = puzzle_file(tmp_path, count=30)
     words = (*PUZZLE, "--supervision", supervision, "--steps", "12", "--puzzle-emb-ndim", "8", "--optimizer", "sgd")
+    words = (*words, "--no-amp")
     train(data, tmp_path / "whole", *words, "--lr", "0.05", "--batch-size", "8")
     for rows, accumulation in ((4, 2), (2, 4)):
         bundle = tmp_path / f"cut{rows}"

@@ -191,7 +191,7 @@ def test_a_resumed_run_keeps_its_leaves_until_told_otherwise() -> None:
 
 
 def test_a_resumed_run_of_another_version_is_refused() -> None:
-    assert "resumed run" in refused({}, base={"model.use_moe": True})
+    assert "resumed run" in refused({}, base={"model.not_yet": True})
 
 
 def test_faulty_leaves_raise_no_second_fault() -> None:

@@ -17,6 +17,11 @@ Options = dict[str, str | bool]
 PREFIX: Options = {"--lm-mask": "prefix", "--prompt-column": "p", "--response-column": "r"}
 
 EXAMPLES: dict[str, tuple[Options, Options, str]] = {
+    "amp_dtype_of_amp": (
+        {"--amp-dtype": "fp16", "--no-amp": True},
+        {"--amp-dtype": "fp16"},
+        "mixed precision is off",
+    ),
     "heads_divide": (
         {"--num-heads": "6", "--hidden-size": "64"},
         {"--num-heads": "4", "--hidden-size": "64"},
@@ -35,6 +40,16 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
         {"--bp-steps": "6", "--h-cycles": "2", "--l-cycles": "2"},
         "--bp-steps 6",
     ),
+    "experts_to_choose_from": (
+        {"--num-experts": "4", "--num-experts-per-tok": "5"},
+        {"--num-experts": "4", "--num-experts-per-tok": "4"},
+        "--num-experts-per-tok 4",
+    ),
+    "expert_leaves_of_experts": (
+        {"--no-moe": True, "--num-experts": "4"},
+        {"--use-moe": True, "--num-experts": "4"},
+        "--use-moe",
+    ),
     "text_in_rollout": (
         {"--task": "lm", "--supervision": "segment"},
         {"--task": "puzzle", "--supervision": "segment"},
@@ -52,6 +67,36 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
     ),
     "columns_with_prefix": ({"--prompt-column": "p"}, PREFIX, "--lm-mask prefix"),
     "puzzle_without_prefix": ({"--task": "puzzle", **PREFIX}, {"--task": "lm", **PREFIX}, "full attention"),
+    "window_for_text": (
+        {"--task": "puzzle", "--window-size": "8"},
+        {"--task": "lm", "--window-size": "8"},
+        "--window-size 8",
+    ),
+    "window_within_row": (
+        {"--window-size": "64", "--max-seq-len": "64"},
+        {"--window-size": "63", "--max-seq-len": "64"},
+        "--window-size 64",
+    ),
+    "chunks_for_text": (
+        {"--task": "puzzle", "--use-chunked-training": True},
+        {"--task": "lm", "--use-chunked-training": True},
+        "full attention",
+    ),
+    "chunks_without_prefix": (
+        {**PREFIX, "--use-chunked-training": True},
+        {"--use-chunked-training": True},
+        "--lm-mask causal",
+    ),
+    "chunk_leaves_of_chunked_training": (
+        {"--chunk-size": "64", "--chunk-gradients": "exact", "--cpu-offload": True},
+        {"--chunk-size": "64", "--chunk-gradients": "exact", "--use-chunked-training": True},
+        "--chunk-size 64 with --chunk-gradients exact with --cpu-offload",
+    ),
+    "chunk_offload_needs_device_memory": (
+        {"--use-chunked-training": True, "--cpu-offload": True, "--device": "cpu"},
+        {"--use-chunked-training": True, "--cpu-offload": True, "--device": "cuda"},
+        "--cpu-offload",
+    ),
     "transformer_for_text": (
         {"--task": "puzzle", "--arch": "transformer"},
         {"--task": "lm", "--arch": "transformer"},
@@ -98,6 +143,42 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
         "constant",
     ),
     "moments_of_sgd": ({"--optimizer": "sgd", "--beta1": "0.8"}, {"--optimizer": "sgd"}, "--beta1 0.8"),
+    "eight_bits_of_adamw": (
+        {"--use-8bit-optimizer": True, "--optimizer": "sgd"},
+        {"--use-8bit-optimizer": True},
+        "--optimizer sgd",
+    ),
+    "one_quantised_load": (
+        {"--load-in-8bit": True, "--load-in-4bit": True, "--use-peft": True},
+        {"--load-in-8bit": True, "--use-peft": True},
+        "--load-in-4bit",
+    ),
+    "quantised_needs_peft": ({"--load-in-4bit": True}, {"--load-in-4bit": True, "--use-lora": True}, "--use-peft"),
+    "targets_there_are": (
+        {"--use-peft": True, "--lora-target-modules": "q_proj,up_proj", "--use-moe": True},
+        {"--use-peft": True, "--lora-target-modules": "q_proj,up_proj", "--no-moe": True},
+        "The layers are q_proj, k_proj, v_proj, o_proj",
+    ),
+    "adapter_leaves_of_peft": (
+        {"--lora-rank": "4"},
+        {"--lora-rank": "4", "--use-peft": True},
+        "--use-peft",
+    ),
+    "ranks_of_matrices": (
+        {"--use-peft": True, "--peft-method": "ia3", "--lora-r": "4"},
+        {"--use-peft": True, "--peft-method": "ia3"},
+        "factors",
+    ),
+    "offload_needs_device_memory": (
+        {"--optimizer-offload": True, "--device": "cpu"},
+        {"--optimizer-offload": True, "--device": "cuda"},
+        "--device",
+    ),
+    "offload_of_moments": (
+        {"--optimizer-offload": True, "--optimizer": "sgd"},
+        {"--optimizer-offload": True},
+        "sgd",
+    ),
     "puzzle_embedding_options": (
         {"--puzzle-emb-lr": "0.1"},
         {"--puzzle-emb-lr": "0.1", "--puzzle-emb-ndim": "4"},
@@ -174,7 +255,11 @@ class WatchedSection:
         self._section, self._settings, self._seen = section, settings, seen
 
     def __getattr__(self, leaf: str) -> Any:
-        derived = {"step_limit": ("run.steps", "run.epochs"), "cuda_numbers": ("cluster.cuda_ids",)}
+        derived = {
+            "step_limit": ("run.steps", "run.epochs"),
+            "cuda_numbers": ("cluster.cuda_ids",),
+            "targets": ("adapt.lora_target_modules",),
+        }
         self._seen.update(derived.get(leaf, (f"{self._section}.{leaf}",)))
         return getattr(getattr(self._settings, self._section), leaf)
 

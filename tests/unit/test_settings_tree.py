@@ -128,8 +128,8 @@ def test_frozen_and_closed() -> None:
     settings = RunSettings()
     with pytest.raises(ValidationError):
         settings.optimizer.lr = 1.0  # type: ignore[misc]
-    with pytest.raises(SettingsError, match=r"model\.use_moe"):
-        from_plain({"model": {"use_moe": True}})
+    with pytest.raises(SettingsError, match=r"model\.not_yet"):
+        from_plain({"model": {"not_yet": True}})
     with pytest.raises(SettingsError, match=r"optimizer\.lr = -1"):
         from_plain({"optimizer": {"lr": -1}})
 

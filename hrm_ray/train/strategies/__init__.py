@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from hrm_ray.train.precision import Precision
 from hrm_ray.train.strategies.base import Strategy
 from hrm_ray.train.strategies.ddp import DdpStrategy
 from hrm_ray.train.strategies.single import SingleStrategy
 from hrm_ray.train.world import World
 
-STRATEGIES: dict[str, Callable[[World], Strategy]] = {"single": SingleStrategy, "ddp": DdpStrategy}
+STRATEGIES: dict[str, Callable[[World, Precision], Strategy]] = {"single": SingleStrategy, "ddp": DdpStrategy}

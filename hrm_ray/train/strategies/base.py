@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hrm_ray.model.objective import AnyObjective, Batch, SegmentOutput
 from hrm_ray.train.optimizers import BuildOptimizer
+from hrm_ray.train.precision import Precision
 from hrm_ray.train.world import World
 
 
@@ -20,6 +21,7 @@ class Strategy(Protocol):
     """What the loop needs of one way to train."""
 
     world: World
+    precision: Precision
 
     def prepare(self, objective: AnyObjective, build_optimizer: BuildOptimizer) -> None:
         """Move the objective to the device, wrap it, build the optimizer over its parameters. Called once."""
@@ -28,15 +30,21 @@ class Strategy(Protocol):
         """One forward pass of the wrapped objective."""
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
-        """Round each forward and backward pass; gradients need to be common to all ranks only after the last."""
+        """Round each forward and backward pass; `last` is the step's last of this worker."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`; the loop has scaled it by world size, because ranks are averaged."""
 
-    def step(self, max_norm: float) -> float:
-        """Clip to `max_norm` (0: not), update if the norm is finite, clear gradients; returns the norm before clipping.
+    def any_rank(self, flag: bool) -> bool:
+        """Whether `flag` holds on any rank; a collective."""
 
-        The norm is the same on every rank, so all update or none does.
+    def reduce(self) -> None:
+        """Make the gradients common to all ranks, averaged; called once per step, after every rank's last pass."""
+
+    def step(self, max_norm: float, scale: float) -> float:
+        """Take `scale` off the gradients, clip them to `max_norm` (0: not), update if their norm is finite, clear them.
+
+        Returns the norm before clipping. It is the same on every rank, so all update or none does.
         """
 
     def discard(self) -> None:

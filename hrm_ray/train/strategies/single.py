@@ -11,31 +11,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hrm_ray.model.objective import AnyObjective, Batch, SegmentOutput
+from hrm_ray.train.clipping import clip_factor, total_norm
 from hrm_ray.train.optimizer_state import load_optimizer, save_optimizer
 from hrm_ray.train.optimizers import BuildOptimizer
+from hrm_ray.train.parameterwise import multiply_gradients
+from hrm_ray.train.precision import Precision
 from hrm_ray.train.world import World
 
 
 class SingleStrategy:
     """One worker with the whole model and the whole optimizer."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, precision: Precision) -> None:
         self.world = world
+        self.precision = precision
         self._non_finite: list[str] = []
 
     def prepare(self, objective: AnyObjective, build_optimizer: BuildOptimizer) -> None:
-        self.objective = objective.to(self.world.device)
-        self.wrapped = self._wrap(self.objective)
-        self.optimizer = build_optimizer(self.objective.parameters())
-
-    def _wrap(self, objective: AnyObjective) -> nn.Module:
-        return objective
+        self.objective = objective
+        # Moving rewraps every tensor, which those of a rehearsal (rehearse.py) do not bear.
+        if any(tensor.device != self.world.device for tensor in (*objective.parameters(), *objective.buffers())):
+            objective.to(self.world.device)
+        self.optimizer = build_optimizer(p for p in self.objective.parameters() if p.requires_grad)
 
     def segment(self, batch: Batch, carry: Any) -> SegmentOutput[Any]:
-        output: SegmentOutput[Any] = self.wrapped(batch, carry)
+        with self.precision.computing(self.world.device):
+            output: SegmentOutput[Any] = self.objective(batch, carry)
         return output
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
@@ -44,14 +48,19 @@ class SingleStrategy:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self, max_norm: float) -> float:
+    def any_rank(self, flag: bool) -> bool:
+        return flag
+
+    def reduce(self) -> None:
+        """There is one rank."""
+
+    def step(self, max_norm: float, scale: float) -> float:
         self._non_finite = []
         gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
-        norm_tensor = nn.utils.get_total_norm(gradients)
+        norm_tensor = total_norm(gradients) / scale
         norm = float(norm_tensor)
         if math.isfinite(norm):
-            if max_norm > 0:
-                nn.utils.clip_grads_with_norm_(self.objective.parameters(), max_norm, norm_tensor)
+            multiply_gradients(self.optimizer, gradients, clip_factor(norm_tensor, max_norm) / scale)
             self.optimizer.step()
         else:
             self._non_finite = [

@@ -1,0 +1,242 @@
+"""What a run will be, found out without writing anything.
+
+One job: settings against data, devices, names and resources, into one Draft. `plan` makes it ready to train.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hrm_ray.data.detect import DataFacts, detect
+from hrm_ray.data.puzzles.samples import open_puzzles
+from hrm_ray.data.readers import TextSource, read_documents, text_files
+from hrm_ray.data.tokenizer import TextTokenizer
+from hrm_ray.errors import DataFault, Fault, SettingsError
+from hrm_ray.launch.devices import Devices, choose_devices
+from hrm_ray.launch.fallbacks import settle_memory_options
+from hrm_ray.launch.identity import Identity, check_effective_batch, check_own_files, identify
+from hrm_ray.launch.preflight import check_launch, check_resources
+from hrm_ray.model.config import ModelConfig
+from hrm_ray.rundir import MANIFEST, RunDir, read_json
+from hrm_ray.settings.adaptive_lr import AdaptiveLrSettings, read_adaptive_lr
+from hrm_ray.settings.resolve import moderate_lr, resolve_task
+from hrm_ray.settings.tree import RunSettings
+from hrm_ray.train.assemble import model_config
+from hrm_ray.train.attention_choice import flash_notes
+from hrm_ray.train.start_weights import check_start_weights, start_weights
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What is known of a run before anything is written: resolved settings, data, devices, bundle, architecture."""
+
+    settings: RunSettings
+    facts: DataFacts
+    evaluation: DataFacts | None
+    devices: Devices
+    identity: Identity
+    config: ModelConfig
+    vocab_is_certain: bool
+    """False where the vocabulary is still to be trained and may come out smaller."""
+    notes: tuple[str, ...]
+    """Fallbacks and doubts that a person must see."""
+    adaptive_lr: AdaptiveLrSettings | None
+    """What the file of --adaptive-lr-config says."""
+
+
+def draft(settings: RunSettings) -> Draft:
+    """Check everything that can be checked without writing: data, devices, names, resources. Raises HrmRayError."""
+    if settings.data.dataset_file is None:
+        mend = "Give --dataset-file; `hrm-ray data build text --out corpus` makes one without a download"
+        raise SettingsError(Fault("--dataset-file", "there is nothing to train on", mend))
+    settings = _absolute(settings)
+    facts = detect(source_of(settings, evaluation=False))
+    evaluation = detect(source_of(settings, evaluation=True)) if has_evaluation(settings) else None
+    puzzle_len = facts.puzzle.seq_len if facts.puzzle is not None else None
+    settings = resolve_task(settings, facts.task, puzzle_len)
+    if evaluation is not None and evaluation.task != facts.task:
+        reason = f"it holds {evaluation.task} data, the training data is {facts.task}"
+        raise DataFault(Fault(str(evaluation.path), reason, "Give held-out data of the same kind"))
+    notes = _overlap(settings) if evaluation is not None else []
+    if evaluation is not None and facts.puzzle is not None:
+        open_puzzles(evaluation.path, evaluation.split).fit_to(facts.puzzle)
+    devices = choose_devices(settings.cluster)
+    if devices.device == "mps" and settings.model.loss == "stablemax":
+        reason = "it is computed in float64, which this device does not have"
+        raise SettingsError(Fault("--loss stablemax on mps", reason, "Give --loss softmax, or --device cpu"))
+    settings, lowered = moderate_lr(settings)
+    notes += lowered
+    settings, fallbacks = settle_memory_options(settings, devices.device)
+    notes += fallbacks
+    check_launch(devices)
+    identity = identify(settings)
+    notes += _already_there(settings, identity)
+    check_effective_batch(identity, effective_batch(settings, devices))
+    check_own_files(settings, identity)
+    if facts.puzzle is not None:
+        config = _puzzle_config(settings, facts)
+        certain = True
+    else:
+        vocab_size, certain = _expected_vocabulary(settings, identity)
+        config = model_config(settings, vocab_size)
+    if not devices.ray_address:
+        notes += flash_notes(settings, config, torch.device(devices.device))
+    notes += _chunk_notes(settings, config)
+    check_resources(settings, config, devices, identity.run_dir.root)
+    if settings.model.student_init is not None and identity.checkpoint is None:
+        if certain:
+            check_start_weights(settings.model.student_init, config)
+        else:
+            start_weights(settings.model.student_init, config)
+    return Draft(
+        settings,
+        facts,
+        evaluation,
+        devices,
+        identity,
+        config,
+        certain,
+        (*devices.notes, *notes),
+        _adaptive_lr(settings),
+    )
+
+
+def read_through(drafted: Draft) -> str:
+    """Read all of the data once, keeping nothing, so that a bad row is found before a run; a sentence of what there is.
+
+    Puzzles were read whole when they were detected. Raises DataFault.
+    """
+    if drafted.facts.task == "puzzle":
+        return f"data: all {drafted.facts.puzzle.count if drafted.facts.puzzle else 0} puzzles are sound"
+    counts = []
+    for evaluation in (False, True):
+        if not evaluation or drafted.evaluation is not None:
+            counts.append(sum(1 for _ in read_documents(source_of(drafted.settings, evaluation=evaluation))))
+    held_out = f", {counts[1]} held out" if len(counts) > 1 else ""
+    return f"data: {counts[0]} documents are readable{held_out}"
+
+
+def effective_batch(settings: RunSettings, devices: Devices) -> int:
+    """Rows of one weight update over all workers."""
+    chosen = settings.optimizer
+    return chosen.batch_size * chosen.gradient_accumulation_steps * devices.world_size
+
+
+def source_of(settings: RunSettings, *, evaluation: bool) -> TextSource:
+    """Where the training data, or the held-out data, is to be read, and how."""
+    data = settings.data
+    path = data.eval_file if evaluation and data.eval_file is not None else data.dataset_file
+    assert path is not None
+    split = data.split
+    if evaluation:
+        split = data.val_split if data.val_split is not None else TextSource(path).split
+    # Where the training split is the whole folder, the files held out of it are not part of it.
+    apart = None if evaluation else data.val_split
+    return TextSource(path, split, data.text_column, data.prompt_column, data.response_column, apart)
+
+
+def has_evaluation(settings: RunSettings) -> bool:
+    """Whether held-out data was named."""
+    return settings.data.eval_file is not None or settings.data.val_split is not None
+
+
+def start_tokenizer(settings: RunSettings) -> Path | None:
+    """The bundle whose weights are started from, where it has a tokenizer: its embeddings belong to those tokens."""
+    start = settings.model.student_init
+    return start if start is not None and RunDir(start).tokenizer.is_file() else None
+
+
+def asks_for_tokenizer(settings: RunSettings) -> bool:
+    """Whether the user chose a tokenizer, or how one is to be trained."""
+    own = {"data.vocab_size", "data.tokenizer_train_examples", "data.retrain_tokenizer"}
+    return settings.data.tokenizer_path is not None or bool(own & settings.given)
+
+
+def _already_there(settings: RunSettings, identity: Identity) -> list[str]:
+    """What to say where a resumed run has no step left to take."""
+    limit = settings.run.step_limit
+    if identity.checkpoint is None or limit is None:
+        return []
+    step: int = read_json(identity.checkpoint / MANIFEST)["step"]
+    if step < limit:
+        return []
+    return [f"The run is at step {step} already and --steps is {limit}: give more steps for it to train on."]
+
+
+def _chunk_notes(settings: RunSettings, config: ModelConfig) -> list[str]:
+    """What truncated gradients leave out, where there is more than one chunk to a row."""
+    memory = settings.memory
+    if not memory.use_chunked_training or memory.chunk_gradients == "exact" or memory.chunk_size >= config.seq_len:
+        return []
+    return [
+        f"--use-chunked-training: gradients stop at the borders of chunks of {memory.chunk_size} tokens; the loss is "
+        "that of the whole sequence. --chunk-gradients exact lets them through."
+    ]
+
+
+def _adaptive_lr(settings: RunSettings) -> AdaptiveLrSettings | None:
+    """The thresholds of the learning-rate control; two windows at least must fit into a run. Raises SettingsError."""
+    path, limit = settings.optimizer.adaptive_lr_config, settings.run.step_limit
+    if path is None:
+        return None
+    rule = read_adaptive_lr(path)
+    needed = settings.optimizer.warmup_steps + 2 * rule.window_steps
+    if limit is not None and needed > limit:
+        reason = (
+            f"with windows of {rule.window_steps} steps it cannot act before step {needed}, and the run ends at {limit}"
+        )
+        raise SettingsError(Fault(f"--adaptive-lr-config {path}", reason, "Lower window_steps, or give more --steps"))
+    return rule
+
+
+def _puzzle_config(settings: RunSettings, facts: DataFacts) -> ModelConfig:
+    puzzle = facts.puzzle
+    assert puzzle is not None
+    return model_config(
+        settings, puzzle.vocab_size, seq_len=puzzle.seq_len, puzzle_identifiers=puzzle.num_puzzle_identifiers
+    )
+
+
+def _expected_vocabulary(settings: RunSettings, identity: Identity) -> tuple[int, bool]:
+    """Tokens of the vocabulary as far as it is known before the data is read, and whether that is certain."""
+    if identity.source is not None:
+        return TextTokenizer.load(identity.source.root).vocab_size, True
+    if settings.data.tokenizer_path is not None:
+        return TextTokenizer.load(settings.data.tokenizer_path).vocab_size, True
+    start = start_tokenizer(settings)
+    if start is not None and not asks_for_tokenizer(settings):
+        return TextTokenizer.load(start).vocab_size, True
+    bundle = identity.run_dir
+    if bundle.tokenizer.is_file() and not settings.data.retrain_tokenizer:
+        return TextTokenizer.load(bundle.root).vocab_size, True
+    return settings.data.vocab_size, False
+
+
+def _overlap(settings: RunSettings) -> list[str]:
+    """What to say where a file is trained on and evaluated on. Raises SettingsError under --strict."""
+    train, held_out = source_of(settings, evaluation=False), source_of(settings, evaluation=True)
+    if train.path.resolve() == held_out.path.resolve() and train.split == held_out.split:
+        both = {train.path.resolve()}
+    else:
+        both = set(text_files(train)) & set(text_files(held_out))
+    if not both:
+        return []
+    reason = "it is in the training data and in the held-out data, so the figures do not tell what was learned"
+    if settings.cluster.strict:
+        mend = "Give --eval-file data that is not in --dataset-file, or --val-split another split"
+        raise SettingsError(Fault(str(min(both)), reason, mend))
+    return [f"{min(both)}: {reason}."]
+
+
+def _absolute(settings: RunSettings) -> RunSettings:
+    """Every path absolute: workers and later runs may stand in other folders."""
+    changed: dict[str, Any] = {}
+    for section in ("model", "data", "optimizer", "run"):
+        values = getattr(settings, section)
+        paths = {name: value.absolute() for name, value in values if isinstance(value, Path)}
+        changed[section] = values.model_copy(update=paths)
+    return settings.model_copy(update=changed)

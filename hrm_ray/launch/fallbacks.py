@@ -1,0 +1,98 @@
+"""Options about memory and adapters that this machine cannot honour, or that make little sense as they were given.
+
+One job: hold such an option against libraries and device, and say what happens instead. Under --strict nothing is put
+in its place; where there is nothing to put in its place, the run is refused in any case.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import torch
+
+from hrm_ray.errors import EnvironmentFault, Fault, SettingsError
+from hrm_ray.settings.tree import RunSettings
+
+
+def settle_memory_options(settings: RunSettings, device: str) -> tuple[RunSettings, list[str]]:
+    """The settings with what can be had on `device`, and a sentence for each option that falls back.
+
+    Raises EnvironmentFault for a missing library, and EnvironmentFault or SettingsError under --strict.
+    """
+    notes: list[str] = []
+    if settings.optimizer.use_8bit_optimizer:
+        settings = _eight_bits(settings, device, notes)
+    if device == "cpu":
+        notes += _offloads_to_where_it_is(settings)
+    if settings.memory.load_in_4bit:
+        _check_library("bitsandbytes", "--load-in-4bit")
+    if settings.adapt.use_peft:
+        _check_library("peft", "--use-peft")
+        _random_base(settings, notes)
+    return settings, notes
+
+
+def _offloads_to_where_it_is(settings: RunSettings) -> list[str]:
+    """What would be moved into host memory on a device whose memory that is."""
+    memory = settings.memory
+    wanted = {
+        "--optimizer-offload": (memory.optimizer_offload, "the optimizer's state"),
+        "--cpu-offload": (memory.cpu_offload, "what is kept between chunks"),
+    }
+    reasons = {option: f"on the CPU {what} is in host memory anyway" for option, (on, what) in wanted.items() if on}
+    if settings.cluster.strict and reasons:
+        mend = "Leave it out, or train on a GPU"
+        raise SettingsError([Fault(option, reason, mend) for option, reason in reasons.items()])
+    return [f"{option}: {reason}; it changes nothing." for option, reason in reasons.items()]
+
+
+def _check_library(name: str, option: str) -> None:
+    """Raises EnvironmentFault unless the library can be imported."""
+    try:
+        import_module(name)
+    except ImportError as error:
+        mend = f"Install it (pip install {name}), or leave {option} out"
+        raise EnvironmentFault(Fault(option, f"{name} is not installed here ({error})", mend)) from None
+
+
+def _random_base(settings: RunSettings, notes: list[str]) -> None:
+    """Adapters beside weights that nobody has trained: possible, and hardly what is wanted."""
+    if settings.model.student_init is not None:
+        return
+    reason = "without --student-init the weights that it freezes are random, and only heads and adapters learn"
+    if settings.cluster.strict:
+        raise SettingsError(Fault("--use-peft", reason, "Give --student-init the weights to adapt"))
+    notes.append(f"--use-peft: {reason}.")
+
+
+def _eight_bits(settings: RunSettings, device: str, notes: list[str]) -> RunSettings:
+    reason = why_no_eight_bits(device)
+    if reason is None:
+        return settings
+    if settings.cluster.strict:
+        mend = "Install a bitsandbytes that has it, or leave --use-8bit-optimizer out"
+        raise EnvironmentFault(Fault("--use-8bit-optimizer", reason, mend))
+    notes.append(f"--use-8bit-optimizer: {reason}; plain AdamW is used instead, with moments in 32 bits.")
+    optimizer = settings.optimizer.model_copy(update={"use_8bit_optimizer": False})
+    return settings.model_copy(update={"optimizer": optimizer})
+
+
+def why_no_eight_bits(device: str) -> str | None:
+    """What is in the way of bitsandbytes' AdamW on this kind of device, None if nothing is.
+
+    A small update is tried, since not every version computes it on every device. CUDA is what the library is made for,
+    and the driver takes no GPU memory.
+    """
+    try:
+        from bitsandbytes.optim.adamw import AdamW8bit
+    except ImportError as error:
+        return f"bitsandbytes is not installed here ({error})"
+    if device == "cuda":
+        return None
+    weight = torch.nn.Parameter(torch.zeros(4096, device=device))
+    weight.grad = torch.zeros_like(weight)
+    try:
+        AdamW8bit([weight]).step()
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        return f"this bitsandbytes has no 8-bit AdamW on {device} ({str(error).splitlines()[0]})"
+    return None

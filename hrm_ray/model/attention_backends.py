@@ -1,0 +1,233 @@
+"""Other kernels for the same attention: FlashAttention, and FlexAttention compiled for long rows.
+
+One job: say which kernel a device can use and hand it out, once, before training. All give the numbers of
+`attention.attend`, which takes the calls that a kernel was not made for: each says in its docstring which.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hrm_ray.model.attention import WHOLE_MASK_ENTRIES, AttentionKernel, AttentionScope, attend
+from hrm_ray.model.config import ModelConfig
+
+KernelName: TypeAlias = Literal["sdpa", "flex", "flash2", "flash3"]
+
+FLASH_MODULES: dict[KernelName, str] = {"flash3": "flash_attn_interface", "flash2": "flash_attn"}
+"""Where FlashAttention 3 and 2 live, best first; 3 runs on Hopper GPUs only (Shah et al. 2024, Dao 2023)."""
+
+FLASH_HEAD_DIM = 256
+"""The widest head that FlashAttention takes."""
+
+FLEX_HEAD_DIM = 16
+"""The narrowest head that FlexAttention's kernels take."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What decides about a kernel: the kind of device, its CUDA capability, the libraries that are there, and whether
+    attention is computed in a 16-bit type."""
+
+    device: str
+    capability: tuple[int, int]
+    libraries: frozenset[str]
+    narrow: bool
+
+    @classmethod
+    def here(cls, device: str, *, narrow: bool) -> Place:
+        """This machine's."""
+        capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
+        wanted = (*FLASH_MODULES.values(), "triton")
+        return cls(device, capability, frozenset(name for name in wanted if find_spec(name) is not None), narrow)
+
+
+def choose_kernel(asked: bool | None, config: ModelConfig, place: Place) -> KernelName:
+    """The kernel to train with. `asked` is --use-flash-attn: False never, None and True where it is possible."""
+    if asked is not False and flash_obstacle(config, place) is None:
+        return _flash_name(place)
+    compiled = place.device == "cuda" and "triton" in place.libraries
+    return "flex" if compiled and config.task == "lm" and config.head_dim >= FLEX_HEAD_DIM else "sdpa"
+
+
+def flash_obstacle(config: ModelConfig, place: Place) -> str | None:
+    """Why FlashAttention cannot be used here; None where it can."""
+    if place.device != "cuda":
+        return f"it needs a CUDA device, and this is {place.device}"
+    if place.capability < (8, 0):
+        return "it needs an Ampere GPU or newer"
+    if FLASH_MODULES[_flash_name(place)] not in place.libraries:
+        return "flash_attn is not installed"
+    if not place.narrow:
+        return "it computes in 16-bit types only, and this run does not (--no-amp)"
+    if config.head_dim > FLASH_HEAD_DIM:
+        return f"a head of {config.head_dim} is wider than its {FLASH_HEAD_DIM}"
+    if config.lm_mask == "prefix":
+        return "it has no mask in which a prompt sees itself fully"
+    return None
+
+
+def _flash_name(place: Place) -> KernelName:
+    hopper = place.capability[0] == 9 and FLASH_MODULES["flash3"] in place.libraries
+    return "flash3" if hopper else "flash2"
+
+
+def load_kernel(name: KernelName) -> AttentionKernel:
+    """The kernel of this name; what it needs is imported now."""
+    return _LOADERS[name](name)
+
+
+def _flash(name: KernelName) -> AttentionKernel:
+    module = importlib.import_module(FLASH_MODULES[name]).__dict__
+    return FlashAttention(module["flash_attn_func"], module["flash_attn_varlen_func"])
+
+
+class FlashAttention:
+    """FlashAttention: causal, windowed and full rows, and packed documents as sequences of unequal lengths.
+
+    `whole` and `packed` are the library's flash_attn_func and flash_attn_varlen_func. Scopes with a prompt, and tensors
+    that are not of a 16-bit type (a model used without mixed precision), go to `attend`.
+    """
+
+    def __init__(self, whole: Callable[..., Any], packed: Callable[..., Any]) -> None:
+        self.whole = whole
+        self.packed = packed
+
+    def __call__(self, query: Tensor, keys: Tensor, values: Tensor, scope: AttentionScope) -> Tensor:
+        """See AttentionKernel."""
+        if scope.prompt is not None or query.dtype not in (torch.bfloat16, torch.float16):
+            return attend(query, keys, values, scope)
+        # In the library a query's place is counted from the end of the keys, as in AttentionScope.
+        behind = -1 if scope.window is None else scope.window - 1
+        rule = {"causal": scope.causal, "window_size": (behind, 0 if scope.causal else behind)}
+        parts = [part.transpose(1, 2) for part in (query, keys, values)]
+        if scope.documents is None:
+            return _result(self.whole(*parts, **rule)).transpose(1, 2)
+        return self._by_document(parts, scope, rule)
+
+    def _by_document(self, parts: list[Tensor], scope: AttentionScope, rule: dict[str, Any]) -> Tensor:
+        query, keys, values = parts
+        rows, queries, there = query.shape[0], query.shape[1], keys.shape[1]
+        pieces = scope.remembered(("pieces", queries, there), lambda: document_pieces(scope, queries, there))
+        if pieces.kept is not None:
+            keys, values = keys[pieces.kept], values[pieces.kept]
+        seen = self.packed(
+            query.flatten(0, 1),
+            keys.reshape(-1, *keys.shape[-2:]),
+            values.reshape(-1, *values.shape[-2:]),
+            cu_seqlens_q=pieces.query_starts,
+            cu_seqlens_k=pieces.key_starts,
+            max_seqlen_q=pieces.most_queries,
+            max_seqlen_k=pieces.most_keys,
+            **rule,
+        )
+        return _result(seen).view(rows, queries, *query.shape[2:]).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Documents of all rows one after the other: where each begins among the queries and among the keys (int32, with
+    the end), and which keys [B, T] belong to a document that any query is of (None: all)."""
+
+    query_starts: Tensor
+    key_starts: Tensor
+    most_queries: int
+    most_keys: int
+    kept: Tensor | None
+
+
+def document_pieces(scope: AttentionScope, queries: int, there: int) -> Pieces:
+    """Cut the rows at their documents' borders; a document may have begun before the first query."""
+    assert scope.documents is not None
+    documents = scope.documents[:, -there:]
+    earlier = there - queries
+    own = documents[:, earlier:]
+    begins = F.pad(own[:, 1:] != own[:, :-1], (1, 0), value=True)
+    places = begins.flatten().nonzero().flatten()
+    end = torch.tensor([own.numel()], device=places.device)
+    lengths = torch.diff(torch.cat((places, end)))
+    # Of the keys before the first query those of its own document count; they lengthen the row's first piece.
+    kept = documents == documents[:, earlier : earlier + 1]
+    kept[:, earlier:] = True
+    key_lengths = lengths.clone()
+    first_of_row = begins.flatten().cumsum(0)[:: own.shape[1]] - 1
+    key_lengths[first_of_row] += kept[:, :earlier].sum(1)
+    starts = [F.pad(each.cumsum(0), (1, 0)).to(torch.int32) for each in (lengths, key_lengths)]
+    most_queries, most_keys = torch.stack((lengths.max(), key_lengths.max())).tolist()
+    return Pieces(starts[0], starts[1], most_queries, most_keys, kept if earlier else None)
+
+
+def _result(returned: Any) -> Tensor:
+    """FlashAttention 3's first releases return the normalisers beside the result."""
+    result: Tensor = returned[0] if isinstance(returned, tuple) else returned
+    return result
+
+
+def _flex(name: KernelName) -> AttentionKernel:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    return FlexAttention(torch.compile(flex_attention), torch.compile(create_block_mask))
+
+
+class FlexAttention:
+    """FlexAttention (Dong et al. 2024): long rows with documents, prompts or a window, whose unseen blocks are skipped.
+
+    Where it does not pay goes to `attend`: short rows; rows that a kernel's own causal or full rule covers; and fewer
+    queries than keys (chunks, generation), each count of which it would be compiled for anew.
+    """
+
+    def __init__(self, attention: Callable[..., Any], block_mask: Callable[..., Any]) -> None:
+        self.attention = attention
+        self.block_mask = block_mask
+
+    def __call__(self, query: Tensor, keys: Tensor, values: Tensor, scope: AttentionScope) -> Tensor:
+        """See AttentionKernel."""
+        length = query.shape[2]
+        simple = scope.is_plain_causal(length, keys.shape[2]) or scope.sees_all(length, keys.shape[2])
+        if simple or length != keys.shape[2] or length * length <= WHOLE_MASK_ENTRIES:
+            return attend(query, keys, values, scope)
+        rows = None if scope.is_rule() else query.shape[0]
+        mask = scope.remembered(
+            ("flex", length),
+            lambda: self.block_mask(pair_rule(scope), rows, None, length, length, device=query.device),
+        )
+        seen: Tensor = self.attention(query, keys, values, block_mask=mask)
+        return seen
+
+
+def pair_rule(scope: AttentionScope) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Whether one position sees another, as FlexAttention asks it: of (row, head, query, key), elementwise."""
+    causal, window, documents, prompt = scope.causal, scope.window, scope.documents, scope.prompt
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        allowed = key >= 0
+        if causal:
+            allowed = key <= query
+            if prompt is not None:
+                allowed = allowed | (prompt[row, query] & prompt[row, key])
+        if window is not None:
+            allowed = allowed & (key > query - window) & (key < query + window)
+        if documents is not None:
+            allowed = allowed & (documents[row, query] == documents[row, key])
+        return allowed
+
+    return sees
+
+
+def _sdpa(name: KernelName) -> AttentionKernel:
+    return attend
+
+
+_LOADERS: dict[KernelName, Callable[[KernelName], AttentionKernel]] = {
+    "sdpa": _sdpa,
+    "flex": _flex,
+    "flash2": _flash,
+    "flash3": _flash,
+}

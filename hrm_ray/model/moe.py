@@ -1,0 +1,154 @@
+"""Sparse experts in place of a block's FFN: each token goes through the k that its router finds best for it.
+
+One job: the router, the experts, the capacity. How rows get to their experts and back is in grouped_product.py, what
+losses are made of the routing in router_losses.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hrm_ray.model.activations import inner_values
+from hrm_ray.model.config import ModelConfig
+from hrm_ray.model.grouped_product import Sorted, give, grouped_product, sort_by_expert, take
+from hrm_ray.model.routing import Routed, Routing, Site
+
+
+class Router(nn.Module):
+    """Scores of the experts for every token, in float32 whatever the rest is computed in (Fedus et al. 2021)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, D] -> [B, T, E]."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float())
+
+
+class StackedProjection(nn.Module):
+    """One linear map per expert, `weight` [E, out, in], each laid out as that of a dense FFN."""
+
+    def __init__(self, experts: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
+
+    def forward(self, rows: Tensor, order: Sorted, routing: Routing | None) -> Tensor:
+        """rows [A, in], sorted by expert -> [A, out]."""
+        if routing is not None:
+            stack = routing.narrowed(self.weight, rows.dtype)
+        else:
+            stack = self.weight.detach().to(rows.dtype)
+        return grouped_product(rows, self.weight, stack, order.ends)
+
+
+class Experts(nn.Module):
+    """The experts' FFNs, each as wide as the dense one would be."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        count, outer, inner = config.num_experts, config.hidden_size, config.intermediate_size
+        self.gate_proj = StackedProjection(count, outer, inner) if config.swiglu else None
+        self.up_proj = StackedProjection(count, outer, inner)
+        self.down_proj = StackedProjection(count, inner, outer)
+
+    def forward(self, rows: Tensor, order: Sorted, routing: Routing | None) -> Tensor:
+        """rows [A, D], sorted by expert -> [A, D]."""
+        gate = self.gate_proj(rows, order, routing) if self.gate_proj is not None else None
+        inner = inner_values(self.activation, self.up_proj(rows, order, routing), gate)
+        result: Tensor = self.down_proj(inner, order, routing)
+        return result
+
+
+class MixtureOfExperts(nn.Module):
+    """Top-k routing: softmax over all experts, the k likeliest, their probabilities made to add up to 1.
+
+    With k = 1 the probability itself is the weight, since a weight that is always 1 would teach the router nothing
+    (Fedus et al. 2021).
+
+    In training an expert takes at most ceil(capacity_factor * T * k / E) of a row's T positions; a choice beyond that
+    is dropped and adds nothing to its token. Who comes first is decided by position within the row, never by a score
+    and never by other rows: no token depends on a later one, and no row on how the batch was cut. Evaluation and
+    generation drop nothing.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.chosen = config.num_experts_per_tok
+        self.capacity_factor = config.moe_capacity_factor
+        self.router = Router(config)
+        self.experts = Experts(config)
+
+    def forward(self, x: Tensor, site: Site, routing: Routing | None) -> Tensor:
+        """x [B, T, D] -> [B, T, D] in the type of matrix products."""
+        scores = self.router(x)
+        probabilities = scores.softmax(-1)
+        weights, experts = probabilities.topk(self.chosen, dim=-1)
+        if self.chosen > 1:
+            weights = weights / weights.sum(-1, keepdim=True)
+        member = torch.zeros_like(scores, dtype=torch.int32).scatter_(2, experts, 1)
+        if self.training:
+            kept = self._kept(member, experts, scores, probabilities, site, routing)
+            weights = torch.where(kept, weights, 0.0)
+        order = sort_by_expert(experts.flatten(0, 1), member.sum((0, 1)))
+        rows = take(x.flatten(0, 1).to(_product_dtype(x)), order)
+        return give(self.experts(rows, order, routing), weights.flatten(0, 1), order).view(x.shape)
+
+    def _kept(
+        self,
+        member: Tensor,
+        experts: Tensor,
+        scores: Tensor,
+        probabilities: Tensor,
+        site: Site,
+        routing: Routing | None,
+    ) -> Tensor:
+        """Which choices [B, T, k] are within the capacity; notes what the router did.
+
+        `member` [B, T, E] is 1 for the experts of a token. A position that does not count takes nobody's place.
+        """
+        counted = routing.counted if routing is not None else None
+        if counted is not None:
+            member = member * counted.unsqueeze(-1)
+        number = member.cumsum(1, dtype=torch.int32)
+        assigned = number[:, -1]
+        if routing is not None and site in routing.earlier:
+            number = number + routing.earlier[site].unsqueeze(1)
+        row_length = routing.row_length if routing is not None else member.shape[1]
+        kept = number.gather(2, experts) <= self.capacity(row_length, member.shape[2])
+        if routing is None:
+            return kept
+        routed = None
+        if torch.is_grad_enabled():
+            squares, left_out = scores.logsumexp(-1).square(), ~kept
+            if counted is not None:
+                probabilities = probabilities * counted.unsqueeze(-1)
+                squares, left_out = squares * counted, left_out & counted.unsqueeze(-1)
+            positions = torch.full_like(assigned[:, 0], member.shape[1]) if counted is None else counted.sum(1)
+            routed = Routed(
+                positions=positions,
+                assigned=assigned,
+                so_far=number[:, -1],
+                probability=probabilities.sum(1),
+                squares=squares.sum(1),
+                dropped=left_out.sum((1, 2)),
+            )
+        routing.note(site, number[:, -1], routed)
+        return kept
+
+    def capacity(self, row_length: int, experts: int) -> int:
+        """How many positions of a row of `row_length` an expert takes in training."""
+        # Less what the product may be rounded up by: 1.2 * 10 * 2 / 8 must be 3, not 4.
+        return math.ceil(self.capacity_factor * row_length * self.chosen / experts - 1e-9)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """The type of matrix products: autocast's where it is on, else that of the activations."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

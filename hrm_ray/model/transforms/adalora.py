@@ -1,0 +1,148 @@
+"""AdaLoRA's rank schedule: adapters begin with more ranks than they end with, and keep those that matter most.
+
+One job: advance peft's rank allocator once per weight update, keep its state, and the loss that holds its factors
+orthogonal. Source: Zhang et al. 2023, "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hrm_ray.model.regularise import Regulariser
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+_PATTERN = "rank_pattern"
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """When ranks go: `warmup_steps` with all of them, then fewer every `interval_steps`, the last number for
+    `final_steps` before `total_steps`."""
+
+    first_rank: int
+    last_rank: int
+    total_steps: int
+    warmup_steps: int
+    final_steps: int
+    interval_steps: int
+
+    @classmethod
+    def over(cls, total_steps: int, rank: int) -> RankPlan:
+        """A tenth of the steps to warm up and a fifth to end with, as in the paper's settings; from one and a half times
+        the mean rank of the end, which is the paper's ratio."""
+        steps = max(total_steps, 1)
+        return cls(
+            first_rank=-(-3 * rank // 2),
+            last_rank=rank,
+            total_steps=steps,
+            warmup_steps=steps // 10,
+            final_steps=steps // 5,
+            interval_steps=max(1, steps // 100),
+        )
+
+
+class RankSchedule:
+    """Peft's rank allocator with the number of updates that it goes by."""
+
+    def __init__(self, wrapped: PeftModel, plan: RankPlan) -> None:
+        self.tuner: Any = wrapped.base_model
+        self.plan = plan
+        self.updates = 0
+
+    def after_update(self) -> None:
+        """Take in the gradients of an update that was made, before they are cleared, and mask ranks as planned."""
+        self.updates += 1
+        self.tuner.update_and_allocate(self.updates)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the ranks that were masked are gone for good, and nothing of them is left in the weights as they are.
+
+        An average of the weights still remembers them.
+        """
+        if self.updates < self.plan.total_steps - self.plan.final_steps:
+            return False
+        kept = {name.replace(f".{self._adapter}", ""): mask for name, mask in self._config.rank_pattern.items()}
+        return all(
+            not bool(value.detach().view(-1)[~torch.tensor(kept[f"{path}.lora_E"], device=value.device)].any())
+            for path, layer in self._layers()
+            for value in layer.lora_E.values()
+        )
+
+    def disorder(self) -> Tensor:
+        """Mean over the factors of |A A^T - 1| and |B^T B - 1| (Frobenius), float32."""
+        distances = []
+        for name, factor in self._factors():
+            wide = factor.float()
+            with torch.autocast(wide.device.type, enabled=False):
+                products = wide @ wide.T if name == "lora_A" else wide.T @ wide
+            distances.append(torch.linalg.matrix_norm(products - torch.eye(len(products), device=products.device)))
+        return torch.stack(distances).mean()
+
+    def regulariser(self) -> Regulariser:
+        """The loss that keeps the factors orthogonal, so that their ranks can be told apart."""
+        return Regulariser(
+            "adapter_disorder", self._config.orth_reg_weight, self.disorder, lambda: {"adapter_rank": self.mean_rank()}
+        )
+
+    def mean_rank(self) -> Tensor:
+        """Ranks that the layers have now, their mean."""
+        pattern = self._config.rank_pattern
+        if not pattern:
+            return torch.tensor(float(self.plan.first_rank))
+        return torch.tensor(sum(sum(mask) for mask in pattern.values()) / len(pattern))
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next update goes by, as tensors by name."""
+        tensors = {
+            f"{average}|{name}": tensor for average, kept in self._averages().items() for name, tensor in kept.items()
+        }
+        pattern = json.dumps(self._config.rank_pattern).encode()
+        return tensors | {
+            "updates": torch.tensor(self.updates, dtype=torch.int64),
+            _PATTERN: torch.frombuffer(bytearray(pattern), dtype=torch.uint8),
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `state` gave."""
+        self.tuner.rankallocator.reset_ipt()
+        device, averages = next(self.tuner.model.parameters()).device, self._averages()
+        for full_name, tensor in state.items():
+            average, separator, name = full_name.partition("|")
+            if separator:
+                averages[average][name] = tensor.to(device)
+        self.updates = int(state["updates"])
+        self._config.rank_pattern = json.loads(bytes(state[_PATTERN].tolist()))
+
+    def _averages(self) -> dict[str, dict[str, Tensor]]:
+        """What the allocator keeps of every adapter tensor: its last importance, that one's mean and its variation."""
+        allocator = self.tuner.rankallocator
+        return {"ipt": allocator.ipt, "exp_avg_ipt": allocator.exp_avg_ipt, "exp_avg_unc": allocator.exp_avg_unc}
+
+    @property
+    def _adapter(self) -> str:
+        name: str = self.tuner.trainable_adapter_name
+        return name
+
+    @property
+    def _config(self) -> Any:
+        return self.tuner.peft_config[self._adapter]
+
+    def _layers(self) -> list[tuple[str, Any]]:
+        from peft.tuners.adalora import AdaLoraLayer
+
+        modules: dict[str, nn.Module] = dict(self.tuner.model.named_modules())
+        return [(path, module) for path, module in modules.items() if isinstance(module, AdaLoraLayer)]
+
+    def _factors(self) -> list[tuple[str, Tensor]]:
+        layers = [layer for _, layer in self._layers()]
+        rows = [("lora_A", factor) for layer in layers for factor in layer.lora_A.values()]
+        return rows + [("lora_B", factor) for layer in layers for factor in layer.lora_B.values()]

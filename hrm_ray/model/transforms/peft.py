@@ -1,0 +1,195 @@
+"""Adapters beside frozen weights, through the peft library.
+
+One job: lay adapters into a model, say which parameters are trained, and give them out again: merged into plain weights,
+or as a folder in peft's own format. How AdaLoRA shares out its ranks is in `adalora`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hrm_ray.model.transforms.adalora import RankPlan, RankSchedule
+from hrm_ray.model.transforms.quantise import plain_weight
+from hrm_ray.settings.adapt import AdaptSettings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+ADAPTER = "default"
+"""peft's name for the adapter; a model here has one."""
+HEADS = ("lm_head", "q_head")
+"""Modules that are trained in full."""
+_PREFIX = "base_model.model."
+"""What peft puts before the names of a model's tensors in an adapter's file."""
+
+
+class Adapters:
+    """The adapters of one model: `wrapped` is peft's view of it, the model itself computes with them in place.
+
+    `ranks` is AdaLoRA's schedule, None for other methods.
+    """
+
+    def __init__(self, wrapped: PeftModel, ranks: RankSchedule | None) -> None:
+        self.wrapped = wrapped
+        self.ranks = ranks
+
+    @property
+    def model(self) -> nn.Module:
+        model: nn.Module = self.wrapped.get_base_model()
+        return model
+
+    def merged_weights(self) -> dict[str, Tensor]:
+        """The model's tensors under their plain names, as if there were no adapters: base + adapter, the base of a
+        quantised layer being what its codes stand for. Sums are taken in float32 and kept in the heads' type."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        dtype = next(p.dtype for name, p in self.model.named_parameters() if name.startswith(HEADS))
+        merged: dict[str, Tensor] = {}
+        with _evaluating(self.model), torch.no_grad():
+            for path, module in self.model.named_modules():
+                if path.startswith(tuple(f"{done}." for done in merged)):
+                    continue
+                weight = plain_weight(module)
+                if isinstance(module, BaseTunerLayer):
+                    weight = _with_adapter(module)
+                if weight is not None:
+                    merged[path] = weight.to(dtype)
+            kept = {
+                name: tensor
+                for name, tensor in self.model.state_dict().items()
+                if not name.startswith(tuple(f"{path}." for path in merged))
+            }
+        return kept | {f"{path}.weight": weight for path, weight in merged.items()}
+
+    def in_file(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(content of adapter_config.json, tensors of adapter_model.safetensors) as peft's own loader reads them.
+
+        The heads are in it as modules that peft lays over those of the base. Ranks that AdaLoRA has taken away for good
+        are left out.
+        """
+        from peft import get_peft_model_state_dict
+
+        config: Any = self.wrapped.peft_config[ADAPTER]
+        pattern = config.rank_pattern if self.ranks is not None else None
+        if self.ranks is not None and not self.ranks.settled:
+            # Until the last phase a rank that is masked may come back, and what it has learned is not zero.
+            config.rank_pattern = None
+        tensors = {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(self.wrapped).items()}
+        described = deepcopy(config)
+        if self.ranks is not None:
+            # peft shortens the names in it when it gives the tensors out.
+            config.rank_pattern = pattern
+        described.inference_mode = True
+        described.modules_to_save = [head for head in HEADS if head in dict(self.model.named_children())]
+        for name, parameter in self.model.named_parameters():
+            if name.startswith(HEADS):
+                tensors[_PREFIX + name] = parameter.detach()
+        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in described.to_dict().items()}
+        return plain, tensors
+
+
+def lay_adapters(model: nn.Module, chosen: AdaptSettings, *, seed: int, total_steps: int) -> Adapters:
+    """Put adapters into `model` in place and freeze everything else but the heads.
+
+    Adapters are float32 whatever the weights' type. Their starting values follow from `seed` alone. `total_steps` is
+    the length of AdaLoRA's schedule. A puzzle table is no parameter and keeps its own rule.
+    """
+    from peft import get_peft_model
+
+    plan = RankPlan.over(total_steps, chosen.lora_r)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        wrapped = get_peft_model(model, _CONFIGS[chosen.peft_method](chosen, plan))
+    adapter_mark = wrapped.base_model.prefix
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(adapter_mark in name or name.startswith(HEADS))
+    ranks = RankSchedule(wrapped, plan) if chosen.peft_method == "adalora" else None
+    return Adapters(wrapped, ranks)
+
+
+def _with_adapter(layer: Any) -> Tensor:
+    """The weight that does what a layer and its adapter do together, float32."""
+    from peft.tuners.ia3 import IA3Layer
+
+    weight: Tensor = layer.get_base_layer().weight.float()
+    if isinstance(layer, IA3Layer):
+        return weight * layer.ia3_l[ADAPTER]
+    return weight + layer.get_delta_weight(ADAPTER)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout inside this context, whatever mode the model is in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _lora(chosen: AdaptSettings, plan: RankPlan) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=chosen.lora_r,
+        lora_alpha=chosen.lora_alpha,
+        lora_dropout=chosen.lora_dropout,
+        target_modules=list(chosen.targets),
+    )
+
+
+def _adalora(chosen: AdaptSettings, plan: RankPlan) -> Any:
+    from peft import AdaLoraConfig
+
+    return AdaLoraConfig(
+        init_r=plan.first_rank,
+        target_r=plan.last_rank,
+        total_step=plan.total_steps,
+        tinit=plan.warmup_steps,
+        tfinal=plan.final_steps,
+        deltaT=plan.interval_steps,
+        lora_alpha=chosen.lora_alpha,
+        lora_dropout=chosen.lora_dropout,
+        target_modules=list(chosen.targets),
+    )
+
+
+def _ia3(chosen: AdaptSettings, plan: RankPlan) -> Any:
+    """Factors for outputs, except for the FFN's last layer, whose inputs get them (Liu et al. 2022, arXiv 2205.05638)."""
+    from peft import IA3Config
+
+    feed_forward = [name for name in chosen.targets if name == "down_proj"]
+    return IA3Config(target_modules=list(chosen.targets), feedforward_modules=feed_forward)
+
+
+def _loha(chosen: AdaptSettings, plan: RankPlan) -> Any:
+    from peft import LoHaConfig
+
+    return LoHaConfig(
+        r=chosen.lora_r,
+        alpha=chosen.lora_alpha,
+        rank_dropout=chosen.lora_dropout,
+        target_modules=list(chosen.targets),
+    )
+
+
+def _lokr(chosen: AdaptSettings, plan: RankPlan) -> Any:
+    from peft import LoKrConfig
+
+    return LoKrConfig(
+        r=chosen.lora_r,
+        alpha=chosen.lora_alpha,
+        rank_dropout=chosen.lora_dropout,
+        target_modules=list(chosen.targets),
+    )
+
+
+_CONFIGS = {"lora": _lora, "adalora": _adalora, "ia3": _ia3, "loha": _loha, "lokr": _lokr}
+"""peft's configuration of each method, by the name that `--peft-method` takes."""

@@ -1,0 +1,30 @@
+"""Sets of defaults by name.
+
+One job: say, as literal tables, which leaves have another default under a profile. `load` lays them under everything
+that anybody says, so that a leaf filled from here is never one that the user gave.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "hrm-hf": {},
+    "train-advanced": {
+        "adapt.lora_r": 8,
+        "data.max_seq_len": 256,
+        "optimizer.batch_size": 32,
+        "optimizer.lr": 5e-4,
+        "optimizer.warmup_steps": 500,
+        "run.epochs": 3,
+        "run.eval_every": 500,
+        "run.save_every": 1000,
+        "run.log_every": 10,
+    },
+}
+"""Defaults that differ from the sections' own (FEATURES.md, top); hrm-hf is the sections' own."""
+
+
+def profile_leaves(name: str) -> dict[str, Any]:
+    """The defaults of a profile; none for a name that is no profile (that is reported as a wrong value)."""
+    return dict(PROFILES[name]) if name in PROFILES else {}

@@ -1,0 +1,39 @@
+"""Which attention kernel a run uses on a device, and what to say where the one asked for cannot be had.
+
+One job: settings and device into the choice of model/attention_backends.py. The driver asks for its own machine, each
+worker for its own.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hrm_ray.errors import EnvironmentFault, Fault
+from hrm_ray.model.attention_backends import KernelName, Place, choose_kernel, flash_obstacle
+from hrm_ray.model.config import ModelConfig
+from hrm_ray.settings.tree import RunSettings
+from hrm_ray.train.precision import choose_precision
+
+
+def kernel_of(settings: RunSettings, config: ModelConfig, device: torch.device) -> KernelName:
+    """The kernel that the settings mean on this device."""
+    return choose_kernel(settings.model.use_flash_attn, config, _place(settings, config, device))
+
+
+def flash_notes(settings: RunSettings, config: ModelConfig, device: torch.device) -> list[str]:
+    """A sentence where --use-flash-attn was given and cannot be honoured. Raises EnvironmentFault under --strict."""
+    if not settings.model.use_flash_attn:
+        return []
+    reason = flash_obstacle(config, _place(settings, config, device))
+    if reason is None:
+        return []
+    if settings.cluster.strict:
+        mend = "Leave it out: FlashAttention is used where it can be"
+        raise EnvironmentFault(Fault("--use-flash-attn", reason, mend))
+    return [f"--use-flash-attn: {reason}; PyTorch's own kernels are used instead, with the same results."]
+
+
+def _place(settings: RunSettings, config: ModelConfig, device: torch.device) -> Place:
+    memory = settings.memory
+    precision = choose_precision(memory.amp, memory.amp_dtype, memory.model_dtype, device)
+    return Place.here(device.type, narrow=precision.autocast is not None or config.forward_dtype != "float32")

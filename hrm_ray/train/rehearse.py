@@ -1,0 +1,178 @@
+"""What a weight update will take of memory, found by going through it without any.
+
+One job: the account of one worker's update. The real code runs on tensors that have a shape and no storage (PyTorch's
+fake tensors), and every tensor that would live is counted. The same account can be taken of a real update.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hrm_ray.model.attention import WHOLE_MASK_ENTRIES
+from hrm_ray.model.config import ModelConfig
+from hrm_ray.model.objective import Batch
+from hrm_ray.settings.tree import RunSettings
+from hrm_ray.train.assemble import assemble
+from hrm_ray.train.live_bytes import LiveBytes, storage_bytes
+from hrm_ray.train.loop import TrainingLoop
+from hrm_ray.train.optimizer_state import state_tensors
+from hrm_ray.train.strategies.single import SingleStrategy
+from hrm_ray.train.world import World
+from hrm_ray.values import Columns
+
+MICRO_BATCHES = 2
+"""So many of a step's are gone through: the first makes the gradients, the second adds to them as all others do."""
+SEGMENTS = 2
+"""So many of a batch's are gone through: the second begins with what the first left, as all others do."""
+RESIDENT = ("weights", "gradients", "optimizer", "average", "carries", "batch")
+"""What stays over the passes of an update; everything else that lives in them is activations."""
+
+
+@dataclass(frozen=True)
+class MemoryAccount:
+    """Bytes of one worker's tensors in an update.
+
+    `activations_bytes` is the most that the passes need beside what stays, `peak_bytes` the most that is alive at once.
+    The process itself, with Python and PyTorch, comes on top.
+    """
+
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    average_bytes: int
+    carries_bytes: int
+    activations_bytes: int
+    peak_bytes: int
+
+
+def rehearse(settings: RunSettings, config: ModelConfig) -> MemoryAccount:
+    """The account of an update as `settings` (resolved) ask for it, in seconds for any size; nothing is allocated.
+
+    It is that of a CPU; kernels of other devices keep about the same. Two micro-batches and two segments are gone
+    through, and what further micro-batches keep is added.
+    """
+    accumulation = settings.optimizer.gradient_accumulation_steps
+    chosen = settings.optimizer.model_copy(update={"gradient_accumulation_steps": min(accumulation, MICRO_BATCHES)})
+    shorter = replace(config, halt_max_steps=min(config.halt_max_steps, SEGMENTS))
+    world = World(0, 1, torch.device("cpu"), grouped=False)
+    with torch.random.fork_rng(devices=()), FakeTensorMode(), _Answers():
+        settings = settings.model_copy(update={"optimizer": chosen})
+        loop = assemble(settings, shorter, _NoRows(), None, world, 1, lambda: None, resumes=True).loop
+        batches = [_batch(loop, shorter, settings.data.packing) for _ in range(loop.parts.shape.accumulation)]
+        account = account_for(loop, batches)
+        kept = storage_bytes([*_tensors(loop.carries), *_tensors(batches)]) // len(batches)
+        # The carries of the last update live until those of the present one are all there.
+        carried = storage_bytes(_tensors(loop.carries)) // len(batches)
+    further = max(0, accumulation - MICRO_BATCHES)
+    return replace(
+        account,
+        carries_bytes=account.carries_bytes + further * carried,
+        peak_bytes=account.peak_bytes + further * (kept + carried),
+    )
+
+
+def account_for(loop: TrainingLoop, batches: list[Batch]) -> MemoryAccount:
+    """The account of an update of `loop` on `batches`, one per micro-batch: the second of two, when the optimizer has
+    its state. The weights move; the loop's progress and its place in the data do not."""
+    strategy, parts = loop.parts.strategy, loop.parts
+    assert isinstance(strategy, SingleStrategy)
+    live = LiveBytes()
+    live.name("weights", (*parts.objective.parameters(), *parts.objective.buffers()))
+    live.name("batch", _tensors(batches))
+    live.name("average", parts.ema.average.values() if parts.ema is not None else ())
+    with live, _naming_gradients(parts.objective, live):
+        for _ in range(2):
+            live.name("carries", _tensors(loop.carries))
+            begun = live.moment
+            _, carries = loop.passes(batches, defaultdict(lambda: 1.0))
+            if parts.carried:
+                live.name("carries", _tensors(carries))
+                loop.carries = carries
+            passed, gradients_bytes = live.moment, live.live_bytes("gradients")
+            del carries
+            if parts.sparse is not None:
+                parts.sparse.forget()
+            strategy.step(parts.grad_clip, 1.0)
+            if parts.ema is not None:
+                parts.ema.update()
+            live.name("optimizer", state_tensors(strategy.optimizer))
+    return MemoryAccount(
+        weights_bytes=live.live_bytes("weights"),
+        gradients_bytes=gradients_bytes,
+        optimizer_bytes=live.live_bytes("optimizer"),
+        average_bytes=live.live_bytes("average"),
+        carries_bytes=storage_bytes(_tensors(loop.carries)),
+        activations_bytes=live.peak_bytes(beside=RESIDENT, since=begun, until=passed),
+        peak_bytes=live.peak_bytes(since=begun),
+    )
+
+
+@contextmanager
+def _naming_gradients(module: nn.Module, live: LiveBytes) -> Iterator[None]:
+    """Tell gradients from activations as they come."""
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda p: live.name("gradients", [p.grad]))
+        for parameter in module.parameters()
+        if parameter.requires_grad
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Answers(TorchDispatchMode):
+    """Answers what no fake tensor can: a number on the host, such as the norm of the gradients, is 1."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0
+        return func(*args, **(kwargs or {}))
+
+
+class _NoRows:
+    """A sample set to assemble a loop with; batches are made without it."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def rows(self, indices: npt.NDArray[np.int64]) -> Columns:
+        raise AssertionError("a rehearsal reads no samples")
+
+
+def _batch(loop: TrainingLoop, config: ModelConfig, packing: bool) -> Batch:
+    """The columns of one micro-batch, of the types and shapes that samples have."""
+    rows, length = loop.parts.shape.batch_size, config.seq_len
+    row_wise = {"puzzle_identifiers": torch.int32, "active": torch.bool, "min_steps": torch.int32}
+    batch = {name: torch.ones(rows, dtype=kind) for name, kind in row_wise.items()}
+    batch |= {name: torch.ones(rows, length, dtype=torch.int32) for name in ("inputs", "labels", "positions")}
+    batch = {name: tensor for name, tensor in batch.items() if name in loop.parts.wanted}
+    if "prompt" in loop.parts.wanted or (packing and config.task == "lm" and length**2 > WHOLE_MASK_ENTRIES):
+        # Long rows of several documents are attended to block by block, like prompts, whose blocks no value decides.
+        batch["prompt"] = torch.ones(rows, length, dtype=torch.bool)
+    elif packing and config.task == "lm":
+        batch["documents"] = torch.ones(rows, length, dtype=torch.int32)
+    return batch
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    """The tensors of batches and carries, which are dataclasses, dictionaries and lists."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    elif is_dataclass(tree):
+        tree = list(vars(tree).values())
+    return [tensor for part in tree for tensor in _tensors(part)] if isinstance(tree, list) else []

@@ -1,0 +1,70 @@
+"""Rounding to a narrow type up or down by chance, so that the mean is the number itself.
+
+One job: the rounding and its random numbers. An update smaller than half the distance between two narrow numbers is
+lost by rounding to the nearest; by chance it arrives now and then, as often as it should (Gupta et al. 2015, "Deep
+Learning with Limited Numerical Precision", section 3.1).
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 22
+"""Numbers rounded at once: what bounds the memory that is needed meanwhile."""
+_EXPONENT_BITS = 0x7F800000
+"""Of a float32: a number with these bits alone is the power of two at or below it."""
+
+
+def round_stochastically(wide: Tensor, narrow: Tensor, key: str) -> None:
+    """Fill `narrow` with the float32 numbers `wide` (of the same shape), each rounded up or down by chance.
+
+    The chance of either neighbour is the nearness to it; a number that the narrow type holds stays as it is. Beyond the
+    type's largest number the result is infinite. The same `key` gives the same result on every device.
+    """
+    source, target = wide.view(-1), narrow.view(-1)
+    for start in range(0, source.numel(), _CHUNK):
+        part = source[start : start + _CHUNK]
+        target[start : start + _CHUNK] = _rounded(part, narrow.dtype, uniform(part.numel(), start, key, part.device))
+
+
+def _rounded(wide: Tensor, dtype: torch.dtype, chance: Tensor) -> Tensor:
+    """Every step is exact: the distance of neighbours is a power of two, and float32 holds what is left over."""
+    limits = torch.finfo(dtype)
+    power_of_two = (wide.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
+    distance = power_of_two.clamp_(min=limits.smallest_normal).mul_(limits.eps)
+    scaled = wide / distance
+    below = scaled.floor()
+    return below.add_(chance < scaled - below).mul_(distance).to(dtype)
+
+
+def uniform(count: int, start: int, key: str, device: torch.device) -> Tensor:
+    """`count` float32 numbers in [0, 1), multiples of 2^-24: those from place `start` on of the sequence `key`.
+
+    A place's number is a hash of place and key in whole numbers, hence the same on every device, whereas a generator's
+    sequence depends on the kind of GPU. Mixing function: "lowbias32" (Wellons, hash-prospector), keyed before and
+    between its rounds.
+    """
+    first, second = _key_words(key)
+    mixed = torch.arange(start, start + count, dtype=torch.int64, device=device).to(torch.int32)
+    mixed = _xor_shifted(mixed.add_(first), 16).mul_(0x7FEB352D)
+    mixed = _xor_shifted(mixed.bitwise_xor_(second), 15).mul_(_signed(0x846CA68B))
+    mixed = _xor_shifted(mixed, 16)
+    return mixed.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF).to(torch.float32).mul_(2.0**-24)
+
+
+def _xor_shifted(bits: Tensor, by: int) -> Tensor:
+    """bits ^ (bits >> by), in place; an int32 shifts copies of its sign in, and the mask makes them zeros."""
+    return bits.bitwise_xor_((bits >> by).bitwise_and_((1 << (32 - by)) - 1))
+
+
+def _key_words(key: str) -> tuple[int, int]:
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return tuple(_signed(int.from_bytes(digest[at : at + 4], "little")) for at in (0, 4))  # type: ignore[return-value]
+
+
+def _signed(word: int) -> int:
+    """A word of 32 bits as the int32 with the same bits."""
+    return word - (1 << 32) if word >= 1 << 31 else word

@@ -1,0 +1,140 @@
+"""Every pair of features trains, its loss falling and its memory told, or is refused with the reason.
+
+The runs are those of a user: `hrm-ray train` on text, from options to bundle, each for some steps.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+
+from hrm_ray.model import scoring
+from hrm_ray.train.loop import TrainingLoop
+from tests.support.fail_at import script
+from tests.support.features import FEATURES, words_of
+from tests.support.runs import Ran, hrm, puzzle_file, records, text_file
+
+pytestmark = pytest.mark.slow
+
+STEPS = 24
+SIZE = (
+    "--hidden-size", "32", "--num-heads", "2", "--num-layers", "2", "--threads", "1", "--launcher", "local",
+    "--batch-size", "4", "--log-every", "1", "--save-every", "0", "--lr-schedule", "constant", "--device", "cpu",
+)  # fmt: skip
+TEXT = (*SIZE, "--vocab-size", "300", "--max-seq-len", "32")
+PUZZLES = (*SIZE, "--halt-max-steps", "3", "--halt-exploration-prob", "0.5")
+
+REFUSED: dict[frozenset[str], str] = {}
+"""What cannot work together, and a part of the reason that the user is told."""
+
+Bases = dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return text_file(tmp_path_factory.mktemp("text"), rows=400)
+
+
+@pytest.fixture(scope="module")
+def puzzles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return puzzle_file(tmp_path_factory.mktemp("puzzles"), count=64)
+
+
+def bases_of(folder: Path, data: Path, size: tuple[str, ...]) -> Bases:
+    """A dense bundle and one with experts, trained for a while, that frozen bases come from."""
+    for name in ("dense", "moe"):
+        on = words_of(("moe",) if name == "moe" else ())
+        words = (*size, *on, "--steps", "12", "--lr", "1e-3")
+        assert hrm("train", "--dataset-file", data, "--bundle-dir", folder / name, *words).code == 0
+    return {name: folder / name for name in ("dense", "moe")}
+
+
+@pytest.fixture(scope="module")
+def text_bases(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Bases:
+    return bases_of(tmp_path_factory.mktemp("text_bases"), text, TEXT)
+
+
+@pytest.fixture(scope="module")
+def puzzle_bases(tmp_path_factory: pytest.TempPathFactory, puzzles: Path) -> Bases:
+    return bases_of(tmp_path_factory.mktemp("puzzle_bases"), puzzles, PUZZLES)
+
+
+class Trial:
+    """Trains a combination in a folder of its own."""
+
+    def __init__(self, folder: Path, patched: pytest.MonkeyPatch) -> None:
+        self.bundle, self.experts, self.adaptive = folder / "bundle", folder / "experts", folder / "adaptive.yaml"
+        self.adaptive.write_text("window_steps: 4\n")
+        self.patched = patched
+
+    def run(self, names: tuple[str, ...], data: Path, bases: Bases, size: tuple[str, ...]) -> Ran:
+        words = [str(self.adaptive) if word == "ADAPTIVE" else word for word in words_of(names)]
+        words += ["--steps", str(STEPS), "--lr", "3e-3"]
+        if "--use-moe" in words:
+            words.append("--no-auto-adjust-lr")
+        if "expert" in names:
+            words += ["--experts-dir", str(self.experts)]
+        if any(FEATURES[name].base for name in names):
+            words += ["--student-init", str(bases["moe" if "--use-moe" in words else "dense"])]
+        self._script(names)
+        own = {word for word in words if word.startswith("--")}
+        for option, value in zip(size[::2], size[1::2], strict=True):
+            if option not in own:
+                words += [option, value]
+        return hrm("train", "--dataset-file", data, "--bundle-dir", self.bundle, *words)
+
+    def _script(self, names: tuple[str, ...]) -> None:
+        """What no option can ask for: scores in pieces although they are few, and a lack of memory."""
+        features = [FEATURES[name] for name in names]
+        if any(feature.small_scores for feature in features):
+            self.patched.setattr(scoring, "SCORES_BYTES", 4 * 600 * 16)
+        failures = [feature.failure for feature in features if feature.failure is not None]
+        make = TrainingLoop.__init__
+
+        def made(loop: TrainingLoop, *parts: Any, **named: Any) -> None:
+            make(loop, *parts, **named)
+            script(loop, failures)
+
+        self.patched.setattr(TrainingLoop, "__init__", made)
+
+
+@pytest.fixture
+def trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trial:
+    return Trial(tmp_path, monkeypatch)
+
+
+def check_learned(bundle: Path) -> float:
+    """The loss falls by more than its noise from the first steps to the last; the most memory that was told, in GB."""
+    seen = records(bundle)
+    losses = [float(record["lm_loss"]) for record in seen]
+    assert fmean(losses[-4:]) < fmean(losses[:4]) - 0.02, losses
+    peaks = [float(record["peak_gb"]) for record in seen]
+    assert min(peaks) > 0
+    return max(peaks)
+
+
+@pytest.mark.parametrize("pair", list(combinations(FEATURES, 2)), ids="+".join)
+def test_pair(pair: tuple[str, str], text: Path, text_bases: Bases, trial: Trial, record_property: Any) -> None:
+    ran = trial.run(pair, text, text_bases, TEXT)
+    reason = REFUSED.get(frozenset(pair))
+    if reason is not None:
+        assert ran.code == 2 and reason in ran.err, ran.err
+        assert not trial.bundle.exists()
+        return
+    assert ran.code == 0, ran.err
+    record_property("peak_gb", check_learned(trial.bundle))
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_on_puzzles(name: str, puzzles: Path, puzzle_bases: Bases, trial: Trial) -> None:
+    """Each feature alone, in carried supervision with the look-ahead; what is for text only says so."""
+    ran = trial.run((name,), puzzles, puzzle_bases, PUZZLES)
+    if not FEATURES[name].puzzles:
+        assert ran.code == 2 and "puzzle" in ran.err, ran.err
+        return
+    assert ran.code == 0, ran.err
+    check_learned(trial.bundle)
