@@ -158,9 +158,9 @@ def prepare(folder: Path, corpus: Path | None, size: tuple[str, ...], device: st
         corpus = folder / "corpus"
         hrm_ray_command(["data", "build", "text", "--out", corpus])
     base = folder / "base"
-    hrm_ray_command(["train", "--dataset-file", corpus, "--bundle-dir", base, "--launcher", "local",
-                     "--vocab-size", "4096", "--tokenizer-train-examples", "200", "--threads", str(threads), "--steps", str(BASE_STEPS), "--lr", "1e-3",
-                     "--no-moe", "--no-amp", "--no-gradient-checkpointing", *size])  # fmt: skip
+    words = ["--launcher", "local", "--vocab-size", "4096", "--tokenizer-train-examples", "200", "--lr", "1e-3"]
+    words += ["--threads", str(threads), "--steps", str(BASE_STEPS), *PLAIN, *size]
+    hrm_ray_command(["train", "--dataset-file", corpus, "--bundle-dir", base, *words])
     run_dir = RunDir(base)
     data = read_json(run_dir.training_args)["data"]
     config = ModelConfig.from_plain(read_json(run_dir.config), str(run_dir.config))

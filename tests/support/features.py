@@ -15,17 +15,19 @@ OFF = {"--use-moe": "--no-moe", "--amp": "--no-amp", "--gradient-checkpointing":
 
 @dataclass(frozen=True)
 class Feature:
-    """Words that turn it on; `base` names the bundle it starts from; `puzzles` whether it is for puzzles too."""
+    """Words that turn it on; `starts` says that it starts from a trained bundle, `shapes` that it decides which
+    bundles fit, `puzzles` whether it is for puzzles too."""
 
     words: tuple[str, ...] = ()
-    base: str | None = None
+    starts: bool = False
     puzzles: bool = True
     failure: FailAt | None = None
     small_scores: bool = False
+    shapes: bool = False
 
 
 def _peft(method: str, *more: str) -> Feature:
-    return Feature(("--use-peft", "--peft-method", method, *more), base="dense")
+    return Feature(("--use-peft", "--peft-method", method, *more), starts=True)
 
 
 FEATURES: dict[str, Feature] = {
@@ -47,20 +49,25 @@ FEATURES: dict[str, Feature] = {
         ("--use-chunked-training", "--chunk-size", "12", "--chunk-gradients", "exact"), puzzles=False
     ),
     "window": Feature(("--window-size", "7"), puzzles=False),
-    "moe": Feature(("--use-moe", "--num-experts", "4")),
-    "expert": Feature(("--use-moe", "--num-experts", "4", "--expert-id", "one", "--expert-index", "1"), base="moe"),
-    "large-vocabulary": Feature(("--vocab-size", "600"), small_scores=True, puzzles=False),
+    "moe": Feature(("--use-moe", "--num-experts", "4"), shapes=True),
+    "expert": Feature(("--use-moe", "--num-experts", "4", "--expert-id", "one", "--expert-index", "1"), starts=True),
+    "large-vocabulary": Feature(("--vocab-size", "600"), small_scores=True, puzzles=False, shapes=True),
     "out-of-memory": Feature(failure=FailAt(0, 3, fits=2)),
     "accumulation": Feature(("--gradient-accumulation-steps", "2")),
     "adaptive-lr": Feature(("--adaptive-lr-config", "ADAPTIVE")),
     "dropout": Feature(("--dropout-rate", "0.1")),
-    "plain-ffn": Feature(("--no-swiglu", "--activation", "gelu", "--no-rmsnorm")),
+    "plain-ffn": Feature(("--no-swiglu", "--activation", "gelu", "--no-rmsnorm"), shapes=True),
     "all-updates": Feature(("--bp-steps", "6")),
     "adam-atan2": Feature(("--optimizer", "adam-atan2")),
     "ema": Feature(("--ema", "0.9")),
-    "transformer": Feature(("--arch", "transformer"), puzzles=False),
+    "transformer": Feature(("--arch", "transformer"), puzzles=False, shapes=True),
 }
 """By name. `ADAPTIVE` stands for a file of settings."""
+
+
+def base_of(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The features that a bundle to start from must share with a combination."""
+    return tuple("moe" if name == "expert" else name for name in names if FEATURES[name].shapes or name == "expert")
 
 
 def words_of(names: tuple[str, ...]) -> list[str]:

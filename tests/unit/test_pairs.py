@@ -15,7 +15,7 @@ import pytest
 from hrm_ray.model import scoring
 from hrm_ray.train.loop import TrainingLoop
 from tests.support.fail_at import script
-from tests.support.features import FEATURES, words_of
+from tests.support.features import FEATURES, base_of, words_of
 from tests.support.runs import Ran, hrm, puzzle_file, records, text_file
 
 pytestmark = pytest.mark.slow
@@ -28,10 +28,38 @@ SIZE = (
 TEXT = (*SIZE, "--vocab-size", "300", "--max-seq-len", "32")
 PUZZLES = (*SIZE, "--halt-max-steps", "3", "--halt-exploration-prob", "0.5")
 
-REFUSED: dict[frozenset[str], str] = {}
+REFUSED: dict[frozenset[str], str] = {
+    frozenset({"8bit-optimizer", "adam-atan2"}): "bitsandbytes keeps the moments of adamw in 8 bits",
+    frozenset({"int8", "nf4"}): "weights are held in one or the other",
+    frozenset({"all-updates", "transformer"}): "a transformer reads its input once",
+}
 """What cannot work together, and a part of the reason that the user is told."""
 
-Bases = dict[str, Path]
+
+class Bases:
+    """Bundles that combinations start from, each trained for a while when it is first wanted."""
+
+    def __init__(self, folder: Path, data: Path, size: tuple[str, ...]) -> None:
+        self.folder, self.data, self.size = folder, data, size
+
+    def bundle(self, names: tuple[str, ...]) -> Path:
+        """One whose weights fit the combination."""
+        shared = base_of(names)
+        bundle = self.folder / ("-".join(sorted(set(shared))) or "dense")
+        if not bundle.exists():
+            words = (*laid_under(words_of(shared), self.size), "--steps", "12", "--lr", "1e-3")
+            ran = hrm("train", "--dataset-file", self.data, "--bundle-dir", bundle, *words)
+            assert ran.code == 0, ran.err
+        return bundle
+
+
+def laid_under(words: list[str], size: tuple[str, ...]) -> list[str]:
+    """The words, and of the size options those that the words do not say; halting is nothing to a transformer."""
+    said = {word for word in words if word.startswith("--")}
+    under = [pair for pair in zip(size[::2], size[1::2], strict=True) if pair[0] not in said]
+    if "--arch" in said:
+        under = [pair for pair in under if not pair[0].startswith("--halt")]
+    return [*words, *(part for pair in under for part in pair)]
 
 
 @pytest.fixture(scope="module")
@@ -44,23 +72,14 @@ def puzzles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return puzzle_file(tmp_path_factory.mktemp("puzzles"), count=64)
 
 
-def bases_of(folder: Path, data: Path, size: tuple[str, ...]) -> Bases:
-    """A dense bundle and one with experts, trained for a while, that frozen bases come from."""
-    for name in ("dense", "moe"):
-        on = words_of(("moe",) if name == "moe" else ())
-        words = (*size, *on, "--steps", "12", "--lr", "1e-3")
-        assert hrm("train", "--dataset-file", data, "--bundle-dir", folder / name, *words).code == 0
-    return {name: folder / name for name in ("dense", "moe")}
-
-
 @pytest.fixture(scope="module")
 def text_bases(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Bases:
-    return bases_of(tmp_path_factory.mktemp("text_bases"), text, TEXT)
+    return Bases(tmp_path_factory.mktemp("text_bases"), text, TEXT)
 
 
 @pytest.fixture(scope="module")
 def puzzle_bases(tmp_path_factory: pytest.TempPathFactory, puzzles: Path) -> Bases:
-    return bases_of(tmp_path_factory.mktemp("puzzle_bases"), puzzles, PUZZLES)
+    return Bases(tmp_path_factory.mktemp("puzzle_bases"), puzzles, PUZZLES)
 
 
 class Trial:
@@ -78,14 +97,10 @@ class Trial:
             words.append("--no-auto-adjust-lr")
         if "expert" in names:
             words += ["--experts-dir", str(self.experts)]
-        if any(FEATURES[name].base for name in names):
-            words += ["--student-init", str(bases["moe" if "--use-moe" in words else "dense"])]
+        if any(FEATURES[name].starts for name in names):
+            words += ["--student-init", str(bases.bundle(names))]
         self._script(names)
-        own = {word for word in words if word.startswith("--")}
-        for option, value in zip(size[::2], size[1::2], strict=True):
-            if option not in own:
-                words += [option, value]
-        return hrm("train", "--dataset-file", data, "--bundle-dir", self.bundle, *words)
+        return hrm("train", "--dataset-file", data, "--bundle-dir", self.bundle, *laid_under(words, size))
 
     def _script(self, names: tuple[str, ...]) -> None:
         """What no option can ask for: scores in pieces although they are few, and a lack of memory."""
