@@ -98,6 +98,12 @@ class _Pieces(torch.autograd.Function):
 
 def _gradient_of_scores(logits: Tensor, labels: Tensor, kind: LossKind, gradient: Tensor) -> Tensor:
     """The loss's gradient by the scores [tokens, V], given its `gradient` per token."""
+    if kind == "softmax":
+        # (p - 1 at the label) x gradient, in one buffer; autograd would keep three of this size.
+        valid = labels != IGNORE_LABEL
+        by_score = torch.softmax(logits.float(), -1)
+        by_score.scatter_add_(-1, torch.where(valid, labels, 0).long().unsqueeze(-1), -valid.float().unsqueeze(-1))
+        return by_score.mul_(torch.where(valid, gradient, 0.0).unsqueeze(-1)).to(logits.dtype)
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
         loss = CROSS_ENTROPIES[kind](leaf, labels)
