@@ -72,10 +72,10 @@ def write_bases(folder: Path) -> None:
         save_tensors(model.state_dict(), folder / f"{base}.safetensors")
 
 
-def run_feature(name: str, ranks: int, folder: Path) -> Trained:
+def run_feature(name: str, ranks: int, folder: Path, device: str = "cpu") -> Trained:
     """Train STEPS updates as this rank's part of the group."""
     settings = settings_of(name, ranks, folder)
-    world = World.here("cpu", 1)
+    world = World.here(device, 1)
     assert world.size == ranks
     path = settings.optimizer.adaptive_lr_config
     loop = assemble(
