@@ -31,7 +31,9 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Data sets.", rich_markup_mode=None)
 build_app = typer.Typer(help="Build a data set from nothing, without a download.", rich_markup_mode=None)
+expert_app = typer.Typer(help="Experts that were trained apart.", rich_markup_mode=None)
 app.add_typer(data_app, name="data")
+app.add_typer(expert_app, name="expert")
 data_app.add_typer(build_app, name="build")
 
 FLAT_OPTIONS: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -148,6 +150,37 @@ def plot(
 
     print(plot_runs(runs, out, metric))
     return 0
+
+
+ExpertsDir: TypeAlias = Annotated[
+    Path | None, typer.Option(help="Folder of stored experts; artifacts/experts if not said.")
+]
+
+
+@expert_app.command("list")
+@carried
+def expert_list(
+    experts_dir: ExpertsDir = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> int:
+    """List the experts that are stored, with their held-out figures before and after."""
+    from hrm_ray.cli.expert import run_list
+
+    return run_list(experts_dir, as_json=as_json)
+
+
+@expert_app.command("put")
+@carried
+def expert_put(
+    identifier: Annotated[str, typer.Argument(metavar="ID", help="Name of a stored expert.")],
+    into: Annotated[Path, typer.Option(help="Bundle to put it into; it stays as it is.")],
+    out: Annotated[Path, typer.Option(help="Bundle to write; the folder must be new or empty.")],
+    experts_dir: ExpertsDir = None,
+) -> int:
+    """Put a stored expert into a copy of a bundle of the same architecture."""
+    from hrm_ray.cli.expert import run_put
+
+    return run_put(identifier, into, out, experts_dir)
 
 
 @build_app.command("sudoku")

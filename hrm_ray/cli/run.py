@@ -82,6 +82,9 @@ def describe(drafted: Draft) -> str:
         f"place   {devices.launcher} launcher, {devices.device}, {devices.threads} thread(s) a worker",
         f"bundle  {drafted.identity.run_dir.root}",
     ]
+    if settings.run.expert_id is not None:
+        index = settings.model.expert_index
+        lines.append(f"expert  {settings.run.expert_id}: number {index} of every block is trained, all else is frozen")
     if drafted.identity.checkpoint is not None:
         lines.append(f"resume  {drafted.identity.checkpoint}")
     return "\n".join(lines)

@@ -27,6 +27,7 @@ from hrm_ray.settings.resolve import moderate_lr, resolve_task
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import model_config
 from hrm_ray.train.attention_choice import flash_notes
+from hrm_ray.train.expert_run import check_expert_run
 from hrm_ray.train.start_weights import check_start_weights, start_weights
 
 
@@ -46,6 +47,8 @@ class Draft:
     """Fallbacks and doubts that a person must see."""
     adaptive_lr: AdaptiveLrSettings | None
     """What the file of --adaptive-lr-config says."""
+    keep_freed_memory: bool
+    """Whether workers on CPUs keep freed memory for the next tensor."""
 
 
 def draft(settings: RunSettings) -> Draft:
@@ -86,7 +89,8 @@ def draft(settings: RunSettings) -> Draft:
     if not devices.ray_address:
         notes += flash_notes(settings, config, torch.device(devices.device))
     notes += _chunk_notes(settings, config)
-    check_resources(settings, config, devices, identity.run_dir.root)
+    keep_freed = check_resources(settings, config, devices, identity.run_dir.root)
+    check_expert_run(settings, config, identity.run_dir.root, resumes=identity.checkpoint is not None)
     if settings.model.student_init is not None and identity.checkpoint is None:
         if certain:
             check_start_weights(settings.model.student_init, config)
@@ -102,6 +106,7 @@ def draft(settings: RunSettings) -> Draft:
         certain,
         (*devices.notes, *notes),
         _adaptive_lr(settings),
+        keep_freed,
     )
 
 

@@ -102,6 +102,7 @@ def _plan(
         "world_size": devices.world_size,
         "threads": devices.threads,
         "device": devices.device,
+        "keep_freed_memory": drafted.keep_freed_memory,
         "ray_address": devices.ray_address,
         "notes": notes,
     }

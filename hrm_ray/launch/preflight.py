@@ -1,12 +1,13 @@
-"""What a run will need at the least, held against what this machine has.
+"""What a run will need, held against what this machine has.
 
-One job: refuse within seconds what cannot end well: too few CPUs or GPUs, too little memory for the weights and one
-batch, too little disk for the checkpoints. It is a lower bound; what a backward pass keeps is not in it.
+One job: refuse within seconds what cannot end well: too few CPUs or GPUs, too little memory for a weight update, too
+little disk for the checkpoints.
 """
 
 from __future__ import annotations
 
 import shutil
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from hrm_ray.errors import Fault, ResourceFault
 from hrm_ray.launch.cluster_address import check_address
 from hrm_ray.launch.devices import Devices
+from hrm_ray.launch.memory_bounds import checkpoint_bytes, gigabytes, least_bytes, most_bytes
 from hrm_ray.launch.resources import (
     Demand,
     available_memory_bytes,
@@ -22,29 +24,18 @@ from hrm_ray.launch.resources import (
     usable_cpus,
 )
 from hrm_ray.model.config import ModelConfig
-from hrm_ray.model.describe import count_parameters
 from hrm_ray.settings.tree import RunSettings
+from hrm_ray.train.rehearse import MemoryAccount, rehearse
 
-_MOMENTS = {"adamw": 2, "adam-atan2": 2, "sgd": 0}
-"""Tensors of the weights' size that an optimizer keeps."""
-
-
-def state_bytes(settings: RunSettings, config: ModelConfig) -> int:
-    """Bytes of weights, gradients, optimizer state and average of one worker, in float32."""
-    copies = 2 + _MOMENTS[settings.optimizer.optimizer] + (settings.optimizer.ema is not None)
-    return 4 * copies * count_parameters(config).total
+_ROOM_TO_KEEP = 3
+"""Freed memory is kept where so many times the peak is there: a process that keeps it has been seen to take 2.7 times
+what its tensors need (train/host_memory.py)."""
 
 
-def batch_bytes(settings: RunSettings, config: ModelConfig) -> int:
-    """The least that one micro-batch takes: its tokens and labels, the injection and two states, and the logits."""
-    row = config.total_positions * (8 + 3 * 4 * config.hidden_size) + 4 * config.seq_len * config.vocab_size
-    return settings.optimizer.batch_size * row
-
-
-def checkpoint_bytes(settings: RunSettings, config: ModelConfig) -> int:
-    """Bytes of one checkpoint, without carries."""
-    copies = 1 + _MOMENTS[settings.optimizer.optimizer] + (settings.optimizer.ema is not None)
-    return 4 * copies * count_parameters(config).total
+@lru_cache(maxsize=4)
+def needed_memory(settings: RunSettings, config: ModelConfig) -> MemoryAccount:
+    """What one worker's tensors take, by a rehearsal of its update: some seconds."""
+    return rehearse(settings, config)
 
 
 def check_launch(devices: Devices) -> None:
@@ -67,32 +58,48 @@ def check_launch(devices: Devices) -> None:
         check_local_gpus(demand, torch.cuda.device_count())
 
 
-def check_resources(settings: RunSettings, config: ModelConfig, devices: Devices, bundle: Path) -> None:
-    """Raises ResourceFault when memory (of a run on this machine's CPUs) or disk cannot suffice."""
-    faults = []
-    needed = (state_bytes(settings, config) + batch_bytes(settings, config)) * devices.world_size
-    available = available_memory_bytes()
-    if devices.device == "cpu" and not devices.ray_address and needed > available:
-        reason = (
-            f"weights, gradients, optimizer state and one batch of {devices.world_size} worker(s) take {_gb(needed)}, "
-            f"{_gb(available)} are free"
-        )
-        faults.append(Fault("memory", reason, "Choose a smaller model or batch, or fewer workers"))
+def check_resources(settings: RunSettings, config: ModelConfig, devices: Devices, bundle: Path) -> bool:
+    """Raises ResourceFault where memory or disk cannot suffice; else says whether freed memory is to be kept.
+
+    Memory is that of this machine's CPUs: what a cluster's nodes have is not known here, and where an accelerator runs
+    out of it the micro-batch is halved. Bounds in closed form decide where they can, a rehearsal where they cannot.
+    """
+    faults, keep = [], settings.memory.keep_freed_memory
+    if devices.device == "cpu" and not devices.ray_address:
+        available = available_memory_bytes() // devices.world_size
+        if not _fits(settings, config, available):
+            faults.append(_memory_fault(settings, config, devices, available))
+        elif keep is None:
+            keep = _fits(settings, config, available // _ROOM_TO_KEEP)
     disk = checkpoint_bytes(settings, config) * (settings.run.keep + 1)
     free = shutil.disk_usage(_existing(bundle)).free
     if disk > free:
         kept = f"{settings.run.keep} checkpoints and one in the making"
-        reason = f"{kept} take {_gb(disk)}, {_gb(free)} are free at {bundle}"
+        reason = f"{kept} take {gigabytes(disk)}, {gigabytes(free)} are free at {bundle}"
         faults.append(Fault("disk", reason, "Lower --keep, free some space, or give another --bundle-dir"))
     if faults:
         raise ResourceFault(faults)
+    return keep is not False
+
+
+def _fits(settings: RunSettings, config: ModelConfig, available: int) -> bool:
+    if least_bytes(settings, config) > available:
+        return False
+    return most_bytes(settings, config) <= available or needed_memory(settings, config).peak_bytes <= available
+
+
+def _memory_fault(settings: RunSettings, config: ModelConfig, devices: Devices, available: int) -> Fault:
+    least = least_bytes(settings, config)
+    if least > available:
+        takes = f"weights and what must be kept of an update and of one batch take {gigabytes(least)} at the least"
+    else:
+        takes = f"an update takes {gigabytes(needed_memory(settings, config).peak_bytes)}"
+    each = f" for each of {devices.world_size} workers" if devices.world_size > 1 else ""
+    mend = "Choose a smaller model, a smaller --batch-size with more --gradient-accumulation-steps, or fewer workers"
+    return Fault("memory", f"{takes}, {gigabytes(available)} are free{each}", mend)
 
 
 def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

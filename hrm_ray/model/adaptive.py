@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from hrm_ray.model.actv1 import ActV1
-from hrm_ray.model.chunked_caches import Passed
 from hrm_ray.model.chunked_rest import Keeper, Rest
-from hrm_ray.model.chunked_rows import ChunkedRows, ShelvedStates, sweep
+from hrm_ray.model.chunked_rows import ChunkedRows, ShelvedStates, passed, sweep
 from hrm_ray.model.layers import KeyValueExchange
 from hrm_ray.model.routing import Site
 
@@ -36,8 +35,8 @@ class FrozenKeys:
 
     def of_site(self, site: Site) -> Callable[[int], KeyValueExchange]:
         """What the chunks of one attention exchange with, see ExchangeOf."""
-        passed = Passed(self._rows.length, self._rows.window)
-        return lambda chunk: _FrozenChunk(self, passed, chunk)
+        earlier = passed(self._rows)(site)
+        return lambda chunk: _FrozenChunk(self, earlier(chunk), chunk)
 
     def replaced(self, site: Site, chunk: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """A chunk's keys and values [B, heads, T, d], those of frozen tokens replaced by their kept ones."""
@@ -52,18 +51,20 @@ class FrozenKeys:
 
 
 class _FrozenChunk:
-    def __init__(self, frozen: FrozenKeys, passed: Passed, chunk: int) -> None:
+    def __init__(self, frozen: FrozenKeys, earlier: KeyValueExchange | None, chunk: int) -> None:
         self._frozen = frozen
-        self._passed = passed
+        self._earlier = earlier
         self._chunk = chunk
 
     def exchange(self, site: Site, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return self._passed.exchange(site, *self._frozen.replaced(site, self._chunk, keys, values))
+        own = self._frozen.replaced(site, self._chunk, keys, values)
+        return own if self._earlier is None else self._earlier.exchange(site, *own)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """After one segment of adaptive reading: states, which tokens are read out now, and which are now frozen [B, T]."""
+    """After one segment of adaptive reading: states, until the next one begins, which tokens are read out now, and
+    which are now frozen [B, T]."""
 
     segment: int
     states: ShelvedStates
@@ -78,12 +79,12 @@ def adaptive_segments(model: ActV1, rows: ChunkedRows, keeper: Keeper) -> Iterat
     Without a graph. Keys and values of every attention are kept, as generation keeps them; activations follow the
     chunk.
     """
-    states = ShelvedStates.initial(rows, model)
+    states = ShelvedStates.initial(rows, model).copied(rows, keeper)
     frozen = torch.zeros(rows.rows, rows.length, dtype=torch.bool, device=rows.batch["inputs"].device)
     keys = FrozenKeys(rows, keeper)
     for segment in range(1, model.config.halt_max_steps + 1):
         keys.begin_segment(frozen)
-        states = sweep(model, rows, states, range(model.config.updates_per_segment), keeper, keys.of_site)
+        sweep(model, rows, states, range(model.config.updates_per_segment), keys.of_site)
         halts = torch.cat([model.halting_scores(states.z_h.get(chunk))[0] > 0 for chunk in range(len(rows))], dim=1)
         if rows.scope.prompt is not None:
             halts = halts & ~rows.scope.prompt

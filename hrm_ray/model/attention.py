@@ -152,7 +152,9 @@ class AttentionScope:
             begins, ends = _document_ranges(self.documents[:, -keys:])
             low = [max(pair) for pair in zip(low, begins[:, firsts].amin(0).tolist(), strict=True)]
             high = [min(pair) for pair in zip(high, ends[:, lasts].amax(0).tolist(), strict=True)]
-        for start, least, most in zip(starts, low, high, strict=True):
+        for number, start in enumerate(starts):
+            # A position sees itself, also where no document can be looked at (tensors without storage).
+            least, most = min(int(low[number]), firsts[number]), max(int(high[number]), lasts[number] + 1)
             yield slice(start, min(start + size, queries)), slice(least, most)
 
 

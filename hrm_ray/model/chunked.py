@@ -13,14 +13,14 @@ Gradients:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from hrm_ray.model.actv1 import ActV1, States
 from hrm_ray.model.chunked_passes import GraphPasses
-from hrm_ray.model.chunked_rest import Keeper, keeper_on
-from hrm_ray.model.chunked_rows import ChunkedRows, Shelf, ShelvedStates, sweep
+from hrm_ray.model.chunked_rest import Here, Keeper, RestShelf, Shelf, empty_shelf, keeper_on
+from hrm_ray.model.chunked_rows import ChunkedRows, ShelvedStates, copied, sweep
 from hrm_ray.model.layers import Context
 from hrm_ray.model.losses import LossKind
 from hrm_ray.model.objective import Batch, SegmentOutput
@@ -51,24 +51,26 @@ class Chunking:
 
 @dataclass(frozen=True)
 class ChunkCarry:
-    """What goes from pass to pass: segments finished and passes done in the present one, the states and token losses
-    that the present segment started from, and the segment itself once it has begun."""
+    """What goes from pass to pass: segments finished and passes done in the present one, and by chunk the states and
+    token losses (nats) that the last segment ended with; the present segment once it has begun."""
 
-    segments: int
-    passes: int
-    states: ShelvedStates | None
-    token_loss: Shelf | None
-    present: Segment | None
+    segments: int = 0
+    passes: int = 0
+    states: ShelvedStates | None = None
+    token_loss: Shelf | None = None
+    present: Segment | None = None
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A segment under way: the states that enter the updates with gradient, the states and losses reached so far."""
+    """A segment under way. By chunk: `judged`, the z_H that came with the carry, and its `token_loss`; `states`, those
+    that enter the updates with gradient until their pass, and then those that it reached, with their `reached_loss`."""
 
     graph: GraphPasses
-    entering: ShelvedStates
-    reached: ShelvedStates
+    judged: Shelf
     token_loss: Shelf
+    states: ShelvedStates
+    reached_loss: Shelf
 
 
 class ChunkedTextObjective(RolloutOnText[ChunkCarry]):
@@ -91,57 +93,72 @@ class ChunkedTextObjective(RolloutOnText[ChunkCarry]):
         return self.segments_per_step * self.chunking.count(self.model.config.seq_len)
 
     def initial_carry(self, batch: Batch) -> ChunkCarry:
-        return ChunkCarry(0, 0, None, None, None)
+        return ChunkCarry()
 
     def forward(self, batch: Batch, carry: ChunkCarry) -> SegmentOutput[ChunkCarry]:
         """One chunk of a segment; sums over its valid tokens."""
-        if carry.present is None:
-            carry = self._begun(batch, carry)
-        states, token_loss, present = carry.states, carry.token_loss, carry.present
-        assert states is not None and token_loss is not None and present is not None
+        present = carry.present if carry.present is not None else self._begun(batch, carry)
         graph, rows = present.graph, present.graph.rows
         chunk = graph.next_chunk(carry.passes)
         context = graph.context(chunk)
+        # A copy, since what is reached takes the place of what entered before the backward pass.
+        entering = present.states.get(chunk).map(torch.clone)
+        present.states.ahead(graph.chunk_after(chunk))
         with graph.random.again(chunk):
-            reached = self._updates_with_gradient(present, chunk, context)
-        came_with = TextCarry(states.get(chunk), token_loss.get(chunk), carry.segments)
+            reached = self._updates_with_gradient(rows, chunk, entering, context)
+        came_with = TextCarry(self._came_with(present, chunk), present.token_loss.get(chunk), carry.segments)
         routed = graph.routed(context.routing, chunk, batch["active"], self.router_losses)
         output = self.supervised(came_with, reached, rows.column("labels", chunk), routed)
-        present.reached.put(chunk, output.carry.states)
-        present.token_loss.put(chunk, output.carry.token_loss)
-        return SegmentOutput(output.terms, self._passed(carry, present, chunk), output.metrics)
+        present.states.put(chunk, output.carry.states)
+        present.reached_loss.put(chunk, output.carry.token_loss)
+        return SegmentOutput(output.terms, self._passed(carry, present), output.metrics)
 
-    def _passed(self, carry: ChunkCarry, present: Segment, chunk: int) -> ChunkCarry:
-        """The carry after a pass; what no later pass needs is let go."""
-        present.entering.drop(chunk)
+    def _came_with(self, present: Segment, chunk: int) -> States:
+        """The states that are judged; only z_H is."""
+        z_h = present.judged.get(chunk)
+        return States(z_h, z_h)
+
+    def _passed(self, carry: ChunkCarry, present: Segment) -> ChunkCarry:
+        """The carry after a pass."""
         if carry.passes + 1 < len(present.graph.rows):
-            return replace(carry, passes=carry.passes + 1)
-        return ChunkCarry(carry.segments + 1, 0, present.reached, present.token_loss, None)
+            return ChunkCarry(carry.segments, carry.passes + 1, present=present)
+        return ChunkCarry(carry.segments + 1, 0, present.states, present.reached_loss)
 
-    def _begun(self, batch: Batch, carry: ChunkCarry) -> ChunkCarry:
-        """The carry with its segment begun: the updates without gradient done, and what exact gradients need."""
+    def _begun(self, batch: Batch, carry: ChunkCarry) -> Segment:
+        """The segment after the carry's: the updates without gradient done, and what exact gradients need."""
         rows = self.chunking.rows(self.model, batch)
         if self._keeper is None:
             self._keeper = keeper_on(batch["inputs"].device, offload=self.chunking.offload)
         keeper = self._keeper
-        states, token_loss = carry.states, carry.token_loss
-        if states is None or token_loss is None:
-            states, token_loss = ShelvedStates.initial(rows, self.model), Shelf(keeper, len(rows))
-            for chunk in range(len(rows)):
-                token_loss.put(chunk, torch.zeros_like(rows.column("labels", chunk), dtype=torch.float32))
+        if carry.states is None or carry.token_loss is None:
+            came, token_loss = ShelvedStates.initial(rows, self.model), _no_loss(rows)
+            states = came.copied(rows, keeper)
+        else:
+            came, token_loss = carry.states, carry.token_loss
+            # The z_H that came is judged; the z_L is not needed as it came, and the new one takes its place.
+            states = ShelvedStates(copied(came.z_h, rows, keeper), came.z_l)
         config = self.model.config
-        entering = sweep(self.model, rows, states, range(config.updates_per_segment - config.bp_steps), keeper)
+        sweep(self.model, rows, states, range(config.updates_per_segment - config.bp_steps))
         graph = GraphPasses.over(rows, self.chunking.exact, keeper)
-        present = Segment(graph, entering.copy(), ShelvedStates.empty(keeper, len(rows)), Shelf(keeper, len(rows)))
-        graph.record(lambda chunk, context: self._updates_with_gradient(present, chunk, context))
-        return replace(carry, states=states, token_loss=token_loss, present=present)
+        graph.record(
+            lambda chunk, context: self._updates_with_gradient(rows, chunk, states.get(chunk), context),
+            ahead=states.ahead,
+        )
+        return Segment(graph, came.z_h, token_loss, states, empty_shelf(keeper, rows.parts))
 
-    def _updates_with_gradient(self, present: Segment, chunk: int, context: Context) -> States:
+    def _updates_with_gradient(self, rows: ChunkedRows, chunk: int, states: States, context: Context) -> States:
         """The updates that carry gradient, over one chunk, in the present gradient mode."""
         config = self.model.config
         first = config.updates_per_segment - config.bp_steps
-        x = present.graph.rows.injection(chunk)
-        return self.model.updates(present.entering.get(chunk), x, context, first, config.updates_per_segment)
+        return self.model.updates(states, rows.injection(chunk), context, first, config.updates_per_segment)
+
+
+def _no_loss(rows: ChunkedRows) -> Shelf:
+    """Before the first segment."""
+    shelf = RestShelf(Here(), len(rows))
+    for chunk in range(len(rows)):
+        shelf.put(chunk, torch.zeros((), device=rows.batch["inputs"].device).expand(rows.column("inputs", chunk).shape))
+    return shelf
 
 
 @dataclass(frozen=True)

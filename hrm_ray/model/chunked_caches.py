@@ -1,180 +1,198 @@
 """Keys and values of a row's earlier chunks, and the gradients that come back to them.
 
-One job: what an attention sees of the chunks before, in passes without a graph (`Passed`) and with one (`KeptKeys`).
-Which chunk is computed when is decided in chunked_rows.py and chunked.py.
+One job: what an attention sees of the chunks before: `RowKeys` in passes without a graph, `KeptKeys` in those with one.
+Which chunk is computed when is decided in chunked_rows.py and chunked_passes.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hrm_ray.model.chunked_rest import Keeper, Rest
-from hrm_ray.model.layers import KeyValueExchange, Site
+from hrm_ray.model.layers import KeyValueExchange
+from hrm_ray.model.routing import Site
+
+Pair = tuple[Tensor, Tensor]
+"""Keys and values [B, heads, T, d]."""
 
 
-class Passed:
-    """One attention's keys and values so far, while chunk after chunk passes it without a graph.
+def first_seen(position: int, window: int | None) -> int:
+    """The first position that the one at `position` sees."""
+    return 0 if window is None else max(position - window + 1, 0)
 
-    `length` is the positions of a whole row. With a `window` only what a later position can still see is kept.
+
+class SiteKeys(Protocol):
+    """One attention's keys and values by chunk."""
+
+    def put(self, chunk: int, keys: Tensor, values: Tensor) -> None:
+        """A chunk's own, without a graph; chunks come in order."""
+
+    def seen(self, chunk: int, keys: Tensor, values: Tensor) -> Pair:
+        """All that `chunk` sees, from its first position's first to its last; `keys`, `values` are its own."""
+
+    def ahead(self, chunk: int) -> None:
+        """Begin to fetch what `chunk` will see of earlier ones."""
+
+
+class RowKeys:
+    """On the device, side by side in one tensor for keys and one for values.
+
+    Where `slides`, what no later chunk can see is given up, so that their room is the window's and a chunk's.
     """
 
-    def __init__(self, length: int, window: int | None) -> None:
-        self._length = length
+    def __init__(self, parts: list[slice], window: int | None, *, slides: bool) -> None:
+        self._parts = parts
         self._window = window
-        self._kept: tuple[Tensor, Tensor] | None = None
-        self._filled = 0
+        self._origin = 0
+        self._room = parts[-1].stop
+        if slides and window is not None:
+            self._room = min(self._room, window - 1 + max(part.stop - part.start for part in parts))
+        self._rows: Pair | None = None
 
-    def exchange(self, site: Site, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """See KeyValueExchange."""
-        if keys.shape[2] == self._length:
+    def put(self, chunk: int, keys: Tensor, values: Tensor) -> None:
+        part = self._parts[chunk]
+        if self._rows is None:
+            shape = (*keys.shape[:2], self._room, keys.shape[3])
+            self._rows = (keys.new_empty(shape), values.new_empty(shape))
+        if part.stop - self._origin > self._room:
+            self._slide(first_seen(part.start, self._window), part.start)
+        place = slice(part.start - self._origin, part.stop - self._origin)
+        for row, own in zip(self._rows, (keys, values), strict=True):
+            row[:, :, place] = own
+
+    def _slide(self, first: int, stop: int) -> None:
+        """Move positions `first` to `stop` to the beginning."""
+        assert self._rows is not None
+        for row in self._rows:
+            row[:, :, : stop - first] = row[:, :, first - self._origin : stop - self._origin].clone()
+        self._origin = first
+
+    def seen(self, chunk: int, keys: Tensor, values: Tensor) -> Pair:
+        assert self._rows is not None
+        part = self._parts[chunk]
+        place = slice(first_seen(part.start, self._window) - self._origin, part.stop - self._origin)
+        return self._rows[0][:, :, place], self._rows[1][:, :, place]
+
+    def ahead(self, chunk: int) -> None:
+        return None
+
+
+class RestKeys:
+    """Each chunk's by itself, with a keeper that is away; where `slides`, what no later chunk can see is given up."""
+
+    def __init__(self, parts: list[slice], window: int | None, keeper: Keeper, *, slides: bool) -> None:
+        self._parts = parts
+        self._window = window
+        self._keeper = keeper
+        self._slides = slides
+        self._rests: dict[int, tuple[Rest, Rest]] = {}
+
+    def put(self, chunk: int, keys: Tensor, values: Tensor) -> None:
+        if self._slides:
+            first = first_seen(self._parts[chunk].start, self._window)
+            for earlier in [number for number in self._rests if self._parts[number].stop <= first]:
+                del self._rests[earlier]
+        self._rests[chunk] = (self._keeper.rest(keys), self._keeper.rest(values))
+
+    def _earlier(self, chunk: int) -> list[int]:
+        first = first_seen(self._parts[chunk].start, self._window)
+        return [number for number in range(chunk) if self._parts[number].stop > first]
+
+    def seen(self, chunk: int, keys: Tensor, values: Tensor) -> Pair:
+        earlier = self._earlier(chunk)
+        if not earlier:
             return keys, values
-        return self._appended(keys, values) if self._window is None else self._in_reach(keys, values, self._window)
+        unseen = first_seen(self._parts[chunk].start, self._window) - self._parts[earlier[0]].start
+        fetched = [[rest.fetch() for rest in self._rests[number]] for number in earlier]
+        joined = [torch.cat((*(pair[n] for pair in fetched), own), dim=2) for n, own in enumerate((keys, values))]
+        return joined[0][:, :, max(unseen, 0) :], joined[1][:, :, max(unseen, 0) :]
 
-    def _appended(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        if self._kept is None:
-            shape = (*keys.shape[:2], self._length, keys.shape[3])
-            self._kept = (keys.new_empty(shape), values.new_empty(shape))
-        begin, self._filled = self._filled, self._filled + keys.shape[2]
-        for kept, new in zip(self._kept, (keys, values), strict=True):
-            kept[:, :, begin : self._filled] = new
-        return self._kept[0][:, :, : self._filled], self._kept[1][:, :, : self._filled]
-
-    def _in_reach(self, keys: Tensor, values: Tensor, window: int) -> tuple[Tensor, Tensor]:
-        if self._kept is not None:
-            keys, values = (torch.cat(pair, dim=2) for pair in zip(self._kept, (keys, values), strict=True))
-        first = max(keys.shape[2] - window + 1, 0)
-        # Copies: views would keep the whole chunk.
-        self._kept = (keys[:, :, first:].clone(), values[:, :, first:].clone())
-        return keys, values
-
-
-@dataclass
-class _Piece:
-    """One chunk's keys and values at one attention, and the gradient that later chunks have sent to them so far."""
-
-    keys: Rest
-    values: Rest
-    count: int
-    gradients: tuple[Rest, Rest] | None = None
+    def ahead(self, chunk: int) -> None:
+        for number in self._earlier(chunk):
+            for rest in self._rests[number]:
+                rest.ahead()
 
 
 @dataclass
 class KeptKeys:
-    """Keys and values [B, heads, T, d] by attention and chunk, for passes with a graph.
+    """Keys and values of the attentions that carry gradient, for one segment of rows cut into `parts`.
 
-    `window` bounds what a chunk sees of earlier ones. With `exact`, passes run from the last chunk to the first after
-    every chunk has been recorded once, and a pass's backward adds what it finds for earlier chunks to their gradients;
-    otherwise they run from the first to the last, each recording for the next, and no gradient goes back.
+    With `exact`, passes run from the last chunk to the first after all but the last were recorded, and a pass's
+    backward adds what it finds for earlier chunks to their gradients; otherwise they run from the first to the last,
+    each recording for the next, and no gradient goes back.
     """
 
+    parts: list[slice]
     window: int | None
     keeper: Keeper
     exact: bool
-    pieces: dict[Site, dict[int, _Piece]] = field(default_factory=dict)
+    sites: dict[Site, SiteKeys] = field(default_factory=dict)
+    recorded: set[tuple[Site, int]] = field(default_factory=set)
+    gradients: dict[tuple[Site, int], tuple[Rest, Rest]] = field(default_factory=dict)
 
-    def recording(self, chunk: int) -> KeyValueExchange:
-        """The exchange of a pass without a graph that only records."""
-        return _Recording(self, chunk)
-
-    def passing(self, chunk: int) -> KeyValueExchange:
-        """The exchange of the pass with a graph over this chunk."""
-        return _Passing(self, chunk)
+    def exchange(self, chunk: int) -> KeyValueExchange:
+        """The exchange of a pass over this chunk, in either gradient mode."""
+        return _Exchange(self, chunk)
 
     def done(self, chunk: int) -> None:
-        """The pass after this one begins: forget what no later one can see."""
-        if self.exact:
-            for pieces in self.pieces.values():
-                pieces.pop(chunk, None)
-        elif self.window is not None:
-            for pieces in self.pieces.values():
-                self._drop_unseen(pieces)
+        """The pass over `chunk` is over: nobody will ask for its keys' gradients any more."""
+        for place in [place for place in self.gradients if place[1] == chunk]:
+            del self.gradients[place]
 
-    def _drop_unseen(self, pieces: dict[int, _Piece]) -> None:
-        seen = 0
-        for chunk in sorted(pieces, reverse=True):
-            if self.window is not None and seen >= self.window - 1:
-                del pieces[chunk]
-            else:
-                seen += pieces[chunk].count
-
-    def record(self, site: Site, chunk: int, keys: Tensor, values: Tensor) -> None:
-        """Keep a chunk's own keys and values, once."""
-        pieces = self.pieces.setdefault(site, {})
-        if chunk not in pieces:
-            parts = [self.keeper.rest(part.detach()) for part in (keys, values)]
-            pieces[chunk] = _Piece(parts[0], parts[1], keys.shape[2])
-
-    def earlier(self, site: Site, chunk: int) -> list[tuple[_Piece, int]]:
-        """The pieces that `chunk` can see any of, in order, each with how many of its first positions it cannot."""
-        found: list[tuple[_Piece, int]] = []
-        pieces, seen = self.pieces.get(site, {}), 0
-        for number in range(chunk - 1, -1, -1):
-            left = None if self.window is None else self.window - 1 - seen
-            if left is not None and left <= 0:
-                break
-            piece = pieces[number]
-            unseen = 0 if left is None else max(piece.count - left, 0)
-            found.append((piece, unseen))
-            seen += piece.count
-        return found[::-1]
+    def together(self, site: Site, chunk: int, keys: Tensor, values: Tensor) -> Pair:
+        """Record a chunk's own keys and values, once, and give all that it sees; none with a graph."""
+        if site not in self.sites:
+            slides = not self.exact
+            self.sites[site] = (
+                RestKeys(self.parts, self.window, self.keeper, slides=slides)
+                if self.keeper.away
+                else RowKeys(self.parts, self.window, slides=slides)
+            )
+        if (site, chunk) not in self.recorded:
+            self.recorded.add((site, chunk))
+            self.sites[site].put(chunk, keys, values)
+        return self.sites[site].seen(chunk, keys, values)
 
     def fetch_ahead(self, after: Site, chunk: int) -> None:
         """Begin to fetch what the attention behind `after` will see."""
-        sites = list(self.pieces)
-        place = sites.index(after) + 1 if after in self.pieces else len(sites)
-        for site in sites[place : place + 1]:
-            for piece, _ in self.earlier(site, chunk):
-                piece.keys.ahead()
-                piece.values.ahead()
+        sites = list(self.sites)
+        if after in self.sites and after != sites[-1]:
+            self.sites[sites[sites.index(after) + 1]].ahead(chunk)
 
-    def add_gradient(self, site: Site, chunk: int, for_keys: Tensor, for_values: Tensor) -> None:
-        """Add to the gradients of the earlier keys and values that `chunk` sees, given one after the other."""
-        first = 0
-        for piece, unseen in self.earlier(site, chunk):
-            stop = first + piece.count - unseen
-            parts = (for_keys[:, :, first:stop], for_values[:, :, first:stop])
-            piece.gradients = self._added(piece, unseen, parts)
-            first = stop
+    def add_gradients(self, site: Site, chunk: int, found: Pair) -> None:
+        """Add to the gradients of the earlier keys and values that `chunk` sees; `found` is all of them in order."""
+        first, stop = first_seen(self.parts[chunk].start, self.window), self.parts[chunk].start
+        for number in range(chunk):
+            part = self.parts[number]
+            begin = max(part.start, first)
+            if begin >= part.stop:
+                continue
+            given = slice(begin - first, part.stop - first)
+            sums = []
+            for which, each in enumerate(found):
+                if (site, number) in self.gradients:
+                    total = self.gradients[(site, number)][which].fetch()
+                else:
+                    # Summed over later chunks, so in float32 at least.
+                    wide = torch.promote_types(each.dtype, torch.float32)
+                    total = each.new_zeros((*each.shape[:2], part.stop - part.start, each.shape[3]), dtype=wide)
+                total[:, :, begin - part.start :] += each[:, :, given]
+                sums.append(self.keeper.rest(total))
+            self.gradients[(site, number)] = (sums[0], sums[1])
+        assert found[0].shape[2] == stop - first
 
-    def _added(self, piece: _Piece, unseen: int, parts: tuple[Tensor, Tensor]) -> tuple[Rest, Rest]:
-        sums = []
-        for number, part in enumerate(parts):
-            if piece.gradients is None:
-                # Summed over later chunks, so in float32 at least.
-                shape = (*part.shape[:2], piece.count, part.shape[3])
-                total = part.new_zeros(shape, dtype=torch.promote_types(part.dtype, torch.float32))
-            else:
-                total = piece.gradients[number].fetch()
-            total[:, :, unseen:] += part
-            sums.append(self.keeper.rest(total))
-        return sums[0], sums[1]
-
-    def gradient(self, site: Site, chunk: int) -> tuple[Tensor, Tensor] | None:
+    def gradient(self, site: Site, chunk: int) -> Pair | None:
         """What later chunks have sent to this chunk's own keys and values."""
-        pieces = self.pieces.get(site, {})
-        if chunk not in pieces:
-            return None
-        found = pieces[chunk].gradients
+        found = self.gradients.get((site, chunk))
         return None if found is None else (found[0].fetch(), found[1].fetch())
 
 
-class _Recording:
-    def __init__(self, kept: KeptKeys, chunk: int) -> None:
-        self._kept = kept
-        self._chunk = chunk
-
-    def exchange(self, site: Site, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        self._kept.record(site, self._chunk, keys, values)
-        return _joined(self._kept.earlier(site, self._chunk), keys, values)
-
-
-class _Passing:
+class _Exchange:
     """Called again where a block is recomputed in the backward pass: it gives the same and changes nothing."""
 
     def __init__(self, kept: KeptKeys, chunk: int) -> None:
@@ -183,48 +201,35 @@ class _Passing:
         self._met: set[Site] = set()
 
     def exchange(self, site: Site, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        kept, chunk = self._kept, self._chunk
         if site not in self._met:
             self._met.add(site)
-            kept.fetch_ahead(site, chunk)
-        if kept.exact:
-            together: tuple[Tensor, Tensor] = _Joined.apply(keys, values, kept, site, chunk)
-            return together
-        kept.record(site, chunk, keys, values)
-        return _joined(kept.earlier(site, chunk), keys, values)
+            self._kept.fetch_ahead(site, self._chunk)
+        together: Pair = _Together.apply(keys, values, self._kept, site, self._chunk)
+        return together
 
 
-def _joined(pieces: Iterable[tuple[_Piece, int]], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Earlier keys and values, which carry no graph, in front of a chunk's own."""
-    found = list(pieces)
-    if not found:
-        return keys, values
-    earlier_keys = [piece.keys.fetch()[:, :, unseen:] for piece, unseen in found]
-    earlier_values = [piece.values.fetch()[:, :, unseen:] for piece, unseen in found]
-    return torch.cat((*earlier_keys, keys), dim=2), torch.cat((*earlier_values, values), dim=2)
+class _Together(torch.autograd.Function):
+    """A chunk's keys and values behind the earlier ones that it sees.
 
-
-class _Joined(torch.autograd.Function):
-    """`_joined` whose backward lets gradients through to earlier chunks: it adds them up there, and takes what later
-    chunks have left for this one's own keys and values, whose graph is in this pass."""
+    Backward gives its own part back; with exact gradients it adds the rest up where earlier chunks will find it, and
+    takes what later chunks have left for this one, whose graph is in this pass.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, keys: Tensor, values: Tensor, kept: KeptKeys, site: Site, chunk: int
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, keys: Tensor, values: Tensor, kept: KeptKeys, site: Site, chunk: int) -> Pair:
         ctx.kept, ctx.site, ctx.chunk, ctx.own = kept, site, chunk, keys.shape[2]
-        pieces = kept.earlier(site, chunk)
-        return _joined(pieces, keys, values) if pieces else (keys.view_as(keys), values.view_as(values))
+        seen = kept.together(site, chunk, keys, values)
+        return seen if seen[0] is not keys else (keys.view_as(keys), values.view_as(values))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, for_keys: Tensor, for_values: Tensor) -> tuple[Tensor | None, ...]:
         kept: KeptKeys = ctx.kept
         earlier = for_keys.shape[2] - ctx.own
-        if earlier:
-            kept.add_gradient(ctx.site, ctx.chunk, for_keys[:, :, :earlier], for_values[:, :, :earlier])
         own = (for_keys[:, :, earlier:], for_values[:, :, earlier:])
-        later = kept.gradient(ctx.site, ctx.chunk)
-        if later is not None:
-            own = (own[0] + later[0].to(own[0].dtype), own[1] + later[1].to(own[1].dtype))
+        if kept.exact:
+            kept.add_gradients(ctx.site, ctx.chunk, (for_keys[:, :, :earlier], for_values[:, :, :earlier]))
+            later = kept.gradient(ctx.site, ctx.chunk)
+            if later is not None:
+                own = (own[0] + later[0].to(own[0].dtype), own[1] + later[1].to(own[1].dtype))
         return own[0], own[1], None, None, None

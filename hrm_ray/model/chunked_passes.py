@@ -64,7 +64,7 @@ class GraphPasses:
     @classmethod
     def over(cls, rows: ChunkedRows, exact: bool, keeper: Keeper) -> GraphPasses:
         """None of them done."""
-        kept = KeptKeys(rows.window, keeper, exact)
+        kept = KeptKeys(rows.parts, rows.window, keeper, exact)
         return cls(rows, exact, kept, RandomStates(rows.batch["inputs"].device), rows.routings())
 
     def next_chunk(self, passes: int) -> int:
@@ -73,24 +73,29 @@ class GraphPasses:
             self.kept.done(self._chunk_of(passes - 1))
         return self._chunk_of(passes)
 
+    def chunk_after(self, chunk: int) -> int:
+        """Whose pass comes after that over `chunk`; there may be none."""
+        return chunk - 1 if self.exact else chunk + 1
+
     def _chunk_of(self, passes: int) -> int:
         return len(self.rows) - 1 - passes if self.exact else passes
 
     @torch.no_grad()
-    def record(self, work: Callable[[int, Context], object]) -> None:
+    def record(self, work: Callable[[int, Context], object], ahead: Callable[[int], None] = lambda chunk: None) -> None:
         """For exact gradients: let `work` go over all chunks but the last, which none comes after, in order, and keep
-        their keys and values."""
+        their keys and values. `ahead` begins to fetch what it needs for a chunk."""
         if not self.exact:
             return
         for chunk in range(len(self.rows) - 1):
             self.random.keep(chunk)
-            work(chunk, self.rows.context(chunk, self.kept.recording(chunk), self.routings[chunk]))
+            ahead(chunk + 1)
+            work(chunk, self.rows.context(chunk, self.kept.exchange(chunk), self.routings[chunk]))
         # Autocast keeps the weights' casts, and those made without a graph would cut the weights' gradients off.
         torch.clear_autocast_cache()
 
     def context(self, chunk: int) -> Context:
         """What the layers are told in the pass over `chunk`."""
-        exchange = self.kept.passing(chunk) if len(self.rows) > 1 else None
+        exchange = self.kept.exchange(chunk) if len(self.rows) > 1 else None
         record = self.routings[chunk]
         if record is not None and self.exact:
             # What was noted without a graph serves as what came earlier; the pass itself is to be heard.

@@ -23,7 +23,9 @@ class Rest(Protocol):
 
 
 class Keeper(Protocol):
-    """A place to rest at."""
+    """A place to rest at. `away` says that it is not the device."""
+
+    away: bool
 
     def rest(self, tensor: Tensor) -> Rest:
         """Take a tensor without a graph that nobody will change any more."""
@@ -31,6 +33,8 @@ class Keeper(Protocol):
 
 class Here:
     """On the device: nothing is moved."""
+
+    away = False
 
     def rest(self, tensor: Tensor) -> Rest:
         return _Here(tensor)
@@ -62,6 +66,8 @@ class Lane(Protocol):
 
 class InHostMemory:
     """In host memory, by way of a lane."""
+
+    away = True
 
     def __init__(self, lane: Lane) -> None:
         self._lane = lane
@@ -120,3 +126,68 @@ class CudaLane:
 def keeper_on(device: torch.device, *, offload: bool) -> Keeper:
     """What --cpu-offload means on this device: on the CPU everything is in host memory anyway."""
     return InHostMemory(CudaLane(device)) if offload and device.type == "cuda" else Here()
+
+
+class Shelf(Protocol):
+    """One tensor per chunk of a row, at rest between uses."""
+
+    def put(self, chunk: int, tensor: Tensor) -> None:
+        """Lay a tensor without a graph [B, chunk, ...] in the chunk's place."""
+
+    def get(self, chunk: int) -> Tensor:
+        """What lies there; a later `put` may change it in place."""
+
+    def ahead(self, chunk: int) -> None:
+        """Begin to fetch what lies there, if there is such a chunk."""
+
+
+class RowShelf:
+    """On the device, chunks side by side in one tensor of the whole row.
+
+    Many small tensors that live long would lie scattered between the large ones that come and go with each chunk, and
+    keep their room from being used again.
+    """
+
+    def __init__(self, parts: list[slice]) -> None:
+        self._parts = parts
+        self._row: Tensor | None = None
+
+    def put(self, chunk: int, tensor: Tensor) -> None:
+        if self._row is None:
+            self._row = tensor.new_empty(tensor.shape[0], self._parts[-1].stop, *tensor.shape[2:])
+        # Starting states may be narrower than what is made of them under mixed precision.
+        self._row = self._row.to(torch.promote_types(self._row.dtype, tensor.dtype))
+        self._row[:, self._parts[chunk]] = tensor
+
+    def get(self, chunk: int) -> Tensor:
+        assert self._row is not None
+        return self._row[:, self._parts[chunk]]
+
+    def ahead(self, chunk: int) -> None:
+        return None
+
+
+class RestShelf:
+    """Each chunk's tensor by itself, with a keeper."""
+
+    def __init__(self, keeper: Keeper, count: int) -> None:
+        self._keeper = keeper
+        self._rests: list[Rest | None] = [None] * count
+
+    def put(self, chunk: int, tensor: Tensor) -> None:
+        self._rests[chunk] = self._keeper.rest(tensor)
+
+    def get(self, chunk: int) -> Tensor:
+        rest = self._rests[chunk]
+        assert rest is not None
+        return rest.fetch()
+
+    def ahead(self, chunk: int) -> None:
+        rest = self._rests[chunk] if 0 <= chunk < len(self._rests) else None
+        if rest is not None:
+            rest.ahead()
+
+
+def empty_shelf(keeper: Keeper, parts: list[slice]) -> Shelf:
+    """A shelf for rows cut into `parts`, where the keeper is."""
+    return RestShelf(keeper, len(parts)) if keeper.away else RowShelf(parts)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from hrm_ray.model.actv1 import ActV1, States
-from hrm_ray.model.chunked_caches import Passed
-from hrm_ray.model.chunked_rest import Here, Keeper, Rest
+from hrm_ray.model.chunked_caches import RowKeys, first_seen
+from hrm_ray.model.chunked_rest import Here, Keeper, RestShelf, Shelf, empty_shelf
 from hrm_ray.model.layers import Context, KeyValueExchange, Level
 from hrm_ray.model.objective import Batch
 from hrm_ray.model.router_losses import text_routing
@@ -58,7 +58,7 @@ class ChunkedRows:
     def context(self, chunk: int, cache: KeyValueExchange | None, routing: Routing | None = None) -> Context:
         """What the layers are told about this chunk; its keys begin where its first position's reach does."""
         part = self.parts[chunk]
-        first = 0 if self.window is None else max(part.start - self.window + 1, 0)
+        first = first_seen(part.start, self.window)
         # Made anew each time: the masks that a scope remembers must not outlive the chunk.
         scope = self.scope if len(self) == 1 else self.scope.part(first, part.stop)
         return Context(scope, self.model.rotation(part.start, part.stop), cache, routing=routing)
@@ -77,39 +77,13 @@ class ChunkedRows:
         return found
 
 
-class Shelf:
-    """One tensor per chunk, at rest between uses."""
-
-    def __init__(self, keeper: Keeper, count: int) -> None:
-        self._keeper = keeper
-        self._rests: list[Rest | None] = [None] * count
-
-    def copy(self) -> Shelf:
-        """A shelf of its own with the same tensors."""
-        other = Shelf(self._keeper, 0)
-        other._rests = list(self._rests)
-        return other
-
-    def put(self, chunk: int, tensor: Tensor) -> None:
-        self._rests[chunk] = self._keeper.rest(tensor)
-
-    def get(self, chunk: int) -> Tensor:
-        """The chunk's tensor; the next one's way here begins."""
-        rest = self._rests[chunk]
-        assert rest is not None
-        if chunk + 1 < len(self._rests):
-            self.ahead(chunk + 1)
-        return rest.fetch()
-
-    def ahead(self, chunk: int) -> None:
-        """Begin to fetch."""
-        rest = self._rests[chunk]
-        if rest is not None:
-            rest.ahead()
-
-    def drop(self, chunk: int) -> None:
-        """It will not be needed any more."""
-        self._rests[chunk] = None
+def copied(shelf: Shelf, rows: ChunkedRows, keeper: Keeper) -> Shelf:
+    """A shelf of its own with the same tensors."""
+    copy = empty_shelf(keeper, rows.parts)
+    for chunk in range(len(rows)):
+        shelf.ahead(chunk + 1)
+        copy.put(chunk, shelf.get(chunk))
+    return copy
 
 
 @dataclass(frozen=True)
@@ -120,20 +94,16 @@ class ShelvedStates:
     z_l: Shelf
 
     @classmethod
-    def empty(cls, keeper: Keeper, count: int) -> ShelvedStates:
-        return cls(Shelf(keeper, count), Shelf(keeper, count))
-
-    @classmethod
     def initial(cls, rows: ChunkedRows, model: ActV1) -> ShelvedStates:
-        """The starting states; they take no room, so they stay on the device."""
-        states = cls.empty(Here(), len(rows))
+        """The starting states; they take no room."""
+        shelves = cls(RestShelf(Here(), len(rows)), RestShelf(Here(), len(rows)))
         for chunk, part in enumerate(rows.parts):
-            states.put(chunk, model.initial_states(rows.rows, part.stop - part.start))
-        return states
+            shelves.put(chunk, model.initial_states(rows.rows, part.stop - part.start))
+        return shelves
 
-    def copy(self) -> ShelvedStates:
-        """Shelves of their own with the same tensors."""
-        return ShelvedStates(self.z_h.copy(), self.z_l.copy())
+    def copied(self, rows: ChunkedRows, keeper: Keeper) -> ShelvedStates:
+        """Shelves of their own with the same tensors, which may then be changed."""
+        return ShelvedStates(copied(self.z_h, rows, keeper), copied(self.z_l, rows, keeper))
 
     def put(self, chunk: int, states: States) -> None:
         self.z_h.put(chunk, states.z_h)
@@ -142,52 +112,62 @@ class ShelvedStates:
     def get(self, chunk: int) -> States:
         return States(self.z_h.get(chunk), self.z_l.get(chunk))
 
-    def drop(self, chunk: int) -> None:
-        self.z_h.drop(chunk)
-        self.z_l.drop(chunk)
+    def ahead(self, chunk: int) -> None:
+        self.z_h.ahead(chunk)
+        self.z_l.ahead(chunk)
 
 
-ExchangeOf = Callable[[Site], "Callable[[int], KeyValueExchange]"]
+ExchangeOf = Callable[[Site], "Callable[[int], KeyValueExchange | None]"]
 """For an attention, what its chunks exchange keys and values with, by chunk."""
+
+
+class ChunkExchange:
+    """One chunk's exchange with keys and values of its row that live as long as one attention is passed."""
+
+    def __init__(self, keys: RowKeys, chunk: int) -> None:
+        self._keys = keys
+        self._chunk = chunk
+
+    def exchange(self, site: Site, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """See KeyValueExchange."""
+        self._keys.put(self._chunk, keys, values)
+        return self._keys.seen(self._chunk, keys, values)
 
 
 def passed(rows: ChunkedRows) -> ExchangeOf:
     """One cache for all chunks of an attention, gone when the next attention begins."""
 
-    def of_site(site: Site) -> Callable[[int], KeyValueExchange]:
-        cache = Passed(rows.length, rows.window)
-        return lambda chunk: cache
+    def of_site(site: Site) -> Callable[[int], KeyValueExchange | None]:
+        if len(rows) == 1:
+            return lambda chunk: None
+        keys = RowKeys(rows.parts, rows.window, slides=True)
+        return lambda chunk: ChunkExchange(keys, chunk)
 
     return of_site
 
 
 @torch.no_grad()
 def sweep(
-    model: ActV1,
-    rows: ChunkedRows,
-    states: ShelvedStates,
-    updates: range,
-    keeper: Keeper,
-    exchanges: ExchangeOf | None = None,
-) -> ShelvedStates:
-    """The states after these `updates` of a segment, computed without a graph; those given stay as they are."""
+    model: ActV1, rows: ChunkedRows, states: ShelvedStates, updates: range, exchanges: ExchangeOf | None = None
+) -> None:
+    """Take `states`, in place, through these `updates` of a segment, without a graph."""
     z_h, z_l = states.z_h, states.z_l
     routings = rows.routings()
     exchanges = passed(rows) if exchanges is None else exchanges
+
+    def entering_l(chunk: int) -> Tensor:
+        states.ahead(chunk + 1)
+        return z_l.get(chunk) + (z_h.get(chunk) + rows.injection(chunk))
+
+    def entering_h(chunk: int) -> Tensor:
+        states.ahead(chunk + 1)
+        return z_h.get(chunk) + z_l.get(chunk)
+
     for number in updates:
         if number % (model.config.l_cycles + 1) < model.config.l_cycles:
-
-            def entering(chunk: int, z_h: Shelf = z_h, z_l: Shelf = z_l) -> Tensor:
-                return z_l.get(chunk) + (z_h.get(chunk) + rows.injection(chunk))
-
-            z_l = through_level(model.L_level, rows, entering, number, keeper, exchanges, routings)
+            through_level(model.L_level, rows, entering_l, z_l, number, exchanges, routings)
         else:
-
-            def joining(chunk: int, z_h: Shelf = z_h, z_l: Shelf = z_l) -> Tensor:
-                return z_h.get(chunk) + z_l.get(chunk)
-
-            z_h = through_level(model.H_level, rows, joining, number, keeper, exchanges, routings)
-    return ShelvedStates(z_h, z_l)
+            through_level(model.H_level, rows, entering_h, z_h, number, exchanges, routings)
 
 
 @torch.no_grad()
@@ -195,18 +175,24 @@ def through_level(
     level: Level,
     rows: ChunkedRows,
     entering: Callable[[int], Tensor],
+    hidden: Shelf,
     update: int,
-    keeper: Keeper,
     exchanges: ExchangeOf,
     routings: list[Routing | None],
-) -> Shelf:
-    """Chunks of what leaves a level, from `entering`, the chunks of what enters it with its injection."""
+) -> None:
+    """Fill `hidden` with what leaves a level, given the chunks of what enters it, its injection included.
+
+    A chunk of `hidden` may be part of what enters: it is laid down after it was taken.
+    """
+
+    def between(chunk: int) -> Tensor:
+        hidden.ahead(chunk + 1)
+        return hidden.get(chunk)
+
     source = entering
-    hidden = Shelf(keeper, len(rows))
     for layer, block in enumerate(level.layers):
         exchange = exchanges((update, layer))
         for chunk in range(len(rows)):
             context = rows.context(chunk, exchange(chunk), routings[chunk]).at(update)
             hidden.put(chunk, block(source(chunk), context, layer))
-        source = hidden.get
-    return hidden
+        source = between

@@ -101,7 +101,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 
 
 def layer_flops(config: ModelConfig) -> int:
-    """Forward FLOPs of one block for one token: projections and attention over the whole sequence.
+    """Forward FLOPs of one block for one token: projections and attention over the whole sequence, or the window.
 
     With experts those that a token goes through count, and the router; dropped choices are computed too.
     The prefix positions of a puzzle embedding are work too; their share is spread over the tokens.
@@ -109,7 +109,8 @@ def layer_flops(config: ModelConfig) -> int:
     matrices = (3 if config.swiglu else 2) * (config.num_experts_per_tok if config.num_experts else 1)
     projections = 4 * config.hidden_size**2 + matrices * config.hidden_size * config.intermediate_size
     projections += config.num_experts * config.hidden_size
-    position = 2 * projections + 4 * config.total_positions * config.hidden_size
+    seen = config.total_positions if config.window_size is None else min(config.window_size, config.total_positions)
+    position = 2 * projections + 4 * seen * config.hidden_size
     return position * config.total_positions // config.seq_len
 
 

@@ -42,7 +42,8 @@ class TakenRows:
 class PuzzleTable(nn.Module):
     """One vector per puzzle identifier, trained by its own sparse rule; a buffer, not a parameter.
 
-    `taken` collects what the backward passes since the last weight update used; the sparse optimizer empties it.
+    `taken` collects what the backward passes since the last weight update used; the sparse optimizer empties it. With
+    `trained` False the table is a constant.
     """
 
     def __init__(self, identifiers: int, ndim: int) -> None:
@@ -50,6 +51,7 @@ class PuzzleTable(nn.Module):
         self.weights: Tensor
         self.register_buffer("weights", torch.zeros(identifiers, ndim))
         self.taken: list[TakenRows] = []
+        self.trained = True
 
     def forward(self, identifiers: Tensor, active: Tensor | None) -> Tensor:
         """identifiers [B] -> rows [B, E], which in a training pass with gradient are a fresh leaf.
@@ -57,7 +59,7 @@ class PuzzleTable(nn.Module):
         `active` [B] says which of them are in work (None: all).
         """
         rows = self.weights[identifiers.long()]
-        if self.training and torch.is_grad_enabled():
+        if self.trained and self.training and torch.is_grad_enabled():
             self.taken.append(TakenRows(identifiers, rows.requires_grad_(), active))
         return rows
 

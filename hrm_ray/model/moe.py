@@ -7,12 +7,14 @@ losses are made of the routing in router_losses.py.
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrm_ray.model.activations import inner_values
+from hrm_ray.model.autocast import product_dtype
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.grouped_product import Sorted, give, grouped_product, sort_by_expert, take
 from hrm_ray.model.routing import Routed, Routing, Site
@@ -32,11 +34,18 @@ class Router(nn.Module):
 
 
 class StackedProjection(nn.Module):
-    """One linear map per expert, `weight` [E, out, in], each laid out as that of a dense FFN."""
+    """One linear map per expert, `weight` [E, out, in], each laid out as that of a dense FFN.
+
+    Where one expert alone is trained, `own` [out, in] is its part of `weight` as a parameter, in the same memory: the
+    rest has neither gradient nor optimizer state, and a state dict holds the whole stack and nothing else.
+    """
 
     def __init__(self, experts: int, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, out_features, in_features))
+        self.register_parameter("own", None)
+        self.own: nn.Parameter | None
+        self.expert: int | None = None
 
     def forward(self, rows: Tensor, order: Sorted, routing: Routing | None) -> Tensor:
         """rows [A, in], sorted by expert -> [A, out]."""
@@ -44,7 +53,35 @@ class StackedProjection(nn.Module):
             stack = routing.narrowed(self.weight, rows.dtype)
         else:
             stack = self.weight.detach().to(rows.dtype)
-        return grouped_product(rows, self.weight, stack, order.ends)
+        return grouped_product(rows, self.weight if self.own is None else self.own, stack, order.ends, self.expert)
+
+    def train_only(self, expert: int) -> None:
+        """Freeze all matrices but that of `expert`."""
+        self.expert = expert
+        self.weight.requires_grad_(False)
+        self.own = nn.Parameter(self.weight.data[expert])
+        self.register_state_dict_post_hook(_leave_own_out)
+        self.register_load_state_dict_pre_hook(_take_own_from_stack)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> StackedProjection:
+        super()._apply(fn, recurse)
+        if self.own is not None:
+            # Moved to a device each for itself; they must share their memory there too.
+            self.own.data = self.weight.data[self.expert]
+        return self
+
+
+def _leave_own_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    stacked = cast(StackedProjection, module)
+    assert stacked.own is not None
+    if stacked.own.data_ptr() != stacked.weight[stacked.expert].data_ptr():
+        raise RuntimeError("the trained expert is no longer part of its stack")
+    del state[f"{prefix}own"]
+
+
+def _take_own_from_stack(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    if f"{prefix}weight" in state:
+        state[f"{prefix}own"] = state[f"{prefix}weight"][cast(StackedProjection, module).expert]
 
 
 class Experts(nn.Module):
@@ -97,7 +134,7 @@ class MixtureOfExperts(nn.Module):
             kept = self._kept(member, experts, scores, probabilities, site, routing)
             weights = torch.where(kept, weights, 0.0)
         order = sort_by_expert(experts.flatten(0, 1), member.sum((0, 1)))
-        rows = take(x.flatten(0, 1).to(_product_dtype(x)), order)
+        rows = take(x.flatten(0, 1).to(product_dtype(x)), order)
         return give(self.experts(rows, order, routing), weights.flatten(0, 1), order).view(x.shape)
 
     def _kept(
@@ -146,9 +183,3 @@ class MixtureOfExperts(nn.Module):
         """How many positions of a row of `row_length` an expert takes in training."""
         # Less what the product may be rounded up by: 1.2 * 10 * 2 / 8 must be 3, not 4.
         return math.ceil(self.capacity_factor * row_length * self.chosen / experts - 1e-9)
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """The type of matrix products: autocast's where it is on, else that of the activations."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

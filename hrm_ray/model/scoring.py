@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hrm_ray.model.autocast import product_dtype
 from hrm_ray.model.losses import CROSS_ENTROPIES, LossKind
 from hrm_ray.values import IGNORE_LABEL
 
@@ -36,7 +37,7 @@ def score_tokens(
     The same numbers whatever `bytes_at_once` (SCORES_BYTES if not said) is; beyond it the backward pass computes the
     scores a second time.
     """
-    dtype = _compute_dtype(hidden)
+    dtype = product_dtype(hidden)
     tokens, vocabulary = labels.numel(), weight.shape[0]
     rows = max(1, (SCORES_BYTES if bytes_at_once is None else bytes_at_once) // (4 * vocabulary))
     if tokens <= rows:
@@ -45,12 +46,6 @@ def score_tokens(
     flat = hidden.reshape(tokens, hidden.shape[-1])
     loss, hit = _Pieces.apply(flat, weight, labels.reshape(tokens), kind, rows, dtype)
     return Scored(loss.view(labels.shape), hit.view(labels.shape))
-
-
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """The type of the product: autocast's where it is on, else that of the hidden states."""
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def _hits(logits: Tensor, labels: Tensor) -> Tensor:

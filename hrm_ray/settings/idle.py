@@ -61,6 +61,22 @@ IDLE_LEAVES: tuple[IdleLeaves, ...] = (
         "Leave it out, or give --use-moe",
     ),
     IdleLeaves(
+        "expert_leaves_of_expert_training",
+        ("model.expert_index", "run.experts_dir"),
+        ("run.expert_id",),
+        lambda settings: settings.run.expert_id is None,
+        "no single expert is trained",
+        "Leave it out, or give --expert-id",
+    ),
+    IdleLeaves(
+        "puzzle_embedding_beside_one_expert",
+        ("optimizer.puzzle_emb_lr", "optimizer.puzzle_emb_weight_decay"),
+        ("run.expert_id",),
+        lambda settings: settings.run.expert_id is not None,
+        "with --expert-id the puzzle embedding is frozen",
+        "Leave it out",
+    ),
+    IdleLeaves(
         "rope_theta_of_rope",
         ("model.rope_theta",),
         ("model.pos_encodings",),

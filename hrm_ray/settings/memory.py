@@ -42,3 +42,6 @@ class MemorySettings(Section):
     """Hold the frozen weights of linear layers in NormalFloat of 4 bits, a seventh of the bytes; needs --use-peft."""
     optimizer_offload: bool = False
     """Keep the optimizer's state in host memory; an update has one parameter's state on the device at a time."""
+    keep_freed_memory: bool | None = None
+    """On the CPU: keep the memory of freed tensors for the next ones, which is faster and takes up to three times what
+    is needed, or give it back (if not said: keep it where three times what is needed is free)."""

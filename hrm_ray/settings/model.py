@@ -102,3 +102,5 @@ class ModelSettings(Section):
     """Width of the embedding learned per puzzle identifier; 0 is none."""
     student_init: Path | None = None
     """Start from these weights: a bundle of this project, or an original HRM checkpoint."""
+    expert_index: int | None = Field(default=None, ge=0)
+    """Train only this expert of every block, counted from 0, with everything else frozen."""

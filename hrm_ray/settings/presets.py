@@ -7,53 +7,31 @@ from __future__ import annotations
 
 from typing import Any
 
+
+def _dense(hidden_size: int, num_heads: int, layers_each: int) -> dict[str, Any]:
+    """A model of so many layers in H and as many in L, without experts."""
+    return {
+        "model.hidden_size": hidden_size,
+        "model.num_heads": num_heads,
+        "model.h_layers": layers_each,
+        "model.l_layers": layers_each,
+        "model.expansion": 4.0,
+        "model.use_moe": False,
+    }
+
+
 PRESETS: dict[str, dict[str, Any]] = {
-    "nano": {
-        "model.hidden_size": 128,
-        "model.num_heads": 4,
-        "model.h_layers": 2,
-        "model.l_layers": 2,
-        "model.expansion": 4.0,
-    },
-    "tiny": {
-        "model.hidden_size": 256,
-        "model.num_heads": 4,
-        "model.h_layers": 4,
-        "model.l_layers": 4,
-        "model.expansion": 4.0,
-    },
-    "small": {
-        "model.hidden_size": 512,
-        "model.num_heads": 8,
-        "model.h_layers": 5,
-        "model.l_layers": 5,
-        "model.expansion": 4.0,
-    },
-    "medium": {
-        "model.hidden_size": 768,
-        "model.num_heads": 12,
-        "model.h_layers": 9,
-        "model.l_layers": 9,
-        "model.expansion": 4.0,
-    },
-    "large": {
-        "model.hidden_size": 1280,
-        "model.num_heads": 20,
-        "model.h_layers": 9,
-        "model.l_layers": 9,
-        "model.expansion": 4.0,
-    },
-    "xlarge": {
-        "model.hidden_size": 2048,
-        "model.num_heads": 32,
-        "model.h_layers": 9,
-        "model.l_layers": 9,
-        "model.expansion": 4.0,
-    },
+    "nano": _dense(128, 4, 2),
+    "tiny": _dense(256, 4, 4),
+    "small": _dense(512, 8, 5),
+    "medium": _dense(768, 12, 9),
+    "large": _dense(1280, 20, 9),
+    "xlarge": _dense(2048, 32, 9),
 }
 """Sizes by name: about 5, 15, 50, 150, 400 and 1000 million parameters, dense, at the default vocabulary (FEATURES.md,
 M11). From small on with the widths, the head size of 64 and the inner width of the GPT-2 and Llama families; depth is
 shared evenly by H and L, and less than theirs for the same number of parameters, since each level runs several times.
+A preset is dense unless experts are asked for.
 """
 
 IN_PLACE_OF: dict[str, tuple[str, ...]] = {

@@ -11,11 +11,15 @@ from typing import Any
 PROFILES: dict[str, dict[str, Any]] = {
     "hrm-hf": {},
     "train-advanced": {
+        "model.activation": "gelu",
+        "model.dropout_rate": 0.1,
         "adapt.lora_r": 8,
         "data.max_seq_len": 256,
         "optimizer.batch_size": 32,
         "optimizer.lr": 5e-4,
         "optimizer.warmup_steps": 500,
+        "memory.amp": False,
+        "adapt.lora_r": 8,
         "run.epochs": 3,
         "run.eval_every": 500,
         "run.save_every": 1000,

@@ -15,6 +15,7 @@ from hrm_ray.settings.base import Section, refusal
 DEFAULT_STEPS = 200
 """Weight updates of a run for which neither steps nor epochs were given."""
 DEFAULT_BUNDLE_DIR = Path("artifacts") / "brains"
+DEFAULT_EXPERTS_DIR = Path("artifacts") / "experts"
 
 Profile: TypeAlias = Literal["hrm-hf", "train-advanced"]
 
@@ -31,6 +32,10 @@ class RunSectionSettings(Section):
     """Name of the bundle, a folder inside --bundle-dir (if not said: the name of the data)."""
     bundle_dir: Path | None = None
     """Folder of bundles (with --brain-name), or the bundle's own folder (alone); artifacts/brains if not said."""
+    expert_id: str | None = None
+    """Train one expert of a bundle (--student-init) and store it under this name in --experts-dir."""
+    experts_dir: Path = DEFAULT_EXPERTS_DIR
+    """Folder of stored experts and of their registry."""
     steps: int | None = Field(default=None, ge=1)
     """Weight updates to train for (if neither this nor --epochs is given: 200)."""
     epochs: int | None = Field(default=None, ge=1)
@@ -54,7 +59,7 @@ class RunSectionSettings(Section):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Where all random numbers come from; same seed and set-up, same losses."""
 
-    @field_validator("brain_name")
+    @field_validator("brain_name", "expert_id")
     @classmethod
     def _one_folder_name(cls, value: str | None) -> str | None:
         if value is not None and (_NOT_IN_A_NAME & set(value) or value.startswith(".") or value[-1] in ". "):

@@ -23,6 +23,7 @@ from hrm_ray.model.transforms.narrow import narrow_weights
 from hrm_ray.model.transforms.peft import Adapters, lay_adapters
 from hrm_ray.model.transforms.quantise import quantise_projections
 from hrm_ray.model.transforms.recompute import recompute_blocks
+from hrm_ray.model.transforms.single_expert import train_single_expert
 from hrm_ray.settings.adaptive_lr import AdaptiveLrSettings
 from hrm_ray.settings.memory import MemorySettings
 from hrm_ray.settings.model import LossKind
@@ -114,7 +115,9 @@ def assemble(
         grad_clip=settings.optimizer.grad_clip,
         max_bad_steps=settings.optimizer.max_bad_steps,
         seed=settings.run.seed,
-        sparse=SparseSignSGD(table, settings.optimizer.puzzle_emb_weight_decay) if table is not None else None,
+        sparse=SparseSignSGD(table, settings.optimizer.puzzle_emb_weight_decay)
+        if table is not None and table.trained
+        else None,
         ema=Ema(model, settings.optimizer.ema) if settings.optimizer.ema is not None else None,
         scaler=LossScaler() if precision.scaled else None,
         adapters=adapters,
@@ -135,6 +138,8 @@ def _transform(model: nn.Module, settings: RunSettings, schedule_steps: int) -> 
         quantise_projections(model, 8 if memory.load_in_8bit else 4)
     if memory.model_dtype != "fp32":
         narrow_weights(model, NARROW[memory.model_dtype])
+    if settings.run.expert_id is not None and settings.model.expert_index is not None:
+        train_single_expert(model, settings.model.expert_index)
     if not settings.adapt.use_peft:
         return None
     return lay_adapters(model, settings.adapt, seed=settings.run.seed, total_steps=schedule_steps)

@@ -63,6 +63,15 @@ class Bundle:
 def open_bundle(folder: Path, device: torch.device) -> Bundle:
     """Read a bundle (or a bundle's best/) onto `device`. Raises DataFault that names what is missing or wrong."""
     run_dir = RunDir(folder)
+    config, _ = read_description(folder)
+    model = build_model(config)
+    fill_module(model, read_tensors(run_dir.weights), str(run_dir.weights))
+    return Bundle(run_dir, model.to(device).eval(), read_json(run_dir.training_args))
+
+
+def read_description(folder: Path) -> tuple[ModelConfig, str]:
+    """The architecture of a bundle, and the sha256 of its weights, which are what was saved. Raises DataFault."""
+    run_dir = RunDir(folder)
     if not folder.is_dir():
         raise DataFault(Fault(str(folder), "there is no such bundle", "Give the folder that hrm-ray train wrote"))
     if not run_dir.config.is_file():
@@ -83,14 +92,12 @@ def open_bundle(folder: Path, device: torch.device) -> Bundle:
     if file_sha256(run_dir.weights) != metadata["weights_sha256"]:
         mend = "Copy the bundle again from its source, or resume its run to write it anew"
         raise DataFault(Fault(str(run_dir.weights), "its content is not what was saved (sha256 differs)", mend))
-    model = build_model(config)
-    fill_module(model, read_tensors(run_dir.weights), str(run_dir.weights))
-    return Bundle(run_dir, model.to(device).eval(), read_json(run_dir.training_args))
+    return config, metadata["weights_sha256"]
 
 
 def save_best(run_dir: RunDir, weights: BundleWeights, best: Mapping[str, Any]) -> None:
     """Write best/: the weights of the best validation as a small bundle of their own, whole or as it was before."""
-    described = (run_dir.config, run_dir.training_args, run_dir.tokenizer, run_dir.root / CONFIG_FILE, run_dir.puzzle)
+    described = _describing(run_dir)
     names = {path.name for path in (*described, run_dir.weights, run_dir.metadata, run_dir.adapter)}
     with whole_folder(run_dir.best.root, overwrite=True, owned=frozenset(names), option="--bundle-dir") as building:
         for source in described:
@@ -99,6 +106,25 @@ def save_best(run_dir: RunDir, weights: BundleWeights, best: Mapping[str, Any]) 
         folder = RunDir(building)
         weights.write(folder)
         write_json(folder.metadata, _metadata(folder, best={**best}, step=best["step"]))
+
+
+def save_copy(source: RunDir, out: Path, tensors: Mapping[str, Tensor], **about: Any) -> None:
+    """Make the bundle `out`, described as `source` is, of other weights; `about` goes into its metadata.
+
+    Raises SettingsError where `out` is not free.
+    """
+    with whole_folder(out, overwrite=False, owned=frozenset()) as building:
+        for path in _describing(source):
+            if path.is_file():
+                shutil.copyfile(path, building / path.name)
+        folder = RunDir(building)
+        save_tensors(tensors, folder.weights)
+        write_json(folder.metadata, _metadata(folder, **about))
+
+
+def _describing(run_dir: RunDir) -> tuple[Path, ...]:
+    """The files of a bundle that say what its weights are; not every bundle has all of them."""
+    return (run_dir.config, run_dir.training_args, run_dir.tokenizer, run_dir.root / CONFIG_FILE, run_dir.puzzle)
 
 
 def step_of_best(run_dir: RunDir) -> int | None:

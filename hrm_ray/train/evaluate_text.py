@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hrm_ray.model.adaptive import adaptive_segments
 from hrm_ray.model.chunked import ChunkedTextObjective, ChunkedTransformerObjective
-from hrm_ray.model.chunked_rest import Here, Keeper, keeper_on
-from hrm_ray.model.chunked_rows import ChunkedRows, Shelf, ShelvedStates, passed, sweep, through_level
+from hrm_ray.model.chunked_rest import Here, Keeper, Shelf, empty_shelf, keeper_on
+from hrm_ray.model.chunked_rows import ChunkedRows, ShelvedStates, passed, sweep, through_level
 from hrm_ray.model.objective import Batch
 from hrm_ray.model.scoring import Scored, score_tokens
 from hrm_ray.model.text_objective import OnePassOnText, RolloutOnText
@@ -31,9 +31,9 @@ Sums = dict[str, Tensor]
 def rollout_sums(text: RolloutOnText[Any], batch: Batch) -> Sums:
     """Sums over the valid tokens of a batch at the last segment, and read adaptively where the head was trained."""
     rows, keeper = _rows(text, batch)
-    states = ShelvedStates.initial(rows, text.model)
+    states = ShelvedStates.initial(rows, text.model).copied(rows, keeper)
     for _ in range(text.segments_per_step):
-        states = sweep(text.model, rows, states, range(text.model.config.updates_per_segment), keeper)
+        sweep(text.model, rows, states, range(text.model.config.updates_per_segment))
     sums = _token_sums(text, rows, states.z_h)
     if _reads_adaptively(text):
         sums |= _adaptive_sums(text, rows, keeper)
@@ -68,7 +68,8 @@ def _adaptive_sums(text: RolloutOnText[Any], rows: ChunkedRows, keeper: Keeper) 
 def one_pass_sums(text: OnePassOnText[Any], batch: Batch) -> Sums:
     """Sums over the valid tokens of a batch."""
     rows, keeper = _rows(text, batch)
-    hidden = through_level(text.model.stack, rows, rows.injection, 0, keeper, passed(rows), rows.routings())
+    hidden = empty_shelf(keeper, rows.parts)
+    through_level(text.model.stack, rows, rows.injection, hidden, 0, passed(rows), rows.routings())
     return _token_sums(text, rows, hidden)
 
 

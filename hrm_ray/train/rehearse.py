@@ -7,7 +7,7 @@ fake tensors), and every tensor that would live is counted. The same account can
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hrm_ray.model.attention import WHOLE_MASK_ENTRIES
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.objective import Batch
 from hrm_ray.settings.tree import RunSettings
@@ -37,6 +36,9 @@ SEGMENTS = 2
 """So many of a batch's are gone through: the second begins with what the first left, as all others do."""
 RESIDENT = ("weights", "gradients", "optimizer", "average", "carries", "batch")
 """What stays over the passes of an update; everything else that lives in them is activations."""
+
+_STEPS = 1000
+"""Length of the schedule that a rehearsal begins: what changes with the steps, such as ranks, is as at its start."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,9 @@ def rehearse(settings: RunSettings, config: ModelConfig) -> MemoryAccount:
     chosen = settings.optimizer.model_copy(update={"gradient_accumulation_steps": min(accumulation, MICRO_BATCHES)})
     shorter = replace(config, halt_max_steps=min(config.halt_max_steps, SEGMENTS))
     world = World(0, 1, torch.device("cpu"), grouped=False)
-    with torch.random.fork_rng(devices=()), FakeTensorMode(), _Answers():
+    with torch.random.fork_rng(devices=()), FakeTensorMode(), _Answers(), _moving_fake_modules():
         settings = settings.model_copy(update={"optimizer": chosen})
-        loop = assemble(settings, shorter, _NoRows(), None, world, 1, lambda: None, resumes=True).loop
+        loop = assemble(settings, shorter, _NoRows(), None, world, _STEPS, lambda: None, resumes=True).loop
         batches = [_batch(loop, shorter, settings.data.packing) for _ in range(loop.parts.shape.accumulation)]
         account = account_for(loop, batches)
         kept = storage_bytes([*_tensors(loop.carries), *_tensors(batches)]) // len(batches)
@@ -133,6 +135,28 @@ def _naming_gradients(module: nn.Module, live: LiveBytes) -> Iterator[None]:
             hook.remove()
 
 
+@contextmanager
+def _moving_fake_modules() -> Iterator[None]:
+    """Let modules of fake tensors be moved and cast: PyTorch would swap two tensors, which those do not bear."""
+    real = nn.Module._apply
+
+    def move(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        for child in module.children() if recurse else ():
+            child._apply(change)
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                parameter.data = change(parameter.data)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else change(buffer)
+        return module
+
+    nn.Module._apply = move  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module._apply = real  # type: ignore[method-assign]
+
+
 class _Answers(TorchDispatchMode):
     """Answers what no fake tensor can: a number on the host, such as the norm of the gradients, is 1."""
 
@@ -159,10 +183,10 @@ def _batch(loop: TrainingLoop, config: ModelConfig, packing: bool) -> Batch:
     batch = {name: torch.ones(rows, dtype=kind) for name, kind in row_wise.items()}
     batch |= {name: torch.ones(rows, length, dtype=torch.int32) for name in ("inputs", "labels", "positions")}
     batch = {name: tensor for name, tensor in batch.items() if name in loop.parts.wanted}
-    if "prompt" in loop.parts.wanted or (packing and config.task == "lm" and length**2 > WHOLE_MASK_ENTRIES):
-        # Long rows of several documents are attended to block by block, like prompts, whose blocks no value decides.
+    if "prompt" in loop.parts.wanted:
         batch["prompt"] = torch.ones(rows, length, dtype=torch.bool)
     elif packing and config.task == "lm":
+        # Where a document begins cannot be asked; attention then takes each row for one document.
         batch["documents"] = torch.ones(rows, length, dtype=torch.int32)
     return batch
 

@@ -20,6 +20,7 @@ from hrm_ray.train.assemble import Workplace
 from hrm_ray.train.bundle import BundleWeights, save_best, save_final, step_of_best
 from hrm_ray.train.checkpoint import save_checkpoint
 from hrm_ray.train.evaluate import better, evaluate
+from hrm_ray.train.expert_run import ExpertRun
 from hrm_ray.train.feed import BatchShape
 from hrm_ray.train.loop import StepReport
 from hrm_ray.values import MetricSink, Outcome, Record, StopReason
@@ -28,8 +29,16 @@ from hrm_ray.values import MetricSink, Outcome, Record, StopReason
 class Runner:
     """Drives a loop to its end. Every rank runs one; the leading rank's sink writes the records."""
 
-    def __init__(self, settings: RunSettings, workplace: Workplace, run_dir: RunDir, sink: MetricSink) -> None:
+    def __init__(
+        self,
+        settings: RunSettings,
+        workplace: Workplace,
+        run_dir: RunDir,
+        sink: MetricSink,
+        expert: ExpertRun | None = None,
+    ) -> None:
         self.settings = settings
+        self.expert = expert
         self.loop = workplace.loop
         self.held_out = workplace.held_out
         self.run_dir = run_dir
@@ -55,6 +64,8 @@ class Runner:
         """
         self._saved_at = self.loop.progress.step
         if extra["evaluated_on"] != self._evaluated_on:
+            if self.expert is not None:
+                self.expert.before = None
             return
         best = extra["best"]
         self.best = best if best is not None and step_of_best(self.run_dir) == best["step"] else None
@@ -69,6 +80,9 @@ class Runner:
         """Train until steps or epochs are done or a stop is asked for; leaves a checkpoint and the final bundle."""
         limit = self.settings.run.step_limit
         reason = StopReason.FINISHED
+        if self.expert is not None and self.loop.progress.step == 0:
+            self._evaluate()
+            self.expert.before = self.figures or None
         while limit is None or self.loop.progress.step < limit:
             report = self.loop.step()
             if report is None:
@@ -169,6 +183,7 @@ class Runner:
         self._throughput.pause()
         extra: dict[str, Any] = {"best": self.best, "figures": self.figures, "evaluated_at": self._evaluated_at}
         extra["evaluated_on"] = self._evaluated_on
+        extra["expert"] = self.expert.plain() if self.expert is not None else None
         save_checkpoint(self.loop, self.run_dir, extra, self.settings.run.keep)
         self._saved_at = self.loop.progress.step
         self._throughput.resume()
@@ -187,6 +202,9 @@ class Runner:
             weights = self._weights()
             if self.loop.world.leads:
                 save_final(self.run_dir, weights, reason, progress, epoch, self.figures, self.best)
+        if self.expert is not None and reason is StopReason.FINISHED and self.loop.world.leads:
+            place = self.expert.store(self.settings, self.run_dir, progress.step, self.figures)
+            self.tell("INFO", f"the expert is stored in {place}")
         return Outcome(reason, progress.step, epoch, str(self.run_dir.root), self.figures)
 
     def _weights(self) -> BundleWeights:

@@ -21,6 +21,7 @@ from hrm_ray.settings.tree import RunSettings, from_plain
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.attention_choice import flash_notes
 from hrm_ray.train.checkpoint import load_checkpoint
+from hrm_ray.train.expert_run import ExpertRun
 from hrm_ray.train.precision import slow_bfloat16
 from hrm_ray.train.runner import Runner
 from hrm_ray.train.take_up import go_back, write_description
@@ -49,7 +50,7 @@ def _train(plan: dict[str, Any], link: DriverLink) -> Outcome:
     settings = from_plain(plan["settings"])
     config = ModelConfig.from_plain(plan["model_config"], "the launch plan")
     run_dir = RunDir(Path(plan["bundle"]))
-    world = World.here(plan["device"], plan["threads"])
+    world = World.here(plan["device"], plan["threads"], keep_freed=plan["keep_freed_memory"])
     if not run_dir.root.is_dir():
         reason = f"rank {world.rank} does not see the bundle that the driver made"
         mend = "Give --bundle-dir a folder that all nodes of the cluster share"
@@ -79,7 +80,8 @@ def _train(plan: dict[str, Any], link: DriverLink) -> Outcome:
             go_back(run_dir, resumed_step, settings.run.log_file)
     sink = _sinks(settings, run_dir, resumed_step, link) if world.leads else FanOut([])
     try:
-        runner = Runner(settings, workplace, run_dir, sink)
+        expert = ExpertRun(**extra["expert"]) if extra.get("expert") else ExpertRun.begun(settings)
+        runner = Runner(settings, workplace, run_dir, sink, expert)
         # On a running cluster the driver's machine says nothing of the workers'.
         own = flash_notes(settings, config, world.device) if plan["ray_address"] else []
         for note in (*plan["notes"], *own):

@@ -24,11 +24,14 @@ class World:
     grouped: bool
 
     @classmethod
-    def here(cls, device: str, threads: int) -> World:
-        """The world of this process: that of its process group, or a world of one without a group."""
+    def here(cls, device: str, threads: int, *, keep_freed: bool = True) -> World:
+        """The world of this process: that of its process group, or a world of one without a group.
+
+        `keep_freed` says whether freed memory of the CPU is kept for the next tensor (host_memory.py).
+        """
         torch.set_num_threads(threads)
         if device == "cpu":
-            keep_freed_memory()
+            keep_freed_memory(keep_freed)
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size(), _local_device(device), True)
         return cls(0, 1, _local_device(device), False)

@@ -73,6 +73,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "text-experts": TEXT | EXPERTS,
     "chunked": TEXT | {"window_size": 7, "halt_max_steps": 2},
     "chunked-exact-experts": TEXT | EXPERTS | {"halt_max_steps": 2},
+    "text-one-expert-trained": TEXT | EXPERTS | {"expert_index": 2},
     "puzzle-carried": PUZZLE,
     "puzzle-experts": PUZZLE | EXPERTS | {"bp_steps": 4},
     "puzzle-embedding": PUZZLE | {"puzzle_emb_ndim": 24, "pos_encodings": "learned"},
@@ -137,7 +138,7 @@ def settings_for(scenario: str, optimizer: str, cut: Cut) -> RunSettings:
                 **OPTIMIZERS[optimizer],
             },
             "memory": {"amp": False, **MEMORY.get(scenario, {})},
-            "run": {"seed": 3},
+            "run": {"seed": 3, "expert_id": "one" if "expert_index" in SCENARIOS[scenario] else None},
         }
     )
 

@@ -14,9 +14,9 @@ from hrm_ray.model.build import build_objective
 from hrm_ray.model.chunked import Chunking
 from hrm_ray.train import evaluate_text
 from hrm_ray.train.evaluate import HeldOut, evaluate
+from hrm_ray.train.live_bytes import LiveBytes
 from hrm_ray.train.world import World
 from hrm_ray.values import Columns
-from tests.support.live_bytes import LiveBytes
 from tests.support.tiny_models import text_batch, tiny_config, tiny_model
 
 HERE = World.here("cpu", 1)
@@ -67,7 +67,7 @@ def test_no_tensor_of_a_whole_row_beside_states(case: str, monkeypatch: pytest.M
     monkeypatch.setattr(scoring, "SCORES_BYTES", 2**14)
     with LiveBytes() as count:
         figures(CASES[case] | {"intermediate_size": 256, "vocab_size": 500}, [[512]], None)
-    assert count.largest <= 4 * max(512 * 16, 64 * 500, 64 * 512)
+    assert count.largest_bytes() <= 4 * max(512 * 16, 64 * 500, 64 * 512)
 
 
 def test_rows_with_a_prompt_are_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ COUNT = """
 import resource, sys, torch
 from hrm_ray.train.host_memory import keep_freed_memory
 if sys.argv[1] == "kept":
-    assert keep_freed_memory()
+    assert keep_freed_memory(True)
 def use():
     torch.ones(12_000_000).mul(2)
 for _ in range(10):  # until the heap has the size it needs

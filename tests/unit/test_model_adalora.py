@@ -1,4 +1,4 @@
-"""AdaLoRA: ranks go as planned and the least important first, its state survives a file, its loss counts once a step."""
+"""AdaLoRA: ranks go as planned, the least important first; its state survives a file, its loss counts once a step."""
 
 from __future__ import annotations
 
@@ -110,7 +110,10 @@ def test_its_state_survives_a_file(at: int, tmp_path: Path) -> None:
     losses = [step() for _ in range(STEPS + 2 - at)]
     again, adapters, its_ranks = adapted()
     again.load_state_dict(weights)
-    its_ranks.load(read_tensors(tmp_path / "ranks.safetensors"))
+    stored = read_tensors(tmp_path / "ranks.safetensors")
+    its_ranks.load(stored)
+    assert its_ranks.state().keys() == stored.keys() and len(stored) == 2 + (3 * 3 * LAYERS if at < 16 else 0)
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in its_ranks.state().items())
     its_step = trainer(again, its_ranks)
     assert [its_step() for _ in range(STEPS + 2 - at)] == losses
     for name, tensor in model.state_dict().items():
@@ -123,6 +126,9 @@ def test_its_state_survives_a_file(at: int, tmp_path: Path) -> None:
 def test_disorder_by_hand() -> None:
     model, _, ranks = adapted(rank=2)
     distances = []
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter)
     for name, parameter in model.named_parameters():
         factor = parameter.detach().double()
         if "lora_B" in name:

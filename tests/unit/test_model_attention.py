@@ -18,7 +18,7 @@ from hrm_ray.model import attention
 from hrm_ray.model.attention import AttentionScope, attend, block_size, blockwise
 from hrm_ray.model.build import build_objective
 from hrm_ray.model.scope import text_scope
-from tests.support.live_bytes import LiveBytes
+from hrm_ray.train.live_bytes import LiveBytes
 from tests.support.tiny_models import logits_of_segments, text_batch, tiny_config, tiny_model
 
 NEAR = 1e-12
@@ -179,9 +179,9 @@ def test_no_tensor_of_all_pairs(name: str) -> None:
         seen = attend(query, keys, values, scope)
         torch.autograd.grad(seen, (query, keys, values), torch.ones_like(seen))
     pairs = queries * length
-    assert count.largest < 4 * pairs / (3 if name == "later queries" else 10)
+    assert count.largest_bytes() < 4 * pairs / (3 if name == "later queries" else 10)
     if name == "window":
-        assert count.most < 40 * 4 * length * 8
+        assert count.peak_bytes() < 40 * 4 * length * 8
 
 
 def test_the_count_sees_a_mask() -> None:
@@ -190,7 +190,7 @@ def test_the_count_sees_a_mask() -> None:
     scope = AttentionScope(causal=True, window=64)
     with LiveBytes() as count:
         scope.whole_mask(1024, 1024, query)
-    assert count.largest == 4 * 1024 * 1024
+    assert count.largest_bytes() == 4 * 1024 * 1024
 
 
 def test_one_mask_serves_all_attentions_of_a_pass() -> None:

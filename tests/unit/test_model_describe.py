@@ -15,10 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hrm_ray.model.build import build_model, build_objective
-from hrm_ray.model.config import ModelConfig, swiglu_width
+from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.describe import count_parameters, segment_flops, summarise, training_flops
 from hrm_ray.model.objective import AnyObjective, Batch
+from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.presets import PRESETS
+from hrm_ray.settings.resolve import resolve_task
+from hrm_ray.train.assemble import model_config
 from hrm_ray.train.loop import weighed
 from tests.support.tiny_models import puzzle_batch, text_batch, tiny_config, tiny_model
 
@@ -58,10 +61,9 @@ def test_parameters_are_those_of_the_modules(shape: str) -> None:
 
 
 def preset_config(name: str) -> ModelConfig:
-    """The preset with every other leaf at its default, vocabulary 16000 and 128 tokens."""
-    leaves = {key.removeprefix("model."): value for key, value in PRESETS[name].items()}
-    width = swiglu_width(leaves["hidden_size"], leaves.pop("expansion"))
-    return tiny_config(**leaves, intermediate_size=width, vocab_size=16000, seq_len=128)
+    """The preset with every other leaf at its default, vocabulary and length too."""
+    settings = resolve_task(load_settings({"--model-preset": name}), "lm")
+    return model_config(settings, settings.data.vocab_size)
 
 
 MILLIONS = {"nano": 5, "tiny": 15, "small": 50, "medium": 150, "large": 400, "xlarge": 1000}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from hrm_ray.model.actv1 import ActV1
@@ -84,6 +85,7 @@ def test_adapters_and_heads_learn_and_nothing_else_moves(method: PeftMethod, bas
     assert {layer.rpartition(".")[2] for layer in layers} == {"q_proj", "v_proj", "up_proj", "down_proj"}
     assert len(set(layers)) == 8, "four in each of two levels"
     assert all(model.get_parameter(name).dtype == torch.float32 for name in adapter_names)
+    assert not [name for name in names if "ranknum" in name], "a number that AdaLoRA keeps, no weight"
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     losses = train(model, adapters)
     assert losses[-1] < 0.9 * losses[0]
@@ -119,6 +121,33 @@ def test_merged_is_base_and_adapter(method: PeftMethod, base: str) -> None:
         assert off < 0.1 * done
 
 
+@pytest.mark.parametrize("method", ["lora", "adalora", "loha", "lokr"])
+def test_merging_in_the_middle_of_training_drops_nothing_out(
+    method: PeftMethod, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter's weight is asked for in evaluation mode, whatever the model's; older versions of peft draw there."""
+    model, adapters = adapted(method, "float32", lora_dropout=0.5)
+    model.train()
+    layer = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    modes: list[bool] = []
+    real = type(layer).get_delta_weight
+
+    def noting(self: Any, *words: Any, **named: Any) -> Tensor:
+        modes.append(self.training)
+        return real(self, *words, **named)
+
+    monkeypatch.setattr(type(layer), "get_delta_weight", noting)
+    adapters.merged_weights()
+    assert modes == [False] * 8 and model.training
+
+
+def test_factors_of_ia3() -> None:
+    """For the outputs of a layer; for the inputs of the FFN's last."""
+    model, _ = adapted("ia3", "float32")
+    shapes = {name.split(".")[-3]: tuple(p.shape) for name, p in model.named_parameters() if "ia3_l" in name}
+    assert shapes == {"q_proj": (16, 1), "v_proj": (16, 1), "up_proj": (24, 1), "down_proj": (1, 24)}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_merged_as_peft_merges(method: PeftMethod) -> None:
     """peft's merge in place, on a copy; the same sums of float32."""
@@ -143,6 +172,7 @@ def test_peft_loads_the_files(method: PeftMethod, steps: int, tmp_path: Path) ->
     model, adapters = adapted(method, "float32")
     start = adapters.in_file()[1]
     train(model, adapters, steps)
+    state = adapters.ranks.state() if adapters.ranks is not None else {}
     config, tensors = adapters.in_file()
     write_json(tmp_path / "adapter_config.json", config)
     save_tensors(tensors, tmp_path / "adapter_model.safetensors")
@@ -152,6 +182,7 @@ def test_peft_loads_the_files(method: PeftMethod, steps: int, tmp_path: Path) ->
         torch.testing.assert_close(theirs, own, rtol=0, atol=1e-5)
     if method == "adalora":
         assert adapters.ranks is not None
+        assert all(torch.equal(tensor, state[name]) for name, tensor in adapters.ranks.state().items())
         ended = steps == STEPS
         assert adapters.ranks.settled == ended
         numbers = [sum(t.numel() for n, t in named.items() if "lora_" in n) for named in (start, tensors)]

@@ -160,8 +160,8 @@ def test_evaluation_drops_nothing(drawn: tuple[Case, int]) -> None:
 @settings(max_examples=60, deadline=None)
 @given(cases(), st.data())
 def test_a_row_in_chunks_is_the_row(drawn: tuple[Case, int], data: st.DataObject) -> None:
-    """Chunk after chunk the same choices are dropped as in the whole row, and the parts of the z-loss, of the metrics
-    and of the balance loss's probabilities add up."""
+    """Chunk after chunk the same choices are dropped as in the whole row, and the parts of the losses and metrics add
+    up; in the balance loss an expert's share is that of the row up to the chunk's end."""
     case, seed = drawn
     layer = mixture(case.config, seed).train()
     length, mask = case.x.shape[1], counting(case)
@@ -181,11 +181,26 @@ def test_a_row_in_chunks_is_the_row(drawn: tuple[Case, int], data: st.DataObject
     assert routing is not None and torch.equal(routing.chosen[SITE], whole.chosen[SITE])
     terms, metrics = router_terms(whole, case.active, LOSSES)
     assert_near(sum((part[0][1].total for part in parts), torch.zeros(())), terms[1].total.double(), "z")
+    for (first, stop), (told, _) in zip(pairwise(borders), parts, strict=True):
+        assert_near(told[0].total, balance_of_chunk(case, layer, first, stop), "balance")
     for name, (total, weight) in metrics.items():
         if name != "moe_balance_loss":
             assert_near(sum((part[1][name][0] for part in parts), torch.zeros_like(total)), total.double(), name)
         added = sum((part[1][name][1] for part in parts), torch.zeros_like(weight))
         assert float(added) == pytest.approx(float(weight), rel=1e-5, abs=1e-6), name
+
+
+def balance_of_chunk(case: Case, layer: MixtureOfExperts, first: int, stop: int) -> Tensor:
+    """E * sum_e f_e P_e of the active rows: f over the positions before `stop`, P this chunk's part of the mean."""
+    probability = layer.router(case.x).softmax(-1).detach().double()
+    chosen = probability.topk(layer.chosen, dim=-1).indices
+    total = torch.zeros((), dtype=torch.float64)
+    for row, (counted, active) in enumerate(zip(case.counted, case.active.tolist(), strict=True)):
+        picked = chosen[row, : min(stop, counted)].flatten()
+        share = torch.bincount(picked, minlength=case.config.num_experts) / max(len(picked), 1)
+        mean = probability[row, first : max(first, min(stop, counted))].sum(0) / max(counted, 1)
+        total = total + active * case.config.num_experts * (share * mean).sum()
+    return total
 
 
 def test_a_site_is_heard_once() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hrm_ray.errors import EnvironmentFault, SettingsError
 from hrm_ray.launch.fallbacks import settle_memory_options
+from hrm_ray.launch.memory_bounds import checkpoint_bytes, state_bytes
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.live_bytes import storage_bytes
@@ -158,13 +159,51 @@ def test_bytes_of_weights_gradients_and_state(dtype: str, eight: bool) -> None:
         assert optimizer_bytes(strategy.optimizer) == 2 * (numbers - small) + scales + 8 * small + 2048
 
 
-def workplace(dtype: str, eight: bool) -> TrainingLoop:
+FROZEN = {"use_peft": True, "lora_r": 2}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "more", "near"),
+    [
+        ("fp32", {}, True),
+        ("bf16", {"optimizer": {"use_8bit_optimizer": True, "ema": 0.9}}, True),
+        ("fp32", {"adapt": FROZEN}, False),
+        ("fp32", {"adapt": FROZEN, "memory": {"load_in_8bit": True}}, False),
+        ("bf16", {"adapt": FROZEN, "memory": {"load_in_4bit": True}}, False),
+    ],
+    ids=["plain", "8 bit, averaged", "adapters", "int8", "nf4"],
+)
+def test_the_preflight_asks_for_no_more_than_is_taken(dtype: str, more: dict[str, Any], near: bool) -> None:
+    """And for most of it where everything is trained; a checkpoint takes at least what is asked for too."""
+    loop = workplace(dtype, False, more)
+    strategy = loop.parts.strategy
+    assert isinstance(strategy, SingleStrategy)
+    report = loop.step()
+    assert report is not None
+    objective, ema = loop.parts.objective, loop.parts.ema
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    kept = optimizer_bytes(strategy.optimizer) + (storage_bytes(ema.average.values()) if ema is not None else 0)
+    weights = storage_bytes([*objective.parameters(), *objective.buffers()])
+    taken = weights + storage_bytes(trained) + kept
+    settings = settings_of(dtype, False, more)
+    asked = state_bytes(settings, config_for(settings))
+    assert 0.8 * taken * near < asked <= taken
+    assert checkpoint_bytes(settings, config_for(settings)) <= weights + kept
+
+
+def settings_of(dtype: str, eight: bool, more: dict[str, Any] | None = None) -> RunSettings:
     """A text model of which the vocabulary is the larger part."""
     plain = settings_for("text", "sgd", Cut(1, 1, 4)).model_dump()
     plain["model"] |= {"d_ff": 512, "hidden_size": 64}
     plain["optimizer"] |= {"optimizer": "adamw", "use_8bit_optimizer": eight, "lr": 1e-3}
     plain["memory"] |= {"model_dtype": dtype, "amp": False}
-    settings = RunSettings.model_validate(plain)
+    for section, leaves in (more or {}).items():
+        plain[section] |= leaves
+    return RunSettings.model_validate(plain)
+
+
+def workplace(dtype: str, eight: bool, more: dict[str, Any] | None = None) -> TrainingLoop:
+    settings = settings_of(dtype, eight, more)
     return assemble(settings, config_for(settings), Rows("lm"), None, World.here("cpu", 1), 3, lambda: None).loop
 
 
@@ -174,8 +213,9 @@ def chosen(*, strict: bool = False, **leaves: dict[str, Any]) -> RunSettings:
 
 def test_without_bitsandbytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain AdamW, said once, and the same from then on; with --strict an error that a missing library is."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "bitsandbytes"]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     data = text_file(tmp_path)
     train(data, tmp_path / "plain", *TEXT, "--steps", "2")
     train(data, tmp_path / "b", *TEXT, "--steps", "2", *EIGHT)

@@ -18,7 +18,11 @@ from tests.support.runs import PUZZLE, TEXT, computed, hrm, puzzle_file, records
 
 TRAIN_ADVANCED: dict[str, Any] = {
     "adapt.lora_r": 8,
+    "adapt.lora_r": 8,
     "data.max_seq_len": 256,
+    "memory.amp": False,
+    "model.activation": "gelu",
+    "model.dropout_rate": 0.1,
     "optimizer.batch_size": 32,
     "optimizer.lr": 5e-4,
     "optimizer.warmup_steps": 500,

@@ -45,6 +45,39 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
         {"--num-experts": "4", "--num-experts-per-tok": "4"},
         "--num-experts-per-tok 4",
     ),
+    "expert_is_named": (
+        {"--expert-id": "e", "--student-init": "b"},
+        {"--expert-id": "e", "--student-init": "b", "--expert-index": "7"},
+        "--expert-index",
+    ),
+    "expert_starts_from_a_bundle": (
+        {"--expert-id": "e", "--expert-index": "0"},
+        {"--expert-id": "e", "--expert-index": "0", "--student-init": "b"},
+        "--student-init BUNDLE",
+    ),
+    "expert_is_there": (
+        {"--expert-id": "e", "--expert-index": "8", "--student-init": "b"},
+        {"--expert-id": "e", "--expert-index": "8", "--student-init": "b", "--num-experts": "9"},
+        "--expert-index 7",
+    ),
+    "expert_without_adapters": (
+        {"--expert-id": "e", "--expert-index": "0", "--student-init": "b", "--use-peft": True},
+        {"--student-init": "b", "--use-peft": True},
+        "--use-peft",
+    ),
+    "expert_leaves_of_expert_training": (
+        {"--expert-index": "0", "--experts-dir": "d"},
+        {"--expert-index": "0", "--experts-dir": "d", "--expert-id": "e", "--student-init": "b"},
+        "--expert-index 0 with --experts-dir d",
+    ),
+    "puzzle_embedding_beside_one_expert": (
+        {
+            **{"--expert-id": "e", "--expert-index": "0", "--student-init": "b"},
+            **{"--puzzle-emb-ndim": "4", "--puzzle-emb-lr": "0.1"},
+        },
+        {"--puzzle-emb-ndim": "4", "--puzzle-emb-lr": "0.1"},
+        "frozen",
+    ),
     "expert_leaves_of_experts": (
         {"--no-moe": True, "--num-experts": "4"},
         {"--use-moe": True, "--num-experts": "4"},

@@ -36,8 +36,8 @@ class RankPlan:
 
     @classmethod
     def over(cls, total_steps: int, rank: int) -> RankPlan:
-        """A tenth of the steps to warm up and a fifth to end with, as in the paper's settings; from one and a half times
-        the mean rank of the end, which is the paper's ratio."""
+        """A tenth of the steps to warm up and a fifth to end with; from one and a half times the mean rank of the end
+        (the ratio of the paper's experiments)."""
         steps = max(total_steps, 1)
         return cls(
             first_rank=-(-3 * rank // 2),

@@ -1,7 +1,7 @@
 """Adapters beside frozen weights, through the peft library.
 
-One job: lay adapters into a model, say which parameters are trained, and give them out again: merged into plain weights,
-or as a folder in peft's own format. How AdaLoRA shares out its ranks is in `adalora`.
+One job: lay adapters into a model, say which parameters are trained, and give them out again: merged into plain
+weights, or in peft's own format. How AdaLoRA shares out its ranks is in `adalora`.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def _adalora(chosen: AdaptSettings, plan: RankPlan) -> Any:
 
 
 def _ia3(chosen: AdaptSettings, plan: RankPlan) -> Any:
-    """Factors for outputs, except for the FFN's last layer, whose inputs get them (Liu et al. 2022, arXiv 2205.05638)."""
+    """Factors for outputs, and for the inputs of the FFN's last layer (Liu et al. 2022, arXiv 2205.05638)."""
     from peft import IA3Config
 
     feed_forward = [name for name in chosen.targets if name == "down_proj"]

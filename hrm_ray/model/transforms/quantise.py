@@ -1,8 +1,8 @@
 """Linear layers whose weights are held in 8 or 4 bits.
 
-One job: replace the projections of a model, and its stacks of experts, by layers that keep integer codes with scales and
-make the weights of them at use. Heads, embeddings, routers and norms stay as they are. The codes are frozen: gradients
-pass through to the input.
+One job: replace the projections of a model, and its stacks of experts, by layers that keep integer codes with scales
+and make the weights of them at use. Heads, embeddings, routers and norms stay as they are. The codes are frozen:
+gradients pass through to the input.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from hrm_ray.model.autocast import product_dtype
 from hrm_ray.model.grouped_product import Sorted, grouped_product
 from hrm_ray.model.layers import Projection
 from hrm_ray.model.moe import StackedProjection
@@ -28,7 +29,7 @@ NF4_BLOCK = 64
 class Int8Codes(nn.Module):
     """A matrix, or a stack of them, as int8 `codes` [..., out, in] and a float32 `scale` [..., out, 1] per output.
 
-    A weight is code x scale; the scale is its row's largest absolute weight / 127, so a weight is off by half a scale at
+    A weight is code x scale; the scale is its row's largest absolute weight / 127, and a weight is off by half of it at
     most.
     """
 
@@ -96,7 +97,7 @@ class QuantisedProjection(nn.Linear):
         return self.quantised.weight(torch.float32)
 
     def forward(self, input: Tensor) -> Tensor:
-        product: Tensor = _Product.apply(input.to(_product_dtype(input)), self.quantised)
+        product: Tensor = _Product.apply(input.to(product_dtype(input)), self.quantised)
         return product
 
 
@@ -148,12 +149,6 @@ def _grouped(rows: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
     """Each expert's rows times its matrix of `stack` [E, out, in], transposed, without a graph."""
     with torch.no_grad():
         return grouped_product(rows, stack, stack, ends)
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """The type of matrix products: autocast's where it is on, else that of the activations."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def quantise_projections(model: nn.Module, bits: Bits) -> None:

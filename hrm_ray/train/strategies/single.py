@@ -31,10 +31,7 @@ class SingleStrategy:
         self._non_finite: list[str] = []
 
     def prepare(self, objective: AnyObjective, build_optimizer: BuildOptimizer) -> None:
-        self.objective = objective
-        # Moving rewraps every tensor, which those of a rehearsal (rehearse.py) do not bear.
-        if any(tensor.device != self.world.device for tensor in (*objective.parameters(), *objective.buffers())):
-            objective.to(self.world.device)
+        self.objective = objective.to(self.world.device)
         self.optimizer = build_optimizer(p for p in self.objective.parameters() if p.requires_grad)
 
     def segment(self, batch: Batch, carry: Any) -> SegmentOutput[Any]:

@@ -1,0 +1,61 @@
+"""The bodies of `hrm-ray expert`: what is stored, and putting it into a bundle.
+
+One job: print the registry, and say what was put where. Files are read and written by train/expert_store.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from hrm_ray.settings.run import DEFAULT_EXPERTS_DIR
+from hrm_ray.train.expert_store import StoredExpert, put_expert, read_registry
+
+_FIGURES = ("exact_accuracy", "loss")
+"""The held-out figure that is shown, the first that there is."""
+
+
+def run_list(experts_dir: Path | None, *, as_json: bool) -> int:
+    """Print the experts of a folder; gives the exit code."""
+    folder = experts_dir if experts_dir is not None else DEFAULT_EXPERTS_DIR
+    registry = read_registry(folder)
+    if as_json:
+        print(json.dumps({identifier: asdict(entry) for identifier, entry in registry.items()}, indent=2))
+        return 0
+    if not registry:
+        print(f"{folder}: no experts; hrm-ray train --expert-id trains one")
+        return 0
+    rows: list[tuple[str, ...]] = [("id", "index", "steps", "held out, before -> after", "trained in")]
+    rows += [_row(identifier, entry) for identifier, entry in registry.items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def run_put(identifier: str, into: Path, out: Path, experts_dir: Path | None) -> int:
+    """Put a stored expert into a copy of a bundle; gives the exit code."""
+    folder = experts_dir if experts_dir is not None else DEFAULT_EXPERTS_DIR
+    entry = put_expert(folder, identifier, into.absolute(), out)
+    if entry.base != str(into.absolute()):
+        reason = "its routers were not there when the expert was trained, and may send it other tokens"
+        print(f"note: {identifier} was trained in {entry.base}, not in {into}: {reason}", file=sys.stderr)
+    print(f"{out}: {into} with expert {identifier} as number {entry.index} of every block")
+    print(f"next: hrm-ray generate {shlex.quote(str(out))} --prompt ..., or hrm-ray solve")
+    return 0
+
+
+def _row(identifier: str, entry: StoredExpert) -> tuple[str, ...]:
+    return (identifier, str(entry.index), str(entry.step), _change(entry.before, entry.after), entry.base)
+
+
+def _change(before: Mapping[str, float] | None, after: Mapping[str, float] | None) -> str:
+    """One figure that both evaluations have."""
+    for name in _FIGURES:
+        if before is not None and after is not None and name in before and name in after:
+            return f"{name} {before[name]:.4g} -> {after[name]:.4g}"
+    return "not evaluated"

@@ -1,0 +1,74 @@
+"""A run that trains one expert of a bundle: what it starts from, what it must find free, and what it leaves.
+
+One job: the expert's side of a run. Freezing is in model/transforms/single_expert.py, files are in expert_store.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hrm_ray.errors import DataFault, Fault
+from hrm_ray.model.config import ModelConfig
+from hrm_ray.rundir import RunDir, read_json
+from hrm_ray.settings.tree import RunSettings
+from hrm_ray.train.bundle import read_description
+from hrm_ray.train.expert_store import check_id_is_free, differences, expert_tensors, store_expert
+from hrm_ray.train.weights_file import read_tensors
+
+
+@dataclass
+class ExpertRun:
+    """What a run knows of its expert; `before` are the held-out figures of the bundle it started from, if any."""
+
+    base: str
+    base_sha256: str
+    before: dict[str, float] | None = None
+
+    @classmethod
+    def begun(cls, settings: RunSettings) -> ExpertRun | None:
+        """That of a new run; None where no single expert is trained."""
+        start = settings.model.student_init
+        if settings.run.expert_id is None or start is None:
+            return None
+        return cls(str(start), read_description(start)[1])
+
+    def plain(self) -> dict[str, Any]:
+        """As a checkpoint holds it."""
+        return asdict(self)
+
+    def store(self, settings: RunSettings, run_dir: RunDir, step: int, figures: Mapping[str, float]) -> Path:
+        """Store the expert of the run's final weights; gives its folder."""
+        index, identifier = settings.model.expert_index, settings.run.expert_id
+        assert index is not None and identifier is not None
+        entry = {
+            "index": index,
+            "model_config": read_json(run_dir.config),
+            "base": self.base,
+            "base_sha256": self.base_sha256,
+            "bundle": str(run_dir.root),
+            "step": step,
+            "before": self.before,
+            "after": dict(figures) or None,
+        }
+        store_expert(settings.run.experts_dir, identifier, entry, expert_tensors(read_tensors(run_dir.weights), index))
+        return settings.run.experts_dir / identifier
+
+
+def check_expert_run(settings: RunSettings, config: ModelConfig, bundle: Path, *, resumes: bool) -> None:
+    """Raises SettingsError for a name that is taken, DataFault where --student-init is no bundle of this architecture.
+
+    A resumed run has its weights in the checkpoint, and its bundle of before may be gone.
+    """
+    identifier, start = settings.run.expert_id, settings.model.student_init
+    if identifier is None or start is None:
+        return
+    check_id_is_free(settings.run.experts_dir, identifier, bundle)
+    if resumes:
+        return
+    differs = differences(read_description(start)[0], config)
+    if differs:
+        reason = f"the expert would be of another architecture than this bundle: {differs}"
+        raise DataFault(Fault(str(start), reason, "Set the model options to those of the bundle"))

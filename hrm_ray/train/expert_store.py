@@ -1,0 +1,172 @@
+"""Experts that were trained apart: their files, the registry of them, and their way back into a model.
+
+One job: a folder with ID/expert.safetensors for each and one registry.json. Training one is a run like any other
+(transforms/single_expert.py freezes the rest).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hrm_ray.errors import DataFault, Fault, ResourceFault, SettingsError
+from hrm_ray.model.config import ModelConfig
+from hrm_ray.rundir import RunDir, file_sha256, read_json, write_json
+from hrm_ray.settings.faults import mend_of_name
+from hrm_ray.train.bundle import read_description, save_copy
+from hrm_ray.train.weights_file import read_tensors, save_tensors
+
+EXPERT_FILE, REGISTRY_FILE = "expert.safetensors", "registry.json"
+_STACK = ".mlp.experts."
+"""What the names of all stacked tensors hold, and no others."""
+_FREE = frozenset({"seq_len", "dropout_rate", "moe_capacity_factor", "forward_dtype"})
+"""Parts of a configuration in which two models may differ that share experts: an expert's arithmetic has none."""
+_LOCK_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class StoredExpert:
+    """One entry of the registry.
+
+    `index` is the expert's number in every block; `base` and `base_sha256` the bundle it was trained in and its
+    weights; `bundle` the run's own; `before` and `after` the held-out figures, where there were any.
+    """
+
+    index: int
+    model_config: dict[str, Any]
+    base: str
+    base_sha256: str
+    bundle: str
+    step: int
+    before: dict[str, float] | None
+    after: dict[str, float] | None
+    sha256: str
+    written: str
+
+
+def expert_tensors(weights: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    """The slices [out, in] of expert `index` in all stacks of `weights`, by the stacks' names."""
+    return {name: tensor[index] for name, tensor in weights.items() if _STACK in name}
+
+
+def with_expert(weights: Mapping[str, Tensor], expert: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    """`weights` with the slices of one expert in place of those of expert `index`; nothing else is touched."""
+    whole = dict(weights)
+    for name, tensor in expert.items():
+        whole[name] = weights[name].clone()
+        whole[name][index] = tensor
+    return whole
+
+
+def read_registry(folder: Path) -> dict[str, StoredExpert]:
+    """All experts of a folder by id; none where there is no registry. Raises DataFault for another content."""
+    path = folder / REGISTRY_FILE
+    if not path.is_file():
+        return {}
+    plain = read_json(path)
+    names = {field.name for field in fields(StoredExpert)}
+    entries = plain.get("experts") if isinstance(plain, dict) else None
+    if not isinstance(entries, dict) or not all(isinstance(e, dict) and e.keys() == names for e in entries.values()):
+        mend = "Restore the file from a copy, or use the version of hrm_ray that wrote it"
+        raise DataFault(Fault(str(path), "it is not a registry that hrm-ray train wrote", mend))
+    return {identifier: StoredExpert(**entry) for identifier, entry in entries.items()}
+
+
+def check_id_is_free(folder: Path, identifier: str, bundle: Path) -> None:
+    """Raises SettingsError where another run than that of `bundle` has stored an expert of this name."""
+    entry = read_registry(folder).get(identifier)
+    if entry is not None and entry.bundle != str(bundle):
+        reason = f"there is an expert of this name in {folder}, trained in {entry.bundle}"
+        raise SettingsError(Fault(f"--expert-id {identifier}", reason, "Give another --expert-id, or --experts-dir"))
+
+
+def store_expert(folder: Path, identifier: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write the expert's file, then its entry (without `sha256` and `written`), each whole or as it was before."""
+    path = folder / identifier / EXPERT_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        registry = read_registry(folder)
+        save_tensors(tensors, path)
+        written = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        registry[identifier] = StoredExpert(**entry, sha256=file_sha256(path), written=written)
+        write_json(folder / REGISTRY_FILE, {"experts": {name: asdict(one) for name, one in sorted(registry.items())}})
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One writer of the registry at a time, on any system: who makes the lock file has it."""
+    lock = folder / f"{REGISTRY_FILE}.lock"
+    ends = time.monotonic() + _LOCK_TIMEOUT_S
+    while True:
+        try:
+            os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            break
+        except FileExistsError:
+            if time.monotonic() > ends:
+                reason = f"another run has been writing the registry for {_LOCK_TIMEOUT_S:g} s, or was killed at it"
+                mend = "Delete this file if no run is ending now, then go on with --resume"
+                raise ResourceFault(Fault(str(lock), reason, mend)) from None
+            time.sleep(0.05)
+    try:
+        yield
+    finally:
+        lock.unlink()
+
+
+def read_expert(folder: Path, identifier: str) -> tuple[StoredExpert, dict[str, Tensor]]:
+    """An expert's entry and tensors. Raises SettingsError for an unknown id, DataFault for a changed file."""
+    registry = read_registry(folder)
+    if identifier not in registry:
+        there = f"There are {', '.join(registry)}" if registry else "Train one with hrm-ray train --expert-id"
+        reason = f"there is no expert of this name in {folder}"
+        raise SettingsError(Fault(identifier, reason, mend_of_name(identifier, registry, there)))
+    path, entry = folder / identifier / EXPERT_FILE, registry[identifier]
+    tensors = read_tensors(path)
+    if file_sha256(path) != entry.sha256:
+        mend = "Copy the folder again from its source, or resume its run to write it anew"
+        raise DataFault(Fault(str(path), "its content is not what was stored (sha256 differs)", mend))
+    return entry, tensors
+
+
+def put_expert(folder: Path, identifier: str, into: Path, out: Path) -> StoredExpert:
+    """Make the bundle `out`: that of `into`, of the same architecture, with the stored expert in its place.
+
+    Raises SettingsError for an unknown id or a folder that is not free, DataFault for files or models that do not fit.
+    """
+    entry, expert = read_expert(folder, identifier)
+    config, sha256 = read_description(into)
+    differs = differences(ModelConfig.from_plain(entry.model_config, str(folder / REGISTRY_FILE)), config)
+    if differs:
+        reason = f"expert {identifier} is of another architecture: {differs}"
+        raise DataFault(Fault(str(into), reason, f"Give a bundle of the same architecture, such as {entry.base}"))
+    weights = read_tensors(RunDir(into).weights)
+    _check_fit(weights, expert, entry.index, into)
+    about = {"id": identifier, "index": entry.index, "sha256": entry.sha256, "into": str(into), "into_sha256": sha256}
+    save_copy(RunDir(into), out, with_expert(weights, expert, entry.index), expert=about)
+    return entry
+
+
+def differences(one: ModelConfig, other: ModelConfig) -> str:
+    """In which parts that an expert depends on two architectures differ, with their values; empty where in none."""
+    first, second = asdict(one), asdict(other)
+    return ", ".join(
+        f"{name} {first[name]}, not {second[name]}"
+        for name in first
+        if first[name] != second[name] and name not in _FREE
+    )
+
+
+def _check_fit(weights: Mapping[str, Tensor], expert: Mapping[str, Tensor], index: int, source: Path) -> None:
+    there = {name: (tensor.shape, tensor.dtype) for name, tensor in expert_tensors(weights, index).items()}
+    ours = {name: (tensor.shape, tensor.dtype) for name, tensor in expert.items()}
+    wrong = sorted(name for name in there.keys() | ours.keys() if there.get(name) != ours.get(name))
+    if wrong:
+        reason = f"its experts are of another shape or type than the stored one, first {wrong[0]}"
+        raise DataFault(Fault(str(source), reason, "Give a bundle whose weights are of the same type"))
