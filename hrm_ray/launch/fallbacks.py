@@ -12,6 +12,7 @@ import torch
 
 from hrm_ray.errors import EnvironmentFault, Fault, SettingsError
 from hrm_ray.settings.tree import RunSettings
+from hrm_ray.train.host_memory import heeds
 
 
 def settle_memory_options(settings: RunSettings, device: str) -> tuple[RunSettings, list[str]]:
@@ -24,6 +25,7 @@ def settle_memory_options(settings: RunSettings, device: str) -> tuple[RunSettin
         settings = _eight_bits(settings, device, notes)
     if device == "cpu":
         notes += _offloads_to_where_it_is(settings)
+    notes += _nothing_to_keep(settings, device)
     if settings.memory.load_in_4bit:
         _check_library("bitsandbytes", "--load-in-4bit")
     if settings.adapt.use_peft:
@@ -44,6 +46,18 @@ def _offloads_to_where_it_is(settings: RunSettings) -> list[str]:
         mend = "Leave it out, or train on a GPU"
         raise SettingsError([Fault(option, reason, mend) for option, reason in reasons.items()])
     return [f"{option}: {reason}; it changes nothing." for option, reason in reasons.items()]
+
+
+def _nothing_to_keep(settings: RunSettings, device: str) -> list[str]:
+    """Where nobody can be told to keep freed memory or to give it back."""
+    keep = settings.memory.keep_freed_memory
+    if keep is None or (device == "cpu" and heeds()):
+        return []
+    option = "--keep-freed-memory" if keep else "--no-keep-freed-memory"
+    reason = "only glibc can be told, and this is another C library" if device == "cpu" else f"memory of {device} is kept"
+    if settings.cluster.strict:
+        raise SettingsError(Fault(option, reason, "Leave it out"))
+    return [f"{option}: {reason}; it changes nothing."]
 
 
 def _check_library(name: str, option: str) -> None:
