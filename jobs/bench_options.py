@@ -165,7 +165,8 @@ def prepare(folder: Path, corpus: Path | None, size: tuple[str, ...], device: st
     data = read_json(run_dir.training_args)["data"]
     config = ModelConfig.from_plain(read_json(run_dir.config), str(run_dir.config))
     samples, _ = open_samples(data, run_dir.data)
-    return Place(samples, run_dir, (*size, "--lr", "1e-3"), config.vocab_size, device, threads, steps)
+    size = (*size, "--lr", "1e-3", "--no-linear-dataset")
+    return Place(samples, run_dir, size, config.vocab_size, device, threads, steps)
 
 
 def shown(rows: Sequence[dict[str, Any]]) -> str:

@@ -23,6 +23,7 @@ HELP_RUNS = 7
 HELP_LIMIT_S = 0.5
 MODEL = (
     *("--hidden-size", "64", "--num-heads", "2", "--h-layers", "1", "--l-layers", "1", "--expansion", "4"),
+    "--no-moe",
     *("--halt-max-steps", "8", "--batch-size", "64", "--optimizer", "adam-atan2"),
     *("--steps", str(STEPS), "--log-every", "1", "--save-every", "0"),
 )

@@ -1,18 +1,18 @@
 """`hrm-ray arch-summary`: what an architecture costs, without training.
 
-One job: model options into a model's configuration, and the account of it printed as a table or as JSON.
+One job: options into a model's configuration, and the accounts of it printed as a table or as JSON.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from hrm_ray.cli.arguments import Arguments, parse_arguments
 from hrm_ray.errors import Fault
 from hrm_ray.settings.load import load_settings
-from hrm_ray.settings.options import options
 from hrm_ray.settings.resolve import resolve_task
 from hrm_ray.settings.tree import RunSettings
 
@@ -20,12 +20,26 @@ OWN_OPTIONS = {"--config": True, "--vocab-size": True, "--json": False, "--help"
 OWN_HELP = (
     ("--vocab-size N", "Tokens in the vocabulary [default: 16000]"),
     ("--max-seq-len, --seq-len N", "Tokens in a sequence [default: 128]"),
+    ("--batch-size N and others", "What changes the memory of training is taken from the other sections too."),
     ("--config FILE", "YAML file of settings; options on the command line win over it."),
     ("--json", "Print JSON instead of a table."),
     ("--help", "Show this page."),
 )
-ABOUT = "Counts the parameters of an architecture by part, its memory, and its FLOPs per token."
+ABOUT = "Counts the parameters of an architecture by part, its FLOPs per token, and what training it takes of memory."
 DEFAULT_SEQ_LEN = 128
+SECTIONS = ("model", "memory", "adapt")
+"""Sections of the settings that the account heeds whole."""
+SINGLE_LEAVES = (
+    "data.max_seq_len",
+    "data.packing",
+    "optimizer.batch_size",
+    "optimizer.gradient_accumulation_steps",
+    "optimizer.optimizer",
+    "optimizer.use_8bit_optimizer",
+    "optimizer.ema",
+    "run.profile",
+)
+"""Leaves of other sections that decide how much memory an update takes."""
 
 
 def arch_summary_command(words: Sequence[str]) -> int:
@@ -34,7 +48,7 @@ def arch_summary_command(words: Sequence[str]) -> int:
     if "--help" in said.own:
         from hrm_ray.cli.option_help import print_option_help
 
-        print_option_help("hrm-ray arch-summary [OPTIONS]", ABOUT, OWN_HELP, ["model"])
+        print_option_help("hrm-ray arch-summary [OPTIONS]", ABOUT, OWN_HELP, SECTIONS)
         return 0
     vocab_size = _vocab_size(said)
     _refuse_other_sections(said)
@@ -47,11 +61,21 @@ def arch_summary_command(words: Sequence[str]) -> int:
 
 
 def _print_summary(settings: RunSettings, vocab_size: int, as_json: bool) -> None:
+    from hrm_ray.launch.fallbacks import settle_memory_options
     from hrm_ray.model.describe import summarise
     from hrm_ray.train.assemble import model_config
+    from hrm_ray.train.rehearse import rehearse
 
-    summary = summarise(model_config(settings, vocab_size))
-    print(json.dumps(summary.to_plain(), indent=2) if as_json else summary.as_text())
+    settings, notes = settle_memory_options(settings, "cpu")
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr)
+    config = model_config(settings, vocab_size)
+    summary, account = summarise(config), rehearse(settings, config)
+    if as_json:
+        print(json.dumps(summary.to_plain() | {"memory": account.to_plain()}, indent=2))
+        return
+    rows = f"{settings.optimizer.batch_size} x {settings.optimizer.gradient_accumulation_steps}"
+    print(f"{summary.as_text()}\n\ntraining memory, batch {rows}:\n{account.as_text()}")
 
 
 def _vocab_size(said: Arguments) -> int | None:
@@ -70,7 +94,7 @@ def _refuse_other_sections(said: Arguments) -> None:
 
     for name in list(said.options):
         spelling = spellings().get(name)
-        if spelling is None or spelling.option.section == "model" or spelling.option is options()["data.max_seq_len"]:
+        if spelling is None or spelling.option.section in SECTIONS or spelling.option.key in SINGLE_LEAVES:
             continue
-        said.faults.append(Fault(name, "does not change an architecture", "Leave it out"))
+        said.faults.append(Fault(name, "changes neither an architecture nor what it takes of memory", "Leave it out"))
         del said.options[name]

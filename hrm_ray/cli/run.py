@@ -16,7 +16,10 @@ from hrm_ray.launch import local
 from hrm_ray.launch.draft import Draft, draft, read_through
 from hrm_ray.launch.identity import find_stored, never_trained
 from hrm_ray.launch.identity import stored_settings as read_stored
+from hrm_ray.launch.memory_bounds import gigabytes
 from hrm_ray.launch.plan import make_plan
+from hrm_ray.launch.preflight import needed_memory
+from hrm_ray.launch.resources import WORKER_MEMORY_BYTES
 from hrm_ray.launch.stopping import StopWatch
 from hrm_ray.metrics.console import ConsoleSink
 from hrm_ray.model.describe import count_parameters
@@ -37,6 +40,7 @@ def run_train(settings: RunSettings, dry_run: bool) -> int:
         if dry_run:
             print("".join(f"warning {note}\n" for note in drafted.notes), end="")
             print("\n".join(f"  {key} = {value}" for key, value in to_dotted(drafted.settings).items()))
+            print(describe_memory(drafted))
             print(read_through(drafted))
             print("dry run: nothing was started or written")
             return 0
@@ -87,6 +91,16 @@ def describe(drafted: Draft) -> str:
         lines.append(f"expert  {settings.run.expert_id}: number {index} of every block is trained, all else is frozen")
     if drafted.identity.checkpoint is not None:
         lines.append(f"resume  {drafted.identity.checkpoint}")
+    return "\n".join(lines)
+
+
+def describe_memory(drafted: Draft) -> str:
+    """What each worker will take of memory, found by a rehearsal of its update (some seconds)."""
+    account = needed_memory(drafted.settings, drafted.config, drafted.devices.device)
+    process = gigabytes(WORKER_MEMORY_BYTES)
+    lines = [f"memory  of each worker {account.as_text()}, and about {process} for Python and PyTorch"]
+    if drafted.devices.device == "cpu" and drafted.keep_freed_memory:
+        lines.append("        there is room to keep freed memory, which is faster and takes up to three times as much")
     return "\n".join(lines)
 
 

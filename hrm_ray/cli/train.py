@@ -14,7 +14,7 @@ from hrm_ray.settings.load import load_settings, peek_leaves
 OWN_OPTIONS = {"--config": True, "--dry-run": False, "--help": False}
 OWN_HELP = (
     ("--config FILE", "YAML file of settings, in sections as below; options on the command line win over it."),
-    ("--dry-run", "Resolve everything, check data and devices, count parameters, and start nothing."),
+    ("--dry-run", "Resolve everything, check data and devices, count parameters and memory, and start nothing."),
     ("--help", "Show this page."),
 )
 ABOUT = "Trains a model on text or puzzles, in this process or on Ray."

@@ -54,7 +54,7 @@ def _nothing_to_keep(settings: RunSettings, device: str) -> list[str]:
     if keep is None or (device == "cpu" and heeds()):
         return []
     option = "--keep-freed-memory" if keep else "--no-keep-freed-memory"
-    reason = "only glibc can be told, and this is another C library" if device == "cpu" else f"memory of {device} is kept"
+    reason = f"memory of {device} is always kept" if device != "cpu" else "this C library, which is not glibc, decides"
     if settings.cluster.strict:
         raise SettingsError(Fault(option, reason, "Leave it out"))
     return [f"{option}: {reason}; it changes nothing."]

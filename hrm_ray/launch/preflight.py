@@ -33,9 +33,9 @@ what its tensors need (train/host_memory.py)."""
 
 
 @lru_cache(maxsize=4)
-def needed_memory(settings: RunSettings, config: ModelConfig) -> MemoryAccount:
+def needed_memory(settings: RunSettings, config: ModelConfig, device: str) -> MemoryAccount:
     """What one worker's tensors take, by a rehearsal of its update: some seconds."""
-    return rehearse(settings, config)
+    return rehearse(settings, config, device)
 
 
 def check_launch(devices: Devices) -> None:
@@ -85,7 +85,7 @@ def check_resources(settings: RunSettings, config: ModelConfig, devices: Devices
 def _fits(settings: RunSettings, config: ModelConfig, available: int) -> bool:
     if least_bytes(settings, config) > available:
         return False
-    return most_bytes(settings, config) <= available or needed_memory(settings, config).peak_bytes <= available
+    return most_bytes(settings, config) <= available or needed_memory(settings, config, "cpu").peak_bytes <= available
 
 
 def _memory_fault(settings: RunSettings, config: ModelConfig, devices: Devices, available: int) -> Fault:
@@ -93,7 +93,7 @@ def _memory_fault(settings: RunSettings, config: ModelConfig, devices: Devices, 
     if least > available:
         takes = f"weights and what must be kept of an update and of one batch take {gigabytes(least)} at the least"
     else:
-        takes = f"an update takes {gigabytes(needed_memory(settings, config).peak_bytes)}"
+        takes = f"an update takes {gigabytes(needed_memory(settings, config, 'cpu').peak_bytes)}"
     each = f" for each of {devices.world_size} workers" if devices.world_size > 1 else ""
     mend = "Choose a smaller model, a smaller --batch-size with more --gradient-accumulation-steps, or fewer workers"
     return Fault("memory", f"{takes}, {gigabytes(available)} are free{each}", mend)

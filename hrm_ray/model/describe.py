@@ -1,4 +1,4 @@
-"""What an architecture costs: parameters by part, bytes, FLOPs per token.
+"""What an architecture costs: parameters by part, FLOPs per token.
 
 One job: count without allocating or training. The counts come from the modules themselves, on PyTorch's meta device.
 """
@@ -50,15 +50,12 @@ class Summary:
     """The account of one architecture.
 
     FLOPs count a multiply and an add as two, matrix products only; per token of the sequence, for all segments.
-    `training_bytes` holds weights, gradients and two moments in float32.
     """
 
     config: ModelConfig
     parameters: dict[str, int]
     total_parameters: int
     active_parameters: int
-    weight_bytes: int
-    training_bytes: int
     forward_flops_per_token: int
     training_flops_per_token: int
 
@@ -73,8 +70,6 @@ class Summary:
             f"{'total':<{width}}  {self.total_parameters:>15,}",
             *([f"{'active':<{width}}  {self.active_parameters:>15,}  (per token)"] if self.config.num_experts else []),
             "",
-            f"weights                       {self.weight_bytes / 1e6:,.1f} MB (float32)",
-            f"weights, gradients, moments   {self.training_bytes / 1e6:,.1f} MB (AdamW)",
             f"forward, all segments         {self.forward_flops_per_token / 1e6:,.2f} MFLOP per token",
             f"training, all segments        {self.training_flops_per_token / 1e6:,.2f} MFLOP per token",
             f"(sequence {self.config.seq_len}, vocabulary {self.config.vocab_size}, "
@@ -151,8 +146,6 @@ def summarise(config: ModelConfig) -> Summary:
         parameters=count.by_part,
         total_parameters=count.total,
         active_parameters=count.active,
-        weight_bytes=4 * count.total,
-        training_bytes=16 * count.total,
         forward_flops_per_token=forward * config.halt_max_steps,
         training_flops_per_token=training_flops(config, "rollout"),
     )

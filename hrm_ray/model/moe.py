@@ -131,55 +131,56 @@ class MixtureOfExperts(nn.Module):
             weights = weights / weights.sum(-1, keepdim=True)
         member = torch.zeros_like(scores, dtype=torch.int32).scatter_(2, experts, 1)
         if self.training:
-            kept = self._kept(member, experts, scores, probabilities, site, routing)
+            number = _numbered(member, site, routing)
+            row_length = routing.row_length if routing is not None else member.shape[1]
+            kept = number.gather(2, experts) <= self.capacity(row_length, member.shape[2])
             weights = torch.where(kept, weights, 0.0)
+            if routing is not None:
+                told = _told(scores, probabilities, member, kept, number, routing.counted)
+                routing.note(site, number[:, -1], told)
         order = sort_by_expert(experts.flatten(0, 1), member.sum((0, 1)))
         rows = take(x.flatten(0, 1).to(product_dtype(x)), order)
         return give(self.experts(rows, order, routing), weights.flatten(0, 1), order).view(x.shape)
-
-    def _kept(
-        self,
-        member: Tensor,
-        experts: Tensor,
-        scores: Tensor,
-        probabilities: Tensor,
-        site: Site,
-        routing: Routing | None,
-    ) -> Tensor:
-        """Which choices [B, T, k] are within the capacity; notes what the router did.
-
-        `member` [B, T, E] is 1 for the experts of a token. A position that does not count takes nobody's place.
-        """
-        counted = routing.counted if routing is not None else None
-        if counted is not None:
-            member = member * counted.unsqueeze(-1)
-        number = member.cumsum(1, dtype=torch.int32)
-        assigned = number[:, -1]
-        if routing is not None and site in routing.earlier:
-            number = number + routing.earlier[site].unsqueeze(1)
-        row_length = routing.row_length if routing is not None else member.shape[1]
-        kept = number.gather(2, experts) <= self.capacity(row_length, member.shape[2])
-        if routing is None:
-            return kept
-        routed = None
-        if torch.is_grad_enabled():
-            squares, left_out = scores.logsumexp(-1).square(), ~kept
-            if counted is not None:
-                probabilities = probabilities * counted.unsqueeze(-1)
-                squares, left_out = squares * counted, left_out & counted.unsqueeze(-1)
-            positions = torch.full_like(assigned[:, 0], member.shape[1]) if counted is None else counted.sum(1)
-            routed = Routed(
-                positions=positions,
-                assigned=assigned,
-                so_far=number[:, -1],
-                probability=probabilities.sum(1),
-                squares=squares.sum(1),
-                dropped=left_out.sum((1, 2)),
-            )
-        routing.note(site, number[:, -1], routed)
-        return kept
 
     def capacity(self, row_length: int, experts: int) -> int:
         """How many positions of a row of `row_length` an expert takes in training."""
         # Less what the product may be rounded up by: 1.2 * 10 * 2 / 8 must be 3, not 4.
         return math.ceil(self.capacity_factor * row_length * self.chosen / experts - 1e-9)
+
+
+def _counted(member: Tensor, counted: Tensor | None) -> Tensor:
+    """`member` [B, T, E] without the positions that do not count."""
+    return member if counted is None else member * counted.unsqueeze(-1)
+
+
+def _numbered(member: Tensor, site: Site, routing: Routing | None) -> Tensor:
+    """How often each expert was chosen in the row up to a position, itself and earlier chunks included [B, T, E].
+
+    `member` is 1 for the experts of a position. A position that does not count takes nobody's place.
+    """
+    number = _counted(member, routing.counted if routing is not None else None).cumsum(1, dtype=torch.int32)
+    if routing is None or site not in routing.earlier:
+        return number
+    return number + routing.earlier[site].unsqueeze(1)
+
+
+def _told(
+    scores: Tensor, probabilities: Tensor, member: Tensor, kept: Tensor, number: Tensor, counted: Tensor | None
+) -> Routed | None:
+    """What the losses are made of; nothing in an update without gradient."""
+    if not torch.is_grad_enabled():
+        return None
+    squares, left_out = scores.logsumexp(-1).square(), ~kept
+    if counted is None:
+        positions = torch.full_like(number[:, 0, 0], scores.shape[1])
+    else:
+        positions, squares = counted.sum(1), squares * counted
+        left_out = left_out & counted.unsqueeze(-1)
+    return Routed(
+        positions=positions,
+        assigned=_counted(member, counted).sum(1),
+        so_far=number[:, -1],
+        probability=_counted(probabilities, counted).sum(1),
+        squares=squares.sum(1),
+        dropped=left_out.sum((1, 2)),
+    )

@@ -19,7 +19,6 @@ PROFILES: dict[str, dict[str, Any]] = {
         "optimizer.lr": 5e-4,
         "optimizer.warmup_steps": 500,
         "memory.amp": False,
-        "adapt.lora_r": 8,
         "run.epochs": 3,
         "run.eval_every": 500,
         "run.save_every": 1000,

@@ -22,10 +22,10 @@ def keep_freed_memory(keep: bool) -> bool:
     """Let glibc keep what tensors give back for the next ones, or give it back to the system; says whether it heeds it.
 
     Kept memory makes a CPU step faster: a page that is given back and taken again costs a page fault, in all 5 to 40 %
-    of a step, the more the smaller the model. The price is memory: between what is alive the kept pieces lie scattered,
-    and a new tensor often fits none of them, because an aligned one asks for a little more than the last one of its size
-    left. A process then takes 1.2 to 2.7 times what its tensors need. Given back, it takes what they need, to a few
-    percent. Other C libraries are left as they are.
+    of a step, the more the smaller the model. The price is memory: the kept pieces lie scattered between what is alive,
+    and a new tensor often fits none of them, because an aligned one asks for a little more than the last one of its
+    size left. A process then takes 1.2 to 2.7 times what its tensors need. Given back, it takes what they need, to a
+    few percent. Other C libraries are left as they are.
     """
     if not heeds():
         return False

@@ -1,8 +1,8 @@
 """How many bytes of tensors are alive, and what they are.
 
-One job: watch every operation inside a context and account for storages from the operation that made them until they are
-freed. It works on real tensors and on fake ones alike, sees what operations give out, and not what a kernel keeps to
-itself while it runs. The accounting is exact, unlike a process's resident memory.
+One job: watch every operation inside a context and account for storages from the operation that made them until they
+are freed. It works on real tensors and on fake ones alike, sees what operations give out, and not what a kernel keeps
+to itself while it runs. The accounting is exact, unlike a process's resident memory.
 """
 
 from __future__ import annotations

@@ -69,7 +69,12 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """All tensors that the optimizer keeps between updates."""
-    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return [tensor for state in optimizer.state.values() for tensor in state_tensors_of(state)]
+
+
+def state_tensors_of(state: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors among what an optimizer keeps of one parameter."""
+    return [value for value in state.values() if isinstance(value, Tensor)]
 
 
 def _as_tensor(name: str, key: str, value: Any) -> Tensor:

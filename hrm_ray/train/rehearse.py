@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.live_bytes import LiveBytes, storage_bytes
 from hrm_ray.train.loop import TrainingLoop
-from hrm_ray.train.optimizer_state import state_tensors
+from hrm_ray.train.optimizer_state import state_tensors, state_tensors_of
 from hrm_ray.train.strategies.single import SingleStrategy
 from hrm_ray.train.world import World
 from hrm_ray.values import Columns
@@ -45,8 +45,8 @@ _STEPS = 1000
 class MemoryAccount:
     """Bytes of one worker's tensors in an update.
 
-    `activations_bytes` is the most that the passes need beside what stays, `peak_bytes` the most that is alive at once.
-    The process itself, with Python and PyTorch, comes on top.
+    `carries_bytes` rest between updates of puzzles, `activations_bytes` is the most that the passes need beside what
+    stays, `peak_bytes` the most that is alive at once. The process itself, with Python and PyTorch, comes on top.
     """
 
     weights_bytes: int
@@ -57,12 +57,23 @@ class MemoryAccount:
     activations_bytes: int
     peak_bytes: int
 
+    def to_plain(self) -> dict[str, int]:
+        """As JSON holds it."""
+        return asdict(self)
 
-def rehearse(settings: RunSettings, config: ModelConfig) -> MemoryAccount:
+    def as_text(self) -> str:
+        """A sentence: the peak, and what it is made of."""
+        parts = {name.removesuffix("_bytes"): size for name, size in asdict(self).items() if name != "peak_bytes"}
+        shown = ", ".join(f"{name} {_megabytes(size)}" for name, size in parts.items() if size)
+        return f"{_megabytes(self.peak_bytes)} at the peak of an update ({shown})"
+
+
+def rehearse(settings: RunSettings, config: ModelConfig, device: str = "cpu") -> MemoryAccount:
     """The account of an update as `settings` (resolved) ask for it, in seconds for any size; nothing is allocated.
 
-    It is that of a CPU; kernels of other devices keep about the same. Two micro-batches and two segments are gone
-    through, and what further micro-batches keep is added.
+    It goes by the kernels of a CPU; those of another `device` keep about the same. Two micro-batches and two segments
+    are gone through, and what further micro-batches keep is added. An optimizer's state that --optimizer-offload keeps
+    in host memory is told, and not part of the peak.
     """
     accumulation = settings.optimizer.gradient_accumulation_steps
     chosen = settings.optimizer.model_copy(update={"gradient_accumulation_steps": min(accumulation, MICRO_BATCHES)})
@@ -72,7 +83,8 @@ def rehearse(settings: RunSettings, config: ModelConfig) -> MemoryAccount:
         settings = settings.model_copy(update={"optimizer": chosen})
         loop = assemble(settings, shorter, _NoRows(), None, world, _STEPS, lambda: None, resumes=True).loop
         batches = [_batch(loop, shorter, settings.data.packing) for _ in range(loop.parts.shape.accumulation)]
-        account = account_for(loop, batches)
+        offloaded = settings.memory.optimizer_offload and device != "cpu"
+        account = account_for(loop, batches, offloaded=offloaded)
         kept = storage_bytes([*_tensors(loop.carries), *_tensors(batches)]) // len(batches)
         # The carries of the last update live until those of the present one are all there.
         carried = storage_bytes(_tensors(loop.carries)) // len(batches)
@@ -84,9 +96,12 @@ def rehearse(settings: RunSettings, config: ModelConfig) -> MemoryAccount:
     )
 
 
-def account_for(loop: TrainingLoop, batches: list[Batch]) -> MemoryAccount:
+def account_for(loop: TrainingLoop, batches: list[Batch], *, offloaded: bool = False) -> MemoryAccount:
     """The account of an update of `loop` on `batches`, one per micro-batch: the second of two, when the optimizer has
-    its state. The weights move; the loop's progress and its place in the data do not."""
+    its state. The weights move; the loop's progress and its place in the data do not.
+
+    With `offloaded` the optimizer's state is elsewhere, but for that of the largest parameter in its turn.
+    """
     strategy, parts = loop.parts.strategy, loop.parts
     assert isinstance(strategy, SingleStrategy)
     live = LiveBytes()
@@ -109,6 +124,8 @@ def account_for(loop: TrainingLoop, batches: list[Batch]) -> MemoryAccount:
             if parts.ema is not None:
                 parts.ema.update()
             live.name("optimizer", state_tensors(strategy.optimizer))
+    states = [storage_bytes(state_tensors_of(state)) for state in strategy.optimizer.state.values()]
+    in_turn = max(states, default=0) if offloaded else 0
     return MemoryAccount(
         weights_bytes=live.live_bytes("weights"),
         gradients_bytes=gradients_bytes,
@@ -116,7 +133,7 @@ def account_for(loop: TrainingLoop, batches: list[Batch]) -> MemoryAccount:
         average_bytes=live.live_bytes("average"),
         carries_bytes=storage_bytes(_tensors(loop.carries)),
         activations_bytes=live.peak_bytes(beside=RESIDENT, since=begun, until=passed),
-        peak_bytes=live.peak_bytes(since=begun),
+        peak_bytes=live.peak_bytes(since=begun, beside=("optimizer",) if offloaded else ()) + in_turn,
     )
 
 
@@ -189,6 +206,10 @@ def _batch(loop: TrainingLoop, config: ModelConfig, packing: bool) -> Batch:
         # Where a document begins cannot be asked; attention then takes each row for one document.
         batch["documents"] = torch.ones(rows, length, dtype=torch.int32)
     return batch
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
 
 
 def _tensors(tree: Any) -> list[Tensor]:

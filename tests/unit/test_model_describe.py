@@ -54,8 +54,7 @@ def test_parameters_are_those_of_the_modules(shape: str) -> None:
     assert count.total == want == sum(count.by_part.values())
     assert count.by_part["token embedding"] == count.by_part["output head"] == 19 * 16
     summary = summarise(config)
-    assert summary.total_parameters == want and summary.weight_bytes == 4 * want
-    assert summary.training_bytes == 16 * want
+    assert summary.total_parameters == want
     for part, number in count.by_part.items():
         assert f"{number:,}" in summary.as_text() and part in summary.as_text()
 

@@ -18,7 +18,6 @@ from tests.support.runs import PUZZLE, TEXT, computed, hrm, puzzle_file, records
 
 TRAIN_ADVANCED: dict[str, Any] = {
     "adapt.lora_r": 8,
-    "adapt.lora_r": 8,
     "data.max_seq_len": 256,
     "memory.amp": False,
     "model.activation": "gelu",
