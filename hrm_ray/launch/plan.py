@@ -87,6 +87,11 @@ def _plan(
             f"The learning-rate schedule is laid out for {schedule_steps} steps, the most that {settings.run.epochs} "
             "epoch(s) can take when no puzzle halts early; give --steps for a schedule that reaches its end."
         )
+    warmup = settings.optimizer.warmup_steps
+    if warmup and warmup >= schedule_steps:
+        reason = f"the run has {schedule_steps} steps, so the warm-up would last to its end"
+        mend = f"Give at most --warmup-steps {max(0, schedule_steps - 1)}, or more --epochs"
+        raise SettingsError(Fault(f"--warmup-steps {warmup}", reason, mend))
     checkpoint = drafted.identity.checkpoint
     return {
         "settings": to_plain(settings),

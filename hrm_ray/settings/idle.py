@@ -169,6 +169,26 @@ IDLE_LEAVES: tuple[IdleLeaves, ...] = (
         "Leave it out, give a smaller --window-size, or a longer --max-seq-len",
     ),
     IdleLeaves(
+        "chunks_of_a_row",
+        ("memory.use_chunked_training",),
+        ("memory.chunk_size", "data.max_seq_len"),
+        lambda settings: (
+            settings.memory.use_chunked_training
+            and settings.data.max_seq_len is not None
+            and settings.memory.chunk_size >= settings.data.max_seq_len
+        ),
+        "a row has no more tokens than a chunk",
+        "Leave it out, give a smaller --chunk-size, or a longer --max-seq-len",
+    ),
+    IdleLeaves(
+        "halting_of_several_segments",
+        ("model.halt_rule", "model.halt_margin"),
+        ("model.halt_max_steps", "model.task"),
+        lambda settings: settings.model.task == "lm" and settings.model.halt_max_steps == 1,
+        "with one segment there is no further one to halt before",
+        "Leave it out, or give a larger --halt-max-steps",
+    ),
+    IdleLeaves(
         "chunk_leaves_of_chunked_training",
         ("memory.chunk_size", "memory.chunk_gradients", "memory.cpu_offload"),
         ("memory.use_chunked_training",),

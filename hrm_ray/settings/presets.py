@@ -9,7 +9,7 @@ from typing import Any
 
 
 def _dense(hidden_size: int, num_heads: int, layers_each: int) -> dict[str, Any]:
-    """A model of so many layers in H and as many in L, without experts."""
+    """A model of so many layers in H and as many in L; without experts, since its name says how large all of it is."""
     return {
         "model.hidden_size": hidden_size,
         "model.num_heads": num_heads,
@@ -52,11 +52,8 @@ SAID_EACH_TIME: frozenset[str] = frozenset({"run.resume", "run.resume_from"})
 
 
 def preset_leaves(name: str) -> dict[str, Any]:
-    """The leaves that a preset fills; none for a name that is no preset (that is reported as a wrong value).
-
-    A preset is a dense model: its name says how large all of it is.
-    """
-    return {**PRESETS[name], "model.use_moe": False} if name in PRESETS else {}
+    """The leaves that a preset fills; none for a name that is no preset (that is reported as a wrong value)."""
+    return dict(PRESETS[name]) if name in PRESETS else {}
 
 
 def layer_leaves(num_layers: int) -> dict[str, Any]:

@@ -71,6 +71,7 @@ def _write(loop: TrainingLoop, folder: Path, extra: dict[str, Any]) -> None:
             "epoch": parts.feed.epoch,
             "effective_batch_size": parts.shape.effective,
             "physical_batch_size": parts.shape.batch_size,
+            "asked_batch_size": loop.asked_batch_size,
             "loss_scaler": None if parts.scaler is None else vars(parts.scaler),
             "adaptive_lr": trend,
             "extra": extra,
@@ -79,11 +80,11 @@ def _write(loop: TrainingLoop, folder: Path, extra: dict[str, Any]) -> None:
     world.barrier()
 
 
-def load_checkpoint(loop: TrainingLoop, folder: Path, *, keep_cut: bool = True) -> dict[str, Any]:
+def load_checkpoint(loop: TrainingLoop, folder: Path) -> dict[str, Any]:
     """Lay a whole checkpoint back into the loop, on any number of ranks with the same effective batch.
 
-    With `keep_cut` micro-batches that had become smaller for lack of memory stay so. Called on all ranks, after the
-    folder was verified; returns the runner's `extra`. Raises DataFault.
+    Micro-batches that had become smaller for lack of memory stay so, unless another size is asked for than then. Called
+    on all ranks, after the folder was verified; returns the runner's `extra`. Raises DataFault.
     """
     parts = loop.parts
     state = read_json(folder / STATE)
@@ -109,7 +110,8 @@ def load_checkpoint(loop: TrainingLoop, folder: Path, *, keep_cut: bool = True) 
         zero = torch.zeros((), dtype=loop.count_type, device=loop.world.device)
         adaptive.load(state["adaptive_lr"], loop.world.leads, zero)
     rows = state["physical_batch_size"]
-    if keep_cut and rows < parts.shape.batch_size and parts.shape.per_rank % rows == 0:
+    asked_as_then = state["asked_batch_size"] == loop.asked_batch_size
+    if asked_as_then and rows < parts.shape.batch_size and parts.shape.per_rank % rows == 0:
         loop.cut_to(rows)
     slots = _own_slots(loop, folder)
     position = {

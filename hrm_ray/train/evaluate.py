@@ -27,6 +27,7 @@ from hrm_ray.train.evaluate_text import (
     text_figures,
 )
 from hrm_ray.train.microbatch import to_batch, wanted_columns
+from hrm_ray.train.out_of_memory import is_out_of_memory, release, smaller, too_large
 from hrm_ray.train.world import World
 from hrm_ray.values import IGNORE_LABEL, SampleSet
 
@@ -51,9 +52,44 @@ class HeldOut:
 
 
 def evaluate(objective: AnyObjective, held_out: HeldOut, world: World) -> dict[str, float]:
-    """Figures of the model as it is now; a collective. Leaves the objective in training mode."""
-    sums_of, names_of, figures_of = _KINDS[type(objective)]
+    """Figures of the model as it is now; a collective. Leaves the objective in training mode.
+
+    Where memory runs out on a rank, all take batches half as large. Raises ResourceFault where one row is too many.
+    """
+    _, names_of, figures_of = _KINDS[type(objective)]
     objective.eval()
+    while True:
+        totals = _tried(objective, held_out, world)
+        failed = world.sum(torch.tensor(float(totals is None), device=world.device))
+        if totals is not None and float(failed) == 0:
+            break
+        rows = smaller(held_out.batch_size)
+        if rows is None:
+            raise too_large("an evaluation", "with one row at a time")
+        held_out = held_out.with_batch(rows)
+    objective.train()
+    names = names_of(objective)
+    vector = torch.stack([totals.get(name, torch.zeros((), dtype=torch.float64)) for name in names])
+    if world.device.type != "mps":
+        vector = vector.to(world.device)
+    summed = dict(zip(names, world.sum(vector).tolist(), strict=True))
+    return figures_of(summed)
+
+
+def _tried(objective: AnyObjective, held_out: HeldOut, world: World) -> Sums | None:
+    """`_own_sums`, or None where memory ran out."""
+    try:
+        return _own_sums(objective, held_out, world)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    release(world.device)
+    return None
+
+
+def _own_sums(objective: AnyObjective, held_out: HeldOut, world: World) -> Sums:
+    """Sums over the batches that are this rank's."""
+    sums_of = _KINDS[type(objective)][0]
     wanted = wanted_columns(objective.model.config) | {"label_bytes"}
     totals: Sums = {}
     with torch.no_grad():
@@ -64,13 +100,7 @@ def evaluate(objective: AnyObjective, held_out: HeldOut, world: World) -> dict[s
             batch = to_batch(held_out.samples.rows(indices), wanted, world.device)
             for name, value in sums_of(objective, batch).items():
                 totals[name] = totals.get(name, torch.zeros((), dtype=torch.float64)) + value.cpu().double()
-    objective.train()
-    names = names_of(objective)
-    vector = torch.stack([totals.get(name, torch.zeros((), dtype=torch.float64)) for name in names])
-    if world.device.type != "mps":
-        vector = vector.to(world.device)
-    summed = dict(zip(names, world.sum(vector).tolist(), strict=True))
-    return figures_of(summed)
+    return totals
 
 
 def _puzzle_sums(objective: AnyObjective, batch: Batch) -> Sums:

@@ -115,6 +115,7 @@ class TrainingLoop:
 
     def __init__(self, parts: LoopParts, stop_poll: Callable[[], StopReason | None] = lambda: None) -> None:
         self.parts = parts
+        self.asked_batch_size = parts.shape.batch_size
         self.stop_poll = stop_poll
         self.progress = Progress()
         self.carries: list[Any] | None = None
@@ -125,6 +126,16 @@ class TrainingLoop:
 
     def step(self) -> StepReport | None:
         """One weight update, or a skipped one; None when all epochs are over."""
+        try:
+            return self._step()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            # Some weights may have moved already: there is no step to do again, and a smaller batch would not help.
+            where = f"step {self.progress.step + 1}"
+            raise too_large(where, "beside the passes, where no smaller batch saves any") from error
+
+    def _step(self) -> StepReport | None:
         parts = self.parts
         number = self.progress.step + 1
         while True:
@@ -141,7 +152,7 @@ class TrainingLoop:
         parts.strategy.reduce()
         rows = parts.sparse.gradients(self.world) if parts.sparse is not None else None
         if rows is None or bool(rows[1].isfinite().all()):
-            norm = self._updated(number)
+            norm = parts.strategy.step(parts.grad_clip, parts.scaler.scale if parts.scaler is not None else 1.0)
         else:
             norm = math.nan
             parts.strategy.discard()
@@ -153,17 +164,6 @@ class TrainingLoop:
         else:
             self._skipped(number, norm)
         return StepReport(math.isfinite(norm), norm, parts.rates.lr * factor, totals, stop, recut, adapted)
-
-    def _updated(self, number: int) -> float:
-        """The weight update, or none where the norm of the gradients, which is given back, is not finite."""
-        scale = self.parts.scaler.scale if self.parts.scaler is not None else 1.0
-        try:
-            return self.parts.strategy.step(self.parts.grad_clip, scale)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            # Some weights may have moved already: there is no step to do again, and a smaller batch would not help.
-            raise too_large(number, "in the weight update, which no smaller batch makes smaller") from error
 
     def _offered(self, step: int) -> list[Columns]:
         shape = self.parts.shape
@@ -216,7 +216,7 @@ class TrainingLoop:
                 return metrics, cut
             rows = smaller(parts.shape.batch_size)
             if rows is None:
-                raise too_large(number, "with a micro-batch of 1")
+                raise too_large(f"step {number}", "with a micro-batch of 1")
             parts.strategy.discard()
             if parts.sparse is not None:
                 parts.sparse.forget()

@@ -14,7 +14,16 @@ import torch
 from hrm_ray.errors import Fault, ResourceFault
 from hrm_ray.values import Columns
 
-_SAYS_SO = ("out of memory", "can't allocate memory", "bad_alloc", "not enough memory", "failed to allocate")
+_SAYS_SO = (
+    "out of memory",
+    "out_of_memory",
+    "can't allocate memory",
+    "bad_alloc",
+    "not enough memory",
+    "failed to allocate",
+    "status_alloc_failed",
+)
+"""PyTorch's words on several devices, C++'s, and those of cuBLAS and cuDNN, which allocate when they are first used."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -46,11 +55,11 @@ def recut(columns: list[Columns], rows: int) -> list[Columns]:
     return [{name: values[first : first + rows] for name, values in joined.items()} for first in range(0, count, rows)]
 
 
-def too_large(step: int, doing: str) -> ResourceFault:
+def too_large(where: str, doing: str) -> ResourceFault:
     """What to raise where no smaller micro-batch can help."""
     return ResourceFault(
         Fault(
-            f"step {step}",
+            where,
             f"memory ran out {doing}",
             "Use a shorter --max-seq-len, --use-chunked-training, --gradient-checkpointing, --use-8bit-optimizer or a "
             "smaller model",

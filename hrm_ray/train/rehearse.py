@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hrm_ray.model.attention import AttentionScope, attend
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.objective import Batch
+from hrm_ray.model.transforms.attend import use_kernel
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.live_bytes import LiveBytes, storage_bytes
@@ -30,10 +32,13 @@ from hrm_ray.train.strategies.single import SingleStrategy
 from hrm_ray.train.world import World
 from hrm_ray.values import Columns
 
-MICRO_BATCHES = 2
-"""So many of a step's are gone through: the first makes the gradients, the second adds to them as all others do."""
+PASSES = 2
+"""So many of an update's are gone through at least: the first may make the gradients, the second adds to them as all
+others do. Where a micro-batch has that many itself, one is enough."""
 SEGMENTS = 2
 """So many of a batch's are gone through: the second begins with what the first left, as all others do."""
+CHUNKS = 3
+"""So many of a row's are gone through, beyond those that a window reaches over; any further one takes as much more."""
 RESIDENT = ("weights", "gradients", "optimizer", "average", "carries", "batch")
 """What stays over the passes of an update; everything else that lives in them is activations."""
 
@@ -71,24 +76,42 @@ class MemoryAccount:
 def rehearse(settings: RunSettings, config: ModelConfig, device: str = "cpu") -> MemoryAccount:
     """The account of an update as `settings` (resolved) ask for it, in seconds for any size; nothing is allocated.
 
-    It goes by the kernels of a CPU; those of another `device` keep about the same. Two micro-batches and two segments
-    are gone through, and what further micro-batches keep is added. An optimizer's state that --optimizer-offload keeps
+    It goes by the kernels of a CPU; those of another `device` keep about the same. A few micro-batches, segments and
+    chunks are gone through, and what further ones keep is added. State of the optimizer that --optimizer-offload keeps
     in host memory is told, and not part of the peak.
     """
+    chunk, first = settings.memory.chunk_size, _chunks(settings, config)
+    if not settings.memory.use_chunked_training or config.seq_len <= (first + 1) * chunk:
+        return _rehearsed(settings, config, device)
+    few, more = (_rehearsed(settings, replace(config, seq_len=n * chunk), device) for n in (first, first + 1))
+    further = config.seq_len / chunk - first
+    grown = {name: size + round(further * (more.to_plain()[name] - size)) for name, size in few.to_plain().items()}
+    return MemoryAccount(**grown)
+
+
+def _chunks(settings: RunSettings, config: ModelConfig) -> int:
+    """Chunks from which on each further one takes as much again."""
+    return CHUNKS + (0 if config.window_size is None else -(-config.window_size // settings.memory.chunk_size))
+
+
+def _rehearsed(settings: RunSettings, config: ModelConfig, device: str) -> MemoryAccount:
     accumulation = settings.optimizer.gradient_accumulation_steps
-    chosen = settings.optimizer.model_copy(update={"gradient_accumulation_steps": min(accumulation, MICRO_BATCHES)})
     shorter = replace(config, halt_max_steps=min(config.halt_max_steps, SEGMENTS))
+    several = shorter.halt_max_steps > 1 and settings.model.supervision == "rollout"
+    rehearsed = min(accumulation, 1 if several else PASSES)
+    chosen = settings.optimizer.model_copy(update={"gradient_accumulation_steps": rehearsed})
     world = World(0, 1, torch.device("cpu"), grouped=False)
     with torch.random.fork_rng(devices=()), FakeTensorMode(), _Answers(), _moving_fake_modules():
         settings = settings.model_copy(update={"optimizer": chosen})
         loop = assemble(settings, shorter, _NoRows(), None, world, _STEPS, lambda: None, resumes=True).loop
-        batches = [_batch(loop, shorter, settings.data.packing) for _ in range(loop.parts.shape.accumulation)]
+        use_kernel(loop.parts.objective.model, _attend)
+        batches = [_batch(loop, shorter, settings.data.packing) for _ in range(rehearsed)]
         offloaded = settings.memory.optimizer_offload and device != "cpu"
         account = account_for(loop, batches, offloaded=offloaded)
-        kept = storage_bytes([*_tensors(loop.carries), *_tensors(batches)]) // len(batches)
+        kept = storage_bytes([*_tensors(loop.carries), *_tensors(batches)]) // rehearsed
         # The carries of the last update live until those of the present one are all there.
-        carried = storage_bytes(_tensors(loop.carries)) // len(batches)
-    further = max(0, accumulation - MICRO_BATCHES)
+        carried = storage_bytes(_tensors(loop.carries)) // rehearsed
+    further = accumulation - rehearsed
     return replace(
         account,
         carries_bytes=account.carries_bytes + further * carried,
@@ -97,34 +120,32 @@ def rehearse(settings: RunSettings, config: ModelConfig, device: str = "cpu") ->
 
 
 def account_for(loop: TrainingLoop, batches: list[Batch], *, offloaded: bool = False) -> MemoryAccount:
-    """The account of an update of `loop` on `batches`, one per micro-batch: the second of two, when the optimizer has
-    its state. The weights move; the loop's progress and its place in the data do not.
+    """The account of an update of `loop` on `batches`, one per micro-batch, with the optimizer's state in place. The
+    weights move; the loop's progress and its place in the data do not.
 
     With `offloaded` the optimizer's state is elsewhere, but for that of the largest parameter in its turn.
     """
-    strategy, parts = loop.parts.strategy, loop.parts
-    assert isinstance(strategy, SingleStrategy)
+    parts = loop.parts
     live = LiveBytes()
     live.name("weights", (*parts.objective.parameters(), *parts.objective.buffers()))
     live.name("batch", _tensors(batches))
     live.name("average", parts.ema.average.values() if parts.ema is not None else ())
     with live, _naming_gradients(parts.objective, live):
-        for _ in range(2):
-            live.name("carries", _tensors(loop.carries))
-            begun = live.moment
-            _, carries = loop.passes(batches, defaultdict(lambda: 1.0))
-            if parts.carried:
-                live.name("carries", _tensors(carries))
-                loop.carries = carries
-            passed, gradients_bytes = live.moment, live.live_bytes("gradients")
-            del carries
-            if parts.sparse is not None:
-                parts.sparse.forget()
-            strategy.step(parts.grad_clip, 1.0)
-            if parts.ema is not None:
-                parts.ema.update()
-            live.name("optimizer", state_tensors(strategy.optimizer))
-    states = [storage_bytes(state_tensors_of(state)) for state in strategy.optimizer.state.values()]
+        # An update with gradients of nothing makes the state that the next one finds.
+        for parameter in parts.objective.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        _update(loop, live)
+        if parts.carried and loop.carries is None:
+            loop.carries = [parts.objective.initial_carry(batch) for batch in batches]
+        live.name("carries", _tensors(loop.carries))
+        begun = live.moment
+        _, carries = loop.passes(batches, defaultdict(lambda: 1.0))
+        if parts.carried:
+            live.name("carries", _tensors(carries))
+            loop.carries = carries
+        passed, gradients_bytes = live.moment, live.live_bytes("gradients")
+        del carries
+        states = _update(loop, live)
     in_turn = max(states, default=0) if offloaded else 0
     return MemoryAccount(
         weights_bytes=live.live_bytes("weights"),
@@ -135,6 +156,19 @@ def account_for(loop: TrainingLoop, batches: list[Batch], *, offloaded: bool = F
         activations_bytes=live.peak_bytes(beside=RESIDENT, since=begun, until=passed),
         peak_bytes=live.peak_bytes(since=begun, beside=("optimizer",) if offloaded else ()) + in_turn,
     )
+
+
+def _update(loop: TrainingLoop, live: LiveBytes) -> list[int]:
+    """A weight update with what follows it; gives the bytes that the optimizer keeps of each parameter."""
+    strategy, parts = loop.parts.strategy, loop.parts
+    assert isinstance(strategy, SingleStrategy)
+    if parts.sparse is not None:
+        parts.sparse.forget()
+    strategy.step(parts.grad_clip, 1.0)
+    if parts.ema is not None:
+        parts.ema.update()
+    live.name("optimizer", state_tensors(strategy.optimizer))
+    return [storage_bytes(state_tensors_of(state)) for state in strategy.optimizer.state.values()]
 
 
 @contextmanager
@@ -183,6 +217,21 @@ class _Answers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _FewBlocks(AttentionScope):
+    """Of long rows, whose queries are taken a block at a time, the first block and the last alone: what lives at a
+    time is the most in one of them."""
+
+    def blocks(self, queries: int, keys: int, size: int) -> list[tuple[slice, slice]]:
+        every = super().blocks(queries, keys, size)
+        return every if len(every) < 3 else [every[0], every[-1]]
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, scope: AttentionScope) -> Tensor:
+    """Attention as training computes it, in few blocks; an AttentionKernel."""
+    few = scope.remembered("rehearsed", lambda: _FewBlocks(scope.causal, scope.documents, scope.prompt, scope.window))
+    return attend(query, keys, values, few)
+
+
 class _NoRows:
     """A sample set to assemble a loop with; batches are made without it."""
 
@@ -203,7 +252,7 @@ def _batch(loop: TrainingLoop, config: ModelConfig, packing: bool) -> Batch:
     if "prompt" in loop.parts.wanted:
         batch["prompt"] = torch.ones(rows, length, dtype=torch.bool)
     elif packing and config.task == "lm":
-        # Where a document begins cannot be asked; attention then takes each row for one document.
+        # Where a document begins cannot be asked; attention takes each row for one, which is the most that it sees.
         batch["documents"] = torch.ones(rows, length, dtype=torch.int32)
     return batch
 

@@ -41,6 +41,10 @@ class Runner:
         self.expert = expert
         self.loop = workplace.loop
         self.held_out = workplace.held_out
+        rows = self.loop.parts.shape.batch_size
+        if self.held_out is not None and rows < self.held_out.batch_size and self.held_out.batch_size % rows == 0:
+            # The checkpoint's micro-batches had become smaller for lack of memory.
+            self.held_out = self.held_out.with_batch(rows)
         self.run_dir = run_dir
         self.sink = sink
         self.best: dict[str, Any] | None = None

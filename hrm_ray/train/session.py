@@ -29,9 +29,6 @@ from hrm_ray.train.weights_file import NO_ROOM, unwritable
 from hrm_ray.train.world import World
 from hrm_ray.values import DriverLink, MetricSink, Outcome
 
-_CUT = frozenset({"optimizer.batch_size", "optimizer.gradient_accumulation_steps"})
-"""What says how rows are cut into micro-batches: a user who says so anew does not get the cut of the checkpoint."""
-
 
 def train(plan: dict[str, Any], link: DriverLink) -> Outcome:
     """Run this worker's share of the plan; the process group, if there is to be one, already exists.
@@ -71,7 +68,7 @@ def _train(plan: dict[str, Any], link: DriverLink) -> Outcome:
     resumed_step: int | None = None
     extra: dict[str, Any] = {}
     if plan["resume"] is not None:
-        extra = load_checkpoint(workplace.loop, Path(plan["resume"]), keep_cut=not _CUT & settings.given)
+        extra = load_checkpoint(workplace.loop, Path(plan["resume"]))
         resumed_step = workplace.loop.progress.step
         # Every rank has the checkpoint: only now is the bundle taken back to it.
         world.barrier()

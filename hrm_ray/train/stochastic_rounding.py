@@ -12,8 +12,9 @@ import hashlib
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 22
-"""Numbers rounded at once: what bounds the memory that is needed meanwhile."""
+_CHUNK, _CPU_CHUNK = 1 << 22, 1 << 17
+"""Numbers rounded at once, which bounds the memory that is needed meanwhile: so many that launching kernels is little
+beside what they do, and on a CPU so few that they stay in its cache."""
 _EXPONENT_BITS = 0x7F800000
 """Of a float32: a number with these bits alone is the power of two at or below it."""
 
@@ -25,9 +26,10 @@ def round_stochastically(wide: Tensor, narrow: Tensor, key: str) -> None:
     type's largest number the result is infinite. The same `key` gives the same result on every device.
     """
     source, target = wide.view(-1), narrow.view(-1)
-    for start in range(0, source.numel(), _CHUNK):
-        part = source[start : start + _CHUNK]
-        target[start : start + _CHUNK] = _rounded(part, narrow.dtype, uniform(part.numel(), start, key, part.device))
+    chunk = _CPU_CHUNK if wide.device.type == "cpu" else _CHUNK
+    for start in range(0, source.numel(), chunk):
+        part = source[start : start + chunk]
+        target[start : start + chunk] = _rounded(part, narrow.dtype, uniform(part.numel(), start, key, part.device))
 
 
 def _rounded(wide: Tensor, dtype: torch.dtype, chance: Tensor) -> Tensor:
@@ -48,8 +50,9 @@ def uniform(count: int, start: int, key: str, device: torch.device) -> Tensor:
     between its rounds.
     """
     first, second = _key_words(key)
-    mixed = torch.arange(start, start + count, dtype=torch.int64, device=device).to(torch.int32)
-    mixed = _xor_shifted(mixed.add_(first), 16).mul_(0x7FEB352D)
+    # Whole numbers of 32 bits wrap round.
+    mixed = torch.arange(count, dtype=torch.int32, device=device).add_(_signed((first + start) % 2**32))
+    mixed = _xor_shifted(mixed, 16).mul_(0x7FEB352D)
     mixed = _xor_shifted(mixed.bitwise_xor_(second), 15).mul_(_signed(0x846CA68B))
     mixed = _xor_shifted(mixed, 16)
     return mixed.bitwise_right_shift_(8).bitwise_and_(0xFFFFFF).to(torch.float32).mul_(2.0**-24)

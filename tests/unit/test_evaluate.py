@@ -172,6 +172,9 @@ class OneOfTwo(World):
     """A rank that keeps what it would have added to the other's."""
 
     def sum(self, tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0:
+            # Whether memory ran out: on neither.
+            return tensor
         SENT.append(tensor.clone())
         return torch.stack(SENT).sum(0)
 

@@ -249,6 +249,20 @@ def test_experts_are_frozen_beside_adapted_attention(base: str) -> None:
             assert torch.equal(tensor, original[name]), name
 
 
+def test_a_transformer_has_one_head() -> None:
+    config = tiny_config(arch="transformer", halt_max_steps=1)
+    model = tiny_model(config)
+    adapters = lay_adapters(model, chosen("lora"), seed=0, total_steps=STEPS)
+    losses = train(model, adapters)
+    assert losses[-1] < 0.9 * losses[0]
+    described, tensors = adapters.in_file()
+    assert described["modules_to_save"] == ["lm_head"]
+    assert [name for name in tensors if "head" in name] == ["base_model.model.lm_head.weight"]
+    plain = build_model(config)
+    fill_module(plain, adapters.merged_weights(), "merged")
+    torch.testing.assert_close(logits(plain)[0], logits(model)[0], rtol=0, atol=1e-4)
+
+
 def test_one_step_gradient_reaches_adapters_of_both_levels() -> None:
     """With a gradient through the last H update alone, those of L get a zero, so that no rank waits for them."""
     config = tiny_config(bp_steps=1)

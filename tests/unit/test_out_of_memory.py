@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hrm_ray.rundir import RunDir
+from hrm_ray.train import evaluate as evaluation
 from hrm_ray.train.feed import BatchShape
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.out_of_memory import is_out_of_memory, recut, smaller
@@ -29,6 +30,7 @@ def test_the_errors_that_say_so() -> None:
     with pytest.raises(RuntimeError) as real:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(real.value)
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
     assert is_out_of_memory(MemoryError()) and is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
     with pytest.raises(RuntimeError) as other:
         torch.zeros(2) @ torch.zeros(3)
@@ -80,10 +82,29 @@ def test_the_run_goes_on_smaller_and_stays_so(kind: str, tmp_path: Path, monkeyp
     assert len(told) == 1 and "micro-batches of 2" in str(told[0]) and "stays 4" in str(told[0])
     assert hrm("train", "--bundle-dir", tmp_path / "b", "--resume", "--steps", 6).code == 0
     assert shapes(tmp_path / "b")[4:] == [(2, 2, 4)] * 2
-    # Who says anew how to cut the batch is believed.
-    again = ("--resume", "--steps", 8, "--batch-size", 4, "--gradient-accumulation-steps", 1)
-    assert hrm("train", "--bundle-dir", tmp_path / "b", *again).code == 0
-    assert shapes(tmp_path / "b")[6:] == [(4, 1, 4)] * 2
+    # Saying the same again changes nothing; who asks for another cut than then gets it.
+    for steps, rows, cut in ((8, 4, (2, 2, 4)), (10, 1, (1, 4, 4))):
+        again = ("--resume", "--steps", steps, "--batch-size", rows, "--gradient-accumulation-steps", 4 // rows)
+        assert hrm("train", "--bundle-dir", tmp_path / "b", *again).code == 0
+        assert shapes(tmp_path / "b")[steps - 2 :] == [cut] * 2
+
+
+def test_an_evaluation_goes_on_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same figures as with enough memory: the sums are over the same samples, in float64."""
+    data = text_file(tmp_path)
+    words = (*TEXT, "--steps", 2, "--eval-file", text_file(tmp_path, name="held.txt", seed=1))
+    train(data, tmp_path / "enough", *words)
+    genuine = evaluation._own_sums
+
+    def short(objective: Any, held_out: Any, world: Any) -> Any:
+        if held_out.batch_size > 1:
+            raise MemoryError
+        return genuine(objective, held_out, world)
+
+    monkeypatch.setattr(evaluation, "_own_sums", short)
+    train(data, tmp_path / "short", *words)
+    enough, less = (records(tmp_path / name, "eval")[-1] for name in ("enough", "short"))
+    assert less["loss"] == pytest.approx(enough["loss"], rel=1e-3)
 
 
 def test_one_row_that_does_not_fit_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

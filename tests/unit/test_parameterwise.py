@@ -280,3 +280,25 @@ def test_gradients_are_multiplied_in_float32() -> None:
     plain.grad = torch.ones(4)
     multiply_gradients(torch.optim.SGD([plain]), [plain.grad], torch.tensor(0.5))
     assert plain.grad.tolist() == [0.5] * 4
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "sgd"])
+def test_host_memory_may_be_taken_up_at_a_resume(kind: str, tmp_path: Path) -> None:
+    """State of one way goes on in the other, to the bit."""
+
+    def resumed(named: dict[str, nn.Parameter], away: bool) -> torch.optim.Optimizer:
+        build = builder(chosen(kind))
+        return Parameterwise(named.values(), build, seed=0, place=Watched()) if away else build(named.values())
+
+    straight = parameters()
+    train(resumed(straight, False), straight, range(6))
+    named = parameters()
+    optimizer = resumed(named, False)
+    for steps, away in ((range(2), False), (range(2, 4), True), (range(4, 6), False)):
+        if steps.start:
+            save_optimizer(optimizer, named, tmp_path)
+            optimizer = resumed(named, away)
+            load_optimizer(optimizer, named, tmp_path)
+        train(optimizer, named, steps)
+    for name in SHAPES:
+        assert torch.equal(named[name], straight[name]), name

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 Options = dict[str, str | bool]
 
 TEXT: Options = {"--task": "lm", "--no-moe": True, "--no-amp": True, "--hidden-size": "256", "--num-heads": "4"}
@@ -12,11 +10,10 @@ PUZZLE: Options = {**TEXT, "--task": "puzzle", "--max-seq-len": "81", "--batch-s
 
 
 def case(base: Options, vocab_size: int = 2000, **changes: str | bool) -> tuple[Options, int]:
+    """The base's options with some changed; a switch takes the place of its contrary."""
     said = {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
-    dropped = {
-        name: value for name, value in base.items() if f"--{name[5:]}" not in said or not name.startswith("--no-")
-    }
-    return {**dropped, **said}, vocab_size
+    contrary = {f"--no-{name[2:]}" for name in said} | {f"--{name[5:]}" for name in said if name.startswith("--no-")}
+    return {name: value for name, value in base.items() if name not in contrary} | said, vocab_size
 
 
 CASES: dict[str, tuple[Options, int]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -155,6 +156,17 @@ def test_puzzles(tmp_path: Path) -> None:
     start, end = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "whole"))
     assert not torch.equal(start[table], end[table])
     assert torch.equal(start["embedding.embed_tokens.weight"], end["embedding.embed_tokens.weight"])
+
+
+def test_a_plain_run_loads_neither_library(tmp_path: Path) -> None:
+    words = ["train", "--dataset-file", str(text_file(tmp_path)), "--bundle-dir", str(tmp_path / "b"), *TEXT]
+    script = (
+        "import sys\nfrom hrm_ray.cli.main import main\n"
+        f"try:\n    main({[*words, '--steps', '1']!r})\nexcept SystemExit as left:\n    assert not left.code\n"
+        "print('LOADED', sorted({'peft', 'bitsandbytes', 'accelerate'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines()[-1] == "LOADED []"
 
 
 def test_an_unknown_target(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hrm_ray.settings.profiles import PROFILES
 from hrm_ray.settings.resolve import resolve_task
 from hrm_ray.settings.run import Profile
 from hrm_ray.settings.tree import leaf_keys, to_dotted
-from tests.support.runs import PUZZLE, TEXT, computed, hrm, puzzle_file, records, refused, text_file, train
+from tests.support.runs import PUZZLE, TEXT, computed, hrm, last_said, puzzle_file, records, refused, text_file, train
 
 TRAIN_ADVANCED: dict[str, Any] = {
     "adapt.lora_r": 8,
@@ -88,10 +88,14 @@ def test_a_run_under_the_profile(usual: tuple[str, ...], data: Any, tmp_path: Pa
     """Three epochs of batches of 32, with evaluation only at the end, where there is something to evaluate on."""
     words = [*usual, "--halt-exploration-prob", "0", "--halt-max-steps", "1", "--profile", "train-advanced"]
     del words[words.index("--batch-size") : words.index("--batch-size") + 2]
-    train(data(tmp_path), tmp_path / "b", *words)
+    file = data(tmp_path)
+    naming = ("--warmup-steps 500", "the run has 3 steps", "--warmup-steps 2")
+    refused(2, "train", "--dataset-file", file, "--bundle-dir", tmp_path / "b", *last_said(words), naming=naming)
+    assert not (tmp_path / "b").exists()
+    train(file, tmp_path / "b", *words, "--warmup-steps", "2")
     last = records(tmp_path / "b")[-1]
     assert (last["effective_batch_size"], last["epoch"], last["step"]) == (32, 2, 3)
-    assert last["lr"] == pytest.approx(5e-4 * 3 / 500)
+    assert last["lr"] == pytest.approx(5e-5)
 
 
 def test_a_resumed_run_keeps_its_profile(tmp_path: Path) -> None:

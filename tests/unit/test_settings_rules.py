@@ -17,6 +17,16 @@ Options = dict[str, str | bool]
 PREFIX: Options = {"--lm-mask": "prefix", "--prompt-column": "p", "--response-column": "r"}
 
 EXAMPLES: dict[str, tuple[Options, Options, str]] = {
+    "chunks_of_a_row": (
+        {"--use-chunked-training": True, "--chunk-size": "128", "--max-seq-len": "128"},
+        {"--use-chunked-training": True, "--chunk-size": "127", "--max-seq-len": "128"},
+        "no more tokens than a chunk",
+    ),
+    "halting_of_several_segments": (
+        {"--task": "lm", "--halt-max-steps": "1", "--halt-rule": "gain"},
+        {"--task": "lm", "--halt-max-steps": "2", "--halt-rule": "gain"},
+        "one segment",
+    ),
     "amp_dtype_of_amp": (
         {"--amp-dtype": "fp16", "--no-amp": True},
         {"--amp-dtype": "fp16"},

@@ -38,6 +38,11 @@ class DdpStrategy(SingleStrategy):
     def reduce(self) -> None:
         gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
         for bucket in buckets(gradients):
+            if len(bucket) == 1 and bucket[0].is_contiguous():
+                # A large one, such as a vocabulary's, is sent from where it is: a copy of it might not fit any more.
+                dist.all_reduce(bucket[0])
+                bucket[0].div_(self.world.size)
+                continue
             flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
             dist.all_reduce(flat)
             flat.div_(self.world.size)
