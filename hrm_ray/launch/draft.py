@@ -88,7 +88,7 @@ def draft(settings: RunSettings) -> Draft:
         config = model_config(settings, vocab_size)
     if not devices.ray_address:
         notes += flash_notes(settings, config, torch.device(devices.device))
-    notes += _chunk_notes(settings, config)
+    notes += _chunk_notes(settings)
     keep_freed = check_resources(settings, config, devices, identity.run_dir.root)
     check_expert_run(settings, config, identity.run_dir.root, resumes=identity.checkpoint is not None)
     if settings.model.student_init is not None and identity.checkpoint is None:
@@ -172,10 +172,10 @@ def _already_there(settings: RunSettings, identity: Identity) -> list[str]:
     return [f"The run is at step {step} already and --steps is {limit}: give more steps for it to train on."]
 
 
-def _chunk_notes(settings: RunSettings, config: ModelConfig) -> list[str]:
-    """What truncated gradients leave out, where there is more than one chunk to a row."""
+def _chunk_notes(settings: RunSettings) -> list[str]:
+    """What truncated gradients leave out."""
     memory = settings.memory
-    if not memory.use_chunked_training or memory.chunk_gradients == "exact" or memory.chunk_size >= config.seq_len:
+    if not memory.use_chunked_training or memory.chunk_gradients == "exact":
         return []
     return [
         f"--use-chunked-training: gradients stop at the borders of chunks of {memory.chunk_size} tokens; the loss is "

@@ -101,8 +101,9 @@ class ChunkedTextObjective(RolloutOnText[ChunkCarry]):
         graph, rows = present.graph, present.graph.rows
         chunk = graph.next_chunk(carry.passes)
         context = graph.context(chunk)
-        # A copy, since what is reached takes the place of what entered before the backward pass.
-        entering = present.states.get(chunk).map(torch.clone)
+        # What is reached takes the place of what entered, before the backward pass: the states enter sums, which keep
+        # nothing of them, and autograd would refuse if something did.
+        entering = present.states.get(chunk)
         present.states.ahead(graph.chunk_after(chunk))
         with graph.random.again(chunk):
             reached = self._updates_with_gradient(rows, chunk, entering, context)

@@ -90,7 +90,7 @@ class GraphPasses:
             self.random.keep(chunk)
             ahead(chunk + 1)
             work(chunk, self.rows.context(chunk, self.kept.exchange(chunk), self.routings[chunk]))
-        # Autocast keeps the weights' casts, and those made without a graph would cut the weights' gradients off.
+        # Autocast may keep the weights' casts, and those made without a graph would cut the weights' gradients off.
         torch.clear_autocast_cache()
 
     def context(self, chunk: int) -> Context:

@@ -257,17 +257,25 @@ class TrainingLoop:
             for index in range(passes):
                 last = number == len(batches) - 1 and index == passes - 1
                 with parts.strategy.accumulate(last):
-                    output = parts.strategy.segment(batch, carry)
-                    loss = weighed(output, totals)
-                    parts.strategy.backward(loss * scale)
-                carry = output.carry
-                metrics.add(output.metrics)
-                metrics.add({"loss": (loss.detach(), torch.zeros(()))})
+                    carry = self._pass(batch, carry, totals, scale, metrics)
             if parts.carried:
                 carries.append(carry)
         # Every rank adds its part of the step's loss; the ranks' weights add up to one step.
         metrics.add({"loss": (torch.zeros(()), share)})
         return metrics, carries
+
+    def _pass(self, batch: Batch, carry: Any, totals: dict[str, float], scale: float, metrics: MetricTotals) -> Any:
+        """One forward and backward; gives the new carry.
+
+        A function of its own, so that nothing of the pass outlives it: its graph, though spent, holds on to what the
+        layers were told, such as the keys and values of a whole row in chunks.
+        """
+        output = self.parts.strategy.segment(batch, carry)
+        loss = weighed(output, totals)
+        self.parts.strategy.backward(loss * scale)
+        metrics.add(output.metrics)
+        metrics.add({"loss": (loss.detach(), torch.zeros(()))})
+        return output.carry
 
     def _applied(self, rows: tuple[Tensor, Tensor] | None, puzzle_emb_lr: float) -> None:
         parts = self.parts

@@ -44,9 +44,9 @@ FEATURES: dict[str, Feature] = {
     "ia3": _peft("ia3"),
     "loha": _peft("loha"),
     "lokr": _peft("lokr"),
-    "chunked": Feature(("--use-chunked-training", "--chunk-size", "12"), puzzles=False),
+    "chunked": Feature(("--use-chunked-training", "--chunk-size", "8"), puzzles=False),
     "chunked-exact": Feature(
-        ("--use-chunked-training", "--chunk-size", "12", "--chunk-gradients", "exact"), puzzles=False
+        ("--use-chunked-training", "--chunk-size", "8", "--chunk-gradients", "exact"), puzzles=False
     ),
     "window": Feature(("--window-size", "7"), puzzles=False, shapes=True),
     "moe": Feature(("--use-moe", "--num-experts", "4"), shapes=True),

@@ -96,6 +96,23 @@ def test_one_chunk_is_normal_training_to_the_bit(exact: bool, window: int | None
         assert torch.equal(got.gradients[name], gradient), name
 
 
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize(("size", "window"), [(5, 3), (4, 7), (3, 12), (2, 6)])
+def test_windows_that_end_inside_a_chunk(size: int, window: int, recompute: bool) -> None:
+    shape = Shape(((12,), (9, 3)), tiny_config(window_size=window, bp_steps=4))
+    model = tiny_actv1(shape.config)
+    want = trained(whole(model), shape.batch())
+    use_kernel(model, cut_off(size))
+    want_truncated = trained(whole(model), shape.batch())
+    use_kernel(model, attend)
+    if recompute:
+        recompute_blocks(model)
+    for got in (trained(in_chunks(model, size, exact=exact), shape.batch()) for exact in (True, False)):
+        assert_same_forward(got, want)
+    assert_same_gradients(trained(in_chunks(model, size, exact=True), shape.batch()), want)
+    assert_same_gradients(trained(in_chunks(model, size, exact=False), shape.batch()), want_truncated)
+
+
 def test_the_two_kinds_of_gradients_differ() -> None:
     """The control: with a border in the row, what truncation leaves out is not nothing."""
     shape = Shape(((12,), (12,)), tiny_config())

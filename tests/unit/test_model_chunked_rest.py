@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hrm_ray.model import chunked
 from hrm_ray.model.chunked_rest import Here, InHostMemory, keeper_on
+from hrm_ray.model.transforms.recompute import recompute_blocks
 from tests.support.chunked_cases import Shape, assert_same_forward, assert_same_gradients, in_chunks, trained
 from tests.support.tiny_models import tiny_config, tiny_model
 
@@ -80,6 +81,10 @@ def test_numbers_do_not_change(arch: str, exact: bool, window: int | None, monke
     lane = PlayedLane()
     monkeypatch.setattr(chunked, "keeper_on", lambda device, offload: InHostMemory(lane))
     got = trained(in_chunks(model, 5, exact=exact), shape.batch())
-    assert lane.hosts > 10
+    moved = lane.hosts
+    assert moved > 10
     assert_same_forward(got, want)
     assert_same_gradients(got, want)
+    recompute_blocks(model)
+    trained(in_chunks(model, 5, exact=exact), shape.batch())
+    assert lane.hosts == 2 * moved, "what is computed again is not put away again"

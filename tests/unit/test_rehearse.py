@@ -1,22 +1,38 @@
-"""The rehearsal of a weight update tells what a real one takes."""
+"""The rehearsal of a weight update tells what a real one takes: to the byte of its tensors, and of resident memory."""
 
 from __future__ import annotations
 
+import sys
+import time
+from dataclasses import replace
+
+import psutil
+import pytest
+import torch
+
+from hrm_ray.launch.memory_bounds import least_bytes, most_bytes
+from hrm_ray.train.loop import TrainingLoop
+from hrm_ray.train.microbatch import to_batch
+from hrm_ray.train.rehearse import MemoryAccount, account_for, rehearse
+from tests.support.measured_memory import RandomRows, case_of, loop_of, measured_bytes
+
 Options = dict[str, str | bool]
+Case = tuple[Options, int]
 
 TEXT: Options = {"--task": "lm", "--no-moe": True, "--no-amp": True, "--hidden-size": "256", "--num-heads": "4"}
 TEXT |= {"--num-layers": "4", "--h-cycles": "1", "--max-seq-len": "256", "--batch-size": "16"}
 PUZZLE: Options = {**TEXT, "--task": "puzzle", "--max-seq-len": "81", "--batch-size": "64"}
+PEFT: dict[str, str | bool] = {"use_peft": True, "hidden_size": "1024", "batch_size": "4"}
 
 
-def case(base: Options, vocab_size: int = 2000, **changes: str | bool) -> tuple[Options, int]:
+def case(base: Options, vocab_size: int = 2000, **changes: str | bool) -> Case:
     """The base's options with some changed; a switch takes the place of its contrary."""
     said = {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
-    contrary = {f"--no-{name[2:]}" for name in said} | {f"--{name[5:]}" for name in said if name.startswith("--no-")}
+    contrary = {"--no-moe" if name == "--use-moe" else f"--no-{name[2:]}" for name in said}
     return {name: value for name, value in base.items() if name not in contrary} | said, vocab_size
 
 
-CASES: dict[str, tuple[Options, int]] = {
+CASES: dict[str, Case] = {
     "text": case(TEXT),
     "text, no checkpointing": case(TEXT, no_gradient_checkpointing=True),
     "text, amp": case(TEXT, amp=True),
@@ -35,10 +51,135 @@ CASES: dict[str, tuple[Options, int]] = {
     ),
     "text, wide, sgd": case(TEXT, hidden_size="1024", batch_size="4", optimizer="sgd"),
     "text, experts": case(TEXT, use_moe=True, batch_size="8"),
-    "text, adapters on int8": case(TEXT, hidden_size="1024", use_peft=True, load_in_8bit=True, batch_size="4"),
-    "transformer": case(TEXT, arch="transformer", no_gradient_checkpointing=True),
+    "text, adapters on int8": case(TEXT, **PEFT, load_in_8bit=True),
+    "transformer": case({name: value for name, value in TEXT.items() if name != "--h-cycles"}, arch="transformer"),
     "puzzle": case(PUZZLE, 12),
     "puzzle, no checkpointing": case(PUZZLE, 12, no_gradient_checkpointing=True),
     "puzzle, carried, accumulated": case(PUZZLE, 12, gradient_accumulation_steps="6"),
     "puzzle, rollout, embedding": case(PUZZLE, 12, supervision="rollout", puzzle_emb_ndim="256", batch_size="96"),
 }
+"""A grid over what decides memory; from 180 MB to 1 GB, beside which what a process varies by is little."""
+
+SMALL: Options = {"--hidden-size": "64", "--num-heads": "2", "--num-layers": "2", "--batch-size": "3"}
+MORE: dict[str, Case] = {
+    "adalora": case(TEXT, use_peft=True, peft_method="adalora"),
+    "ia3 on nf4": case(TEXT, use_peft=True, peft_method="ia3", load_in_4bit=True),
+    "fp16 weights, dropout": case(TEXT, model_dtype="fp16", dropout_rate="0.1", activation="gelu", no_swiglu=True),
+    "exact chunks": case(
+        TEXT, max_seq_len="300", use_chunked_training=True, chunk_size="50", chunk_gradients="exact", window_size="60"
+    ),
+    "prefix": case(TEXT, lm_mask="prefix", prompt_column="p", response_column="r"),
+    "learned positions, one segment": case(TEXT, no_rope=True, halt_max_steps="1", gradient_accumulation_steps="3"),
+}
+
+
+def small(chosen: Case) -> Case:
+    """The same in a size that a test takes no time with, however long its rows."""
+    options = {**chosen[0], **SMALL}
+    if options["--task"] == "lm":
+        options["--max-seq-len"] = "320" if "--window-size" in options or "--use-chunked-training" in options else "24"
+        options |= {name: "40" for name in ("--chunk-size", "--window-size") if name in options}
+    return options, min(chosen[1], 500)
+
+
+def real_account(chosen: Case) -> MemoryAccount:
+    loop: TrainingLoop = loop_of(*chosen)
+    settings, config = case_of(*chosen)
+    shape, parts = loop.parts.shape, loop.parts
+    offered = parts.feed.offer([torch.ones(shape.batch_size, dtype=torch.bool).numpy()] * shape.accumulation, 1)
+    batches = [to_batch(columns, parts.wanted, loop.world.device) for columns in offered]
+    assert isinstance(parts.feed.samples, RandomRows)  # type: ignore[attr-defined]
+    return account_for(loop, batches)
+
+
+@pytest.mark.parametrize("name", [*CASES, *MORE])
+def test_it_is_as_real_tensors_are(name: str) -> None:
+    """Everything that stays is equal to the byte. So are activations, but where what lives depends on values: how many
+    tokens an expert gets, where documents begin; 5 % of the peak at most."""
+    chosen = small({**CASES, **MORE}[name])
+    real, rehearsed = real_account(chosen), rehearse(*case_of(*chosen))
+    for field in ("weights_bytes", "gradients_bytes", "optimizer_bytes", "average_bytes", "carries_bytes"):
+        assert getattr(rehearsed, field) == getattr(real, field), field
+    assert rehearsed.activations_bytes == pytest.approx(real.activations_bytes, abs=0.05 * real.peak_bytes)
+    assert rehearsed.peak_bytes == pytest.approx(real.peak_bytes, rel=0.05)
+
+
+@pytest.mark.parametrize("name", [*CASES, *MORE])
+def test_it_lies_between_the_bounds(name: str) -> None:
+    settings, config = case_of(*small({**CASES, **MORE}[name]))
+    peak = rehearse(settings, config).peak_bytes
+    assert least_bytes(settings, config) <= peak <= most_bytes(settings, config)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark of resident memory is read from Linux")
+@pytest.mark.parametrize("name", CASES)
+def test_the_process_takes_what_was_said(name: str) -> None:
+    """Within 15 % of what resident memory rises by in a fresh process that gives freed memory back."""
+    chosen = CASES[name]
+    assert rehearse(*case_of(*chosen)).peak_bytes == pytest.approx(measured_bytes(*chosen), rel=0.15)
+
+
+def test_it_allocates_nothing_and_ends() -> None:
+    """A billion parameters in 2048 dimensions on 65,536 tokens: 4 GB of weights. Half a minute is much for it."""
+    settings, config = case_of({"--task": "lm", "--model-preset": "xlarge", "--max-seq-len": "65536"}, 16_000)
+    before_bytes, start = psutil.Process().memory_info().rss, time.perf_counter()
+    account = rehearse(settings, config)
+    assert psutil.Process().memory_info().rss - before_bytes < 300e6
+    assert time.perf_counter() - start < 60
+    assert account.weights_bytes > 3.9e9 and account.peak_bytes > 4 * account.weights_bytes
+    # One square of the sequence, even in a single byte for a pair, would be 8 times 4.3 GB for a batch of 8.
+    assert account.activations_bytes < 8 * 65536 * (2048 * 4 * 40)
+
+
+def test_what_further_micro_batches_keep_is_added() -> None:
+    """Carried puzzles keep a carry each, and its successor beside it while a step runs; text keeps the columns only."""
+    for base, vocab in ((PUZZLE, 12), (TEXT, 500)):
+        few, many = (
+            rehearse(*case_of(*small(case(base, vocab, gradient_accumulation_steps=number)))) for number in ("4", "16")
+        )
+        assert many.activations_bytes == few.activations_bytes
+        assert many.carries_bytes == 4 * few.carries_bytes
+        columns = 12 * (3 * 24 * 4 * 4 if base is TEXT else 3 * 81 * 4 * 4)
+        assert 0 < many.peak_bytes - few.peak_bytes - 2 * (many.carries_bytes - few.carries_bytes) <= columns
+
+
+def test_chunks_add_up() -> None:
+    """Rows of many chunks are told from two short ones, and are what going through all of them gives."""
+    chosen = small(CASES["text, chunks"])
+    settings, config = case_of(*chosen)
+    for seq_len in (320, 1000):
+        long = replace(config, seq_len=seq_len)
+        whole = case_of({**chosen[0], "--max-seq-len": str(seq_len)}, chosen[1])
+        real = real_account(({**chosen[0], "--max-seq-len": str(seq_len)}, chosen[1]))
+        assert rehearse(settings, long) == rehearse(*whole)
+        assert rehearse(settings, long).peak_bytes == pytest.approx(real.peak_bytes, rel=0.02)
+
+
+def test_state_in_host_memory_is_not_in_the_peak() -> None:
+    settings, config = case_of(*small(case(TEXT, optimizer_offload=True)))
+    here, offloaded = rehearse(settings, config), rehearse(settings, config, "cuda")
+    assert here.optimizer_bytes == offloaded.optimizer_bytes
+    embedding = 2 * 4 * 500 * 64
+    saved = here.peak_bytes - offloaded.peak_bytes
+    assert here.optimizer_bytes - 1.1 * embedding < saved < here.optimizer_bytes
+
+
+def test_a_rehearsal_leaves_no_trace() -> None:
+    """Random numbers go on as they were, and modules are moved as ever, also after one that failed."""
+    state, apply = torch.get_rng_state(), torch.nn.Module._apply
+    settings, config = case_of(*small(CASES["text"]))
+    rehearse(settings, config)
+    with pytest.raises((RuntimeError, ValueError, ZeroDivisionError, AssertionError)):
+        rehearse(settings, replace(config, num_heads=3))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.nn.Module._apply is apply
+    assert torch.ones(2).add(1).tolist() == [2.0, 2.0]
+
+
+def test_a_sentence_for_a_person() -> None:
+    account = MemoryAccount(2_000_000, 1_000_000, 500_000, 0, 0, 3_456_789, 7_000_000)
+    assert account.as_text() == (
+        "7.0 MB at the peak of an update (weights 2.0 MB, gradients 1.0 MB, optimizer 0.5 MB, activations 3.5 MB)"
+    )
+    assert account.to_plain()["peak_bytes"] == 7_000_000

@@ -39,15 +39,17 @@ def test_truncated_chunks_are_said_once_and_learn(tmp_path: Path) -> None:
     assert len([note for note in said(tmp_path / "run") if "gradients stop at the borders" in note]) == 1
     losses = [record["loss"] for record in records(tmp_path / "run")]
     assert losses[-1] < losses[0] - 0.5
+    train(data, tmp_path / "whole", *LONG, "--steps", "1", "--lr", "1e-2")
+    first, whole = records(tmp_path / "run")[0], records(tmp_path / "whole")[0]
+    assert first["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    assert first["grad_norm"] != pytest.approx(whole["grad_norm"], rel=1e-4)
 
 
-def test_one_chunk_says_nothing(tmp_path: Path) -> None:
-    """Nothing is cut, so nothing stops anywhere, and the numbers are those of normal training."""
+def test_one_chunk_is_refused(tmp_path: Path) -> None:
+    """Its numbers are those of normal training, so it would change nothing."""
     data = text_file(tmp_path)
-    train(data, tmp_path / "whole", *LONG)
-    train(data, tmp_path / "one", *LONG, *chunked(16))
-    assert said(tmp_path / "one") == []
-    assert computed(tmp_path / "one") == computed(tmp_path / "whole")
+    words = ("train", "--dataset-file", data, "--bundle-dir", tmp_path / "one", *LONG)
+    refused(2, *words, *chunked(16), naming=("--use-chunked-training", "--chunk-size"))
 
 
 @pytest.mark.parametrize(
