@@ -26,6 +26,7 @@ from hrm_ray.model.moe import MixtureOfExperts
 from hrm_ray.model.router_losses import RouterLosses, router_terms
 from hrm_ray.model.routing import Routing
 from hrm_ray.spinning import spin_briefly
+from hrm_ray.train.world import World
 
 MARK = 1.5
 """What the issue asks of the ratio to the dense FFN on a CPU."""
@@ -113,7 +114,8 @@ def works(said: argparse.Namespace) -> dict[str, Callable[[], None]]:
 
 def measure(said: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of each, and ratios round by round."""
-    torch.set_num_threads(said.threads)
+    # Threads and freed memory as a run on the CPU has them.
+    World.here("cpu", said.threads)
     all_works = works(said)
     for _ in range(WARM_UP_ROUNDS):
         for work in all_works.values():

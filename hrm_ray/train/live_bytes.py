@@ -21,14 +21,18 @@ OTHER = "other"
 
 
 @dataclass
-class _Storage:
-    """One storage's life: its size, what it is for, and the changes of the account at which it came and went."""
+class Life:
+    """One storage's life: its size, what it is for, and the moments at which it came and went (None: it has not)."""
 
     bytes: int
     category: str
     born: int
     died: int | None = None
     watch: weakref.finalize | None = field(default=None, repr=False)  # type: ignore[type-arg]
+
+    def alive_at(self, moment: int) -> bool:
+        """Whether it was there after the changes of `moment`."""
+        return self.born <= moment and (self.died is None or self.died > moment)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -41,8 +45,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._lives: list[_Storage] = []
-        self._alive: dict[int, _Storage] = {}
+        self._lives: list[Life] = []
+        self._alive: dict[int, Life] = {}
         self._clock = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -81,14 +85,20 @@ class LiveBytes(TorchDispatchMode):
     def at_peak(self) -> dict[str, int]:
         """Bytes by category at the first moment when the most were alive."""
         course = list(self._course(frozenset()))
-        if not course:
-            return {}
-        moment = max(course, key=lambda point: point[1])[0]
+        return self.at(max(course, key=lambda point: point[1])[0]) if course else {}
+
+    def at(self, moment: int) -> dict[str, int]:
+        """Bytes by category that were alive after the changes of `moment`."""
         found: dict[str, int] = {}
         for life in self._lives:
-            if life.born <= moment and (life.died is None or life.died > moment):
+            if life.alive_at(moment):
                 found[life.category] = found.get(life.category, 0) + life.bytes
         return found
+
+    @property
+    def lives(self) -> tuple[Life, ...]:
+        """All that has been counted, in the order in which it was seen."""
+        return tuple(self._lives)
 
     def largest_bytes(self, category: str = OTHER) -> int:
         """Bytes of the largest storage of a category that ever lived."""
@@ -107,14 +117,14 @@ class LiveBytes(TorchDispatchMode):
             total += changes[moment]
             yield moment, total
 
-    def _count(self, tensor: Tensor, category: str, born: int) -> _Storage:
+    def _count(self, tensor: Tensor, category: str, born: int) -> Life:
         storage = tensor.untyped_storage()
         place = int(storage._cdata)
         life = self._alive.get(place)
         if life is None:
             if born:
                 self._clock = born
-            life = _Storage(storage.nbytes(), category, born)
+            life = Life(storage.nbytes(), category, born)
             life.watch = weakref.finalize(storage, self._freed, place)
             life.watch.atexit = False
             self._lives.append(life)

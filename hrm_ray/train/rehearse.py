@@ -25,7 +25,7 @@ from hrm_ray.model.objective import Batch
 from hrm_ray.model.transforms.attend import use_kernel
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble
-from hrm_ray.train.live_bytes import LiveBytes, storage_bytes
+from hrm_ray.train.live_bytes import OTHER, LiveBytes, storage_bytes
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.optimizer_state import state_tensors, state_tensors_of
 from hrm_ray.train.strategies.single import SingleStrategy
@@ -37,8 +37,9 @@ PASSES = 2
 others do. Where a micro-batch has that many itself, one is enough."""
 SEGMENTS = 2
 """So many of a batch's are gone through: the second begins with what the first left, as all others do."""
-CHUNKS = 3
-"""So many of a row's are gone through, beyond those that a window reaches over; any further one takes as much more."""
+CHUNKS = 4
+"""So many of a row's are gone through, beyond those that a window reaches over. What further ones keep is told from it
+and from a rehearsal of one chunk less."""
 RESIDENT = ("weights", "gradients", "optimizer", "average", "carries", "batch")
 """What stays over the passes of an update; everything else that lives in them is activations."""
 
@@ -80,82 +81,117 @@ def rehearse(settings: RunSettings, config: ModelConfig, device: str = "cpu") ->
     chunks are gone through, and what further ones keep is added. State of the optimizer that --optimizer-offload keeps
     in host memory is told, and not part of the peak.
     """
-    chunk, first = settings.memory.chunk_size, _chunks(settings, config)
-    if not settings.memory.use_chunked_training or config.seq_len <= (first + 1) * chunk:
-        return _rehearsed(settings, config, device)
-    few, more = (_rehearsed(settings, replace(config, seq_len=n * chunk), device) for n in (first, first + 1))
-    further = config.seq_len / chunk - first
-    grown = {name: size + round(further * (more.to_plain()[name] - size)) for name, size in few.to_plain().items()}
-    return MemoryAccount(**grown)
-
-
-def _chunks(settings: RunSettings, config: ModelConfig) -> int:
-    """Chunks from which on each further one takes as much again."""
-    return CHUNKS + (0 if config.window_size is None else -(-config.window_size // settings.memory.chunk_size))
-
-
-def _rehearsed(settings: RunSettings, config: ModelConfig, device: str) -> MemoryAccount:
-    accumulation = settings.optimizer.gradient_accumulation_steps
-    shorter = replace(config, halt_max_steps=min(config.halt_max_steps, SEGMENTS))
-    several = shorter.halt_max_steps > 1 and settings.model.supervision == "rollout"
-    rehearsed = min(accumulation, 1 if several else PASSES)
-    chosen = settings.optimizer.model_copy(update={"gradient_accumulation_steps": rehearsed})
-    world = World(0, 1, torch.device("cpu"), grouped=False)
-    with torch.random.fork_rng(devices=()), FakeTensorMode(), _Answers(), _moving_fake_modules():
-        settings = settings.model_copy(update={"optimizer": chosen})
-        loop = assemble(settings, shorter, _NoRows(), None, world, _STEPS, lambda: None, resumes=True).loop
-        use_kernel(loop.parts.objective.model, _attend)
-        batches = [_batch(loop, shorter, settings.data.packing) for _ in range(rehearsed)]
-        offloaded = settings.memory.optimizer_offload and device != "cpu"
-        account = account_for(loop, batches, offloaded=offloaded)
-        kept = storage_bytes([*_tensors(loop.carries), *_tensors(batches)]) // rehearsed
-        # The carries of the last update live until those of the present one are all there.
-        carried = storage_bytes(_tensors(loop.carries)) // rehearsed
-    further = accumulation - rehearsed
+    rehearsed = _rehearsed_length(settings, config)
+    watched = _rehearsed(settings, replace(config, seq_len=rehearsed))
+    if rehearsed < config.seq_len:
+        less = rehearsed - settings.memory.chunk_size
+        shorter = _rehearsed(settings, replace(config, seq_len=less))
+        watched.lengthen(shorter, less / rehearsed, config.seq_len / rehearsed)
+    account = watched.account(offloaded=settings.memory.optimizer_offload and device != "cpu")
+    more = settings.optimizer.gradient_accumulation_steps - watched.micro_batches
+    carried = account.carries_bytes // watched.micro_batches
+    # The carries of the last update live until those of the present one are all there.
+    kept = watched.live.at(watched.passed).get("batch", 0) // watched.micro_batches + 2 * carried
     return replace(
         account,
-        carries_bytes=account.carries_bytes + further * carried,
-        peak_bytes=account.peak_bytes + further * (kept + carried),
+        carries_bytes=account.carries_bytes + more * carried,
+        peak_bytes=account.peak_bytes + more * kept,
     )
 
 
-def account_for(loop: TrainingLoop, batches: list[Batch], *, offloaded: bool = False) -> MemoryAccount:
+def account_for(loop: TrainingLoop, batches: list[Batch]) -> MemoryAccount:
     """The account of an update of `loop` on `batches`, one per micro-batch, with the optimizer's state in place. The
-    weights move; the loop's progress and its place in the data do not.
+    weights move; the loop's progress and its place in the data do not."""
+    return _watch(loop, batches).account(offloaded=False)
 
-    With `offloaded` the optimizer's state is elsewhere, but for that of the largest parameter in its turn.
-    """
-    parts = loop.parts
-    live = LiveBytes()
+
+def _rehearsed_length(settings: RunSettings, config: ModelConfig) -> int:
+    """Tokens of a row to rehearse with: all, or so many that its chunks show what further ones keep."""
+    chunk = settings.memory.chunk_size
+    if not settings.memory.use_chunked_training:
+        return config.seq_len
+    reach = 0 if config.window_size is None else -(-config.window_size // chunk)
+    return min(config.seq_len, (CHUNKS + reach) * chunk)
+
+
+def _rehearsed(settings: RunSettings, config: ModelConfig) -> _Watched:
+    """An update on tensors without storage, of a few micro-batches and segments."""
+    config = replace(config, halt_max_steps=min(config.halt_max_steps, SEGMENTS))
+    several = config.halt_max_steps > 1 and settings.model.supervision == "rollout"
+    number = min(settings.optimizer.gradient_accumulation_steps, 1 if several else PASSES)
+    chosen = settings.optimizer.model_copy(update={"gradient_accumulation_steps": number})
+    settings = settings.model_copy(update={"optimizer": chosen})
+    world = World(0, 1, torch.device("cpu"), grouped=False)
+    with torch.random.fork_rng(devices=()), FakeTensorMode(), _Answers(), _moving_fake_modules():
+        loop = assemble(settings, config, _NoRows(), None, world, _STEPS, lambda: None, resumes=True).loop
+        use_kernel(loop.parts.objective.model, _attend)
+        return _watch(loop, [_batch(loop, config, settings.data.packing) for _ in range(number)])
+
+
+@dataclass
+class _Watched:
+    """An update that was gone through: every storage's life, and the moments at which its passes began and ended."""
+
+    live: LiveBytes
+    micro_batches: int
+    states_bytes: list[int]
+    """What the optimizer keeps of each parameter."""
+    begun: list[int]
+    """When each pass began; the first also begins the update."""
+    passed: int
+    ended: int
+
+    def account(self, *, offloaded: bool) -> MemoryAccount:
+        """With `offloaded` the optimizer's state is elsewhere, but for that of the largest parameter in its turn."""
+        begun, after_passes, at_end = self.begun[0], self.live.at(self.passed), self.live.at(self.ended)
+        in_turn = max(self.states_bytes, default=0) if offloaded else 0
+        return MemoryAccount(
+            weights_bytes=at_end["weights"],
+            gradients_bytes=after_passes.get("gradients", 0),
+            optimizer_bytes=at_end.get("optimizer", 0),
+            average_bytes=at_end.get("average", 0),
+            carries_bytes=at_end.get("carries", 0),
+            activations_bytes=self.live.peak_bytes(beside=RESIDENT, since=begun, until=self.passed),
+            peak_bytes=self.live.peak_bytes(since=begun, beside=("optimizer",) if offloaded else ()) + in_turn,
+        )
+
+    def lengthen(self, shorter: _Watched, ratio: float, factor: float) -> None:
+        """Make this the account of rows `factor` times as long, in chunks of the same size.
+
+        What has the size of a row grows: it is there in `shorter` rows too, in a size smaller by `ratio`. So does what
+        passes leave to later ones, in the number of chunks. What comes and goes within a pass has the size of a chunk.
+        """
+        sizes = {life.bytes for life in shorter.live.lives}
+        for life in self.live.lives:
+            row_sized = life.bytes not in sizes and life.bytes * ratio in sizes
+            left = life.born > self.begun[0] and any(life.alive_at(begun) for begun in self.begun)
+            if row_sized or (left and life.category == OTHER):
+                life.bytes = round(life.bytes * factor)
+
+
+def _watch(loop: TrainingLoop, batches: list[Batch]) -> _Watched:
+    parts, live = loop.parts, LiveBytes()
+    begun: list[int] = []
     live.name("weights", (*parts.objective.parameters(), *parts.objective.buffers()))
     live.name("batch", _tensors(batches))
     live.name("average", parts.ema.average.values() if parts.ema is not None else ())
-    with live, _naming_gradients(parts.objective, live):
+    with live, _noting(parts.objective, live, begun):
         # An update with gradients of nothing makes the state that the next one finds.
         for parameter in parts.objective.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        _update(loop, live)
+        states_bytes = _update(loop, live)
         if parts.carried and loop.carries is None:
             loop.carries = [parts.objective.initial_carry(batch) for batch in batches]
         live.name("carries", _tensors(loop.carries))
-        begun = live.moment
-        _, carries = loop.passes(batches, defaultdict(lambda: 1.0))
+        # Sums over as many as there are tokens, so that float16 gradients are within their range.
+        _, carries = loop.passes(batches, defaultdict(lambda: float(sum(b["inputs"].numel() for b in batches))))
         if parts.carried:
             live.name("carries", _tensors(carries))
             loop.carries = carries
-        passed, gradients_bytes = live.moment, live.live_bytes("gradients")
+        passed = live.moment
         del carries
-        states = _update(loop, live)
-    in_turn = max(states, default=0) if offloaded else 0
-    return MemoryAccount(
-        weights_bytes=live.live_bytes("weights"),
-        gradients_bytes=gradients_bytes,
-        optimizer_bytes=live.live_bytes("optimizer"),
-        average_bytes=live.live_bytes("average"),
-        carries_bytes=storage_bytes(_tensors(loop.carries)),
-        activations_bytes=live.peak_bytes(beside=RESIDENT, since=begun, until=passed),
-        peak_bytes=live.peak_bytes(since=begun, beside=("optimizer",) if offloaded else ()) + in_turn,
-    )
+        _update(loop, live)
+    return _Watched(live, len(batches), states_bytes, begun, passed, live.moment)
 
 
 def _update(loop: TrainingLoop, live: LiveBytes) -> list[int]:
@@ -172,11 +208,12 @@ def _update(loop: TrainingLoop, live: LiveBytes) -> list[int]:
 
 
 @contextmanager
-def _naming_gradients(module: nn.Module, live: LiveBytes) -> Iterator[None]:
-    """Tell gradients from activations as they come."""
-    hooks = [
+def _noting(objective: nn.Module, live: LiveBytes, begun: list[int]) -> Iterator[None]:
+    """Tell gradients from activations as they come, and note the moment at which each pass begins."""
+    hooks = [objective.register_forward_pre_hook(lambda *_: begun.append(live.moment))]
+    hooks += [
         parameter.register_post_accumulate_grad_hook(lambda p: live.name("gradients", [p.grad]))
-        for parameter in module.parameters()
+        for parameter in objective.parameters()
         if parameter.requires_grad
     ]
     try:
