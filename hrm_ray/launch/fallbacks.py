@@ -83,10 +83,8 @@ def _eight_bits(settings: RunSettings, device: str, notes: list[str]) -> RunSett
     reason = why_no_eight_bits(device)
     if reason is None:
         return settings
-    goes_on = settings.run.resume or settings.run.resume_from is not None
-    if settings.cluster.strict or goes_on:
-        # Moments in 8 bits cannot be taken up by another optimizer.
-        mend = "Install a bitsandbytes that has it" + ("" if goes_on else ", or leave --use-8bit-optimizer out")
+    if settings.cluster.strict:
+        mend = "Install a bitsandbytes that has it, or leave --use-8bit-optimizer out"
         raise EnvironmentFault(Fault("--use-8bit-optimizer", reason, mend))
     notes.append(f"--use-8bit-optimizer: {reason}; plain AdamW is used instead, with moments in 32 bits.")
     optimizer = settings.optimizer.model_copy(update={"use_8bit_optimizer": False})

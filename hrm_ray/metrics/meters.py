@@ -79,10 +79,11 @@ class DeviceMemory:
 
 
 class MemoryMeter:
-    """Memory in use and its peak, in GB of 1e9 bytes.
+    """Memory in use and its peak since the process began, in GB of 1e9 bytes.
 
-    Without `device_memory` it is the resident memory of this process (CPU training); with it, what that function says
-    of the accelerator (it is passed in, because nothing here imports torch).
+    Without `device_memory` it is the resident memory of this process (CPU training), Python and PyTorch themselves in
+    it; with it, what that function says of the accelerator (it is passed in, because nothing here imports torch). The
+    peak is the whole run's, evaluation and saving too: what a next run must have. It never falls.
     """
 
     def __init__(self, device_memory: Callable[[], DeviceMemory] | None = None) -> None:
@@ -94,9 +95,10 @@ class MemoryMeter:
         """`memory_gb` and `peak_gb`; on an accelerator `reserved_gb` too."""
         if self._device_memory is not None:
             memory = self._device_memory()
+            self._peak_bytes = max(self._peak_bytes, memory.peak_bytes)
             return {
                 "memory_gb": memory.allocated_bytes / GIGABYTE,
-                "peak_gb": memory.peak_bytes / GIGABYTE,
+                "peak_gb": self._peak_bytes / GIGABYTE,
                 "reserved_gb": memory.reserved_bytes / GIGABYTE,
             }
         resident_bytes = self._process.memory_info().rss

@@ -6,7 +6,8 @@ fake tensors), and every tensor that would live is counted. The same account can
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass, replace
@@ -25,7 +26,7 @@ from hrm_ray.model.objective import Batch
 from hrm_ray.model.transforms.attend import use_kernel
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble
-from hrm_ray.train.live_bytes import OTHER, LiveBytes, storage_bytes
+from hrm_ray.train.live_bytes import OTHER, Life, LiveBytes, storage_bytes
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.optimizer_state import state_tensors, state_tensors_of
 from hrm_ray.train.strategies.single import SingleStrategy
@@ -81,12 +82,7 @@ def rehearse(settings: RunSettings, config: ModelConfig, device: str = "cpu") ->
     chunks are gone through, and what further ones keep is added. State of the optimizer that --optimizer-offload keeps
     in host memory is told, and not part of the peak.
     """
-    rehearsed = _rehearsed_length(settings, config)
-    watched = _rehearsed(settings, replace(config, seq_len=rehearsed))
-    if rehearsed < config.seq_len:
-        less = rehearsed - settings.memory.chunk_size
-        shorter = _rehearsed(settings, replace(config, seq_len=less))
-        watched.lengthen(shorter, less / rehearsed, config.seq_len / rehearsed)
+    watched = _whole_row(settings, config)
     account = watched.account(offloaded=settings.memory.optimizer_offload and device != "cpu")
     more = settings.optimizer.gradient_accumulation_steps - watched.micro_batches
     carried = account.carries_bytes // watched.micro_batches
@@ -105,13 +101,22 @@ def account_for(loop: TrainingLoop, batches: list[Batch]) -> MemoryAccount:
     return _watch(loop, batches).account(offloaded=False)
 
 
-def _rehearsed_length(settings: RunSettings, config: ModelConfig) -> int:
-    """Tokens of a row to rehearse with: all, or so many that its chunks show what further ones keep."""
+def _whole_row(settings: RunSettings, config: ModelConfig) -> _Watched:
+    """An update on whole rows: gone through, or where they have many chunks told from rows of few."""
     chunk = settings.memory.chunk_size
-    if not settings.memory.use_chunked_training:
-        return config.seq_len
-    reach = 0 if config.window_size is None else -(-config.window_size // chunk)
-    return min(config.seq_len, (CHUNKS + reach) * chunk)
+    chunks = CHUNKS + (0 if config.window_size is None else -(-config.window_size // chunk))
+    if not settings.memory.use_chunked_training or config.seq_len <= chunks * chunk:
+        return _rehearsed(settings, config)
+    # Bytes that a prime divides are those of tensors as long as the row.
+    fewer, row = (_prime_below(number * chunk) for number in (chunks - 1, chunks))
+    watched = _rehearsed(settings, replace(config, seq_len=row))
+    shorter = _rehearsed(settings, replace(config, seq_len=fewer))
+    watched.lengthen(shorter, row, config.seq_len / row, (config.seq_len - row) / chunk)
+    return watched
+
+
+def _prime_below(number: int) -> int:
+    return next(n for n in range(number, 1, -1) if all(n % factor for factor in range(2, math.isqrt(n) + 1)))
 
 
 def _rehearsed(settings: RunSettings, config: ModelConfig) -> _Watched:
@@ -155,18 +160,33 @@ class _Watched:
             peak_bytes=self.live.peak_bytes(since=begun, beside=("optimizer",) if offloaded else ()) + in_turn,
         )
 
-    def lengthen(self, shorter: _Watched, ratio: float, factor: float) -> None:
-        """Make this the account of rows `factor` times as long, in chunks of the same size.
+    def lengthen(self, shorter: _Watched, row: int, factor: float, further: float) -> None:
+        """Make this account of rows of `row` tokens, a prime, that of rows `factor` times as long, with so many
+        `further` chunks.
 
-        What has the size of a row grows: it is there in `shorter` rows too, in a size smaller by `ratio`. So does what
-        passes leave to later ones, in the number of chunks. What comes and goes within a pass has the size of a chunk.
+        What is as long as the row grows with it. Of what passes leave to later ones, each further chunk brings as much
+        more as these rows have beyond some that are `shorter` by one. What comes and goes within a pass stays.
         """
-        sizes = {life.bytes for life in shorter.live.lives}
+        more, less = self._left(), shorter._left()
         for life in self.live.lives:
-            row_sized = life.bytes not in sizes and life.bytes * ratio in sizes
-            left = life.born > self.begun[0] and any(life.alive_at(begun) for begun in self.begun)
-            if row_sized or (left and life.category == OTHER):
+            if life.bytes % row == 0:
                 life.bytes = round(life.bytes * factor)
+            elif life.bytes in less and self._is_left(life):
+                share = (more[life.bytes] - less[life.bytes]) / more[life.bytes]
+                life.bytes = round(life.bytes * (1 + share * further))
+
+    def _is_left(self, life: Life) -> bool:
+        """Whether a pass leaves it to a later one."""
+        made = life.category == OTHER and life.born > self.begun[0]
+        return made and any(life.alive_at(begun) for begun in self.begun[1:])
+
+    def _left(self) -> Counter[int]:
+        """How many of each size passes leave to later ones, at the most."""
+        most: Counter[int] = Counter()
+        left = [life for life in self.live.lives if self._is_left(life)]
+        for begun in self.begun[1:]:
+            most |= Counter(life.bytes for life in left if life.alive_at(begun))
+        return most
 
 
 def _watch(loop: TrainingLoop, batches: list[Batch]) -> _Watched:
@@ -246,21 +266,22 @@ def _moving_fake_modules() -> Iterator[None]:
 
 
 class _Answers(TorchDispatchMode):
-    """Answers what no fake tensor can: a number on the host, such as the norm of the gradients, is 1."""
+    """Answers what no fake tensor can: a number on the host is 1, such as the norm of the gradients, and a whole number
+    0, such as where a document begins."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 1.0
+            return 0 if args[0].dtype in (torch.int32, torch.int64) else 1.0
         return func(*args, **(kwargs or {}))
 
 
 class _FewBlocks(AttentionScope):
-    """Of long rows, whose queries are taken a block at a time, the first block and the last alone: what lives at a
-    time is the most in one of them."""
+    """Of long rows, whose queries are taken a block at a time, the last block alone, which sees the most keys; and once
+    more, since what one block leaves is there while the next is computed."""
 
     def blocks(self, queries: int, keys: int, size: int) -> list[tuple[slice, slice]]:
         every = super().blocks(queries, keys, size)
-        return every if len(every) < 3 else [every[0], every[-1]]
+        return every if len(every) < 3 else [every[-1], every[-1]]
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, scope: AttentionScope) -> Tensor:

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from hrm_ray.metrics.meters import DeviceMemory, MemoryMeter, Throughput
+from hrm_ray.metrics.meters import MemoryMeter, Throughput
 from hrm_ray.rundir import RunDir
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.adaptive_lr import Action
 from hrm_ray.train.assemble import Workplace
 from hrm_ray.train.bundle import BundleWeights, save_best, save_final, step_of_best
 from hrm_ray.train.checkpoint import save_checkpoint
+from hrm_ray.train.device_memory import accelerator_memory
 from hrm_ray.train.evaluate import better, evaluate
 from hrm_ray.train.expert_run import ExpertRun
 from hrm_ray.train.feed import BatchShape
@@ -50,7 +51,7 @@ class Runner:
         self.best: dict[str, Any] | None = None
         self.figures: dict[str, float] = {}
         self._throughput = Throughput()
-        self._memory = MemoryMeter(_accelerator_memory(self.loop.world.device))
+        self._memory = MemoryMeter(accelerator_memory(self.loop.world.device))
         self._evaluated_at = -1
         self._saved_at = -1
         data = settings.data
@@ -221,14 +222,3 @@ class Runner:
     def _write(self, kind: Any, values: dict[str, Any]) -> None:
         if self.loop.world.leads:
             self.sink.write(Record(kind, self.loop.progress.step, time.time(), values))
-
-
-def _accelerator_memory(device: torch.device) -> Callable[[], DeviceMemory] | None:
-    """How to read the accelerator's memory; None on the CPU, where the process's own memory counts."""
-    if device.type != "cuda":
-        return None
-    return lambda: DeviceMemory(
-        torch.cuda.memory_allocated(device),
-        torch.cuda.max_memory_allocated(device),
-        torch.cuda.memory_reserved(device),
-    )

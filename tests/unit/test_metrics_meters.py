@@ -91,6 +91,13 @@ def test_memory_of_an_accelerator_is_what_it_says() -> None:
     assert meter.read() == {"memory_gb": 1.5, "peak_gb": 2.0, "reserved_gb": 3.0}
 
 
+def test_a_peak_does_not_fall() -> None:
+    """Where a device keeps no peak of its own, the most that was seen is one."""
+    readings = iter([DeviceMemory(b, b, 9_000_000_000) for b in (1_000_000_000, 4_000_000_000, 2_000_000_000)])
+    meter = MemoryMeter(lambda: next(readings))
+    assert [meter.read()["peak_gb"] for _ in range(3)] == [1.0, 4.0, 4.0]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="the Windows path itself runs there")
 def test_peak_without_proc_comes_from_getrusage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pathlib.Path.is_file", lambda path: False)

@@ -14,7 +14,7 @@ from hrm_ray.launch.memory_bounds import least_bytes, most_bytes
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.microbatch import to_batch
 from hrm_ray.train.rehearse import MemoryAccount, account_for, rehearse
-from tests.support.measured_memory import RandomRows, case_of, loop_of, measured_bytes
+from tests.support.measured_memory import case_of, loop_of, measured_bytes
 
 Options = dict[str, str | bool]
 Case = tuple[Options, int]
@@ -84,11 +84,9 @@ def small(chosen: Case) -> Case:
 
 def real_account(chosen: Case) -> MemoryAccount:
     loop: TrainingLoop = loop_of(*chosen)
-    settings, config = case_of(*chosen)
     shape, parts = loop.parts.shape, loop.parts
     offered = parts.feed.offer([torch.ones(shape.batch_size, dtype=torch.bool).numpy()] * shape.accumulation, 1)
     batches = [to_batch(columns, parts.wanted, loop.world.device) for columns in offered]
-    assert isinstance(parts.feed.samples, RandomRows)  # type: ignore[attr-defined]
     return account_for(loop, batches)
 
 
@@ -97,18 +95,13 @@ def test_it_is_as_real_tensors_are(name: str) -> None:
     """Everything that stays is equal to the byte. So are activations, but where what lives depends on values: how many
     tokens an expert gets, where documents begin; 5 % of the peak at most."""
     chosen = small({**CASES, **MORE}[name])
-    real, rehearsed = real_account(chosen), rehearse(*case_of(*chosen))
+    settings, config = case_of(*chosen)
+    real, rehearsed = real_account(chosen), rehearse(settings, config)
     for field in ("weights_bytes", "gradients_bytes", "optimizer_bytes", "average_bytes", "carries_bytes"):
         assert getattr(rehearsed, field) == getattr(real, field), field
     assert rehearsed.activations_bytes == pytest.approx(real.activations_bytes, abs=0.05 * real.peak_bytes)
     assert rehearsed.peak_bytes == pytest.approx(real.peak_bytes, rel=0.05)
-
-
-@pytest.mark.parametrize("name", [*CASES, *MORE])
-def test_it_lies_between_the_bounds(name: str) -> None:
-    settings, config = case_of(*small({**CASES, **MORE}[name]))
-    peak = rehearse(settings, config).peak_bytes
-    assert least_bytes(settings, config) <= peak <= most_bytes(settings, config)
+    assert least_bytes(settings, config) <= rehearsed.peak_bytes <= most_bytes(settings, config)
 
 
 @pytest.mark.slow
@@ -144,16 +137,15 @@ def test_what_further_micro_batches_keep_is_added() -> None:
         assert 0 < many.peak_bytes - few.peak_bytes - 2 * (many.carries_bytes - few.carries_bytes) <= columns
 
 
-def test_chunks_add_up() -> None:
-    """Rows of many chunks are told from two short ones, and are what going through all of them gives."""
-    chosen = small(CASES["text, chunks"])
-    settings, config = case_of(*chosen)
-    for seq_len in (320, 1000):
-        long = replace(config, seq_len=seq_len)
-        whole = case_of({**chosen[0], "--max-seq-len": str(seq_len)}, chosen[1])
-        real = real_account(({**chosen[0], "--max-seq-len": str(seq_len)}, chosen[1]))
-        assert rehearse(settings, long) == rehearse(*whole)
-        assert rehearse(settings, long).peak_bytes == pytest.approx(real.peak_bytes, rel=0.02)
+@pytest.mark.parametrize("gradients", ["truncated", "exact"])
+def test_chunks_add_up(gradients: str) -> None:
+    """Rows of 25 chunks are told from rows of 4 and 3, and are what going through all of them gives: 8 %, since where
+    the exact gradient's peak is changes with their number."""
+    options, vocab_size = small(CASES["text, chunks"])
+    chosen = {**options, "--max-seq-len": "1000", "--chunk-gradients": gradients}, vocab_size
+    told, real = rehearse(*case_of(*chosen)), real_account(chosen)
+    assert told.peak_bytes == pytest.approx(real.peak_bytes, rel=0.08)
+    assert told.weights_bytes == pytest.approx(real.weights_bytes, rel=1e-3)
 
 
 def test_state_in_host_memory_is_not_in_the_peak() -> None:
