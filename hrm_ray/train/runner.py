@@ -6,11 +6,8 @@ One job: what happens when. The step itself is the loop's; files are named by Ru
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
-
-import torch
 
 from hrm_ray.metrics.meters import MemoryMeter, Throughput
 from hrm_ray.rundir import RunDir

@@ -16,7 +16,10 @@ from hrm_ray.cli.main import main
 
 pytestmark = pytest.mark.ray
 
-MODEL = ("--hidden-size", "32", "--num-heads", "2", "--num-layers", "2", "--pos-encodings", "learned", "--no-moe")
+MODEL = (
+    *("--hidden-size", "32", "--num-heads", "2", "--num-layers", "2", "--pos-encodings", "learned"),
+    *("--no-moe", "--no-amp"),
+)
 RUN = ("--halt-max-steps", "4", "--halt-exploration-prob", "0.5", "--no-linear-dataset", "--threads", "1")
 LENGTH = ("--steps", "12", "--log-every", "1", "--save-every", "6", "--ema", "0.9", "--lr", "1e-3")
 
