@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hrm_ray.data.packing import TextSamples
+from hrm_ray.data.text_data import TextFolder, TextPlan
 from hrm_ray.errors import Fault, SettingsError
 from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.layers import Context
@@ -89,9 +90,7 @@ def main() -> None:
         )
         raise SystemExit(2)
     data = opened.training_args["data"]
-    samples = TextSamples(
-        opened.run_dir.data / "eval", data["seq_len"], data["packing"], data["prefix"], allow_short=True
-    )
+    samples = TextSamples(TextFolder(opened.run_dir.data).read_evaluation(), TextPlan.from_plain(data).form)
     losses, scores = segment_losses(cast(ActV1, opened.model), samples, said.rows)
     margin = float(opened.training_args["settings"]["model"]["halt_margin"])
     figures = rules(losses, scores, margin)

@@ -21,7 +21,9 @@ from option_cases import CASES, PLAIN, OptionCase
 from timing import Summary, hrm_ray_command, in_turn, machine, plain, summary, table
 from torch import Tensor
 
-from hrm_ray.data.prepare import open_samples
+from hrm_ray.data.packing import TextSamples
+from hrm_ray.data.text_data import TextFolder, TextPlan
+from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import HrmRayError
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import RunDir, read_json
@@ -164,7 +166,13 @@ def prepare(folder: Path, corpus: Path | None, size: tuple[str, ...], device: st
     run_dir = RunDir(base)
     data = read_json(run_dir.training_args)["data"]
     config = ModelConfig.from_plain(read_json(run_dir.config), str(run_dir.config))
-    samples, _ = open_samples(data, run_dir.data)
+    plan = TextPlan.from_plain(data)
+    maker = TextFolder(run_dir.data).maker(
+        plan.cut, plan.source, TextTokenizer.load(run_dir.root), pairs=False, writes=False
+    )
+    chunk = maker.made(0)
+    assert chunk is not None, "the base was trained on it"
+    samples = TextSamples(chunk.store, plan.form)
     size = (*size, "--lr", "1e-3", "--no-linear-dataset")
     return Place(samples, run_dir, size, config.vocab_size, device, threads, steps)
 

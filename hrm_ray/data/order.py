@@ -1,13 +1,14 @@
 """The order in which an epoch's samples are taken: a keyed permutation of the position.
 
-One job: position -> sample index, as a pure function of (seed, epoch, count). It holds no table, so memory does not
-grow with the data, any worker can compute any part, and resuming needs nothing but the position. It does not divide
-positions over workers.
+One job: position -> sample (or chunk, or sequence), as a pure function of (seed, epoch, count). It holds no table of
+samples, so memory does not grow with the data, any worker can compute any part, and resuming needs nothing but the
+position. It does not divide positions over workers.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,13 +21,14 @@ _MIN_BITS = 6
 
 @dataclass(frozen=True)
 class Order:
-    """An epoch's order over `count` samples: the identity when `linear`, else a permutation keyed by (seed, epoch,
-    count)."""
+    """An epoch's order over `count` things: the identity when `linear`, else a permutation keyed by (seed, epoch,
+    count, what they are)."""
 
     seed: int
     epoch: int
     count: int
     linear: bool
+    of: str = ""
 
     def at(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Sample indices at `positions` (int64, any shape, each in 0..count-1); the same shape comes back.
@@ -59,7 +61,7 @@ class Order:
 
     def _round_keys(self) -> npt.NDArray[np.uint64]:
         digest = hashlib.blake2b(
-            f"order {self.seed} {self.epoch} {self.count}".encode(), digest_size=8 * _ROUNDS
+            f"order {self.seed} {self.epoch} {self.count}{self.of}".encode(), digest_size=8 * _ROUNDS
         ).digest()
         return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
@@ -69,6 +71,57 @@ def epoch_order(seed: int, epoch: int, count: int, linear: bool) -> Order:
     if count < 1:
         raise ValueError(f"an epoch needs at least one sample, got {count}")
     return Order(seed=seed, epoch=epoch, count=count, linear=linear)
+
+
+class ChunkOrder:
+    """In which order an epoch takes chunks: blocks in an order of their own, and in each its chunks in one of theirs.
+
+    A block is finished before the next one begins. Memory is one number per block.
+    """
+
+    def __init__(self, seed: int, epoch: int, block_sizes: Sequence[int]) -> None:
+        """`block_sizes`: chunks of each block, at least one in all."""
+        self._seed, self._epoch = seed, epoch
+        sizes = np.array(block_sizes, dtype=np.int64)
+        blocks = np.arange(len(sizes), dtype=np.int64)
+        self._blocks = Order(seed, epoch, len(sizes), False, " blocks").at(blocks)
+        self._sizes = sizes[self._blocks]
+        self._ends = np.cumsum(self._sizes)
+        self._firsts = (np.cumsum(sizes) - sizes)[self._blocks]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def at(self, position: int) -> tuple[int, bool]:
+        """The number of the chunk at a position of the epoch, and whether its block ends with it."""
+        turn = int(np.searchsorted(self._ends, position, side="right"))
+        size, end = int(self._sizes[turn]), int(self._ends[turn])
+        within = Order(self._seed, self._epoch, size, False, f" chunks of {self._blocks[turn]}")
+        chosen = int(within.at(np.array([position - (end - size)]))[0])
+        return int(self._firsts[turn]) + chosen, position + 1 == end
+
+
+class WindowOrder:
+    """The order of `count` sequences that wait in a shuffle buffer together, or of as many parts of them as
+    `parts` says, each shuffled in itself where the buffer is smaller than what was read at once."""
+
+    def __init__(self, seed: int, epoch: int, window: int, count: int, parts: int = 1) -> None:
+        """`window` is the place of the window in its epoch."""
+        self._length = max(1, -(-count // max(1, parts)))
+        self._key = (seed, epoch)
+        self._window, self._count = window, count
+
+    def at(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Which sequences stand at `positions` (int64 [N], each in 0..count-1)."""
+        part = positions // self._length
+        found = np.empty_like(positions)
+        for number in np.unique(part).tolist():
+            first = number * self._length
+            length = min(self._length, self._count - first)
+            order = Order(*self._key, length, False, f" window {self._window}.{number}")
+            inside = part == number
+            found[inside] = first + order.at(positions[inside] - first)
+        return found
 
 
 def _feistel(values: npt.NDArray[np.uint64], keys: npt.NDArray[np.uint64], bits: int) -> npt.NDArray[np.uint64]:

@@ -6,22 +6,23 @@ order.py's.
 
 - packed: the stream of all documents is cut every `seq_len` tokens; window k has the inputs stream[k*S : k*S+S].
 - not packed: each document begins a row, a long one goes on in further rows, a short row is padded.
+- stride N < S: a window (packed), or a long document's next row (not packed), begins N tokens after the one before;
+  what it repeats is context and carries no label.
 - prefix (pairs of prompt and response): a pair is never divided over rows; labels are the response's tokens and its
   end-of-text. Packed, a row takes whole pairs in their order as long as they fit; else each row is one pair.
 
 A row consists of pieces, runs of tokens of one document; the rest is padding, which counts as a document of its own.
-Memory: packed rows need none beyond the maps; the other two keep 8 bytes per row or document.
+Memory beyond the store: packed rows need none; the other two keep 8 bytes per row or document.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from hrm_ray.data.text_store import TextStore, open_text_store
+from hrm_ray.data.text_store import TextStore
 from hrm_ray.errors import DataFault, Fault, SettingsError
 from hrm_ray.values import IGNORE_LABEL, Columns
 
@@ -46,38 +47,41 @@ class _Pieces:
     unlabelled: Ints
 
 
+@dataclass(frozen=True)
+class RowForm:
+    """How tokens become rows: `seq_len` tokens each, packed or padded, beginning `stride` tokens apart (none: as long
+    as a row is); `prefix` takes pairs of prompt and response."""
+
+    seq_len: int
+    packing: bool = True
+    prefix: bool = False
+    stride: int | None = None
+
+
 class TextSamples:
     """Packed or padded rows over a token store (values.Columns, text). Rows without any label do not exist."""
 
-    def __init__(self, folder: Path, seq_len: int, packing: bool, prefix: bool, allow_short: bool = False) -> None:
-        """`allow_short`: data shorter than one row is taken (held-out data); else it raises SettingsError.
-
-        Raises DataFault for a damaged store, or one of plain documents with `prefix`, and SettingsError for a
-        `seq_len` below 2.
-        """
-        self.store: TextStore = open_text_store(folder)
-        self.seq_len, self.prefix = seq_len, prefix
+    def __init__(self, store: TextStore, form: RowForm) -> None:
+        """Raises SettingsError for a row of less than 2 tokens, DataFault for a store of plain documents where the
+        form wants pairs."""
+        self.store = store
+        self.seq_len, self.prefix = form.seq_len, form.prefix
         self.cut_pairs = 0
         """Pairs that do not fit a row and lost tokens of their prompt's start or their response's end."""
-        meta = self.store.meta
-        if seq_len < 2:
+        if form.seq_len < 2:
             raise SettingsError(
-                Fault(f"max_seq_len {seq_len}", "a row needs 2 tokens or more", "Give a larger --max-seq-len")
+                Fault(f"max_seq_len {form.seq_len}", "a row needs 2 tokens or more", "Give a larger --max-seq-len")
             )
-        if prefix and not meta.pairs:
-            reason = "it holds plain documents, not pairs of prompt and response"
-            raise DataFault(Fault(str(folder), reason, "Give --prompt-column and --response-column"))
-        if meta.tokens < seq_len and not allow_short:
-            reason = f"the data has only {meta.tokens} tokens, not one row of {seq_len}"
-            raise SettingsError(
-                Fault(f"max_seq_len {seq_len}", reason, f"Give --max-seq-len {meta.tokens} or less, or more data")
-            )
+        if form.prefix and store.prompts is None:
+            reason = "these are plain documents, not pairs of prompt and response"
+            raise DataFault(Fault("--lm-mask prefix", reason, "Give --prompt-column and --response-column"))
         self._layout: _Stream | _Rows | _Pairs
-        if prefix:
-            pairs = _Pairs(self.store, seq_len, packing)
+        if form.prefix:
+            pairs = _Pairs(store, form.seq_len, form.packing)
             self._layout, self.cut_pairs = pairs, pairs.cut
         else:
-            self._layout = (_Stream if packing else _Rows)(self.store, seq_len)
+            stride = form.stride if form.stride is not None else form.seq_len
+            self._layout = (_Stream if form.packing else _Rows)(store, form.seq_len, stride)
 
     def __len__(self) -> int:
         return self._layout.count
@@ -124,7 +128,7 @@ class TextSamples:
         prompt = np.zeros(count * seq_len, dtype=bool)
         prompt[slot] = within < np.repeat(pieces.prompt, pieces.length)
         return {
-            "inputs": laid(stream.meta.pad_id, stream.tokens[source], slot),
+            "inputs": laid(stream.pad_id, stream.tokens[source], slot),
             "labels": laid(IGNORE_LABEL, stream.tokens[follower], slot[labelled]),
             "label_bytes": laid(0, stream.token_bytes[follower], slot[labelled]),
             "documents": documents.reshape(count, seq_len),
@@ -133,17 +137,31 @@ class TextSamples:
         }
 
 
-class _Stream:
-    """Packed documents: row k is stream[k*S : k*S+S]."""
+def padding_rows(seq_len: int, count: int, pad_id: int) -> Columns:
+    """`count` inactive rows."""
+    shape = (count, seq_len)
+    return {
+        "inputs": np.full(shape, pad_id, dtype=np.int32),
+        "labels": np.full(shape, IGNORE_LABEL, dtype=np.int32),
+        "label_bytes": np.zeros(shape, dtype=np.int32),
+        "documents": np.zeros(shape, dtype=np.int32),
+        "positions": np.tile(np.arange(seq_len, dtype=np.int32), (count, 1)),
+        "prompt": np.zeros(shape, dtype=bool),
+        "active": np.zeros(count, dtype=bool),
+    }
 
-    def __init__(self, store: TextStore, seq_len: int) -> None:
-        self._starts, self._seq_len, self._tokens = store.starts, seq_len, store.meta.tokens
+
+class _Stream:
+    """Packed documents: row k is stream[k*N : k*N+S], N being the stride."""
+
+    def __init__(self, store: TextStore, seq_len: int, stride: int) -> None:
+        self._starts, self._seq_len, self._tokens, self._stride = store.starts, seq_len, len(store.tokens), stride
         # A last row that held nothing but the last end-of-text would have no label. (A document has a token before its
         # end-of-text, so with S >= 2 every other row has one.)
-        self.count = -(-(store.meta.tokens - 1) // seq_len)
+        self.count = int(_windows(np.array(self._tokens - 1), seq_len, stride))
 
     def pieces(self, rows: Ints) -> _Pieces:
-        begin = rows * self._seq_len
+        begin = rows * self._stride
         end = np.minimum(begin + self._seq_len, self._tokens)
         first = np.searchsorted(self._starts, begin, side="right") - 1
         beyond = np.searchsorted(self._starts, end, side="left")
@@ -152,28 +170,37 @@ class _Stream:
         source = np.maximum(self._starts[document], begin[row])
         document_end = self._starts[document + 1]
         length = np.minimum(document_end, end[row]) - source
-        zero = np.zeros_like(row)
-        return _Pieces(row, source - begin[row], source, length, document_end, zero, zero)
+        column = source - begin[row]
+        repeated = np.where(rows[row] > 0, self._seq_len - self._stride, 0)
+        return _Pieces(row, column, source, length, document_end, np.zeros_like(row), np.maximum(repeated - column, 0))
 
 
 class _Rows:
     """Unpacked documents: each in rows of its own."""
 
-    def __init__(self, store: TextStore, seq_len: int) -> None:
-        self._starts, self._seq_len = store.starts, seq_len
+    def __init__(self, store: TextStore, seq_len: int, stride: int) -> None:
+        self._starts, self._seq_len, self._stride = store.starts, seq_len, stride
         # The end-of-text is a label but needs no position, hence length - 1; each document has at least one row.
-        needed = -(-(np.diff(store.starts) - 1) // seq_len)
+        needed = _windows(np.diff(store.starts) - 1, seq_len, stride)
         self._row_ends = np.cumsum(needed)
-        self.count = int(self._row_ends[-1])
+        self.count = int(self._row_ends[-1]) if len(needed) else 0
 
     def pieces(self, rows: Ints) -> _Pieces:
         document = np.searchsorted(self._row_ends, rows, side="right")
         before = np.where(document > 0, self._row_ends[document - 1], 0)
         end = self._starts[document + 1]
-        source = self._starts[document] + (rows - before) * self._seq_len
+        source = self._starts[document] + (rows - before) * self._stride
         length = np.minimum(source + self._seq_len, end) - source
         zero = np.zeros_like(rows)
-        return _Pieces(np.arange(len(rows)), zero, source, length, end, zero, zero)
+        repeated = np.where(rows > before, self._seq_len - self._stride, 0)
+        return _Pieces(np.arange(len(rows)), zero, source, length, end, zero, repeated)
+
+
+def _windows(labels: Ints, seq_len: int, stride: int) -> Ints:
+    """How many rows of `seq_len` positions, `stride` apart, hold so many labels: the first has `seq_len` of them, each
+    further one adds `stride`."""
+    beyond = -(-(labels - seq_len) // stride)
+    return np.where(labels > 0, 1 + np.maximum(beyond, 0), 0)
 
 
 class _Pairs:
@@ -184,8 +211,8 @@ class _Pairs:
         self.cut = 0
         row_starts: list[int] = []
         room = 0
-        for begin in range(0, store.meta.documents, _SCAN):
-            source, end, _, cut = self._fitted(np.arange(begin, min(begin + _SCAN, store.meta.documents)))
+        for begin in range(0, store.documents, _SCAN):
+            source, end, _, cut = self._fitted(np.arange(begin, min(begin + _SCAN, store.documents)))
             self.cut += int(cut.sum())
             # The end-of-text is a label but needs no position. Each pair has a label, as the store keeps none without
             # a token.
@@ -195,7 +222,7 @@ class _Pairs:
                     room = seq_len
                 room -= length
         self.count = len(row_starts)
-        self._row_starts = np.array([*row_starts, store.meta.documents], dtype=np.int64)
+        self._row_starts = np.array([*row_starts, store.documents], dtype=np.int64)
 
     def _fitted(self, pairs: Ints) -> tuple[Ints, Ints, Ints, npt.NDArray[np.bool_]]:
         """Where each pair's kept tokens begin and end in the stream, how many of them are prompt, and whether it was

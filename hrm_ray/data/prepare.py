@@ -1,43 +1,46 @@
-"""What the launcher does once, before workers start, and what each worker opens.
+"""What the launcher does once, before workers start.
 
-One job: from sources to a plan of JSON values (prepare_text, prepare_puzzles), and from that plan to samples
-(open_samples). Workers never tokenise. The caller logs the notes.
+One job: from sources to a plan of JSON values and the files beside it (prepare_text, prepare_puzzles). Of text only
+what must be known before the first step is read. The caller logs the notes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from hrm_ray.data.folders import whole_folder
-from hrm_ray.data.packing import TextSamples
+from hrm_ray.data.catalog import Catalog, changed, check_parts, touching
+from hrm_ray.data.chunk_source import Chunk
+from hrm_ray.data.chunks import Corpus, read_chunks, reread
+from hrm_ray.data.corpus_facts import (
+    Sequences,
+    begin_corpus,
+    cached_whole,
+    check_usable,
+    count_sequences,
+    read_held_out,
+)
+from hrm_ray.data.packing import RowForm
+from hrm_ray.data.parts import list_parts
 from hrm_ray.data.puzzles.format import PuzzleFacts
 from hrm_ray.data.puzzles.samples import PuzzleSamples, open_puzzles
-from hrm_ray.data.readers import TextSource, read_documents
-from hrm_ray.data.text_store import StoreMeta, write_text_store
+from hrm_ray.data.readers import Document, TextSource
+from hrm_ray.data.text_data import CorpusCut, TextFolder, TextPlan, corpus_of
+from hrm_ray.data.text_store import TextStore, save_store
 from hrm_ray.data.tokenizer import TOKENIZER_FILE, TextTokenizer
-from hrm_ray.values import SampleSet
-
-_SPLITS = frozenset({"train", "eval"})
+from hrm_ray.errors import Fault, ResourceFault
 
 _TRIED_DOCUMENTS, _TRIED_CHARACTERS = 5, 2000
+_EVAL_CHUNK = 256
+"""Held-out documents that are read at once; reading ends with the first chunk that gives enough sequences."""
 
 TokenizerOrigin: TypeAlias = Literal["loaded", "reused", "trained"]
 
 DataPlan: TypeAlias = dict[str, "str | bool | int | None"]
-"""What a worker needs to open the samples: JSON values only."""
-
-
-@dataclass(frozen=True)
-class RowForm:
-    """How tokens become rows: `seq_len` tokens each, packed or padded; `prefix` takes pairs of prompt and response."""
-
-    seq_len: int
-    packing: bool
-    prefix: bool
+"""What a worker needs to open puzzles: JSON values only."""
 
 
 @dataclass(frozen=True)
@@ -52,25 +55,28 @@ class TokenizerChoice:
 
 
 @dataclass(frozen=True)
-class PreparedSplit:
-    """One token store: its folder, its facts, how many rows it gives, and how many pairs had to be cut to fit a row."""
+class Wanted:
+    """What else is asked of the data: `count` the sequences of an epoch, `eval_rows` held-out sequences at most, out of
+    `max_val_examples` documents at most; `keep_evaluation` leaves those that the folder has."""
 
-    folder: Path
-    meta: StoreMeta
-    rows: int
-    cut_pairs: int
+    count: bool = False
+    eval_rows: int = 0
+    max_val_examples: int | None = None
+    keep_evaluation: bool = False
 
 
 @dataclass(frozen=True)
 class PreparedText:
-    """What prepare_text made. `notes` are sentences that a person should see (to be logged at WARNING)."""
+    """What prepare_text made. `first` is the first chunk that will be trained on, `notes` are sentences that a person
+    should see (to be logged at WARNING)."""
 
     tokenizer: TextTokenizer
     tokenizer_origin: TokenizerOrigin
-    train: PreparedSplit
-    evaluation: PreparedSplit | None
+    plan: TextPlan
+    first: Chunk
+    sequences: Sequences | None
+    evaluation: TextStore | None
     notes: tuple[str, ...]
-    plan: DataPlan
 
 
 @dataclass(frozen=True)
@@ -87,40 +93,96 @@ def prepare_text(
     evaluation: TextSource | None,
     *,
     bundle: Path,
-    stores: Path,
+    data: Path,
     choice: TokenizerChoice,
     form: RowForm,
+    cut: CorpusCut,
+    wanted: Wanted = Wanted(),
 ) -> PreparedText:
-    """Chooses the tokenizer, saves it in `bundle`, and writes the token stores `stores`/train and `stores`/eval; the
-    folder `stores` is replaced whole, or left as it was.
+    """Chooses the tokenizer, saves it in `bundle`, and begins the folder `data`: parts, catalog, the first chunk, and
+    the held-out documents. Where `data` knows a corpus already, it must be the same.
 
-    Raises SettingsError for paths, columns or a row length that cannot be used, DataFault for data that cannot be read.
+    Raises SettingsError for paths, columns or a row length that cannot be used, DataFault for data that cannot be read
+    or has changed.
     """
     notes: list[str] = []
-    tokenizer, origin = _choose(train, bundle, choice, notes)
-    with whole_folder(stores, overwrite=True, owned=_SPLITS, option="--bundle-dir") as building:
-        prepared = _prepare_split(train, tokenizer, building / "train", form, False, notes)
+    folder = TextFolder(data)
+    parts = list_parts(train).parts
+    folder.root.mkdir(parents=True, exist_ok=True)
+    corpus = corpus_of(cut, train, parts)
+    _take_up(folder, corpus)
+    check_usable(corpus)
+    tokenizer, origin = _choose(corpus, bundle, choice, notes)
+    maker = folder.maker(cut, train, tokenizer, pairs=form.prefix, writes=True)
+    try:
+        first = begin_corpus(maker, cut, form)
+        in_order = not cut.shuffled or not maker.corpus.random_access
+        if cut.shuffled and in_order:
+            notes.append(
+                "The data can only be read in its order (it is compressed, an archive or a stream): sequences are "
+                f"shuffled within the buffer of {cut.shuffle_rows} samples, blocks and chunks are not."
+            )
+        if not in_order:
+            maker.survey()
+        counted = count_sequences(maker, first, form, all_of_it=not cut.streaming) if _counts(cut, wanted) else None
+        if not cut.streaming and maker.cache.refusal is not None:
+            mend = "Give a larger --cache-gb, or leave out --no-streaming"
+            raise ResourceFault(Fault("--no-streaming", maker.cache.refusal, mend))
+        kept = cached_whole(maker)
         held_out = None
-        if evaluation is not None:
-            held_out = _prepare_split(evaluation, tokenizer, building / "eval", form, True, notes)
+        if evaluation is not None and wanted.keep_evaluation:
+            held_out = folder.read_evaluation()
+        elif evaluation is not None:
+            held_out = read_held_out(_held_out(cut, evaluation, wanted), tokenizer, form, wanted.eval_rows)
+            save_store(held_out, folder.evaluation)
+    finally:
+        maker.catalog.close()
     # Last, so that data that cannot be used leaves the bundle's tokenizer as it was.
     if origin != "reused":
         tokenizer.save(bundle)
-    notes.extend(_losses(train, tokenizer))
-    prepared = replace(prepared, folder=stores / "train")
-    held_out = held_out and replace(held_out, folder=stores / "eval")
-    plan: DataPlan = {
-        "task": "lm",
-        "seq_len": form.seq_len,
-        "packing": form.packing,
-        "prefix": form.prefix,
-        "evaluation": evaluation is not None,
-    }
-    return PreparedText(tokenizer, origin, prepared, held_out, tuple(notes), plan)
+    notes += first.notes
+    notes.extend(_losses(_documents(maker.corpus), tokenizer))
+    start = 0 if cut.start_block is None and cut.start_chunk is None else first.entry.number
+    plan = TextPlan(cut, form, train, evaluation is not None, start, in_order, kept)
+    return PreparedText(tokenizer, origin, plan, first, counted, held_out, tuple(notes))
+
+
+def _counts(cut: CorpusCut, wanted: Wanted) -> bool:
+    return wanted.count or not cut.streaming
+
+
+def _held_out(cut: CorpusCut, evaluation: TextSource, wanted: Wanted) -> Corpus:
+    """The held-out data as a corpus: from its beginning, in small chunks."""
+    of_training = replace(
+        cut,
+        dataset_start_offset=0,
+        max_train_examples=wanted.max_val_examples,
+        dataset_chunk_size=min(cut.dataset_chunk_size, _EVAL_CHUNK),
+    )
+    return corpus_of(of_training, evaluation, list_parts(evaluation).parts)
+
+
+def _take_up(folder: TextFolder, corpus: Corpus) -> None:
+    """Check a corpus that is known against what it is now, and write down where its parts lie now."""
+    if folder.parts.is_file():
+        doubtful = check_parts(folder.read_parts(), corpus.parts)
+        entries = touching(Catalog(folder.catalog, writes=False).entries, doubtful, len(corpus.parts))
+        found = list(reread(corpus, entries))
+        for known, now in zip(entries, found, strict=False):
+            if known != now:
+                raise changed(known.name, "it does not hold the rows that it held when it was read first")
+        if len(found) < len(entries):
+            raise changed(entries[len(found)].name, "its rows are gone")
+    folder.write_parts(corpus.parts)
+
+
+def _documents(corpus: Corpus) -> Iterator[Document]:
+    """The documents of a corpus that can be used, in their order."""
+    return (document for chunk in read_chunks(corpus) for document in chunk.documents)
 
 
 def _choose(
-    train: TextSource, bundle: Path, choice: TokenizerChoice, notes: list[str]
+    corpus: Corpus, bundle: Path, choice: TokenizerChoice, notes: list[str]
 ) -> tuple[TextTokenizer, TokenizerOrigin]:
     if choice.path is not None:
         return TextTokenizer.load(choice.path), "loaded"
@@ -133,16 +195,16 @@ def _choose(
                 "With --retrain-tokenizer a new one is trained."
             )
         return tokenizer, "reused"
-    texts = (document.text for document in read_documents(train))
+    texts = (document.text for document in _documents(corpus))
     tokenizer = TextTokenizer.train(texts, choice.vocab_size, choice.examples)
     if tokenizer.vocab_size != choice.vocab_size:
         notes.append(f"The data gives a vocabulary of {tokenizer.vocab_size} tokens, {asked}.")
     return tokenizer, "trained"
 
 
-def _losses(source: TextSource, tokenizer: TextTokenizer) -> list[str]:
+def _losses(documents: Iterable[Document], tokenizer: TextTokenizer) -> list[str]:
     """A note where the first documents do not come back from the tokenizer as they were."""
-    for document in islice(read_documents(source), _TRIED_DOCUMENTS):
+    for document in islice(documents, _TRIED_DOCUMENTS):
         text = document.text[:_TRIED_CHARACTERS]
         if tokenizer.decode(tokenizer.encode(text), keep_marks=True) != text:
             return [
@@ -150,19 +212,6 @@ def _losses(source: TextSource, tokenizer: TextTokenizer) -> list[str]:
                 "byte come out too low to compare with another tokenizer's."
             ]
     return []
-
-
-def _prepare_split(
-    source: TextSource, tokenizer: TextTokenizer, folder: Path, form: RowForm, allow_short: bool, notes: list[str]
-) -> PreparedSplit:
-    meta = write_text_store(read_documents(source), tokenizer, folder, pairs=form.prefix)
-    samples = TextSamples(folder, form.seq_len, form.packing, form.prefix, allow_short=allow_short)
-    if meta.empty_documents:
-        notes.append(f"{source.path}: {meta.empty_documents} documents have no token and are left out.")
-    if samples.cut_pairs:
-        rows = f"longer than a row of {form.seq_len} tokens and were cut"
-        notes.append(f"{source.path}: {samples.cut_pairs} of {meta.documents} pairs are {rows}.")
-    return PreparedSplit(folder, meta, len(samples), samples.cut_pairs)
 
 
 def prepare_puzzles(train: TextSource, evaluation: TextSource | None) -> PreparedPuzzles:
@@ -174,26 +223,12 @@ def prepare_puzzles(train: TextSource, evaluation: TextSource | None) -> Prepare
         "eval_path": None if evaluation is None else str(evaluation.path.absolute()),
         "eval_split": None if evaluation is None else evaluation.split,
     }
-    samples, held_out = _open_puzzles(plan)
+    samples, held_out = open_puzzle_sets(plan)
     return PreparedPuzzles(samples.facts, held_out.facts if held_out is not None else None, plan)
 
 
-def open_samples(plan: Mapping[str, Any], stores: Path) -> tuple[SampleSet, SampleSet | None]:
-    """The training and the held-out samples of a plan; `stores` is the folder that prepare_text wrote (for puzzles
-    unused).
-
-    Raises DataFault where the data has gone or is damaged since it was prepared.
-    """
-    if plan["task"] == "puzzle":
-        return _open_puzzles(plan)
-    seq_len, packing, prefix = int(plan["seq_len"]), bool(plan["packing"]), bool(plan["prefix"])
-    held_out = None
-    if plan["evaluation"]:
-        held_out = TextSamples(stores / "eval", seq_len, packing, prefix, allow_short=True)
-    return TextSamples(stores / "train", seq_len, packing, prefix), held_out
-
-
-def _open_puzzles(plan: Mapping[str, Any]) -> tuple[PuzzleSamples, PuzzleSamples | None]:
+def open_puzzle_sets(plan: Mapping[str, Any]) -> tuple[PuzzleSamples, PuzzleSamples | None]:
+    """The training and the held-out puzzles of a plan. Raises DataFault where they have gone or changed."""
     samples = open_puzzles(Path(plan["path"]), plan["split"])
     if plan["eval_path"] is None:
         return samples, None

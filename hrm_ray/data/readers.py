@@ -10,7 +10,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from hrm_ray.data.parts import Part
 from hrm_ray.data.puzzles.format import DESCRIPTION
 from hrm_ray.data.splits import TEXT_SUFFIXES, WHOLE, split_files
 from hrm_ray.errors import DataFault, Fault, SettingsError
@@ -30,6 +32,15 @@ class TextSource:
     apart: str | None = None
     """A split that is held out of this one, where this one is all of a folder that has no split of its name."""
 
+    def plain(self) -> dict[str, Any]:
+        """JSON values."""
+        return {**self.__dict__, "path": str(self.path)}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> TextSource:
+        """What `plain` gave."""
+        return cls(**{**plain, "path": Path(plain["path"])})
+
     @property
     def pairs(self) -> bool:
         """True where rows are prompt and response."""
@@ -44,10 +55,43 @@ class Document:
     """
 
     text: str
-    source: Path
+    where: str
     row: int
+    mark: int | None = None
     prompt: str | None = None
     response: str | None = None
+    continues: bool = False
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be read."""
+
+    fault: Fault
+    where: str
+    row: int
+    mark: int | None = None
+    ends_part: bool = False
+
+
+def read_part(
+    part: Part, source: TextSource, start_row: int = 0, mark: int | None = None
+) -> Iterator[Document | BadRow]:
+    """The rows of a part."""
+    file = Path(part.address)
+    if file.suffix.lower() == ".jsonl":
+        rows = _read_jsonl(file, source, start_row, mark)
+    else:
+        rows = _read_txt(file, source) if start_row == 0 else iter(())
+    while True:
+        try:
+            row = next(rows, None)
+        except DataFault as error:
+            yield BadRow(error.faults[0], part.name, 0, None, True)
+            return
+        if row is None:
+            return
+        yield row
 
 
 def text_files(source: TextSource) -> list[Path]:
@@ -101,24 +145,27 @@ def _read_txt(file: Path, source: TextSource) -> Iterator[Document]:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise _not_utf8(str(file), error, error.start) from error
-    yield Document(text.removeprefix("\ufeff"), file, 1)
+    yield Document(text.removeprefix("\ufeff"), str(file), 0)
 
 
-def _read_jsonl(file: Path, source: TextSource) -> Iterator[Document]:
-    offset = 0
+def _read_jsonl(file: Path, source: TextSource, start_row: int = 0, mark: int | None = None) -> Iterator[Document]:
+    offset = mark or 0
+    row_number = start_row - 1
     with file.open("rb") as lines:
+        lines.seek(offset)
         for number, line in enumerate(lines, start=1):
             where = f"{file}:{number}"
             row = parse_line(line, where, offset)
             offset += len(line)
             if row is None:
                 continue
+            row_number += 1
             if source.prompt_column is not None and source.response_column is not None:
                 prompt = _column(row, source.prompt_column, where, "--prompt-column")
                 response = _column(row, source.response_column, where, "--response-column")
-                yield Document(prompt + response, file, number, prompt, response)
+                yield Document(prompt + response, where, row_number, offset, prompt, response)
             else:
-                yield Document(_column(row, source.text_column, where, "--text-column"), file, number)
+                yield Document(_column(row, source.text_column, where, "--text-column"), where, row_number, offset)
 
 
 def parse_line(line: bytes, where: str, offset: int) -> dict[str, object] | None:

@@ -1,34 +1,29 @@
-"""A tokenised corpus on disk: flat files that any number of workers map into memory.
+"""Tokenised documents: arrays in memory, and one file of them.
 
-One job: write the token stream of a corpus with constant memory, and open it again. Each document is its tokens
-followed by the end-of-text token. Rows of a batch are cut in packing.py.
-
-Files (little endian): tokens.bin int32 [T], bytes.bin int32 [T] (UTF-8 bytes each token stands for, 0 for end-of-text),
-starts.bin int64 [N+1] (where each document begins; the last entry is T), for pairs prompts.bin int32 [N] (tokens of the
-prompt), and meta.json.
+One job: documents -> TextStore, and a TextStore to and from a file. Each document is its tokens followed by the
+end-of-text token. How much goes into one store is the caller's choice, and with it the memory; rows of a batch are cut
+in packing.py.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from hrm_ray.data.folders import whole_folder
 from hrm_ray.data.readers import Document
 from hrm_ray.data.tokenizer import Encoded, TextTokenizer
-from hrm_ray.errors import DataFault, Fault
+from hrm_ray.rundir import sync_file
 
-FORMAT = 1
-META = "meta.json"
-_KINDS: dict[str, str] = {"tokens.bin": "<i4", "bytes.bin": "<i4", "starts.bin": "<i8", "prompts.bin": "<i4"}
-OWNED = frozenset({META, *_KINDS})
+FORMAT = "1"
 
 # A batch goes to the tokenizer's threads at once; both bounds keep memory flat for many small and for large documents.
 _BATCH_DOCUMENTS = 1024
@@ -36,115 +31,75 @@ _BATCH_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
-class StoreMeta:
-    """meta.json: `documents` and `tokens` (end-of-text included) in the store, `text_bytes` of UTF-8 they stand for,
-    `empty_documents` left out because no token was in them, and the `fingerprint` (SHA-256 over content and
-    tokenizer)."""
-
-    format: int
-    documents: int
-    empty_documents: int
-    tokens: int
-    text_bytes: int
-    vocab_size: int
-    end_of_text_id: int
-    pad_id: int
-    pairs: bool
-    tokenizer: str
-    fingerprint: str
-
-
-@dataclass(frozen=True)
 class TextStore:
-    """An opened store: its facts and its files as read-only memory maps (shapes in the module's docstring)."""
+    """Documents as tokens.
 
-    meta: StoreMeta
+    `tokens` int32 [T], `token_bytes` unsigned [T] (UTF-8 bytes each token stands for, 0 for end-of-text), `starts`
+    int64 [N+1] (where each document begins; the last entry is T), for pairs `prompts` int32 [N] (tokens of the prompt).
+    `pad_id` is what rows are filled up with; `empty_documents` were left out because no token was in them.
+    """
+
     tokens: npt.NDArray[np.int32]
-    token_bytes: npt.NDArray[np.int32]
+    token_bytes: npt.NDArray[Any]
     starts: npt.NDArray[np.int64]
     prompts: npt.NDArray[np.int32] | None
+    pad_id: int
+    empty_documents: int
+
+    @property
+    def documents(self) -> int:
+        """How many documents are in it."""
+        return len(self.starts) - 1
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the arrays."""
+        arrays = (self.tokens, self.token_bytes, self.starts, self.prompts)
+        return sum(array.nbytes for array in arrays if array is not None)
 
 
-def write_text_store(
-    documents: Iterable[Document], tokenizer: TextTokenizer, folder: Path, pairs: bool = False
-) -> StoreMeta:
-    """Tokenises `documents` into the store `folder`, replacing an older store there; whole or not at all.
+def tokenise(documents: Iterable[Document], tokenizer: TextTokenizer, pairs: bool = False) -> TextStore:
+    """The tokens of `documents`; those without any are left out and counted.
 
     With `pairs` prompt and response are tokenised apart, so that the border between them lies between two tokens.
-    Documents without any token are left out and counted. Raises DataFault where none is left, and what reading the
-    documents raises.
     """
-    with whole_folder(folder, overwrite=True, owned=OWNED, option="--bundle-dir") as building:
-        meta = _Writer(building, tokenizer, pairs).write(documents)
-        if not meta.documents:
-            raise DataFault(Fault(str(folder.name), "no document has a single token", "Give data with text in it"))
-        (building / META).write_text(json.dumps(asdict(meta), indent=2) + "\n", encoding="utf-8")
-    return meta
+    tokens: list[npt.NDArray[Any]] = [np.zeros(0, np.int32)]
+    widths: list[npt.NDArray[Any]] = [np.zeros(0, np.uint8)]
+    lengths: list[int] = []
+    prompts: list[int] = []
+    empty = 0
+    end = Encoded(np.array([tokenizer.end_of_text_id], np.int32), np.zeros(1, np.int32))
+    for batch in _batches(documents):
+        pieces: list[Encoded] = []
+        for parts in _encode(batch, tokenizer, pairs):
+            length = sum(len(part.ids) for part in parts)
+            if not length:
+                empty += 1
+                continue
+            pieces += (*parts, end)
+            lengths.append(length + 1)
+            prompts.append(len(parts[0].ids))
+        if pieces:
+            tokens.append(np.concatenate([piece.ids for piece in pieces]))
+            counted = np.concatenate([piece.bytes for piece in pieces])
+            widths.append(counted.astype(np.min_scalar_type(int(counted.max()))))
+    return TextStore(
+        tokens=np.concatenate(tokens),
+        token_bytes=np.concatenate(widths),
+        starts=np.concatenate((np.zeros(1, np.int64), np.cumsum(np.array(lengths, dtype=np.int64)))),
+        prompts=np.array(prompts, dtype=np.int32) if pairs else None,
+        pad_id=tokenizer.pad_id,
+        empty_documents=empty,
+    )
 
 
-class _Writer:
-    """Appends batches of documents to the files and to the fingerprint."""
-
-    def __init__(self, folder: Path, tokenizer: TextTokenizer, pairs: bool) -> None:
-        self._folder, self._tokenizer, self._pairs = folder, tokenizer, pairs
-        self._digest = hashlib.sha256(f"{FORMAT} {pairs} {tokenizer.fingerprint}".encode())
-        self._documents = self._empty = self._tokens = self._bytes = 0
-
-    def write(self, documents: Iterable[Document]) -> StoreMeta:
-        names = [name for name in _KINDS if self._pairs or name != "prompts.bin"]
-        files: dict[str, BinaryIO] = {name: (self._folder / name).open("wb") for name in names}
-        try:
-            self._append(files, "starts.bin", [np.zeros(1)])
-            for batch in _batches(documents):
-                self._write_batch(files, batch)
-        finally:
-            for file in files.values():
-                file.close()
-        return StoreMeta(
-            format=FORMAT,
-            documents=self._documents,
-            empty_documents=self._empty,
-            tokens=self._tokens,
-            text_bytes=self._bytes,
-            vocab_size=self._tokenizer.vocab_size,
-            end_of_text_id=self._tokenizer.end_of_text_id,
-            pad_id=self._tokenizer.pad_id,
-            pairs=self._pairs,
-            tokenizer=self._tokenizer.fingerprint,
-            fingerprint=self._digest.hexdigest(),
-        )
-
-    def _write_batch(self, files: dict[str, BinaryIO], batch: list[Document]) -> None:
-        parts = self._encode(batch)
-        kept = [encoded for encoded in parts if sum(len(part.ids) for part in encoded)]
-        self._empty += len(parts) - len(kept)
-        if not kept:
-            return
-        end = Encoded(np.array([self._tokenizer.end_of_text_id], np.int32), np.zeros(1, np.int32))
-        pieces = [part for encoded in kept for part in (*encoded, end)]
-        self._append(files, "tokens.bin", [piece.ids for piece in pieces])
-        self._append(files, "bytes.bin", [piece.bytes for piece in pieces])
-        lengths = np.array([sum(len(part.ids) for part in encoded) + 1 for encoded in kept], dtype=np.int64)
-        self._append(files, "starts.bin", [self._tokens + np.cumsum(lengths)])
-        if self._pairs:
-            self._append(files, "prompts.bin", [np.array([len(encoded[0].ids) for encoded in kept])])
-        self._documents += len(kept)
-        self._tokens += int(lengths.sum())
-        self._bytes += sum(int(piece.bytes.sum()) for piece in pieces)
-
-    def _encode(self, batch: list[Document]) -> list[tuple[Encoded, ...]]:
-        """Per document its parts: the text, or prompt and response."""
-        if not self._pairs:
-            return [(encoded,) for encoded in self._tokenizer.encode_documents([document.text for document in batch])]
-        prompts = self._tokenizer.encode_documents([document.prompt or "" for document in batch])
-        responses = self._tokenizer.encode_documents([document.response or "" for document in batch])
-        return list(zip(prompts, responses, strict=True))
-
-    def _append(self, files: dict[str, BinaryIO], name: str, arrays: list[npt.NDArray[Any]]) -> None:
-        content = np.concatenate(arrays).astype(_KINDS[name]).tobytes()
-        files[name].write(content)
-        # Each batch carries the file's name, so that bytes cannot move from one file to another unseen.
-        self._digest.update(name.encode() + content)
+def _encode(batch: list[Document], tokenizer: TextTokenizer, pairs: bool) -> list[tuple[Encoded, ...]]:
+    """Per document its parts: the text, or prompt and response."""
+    if not pairs:
+        return [(encoded,) for encoded in tokenizer.encode_documents([document.text for document in batch])]
+    prompts = tokenizer.encode_documents([document.prompt or "" for document in batch])
+    responses = tokenizer.encode_documents([document.response or "" for document in batch])
+    return list(zip(prompts, responses, strict=True))
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -160,25 +115,71 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def open_text_store(folder: Path) -> TextStore:
-    """Maps the store at `folder`. Raises DataFault where it is missing, of another format, or cut short."""
-    mend = "Remove the folder; it is made again by the next run"
+def joined(stores: Sequence[TextStore]) -> TextStore:
+    """One store of the documents of several (at least one), in their order."""
+    begins = np.cumsum([0, *(len(store.tokens) for store in stores)])
+    starts = [store.starts[:-1] + begin for store, begin in zip(stores, begins, strict=False)]
+    prompts = [store.prompts for store in stores if store.prompts is not None]
+    return TextStore(
+        tokens=np.concatenate([store.tokens for store in stores]),
+        token_bytes=np.concatenate([store.token_bytes for store in stores]),
+        starts=np.concatenate((*starts, begins[-1:])),
+        prompts=np.concatenate(prompts) if prompts else None,
+        pad_id=stores[0].pad_id,
+        empty_documents=sum(store.empty_documents for store in stores),
+    )
+
+
+def save_store(store: TextStore, path: Path) -> None:
+    """Write the store as the safetensors file `path`, whole or not at all. Raises OSError where it cannot be."""
+    arrays = _arrays(store)
+    about = {
+        "format": FORMAT,
+        "pad_id": str(store.pad_id),
+        "empty_documents": str(store.empty_documents),
+        "digest": _digest(arrays),
+    }
+    beside = path.with_name(f".{path.name}.writing-{os.getpid()}")
     try:
-        meta = StoreMeta(**json.loads((folder / META).read_bytes().decode("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise DataFault(
-            Fault(str(folder / META), f"this is no description of a token store ({error})", mend)
-        ) from error
-    if meta.format != FORMAT:
-        raise DataFault(Fault(str(folder / META), f"format {meta.format} is not the one read here ({FORMAT})", mend))
-    lengths = {"tokens.bin": meta.tokens, "bytes.bin": meta.tokens, "starts.bin": meta.documents + 1}
-    if meta.pairs:
-        lengths["prompts.bin"] = meta.documents
-    maps: dict[str, npt.NDArray[Any]] = {}
-    for name, length in lengths.items():
-        path, dtype = folder / name, np.dtype(_KINDS[name])
-        size = path.stat().st_size if path.is_file() else 0
-        if size != length * dtype.itemsize:
-            raise DataFault(Fault(str(path), f"it has {size} bytes and not {length * dtype.itemsize}", mend))
-        maps[name] = np.memmap(path, dtype=dtype, mode="r", shape=(length,))
-    return TextStore(meta, maps["tokens.bin"], maps["bytes.bin"], maps["starts.bin"], maps.get("prompts.bin"))
+        save_file(arrays, beside, metadata=about)
+        sync_file(beside)
+        os.replace(beside, path)
+    except SafetensorError as error:
+        # The library's word for what the system refused to write.
+        raise OSError(str(error)) from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_store(path: Path) -> TextStore | None:
+    """The store in the file `path`; None where there is no such file, or not what was saved is in it."""
+    try:
+        with safe_open(path, framework="np") as file:
+            about = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    except (OSError, SafetensorError):
+        return None
+    if about.get("format") != FORMAT or about.get("digest") != _digest(arrays):
+        return None
+    return TextStore(
+        tokens=arrays["tokens"],
+        token_bytes=arrays["token_bytes"],
+        starts=arrays["starts"],
+        prompts=arrays.get("prompts"),
+        pad_id=int(about["pad_id"]),
+        empty_documents=int(about["empty_documents"]),
+    )
+
+
+def _arrays(store: TextStore) -> dict[str, npt.NDArray[Any]]:
+    arrays = {"tokens": store.tokens, "token_bytes": store.token_bytes, "starts": store.starts}
+    return arrays if store.prompts is None else {**arrays, "prompts": store.prompts}
+
+
+def _digest(arrays: dict[str, npt.NDArray[Any]]) -> str:
+    """BLAKE2 over names, types and content."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype.str} {arrays[name].shape} ".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).view(np.uint8).reshape(-1).data)
+    return digest.hexdigest()

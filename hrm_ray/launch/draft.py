@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from hrm_ray.data.detect import DataFacts, detect
+from hrm_ray.data.packing import RowForm
 from hrm_ray.data.puzzles.samples import open_puzzles
 from hrm_ray.data.readers import TextSource, read_documents, text_files
+from hrm_ray.data.text_data import CorpusCut
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataFault, Fault, SettingsError
 from hrm_ray.launch.devices import Devices, choose_devices
@@ -142,6 +144,32 @@ def source_of(settings: RunSettings, *, evaluation: bool) -> TextSource:
     # Where the training split is the whole folder, the files held out of it are not part of it.
     apart = None if evaluation else data.val_split
     return TextSource(path, split, data.text_column, data.prompt_column, data.response_column, apart)
+
+
+def row_form(settings: RunSettings) -> RowForm:
+    """How tokens become sequences."""
+    data = settings.data
+    return RowForm(data.max_seq_len or 0, data.packing, prefix=settings.model.lm_mask == "prefix", stride=data.stride)
+
+
+def corpus_cut(settings: RunSettings) -> CorpusCut:
+    """How the training data is cut into blocks and chunks, and in which order they are taken."""
+    data = settings.data
+    return CorpusCut(
+        samples_per_block=data.samples_per_block,
+        dataset_chunk_size=data.dataset_chunk_size,
+        dataset_start_offset=data.dataset_start_offset,
+        max_train_examples=data.max_train_examples,
+        ascii_only=data.ascii_only,
+        on_bad_row=data.on_bad_row,
+        shuffled=not data.linear_dataset,
+        seed=settings.run.seed,
+        cache_bytes=round(data.cache_gb * 1e9),
+        shuffle_rows=data.shuffle_buffer_size,
+        start_block=data.start_block_id,
+        start_chunk=data.start_chunk_id,
+        streaming=data.streaming,
+    )
 
 
 def has_evaluation(settings: RunSettings) -> bool:

@@ -5,9 +5,11 @@ One job: the local launcher. The same session runs as in a Ray worker.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from hrm_ray.data.chunk_source import ChunkMaker, ChunkSource, EpochRule, LocalChunks
 from hrm_ray.train.session import train
 from hrm_ray.values import MetricSink, Outcome, StopPoll, StopReason
 
@@ -21,6 +23,9 @@ class LocalLink:
 
     def sink(self) -> MetricSink:
         return self.display
+
+    def chunks(self, maker: Callable[[bool], ChunkMaker], rule: EpochRule) -> ChunkSource:
+        return LocalChunks(maker(True), rule)
 
     def stop_requested(self) -> StopReason | None:
         return self.stop()

@@ -11,17 +11,20 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from hrm_ray.data.catalog import CHANGED
 from hrm_ray.data.folders import whole_folder
-from hrm_ray.data.prepare import PreparedText, RowForm, TokenizerChoice, open_samples, prepare_puzzles, prepare_text
+from hrm_ray.data.prepare import PreparedText, TokenizerChoice, Wanted, prepare_puzzles, prepare_text
 from hrm_ray.data.puzzles.samples import open_puzzles
-from hrm_ray.data.text_store import open_text_store
+from hrm_ray.data.text_data import TextFolder
 from hrm_ray.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, TextTokenizer
 from hrm_ray.errors import DataFault, Fault, ResourceFault, SettingsError
 from hrm_ray.launch.draft import (
     Draft,
     asks_for_tokenizer,
+    corpus_cut,
     effective_batch,
     has_evaluation,
+    row_form,
     source_of,
     start_tokenizer,
 )
@@ -34,9 +37,6 @@ from hrm_ray.train.assemble import schedule_length
 from hrm_ray.train.start_weights import check_start_weights
 from hrm_ray.train.take_up import write_description
 from hrm_ray.train.weights_file import NO_ROOM
-
-_STORES = frozenset({"train", "eval"})
-"""Folders of tokenised data that lie in a bundle's data/."""
 
 
 def make_plan(drafted: Draft) -> dict[str, Any]:
@@ -69,7 +69,6 @@ def _made_plan(drafted: Draft) -> dict[str, Any]:
         if drafted.facts.task == "lm" and drafted.identity.source is None:
             _check_start_tokenizer(drafted.settings, TextTokenizer.load(run_dir.root))
         plan = _plan(drafted, run_dir, config, data, notes)
-        _check_data_unchanged(drafted.identity, data)
         if not drafted.identity.continues:
             write_description(run_dir, plan)
     return plan
@@ -79,9 +78,13 @@ def _plan(
     drafted: Draft, run_dir: RunDir, config: ModelConfig, data: dict[str, Any], notes: list[str]
 ) -> dict[str, Any]:
     settings, devices = drafted.settings, drafted.devices
-    samples, _ = open_samples(data, run_dir.data)
     effective = effective_batch(settings, devices)
-    schedule_steps = schedule_length(settings, len(samples), effective, config.halt_max_steps)
+    schedule_steps = schedule_length(settings, data["rows"] or 0, effective, config.halt_max_steps)
+    if data["task"] == "lm" and data["rows_estimated"] and settings.run.step_limit is None:
+        notes.append(
+            f"The learning-rate schedule is laid out for about {schedule_steps} steps, estimated from the first chunk; "
+            "give --steps for a schedule that reaches its end exactly."
+        )
     if settings.run.step_limit is None and settings.model.supervision == "segment":
         notes.append(
             f"The learning-rate schedule is laid out for {schedule_steps} steps, the most that {settings.run.epochs} "
@@ -101,7 +104,6 @@ def _plan(
         "resume": None if checkpoint is None else str(checkpoint),
         "continues": drafted.identity.continues,
         "data": data,
-        "samples": len(samples),
         "schedule_steps": schedule_steps,
         "adaptive_lr": None if drafted.adaptive_lr is None else drafted.adaptive_lr.model_dump(mode="json"),
         "world_size": devices.world_size,
@@ -131,38 +133,44 @@ def _bundle(identity: Identity) -> Iterator[RunDir]:
 
 def _prepare_text(drafted: Draft, run_dir: RunDir, notes: list[str]) -> tuple[ModelConfig, dict[str, Any]]:
     settings = drafted.settings
-    stored = _stored_data(drafted.identity)
-    if drafted.identity.continues and stored is not None and _same_evaluation(settings, stored, run_dir):
-        # The tokenised data of the run is there and was checked when it was made: go on with exactly that.
-        return replace(drafted.config, vocab_size=stored["vocab_size"]), stored
-    with whole_folder(run_dir.data, overwrite=True, owned=_STORES, option="--bundle-dir") as stores:
-        prepared = prepare_text(
-            source_of(settings, evaluation=False),
-            source_of(settings, evaluation=True) if drafted.evaluation is not None else None,
-            bundle=run_dir.root,
-            stores=stores,
-            choice=_tokenizer_choice(drafted),
-            form=RowForm(
-                settings.data.max_seq_len or 0, settings.data.packing, prefix=settings.model.lm_mask == "prefix"
-            ),
-        )
-        data = _text_data(settings, prepared)
-        # Before the new data takes the place of what the run was trained on.
-        _check_data_unchanged(drafted.identity, data)
-        if prepared.notes and settings.cluster.strict:
-            mend = "Mend the data or the option, or leave out --strict"
-            raise SettingsError([Fault("--strict", note.rstrip("."), mend) for note in prepared.notes])
+    source = drafted.identity.source
+    if source is not None and not drafted.identity.continues:
+        # A branch goes on in the corpus of its checkpoint, so it knows that corpus from the start.
+        run_dir.data.mkdir(parents=True, exist_ok=True)
+        for known in (TextFolder(source.data).parts, TextFolder(source.data).catalog):
+            if known.is_file():
+                shutil.copyfile(known, run_dir.data / known.name)
+    rows = settings.data.eval_batches * effective_batch(settings, drafted.devices)
+    prepared = prepare_text(
+        source_of(settings, evaluation=False),
+        source_of(settings, evaluation=True) if drafted.evaluation is not None else None,
+        bundle=run_dir.root,
+        data=run_dir.data,
+        choice=_tokenizer_choice(drafted),
+        form=row_form(settings),
+        cut=corpus_cut(settings),
+        wanted=Wanted(
+            count=settings.run.epochs is not None,
+            eval_rows=rows,
+            max_val_examples=settings.data.max_val_examples,
+            keep_evaluation=_same_evaluation(settings, drafted.identity, run_dir, rows),
+        ),
+    )
+    if prepared.notes and settings.cluster.strict:
+        mend = "Mend the data or the option, or leave out --strict"
+        raise SettingsError([Fault("--strict", note.rstrip("."), mend) for note in prepared.notes])
     notes.extend(prepared.notes)
+    data = _text_data(settings, prepared, rows)
     return replace(drafted.config, vocab_size=data["vocab_size"]), data
 
 
-def _same_evaluation(settings: RunSettings, stored: dict[str, Any], run_dir: RunDir) -> bool:
-    """Whether the run's stores hold the held-out data that is asked for now; the name alone could be out of date."""
-    if stored["path"] != str(settings.data.dataset_file) or stored["held_out"] != _held_out_name(settings):
+def _same_evaluation(settings: RunSettings, identity: Identity, run_dir: RunDir, rows: int) -> bool:
+    """Whether the bundle holds the held-out data that is asked for now, and enough of it."""
+    stored = _stored_data(identity)
+    if stored is None or not identity.continues or stored["held_out"] != _held_out_name(settings):
         return False
-    if stored["held_out"] is None:
-        return True
-    return open_text_store(run_dir.data / "eval").meta.fingerprint == stored["held_out_fingerprint"]
+    asked_then = (stored["held_out_rows"], stored["max_val_examples"])
+    return TextFolder(run_dir.data).evaluation.is_file() and asked_then == (rows, settings.data.max_val_examples)
 
 
 def _check_start_tokenizer(settings: RunSettings, tokenizer: TextTokenizer) -> None:
@@ -185,19 +193,21 @@ def _tokenizer_choice(drafted: Draft) -> TokenizerChoice:
     return TokenizerChoice(data.tokenizer_path, data.vocab_size, data.tokenizer_train_examples, data.retrain_tokenizer)
 
 
-def _text_data(settings: RunSettings, prepared: PreparedText) -> dict[str, Any]:
+def _text_data(settings: RunSettings, prepared: PreparedText, held_out_rows: int) -> dict[str, Any]:
+    counted = prepared.sequences
     return {
-        **prepared.plan,
+        "task": "lm",
+        **prepared.plan.plain(),
         "path": str(settings.data.dataset_file),
         "split": settings.data.split,
         "held_out": _held_out_name(settings),
-        "held_out_fingerprint": prepared.evaluation.meta.fingerprint if prepared.evaluation is not None else None,
+        "held_out_rows": held_out_rows,
+        "max_val_examples": settings.data.max_val_examples,
         "vocab_size": prepared.tokenizer.vocab_size,
+        "pad_id": prepared.tokenizer.pad_id,
         "tokenizer": prepared.tokenizer_origin,
-        "documents": prepared.train.meta.documents,
-        "tokens": prepared.train.meta.tokens,
-        "rows": prepared.train.rows,
-        "fingerprint": prepared.train.meta.fingerprint,
+        "rows": counted.count if counted is not None else None,
+        "rows_estimated": counted is not None and counted.estimated,
     }
 
 
@@ -208,7 +218,9 @@ def _prepare_puzzles(drafted: Draft, run_dir: RunDir) -> tuple[ModelConfig, dict
     samples = open_puzzles(drafted.facts.path, drafted.facts.split)
     if not drafted.identity.continues:
         write_json(run_dir.puzzle, prepared.train.plain())
-    return drafted.config, {**prepared.plan, "rows": len(samples), "fingerprint": samples.fingerprint()}
+    data = {**prepared.plan, "rows": len(samples), "fingerprint": samples.fingerprint()}
+    _check_puzzles_unchanged(drafted.identity, data)
+    return drafted.config, data
 
 
 def _held_out_name(settings: RunSettings) -> str | None:
@@ -225,10 +237,9 @@ def _stored_data(identity: Identity) -> dict[str, Any] | None:
     return stored_args(identity.source)[1]
 
 
-def _check_data_unchanged(identity: Identity, data: dict[str, Any]) -> None:
-    """A resumed run must see the samples that its place in the data was counted in."""
+def _check_puzzles_unchanged(identity: Identity, data: dict[str, Any]) -> None:
+    """A resumed run must see the puzzles that its place in the data was counted in; text has its catalog for that."""
     stored = _stored_data(identity)
     if stored is not None and stored["fingerprint"] != data["fingerprint"]:
         reason = "the data is not what the checkpoint was trained on (its fingerprint differs)"
-        mend = "Put the earlier data back, or start a new run with --student-init from this one"
-        raise DataFault(Fault(str(data["path"]), reason, mend))
+        raise DataFault(Fault(str(data["path"]), reason, CHANGED))

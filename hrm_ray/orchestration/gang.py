@@ -34,6 +34,8 @@ from hrm_ray.errors import EnvironmentFault, Fault, HrmRayError, ResourceFault
 from hrm_ray.launch import resources
 from hrm_ray.launch.cluster_address import check_address
 from hrm_ray.launch.resources import Demand, usable_cpus
+from hrm_ray.orchestration.chunk_server import ChunkServer
+from hrm_ray.orchestration.datasets import TASK_CPUS, Place
 from hrm_ray.orchestration.failures import (
     RESUME_HINT,
     Failure,
@@ -44,6 +46,7 @@ from hrm_ray.orchestration.failures import (
 )
 from hrm_ray.orchestration.report import Hub, News
 from hrm_ray.orchestration.session import Session, worker_environment
+from hrm_ray.settings.tree import from_plain
 from hrm_ray.values import MetricSink, Outcome, Record, StopPoll, StopReason
 
 BODY = "hrm_ray.train.session:train"
@@ -53,6 +56,12 @@ FREE_WAIT_S = 10.0
 """A run that ended a moment ago may not have given back its resources yet."""
 END_WAIT_S = 15.0
 """How long Ray Train may take to notice that all ranks have ended, before it is ended from here."""
+
+
+def reads_text(plan: Mapping[str, Any]) -> bool:
+    """Whether the run has text to tokenise as it goes; other bodies than training have plans of their own."""
+    data = plan.get("data")
+    return data is not None and data["task"] == "lm" and data["cut"]["streaming"] and not data["kept"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,7 @@ def run(plan: dict[str, Any], *, sink: MetricSink, stop: StopPoll) -> Outcome:
         resources.check_machine(request.demand, usable_cpus(), resources.available_memory_bytes())
     else:
         check_address(request.address)
-    session = Session(request.address, request.demand)
+    session = Session(request.address, request.demand, data=reads_text(plan))
     keep_logs = False
     opened = False
     try:
@@ -162,6 +171,38 @@ def _event(message: str) -> Record:
     return Record("event", 0, time.time(), {"message": message, "level": "WARNING"})
 
 
+def _chunk_server(
+    session: Session,
+    request: Request,
+    plan: Mapping[str, Any],
+    sink: MetricSink,
+    here: NodeAffinitySchedulingStrategy,
+    environment: dict[str, Any],
+) -> Any:
+    """The actor that makes chunks of text for all ranks, None where nothing is left to make.
+
+    Its tasks need CPUs that the workers leave free. Where there are none they would wait for ever, so each worker reads
+    for itself then.
+    """
+    if not reads_text(plan):
+        return None
+    if not session.is_local and ray.available_resources().get("CPU", 0.0) < request.demand.cpus + TASK_CPUS:
+        reason = f"the cluster has less than {TASK_CPUS:g} CPU beside the workers'"
+        if from_plain(plan["settings"]).cluster.strict:
+            raise ResourceFault(
+                Fault("--strict", f"no CPU for Ray Data: {reason}", "Leave --strict out, or free a CPU")
+            )
+        sink.write(_event(f"{reason}: each worker reads and tokenises all of the data for itself"))
+        return None
+    server = ray.remote(ChunkServer).options(
+        num_cpus=0,
+        max_concurrency=4 * request.demand.world_size,
+        scheduling_strategy=here,
+        runtime_env=environment,
+    )
+    return server.remote(Place.of(plan["bundle"], plan["data"]), request.demand.world_size)
+
+
 class _Fit(threading.Thread):
     """`TorchTrainer.fit` in a thread; `error` is what it raised."""
 
@@ -221,7 +262,8 @@ class _Gang:
         environment = {} if session.is_local else {"env_vars": {"PYTHONPATH": worker_environment(1)["PYTHONPATH"]}}
         hub_class = ray.remote(Hub).options(num_cpus=0, scheduling_strategy=here, runtime_env=environment)
         self._hub: Any = hub_class.remote()
-        config = {"body": request.body, "plan": plan, "hub": self._hub}
+        server = _chunk_server(session, request, plan, sink, here, environment)
+        config = {"body": request.body, "plan": plan, "hub": self._hub, "chunk_server": server}
         self._fit = _Fit(request, config, str(session.folder / "train"))
         self._seen = 0
         self._asked = False

@@ -12,11 +12,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 
+from hrm_ray.data.chunk_source import ChunkMaker, ChunkSource, EpochRule, LocalChunks
+from hrm_ray.orchestration.chunk_server import ServedChunks
 from hrm_ray.orchestration.failures import Failure
 from hrm_ray.values import MetricSink, Outcome, Record, StopReason
 
@@ -144,8 +147,9 @@ class HubSink:
 class HubLink:
     """A worker's end of the channel (`DriverLink`)."""
 
-    def __init__(self, hub: Any, rank: int) -> None:
+    def __init__(self, hub: Any, rank: int, chunk_server: Any = None) -> None:
         self._hub = hub
+        self._chunk_server = chunk_server
         self._rank = rank
         self._sink: HubSink | None = None
         self._promise = hub.wait_for_stop.remote()
@@ -167,6 +171,12 @@ class HubLink:
             if ready:
                 self._reason = ray.get(self._promise)
         return self._reason
+
+    def chunks(self, maker: Callable[[bool], ChunkMaker], rule: EpochRule) -> ChunkSource:
+        """The chunks that the ChunkServer hands out; where there is none, this worker makes its own."""
+        if self._chunk_server is not None:
+            return ServedChunks(self._chunk_server, self._rank)
+        return LocalChunks(maker(True), rule)
 
     def announce(self, place: WorkerPlace) -> bool:
         """Say that this worker is there; False means: do not begin."""

@@ -42,7 +42,11 @@ from hrm_ray.spinning import SPIN_VARIABLE, spin_briefly
 
 NAMESPACE = "hrm_ray"
 OBJECT_STORE_BYTES = 200 * 2**20
-"""Records and settings are all that goes through the object store."""
+"""Without text to tokenise, records and settings are all that goes through the object store."""
+DATA_STORE_BYTES = 600 * 2**20
+"""Chunks on their way: documents and tokens of a handful of them, each at most some 16 MiB of text."""
+DATA_CPUS = 1
+"""What a cluster of one's own offers to tasks of Ray Data beside the workers; they compute while workers wait."""
 CONNECT_TIMEOUT_S = 20.0
 START_TIMEOUT_S = 90.0
 """A local cluster is up after 4 s on an idle machine; a loaded one is given time."""
@@ -107,11 +111,13 @@ def _python_path() -> str:
 class Session:
     """A Ray connection; use `start`, `wait_until_ready` and, whatever happens, `close`.
 
-    `address` None starts a cluster on this machine with exactly the resources of `demand`.
+    `address` None starts a cluster on this machine with exactly the resources of `demand`, and some for Ray Data where
+    `data` says that it will be used.
     """
 
-    def __init__(self, address: str | None, demand: Demand) -> None:
+    def __init__(self, address: str | None, demand: Demand, *, data: bool = False) -> None:
         self.address = address
+        self._data = data
         self._demand = demand
         self.folder = Path(tempfile.mkdtemp(prefix="hrm-", dir=_temp_root()))
         self._ready = threading.Event()
@@ -208,9 +214,9 @@ class Session:
             return
         ray.init(
             address="local",
-            num_cpus=self._demand.cpus,
+            num_cpus=self._demand.cpus + (DATA_CPUS if self._data else 0),
             num_gpus=self._demand.gpus,
-            object_store_memory=OBJECT_STORE_BYTES,
+            object_store_memory=DATA_STORE_BYTES if self._data else OBJECT_STORE_BYTES,
             include_dashboard=None,  # on where Ray's dashboard dependencies are installed
             _temp_dir=str(self.folder),
             **quiet,

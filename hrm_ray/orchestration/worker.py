@@ -40,10 +40,10 @@ def find_body(name: str) -> Callable[[dict[str, Any], DriverLink], Outcome]:
 def main(config: dict[str, Any]) -> None:
     """The training function of TorchTrainer; torch.distributed is set up when it is entered.
 
-    `config`: "body" (dotted name), "plan" (plain dict), "hub" (actor handle).
+    `config`: "body" (dotted name), "plan" (plain dict), "hub" and "chunk_server" (actor handles, the latter or None).
     """
     rank = ray.train.get_context().get_world_rank()
-    link = HubLink(config["hub"], rank)
+    link = HubLink(config["hub"], rank, config["chunk_server"])
     if not link.announce(WorkerPlace(rank, os.getpid(), ray.util.get_node_ip_address())):
         return
     try:

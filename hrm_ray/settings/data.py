@@ -6,10 +6,13 @@ One job: the leaves of section `data`. Reading is in `hrm_ray.data`.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from pydantic import Field
 
 from hrm_ray.settings.base import Section
+
+OnBadRow: TypeAlias = Literal["fail", "skip"]
 
 
 class DataSettings(Section):
@@ -37,8 +40,36 @@ class DataSettings(Section):
     """Tokens in a sequence (if not said: 128 for text, the puzzle's own length for puzzles)."""
     packing: bool = True
     """Pack documents into full sequences with end-of-text marks, instead of one document per row."""
+    stride: int | None = Field(default=None, ge=2)
+    """Tokens between the beginnings of sequences; fewer than --max-seq-len makes them overlap (labels count once)."""
+    streaming: bool = True
+    """Tokenise just in time while training goes on; otherwise load and tokenise everything first."""
+    cache_gb: float = Field(default=8.0, ge=0)
+    """Gigabytes of tokenised chunks that are kept in the bundle, so that later epochs need not tokenise again."""
     linear_dataset: bool = True
-    """Take the samples in file order; otherwise in an order drawn from the seed and the epoch."""
+    """Take the data in its order; otherwise in an order drawn from the seed and the epoch."""
+    shuffle_buffer_size: int = Field(default=10000, ge=1)
+    """Samples whose sequences are shuffled together, for --no-linear-dataset."""
+    samples_per_block: int = Field(default=100000, ge=1)
+    """Samples (rows of the data) in a block; an epoch finishes one block before it begins another."""
+    dataset_chunk_size: int = Field(default=4000, ge=1)
+    """Samples in a chunk, the unit in which data is read, tokenised, packed and accounted for."""
+    start_block_id: int | None = Field(default=None, ge=0)
+    """Block that the first epoch begins with, counted from 0."""
+    start_chunk_id: int | None = Field(default=None, ge=0)
+    """Chunk of that block that the first epoch begins with, counted from 0."""
+    force_train: bool = False
+    """On a resumed run: train all chunks of the present epoch again, those that were trained too."""
+    dataset_start_offset: int = Field(default=0, ge=0)
+    """Rows at the beginning of the data that are no part of it."""
+    max_train_examples: int | None = Field(default=None, ge=1)
+    """Use at most this many rows (or puzzles) of the training data, the first ones."""
+    max_val_examples: int | None = Field(default=None, ge=1)
+    """Use at most this many rows (or puzzles) of the held-out data, the first ones."""
+    ascii_only: bool = False
+    """Leave out rows whose text has other characters than ASCII."""
+    on_bad_row: OnBadRow = "fail"
+    """What to do about a row that cannot be read: end the run, or skip it, count it and say so."""
     eval_file: Path | None = None
     """Held-out data to evaluate on."""
     val_split: str | None = None

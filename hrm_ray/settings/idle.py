@@ -5,22 +5,8 @@ One job: the table. `rules` refuses such a leaf when the user gave it; a default
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
+from hrm_ray.settings.rule import IdleLeaves
 from hrm_ray.settings.tree import RunSettings
-
-
-@dataclass(frozen=True)
-class IdleLeaves:
-    """`leaves` that change nothing `when` the leaves in `reads` stand as they do."""
-
-    name: str
-    leaves: tuple[str, ...]
-    reads: tuple[str, ...]
-    when: Callable[[RunSettings], bool]
-    because: str
-    mend: str
 
 
 def _window_holds_the_row(settings: RunSettings) -> bool:
@@ -106,6 +92,19 @@ IDLE_LEAVES: tuple[IdleLeaves, ...] = (
             "data.tokenizer_train_examples",
             "data.retrain_tokenizer",
             "data.packing",
+            "data.stride",
+            "data.streaming",
+            "data.cache_gb",
+            "data.shuffle_buffer_size",
+            "data.samples_per_block",
+            "data.dataset_chunk_size",
+            "data.start_block_id",
+            "data.start_chunk_id",
+            "data.force_train",
+            "data.dataset_start_offset",
+            "data.ascii_only",
+            "data.on_bad_row",
+            "run.stop_after_block",
         ),
         ("model.task",),
         lambda settings: settings.model.task == "puzzle",
@@ -130,11 +129,35 @@ IDLE_LEAVES: tuple[IdleLeaves, ...] = (
     ),
     IdleLeaves(
         "eval_batches_need_data",
-        ("data.eval_batches",),
+        ("data.eval_batches", "data.max_val_examples"),
         ("data.eval_file", "data.val_split"),
         lambda settings: settings.data.eval_file is None and settings.data.val_split is None,
         "there is nothing to evaluate on",
         "Give --eval-file or --val-split",
+    ),
+    IdleLeaves(
+        "buffer_of_shuffled_data",
+        ("data.shuffle_buffer_size",),
+        ("data.linear_dataset",),
+        lambda settings: settings.data.linear_dataset,
+        "the data is taken in its order",
+        "Leave it out, or give --no-linear-dataset",
+    ),
+    IdleLeaves(
+        "stride_of_documents",
+        ("data.stride",),
+        ("model.lm_mask",),
+        lambda settings: settings.model.lm_mask == "prefix",
+        "pairs of prompt and response are never divided",
+        "Leave it out, or give --lm-mask causal",
+    ),
+    IdleLeaves(
+        "iterate_with_steps",
+        ("run.iterate",),
+        ("run.steps",),
+        lambda settings: settings.run.iterate and settings.run.steps is not None,
+        "a run of so many steps begins as many epochs as it takes anyway",
+        "Leave one of the two out",
     ),
     IdleLeaves(
         "decay_of_wsd",

@@ -26,3 +26,15 @@ class Rule:
 def said(settings: RunSettings, *keys: str) -> str:
     """Leaves with their values as a user would write them: `--num-heads 3 with --hidden-size 64`."""
     return " with ".join(options()[key].written(settings.leaf(key)) for key in keys)
+
+
+@dataclass(frozen=True)
+class IdleLeaves:
+    """`leaves` that change nothing `when` the leaves in `reads` stand as they do."""
+
+    name: str
+    leaves: tuple[str, ...]
+    reads: tuple[str, ...]
+    when: Callable[[RunSettings], bool]
+    because: str
+    mend: str

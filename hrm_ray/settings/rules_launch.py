@@ -123,7 +123,15 @@ def _evaluation_needs_data(settings: RunSettings) -> Fault | None:
 LAUNCH_RULES: tuple[Rule, ...] = (
     Rule(
         "warmup_within_run",
-        ("run.steps", "run.epochs", "run.profile", "optimizer.warmup_steps"),
+        (
+            "run.steps",
+            "run.epochs",
+            "run.iterate",
+            "run.stop_after_epoch",
+            "run.stop_after_block",
+            "run.profile",
+            "optimizer.warmup_steps",
+        ),
         _warmup_within_run,
     ),
     Rule("workers_need_ray", ("cluster.launcher", "cluster.world_size"), _workers_need_ray),

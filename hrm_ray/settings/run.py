@@ -40,6 +40,12 @@ class RunSectionSettings(Section):
     """Weight updates to train for (if neither this nor --epochs is given: 200)."""
     epochs: int | None = Field(default=None, ge=1)
     """Passes over the data to train for; with --steps, whichever ends first."""
+    iterate: bool = False
+    """Begin one epoch after the other until the run is stopped."""
+    stop_after_epoch: bool = False
+    """End the run when an epoch ends."""
+    stop_after_block: bool = False
+    """End the run when a block ends; resumed, it goes on with the next one."""
     eval_every: int = Field(default=0, ge=0)
     """Weight updates between evaluations; 0 evaluates only at the end."""
     save_every: int = Field(default=200, ge=0)
@@ -68,5 +74,6 @@ class RunSectionSettings(Section):
 
     @property
     def step_limit(self) -> int | None:
-        """Weight updates after which the run ends; None where only epochs limit it."""
-        return DEFAULT_STEPS if self.steps is None and self.epochs is None else self.steps
+        """Weight updates after which the run ends; None where it is not steps that limit it."""
+        unlimited = self.iterate or self.stop_after_epoch or self.stop_after_block
+        return DEFAULT_STEPS if self.steps is None and self.epochs is None and not unlimited else self.steps

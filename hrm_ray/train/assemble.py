@@ -32,7 +32,7 @@ from hrm_ray.train.adaptive_lr import AdaptiveLr
 from hrm_ray.train.attention_choice import kernel_of
 from hrm_ray.train.ema import Ema
 from hrm_ray.train.evaluate import HeldOut
-from hrm_ray.train.feed import BatchShape, Feed, RolloutFeed, SlotFeed, exploration
+from hrm_ray.train.feed import BatchShape, Ends, Feed, RolloutFeed, SlotFeed, exploration
 from hrm_ray.train.loop import LoopParts, Rates, TrainingLoop
 from hrm_ray.train.microbatch import wanted_columns
 from hrm_ray.train.optimizers import BuildOptimizer, SparseSignSGD, builder, followed_by
@@ -41,6 +41,7 @@ from hrm_ray.train.precision import NARROW, LossScaler, choose_precision
 from hrm_ray.train.schedules import Schedule
 from hrm_ray.train.start_weights import start_weights
 from hrm_ray.train.strategies import STRATEGIES
+from hrm_ray.train.stream_feed import StreamFeed, TextStream
 from hrm_ray.train.weights_file import fill_module
 from hrm_ray.train.world import World
 from hrm_ray.values import SampleSet, StopReason
@@ -57,7 +58,7 @@ class Workplace:
 def assemble(
     settings: RunSettings,
     config: ModelConfig,
-    samples: SampleSet,
+    data: SampleSet | TextStream,
     held_out: SampleSet | None,
     world: World,
     schedule_steps: int,
@@ -102,7 +103,7 @@ def assemble(
     parts = LoopParts(
         strategy=strategy,
         objective=objective,
-        feed=_feed(settings, config, samples, shape, carried),
+        feed=_feed(settings, config, data, shape, carried),
         shape=shape,
         rates=Rates(
             _schedule(settings, schedule_steps),
@@ -162,12 +163,17 @@ def _chunking(memory: MemorySettings) -> Chunking | None:
     return Chunking(memory.chunk_size, exact=memory.chunk_gradients == "exact", offload=memory.cpu_offload)
 
 
-def _feed(settings: RunSettings, config: ModelConfig, samples: SampleSet, shape: BatchShape, carried: bool) -> Feed:
-    seed, linear, epochs = settings.run.seed, settings.data.linear_dataset, settings.run.epochs
+def _feed(
+    settings: RunSettings, config: ModelConfig, data: SampleSet | TextStream, shape: BatchShape, carried: bool
+) -> Feed:
+    seed, linear, run = settings.run.seed, settings.data.linear_dataset, settings.run
+    ends = Ends(run.epochs, after_epoch=run.stop_after_epoch, after_block=run.stop_after_block)
+    if isinstance(data, TextStream):
+        return StreamFeed(data, shape, seed=seed, ends=ends)
     if not carried:
-        return RolloutFeed(samples, shape, seed=seed, linear=linear, epochs=epochs)
+        return RolloutFeed(data, shape, seed=seed, linear=linear, ends=ends)
     explore = exploration(seed, settings.model.halt_exploration_prob or 0.0, config.halt_max_steps)
-    return SlotFeed(samples, shape, seed=seed, linear=linear, epochs=epochs, explore=explore)
+    return SlotFeed(data, shape, seed=seed, linear=linear, ends=ends, explore=explore)
 
 
 def _schedule(settings: RunSettings, steps: int) -> Schedule:

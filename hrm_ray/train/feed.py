@@ -53,6 +53,20 @@ class BatchShape:
         return own.reshape(self.accumulation, self.batch_size)
 
 
+@dataclass(frozen=True)
+class Ends:
+    """When a feed ends: after so many epochs (None: never), at the end of the first epoch or block that this run has
+    trained on."""
+
+    epochs: int | None = None
+    after_epoch: bool = False
+    after_block: bool = False
+
+    def at_epoch_end(self, epoch: int, trained: bool) -> bool:
+        """Whether there is no epoch after `epoch`; see Feed.roll for `trained`."""
+        return (trained and self.after_epoch) or (self.epochs is not None and epoch + 1 >= self.epochs)
+
+
 class Feed(Protocol):
     """Offers rows for one step at a time."""
 
@@ -61,8 +75,11 @@ class Feed(Protocol):
     def offer(self, halted: HaltedSlots, step: int) -> list[Columns]:
         """This rank's micro-batches for update number `step`; rows without a sample are inactive."""
 
-    def roll(self) -> bool:
-        """Begin the next epoch; False when there is none. Called when no rank had a row left."""
+    def roll(self, trained: bool) -> bool:
+        """Begin the next epoch; False when there is none. Called when no rank had a row left.
+
+        `trained`: the run has trained on rows since it was started or resumed; alike on all ranks.
+        """
 
     def recut(self, shape: BatchShape) -> None:
         """Cut this rank's rows into other micro-batches from now on."""
@@ -73,17 +90,35 @@ class Feed(Protocol):
     def seek(self, epoch: int, position: dict[str, npt.NDArray[np.int64]]) -> None:
         """Go to a stored place; `position` is that of this rank's slots."""
 
+    def take_notes(self) -> list[str]:
+        """What a person should know of the data that came since the last call."""
+
+    def counts(self) -> dict[str, int]:
+        """What was left out of this epoch so far, by name; nothing where nothing was."""
+
+    def close(self) -> None:
+        """Release what reads ahead."""
+
 
 class _Epochs:
     """What both feeds share: the order of the current epoch and the limit."""
 
-    def __init__(self, samples: SampleSet, shape: BatchShape, *, seed: int, linear: bool, epochs: int | None) -> None:
+    def __init__(self, samples: SampleSet, shape: BatchShape, *, seed: int, linear: bool, ends: Ends) -> None:
         self.samples = samples
         self.shape = shape
         self.seed = seed
         self.linear = linear
-        self.epochs = epochs
+        self.ends = ends
         self._enter(0)
+
+    def take_notes(self) -> list[str]:
+        return []
+
+    def counts(self) -> dict[str, int]:
+        return {}
+
+    def close(self) -> None:
+        """Nothing is read ahead."""
 
     def recut(self, shape: BatchShape) -> None:
         assert (shape.first_slot, shape.effective) == (self.shape.first_slot, self.shape.effective)
@@ -98,8 +133,8 @@ class _Epochs:
         inside = (positions >= 0) & (positions < len(self.samples))
         return np.where(inside, self.order.at(np.where(inside, positions, 0)), -1)
 
-    def _next_epoch(self) -> bool:
-        if self.epochs is not None and self.epoch + 1 >= self.epochs:
+    def _next_epoch(self, trained: bool) -> bool:
+        if self.ends.at_epoch_end(self.epoch, trained):
             return False
         self._enter(self.epoch + 1)
         return True
@@ -108,8 +143,8 @@ class _Epochs:
 class RolloutFeed(_Epochs):
     """Whole batches: every step takes the next `effective` samples; the last of an epoch may be smaller."""
 
-    def __init__(self, samples: SampleSet, shape: BatchShape, *, seed: int, linear: bool, epochs: int | None) -> None:
-        super().__init__(samples, shape, seed=seed, linear=linear, epochs=epochs)
+    def __init__(self, samples: SampleSet, shape: BatchShape, *, seed: int, linear: bool, ends: Ends) -> None:
+        super().__init__(samples, shape, seed=seed, linear=linear, ends=ends)
         self.taken = 0
 
     def offer(self, halted: HaltedSlots, step: int) -> list[Columns]:
@@ -117,9 +152,9 @@ class RolloutFeed(_Epochs):
         self.taken = min(self.taken + self.shape.effective, len(self.samples))
         return [self.samples.rows(self._indices(micro)) for micro in positions]
 
-    def roll(self) -> bool:
+    def roll(self, trained: bool) -> bool:
         # Past the last epoch the place stays, so that a checkpoint of the end does not begin that epoch again.
-        if not self._next_epoch():
+        if not self._next_epoch(trained):
             return False
         self.taken = 0
         return True
@@ -146,10 +181,10 @@ class SlotFeed(_Epochs):
         *,
         seed: int,
         linear: bool,
-        epochs: int | None,
+        ends: Ends,
         explore: Callable[[int, npt.NDArray[np.int64]], npt.NDArray[np.int32]],
     ) -> None:
-        super().__init__(samples, shape, seed=seed, linear=linear, epochs=epochs)
+        super().__init__(samples, shape, seed=seed, linear=linear, ends=ends)
         self.explore = explore
         self.taken = np.zeros((shape.accumulation, shape.batch_size), dtype=np.int64)
 
@@ -167,8 +202,8 @@ class SlotFeed(_Epochs):
         super().recut(shape)
         self.taken = self.taken.reshape(shape.accumulation, shape.batch_size)
 
-    def roll(self) -> bool:
-        if not self._next_epoch():
+    def roll(self, trained: bool) -> bool:
+        if not self._next_epoch(trained):
             return False
         self.taken[:] = 0
         return True

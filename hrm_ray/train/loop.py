@@ -120,6 +120,8 @@ class TrainingLoop:
         self.progress = Progress()
         self.carries: list[Any] | None = None
         self.metrics = MetricTotals()
+        self.trained = False
+        """Whether rows were trained on since this loop was made."""
         self.world = parts.strategy.world
         # What is summed over steps and ranks. MPS has no float64; counts are exact in float32 up to 16 million.
         self.count_type = torch.float32 if self.world.device.type == "mps" else torch.float64
@@ -143,8 +145,9 @@ class TrainingLoop:
             totals, stop = self._totals(columns)
             if totals["rows"] > 0:
                 break
-            if not parts.feed.roll():
+            if not parts.feed.roll(self.trained):
                 return None
+        self.trained = True
         self.progress.batch_idx += 1
         factor = parts.rates.factor(number)
         parts.strategy.set_learning_rate(parts.rates.lr * factor)

@@ -98,6 +98,8 @@ class Runner:
     def _after(self, report: StepReport) -> None:
         run, step = self.settings.run, self.loop.progress.step
         self._count(report)
+        for note in self.loop.parts.feed.take_notes():
+            self.tell("WARNING", note)
         if report.recut is not None:
             self._tell_of_recut(report.recut)
         if report.adapted is not None and report.adapted.kind != "hold":
@@ -152,6 +154,7 @@ class Runner:
             "physical_batch_size": shape.batch_size,
             "gradient_accumulation_steps": shape.accumulation,
             "effective_batch_size": shape.effective,
+            **self.loop.parts.feed.counts(),
             **self._memory.read(),
         }
         if self.loop.parts.scaler is not None:

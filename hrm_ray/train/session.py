@@ -6,10 +6,15 @@ prepared the bundle's folder and the data beforehand.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from hrm_ray.data.prepare import open_samples
+from hrm_ray.data.chunk_source import ChunkMaker, ChunkSource, EpochRule, HeldChunks
+from hrm_ray.data.packing import TextSamples
+from hrm_ray.data.prepare import open_puzzle_sets
+from hrm_ray.data.text_data import TextFolder, TextPlan
+from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import EnvironmentFault, Fault
 from hrm_ray.metrics.fanout import FanOut
 from hrm_ray.metrics.jsonl import JsonlSink
@@ -24,13 +29,24 @@ from hrm_ray.train.checkpoint import load_checkpoint
 from hrm_ray.train.expert_run import ExpertRun
 from hrm_ray.train.precision import slow_bfloat16
 from hrm_ray.train.runner import Runner
+from hrm_ray.train.stream_feed import TextStream
 from hrm_ray.train.take_up import go_back, write_description
 from hrm_ray.train.weights_file import NO_ROOM, unwritable
 from hrm_ray.train.world import World
-from hrm_ray.values import DriverLink, MetricSink, Outcome
+from hrm_ray.values import DriverLink, MetricSink, Outcome, SampleSet
 
 
-def train(plan: dict[str, Any], link: DriverLink) -> Outcome:
+class WorkerLink(DriverLink, Protocol):
+    """What the launcher gives a worker: the driver, and where chunks of text come from."""
+
+    def chunks(self, maker: Callable[[bool], ChunkMaker], rule: EpochRule) -> ChunkSource:
+        """Where this worker's chunks come from, in the order of `rule`.
+
+        `maker` opens what makes them in this process; it is told whether catalog and cache are written here.
+        """
+
+
+def train(plan: dict[str, Any], link: WorkerLink) -> Outcome:
     """Run this worker's share of the plan; the process group, if there is to be one, already exists.
 
     `plan` is what launch/plan.py wrote: JSON values only.
@@ -43,7 +59,7 @@ def train(plan: dict[str, Any], link: DriverLink) -> Outcome:
         raise unwritable(Path(error.filename or plan["bundle"]), error) from error
 
 
-def _train(plan: dict[str, Any], link: DriverLink) -> Outcome:
+def _train(plan: dict[str, Any], link: WorkerLink) -> Outcome:
     settings = from_plain(plan["settings"])
     config = ModelConfig.from_plain(plan["model_config"], "the launch plan")
     run_dir = RunDir(Path(plan["bundle"]))
@@ -52,12 +68,12 @@ def _train(plan: dict[str, Any], link: DriverLink) -> Outcome:
         reason = f"rank {world.rank} does not see the bundle that the driver made"
         mend = "Give --bundle-dir a folder that all nodes of the cluster share"
         raise EnvironmentFault(Fault(str(run_dir.root), reason, mend))
-    samples, held_out = open_samples(plan["data"], run_dir.data)
+    data, held_out = _data(plan["data"], run_dir, world, link)
     stop_poll = link.stop_requested if world.leads else lambda: None
     workplace = assemble(
         settings,
         config,
-        samples,
+        data,
         held_out,
         world,
         plan["schedule_steps"],
@@ -69,6 +85,9 @@ def _train(plan: dict[str, Any], link: DriverLink) -> Outcome:
     extra: dict[str, Any] = {}
     if plan["resume"] is not None:
         extra = load_checkpoint(workplace.loop, Path(plan["resume"]))
+        feed = workplace.loop.parts.feed
+        if settings.data.force_train:
+            feed.seek(feed.epoch, {})
         resumed_step = workplace.loop.progress.step
         # Every rank has the checkpoint: only now is the bundle taken back to it.
         world.barrier()
@@ -90,10 +109,28 @@ def _train(plan: dict[str, Any], link: DriverLink) -> Outcome:
             runner.tell("INFO", f"going on from {plan['resume']}")
         return runner.run()
     finally:
+        workplace.loop.parts.feed.close()
         sink.close()
 
 
-def _sinks(settings: RunSettings, run_dir: RunDir, resumed_step: int | None, link: DriverLink) -> MetricSink:
+def _data(
+    plan: dict[str, Any], run_dir: RunDir, world: World, link: WorkerLink
+) -> tuple[SampleSet | TextStream, SampleSet | None]:
+    """What is trained on, and what is held out."""
+    if plan["task"] == "puzzle":
+        return open_puzzle_sets(plan)
+    text, folder = TextPlan.from_plain(plan), TextFolder(run_dir.data)
+    tokenizer = TextTokenizer.load(run_dir.root)
+
+    def maker(writes: bool) -> ChunkMaker:
+        return folder.maker(text.cut, text.source, tokenizer, pairs=text.form.prefix, writes=writes and world.leads)
+
+    source = link.chunks(maker, text.rule) if text.cut.streaming else HeldChunks(maker(False), text.rule)
+    held_out = TextSamples(folder.read_evaluation(), text.form) if text.evaluation else None
+    return TextStream(source, text.form, tokenizer.pad_id, text.shuffle_rows), held_out
+
+
+def _sinks(settings: RunSettings, run_dir: RunDir, resumed_step: int | None, link: WorkerLink) -> MetricSink:
     """The leading rank's sinks; the plan has already cut the old records of a resumed run at its step."""
     sinks: list[MetricSink] = [
         JsonlSink(run_dir.metrics),

@@ -212,7 +212,7 @@ def test_a_full_disk(writer: str, bundle: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_full_disk_while_the_data_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = text_file(tmp_path)
-    monkeypatch.setattr("hrm_ray.data.prepare.write_text_store", failing_at(1, lambda: None, FULL_OS))
+    monkeypatch.setattr("hrm_ray.data.chunk_source.tokenise", failing_at(1, lambda: None, FULL_OS))
     refused(4, "train", "--dataset-file", data, "--bundle-dir", tmp_path / "b", *TEXT, naming=(tmp_path / "b", "space"))
     assert [path.name for path in tmp_path.iterdir()] == [data.name]
 

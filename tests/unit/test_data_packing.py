@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
-from hrm_ray.data.packing import TextSamples
+from hrm_ray.data.packing import RowForm, TextSamples, padding_rows
 from hrm_ray.data.readers import Document
-from hrm_ray.data.text_store import StoreMeta, open_text_store, write_text_store
+from hrm_ray.data.text_store import TextStore, joined, load_store, save_store, tokenise
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataFault, SettingsError
 from hrm_ray.values import IGNORE_LABEL, Columns
@@ -25,20 +24,21 @@ EOT, PAD = TOKENIZER.end_of_text_id, TOKENIZER.pad_id
 
 
 def plain(*texts: str) -> list[Document]:
-    return [Document(text, Path("x"), row) for row, text in enumerate(texts)]
+    return [Document(text, "x", row) for row, text in enumerate(texts)]
 
 
 def paired(*pairs: tuple[str, str]) -> list[Document]:
-    return [Document(p + r, Path("x"), row, p, r) for row, (p, r) in enumerate(pairs)]
+    return [Document(p + r, "x", row, prompt=p, response=r) for row, (p, r) in enumerate(pairs)]
 
 
 def ids(text: str) -> list[int]:
     return TOKENIZER.encode(text).tolist()
 
 
-def samples_of(folder: Path, documents: list[Document], seq_len: int, packing: bool, prefix: bool) -> TextSamples:
-    write_text_store(documents, TOKENIZER, folder, pairs=prefix)
-    return TextSamples(folder, seq_len, packing, prefix, allow_short=True)
+def samples_of(
+    documents: list[Document], seq_len: int, packing: bool, prefix: bool, stride: int | None = None
+) -> TextSamples:
+    return TextSamples(tokenise(documents, TOKENIZER, prefix), RowForm(seq_len, packing, prefix, stride))
 
 
 def every_row(samples: TextSamples) -> Columns:
@@ -84,10 +84,7 @@ WORDS = st.text(alphabet="ab é🙂", max_size=12)
 def test_every_token_but_each_documents_first_is_a_label_once(texts: list[str], seq_len: int, packing: bool) -> None:
     if not any(texts):
         texts = [*texts, "a"]
-    with TemporaryDirectory() as folder:
-        samples = samples_of(Path(folder, "s"), plain(*texts), seq_len, packing, False)
-        columns = every_row(samples)
-        del samples  # its maps keep the files open, which Windows does not delete
+    columns = every_row(samples_of(plain(*texts), seq_len, packing, False))
     check_rows(columns, seq_len)
     labelled = columns["labels"] != IGNORE_LABEL
     expected = [token for text in texts if text for token in [*ids(text), EOT][1:]]
@@ -112,10 +109,8 @@ PAIRS = st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=10).filter(lambda
 def test_pairs_are_whole_and_labelled_on_the_response_only(
     pairs: list[tuple[str, str]], seq_len: int, packing: bool
 ) -> None:
-    with TemporaryDirectory() as folder:
-        samples = samples_of(Path(folder, "s"), paired(*pairs), seq_len, packing, True)
-        columns, cut = every_row(samples), samples.cut_pairs
-        del samples
+    samples = samples_of(paired(*pairs), seq_len, packing, True)
+    columns, cut = every_row(samples), samples.cut_pairs
     check_rows(columns, seq_len)
     real = [piece for piece in pieces(columns) if columns["inputs"][piece[0], piece[1]] != PAD]
     pairs = [pair for pair in pairs if pair[0] + pair[1]]
@@ -151,9 +146,9 @@ def test_pairs_are_whole_and_labelled_on_the_response_only(
     assert len(rows) == len(columns["active"]), "a row takes the next pair as long as it fits"
 
 
-def test_packed_rows_by_hand(tmp_path: Path) -> None:
+def test_packed_rows_by_hand() -> None:
     a, b = ids("abc"), ids("xy")
-    columns = every_row(samples_of(tmp_path / "s", plain("abc", "", "xy"), 5, True, False))
+    columns = every_row(samples_of(plain("abc", "", "xy"), 5, True, False))
     assert columns["inputs"].tolist() == [[*a, EOT, b[0]], [b[1], EOT, PAD, PAD, PAD]]
     none = IGNORE_LABEL
     assert columns["labels"].tolist() == [[a[1], a[2], EOT, none, b[1]], [EOT, none, none, none, none]]
@@ -162,37 +157,37 @@ def test_packed_rows_by_hand(tmp_path: Path) -> None:
     assert columns["positions"].tolist() == [[0, 1, 2, 3, 0], [0, 1, 0, 1, 2]]
 
 
-def test_unpacked_rows_by_hand(tmp_path: Path) -> None:
+def test_unpacked_rows_by_hand() -> None:
     a, b = ids("abcd"), ids("xy")
-    columns = every_row(samples_of(tmp_path / "s", plain("abcd", "xy"), 3, False, False))
+    columns = every_row(samples_of(plain("abcd", "xy"), 3, False, False))
     none = IGNORE_LABEL
     assert columns["inputs"].tolist() == [a[:3], [a[3], EOT, PAD], [*b, EOT]]
     assert columns["labels"].tolist() == [a[1:], [EOT, none, none], [b[1], EOT, none]]
     assert columns["documents"].tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 0]]
 
 
-def test_a_row_with_nothing_but_the_last_end_of_text_does_not_exist(tmp_path: Path) -> None:
+def test_a_row_with_nothing_but_the_last_end_of_text_does_not_exist() -> None:
     for packing in (True, False):
-        samples = samples_of(tmp_path / str(packing), plain("abcd"), 4, packing, False)
+        samples = samples_of(plain("abcd"), 4, packing, False)
         assert len(samples) == 1 and every_row(samples)["labels"].tolist() == [[*ids("abcd")[1:], EOT]]
 
 
-def test_pairs_that_fill_a_row_exactly_share_it(tmp_path: Path) -> None:
-    samples = samples_of(tmp_path / "s", paired(("a", "b"), ("c", "de"), ("f", "")), 5, True, True)
+def test_pairs_that_fill_a_row_exactly_share_it() -> None:
+    samples = samples_of(paired(("a", "b"), ("c", "de"), ("f", "")), 5, True, True)
     columns = every_row(samples)
     assert columns["inputs"].tolist() == [ids("abcde"), [*ids("f"), PAD, PAD, PAD, PAD]]
     assert columns["documents"].tolist() == [[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]]
 
 
-def test_a_long_prompt_gives_way_before_the_response(tmp_path: Path) -> None:
-    columns = every_row(samples_of(tmp_path / "s", paired(("abcdefgh", "xy")), 5, True, True))
+def test_a_long_prompt_gives_way_before_the_response() -> None:
+    columns = every_row(samples_of(paired(("abcdefgh", "xy")), 5, True, True))
     assert columns["inputs"].tolist() == [[*ids("fgh"), *ids("xy")]]
     assert columns["labels"].tolist() == [[IGNORE_LABEL, IGNORE_LABEL, *ids("xy"), EOT]]
     assert columns["prompt"].tolist() == [[True, True, True, False, False]]
 
 
-def test_a_long_response_is_cut_at_its_end_without_end_of_text(tmp_path: Path) -> None:
-    samples = samples_of(tmp_path / "s", paired(("abcd", "stuvwxyz")), 5, True, True)
+def test_a_long_response_is_cut_at_its_end_without_end_of_text() -> None:
+    samples = samples_of(paired(("abcd", "stuvwxyz")), 5, True, True)
     columns = every_row(samples)
     assert columns["inputs"].tolist() == [[*ids("bcd"), *ids("st")]]
     assert columns["labels"].tolist() == [[IGNORE_LABEL, IGNORE_LABEL, *ids("stu")]]
@@ -200,9 +195,9 @@ def test_a_long_response_is_cut_at_its_end_without_end_of_text(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("packing", "prefix"), [(True, False), (False, False), (True, True), (False, True)])
-def test_rows_come_in_any_order_and_padding_rows_weigh_nothing(tmp_path: Path, packing: bool, prefix: bool) -> None:
+def test_rows_come_in_any_order_and_padding_rows_weigh_nothing(packing: bool, prefix: bool) -> None:
     documents = paired(*[("a" * (k % 5 + 1), "b" * (k % 7)) for k in range(40)])
-    samples = samples_of(tmp_path / "s", documents, 6, packing, prefix)
+    samples = samples_of(documents, 6, packing, prefix)
     columns = every_row(samples)
     wanted = np.array([3, -1, 0, 3, len(samples) - 1])
     some = samples.rows(wanted)
@@ -219,87 +214,112 @@ def test_rows_come_in_any_order_and_padding_rows_weigh_nothing(tmp_path: Path, p
             samples.rows(np.array([wrong]))
 
 
-def test_a_context_longer_than_the_data_is_refused(tmp_path: Path) -> None:
-    write_text_store(plain("abc"), TOKENIZER, tmp_path / "s")
-    assert len(TextSamples(tmp_path / "s", 4, True, False)) == 1
-    with pytest.raises(SettingsError, match="max_seq_len 5: the data has only 4 tokens.*--max-seq-len 4 or less"):
-        TextSamples(tmp_path / "s", 5, True, False)
-    assert len(TextSamples(tmp_path / "s", 5, True, False, allow_short=True)) == 1
+@settings(max_examples=200, deadline=None)
+@given(
+    texts=st.lists(WORDS, min_size=1, max_size=12),
+    seq_len=st.integers(2, 20),
+    stride=st.integers(2, 20),
+    packing=st.booleans(),
+)
+def test_overlapping_windows_count_each_label_once(texts: list[str], seq_len: int, stride: int, packing: bool) -> None:
+    """The labels are those of windows that do not overlap, and what a window repeats is what stood before."""
+    stride = min(stride, seq_len)
+    texts = texts if any(texts) else [*texts, "a"]
+    columns = every_row(samples_of(plain(*texts), seq_len, packing, False, stride))
+    check_rows(columns, seq_len)
+    labelled = columns["labels"] != IGNORE_LABEL
+    expected = [token for text in texts if text for token in [*ids(text), EOT][1:]]
+    assert columns["labels"][labelled].tolist() == expected
+    for row in range(1, len(labelled)):
+        repeated = columns["inputs"][row, : seq_len - stride].tolist()
+        if packing or not labelled[row, : seq_len - stride].any():
+            assert repeated == columns["inputs"][row - 1, stride:].tolist()
+            assert not labelled[row, : seq_len - stride].any()
+
+
+def test_rows_of_one_token_are_refused() -> None:
     with pytest.raises(SettingsError, match="2 tokens or more"):
-        TextSamples(tmp_path / "s", 1, True, False)
+        TextSamples(tokenise(plain("abc"), TOKENIZER), RowForm(1))
 
 
-def test_prefix_rows_need_pairs(tmp_path: Path) -> None:
-    write_text_store(plain("abcdef"), TOKENIZER, tmp_path / "s")
+def test_prefix_rows_need_pairs() -> None:
     with pytest.raises(DataFault, match="--prompt-column"):
-        TextSamples(tmp_path / "s", 4, True, True)
+        TextSamples(tokenise(plain("abcdef"), TOKENIZER), RowForm(4, prefix=True))
 
 
-def test_the_store_counts_what_it_holds(tmp_path: Path) -> None:
-    meta = write_text_store(plain("aé", "", "🙂"), TOKENIZER, tmp_path / "s")
-    assert (meta.documents, meta.empty_documents, meta.tokens, meta.text_bytes) == (2, 1, 3 + 4 + 2, 7)
-    store = open_text_store(tmp_path / "s")
-    assert store.meta == meta and store.starts.tolist() == [0, 4, 9]
+@pytest.mark.parametrize(("packing", "prefix"), [(True, False), (False, False), (True, True), (False, True)])
+def test_no_document_gives_no_row(packing: bool, prefix: bool) -> None:
+    samples = samples_of([], 4, packing, prefix)
+    assert len(samples) == 0
+    rows, padding = samples.rows(np.array([-1, -1])), padding_rows(4, 2, PAD)
+    assert rows.keys() == padding.keys()
+    for name, values in padding.items():
+        assert np.array_equal(rows[name], values) and rows[name].dtype == values.dtype, name
+
+
+def test_the_store_counts_what_it_holds() -> None:
+    store = tokenise(plain("aé", "", "🙂"), TOKENIZER)
+    assert (store.documents, store.empty_documents, len(store.tokens)) == (2, 1, 3 + 4 + 2)
+    assert store.starts.tolist() == [0, 4, 9]
     assert store.token_bytes.sum() == 7 and store.tokens[[3, 8]].tolist() == [EOT, EOT]
 
 
-def fingerprint(folder: Path, documents: list[Document], tokenizer: TextTokenizer, pairs: bool = False) -> str:
-    meta: StoreMeta = write_text_store(documents, tokenizer, folder, pairs=pairs)
-    return meta.fingerprint
+def same(one: TextStore, other: TextStore | None) -> bool:
+    assert other is not None
+    prompts = (one.prompts is None) == (other.prompts is None)
+    if one.prompts is not None and other.prompts is not None:
+        prompts = np.array_equal(one.prompts, other.prompts)
+    arrays = [(one.tokens, other.tokens), (one.token_bytes, other.token_bytes), (one.starts, other.starts)]
+    rest = (one.pad_id, one.empty_documents) == (other.pad_id, other.empty_documents)
+    return prompts and rest and all(np.array_equal(a, b) for a, b in arrays)
 
 
-def test_the_fingerprint_tells_content_borders_and_tokenizer(tmp_path: Path) -> None:
-    base = fingerprint(tmp_path / "s", plain("ab", "c"), TOKENIZER)
-    assert base == fingerprint(tmp_path / "s", plain("ab", "c"), TOKENIZER)
-    others = [
-        fingerprint(tmp_path / "s", plain("ab", "d"), TOKENIZER),
-        fingerprint(tmp_path / "s", plain("a", "bc"), TOKENIZER),
-        fingerprint(tmp_path / "s", plain("ab", "c"), TextTokenizer.train(["zzzz zzzz"], 259, 9)),
-        fingerprint(tmp_path / "s", paired(("a", "b"), ("", "c")), TOKENIZER, pairs=True),
-        fingerprint(tmp_path / "s", paired(("", "ab"), ("", "c")), TOKENIZER, pairs=True),
-    ]
-    assert len({base, *others}) == 6
-
-
-def test_many_batches_are_one_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_batches_are_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     documents = paired(*[("p" * (k % 3), "r" * (k % 4)) for k in range(50)])
-    whole = write_text_store(documents, TOKENIZER, tmp_path / "whole", pairs=True)
+    whole = tokenise(documents, TOKENIZER, pairs=True)
     monkeypatch.setattr("hrm_ray.data.text_store._BATCH_DOCUMENTS", 3)
     monkeypatch.setattr("hrm_ray.data.text_store._BATCH_CHARACTERS", 7)
-    parts = write_text_store(documents, TOKENIZER, tmp_path / "parts", pairs=True)
-    assert (parts.documents, parts.tokens) == (whole.documents, whole.tokens)
-    for name in ("tokens.bin", "bytes.bin", "starts.bin", "prompts.bin"):
-        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert same(whole, tokenise(documents, TOKENIZER, pairs=True))
 
 
-def test_a_failure_leaves_the_older_store_and_no_debris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hrm_ray.data.text_store._BATCH_CHARACTERS", 50)
-    before = write_text_store(plain("abc"), TOKENIZER, tmp_path / "s")
-
-    def interrupted() -> Iterator[Document]:
-        yield from plain("x" * 100)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_text_store(interrupted(), TOKENIZER, tmp_path / "s")
-    assert open_text_store(tmp_path / "s").meta == before
-    with pytest.raises(DataFault, match="token"):
-        write_text_store(plain("", ""), TOKENIZER, tmp_path / "t")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
+@pytest.mark.parametrize("pairs", [True, False])
+@pytest.mark.parametrize("cuts", [(0, 10, 10, 50), (0, 50), (0, 1, 2, 50)])
+def test_stores_join(pairs: bool, cuts: tuple[int, ...]) -> None:
+    documents = paired(*[("p" * (k % 3), "é" * (k % 4)) for k in range(50)])
+    parts = [tokenise(documents[a:b], TOKENIZER, pairs) for a, b in itertools.pairwise(cuts)]
+    assert same(tokenise(documents, TOKENIZER, pairs), joined(parts))
 
 
-@pytest.mark.parametrize("damage", ["short", "missing", "format", "meta"])
-def test_a_damaged_store_is_refused(tmp_path: Path, damage: str) -> None:
-    folder = tmp_path / "s"
-    write_text_store(plain("abc"), TOKENIZER, folder)
-    meta = json.loads((folder / "meta.json").read_text())
-    if damage == "short":
-        (folder / "tokens.bin").write_bytes((folder / "tokens.bin").read_bytes()[:-1])
-    elif damage == "missing":
-        (folder / "starts.bin").unlink()
-    elif damage == "format":
-        (folder / "meta.json").write_text(json.dumps(meta | {"format": 99}))
+@pytest.mark.parametrize("pairs", [True, False])
+def test_a_store_comes_back_from_its_file(tmp_path: Path, pairs: bool) -> None:
+    store = tokenise(paired(("a", "bé"), ("", ""), ("c", "")), TOKENIZER, pairs)
+    save_store(store, tmp_path / "s")
+    assert same(store, load_store(tmp_path / "s"))
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+@pytest.mark.parametrize("damage", ["short", "missing", "byte", "other"])
+def test_a_damaged_store_is_none(tmp_path: Path, damage: str) -> None:
+    file = tmp_path / "s"
+    save_store(tokenise(plain("abc"), TOKENIZER), file)
+    content = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    elif damage == "other":
+        file.write_bytes(b"something else")
     else:
-        (folder / "meta.json").write_text(json.dumps(meta)[:-5])
-    with pytest.raises(DataFault, match="made again"):
-        open_text_store(folder)
+        file.write_bytes(content[:-1] if damage == "short" else content[:-1] + bytes([content[-1] ^ 1]))
+    assert load_store(file) is None
+
+
+def test_a_failed_save_leaves_the_older_file_and_no_debris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = tokenise(plain("abc"), TOKENIZER)
+    save_store(store, tmp_path / "s")
+
+    def full(*words: object, **named: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("hrm_ray.data.text_store.save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        save_store(tokenise(plain("xyz"), TOKENIZER), tmp_path / "s")
+    assert same(store, load_store(tmp_path / "s")) and len(list(tmp_path.iterdir())) == 1

@@ -1,23 +1,46 @@
-"""Preparing data once: the tokenizer's choice, the stores, and what a worker opens from the plan."""
+"""Preparing text once: the tokenizer's choice, the first chunk, the held-out documents, and a corpus that changed."""
 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from hrm_ray.data.packing import TextSamples
-from hrm_ray.data.prepare import PreparedText, RowForm, TokenizerChoice, open_samples, prepare_puzzles, prepare_text
+from hrm_ray.data.packing import RowForm, TextSamples
+from hrm_ray.data.prepare import (
+    PreparedText,
+    TokenizerChoice,
+    Wanted,
+    open_puzzle_sets,
+    prepare_puzzles,
+    prepare_text,
+)
 from hrm_ray.data.readers import TextSource
+from hrm_ray.data.text_data import CorpusCut, TextFolder, TextPlan
 from hrm_ray.data.tokenizer import TextTokenizer
-from hrm_ray.errors import DataFault, SettingsError
+from hrm_ray.errors import DataFault, ResourceFault, SettingsError
 
 ANCHOR = Path(__file__).parents[1] / "fixtures" / "sudoku4_minimal.safetensors"
-FORM = RowForm(seq_len=8, packing=True, prefix=False)
+FORM = RowForm(seq_len=8)
 CHOICE = TokenizerChoice(path=None, vocab_size=270, examples=100, retrain=False)
+CUT = CorpusCut(
+    samples_per_block=20,
+    dataset_chunk_size=8,
+    dataset_start_offset=0,
+    max_train_examples=None,
+    ascii_only=False,
+    on_bad_row="fail",
+    shuffled=False,
+    seed=0,
+    cache_bytes=1 << 30,
+    shuffle_rows=10,
+)
+WANTED = Wanted(eval_rows=100)
 
 
 @pytest.fixture
@@ -32,31 +55,79 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def prepared(
-    corpus: Path, choice: TokenizerChoice = CHOICE, form: RowForm = FORM, columns: bool = False
+    corpus: Path,
+    choice: TokenizerChoice = CHOICE,
+    form: RowForm = FORM,
+    cut: CorpusCut = CUT,
+    wanted: Wanted = WANTED,
+    evaluation: bool = True,
+    **columns: str,
 ) -> PreparedText:
-    pair = {"prompt_column": "q", "response_column": "a"} if columns else {}
-    train, test = (TextSource(corpus, split, **pair) for split in ("train", "test"))
+    train, test = (TextSource(corpus, split, **columns) for split in ("train", "test"))
     base = corpus.parent / "bundle"
-    return prepare_text(train, test, bundle=base, stores=base / "data", choice=choice, form=form)
+    return prepare_text(
+        train,
+        test if evaluation else None,
+        bundle=base,
+        data=base / "data",
+        choice=choice,
+        form=form,
+        cut=cut,
+        wanted=wanted,
+    )
 
 
 def test_a_worker_opens_what_was_prepared(corpus: Path) -> None:
-    result = prepared(corpus)
-    plan = json.loads(json.dumps(result.plan))
-    train, held_out = open_samples(plan, corpus.parent / "bundle" / "data")
-    assert result.evaluation is not None and held_out is not None
-    assert (len(train), len(held_out)) == (result.train.rows, result.evaluation.rows)
-    row = train.rows(np.array([0]))["inputs"][0]
+    result = prepared(corpus, wanted=Wanted(count=True, eval_rows=100))
+    plan = TextPlan.from_plain(json.loads(json.dumps(result.plan.plain())))
+    assert plan == result.plan
+    folder = TextFolder(corpus.parent / "bundle" / "data")
+    maker = folder.maker(plan.cut, plan.source, TextTokenizer.load(corpus.parent / "bundle"), pairs=False, writes=False)
+    chunks = []
+    while (chunk := maker.made(len(chunks))) is not None:
+        chunks.append(chunk)
+    assert [(c.entry.start.block, c.entry.start.chunk, c.entry.rows) for c in chunks] == [
+        *((0, 0, 8), (0, 1, 8), (0, 2, 4)),
+        *((1, 0, 8), (1, 1, 3)),
+    ]
+    rows = [len(TextSamples(chunk.store, plan.form)) for chunk in chunks]
+    assert result.sequences is not None and (result.sequences.count, result.sequences.estimated) == (sum(rows), False)
+    row = TextSamples(chunks[0].store, plan.form).rows(np.array([0]))["inputs"][0]
     assert "a train text, the 0th text".startswith(result.tokenizer.decode(row))
-    assert result.train.meta.documents == 30 and (result.train.folder / "meta.json").is_file()
-    assert any("1 documents" in note for note in result.notes)
+    held_out = TextSamples(folder.read_evaluation(), plan.form)
+    assert result.evaluation is not None and len(held_out) == len(TextSamples(result.evaluation, plan.form))
+    assert len(list(folder.chunks.iterdir())) == 5
 
 
 def test_without_evaluation_there_is_none(corpus: Path) -> None:
-    base = corpus.parent / "bundle"
-    source = TextSource(corpus)
-    result = prepare_text(source, None, bundle=base, stores=base / "data", choice=CHOICE, form=FORM)
-    assert result.evaluation is None and open_samples(result.plan, base / "data")[1] is None
+    result = prepared(corpus, evaluation=False)
+    assert result.evaluation is None and not result.plan.evaluation and result.sequences is None
+
+
+def test_only_the_first_chunk_is_tokenised_before_a_run(corpus: Path) -> None:
+    prepared(corpus)
+    folder = TextFolder(corpus.parent / "bundle" / "data")
+    assert len(list(folder.chunks.iterdir())) == 1
+    assert len(folder.catalog.read_text().splitlines()) == 1
+
+
+def test_a_large_corpus_is_estimated(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = prepared(corpus, wanted=Wanted(count=True), evaluation=False).sequences
+    monkeypatch.setattr("hrm_ray.data.corpus_facts.COUNTED_BYTES", 100)
+    estimated = prepared(corpus, wanted=Wanted(count=True), evaluation=False).sequences
+    assert counted is not None and estimated is not None
+    assert estimated.estimated and abs(estimated.count - counted.count) <= 0.15 * counted.count
+
+
+def test_held_out_documents_are_read_as_far_as_they_are_needed(corpus: Path) -> None:
+    (corpus / "test.jsonl").write_text("\n".join(json.dumps({"text": f"held out number {n}"}) for n in range(2000)))
+    whole = prepared(corpus, wanted=Wanted(eval_rows=10**6)).evaluation
+    few = prepared(corpus, wanted=Wanted(eval_rows=30)).evaluation
+    first = prepared(corpus, wanted=Wanted(eval_rows=10**6, max_val_examples=7)).evaluation
+    assert whole is not None and few is not None and first is not None
+    assert whole.documents == 2000 and first.documents == 7
+    assert len(TextSamples(few, FORM)) >= 30 and few.documents < 300
+    assert np.array_equal(few.tokens, whole.tokens[: len(few.tokens)])
 
 
 def test_the_tokenizer_is_trained_then_used_again_then_trained_anew(corpus: Path) -> None:
@@ -77,21 +148,13 @@ def test_a_given_tokenizer_wins_and_goes_into_the_bundle(corpus: Path, tmp_path:
     given.save(tmp_path / "given")
     prepared(corpus)
     result = prepared(corpus, replace(CHOICE, path=tmp_path / "given"))
-    assert result.tokenizer_origin == "loaded" and result.train.meta.tokenizer == given.fingerprint
+    assert result.tokenizer_origin == "loaded" and result.tokenizer.fingerprint == given.fingerprint
     assert TextTokenizer.load(tmp_path / "bundle").fingerprint == given.fingerprint
 
 
 def test_a_smaller_vocabulary_than_asked_for_is_said(corpus: Path) -> None:
     result = prepared(corpus, replace(CHOICE, vocab_size=5000))
     assert any(f"{result.tokenizer.vocab_size} tokens" in note and "5000" in note for note in result.notes)
-
-
-def test_pairs_and_their_cuts_are_reported(corpus: Path) -> None:
-    result = prepared(corpus, form=RowForm(32, True, True), columns=True)
-    assert result.train.cut_pairs > 0
-    assert any(f"{result.train.cut_pairs} of 30 pairs" in note for note in result.notes)
-    samples, _ = open_samples(result.plan, corpus.parent / "bundle" / "data")
-    assert isinstance(samples, TextSamples) and samples.prefix
 
 
 def test_data_that_cannot_be_used_leaves_everything_as_it_was(corpus: Path) -> None:
@@ -103,13 +166,72 @@ def test_data_that_cannot_be_used_leaves_everything_as_it_was(corpus: Path) -> N
     with pytest.raises(DataFault, match=r"test\.jsonl:1"):
         prepared(corpus, replace(CHOICE, retrain=True, vocab_size=280))
     assert TextTokenizer.load(bundle).fingerprint == result.tokenizer.fingerprint
-    assert len(open_samples(result.plan, bundle / "data")[0]) == result.train.rows
+    assert TextFolder(bundle / "data").read_evaluation().documents == 2
     assert sorted(entry.name for entry in bundle.iterdir()) == ["data", "tokenizer.json", "tokenizer_config.json"]
 
 
-def test_puzzles_are_checked_and_opened(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("cut", "names"),
+    [
+        ({"dataset_start_offset": 31}, ("--dataset-start-offset 31",)),
+        ({"start_block": 2}, ("--start-block-id 2", "2 blocks")),
+        ({"start_chunk": 3}, ("--start-chunk-id 3", "3 chunks", "2 or less")),
+        ({"ascii_only": True}, ("--ascii-only", "30 of 31 rows")),
+    ],
+)
+def test_nothing_to_begin_with(corpus: Path, cut: dict[str, Any], names: tuple[str, ...]) -> None:
+    if "ascii_only" in cut:
+        rows = [{"text": f"é{n}"} for n in range(30)]
+        (corpus / "train.jsonl").write_text("\n".join(json.dumps(row) for row in [*rows, {"text": ""}]))
+    with pytest.raises((SettingsError, DataFault)) as caught:
+        prepared(corpus, choice=replace(CHOICE, vocab_size=300), cut=replace(CUT, **cut))
+    assert all(name in str(caught.value) for name in names), caught.value
+
+
+def test_a_small_cache_cannot_hold_everything(corpus: Path) -> None:
+    with pytest.raises(ResourceFault, match="--no-streaming.*--cache-gb"):
+        prepared(corpus, cut=replace(CUT, streaming=False, cache_bytes=500))
+    held = prepared(corpus, cut=replace(CUT, streaming=False))
+    assert held.sequences is not None and not held.sequences.estimated
+
+
+@pytest.mark.parametrize("change", ["row", "longer", "new", "gone", "renamed"])
+def test_a_corpus_that_changed_is_refused(corpus: Path, change: str) -> None:
+    for name in ("a", "b"):
+        (corpus / "train").mkdir(exist_ok=True)
+        (corpus / "train" / f"{name}.jsonl").write_text(
+            "\n".join(json.dumps({"text": f"{name} {n}"}) for n in range(9))
+        )
+    (corpus / "train.jsonl").unlink()
+    prepared(corpus)
+    prepared(corpus)
+    file = corpus / "train" / "a.jsonl"
+    if change == "row":
+        file.write_text(file.read_text().replace("a 3", "a 4"))
+    elif change == "longer":
+        file.write_text(file.read_text() + "\n")
+    elif change == "new":
+        (corpus / "train" / "aa.jsonl").write_text('{"text": "x"}')
+    elif change == "gone":
+        (corpus / "train" / "b.jsonl").unlink()
+    else:
+        file.rename(corpus / "train" / "c.jsonl")
+    with pytest.raises(DataFault, match="not what the run was trained on") as caught:
+        prepared(corpus)
+    assert "--student-init" in str(caught.value)
+
+
+def test_a_corpus_that_was_copied_is_the_same(corpus: Path, tmp_path: Path) -> None:
+    prepared(corpus)
+    content = (corpus / "train.jsonl").read_bytes()
+    os.utime(corpus / "train.jsonl", ns=(1, 1))
+    assert (corpus / "train.jsonl").read_bytes() == content
+    prepared(corpus)
+
+
+def test_puzzles_are_checked_and_opened() -> None:
     result = prepare_puzzles(TextSource(ANCHOR, "train"), TextSource(ANCHOR, "test"))
-    train, held_out = open_samples(json.loads(json.dumps(result.plan)), tmp_path)
+    train, held_out = open_puzzle_sets(json.loads(json.dumps(result.plan)))
     assert held_out is not None and result.evaluation is not None
     assert (len(train), len(held_out)) == (result.train.count, result.evaluation.count) == (20_000, 1_000)
     assert prepare_puzzles(TextSource(ANCHOR), None).evaluation is None

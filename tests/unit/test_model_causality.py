@@ -5,8 +5,6 @@ Equality is to the bit: what a position may not see has attention weight exactly
 
 from __future__ import annotations
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -16,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hrm_ray.data.packing import TextSamples
+from hrm_ray.data.packing import RowForm, TextSamples
 from hrm_ray.data.readers import Document
-from hrm_ray.data.text_store import write_text_store
+from hrm_ray.data.text_store import tokenise
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.model.build import build_objective
 from hrm_ray.model.config import ModelConfig
@@ -146,13 +144,13 @@ DOCUMENTS = ("the quick", "a", "brown fox jumps over", "it", "lazy dogs sleep")
 PAIRS = (("what is", " this"), ("a", "b"), ("longer prompt", " yes"), ("", "free"))
 
 
-def samples(folder: Path, mode: str) -> TextSamples:
+def samples(mode: str) -> TextSamples:
     if mode.startswith("prefix"):
-        documents = [Document(p + r, Path("x"), n, p, r) for n, (p, r) in enumerate(PAIRS)]
+        documents = [Document(p + r, "x", n, prompt=p, response=r) for n, (p, r) in enumerate(PAIRS)]
     else:
-        documents = [Document(text, Path("x"), n) for n, text in enumerate(DOCUMENTS)]
-    write_text_store(documents, TOKENIZER, folder, pairs=mode.startswith("prefix"))
-    return TextSamples(folder, 24, "packed" in mode, mode.startswith("prefix"), allow_short=True)
+        documents = [Document(text, "x", n) for n, text in enumerate(DOCUMENTS)]
+    prefix = mode.startswith("prefix")
+    return TextSamples(tokenise(documents, TOKENIZER, prefix), RowForm(24, "packed" in mode, prefix))
 
 
 def followers(mode: str) -> list[list[int]]:
@@ -177,10 +175,8 @@ def test_real_rows_never_see_their_label(mode: str, arch: str) -> None:
         **ARCHITECTURES[arch],
     )
     objective = objective_of(config)
-    with TemporaryDirectory() as folder:
-        data = samples(Path(folder), mode)
-        columns = data.rows(np.arange(len(data)))
-        del data
+    data = samples(mode)
+    columns = data.rows(np.arange(len(data)))
     batch = to_batch(columns, wanted_columns(config), torch.device("cpu"))
     whole = followers(mode)
     places = np.argwhere(columns["labels"] != IGNORE_LABEL)

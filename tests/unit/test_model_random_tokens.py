@@ -20,7 +20,7 @@ from hrm_ray.model.build import build_model, build_objective
 from hrm_ray.model.losses import CROSS_ENTROPIES
 from hrm_ray.settings.optimizer import OptimizerSettings
 from hrm_ray.train.evaluate import HeldOut, evaluate
-from hrm_ray.train.feed import BatchShape, RolloutFeed
+from hrm_ray.train.feed import BatchShape, Ends, RolloutFeed
 from hrm_ray.train.loop import LoopParts, Rates, TrainingLoop
 from hrm_ray.train.microbatch import to_batch, wanted_columns
 from hrm_ray.train.optimizers import builder
@@ -102,7 +102,9 @@ def test_random_tokens_stay_at_ln_v(case: str) -> None:
     strategy = SingleStrategy(WORLD, Precision())
     strategy.prepare(objective, builder(settings))
     shape = BatchShape(BATCH, 1, 0, 1)
-    feed = RolloutFeed(RandomTokens(STEPS * BATCH, 7, config.lm_mask == "prefix"), shape, seed=0, linear=True, epochs=1)
+    feed = RolloutFeed(
+        RandomTokens(STEPS * BATCH, 7, config.lm_mask == "prefix"), shape, seed=0, linear=True, ends=Ends(1)
+    )
     loop = TrainingLoop(
         LoopParts(
             strategy=strategy,

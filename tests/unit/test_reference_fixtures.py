@@ -166,7 +166,7 @@ class FixtureFeed:
     def offer(self, halted: object, step: int) -> list[Columns]:
         return [{name: t.numpy() for name, t in self.fixture.batch(step).items()}]
 
-    def roll(self) -> bool:
+    def roll(self, trained: bool) -> bool:
         return False
 
     def position(self) -> dict[str, np.ndarray]:
@@ -174,6 +174,18 @@ class FixtureFeed:
 
     def seek(self, epoch: int, position: object) -> None:
         raise NotImplementedError
+
+    def recut(self, shape: object) -> None:
+        raise NotImplementedError
+
+    def take_notes(self) -> list[str]:
+        return []
+
+    def counts(self) -> dict[str, int]:
+        return {}
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def training_loop(fixture: Fixture) -> tuple[TrainingLoop, PuzzleObjective]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from hrm_ray.data.puzzles.samples import PuzzleSamples
 from hrm_ray.train.assemble import assemble
-from hrm_ray.train.feed import BatchShape, RolloutFeed, SlotFeed, exploration
+from hrm_ray.train.feed import BatchShape, Ends, RolloutFeed, SlotFeed, exploration
 from hrm_ray.values import Columns
 from tests.support.runs import PUZZLE, TEXT, puzzle_file, records, text_file, train
 
@@ -57,7 +57,7 @@ def test_rollout(case: dict[str, Any]) -> None:
     for rank in range(case["ranks"]):
         samples = Recording(case["count"])
         shape = BatchShape(case["batch"], case["accumulation"], rank, case["ranks"])
-        feed = RolloutFeed(samples, shape, seed=case["seed"], linear=case["linear"], epochs=case["epochs"])
+        feed = RolloutFeed(samples, shape, seed=case["seed"], linear=case["linear"], ends=Ends(case["epochs"]))
         for epoch in range(case["epochs"]):
             assert feed.epoch == epoch
             for step in range(per_epoch):
@@ -67,7 +67,7 @@ def test_rollout(case: dict[str, Any]) -> None:
                 seen[epoch * per_epoch + step] += samples.taken
             assert not any(columns["active"].any() for columns in feed.offer([], 0))
             place = feed.position()["taken"].copy()
-            assert feed.roll() == (epoch + 1 < case["epochs"])
+            assert feed.roll(True) == (epoch + 1 < case["epochs"])
         assert (feed.position()["taken"] == place).all(), "past the last epoch the place stays"
     for epoch in range(case["epochs"]):
         steps = seen[epoch * per_epoch : (epoch + 1) * per_epoch]
@@ -89,7 +89,7 @@ def test_carried(case: dict[str, Any], halt_max_steps: int, chance: float, draw:
         samples = Recording(case["count"])
         shape = BatchShape(case["batch"], case["accumulation"], rank, case["ranks"])
         feed = SlotFeed(
-            samples, shape, seed=case["seed"], linear=case["linear"], epochs=case["epochs"], explore=explore
+            samples, shape, seed=case["seed"], linear=case["linear"], ends=Ends(case["epochs"]), explore=explore
         )
         halted = [np.ones(case["batch"], dtype=np.bool_) for _ in range(case["accumulation"])]
         for epoch in range(case["epochs"]):
@@ -109,7 +109,7 @@ def test_carried(case: dict[str, Any], halt_max_steps: int, chance: float, draw:
                     break
             taken[epoch] += Counter(samples.taken)
             halted = [np.ones(case["batch"], dtype=np.bool_) for _ in range(case["accumulation"])]
-            assert feed.roll() == (epoch + 1 < case["epochs"])
+            assert feed.roll(True) == (epoch + 1 < case["epochs"])
     for counted in taken:
         assert counted == Counter(range(case["count"]))
 

@@ -145,7 +145,7 @@ def test_stopped_while_data_is_prepared(
         os.kill(os.getpid(), number)
         raise AssertionError("the signal should have ended this")
 
-    monkeypatch.setattr("hrm_ray.data.prepare.write_text_store", interrupted)
+    monkeypatch.setattr("hrm_ray.data.chunk_source.tokenise", interrupted)
     ran = hrm("train", "--dataset-file", data, "--bundle-dir", tmp_path / "b", *TEXT)
     assert ran.code == code and "Traceback" not in ran.err
     assert [path.name for path in tmp_path.iterdir()] == [data.name]

@@ -27,6 +27,42 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
         {"--task": "lm", "--halt-max-steps": "2", "--halt-rule": "gain"},
         "one segment",
     ),
+    "stride_within_row": (
+        {"--stride": "65", "--max-seq-len": "64"},
+        {"--stride": "64", "--max-seq-len": "64"},
+        "--stride 64 or less",
+    ),
+    "stride_of_documents": ({"--stride": "8", **PREFIX}, {"--stride": "8"}, "never divided"),
+    "chunk_within_block": (
+        {"--dataset-chunk-size": "11", "--samples-per-block": "10"},
+        {"--samples-per-block": "10"},
+        "--dataset-chunk-size 10 or less",
+    ),
+    "buffer_of_shuffled_data": (
+        {"--shuffle-buffer-size": "8"},
+        {"--shuffle-buffer-size": "8", "--no-linear-dataset": True},
+        "in its order",
+    ),
+    "iterate_without_end": (
+        {"--iterate": True, "--epochs": "2", "--lr-schedule": "constant"},
+        {"--iterate": True, "--lr-schedule": "constant"},
+        "one of the two",
+    ),
+    "iterate_with_steps": (
+        {"--iterate": True, "--steps": "20"},
+        {"--iterate": True, "--lr-schedule": "constant"},
+        "as many epochs as it takes",
+    ),
+    "schedule_of_endless_run": (
+        {"--stop-after-block": True},
+        {"--stop-after-block": True, "--epochs": "3"},
+        "--lr-schedule constant",
+    ),
+    "training_again_needs_a_run": (
+        {"--force-train": True},
+        {"--force-train": True, "--resume": True},
+        "--resume",
+    ),
     "amp_dtype_of_amp": (
         {"--amp-dtype": "fp16", "--no-amp": True},
         {"--amp-dtype": "fp16"},

@@ -1,0 +1,200 @@
+"""The catalog of a corpus: which rows make up each chunk of each block, and what was in them.
+
+One job: entries of chunks in the order of the corpus, kept in a file that only grows, and the refusal of a corpus that
+is not the one they were made from. Entries are facts about the corpus, not about a run: they are found once, as
+reading goes, and hold for every epoch. It reads no rows: see chunks.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import TextIO
+
+from hrm_ray.data.parts import Part
+from hrm_ray.errors import DataFault, Fault
+
+CHANGED = "Put the earlier data back, or start a new run with --student-init from this one"
+"""What to do about data that is not what a run was trained on."""
+
+_END = "end"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row stands: number of its part, of the row in the part, and the mark that reading can begin at."""
+
+    part: int
+    row: int
+    mark: int | None = None
+
+
+@dataclass(frozen=True)
+class ChunkStart:
+    """Where a chunk begins, and its numbers: in the corpus, of its block, in its block; `block_rows` of its block lie
+    before it, `first_row` rows of the corpus."""
+
+    number: int
+    block: int
+    chunk: int
+    block_rows: int
+    first_row: int
+    place: Place
+
+
+@dataclass(frozen=True)
+class ChunkEntry:
+    """One chunk: where it begins, its `rows` (those that cannot be used included), how many of them are `bad` or were
+    `left_out` by --ascii-only, bytes of text, and a fingerprint of all of it. `ends_block`: its block is full."""
+
+    start: ChunkStart
+    rows: int
+    bad: int
+    left_out: int
+    text_bytes: int
+    fingerprint: str
+    ends_block: bool
+
+    @property
+    def number(self) -> int:
+        return self.start.number
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"block {self.start.block}, chunk {self.start.chunk}"
+
+
+class Catalog:
+    """Entries by number, from 0 without gaps; `ended` once the corpus is known to have no further chunk."""
+
+    def __init__(self, path: Path, *, writes: bool) -> None:
+        """Opens the file `path`, or begins it. One process `writes`; what the others find they keep to themselves.
+
+        Raises DataFault where the file is not what was written.
+        """
+        self._path = path
+        self._writes = writes
+        self._file: TextIO | None = None
+        self._entries: list[ChunkEntry] = []
+        self.ended = False
+        if path.is_file():
+            self._read()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def entries(self) -> Sequence[ChunkEntry]:
+        """All that are known, rising in number."""
+        return self._entries
+
+    def get(self, number: int) -> ChunkEntry | None:
+        """The entry of a chunk, None where it is not known yet."""
+        return self._entries[number] if number < len(self._entries) else None
+
+    def add(self, entry: ChunkEntry) -> None:
+        """Take an entry that reading has found. Raises DataFault where the corpus has changed since it was known."""
+        known = self.get(entry.number)
+        if known is not None:
+            if known != entry:
+                raise changed(known.name, "it does not hold the rows that it held when it was read first")
+            return
+        assert entry.number == len(self._entries), "chunks are found in their order"
+        self._entries.append(entry)
+        self._write(json.dumps(astuple(entry), separators=(",", ":")))
+
+    def end(self) -> None:
+        """There is no chunk after those that are known."""
+        if not self.ended:
+            self.ended = True
+            self._write(json.dumps(_END))
+
+    def close(self) -> None:
+        """Release the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def block_sizes(self) -> list[int]:
+        """Chunks of each block, of a catalog that has ended."""
+        assert self.ended
+        sizes: list[int] = []
+        for entry in self._entries:
+            if entry.start.chunk == 0:
+                sizes.append(0)
+            sizes[-1] += 1
+        return sizes
+
+    def _write(self, line: str) -> None:
+        if not self._writes:
+            return
+        if self._file is None:
+            self._cut_torn_line()
+            self._file = self._path.open("a", encoding="utf-8", newline="\n")
+        self._file.write(line + "\n")
+        self._file.flush()
+
+    def _cut_torn_line(self) -> None:
+        """A line that was being written when its process died would spoil the next one."""
+        if self._path.is_file():
+            content = self._path.read_bytes()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                with self._path.open("r+b") as file:
+                    file.truncate(whole)
+
+    def _read(self) -> None:
+        content = self._path.read_bytes()
+        for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
+            try:
+                values = json.loads(line)
+                if values == _END:
+                    self.ended = True
+                    continue
+                (own, block, chunk, block_rows, first_row, place), *rest = values
+                start = ChunkStart(own, block, chunk, block_rows, first_row, Place(*place))
+                entry = ChunkEntry(start, *rest)
+            except (ValueError, TypeError) as error:
+                mend = "Delete the bundle's folder data/; it is made again"
+                raise DataFault(
+                    Fault(f"{self._path}:{number}", f"this is no entry of a catalog ({error})", mend)
+                ) from error
+            self._entries.append(entry)
+
+
+def check_parts(stored: Sequence[Part], now: Sequence[Part]) -> list[int]:
+    """Numbers of the parts whose content may have changed since `stored` was listed: their stamps differ.
+
+    Raises DataFault where a part is new, gone, or of another size.
+    """
+    for before, after in zip(stored, now, strict=False):
+        if before.name != after.name:
+            raise changed(after.name, f"`{before.name}` stood in its place when the run began")
+        if before.bytes != after.bytes:
+            raise changed(after.name, f"it has {after.bytes} bytes, and had {before.bytes} when the run began")
+    if len(stored) > len(now):
+        raise changed(stored[len(now)].name, "it is gone since the run began")
+    if len(now) > len(stored):
+        raise changed(now[len(stored)].name, "it was not there when the run began")
+    return [
+        number for number, (before, after) in enumerate(zip(stored, now, strict=True)) if before.stamp != after.stamp
+    ]
+
+
+def touching(entries: Sequence[ChunkEntry], parts: Iterable[int], count: int) -> list[ChunkEntry]:
+    """The entries that have rows of any of `parts`; the corpus has `count` parts."""
+    wanted = set(parts)
+    found = []
+    for entry, follower in zip(entries, [*entries[1:], None], strict=True):
+        last = follower.start.place.part if follower is not None else count - 1
+        if wanted & set(range(entry.start.place.part, last + 1)):
+            found.append(entry)
+    return found
+
+
+def changed(what: str, how: str) -> DataFault:
+    """The refusal of a corpus that is not the one of the catalog."""
+    return DataFault(Fault(what, f"the corpus is not what the run was trained on: {how}", CHANGED))

@@ -1,0 +1,280 @@
+"""Tokenised chunks in the order of an epoch, made just in time.
+
+One job: ChunkSource, what a feed of text reads from, and the one that reads in this process: chunks are read, tokenised
+and kept ahead of the training in a thread (the tokenizer computes outside Python's lock), at most a few of them at a
+time. It cuts no rows: see stream.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Protocol
+
+from hrm_ray.data.catalog import Catalog, ChunkEntry, changed
+from hrm_ray.data.chunk_cache import ChunkCache
+from hrm_ray.data.chunks import FIRST, Corpus, RawChunk, read_chunks
+from hrm_ray.data.order import ChunkOrder
+from hrm_ray.data.text_store import TextStore, tokenise
+from hrm_ray.data.tokenizer import TextTokenizer
+
+AHEAD = 2
+"""Chunks that are made before they are asked for."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A tokenised chunk as it arrives: its entry, its tokens, its position in the epoch's order and whether its block
+    ends with it there, and what is to be said."""
+
+    entry: ChunkEntry
+    store: TextStore
+    position: int = 0
+    ends_block: bool = False
+    notes: tuple[str, ...] = ()
+
+
+class ChunkSource(Protocol):
+    """Chunks of any epoch, from any position of its order on."""
+
+    def chunks(self, epoch: int, position: int) -> Generator[Chunk, None, None]:
+        """The chunks from `position` on to the epoch's end. Close it when it is not read to its end."""
+
+
+class ChunkMaker:
+    """Makes tokenised chunks, with the catalog and the cache; in one thread at a time."""
+
+    def __init__(
+        self, corpus: Corpus, tokenizer: TextTokenizer, catalog: Catalog, cache: ChunkCache, *, pairs: bool
+    ) -> None:
+        self.corpus, self.tokenizer, self.catalog, self.cache, self.pairs = corpus, tokenizer, catalog, cache, pairs
+        self._reading: Iterator[RawChunk] | None = None
+        self._next = 0
+        self._told = False
+
+    def made(self, number: int) -> Chunk | None:
+        """Chunk `number`, None where the corpus has no such chunk; what lies before it and is not known is read.
+
+        Raises DataFault for a bad row, or a corpus that has changed.
+        """
+        entry = self.catalog.get(number)
+        if entry is not None:
+            kept = self.cache.load(self._key(entry))
+            if kept is not None:
+                return Chunk(entry, kept)
+        raw = self.read(number)
+        return None if raw is None else self.taken(self.tokenised(raw))
+
+    def tokenised(self, raw: RawChunk) -> Chunk:
+        """A chunk of these documents; nothing is kept of it."""
+        return Chunk(raw.entry, tokenise(raw.documents, self.tokenizer, self.pairs), notes=raw.notes)
+
+    def taken(self, chunk: Chunk) -> Chunk:
+        """A chunk that was made, here or elsewhere: known to the catalog now, and kept if there is room."""
+        self.catalog.add(chunk.entry)
+        self.cache.keep(self._key(chunk.entry), chunk.store)
+        return replace(chunk, notes=(*chunk.notes, *self._about_cache()))
+
+    def keeps(self, number: int) -> bool:
+        """Whether a chunk that is known lies in the cache."""
+        entry = self.catalog.get(number)
+        return entry is not None and self.cache.holds(self._key(entry))
+
+    def survey(self) -> None:
+        """Read what the catalog does not know yet, to the corpus' end, without tokenising."""
+        while not self.catalog.ended:
+            self.read(len(self.catalog))
+
+    def find(self, block: int, chunk: int) -> ChunkEntry | None:
+        """The entry of a chunk by its block and number in it, reading as far as it takes; None where there is none."""
+        number = 0
+        while True:
+            if self.catalog.get(number) is None and (self.catalog.ended or self.read(number) is None):
+                return None
+            entry = self.catalog.entries[number]
+            if (entry.start.block, entry.start.chunk) == (block, chunk):
+                return entry
+            if entry.start.block > block:
+                return None
+            number += 1
+
+    def read(self, number: int) -> RawChunk | None:
+        """Chunk `number` as documents, None where the corpus has no such chunk.
+
+        Where it follows the one that was read last, reading just goes on. Raises as `made`.
+        """
+        if self.catalog.ended and number >= len(self.catalog):
+            return None
+        while number > len(self.catalog):
+            if self.catalog.ended or self.read(len(self.catalog)) is None:
+                return None
+        if self._reading is None or self._next != number:
+            entry = self.catalog.get(number)
+            if entry is not None:
+                self._reading = read_chunks(self.corpus, entry.start)
+            else:
+                self._reading = self._reading_behind(number)
+        raw = next(self._reading, None)
+        self._next = number + 1
+        if raw is None:
+            self._reading = None
+            known = self.catalog.get(number)
+            if known is not None:
+                raise changed(known.name, "its rows are gone")
+            self.catalog.end()
+            return None
+        self.catalog.add(raw.entry)
+        return raw
+
+    def _reading_behind(self, number: int) -> Iterator[RawChunk]:
+        """Reading that begins with the first chunk that is not known: behind the last one that is."""
+        if not number:
+            return read_chunks(self.corpus, FIRST)
+        reading = read_chunks(self.corpus, self.catalog.entries[-1].start)
+        last = next(reading, None)
+        if last is not None:
+            self.catalog.add(last.entry)
+        return reading
+
+    def _key(self, entry: ChunkEntry) -> str:
+        """What decides a chunk's tokens."""
+        said = f"{entry.fingerprint} {self.tokenizer.fingerprint} {self.pairs} {self.corpus.ascii_only}"
+        return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+
+    def _about_cache(self) -> tuple[str, ...]:
+        if self.cache.refusal is None or self._told:
+            return ()
+        self._told = True
+        return (f"{self.cache.refusal}.",)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Which chunk stands at a position of an epoch, and whether a block ends with it (None: as its entry says)."""
+
+    position: int
+    number: int
+    ends_block: bool | None
+
+    def of(self, chunk: Chunk) -> Chunk:
+        """The chunk at this place."""
+        ends_block = chunk.entry.ends_block if self.ends_block is None else self.ends_block
+        return replace(chunk, position=self.position, ends_block=ends_block)
+
+
+@dataclass(frozen=True)
+class EpochRule:
+    """In which order epochs take the chunks of a corpus: that of the corpus, or `shuffled` by (seed, epoch).
+
+    The first epoch leaves out the chunks before number `start`.
+    """
+
+    seed: int
+    shuffled: bool
+    start: int = 0
+
+    def turns(self, catalog: Catalog, epoch: int, position: int) -> Iterator[Turn]:
+        """The turns of chunks from a position of the epoch on. In the order of the corpus they go on without end; a
+        shuffled epoch needs a catalog that has ended."""
+        first = self.start if epoch == 0 else 0
+        if not self.shuffled:
+            for number in count(max(position, first)):
+                yield Turn(number, number, None)
+            return
+        order = ChunkOrder(self.seed, epoch, catalog.block_sizes())
+        for place in range(position, len(order)):
+            number, ends_block = order.at(place)
+            if number >= first:
+                yield Turn(place, number, ends_block)
+
+
+class LocalChunks:
+    """Chunks made in this process, in a thread that stays at most AHEAD chunks ahead."""
+
+    def __init__(self, maker: ChunkMaker, rule: EpochRule) -> None:
+        self._maker, self._rule = maker, rule
+
+    def chunks(self, epoch: int, position: int) -> Generator[Chunk, None, None]:
+        """See ChunkSource. What the making raises is raised here, when its chunk is asked for."""
+        ahead = _Ahead(self._made(epoch, position))
+        try:
+            yield from ahead
+        finally:
+            ahead.close()
+
+    def _made(self, epoch: int, position: int) -> Iterator[Chunk]:
+        for turn in self._rule.turns(self._maker.catalog, epoch, position):
+            chunk = self._maker.made(turn.number)
+            if chunk is None:
+                return
+            yield turn.of(chunk)
+
+
+class HeldChunks:
+    """All chunks of the corpus in memory, made before the first is asked for."""
+
+    def __init__(self, maker: ChunkMaker, rule: EpochRule) -> None:
+        self._rule, self._catalog = rule, maker.catalog
+        self._chunks: list[Chunk] = []
+        while (chunk := maker.made(len(self._chunks))) is not None:
+            self._chunks.append(chunk)
+
+    def chunks(self, epoch: int, position: int) -> Generator[Chunk, None, None]:
+        """See ChunkSource."""
+        for turn in self._rule.turns(self._catalog, epoch, position):
+            if turn.number >= len(self._chunks):
+                return
+            yield turn.of(self._chunks[turn.number])
+
+
+class _Ahead:
+    """Reads an iterator in a thread, AHEAD items ahead."""
+
+    def __init__(self, items: Iterator[Chunk]) -> None:
+        self._items = items
+        self._made: deque[Chunk | BaseException | None] = deque()
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="chunks", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Chunk]:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._made)
+                item = self._made.popleft()
+                self._changed.notify_all()
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        """End the thread; the item in the making is finished first."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            for item in self._items:
+                if not self._put(item):
+                    return
+            self._put(None)
+        except BaseException as error:  # noqa: BLE001 - the thread's edge: it is raised where the item is asked for
+            self._put(error)
+
+    def _put(self, item: Chunk | BaseException | None) -> bool:
+        """Whether the item was wanted; waits until there is room for it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or len(self._made) < AHEAD)
+            if not self._closed:
+                self._made.append(item)
+                self._changed.notify_all()
+            return not self._closed

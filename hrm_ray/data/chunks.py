@@ -1,0 +1,170 @@
+"""Rows of a corpus, chunk by chunk.
+
+One job: parts -> RawChunk, from any chunk on, each with its catalog entry. A chunk is at most `chunk_size` rows and
+about 16 MiB of text, whichever is reached first, and never lies in two blocks; a block is `samples_per_block` rows. It
+does not tokenise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from hrm_ray.data.catalog import ChunkEntry, ChunkStart, Place
+from hrm_ray.data.parts import Part
+from hrm_ray.data.readers import BadRow, Document, TextSource, read_part
+from hrm_ray.errors import DataFault, Fault
+
+OnBadRow: TypeAlias = Literal["fail", "skip"]
+
+CHUNK_TEXT_BYTES = 16 << 20
+"""A chunk of long documents ends before its number of rows is reached, so that memory stays bounded."""
+_SHOWN_FAULTS = 3
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What is read, and how it is cut: rows before `offset` are no part of it, nor are those after `max_rows` of the
+    rest. With `ascii_only` rows with other characters are left out and counted; with `on_bad_row` "skip" so are rows
+    that cannot be read."""
+
+    source: TextSource
+    parts: tuple[Part, ...]
+    samples_per_block: int
+    chunk_size: int
+    offset: int = 0
+    max_rows: int | None = None
+    ascii_only: bool = False
+    on_bad_row: OnBadRow = "fail"
+
+    @property
+    def random_access(self) -> bool:
+        """Whether reading may begin anywhere without reading what lies before."""
+        return all(part.random_access for part in self.parts)
+
+
+@dataclass(frozen=True)
+class RawChunk:
+    """A chunk's documents, its entry, what is to be said of rows that were skipped, and where the next one begins."""
+
+    entry: ChunkEntry
+    documents: tuple[Document, ...]
+    notes: tuple[str, ...]
+    next: ChunkStart
+
+
+FIRST = ChunkStart(0, 0, 0, 0, 0, Place(0, 0))
+"""The first chunk of any corpus (rows before the offset are skipped on the way to it)."""
+
+
+def read_chunks(corpus: Corpus, start: ChunkStart = FIRST) -> Iterator[RawChunk]:
+    """The chunks from `start` on; none where the corpus ends there. Raises DataFault for a bad row, unless such rows
+    are skipped."""
+    begun = _Open(corpus, start)
+    first_row = start.first_row
+    for row, after in _rows(corpus, start):
+        if start == FIRST and first_row < corpus.offset:
+            first_row += 1
+            begun = _Open(corpus, ChunkStart(0, 0, 0, 0, first_row, after))
+            continue
+        if corpus.max_rows is not None and begun.rows_before - corpus.offset >= corpus.max_rows:
+            break
+        begun.take(row)
+        if begun.is_full:
+            chunk = begun.closed(after)
+            yield chunk
+            begun = _Open(corpus, chunk.next)
+    if begun.rows:
+        yield begun.closed(Place(len(corpus.parts), 0))
+
+
+def _rows(corpus: Corpus, start: ChunkStart) -> Iterator[tuple[Document | BadRow, Place]]:
+    """Every row from `start` on, and the place after it."""
+    place = start.place
+    for number in range(place.part, len(corpus.parts)):
+        part = corpus.parts[number]
+        from_row, mark = (place.row, place.mark) if number == place.part else (0, None)
+        for row in read_part(part, corpus.source, from_row, mark):
+            yield row, Place(number, row.row + 1, row.mark)
+
+
+class _Open:
+    """A chunk that is being read."""
+
+    def __init__(self, corpus: Corpus, start: ChunkStart) -> None:
+        self._corpus, self._start = corpus, start
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._documents: list[Document] = []
+        self._faults: list[Fault] = []
+        self._left_out = self._text_bytes = self._bad = 0
+        self.rows = 0
+
+    @property
+    def rows_before(self) -> int:
+        """Rows of the corpus before the next one that is taken."""
+        return self._start.first_row + self.rows
+
+    @property
+    def is_full(self) -> bool:
+        return self.rows == self._corpus.chunk_size or self._block_is_full or self._text_bytes >= CHUNK_TEXT_BYTES
+
+    @property
+    def _block_is_full(self) -> bool:
+        return self._start.block_rows + self.rows == self._corpus.samples_per_block
+
+    def take(self, row: Document | BadRow) -> None:
+        self.rows += 1
+        if isinstance(row, BadRow):
+            if self._corpus.on_bad_row == "fail":
+                raise DataFault(row.fault)
+            self._bad += 1
+            self._faults.append(row.fault)
+            del self._faults[_SHOWN_FAULTS:]
+            self._digest.update(b"\xff")
+            return
+        texts = (row.text,) if row.prompt is None or row.response is None else (row.prompt, row.response)
+        for text in texts:
+            content = text.encode("utf-8")
+            self._text_bytes += len(content)
+            self._digest.update(len(content).to_bytes(8, "little") + content)
+        if self._corpus.ascii_only and not row.text.isascii():
+            self._left_out += 1
+            return
+        self._documents.append(row)
+
+    def closed(self, after: Place) -> RawChunk:
+        start, full = self._start, self._block_is_full
+        entry = ChunkEntry(
+            start, self.rows, self._bad, self._left_out, self._text_bytes, self._digest.hexdigest(), full
+        )
+        follower = ChunkStart(
+            number=start.number + 1,
+            block=start.block + full,
+            chunk=0 if full else start.chunk + 1,
+            block_rows=0 if full else start.block_rows + self.rows,
+            first_row=self.rows_before,
+            place=after,
+        )
+        return RawChunk(entry, tuple(self._documents), tuple(self._notes()), follower)
+
+    def _notes(self) -> Iterator[str]:
+        if self._bad:
+            shown = "; ".join(f"{fault.value}: {fault.reason}" for fault in self._faults)
+            more = f"; and {self._bad - len(self._faults)} more" if self._bad > len(self._faults) else ""
+            name = f"block {self._start.block}, chunk {self._start.chunk}"
+            yield f"{self._bad} bad row(s) skipped in {name} ({shown}{more})."
+
+
+def reread(corpus: Corpus, entries: Sequence[ChunkEntry]) -> Iterator[ChunkEntry]:
+    """Each of `entries` (rising) as the corpus gives it now."""
+    reading: Iterator[RawChunk] | None = None
+    expected = -1
+    for entry in entries:
+        if reading is None or entry.number != expected:
+            reading = read_chunks(corpus, entry.start)
+        found = next(reading, None)
+        if found is not None:
+            yield found.entry
+        expected = entry.number + 1

@@ -1,0 +1,198 @@
+"""An epoch as one stream of packed sequences, in an order that depends on nothing but seed, epoch and settings.
+
+One job: chunks -> windows -> sequences, from any place of any epoch on. Chunks come in the epoch's order; as many of
+one block as hold `shuffle_rows` samples wait in a window together, and its sequences are taken in the window's own
+order (in linear order a window is one chunk, and keeps its order). A place is a window and how many of its sequences
+were taken, so going on in the middle of a chunk is exact. It does not divide sequences over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hrm_ray.data.chunk_source import Chunk, ChunkSource
+from hrm_ray.data.order import WindowOrder
+from hrm_ray.data.packing import RowForm, TextSamples
+from hrm_ray.values import Columns
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StreamPlace:
+    """A place in an epoch: the position of a window's first chunk in the epoch's order, how many of its sequences were
+    taken, how many of the epoch in all, and rows of earlier windows that were bad or left out."""
+
+    position: int = 0
+    taken: int = 0
+    sequences: int = 0
+    bad_rows: int = 0
+    left_out_rows: int = 0
+
+
+@dataclass(frozen=True)
+class ChunkPart:
+    """A chunk in a window: its number, and how many sequences it gives."""
+
+    number: int
+    sequences: int
+
+
+@dataclass(frozen=True)
+class Shuffle:
+    """How sequences of an epoch are mixed: `rows` samples wait in the buffer."""
+
+    seed: int
+    epoch: int
+    rows: int
+
+    def order(self, position: int, sequences: int, chunks: Sequence[Chunk]) -> WindowOrder:
+        """The order of a window that begins at `position`. A chunk with more samples than the buffer holds is mixed in
+        parts."""
+        samples = sum(chunk.entry.rows for chunk in chunks)
+        parts = -(-samples // self.rows) if len(chunks) == 1 else 1
+        return WindowOrder(self.seed, self.epoch, position, sequences, parts)
+
+
+class Window:
+    """Sequences that are taken in one order: those of `chunks`."""
+
+    def __init__(self, chunks: list[Chunk], form: RowForm, shuffle: Shuffle | None) -> None:
+        self.position, self.next = chunks[0].position, chunks[-1].position + 1
+        self.ends_block = chunks[-1].ends_block
+        self.bad_rows = sum(chunk.entry.bad for chunk in chunks)
+        self.left_out_rows = sum(chunk.entry.left_out for chunk in chunks)
+        self._samples = [TextSamples(chunk.store, form) for chunk in chunks]
+        self.parts = [ChunkPart(c.entry.number, len(s)) for c, s in zip(chunks, self._samples, strict=True)]
+        self._ends = np.cumsum([len(samples) for samples in self._samples])
+        self.cut_pairs = sum(samples.cut_pairs for samples in self._samples)
+        self._order = None if shuffle is None else shuffle.order(self.position, len(self), chunks)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def where(self, positions: Ints) -> tuple[Ints, Ints]:
+        """For positions in the window's order: which of its chunks, and which sequence of that chunk."""
+        sequences = positions if self._order is None else self._order.at(positions)
+        chunk = np.searchsorted(self._ends, sequences, side="right")
+        return chunk, sequences - np.where(chunk > 0, self._ends[chunk - 1], 0)
+
+    def rows(self, positions: Ints) -> Columns:
+        """The sequences at `positions` (int64 [B], each in the window) as columns of values.Columns."""
+        chunk, sequence = self.where(positions)
+        pieces, places = [], []
+        for number in np.unique(chunk).tolist():
+            at = np.flatnonzero(chunk == number)
+            pieces.append(self._samples[number].rows(sequence[at]))
+            places.append(at)
+        back = np.argsort(np.concatenate(places))
+        return {name: np.concatenate([piece[name] for piece in pieces])[back] for name in pieces[0]}
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Sequences first..first+count-1 of a window's order."""
+
+    window: Window
+    first: int
+    count: int
+
+
+class SequenceStream:
+    """The sequences of one epoch, taken in order."""
+
+    def __init__(
+        self, source: ChunkSource, form: RowForm, epoch: int, place: StreamPlace, shuffle: Shuffle | None
+    ) -> None:
+        """Without `shuffle` the order is that of the chunks."""
+        self._form, self._shuffle = form, shuffle
+        self._chunks = source.chunks(epoch, place.position)
+        self._window: Window | None = None
+        self._begin = place
+        self._taken, self._sequences = place.taken, place.sequences
+        self._bad, self._left_out = place.bad_rows, place.left_out_rows
+        self._in_block = False
+        self._notes: list[str] = []
+
+    def take(self, count: int, *, within_block: bool = False) -> list[Stretch]:
+        """The next `count` sequences; fewer at the end of the epoch, or `within_block` at the end of the block that
+        was taken from last."""
+        stretches: list[Stretch] = []
+        while count:
+            window = self._current(within_block)
+            if window is None:
+                # Nothing at all says that the block is done; what is asked for next lies in another one.
+                self._in_block = bool(stretches)
+                break
+            taken = min(count, len(window) - self._taken)
+            stretches.append(Stretch(window, self._taken, taken))
+            self._in_block = True
+            self._taken += taken
+            self._sequences += taken
+            count -= taken
+        return stretches
+
+    @property
+    def place(self) -> StreamPlace:
+        """Where the next sequence stands."""
+        window = self._window
+        if window is None:
+            return self._begin
+        if self._taken == len(window):
+            left_out = self._bad + window.bad_rows, self._left_out + window.left_out_rows
+            return StreamPlace(window.next, 0, self._sequences, *left_out)
+        return StreamPlace(window.position, self._taken, self._sequences, self._bad, self._left_out)
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Rows of the epoch so far that could not be trained on: bad ones, and those with other than ASCII."""
+        bad, left_out = (self._window.bad_rows, self._window.left_out_rows) if self._window else (0, 0)
+        return {"bad_rows": self._bad + bad, "left_out_rows": self._left_out + left_out}
+
+    def take_notes(self) -> list[str]:
+        """What is to be said of the chunks that came since the last call."""
+        notes, self._notes = self._notes, []
+        return notes
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._chunks.close()
+
+    def _current(self, within_block: bool) -> Window | None:
+        """The window that has sequences left; the next one where this one has none."""
+        while self._window is None or self._taken == len(self._window):
+            if self._window is not None and self._window.ends_block:
+                if within_block and self._in_block:
+                    return None
+                self._in_block = False
+            opened = self._opened()
+            if opened is None:
+                return None
+            if self._window is not None:
+                self._taken = 0
+                self._bad += self._window.bad_rows
+                self._left_out += self._window.left_out_rows
+            self._window = opened
+        return self._window
+
+    def _opened(self) -> Window | None:
+        """The next window: chunks of one block until the buffer is full."""
+        chunks: list[Chunk] = []
+        rows, wanted = 0, self._shuffle.rows if self._shuffle is not None else 0
+        for chunk in self._chunks:
+            chunks.append(chunk)
+            self._notes += chunk.notes
+            rows += chunk.entry.rows
+            if chunk.ends_block or rows >= wanted:
+                break
+        if not chunks:
+            return None
+        window = Window(chunks, self._form, self._shuffle)
+        if window.cut_pairs:
+            cut = f"longer than a row of {self._form.seq_len} tokens and were cut"
+            self._notes.append(f"{chunks[0].entry.name}: {window.cut_pairs} pairs are {cut}.")
+        return window

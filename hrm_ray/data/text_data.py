@@ -1,0 +1,157 @@
+"""The folder in which a run keeps what it knows of its corpus.
+
+One job: its files (parts.jsonl, catalog.jsonl, chunks/, eval.safetensors) and what is opened from them: the maker of
+chunks, on the driver and in every worker. It decides nothing about the corpus.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hrm_ray.data.catalog import Catalog
+from hrm_ray.data.chunk_cache import ChunkCache
+from hrm_ray.data.chunk_source import ChunkMaker, EpochRule
+from hrm_ray.data.chunks import Corpus, OnBadRow
+from hrm_ray.data.packing import RowForm
+from hrm_ray.data.parts import Part
+from hrm_ray.data.readers import TextSource
+from hrm_ray.data.text_store import TextStore, load_store
+from hrm_ray.data.tokenizer import TextTokenizer
+from hrm_ray.errors import DataFault, Fault
+
+AGAIN = "Delete the bundle's folder data/; it is made again"
+
+
+@dataclass(frozen=True)
+class CorpusCut:
+    """How a corpus is cut and in which order it is taken; the fields of settings of the same names."""
+
+    samples_per_block: int
+    dataset_chunk_size: int
+    dataset_start_offset: int
+    max_train_examples: int | None
+    ascii_only: bool
+    on_bad_row: OnBadRow
+    shuffled: bool
+    seed: int
+    cache_bytes: int
+    shuffle_rows: int
+    start_block: int | None = None
+    start_chunk: int | None = None
+    streaming: bool = True
+
+
+@dataclass(frozen=True)
+class TextPlan:
+    """What a worker needs beside the folder's files. `start` is the number of the chunk that the first epoch begins
+    with; `sequences` those of an epoch, where they have been counted; `in_order` tells that chunks are taken as they
+    lie in the corpus, `kept` that all of them lie tokenised in the cache."""
+
+    cut: CorpusCut
+    form: RowForm
+    source: TextSource
+    evaluation: bool
+    start: int
+    in_order: bool
+    kept: bool = False
+
+    @property
+    def shuffle_rows(self) -> int:
+        """Samples in the shuffle buffer, 0 where nothing is shuffled."""
+        return self.cut.shuffle_rows if self.cut.shuffled else 0
+
+    @property
+    def rule(self) -> EpochRule:
+        """The order in which epochs take chunks."""
+        return EpochRule(self.cut.seed, shuffled=not self.in_order, start=self.start)
+
+    def plain(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self) | {"source": self.source.plain()}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> TextPlan:
+        """What `plain` gave."""
+        return cls(
+            cut=CorpusCut(**plain["cut"]),
+            form=RowForm(**plain["form"]),
+            source=TextSource.from_plain(plain["source"]),
+            evaluation=plain["evaluation"],
+            start=plain["start"],
+            in_order=plain["in_order"],
+            kept=plain["kept"],
+        )
+
+
+@dataclass(frozen=True)
+class TextFolder:
+    """The folder `data` of a bundle, for text."""
+
+    root: Path
+
+    @property
+    def parts(self) -> Path:
+        return self.root / "parts.jsonl"
+
+    @property
+    def catalog(self) -> Path:
+        return self.root / "catalog.jsonl"
+
+    @property
+    def chunks(self) -> Path:
+        return self.root / "chunks"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "eval.safetensors"
+
+    def write_parts(self, parts: tuple[Part, ...]) -> None:
+        """Write down which parts the corpus has."""
+        with self.parts.open("w", encoding="utf-8", newline="\n") as file:
+            for part in parts:
+                file.write(json.dumps(asdict(part), ensure_ascii=False) + "\n")
+
+    def read_parts(self) -> tuple[Part, ...]:
+        """The parts as they were written down. Raises DataFault."""
+        try:
+            with self.parts.open(encoding="utf-8") as file:
+                return tuple(Part(**json.loads(line)) for line in file)
+        except (OSError, ValueError, TypeError) as error:
+            raise DataFault(Fault(str(self.parts), f"it is no list of parts ({error})", AGAIN)) from error
+
+    def maker(
+        self, cut: CorpusCut, source: TextSource, tokenizer: TextTokenizer, *, pairs: bool, writes: bool
+    ) -> ChunkMaker:
+        """What makes the corpus' chunks; one process `writes` catalog and cache."""
+        return ChunkMaker(
+            corpus_of(cut, source, self.read_parts()),
+            tokenizer,
+            Catalog(self.catalog, writes=writes),
+            ChunkCache(self.chunks, cut.cache_bytes, writes=writes),
+            pairs=pairs,
+        )
+
+    def read_evaluation(self) -> TextStore:
+        """The held-out documents. Raises DataFault where they are gone or damaged."""
+        store = load_store(self.evaluation)
+        if store is None:
+            raise DataFault(Fault(str(self.evaluation), "it is not what was saved", AGAIN))
+        return store
+
+
+def corpus_of(cut: CorpusCut, source: TextSource, parts: tuple[Part, ...]) -> Corpus:
+    """The corpus of those parts, cut so."""
+    return Corpus(
+        source=source,
+        parts=parts,
+        samples_per_block=cut.samples_per_block,
+        chunk_size=cut.dataset_chunk_size,
+        offset=cut.dataset_start_offset,
+        max_rows=cut.max_train_examples,
+        ascii_only=cut.ascii_only,
+        on_bad_row=cut.on_bad_row,
+    )

@@ -1,0 +1,167 @@
+"""One actor that hands tokenised chunks to all ranks: each chunk is read and tokenised once in the cluster.
+
+One job: the streams of epochs. All ranks walk through the same chunks in the same order; a chunk waits until each of
+them has taken it, and only a few are made ahead. Catalog and cache are written here and nowhere else. How chunks are
+made is datasets.py's matter; which sequences a rank takes of a chunk, its feed's.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from hrm_ray.data.chunk_source import AHEAD, Chunk, ChunkMaker, EpochRule, Turn
+from hrm_ray.errors import DataFault, Fault, HrmRayError
+from hrm_ray.orchestration.datasets import Place, each_of, read_on
+
+Key = tuple[int, int]
+"""Epoch, and position in its order that a stream begins at."""
+Answer = "list[ray.ObjectRef[Chunk]] | HrmRayError | None"
+"""A chunk (in a list, so that it is fetched by whoever wants it), the end of the epoch, or what went wrong."""
+
+
+@dataclass
+class _Stream:
+    """An epoch being served: answers by their number, and how many each rank has asked for."""
+
+    asked: dict[int, int]
+    left: set[int] = field(default_factory=set)
+    answers: dict[int, Any] = field(default_factory=dict)
+    made: int = 0
+
+    @property
+    def oldest(self) -> int:
+        """The first answer that some rank may still ask for."""
+        return min(self.asked.values(), default=self.made)
+
+
+class ChunkServer:
+    """Runs as an actor with a thread for each rank's call; a stream is made in a thread of its own."""
+
+    def __init__(self, place: Place, world_size: int) -> None:
+        self._place, self._world_size = place, world_size
+        self._maker: ChunkMaker = place.maker(writes=True)
+        self._rule: EpochRule = place.text.rule
+        self._in_order = place.text.in_order
+        self._streams: dict[Key, _Stream] = {}
+        self._changed = threading.Condition()
+        self._making = threading.Lock()
+
+    def get(self, rank: int, key: Key, number: int) -> Any:
+        """Answer `number` (from 0) of a stream; waits until it is made."""
+        with self._changed:
+            stream = self._streams.get(key)
+            if stream is None:
+                stream = self._streams[key] = _Stream(dict.fromkeys(range(self._world_size), 0))
+                self._trim()
+                threading.Thread(target=self._make, args=(key, stream), name="chunks", daemon=True).start()
+            if rank not in stream.left:
+                stream.asked[rank] = number
+            self._forget(stream)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: number in stream.answers or rank in stream.left)
+            return stream.answers.get(number)
+
+    def leave(self, rank: int, key: Key) -> None:
+        """The rank wants no more of a stream."""
+        with self._changed:
+            stream = self._streams[key]
+            stream.left.add(rank)
+            stream.asked.pop(rank, None)
+            self._forget(stream)
+            self._changed.notify_all()
+
+    def _trim(self) -> None:
+        """Drop streams that all ranks have left, except the newest: a call of theirs may still be on its way."""
+        over = [key for key, stream in self._streams.items() if not stream.asked]
+        for key in over[:-1]:
+            del self._streams[key]
+
+    def _forget(self, stream: _Stream) -> None:
+        for number in [number for number in stream.answers if number < stream.oldest]:
+            del stream.answers[number]
+
+    def _make(self, key: Key, stream: _Stream) -> None:
+        try:
+            # One stream at a time: the next epoch may be asked for while the last chunks of this one are on their way.
+            with self._making:
+                for chunk in self._chunks(key):
+                    if not self._answer(stream, [ray.put(chunk)]):
+                        return
+                self._answer(stream, None)
+        except HrmRayError as error:
+            self._answer(stream, error)
+        except Exception as error:  # noqa: BLE001 - the thread's edge: whatever it is, the ranks tell it
+            fault = Fault("reading the data", f"failed in Ray Data ({error})", "Look into the logs of the Ray session")
+            self._answer(stream, DataFault(fault))
+
+    def _answer(self, stream: _Stream, answer: Any) -> bool:
+        """Put an answer where the ranks find it, once there is room; False where nobody wants it any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: not stream.asked or stream.made - stream.oldest < AHEAD)
+            if not stream.asked:
+                return False
+            stream.answers[stream.made] = answer
+            stream.made += 1
+            self._changed.notify_all()
+            return True
+
+    def _chunks(self, key: Key) -> Iterator[Chunk]:
+        """The chunks of a stream: out of the cache where all of them are there, else made by Ray Data."""
+        maker, turns = self._maker, self._rule.turns(self._maker.catalog, *key)
+        if maker.catalog.ended and all(maker.keeps(number) for number in range(len(maker.catalog))):
+            for turn in turns:
+                chunk = maker.made(turn.number)
+                if chunk is None:
+                    return
+                yield turn.of(chunk)
+            return
+        if self._in_order:
+            first = next(turns)
+            yield from self._taken(first, turns, read_on(self._place, first.number))
+            maker.catalog.end()
+            return
+        wanted = list(turns)
+        entries = [maker.catalog.entries[turn.number] for turn in wanted]
+        yield from self._taken(None, iter(wanted), each_of(self._place, entries))
+
+    def _taken(self, first: Turn | None, turns: Iterator[Turn], made: Iterator[tuple[int, Any]]) -> Iterator[Chunk]:
+        """What the tasks have made, entered into catalog and cache."""
+        for number, content in made:
+            turn = first if first is not None else next(turns)
+            first = None
+            assert turn.number == number, "Ray Data keeps the order"
+            if isinstance(content, HrmRayError):
+                raise content
+            chunk = self._maker.made(number) if content is None else self._maker.taken(content)
+            assert chunk is not None, "it is known"
+            yield turn.of(chunk)
+
+
+class ServedChunks:
+    """Chunks as a rank gets them from the ChunkServer; the next one is asked for while this one is trained on."""
+
+    def __init__(self, server: Any, rank: int) -> None:
+        self._server, self._rank = server, rank
+
+    def chunks(self, epoch: int, position: int) -> Generator[Chunk, None, None]:
+        """See ChunkSource. Raises what the making of a chunk raised."""
+        key = (epoch, position)
+        number = 0
+        promise = self._server.get.remote(self._rank, key, number)
+        try:
+            while True:
+                answer = ray.get(promise)
+                if isinstance(answer, HrmRayError):
+                    raise answer
+                if answer is None:
+                    return
+                number += 1
+                promise = self._server.get.remote(self._rank, key, number)
+                yield ray.get(answer[0])
+        finally:
+            self._server.leave.remote(self._rank, key)

@@ -1,0 +1,146 @@
+"""Ray Data pipelines that read and tokenise chunks, as tasks on whatever CPUs are free.
+
+One job: numbers of chunks -> tokenised chunks in the same order, with bounded buffers. Where a corpus can be read from
+anywhere and its catalog is whole, each chunk is a task of its own; else one task reads on and on, and others tokenise
+what it has read. It keeps nothing and serves nobody: see chunk_server.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hrm_ray.data.catalog import ChunkEntry
+from hrm_ray.data.chunk_source import Chunk, ChunkMaker
+from hrm_ray.data.chunks import Corpus, RawChunk, read_chunks
+from hrm_ray.data.text_data import TextFolder, TextPlan, corpus_of
+from hrm_ray.data.text_store import tokenise
+from hrm_ray.data.tokenizer import TextTokenizer
+from hrm_ray.errors import HrmRayError
+from hrm_ray.rundir import RunDir
+
+TASK_CPUS = 0.5
+"""Two tasks share a CPU; what they wait for most is the disk, or the room that training makes in the buffers."""
+CHUNKS_AT_ONCE = 1000
+"""Ray Data lists all tasks of a dataset before it begins; a longer epoch is several datasets, one after the other."""
+BLOCK_BYTES = 1 << 20
+"""A task hands on what it has made once it is so large; most chunks are."""
+
+Batch = dict[str, npt.NDArray[Any]]
+Made = Chunk | HrmRayError | None
+"""What came of a chunk: its tokens, why it cannot be had, or None where it lies in the cache already."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where tasks find what they need: the bundle, and the plan of its text as JSON. Compared by value, so that a
+    process opens the same things once."""
+
+    bundle: str
+    plan: str
+
+    @classmethod
+    def of(cls, bundle: str, plan: dict[str, Any]) -> Place:
+        """The place of a launch plan's `bundle` and `data`."""
+        return cls(bundle, json.dumps(plan, sort_keys=True))
+
+    @property
+    def text(self) -> TextPlan:
+        return TextPlan.from_plain(json.loads(self.plan))
+
+    @property
+    def folder(self) -> TextFolder:
+        return TextFolder(RunDir(Path(self.bundle)).data)
+
+    def maker(self, *, writes: bool) -> ChunkMaker:
+        """What makes chunks in this process, with the catalog as it is now."""
+        text = self.text
+        return self.folder.maker(text.cut, text.source, _tokenizer(self.bundle), pairs=text.form.prefix, writes=writes)
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(bundle: str) -> TextTokenizer:
+    return TextTokenizer.load(Path(bundle))
+
+
+@lru_cache(maxsize=2)
+def _corpus(place: Place) -> Corpus:
+    return corpus_of(place.text.cut, place.text.source, place.folder.read_parts())
+
+
+def read_on(place: Place, first: int) -> Iterator[tuple[int, Made]]:
+    """Chunks from number `first` on to the end of the corpus: one task reads, several tokenise."""
+
+    def read(batch: Batch) -> Iterator[Batch]:
+        maker = place.maker(writes=False)
+        for number in count(int(batch["first"][0])):
+            try:
+                raw = None if maker.keeps(number) else maker.read(number)
+                if raw is None and not maker.keeps(number):
+                    return
+            except HrmRayError as error:
+                yield _row(number, error)
+                return
+            yield _row(number, raw)
+
+    def tokens(batch: Batch) -> Batch:
+        number, raw = _content(batch)
+        return _row(number, _made(place, raw) if isinstance(raw, RawChunk) else raw)
+
+    yield from _run([{"first": first}], read, tokens)
+
+
+def each_of(place: Place, entries: Sequence[ChunkEntry]) -> Iterator[tuple[int, Made]]:
+    """The chunks of `entries`, each read and tokenised in a task of its own."""
+
+    def made(batch: Batch) -> Batch:
+        number, entry = _content(batch)
+        try:
+            raw = next(read_chunks(_corpus(place), entry.start), None)
+        except HrmRayError as error:
+            return _row(number, error)
+        return _row(number, None if raw is None else _made(place, raw))
+
+    for begin in range(0, len(entries), CHUNKS_AT_ONCE):
+        some = entries[begin : begin + CHUNKS_AT_ONCE]
+        yield from _run([{"number": entry.number, "content": pickle.dumps(entry)} for entry in some], made)
+
+
+def _made(place: Place, raw: RawChunk) -> Chunk:
+    # Many tasks run beside each other: one thread each. Read by the tokenizer's library when it first computes.
+    os.environ["RAYON_NUM_THREADS"] = "1"
+    return Chunk(raw.entry, tokenise(raw.documents, _tokenizer(place.bundle), place.text.form.prefix), notes=raw.notes)
+
+
+def _row(number: int, content: object) -> Batch:
+    """One row of a pipeline; what it holds travels pickled between processes of this run only."""
+    return {"number": np.array([number]), "content": np.array([pickle.dumps(content)], dtype=object)}
+
+
+def _content(row: Batch) -> tuple[int, Any]:
+    return int(row["number"][0]), pickle.loads(row["content"][0])
+
+
+def _run(items: list[dict[str, Any]], *stages: Any) -> Iterator[tuple[int, Any]]:
+    """What the stages make of the items, in order."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = BLOCK_BYTES
+    dataset: ray.data.Dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    for stage in stages:
+        dataset = dataset.map_batches(stage, batch_size=1, batch_format="numpy", num_cpus=TASK_CPUS)
+    for batch in dataset.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=1):
+        yield _content(batch)
