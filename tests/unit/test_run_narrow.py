@@ -31,6 +31,7 @@ from tests.support.runs import (
     hrm,
     puzzle_file,
     records,
+    refused,
     stopping_at,
     text_file,
     train,
@@ -212,11 +213,40 @@ def chosen(*, strict: bool = False, **leaves: dict[str, Any]) -> RunSettings:
     return RunSettings.model_validate({**leaves, "cluster": {"strict": strict}})
 
 
+def take_away(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if it had never been installed."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+
+
+@pytest.mark.parametrize(
+    ("library", "words"),
+    [
+        ("bitsandbytes", ("--use-8bit-optimizer",)),
+        ("bitsandbytes", ("--load-in-4bit", "--use-peft")),
+        ("peft", ("--use-peft", "--load-in-8bit")),
+    ],
+)
+def test_resumed_where_a_library_is_missing(
+    library: str, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is made of it: no fallback, and no advice to leave the option out. Also into another bundle."""
+    data, bundle = text_file(tmp_path), tmp_path / "b"
+    train(data, bundle, *TEXT, *words, "--steps", "2")
+    take_away(library, monkeypatch)
+    before = files_below(bundle)
+    for resume in (("--resume",), ("--resume-from", bundle / "checkpoints" / "step_2")):
+        place = bundle if len(resume) == 1 else tmp_path / "branch"
+        naming = (words[0], "was trained with it", f"{library} is not installed", f"pip install {library}", "resume")
+        message = refused(3, "train", "--bundle-dir", place, *resume, "--steps", "3", naming=naming)
+        assert "eave" not in message
+    assert files_below(bundle) == before and not (tmp_path / "branch").exists()
+
+
 def test_without_bitsandbytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain AdamW, said once, and the same from then on; with --strict an error that a missing library is."""
-    for name in [name for name in sys.modules if name.partition(".")[0] == "bitsandbytes"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    take_away("bitsandbytes", monkeypatch)
     data = text_file(tmp_path)
     train(data, tmp_path / "plain", *TEXT, "--steps", "2")
     train(data, tmp_path / "b", *TEXT, "--steps", "2", *EIGHT)
