@@ -76,6 +76,9 @@ class Parameterwise(torch.optim.Optimizer):
     stochastically. Random numbers go by seed, parameter and its number of updates, so they are the same on every rank
     and after a resume. `gradient_factor` multiplies the next update's gradients. `state` holds what the inner optimizer
     keeps of each parameter, under the inner's own keys.
+
+    What runs after an update finds the float32 gradients as the update took them, factor included; narrow ones are as
+    they were.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], build: BuildOptimizer, *, seed: int, place: StatePlace) -> None:

@@ -193,6 +193,26 @@ def test_the_preflight_asks_for_no_more_than_is_taken(dtype: str, more: dict[str
     assert checkpoint_bytes(settings, config_for(settings)) <= weights + kept
 
 
+ADALORA = {"use_peft": True, "peft_method": "adalora", "lora_r": 2, "lora_dropout": 0.0}
+
+
+@pytest.mark.parametrize(("dtype", "rel"), [("bf16", 0.1), ("fp16", 0.02)])
+def test_importance_goes_by_the_gradients_of_the_update(dtype: str, rel: float) -> None:
+    """Clipped to a hundredth, and without the loss scale: AdaLoRA's importance, weight times gradient, under narrow
+    weights is that under wide ones to the rounding of the passes (8 and 11 bits; measured 4 % and 0.6 %)."""
+    found = []
+    for each in ("fp32", dtype):
+        loop = workplace(each, False, {"adapt": ADALORA, "optimizer": {"grad_clip": 0.01}})
+        for _ in range(3):
+            report = loop.step()
+            assert report is not None and report.applied and report.norm > 0.5
+        assert loop.parts.adapters is not None and loop.parts.adapters.ranks is not None
+        state = loop.parts.adapters.ranks.state()
+        found.append({name: float(t.sum()) for name, t in state.items() if name.startswith("exp_avg_ipt|")})
+    assert len(found[0]) == 12 and min(found[0].values()) > 0
+    assert found[1] == pytest.approx(found[0], rel=rel)
+
+
 def settings_of(dtype: str, eight: bool, more: dict[str, Any] | None = None) -> RunSettings:
     """A text model of which the vocabulary is the larger part."""
     plain = settings_for("text", "sgd", Cut(1, 1, 4)).model_dump()
@@ -206,7 +226,7 @@ def settings_of(dtype: str, eight: bool, more: dict[str, Any] | None = None) -> 
 
 def workplace(dtype: str, eight: bool, more: dict[str, Any] | None = None) -> TrainingLoop:
     settings = settings_of(dtype, eight, more)
-    return assemble(settings, config_for(settings), Rows("lm"), None, World.here("cpu", 1), 3, lambda: None).loop
+    return assemble(settings, config_for(settings), Rows("lm"), None, World.here("cpu", 1), 20, lambda: None).loop
 
 
 def chosen(*, strict: bool = False, **leaves: dict[str, Any]) -> RunSettings:
