@@ -88,9 +88,23 @@ def _train(plan: dict[str, Any], link: DriverLink) -> Outcome:
         if plan["resume"] is not None:
             runner.resume(extra)
             runner.tell("INFO", f"going on from {plan['resume']}")
+            _tell_of_ranks(runner, plan["schedule_steps"])
         return runner.run()
     finally:
         sink.close()
+
+
+def _tell_of_ranks(runner: Runner, schedule_steps: int) -> None:
+    """AdaLoRA's ranks keep the plan that they began with, whereas the learning rate follows the new --steps."""
+    adapters = runner.loop.parts.adapters
+    if adapters is None or adapters.ranks is None or adapters.ranks.plan.total_steps == schedule_steps:
+        return
+    planned = adapters.ranks.plan
+    runner.tell(
+        "WARNING",
+        f"AdaLoRA's ranks keep the schedule of {planned.total_steps} steps that the run began with (the last go at "
+        f"step {planned.total_steps - planned.final_steps}), though the run has {schedule_steps} steps now.",
+    )
 
 
 def _sinks(settings: RunSettings, run_dir: RunDir, resumed_step: int | None, link: DriverLink) -> MetricSink:
