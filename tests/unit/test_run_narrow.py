@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hrm_ray.errors import EnvironmentFault, SettingsError
@@ -191,6 +191,36 @@ def test_the_preflight_asks_for_no_more_than_is_taken(dtype: str, more: dict[str
     asked = state_bytes(settings, config_for(settings))
     assert 0.8 * taken * near < asked <= taken
     assert checkpoint_bytes(settings, config_for(settings)) <= weights + kept
+
+
+def test_float16_weights_that_leave_its_range(tmp_path: Path) -> None:
+    """The update that makes them infinite ends the run, with the name of the weight and a way out; what is stored is
+    sound, and goes on."""
+    data, bundle = text_file(tmp_path), tmp_path / "b"
+    words = (*TEXT, *FP16, "--optimizer", "sgd", "--grad-clip", "0", "--lr-schedule", "constant")
+    train(data, bundle, *words, "--lr", "1e-3", "--steps", "2", "--save-every", "1")
+    again = ("train", "--bundle-dir", bundle, "--resume", "--steps", "5")
+    naming = ("float16 weights at step 3", "65504", "embed_tokens.weight", "--lr", "--model-dtype bf16")
+    refused(6, *again, "--lr", "1e9", naming=naming)
+    assert sorted(path.name for path in (bundle / "checkpoints").iterdir()) == ["step_1", "step_2"]
+    assert hrm(*again, "--lr", "1e-3").code == 0
+    assert all(bool(tensor.isfinite().all()) for tensor in load_file(bundle / "model.safetensors").values())
+
+
+def test_start_weights_that_float16_cannot_hold(tmp_path: Path) -> None:
+    data = text_file(tmp_path)
+    train(data, tmp_path / "wide", *TEXT, "--steps", "1")
+    path = tmp_path / "wide" / "model.safetensors"
+    weights = load_file(path)
+    weights["lm_head.weight"][3, 5] = -70000.0
+    save_file(weights, path)
+    started = (*TEXT, "--steps", "1", "--student-init", tmp_path / "wide")
+    refused(
+        5,
+        *("train", "--dataset-file", data, "--bundle-dir", tmp_path / "b", *started, *FP16),
+        naming=("lm_head.weight", "70000", "65504", "--model-dtype bf16"),
+    )
+    train(data, tmp_path / "c", *started, *BF16)
 
 
 ADALORA = {"use_peft": True, "peft_method": "adalora", "lora_r": 2, "lora_dropout": 0.0}
