@@ -90,8 +90,9 @@ def draft(settings: RunSettings) -> Draft:
         notes += flash_notes(settings, config, torch.device(devices.device))
     notes += _chunk_notes(settings)
     keep_freed = check_resources(settings, config, devices, identity.run_dir.root)
-    check_expert_run(settings, config, identity.run_dir.root, resumes=identity.checkpoint is not None)
-    if settings.model.student_init is not None and identity.checkpoint is None:
+    resumes = identity.checkpoint is not None
+    check_expert_run(settings, config, identity.run_dir.root, resumes=resumes, vocab_is_certain=certain)
+    if settings.model.student_init is not None and not resumes:
         if certain:
             check_start_weights(settings.model.student_init, config)
         else:
