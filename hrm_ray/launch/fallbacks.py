@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from hrm_ray.errors import EnvironmentFault, Fault, SettingsError
+from hrm_ray.library_messages import leave_out_unused_kernels
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.host_memory import heeds
 
@@ -27,6 +28,7 @@ def settle_memory_options(
     checkpoint is made of cannot fall back. Raises EnvironmentFault for a missing library, and EnvironmentFault or
     SettingsError under --strict.
     """
+    leave_out_unused_kernels()
     notes: list[str] = []
     if settings.optimizer.use_8bit_optimizer:
         settings = _eight_bits(settings, device, notes, needed=trained.get("optimizer.use_8bit_optimizer") is True)

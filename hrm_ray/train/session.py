@@ -11,6 +11,7 @@ from typing import Any
 
 from hrm_ray.data.prepare import open_samples
 from hrm_ray.errors import EnvironmentFault, Fault
+from hrm_ray.library_messages import leave_out_unused_kernels
 from hrm_ray.metrics.fanout import FanOut
 from hrm_ray.metrics.jsonl import JsonlSink
 from hrm_ray.metrics.tensorboard import TensorBoardSink
@@ -44,6 +45,7 @@ def train(plan: dict[str, Any], link: DriverLink) -> Outcome:
 
 
 def _train(plan: dict[str, Any], link: DriverLink) -> Outcome:
+    leave_out_unused_kernels()
     settings = from_plain(plan["settings"])
     config = ModelConfig.from_plain(plan["model_config"], "the launch plan")
     run_dir = RunDir(Path(plan["bundle"]))
