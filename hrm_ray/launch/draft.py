@@ -20,7 +20,7 @@ from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataFault, Fault, SettingsError
 from hrm_ray.launch.devices import Devices, choose_devices
 from hrm_ray.launch.fallbacks import settle_memory_options
-from hrm_ray.launch.identity import Identity, check_effective_batch, check_own_files, identify
+from hrm_ray.launch.identity import Identity, check_effective_batch, check_own_files, identify, trained_with
 from hrm_ray.launch.preflight import check_launch, check_resources
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import MANIFEST, RunDir, read_json
@@ -75,7 +75,7 @@ def draft(settings: RunSettings) -> Draft:
         raise SettingsError(Fault("--loss stablemax on mps", reason, "Give --loss softmax, or --device cpu"))
     settings, lowered = moderate_lr(settings)
     notes += lowered
-    settings, fallbacks = settle_memory_options(settings, devices.device)
+    settings, fallbacks = settle_memory_options(settings, devices.device, trained_with(settings))
     notes += fallbacks
     check_launch(devices)
     identity = identify(settings)
@@ -92,8 +92,9 @@ def draft(settings: RunSettings) -> Draft:
         notes += flash_notes(settings, config, torch.device(devices.device))
     notes += _chunk_notes(settings)
     keep_freed = check_resources(settings, config, devices, identity.run_dir.root)
-    check_expert_run(settings, config, identity.run_dir.root, resumes=identity.checkpoint is not None)
-    if settings.model.student_init is not None and identity.checkpoint is None:
+    resumes = identity.checkpoint is not None
+    check_expert_run(settings, config, identity.run_dir.root, resumes=resumes, vocab_is_certain=certain)
+    if settings.model.student_init is not None and not resumes:
         if certain:
             check_start_weights(settings.model.student_init, config)
         else:

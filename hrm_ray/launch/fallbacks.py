@@ -6,30 +6,39 @@ in its place; where there is nothing to put in its place, the run is refused in 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
 from hrm_ray.errors import EnvironmentFault, Fault, SettingsError
+from hrm_ray.library_messages import leave_out_unused_kernels
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.host_memory import heeds
 
 
-def settle_memory_options(settings: RunSettings, device: str) -> tuple[RunSettings, list[str]]:
+def settle_memory_options(
+    settings: RunSettings, device: str, trained: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[RunSettings, list[str]]:
     """The settings with what can be had on `device`, and a sentence for each option that falls back.
 
-    Raises EnvironmentFault for a missing library, and EnvironmentFault or SettingsError under --strict.
+    `trained` holds the leaves that the run to resume was trained with, by dotted key; a new run has none. What its
+    checkpoint is made of cannot fall back. Raises EnvironmentFault for a missing library, and EnvironmentFault or
+    SettingsError under --strict.
     """
+    leave_out_unused_kernels()
     notes: list[str] = []
     if settings.optimizer.use_8bit_optimizer:
-        settings = _eight_bits(settings, device, notes)
+        settings = _eight_bits(settings, device, notes, needed=trained.get("optimizer.use_8bit_optimizer") is True)
     if device == "cpu":
         notes += _offloads_to_where_it_is(settings)
     notes += _nothing_to_keep(settings, device)
     if settings.memory.load_in_4bit:
-        _check_library("bitsandbytes", "--load-in-4bit")
+        _check_library("bitsandbytes", "--load-in-4bit", needed=trained.get("memory.load_in_4bit") is True)
     if settings.adapt.use_peft:
-        _check_library("peft", "--use-peft")
+        _check_library("peft", "--use-peft", needed=trained.get("adapt.use_peft") is True)
         _random_base(settings, notes)
     return settings, notes
 
@@ -60,13 +69,22 @@ def _nothing_to_keep(settings: RunSettings, device: str) -> list[str]:
     return [f"{option}: {reason}; it changes nothing."]
 
 
-def _check_library(name: str, option: str) -> None:
-    """Raises EnvironmentFault unless the library can be imported."""
+def _check_library(name: str, option: str, *, needed: bool) -> None:
+    """Raises EnvironmentFault unless the library can be imported. `needed`: by the checkpoint, with or without the
+    option."""
     try:
         import_module(name)
     except ImportError as error:
+        missing = f"{name} is not installed here ({error})"
+        if needed:
+            raise _needed_by_the_checkpoint(option, missing, name) from None
         mend = f"Install it (pip install {name}), or leave {option} out"
-        raise EnvironmentFault(Fault(option, f"{name} is not installed here ({error})", mend)) from None
+        raise EnvironmentFault(Fault(option, missing, mend)) from None
+
+
+def _needed_by_the_checkpoint(option: str, reason: str, library: str) -> EnvironmentFault:
+    mend = f"Install {library} (pip install {library}), or resume where it is"
+    return EnvironmentFault(Fault(option, f"the run to resume was trained with it, and {reason}", mend))
 
 
 def _random_base(settings: RunSettings, notes: list[str]) -> None:
@@ -79,10 +97,13 @@ def _random_base(settings: RunSettings, notes: list[str]) -> None:
     notes.append(f"--use-peft: {reason}.")
 
 
-def _eight_bits(settings: RunSettings, device: str, notes: list[str]) -> RunSettings:
+def _eight_bits(settings: RunSettings, device: str, notes: list[str], *, needed: bool) -> RunSettings:
+    """`needed`: the moments of the checkpoint are in 8 bits, which no other optimizer goes on from."""
     reason = why_no_eight_bits(device)
     if reason is None:
         return settings
+    if needed:
+        raise _needed_by_the_checkpoint("--use-8bit-optimizer", reason, "bitsandbytes")
     if settings.cluster.strict:
         mend = "Install a bitsandbytes that has it, or leave --use-8bit-optimizer out"
         raise EnvironmentFault(Fault("--use-8bit-optimizer", reason, mend))

@@ -137,6 +137,21 @@ def _not_as_written(run_dir: RunDir, what: str) -> DataFault:
     return DataFault(Fault(str(run_dir.training_args), f"it is not what hrm-ray train wrote ({what})", mend))
 
 
+def trained_with(settings: RunSettings) -> dict[str, Any]:
+    """The leaves, by dotted key, that the run to resume was really trained with; none for a new run.
+
+    What fell back when it began is in them as it fell back. Raises DataFault.
+    """
+    run = settings.run
+    if run.resume_from is not None:
+        source = RunDir(run.resume_from.absolute().parent.parent)
+    elif run.resume:
+        source = RunDir(_folder(run.brain_name, run.bundle_dir, settings.data.dataset_file))
+    else:
+        return {}
+    return _stored_leaves(source) if source.training_args.is_file() else {}
+
+
 def identify(settings: RunSettings) -> Identity:
     """Bundle and checkpoint of this run; checks that the folder is free, or the checkpoint whole.
 

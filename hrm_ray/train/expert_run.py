@@ -6,7 +6,7 @@ One job: the expert's side of a run. Freezing is in model/transforms/single_expe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import RunDir, read_json
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.bundle import read_description
-from hrm_ray.train.expert_store import check_id_is_free, differences, expert_tensors, store_expert
+from hrm_ray.train.expert_store import check_place, differences, expert_tensors, store_expert
 from hrm_ray.train.weights_file import read_tensors
 
 
@@ -57,18 +57,22 @@ class ExpertRun:
         return settings.run.experts_dir / identifier
 
 
-def check_expert_run(settings: RunSettings, config: ModelConfig, bundle: Path, *, resumes: bool) -> None:
+def check_expert_run(
+    settings: RunSettings, config: ModelConfig, bundle: Path, *, resumes: bool, vocab_is_certain: bool = True
+) -> None:
     """Raises SettingsError for a name that is taken, DataFault where --student-init is no bundle of this architecture.
 
-    A resumed run has its weights in the checkpoint, and its bundle of before may be gone.
+    A resumed run has its weights in the checkpoint, and its bundle of before may be gone. A vocabulary that is still to
+    be trained is not compared.
     """
     identifier, start = settings.run.expert_id, settings.model.student_init
     if identifier is None or start is None:
         return
-    check_id_is_free(settings.run.experts_dir, identifier, bundle)
+    check_place(settings.run.experts_dir, identifier, bundle)
     if resumes:
         return
-    differs = differences(read_description(start)[0], config)
+    there = read_description(start)[0]
+    differs = differences(there, config if vocab_is_certain else replace(config, vocab_size=there.vocab_size))
     if differs:
         reason = f"the expert would be of another architecture than this bundle: {differs}"
         raise DataFault(Fault(str(start), reason, "Set the model options to those of the bundle"))

@@ -24,6 +24,7 @@ from hrm_ray.train.bundle import read_description, save_copy
 from hrm_ray.train.weights_file import read_tensors, save_tensors
 
 EXPERT_FILE, REGISTRY_FILE = "expert.safetensors", "registry.json"
+_LOCK_FILE = f"{REGISTRY_FILE}.lock"
 _STACK = ".mlp.experts."
 """What the names of all stacked tensors hold, and no others."""
 _FREE = frozenset({"seq_len", "dropout_rate", "moe_capacity_factor", "forward_dtype"})
@@ -66,7 +67,12 @@ def with_expert(weights: Mapping[str, Tensor], expert: Mapping[str, Tensor], ind
 
 
 def read_registry(folder: Path) -> dict[str, StoredExpert]:
-    """All experts of a folder by id; none where there is no registry. Raises DataFault for another content."""
+    """All experts of a folder by id; none where there is no registry. Raises DataFault for another content,
+    SettingsError for a place that cannot be a folder."""
+    in_the_way = next((place for place in (folder, *folder.parents) if place.is_file()), None)
+    if in_the_way is not None:
+        said = "it" if in_the_way == folder else str(in_the_way)
+        raise SettingsError(Fault(f"--experts-dir {folder}", f"{said} is a file, not a folder", "Give a folder"))
     path = folder / REGISTRY_FILE
     if not path.is_file():
         return {}
@@ -79,9 +85,16 @@ def read_registry(folder: Path) -> dict[str, StoredExpert]:
     return {identifier: StoredExpert(**entry) for identifier, entry in entries.items()}
 
 
-def check_id_is_free(folder: Path, identifier: str, bundle: Path) -> None:
-    """Raises SettingsError where another run than that of `bundle` has stored an expert of this name."""
+def check_place(folder: Path, identifier: str, bundle: Path) -> None:
+    """Raises SettingsError where no expert of this name can be stored, or another run than that of `bundle` has."""
     entry = read_registry(folder).get(identifier)
+    # Some file systems do not tell capitals from small letters.
+    if identifier.lower() in (REGISTRY_FILE, _LOCK_FILE):
+        reason = f"a file of {folder} has this name"
+        raise SettingsError(Fault(f"--expert-id {identifier}", reason, "Give another --expert-id"))
+    if (folder / identifier).is_file():
+        reason = f"{folder / identifier} is a file, not a folder"
+        raise SettingsError(Fault(f"--expert-id {identifier}", reason, "Give another --expert-id, or --experts-dir"))
     if entry is not None and entry.bundle != str(bundle):
         reason = f"there is an expert of this name in {folder}, trained in {entry.bundle}"
         raise SettingsError(Fault(f"--expert-id {identifier}", reason, "Give another --expert-id, or --experts-dir"))
@@ -102,7 +115,7 @@ def store_expert(folder: Path, identifier: str, entry: Mapping[str, Any], tensor
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One writer of the registry at a time, on any system: who makes the lock file has it."""
-    lock = folder / f"{REGISTRY_FILE}.lock"
+    lock = folder / _LOCK_FILE
     ends = time.monotonic() + _LOCK_TIMEOUT_S
     while True:
         try:

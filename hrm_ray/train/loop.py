@@ -161,6 +161,7 @@ class TrainingLoop:
             parts.strategy.discard()
         adapted: Action | None = None
         if math.isfinite(norm):
+            self._check_range(number)
             self._applied(rows, parts.rates.puzzle_emb_lr * factor)
             adapted = self._observed(number, metrics)
             self.metrics.add(metrics.pairs)
@@ -291,6 +292,15 @@ class TrainingLoop:
         self.progress.step += 1
         self.progress.bad_steps = 0
 
+    def _check_range(self, number: int) -> None:
+        """Weights that the update has made infinite are beyond repair, on every rank: the run ends before any use of
+        them. Raises DivergedError."""
+        names = self.parts.strategy.overflowed_parameters()
+        if names:
+            reason = f"the update took them beyond 65504, the largest float16 number, in {_first_of(names)}"
+            mend = "Resume from the last checkpoint with a lower --lr, or start anew with --model-dtype bf16"
+            raise DivergedError(Fault(f"float16 weights at step {number}", reason, mend))
+
     def _observed(self, number: int, metrics: MetricTotals) -> Action | None:
         """Let the control of the learning rate see this step's loss."""
         if self.parts.rates.adaptive is None:
@@ -309,11 +319,10 @@ class TrainingLoop:
         self.progress.bad_steps += 1
         if self.progress.bad_steps >= self.parts.max_bad_steps:
             names = self.parts.strategy.non_finite_parameters() or ["the puzzle embedding"]
-            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             raise DivergedError(
                 Fault(
                     f"gradient norm {norm} at step {number}",
-                    f"{self.progress.bad_steps} updates in a row had non-finite gradients, in {shown}",
+                    f"{self.progress.bad_steps} updates in a row had non-finite gradients, in {_first_of(names)}",
                     "Lower --lr, lengthen --warmup-steps or set --grad-clip, and resume from the last checkpoint",
                 )
             )
@@ -337,6 +346,10 @@ class TrainingLoop:
                 of = [name] if total.dim() == 0 else [f"{name}_{number}" for number in range(len(values))]
                 means |= {one: value / weight for one, value in zip(of, values, strict=True)}
         return means
+
+
+def _first_of(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def weighed(output: SegmentOutput[Any], totals: dict[str, float]) -> Tensor:

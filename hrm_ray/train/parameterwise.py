@@ -76,6 +76,12 @@ class Parameterwise(torch.optim.Optimizer):
     stochastically. Random numbers go by seed, parameter and its number of updates, so they are the same on every rank
     and after a resume. `gradient_factor` multiplies the next update's gradients. `state` holds what the inner optimizer
     keeps of each parameter, under the inner's own keys.
+
+    Float16 ends at 65504. Weights that an update took beyond it are infinite, and are listed in `overflowed` until the
+    next one.
+
+    What runs after an update finds the float32 gradients as the update took them, factor included; narrow ones are as
+    they were.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], build: BuildOptimizer, *, seed: int, place: StatePlace) -> None:
@@ -86,6 +92,7 @@ class Parameterwise(torch.optim.Optimizer):
         self.seed = seed
         self.place = place
         self.gradient_factor: Tensor | None = None
+        self.overflowed: list[nn.Parameter] = []
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -97,6 +104,9 @@ class Parameterwise(torch.optim.Optimizer):
                     self._update(parameter, parameter.grad, number)
         self.gradient_factor = None
         self.place.finish()
+        self.overflowed = _beyond_range(
+            [p for group in self.param_groups for p in group["params"] if p.dtype == torch.float16]
+        )
 
     def _update(self, parameter: nn.Parameter, gradient: Tensor, number: int) -> None:
         kept = self.state[parameter]
@@ -117,6 +127,18 @@ class Parameterwise(torch.optim.Optimizer):
         kept[UPDATES] = updates + 1
         if narrow:
             round_stochastically(weight.detach(), parameter, f"{self.seed} {number} {updates}")
+
+
+def _beyond_range(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Those with a value that is not finite; the device is waited for once."""
+    if not parameters:
+        return []
+    # Smallest and largest value are found without a copy, and are nan where one is.
+    ends = torch.stack([end for parameter in parameters for end in torch.aminmax(parameter.detach())])
+    if bool(ends.isfinite().all()):
+        return []
+    sound = ends.isfinite().view(-1, 2).all(1).tolist()
+    return [parameter for parameter, is_sound in zip(parameters, sound, strict=True) if not is_sound]
 
 
 def _moves(value: Any) -> bool:

@@ -16,6 +16,7 @@ from hrm_ray.data.prepare import open_puzzle_sets
 from hrm_ray.data.text_data import TextFolder, TextPlan
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import EnvironmentFault, Fault
+from hrm_ray.library_messages import leave_out_unused_kernels
 from hrm_ray.metrics.fanout import FanOut
 from hrm_ray.metrics.jsonl import JsonlSink
 from hrm_ray.metrics.tensorboard import TensorBoardSink
@@ -60,6 +61,7 @@ def train(plan: dict[str, Any], link: WorkerLink) -> Outcome:
 
 
 def _train(plan: dict[str, Any], link: WorkerLink) -> Outcome:
+    leave_out_unused_kernels()
     settings = from_plain(plan["settings"])
     config = ModelConfig.from_plain(plan["model_config"], "the launch plan")
     run_dir = RunDir(Path(plan["bundle"]))
@@ -107,6 +109,7 @@ def _train(plan: dict[str, Any], link: WorkerLink) -> Outcome:
         if plan["resume"] is not None:
             runner.resume(extra)
             runner.tell("INFO", f"going on from {plan['resume']}")
+            _tell_of_ranks(runner, plan["schedule_steps"])
         return runner.run()
     finally:
         workplace.loop.parts.feed.close()
@@ -128,6 +131,19 @@ def _data(
     source = link.chunks(maker, text.rule) if text.cut.streaming else HeldChunks(maker(False), text.rule)
     held_out = TextSamples(folder.read_evaluation(), text.form) if text.evaluation else None
     return TextStream(source, text.form, tokenizer.pad_id, text.shuffle_rows), held_out
+
+
+def _tell_of_ranks(runner: Runner, schedule_steps: int) -> None:
+    """AdaLoRA's ranks keep the plan that they began with, whereas the learning rate follows the new --steps."""
+    adapters = runner.loop.parts.adapters
+    if adapters is None or adapters.ranks is None or adapters.ranks.plan.total_steps == schedule_steps:
+        return
+    planned = adapters.ranks.plan
+    runner.tell(
+        "WARNING",
+        f"AdaLoRA's ranks keep the schedule of {planned.total_steps} steps that the run began with (the last go at "
+        f"step {planned.total_steps - planned.final_steps}), though the run has {schedule_steps} steps now.",
+    )
 
 
 def _sinks(settings: RunSettings, run_dir: RunDir, resumed_step: int | None, link: WorkerLink) -> MetricSink:

@@ -112,7 +112,7 @@ def test_its_state_survives_a_file(at: int, tmp_path: Path) -> None:
     again.load_state_dict(weights)
     stored = read_tensors(tmp_path / "ranks.safetensors")
     its_ranks.load(stored)
-    assert its_ranks.state().keys() == stored.keys() and len(stored) == 2 + (3 * 3 * LAYERS if at < 16 else 0)
+    assert its_ranks.state().keys() == stored.keys() and len(stored) == 3 + (3 * 3 * LAYERS if at < 16 else 0)
     assert all(torch.equal(tensor, stored[name]) for name, tensor in its_ranks.state().items())
     its_step = trainer(again, its_ranks)
     assert [its_step() for _ in range(STEPS + 2 - at)] == losses
@@ -121,6 +121,31 @@ def test_its_state_survives_a_file(at: int, tmp_path: Path) -> None:
     assert adapters.in_file()[0]["rank_pattern"] == {
         name.replace(".default", ""): mask for name, mask in ranks.tuner.peft_config["default"].rank_pattern.items()
     }
+
+
+@pytest.mark.parametrize("at", [1, 7, 16, 18])
+@pytest.mark.parametrize("longer", [5 * STEPS, STEPS // 2])
+def test_a_schedule_is_kept_in_a_longer_run(at: int, longer: int) -> None:
+    """Taken up where a plan of another length was laid out: masks, weights and what peft is told are those of the run
+    that went on, and ranks that had settled stay so."""
+    model, _, ranks = adapted()
+    step = trainer(model, ranks)
+    for _ in range(at):
+        step()
+    stored = {name: tensor.clone() for name, tensor in ranks.state().items()}
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    again, adapters, its_ranks = adapted(total_steps=longer)
+    again.load_state_dict(weights)
+    its_ranks.load(stored)
+    assert its_ranks.plan == ranks.plan and its_ranks.settled == ranks.settled
+    its_step = trainer(again, its_ranks)
+    for _ in range(STEPS + 2 - at):
+        assert its_step() == step()
+        assert its_ranks.settled == ranks.settled and float(its_ranks.mean_rank()) == float(ranks.mean_rank())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert adapters.in_file()[0]["total_step"] == STEPS
+    assert its_ranks.state()["total_steps"] == STEPS, "kept for the next time too"
 
 
 def test_disorder_by_hand() -> None:

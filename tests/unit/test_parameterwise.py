@@ -112,6 +112,26 @@ def test_small_updates_arrive(dtype: torch.dtype) -> None:
     assert moved == pytest.approx(steps * 1e-4, abs=5 * spread)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "largest"), [(torch.float16, 65504.0), (torch.bfloat16, 3.3e38), (torch.float32, 3.4e38)], ids=str
+)
+def test_weights_beyond_their_range_are_listed(dtype: torch.dtype, largest: float) -> None:
+    """Those of the last update; one that the type still holds is not. Only float16 ends where a weight may come to."""
+    twins = [nn.Parameter(torch.full((300,), largest * sign, dtype=dtype)) for sign in (1, -1, 1)]
+    optimizer = Parameterwise(twins, builder(chosen("sgd", weight_decay=0.0)), seed=0, place=OnDevice(CPU))
+    for group in optimizer.param_groups:
+        group["lr"] = 1e4
+    twins[0].grad = torch.full_like(twins[0], 1.0)
+    twins[1].grad = torch.zeros_like(twins[1])
+    twins[1].grad[7] = 1.0
+    optimizer.step()
+    assert [id(p) for p in optimizer.overflowed] == ([id(twins[1])] if dtype == torch.float16 else [])
+    assert bool(twins[1][7].isinf()) == (dtype == torch.float16) and bool(twins[0].isfinite().all())
+    twins[1].data.fill_(1.0)
+    optimizer.step()
+    assert optimizer.overflowed == []
+
+
 def test_the_random_numbers_go_by_seed_parameter_and_update() -> None:
     def after(seed: int, steps: int) -> list[Tensor]:
         twins = {name: nn.Parameter(torch.full((64,), 1.3, dtype=torch.bfloat16)) for name in "ab"}

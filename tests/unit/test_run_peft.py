@@ -139,6 +139,20 @@ def test_a_checkpoint_holds_what_is_needed(base: Path, tmp_path: Path) -> None:
     assert sizes["lora, int8, averaged"]["model.safetensors"] < sizes["lora"]["model.safetensors"] - 100_000
 
 
+def test_settled_ranks_stay_settled(base: Path, tmp_path: Path) -> None:
+    """A run of ten steps goes on to 20 and to 30: no rank comes back, and it is said each time why."""
+    words = words_of("adalora", base, base / "corpus.txt")
+    train(base / "corpus.txt", tmp_path / "b", *words)
+    for steps in (20, 30):
+        again = hrm("train", "--bundle-dir", tmp_path / "b", "--resume", "--steps", steps)
+        assert again.code == 0, again.err
+    ranks = [record["adapter_rank"] for record in records(tmp_path / "b") if "adapter_rank" in record]
+    assert len(ranks) == 30 and ranks[0] == 24 and set(ranks[10:]) == {16}
+    notes = [r["message"] for r in records(tmp_path / "b", "event") if "AdaLoRA" in r["message"]]
+    assert len(notes) == 2 and all("schedule of 10 steps" in note for note in notes) and "30 steps now" in notes[1]
+    assert hrm("train", "--bundle-dir", tmp_path / "b", "--resume").code == 0
+
+
 def test_puzzles(tmp_path: Path) -> None:
     """Carried, with a puzzle table, which keeps its own rule beside frozen weights."""
     data = puzzle_file(tmp_path)

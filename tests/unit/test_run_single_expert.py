@@ -194,8 +194,45 @@ def test_refusals_of_training(made: tuple[str, Path], tmp_path: Path) -> None:
     wrong = ("train", "--dataset-file", data, "--bundle-dir", tmp_path / "b", *other, *base, "--expert-id", "new")
     refused(5, *wrong, naming=(folder / "base", "num_experts 4, not 5", "model options"))
     refused(5, *words, "--student-init", data, "--expert-id", "new", naming=(data,))
-    refused(2, *words, *base, "--expert-id", "a/b", naming=("--expert-id a/b",))
+    for name in ("a/b", "a\\b", "..", "registry.json", "Registry.json", "registry.json.lock"):
+        refused(2, *words, *base, "--expert-id", name, naming=(f"--expert-id {name}",))
     assert not (tmp_path / "b").exists()
+
+
+def test_a_place_that_is_no_folder(made: tuple[str, Path], tmp_path: Path) -> None:
+    """Found before anything is trained, also where a run is resumed."""
+    kind, folder = made
+    data = folder / ("puzzles.safetensors" if kind == "puzzle" else "corpus.txt")
+    file = tmp_path / "file"
+    file.touch()
+    words = (*words_for(kind), "--student-init", folder / "base", "--expert-index", "0")
+    words = ("train", "--dataset-file", data, "--bundle-dir", tmp_path / "b", *last_said(words))
+    for place in (file, file / "below"):
+        naming = (f"--experts-dir {place}", "is a file, not a folder")
+        refused(2, *words, "--expert-id", "e", "--experts-dir", place, naming=naming)
+        resumed = ("train", "--bundle-dir", folder / "first", "--resume", "--steps", "7", "--experts-dir", place)
+        refused(2, *resumed, naming=naming)
+        refused(2, "expert", "list", "--experts-dir", place, naming=naming)
+    naming = ("--expert-id file", f"{file} is a file")
+    refused(2, *words, "--experts-dir", tmp_path, "--expert-id", "file", naming=naming)
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_vocabulary_is_the_one_that_comes_out(tmp_path: Path) -> None:
+    """A corpus that has fewer tokens than are asked for: the same words train a base and an expert of it. Another
+    corpus has another vocabulary, which is found once it is known."""
+    words = (*last_said((*TEXT, *EXPERTS, "--vocab-size", "600")), "--steps", "1")
+    data = text_file(tmp_path)
+    train(data, tmp_path / "base", *words)
+    there = json.loads((tmp_path / "base" / "config.json").read_text())["vocab_size"]
+    assert there < 600
+    expert = (*words, "--student-init", tmp_path / "base", "--expert-id", "e", "--expert-index", "0")
+    expert = (*expert, "--experts-dir", tmp_path / "experts")
+    train(data, tmp_path / "b", *expert)
+    assert "e" in registry(tmp_path)
+    other = ("train", "--dataset-file", text_file(tmp_path, name="other.txt", rows=9), "--bundle-dir", tmp_path / "c")
+    refused(5, *other, *last_said((*expert, "--expert-id", "f")), naming=("embed_tokens", f"[{there}, 32]"))
+    assert not (tmp_path / "c").exists()
 
 
 def test_without_held_out_data_there_are_no_figures(made: tuple[str, Path], tmp_path: Path) -> None:

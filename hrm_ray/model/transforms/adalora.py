@@ -19,7 +19,7 @@ from hrm_ray.model.regularise import Regulariser
 if TYPE_CHECKING:
     from peft import PeftModel
 
-_PATTERN = "rank_pattern"
+_PATTERN, _UPDATES, _TOTAL_STEPS = "rank_pattern", "updates", "total_steps"
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,17 @@ class RankPlan:
             final_steps=steps // 5,
             interval_steps=max(1, steps // 100),
         )
+
+    def for_peft(self) -> dict[str, Any]:
+        """The plan by the names of AdaLoraConfig."""
+        return {
+            "init_r": self.first_rank,
+            "target_r": self.last_rank,
+            "total_step": self.total_steps,
+            "tinit": self.warmup_steps,
+            "tfinal": self.final_steps,
+            "deltaT": self.interval_steps,
+        }
 
 
 class RankSchedule:
@@ -107,20 +118,28 @@ class RankSchedule:
         }
         pattern = json.dumps(self._config.rank_pattern).encode()
         return tensors | {
-            "updates": torch.tensor(self.updates, dtype=torch.int64),
+            _UPDATES: torch.tensor(self.updates, dtype=torch.int64),
+            _TOTAL_STEPS: torch.tensor(self.plan.total_steps, dtype=torch.int64),
             _PATTERN: torch.frombuffer(bytearray(pattern), dtype=torch.uint8),
         }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what `state` gave."""
+        """Take up what `state` gave, its plan included: ranks that have gone do not come back in a longer run."""
         self.tuner.rankallocator.reset_ipt()
         device, averages = next(self.tuner.model.parameters()).device, self._averages()
         for full_name, tensor in state.items():
             average, separator, name = full_name.partition("|")
             if separator:
                 averages[average][name] = tensor.to(device)
-        self.updates = int(state["updates"])
+        self.updates = int(state[_UPDATES])
+        if _TOTAL_STEPS in state:  # checkpoints of older versions do not say
+            self._keep_to(RankPlan.over(int(state[_TOTAL_STEPS]), self.plan.last_rank))
         self._config.rank_pattern = json.loads(bytes(state[_PATTERN].tolist()))
+
+    def _keep_to(self, plan: RankPlan) -> None:
+        self.plan = plan
+        for name, value in plan.for_peft().items():
+            setattr(self._config, name, value)
 
     def _averages(self) -> dict[str, dict[str, Tensor]]:
         """What the allocator keeps of every adapter tensor: its last importance, that one's mean and its variation."""

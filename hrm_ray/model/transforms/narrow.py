@@ -9,8 +9,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from hrm_ray.errors import DataFault, Fault
+
 
 def narrow_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round every parameter to `dtype`; gradients get the same type."""
-    for parameter in model.parameters():
+    """Round every parameter to `dtype`; gradients get the same type. Raises DataFault for a weight that `dtype` cannot
+    hold: float16 ends at 65504."""
+    for name, parameter in model.named_parameters():
+        largest = float(torch.stack(parameter.detach().aminmax()).abs().max())
+        if largest > torch.finfo(dtype).max:
+            reason = f"its largest value {largest:g} is beyond {torch.finfo(dtype).max:g}, where {dtype} ends"
+            raise DataFault(Fault(f"the start weight {name}", reason, "Give --model-dtype bf16 or fp32"))
         parameter.data = parameter.data.to(dtype)

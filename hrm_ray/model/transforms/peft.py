@@ -149,12 +149,7 @@ def _adalora(chosen: AdaptSettings, plan: RankPlan) -> Any:
     from peft import AdaLoraConfig
 
     return AdaLoraConfig(
-        init_r=plan.first_rank,
-        target_r=plan.last_rank,
-        total_step=plan.total_steps,
-        tinit=plan.warmup_steps,
-        tfinal=plan.final_steps,
-        deltaT=plan.interval_steps,
+        **plan.for_peft(),
         lora_alpha=chosen.lora_alpha,
         lora_dropout=chosen.lora_dropout,
         target_modules=list(chosen.targets),

@@ -56,6 +56,9 @@ class Strategy(Protocol):
     def non_finite_parameters(self) -> list[str]:
         """Names of the parameters whose gradient was not finite at the last skipped step."""
 
+    def overflowed_parameters(self) -> list[str]:
+        """Names of the parameters that the last update took beyond the range of their type."""
+
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """Added over ranks, in place; a collective."""
 
