@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from hrm_ray.errors import DataFault, Fault
-from hrm_ray.ledger import ranges, states
+from hrm_ray.ledger import ranges, rounds, states
 from hrm_ray.ledger.owner import Ledger
 from hrm_ray.ledger.ranges import ClaimOrder
 from hrm_ray.ledger.reader import Round
@@ -32,12 +32,15 @@ class SynchronousRun:
     def __init__(self, ledger: Ledger, checkpoint: int | None) -> None:
         """Take the ledger back to the checkpoint that the run goes on from (its step; None: from the start).
 
-        Raises DataFault where that checkpoint's round is not in the ledger.
+        What an earlier start held is given back, and counts against no chunk: here a failure ends all workers, whatever
+        they were at. Raises DataFault where that checkpoint's round is not in the ledger.
         """
         self.ledger = ledger
-        self.undone = _done(ledger, ledger.rollback(checkpoint))
-        """Rounds that this start has undone, the newest first."""
-        self.generation = ledger.start_worker(_GANG)
+        with ledger.database.transaction(durable=True):
+            self.undone = _done(ledger, ledger.rollback(checkpoint))
+            """Rounds that this start has undone, the newest first."""
+            rounds.stop_all(ledger)
+            self.generation = ledger.start_worker(_GANG)
 
     def claim(self, order: ClaimOrder, epochs: int | None = None) -> Lease | None:
         """The next range in order, or None where there is none (of the `epochs` first ones, or not yet)."""
