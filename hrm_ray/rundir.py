@@ -26,7 +26,7 @@ MANIFEST = "manifest.json"
 @dataclass(frozen=True)
 class RunDir:
     """A bundle's folder: config.json, model.safetensors, best/, tokenizer.json, metadata.json, training_args.json,
-    metrics.jsonl, tensorboard/, data/, checkpoints/step_N/."""
+    metrics.jsonl, tensorboard/, data/, ledger.sqlite, chunk_tracker_state.json, checkpoints/step_N/."""
 
     root: Path
 
@@ -77,6 +77,16 @@ class RunDir:
     def data(self) -> Path:
         """Tokenised data of the run: data/train, data/eval."""
         return self.root / "data"
+
+    @property
+    def ledger(self) -> Path:
+        """Which chunks were trained in which checkpoint; one process writes it while the run goes on."""
+        return self.root / "ledger.sqlite"
+
+    @property
+    def chunk_tracker(self) -> Path:
+        """The ledger as people read it."""
+        return self.root / "chunk_tracker_state.json"
 
     @property
     def checkpoints(self) -> Path:

@@ -22,15 +22,18 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "model": frozenset({"foundation", "settings"}),
     "data": frozenset({"foundation", "settings"}),
     "metrics": frozenset({"foundation", "settings"}),
-    "train": frozenset({"foundation", "settings", "model", "data", "metrics"}),
-    "launch": frozenset({"foundation", "settings", "model", "data", "metrics", "train"}),
-    "orchestration": frozenset({"foundation", "settings", "model", "data", "metrics", "train", "launch"}),
-    "cli": frozenset({"foundation", "settings", "model", "data", "metrics", "train", "launch", "orchestration"}),
+    "ledger": frozenset({"foundation"}),
+    "train": frozenset({"foundation", "settings", "model", "data", "metrics", "ledger"}),
+    "launch": frozenset({"foundation", "settings", "model", "data", "metrics", "ledger", "train"}),
+    "orchestration": frozenset({"foundation", "settings", "model", "data", "metrics", "ledger", "train", "launch"}),
+    "cli": frozenset(
+        {"foundation", "settings", "model", "data", "metrics", "ledger", "train", "launch", "orchestration"}
+    ),
 }
 """Layer -> layers below it that it may import (its own is always allowed)."""
 
 RAY_ONLY_IN = frozenset({"orchestration"})
-NO_TORCH_IN = frozenset({"foundation", "settings", "data", "metrics"})
+NO_TORCH_IN = frozenset({"foundation", "settings", "data", "metrics", "ledger"})
 LIGHT_MODULES = frozenset(f"hrm_ray.cli.{name}" for name in ("main", "edge", "arguments", "option_help", "train"))
 """Modules that help pages and refusals of wrong options load: torch is imported inside functions only, if at all."""
 VAGUE_NAMES = frozenset({"utils", "util", "helpers", "helper", "common", "misc"})
@@ -108,6 +111,9 @@ def test_imports_point_down(path: Path) -> None:
         ("import torch", "hrm_ray.cli.train"),
         ("from hrm_ray.settings.tree import RunSettings", "hrm_ray.errors"),
         ("from hrm_ray import cli", "hrm_ray.orchestration.gang"),
+        ("from hrm_ray.data.order import Order", "hrm_ray.ledger.owner"),
+        ("from hrm_ray.ledger import Ledger", "hrm_ray.data.readers"),
+        ("import torch", "hrm_ray.ledger.export"),
     ],
 )
 def test_a_wrong_import_is_found(source: str, module: str) -> None:
@@ -140,7 +146,14 @@ def test_every_module_says_its_job(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [["--help"], ["train", "--help"], ["train", "--no-such-option"], ["generate", "--help"], ["data", "--help"]],
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["train", "--no-such-option"],
+        ["generate", "--help"],
+        ["data", "--help"],
+        ["ledger", "--help"],
+    ],
 )
 def test_light_commands_load_neither_torch_nor_ray(words: list[str]) -> None:
     script = (

@@ -32,8 +32,10 @@ app = typer.Typer(
 data_app = typer.Typer(help="Data sets.", rich_markup_mode=None)
 build_app = typer.Typer(help="Build a data set from nothing, without a download.", rich_markup_mode=None)
 expert_app = typer.Typer(help="Experts that were trained apart.", rich_markup_mode=None)
+ledger_app = typer.Typer(help="The ledger of a run: which chunks of the data were trained.", rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 app.add_typer(expert_app, name="expert")
+app.add_typer(ledger_app, name="ledger")
 data_app.add_typer(build_app, name="build")
 
 FLAT_OPTIONS: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -181,6 +183,30 @@ def expert_put(
     from hrm_ray.cli.expert import run_put
 
     return run_put(identifier, into, out, experts_dir)
+
+
+LedgerRun: TypeAlias = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run's bundle.")]
+
+
+@ledger_app.command("show")
+@carried
+def ledger_show(
+    run: LedgerRun,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all of it to this file, as JSON.")] = None,
+) -> int:
+    """Show what was trained of a run's data: epochs, chunks by state, rounds, and what was put aside."""
+    from hrm_ray.cli.ledger import run_show
+
+    return run_show(run, json_file)
+
+
+@ledger_app.command("verify")
+@carried
+def ledger_verify(run: LedgerRun) -> int:
+    """Check that a run's ledger holds; exit code 1, with each violation named, where it does not."""
+    from hrm_ray.cli.ledger import run_verify
+
+    return run_verify(run)
 
 
 @build_app.command("sudoku")

@@ -1,0 +1,87 @@
+"""The bodies of `hrm-ray ledger`: what a run's ledger says, and whether it holds.
+
+One job: open it for reading and print. A run that goes on meanwhile is not disturbed.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+from hrm_ray.errors import Fault, SettingsError
+from hrm_ray.ledger import EpochCounts, LedgerReader, State, read_ledger
+from hrm_ray.ledger.export import export, shown
+from hrm_ray.ledger.verify import violations
+from hrm_ray.rundir import RunDir
+
+_LAST = 5
+"""Rounds, epochs and quarantined ranges that are printed; the JSON has them all."""
+_VIOLATIONS = 50
+
+
+def run_show(run: Path, json_file: Path | None) -> int:
+    """Print a run's ledger, or write it as JSON; gives the exit code."""
+    with _opened(run) as ledger:
+        if json_file is not None:
+            if not json_file.absolute().parent.is_dir():
+                raise SettingsError(Fault(f"--json {json_file}", "its folder is not there", "Make the folder first"))
+            export(ledger, json_file)
+            print(json_file)
+            return 0
+        for line in _lines(run, ledger):
+            print(line)
+    return 0
+
+
+def run_verify(run: Path) -> int:
+    """Print what is wrong with a run's ledger; gives the exit code: 1 where anything is."""
+    with _opened(run) as ledger:
+        found = violations(ledger)
+        first = list(islice(found, _VIOLATIONS))
+        for sentence in first:
+            print(f"{run}: {sentence}")
+        if first:
+            print(f"{run}: the ledger does not hold: {len(first) + sum(1 for _ in found)} violations")
+            return 1
+        head = ledger.head
+        trained = "nothing is merged yet" if head is None else f"{head.total_sequences} sequences are merged"
+        print(f"{run}: the ledger holds; {trained}, in {sum(1 for _ in ledger.lineage())} rounds")
+    return 0
+
+
+def _opened(run: Path) -> LedgerReader:
+    if not run.is_dir():
+        raise SettingsError(Fault(str(run), "there is no such folder", "Give the folder of a run's bundle"))
+    return read_ledger(RunDir(run).ledger)
+
+
+def _lines(run: Path, ledger: LedgerReader) -> list[str]:
+    blocks, head = ledger.blocks(), ledger.head
+    going_on = "" if ledger.data_ended else ", and more to come"
+    lines = [f"{run}: epoch {ledger.epoch}"]
+    lines.append(f"  data         {len(blocks)} blocks, {ledger.chunks} chunks{going_on}")
+    epochs = ledger.counts()
+    if len(epochs) > _LAST:
+        lines.append(f"  epochs       0 to {len(epochs) - _LAST - 1} are left out here, --json has them")
+    lines += [_epoch(counts) for counts in epochs[-_LAST:]]
+    rounds = list(islice(ledger.lineage(), _LAST))
+    if head is None:
+        lines.append("  head         no round yet")
+    else:
+        lines.append(f"  head         round {head.round}, {head.total_sequences} sequences, {head.anchor}")
+    lines += [f"  round {one.round:<7}{one.sequences} sequences, {one.anchor}" for one in rounds]
+    aside = ledger.quarantined()
+    lines.append(f"  quarantined  {len(aside)} ranges")
+    lines += [f"    epoch {one.epoch} chunk {shown(one)}: {one.reason}" for one in aside[:_LAST]]
+    return lines
+
+
+def _epoch(counts: EpochCounts) -> str:
+    """One epoch: whether it is complete, and its chunks without a row beside the ranges in each state."""
+    parts = [f"{counts.untouched} chunks untouched"] if counts.untouched else []
+    for state in State:
+        found = counts.states.get(state)
+        if found is not None:
+            parts.append(f"{found.ranges} {state.name} ({found.sequences} sequences)")
+    done = ", complete" if counts.complete else ""
+    return f"  epoch {counts.epoch:<7}{counts.chunks} chunks: {', '.join(parts)}{done}"

@@ -1,0 +1,33 @@
+"""The ledger of chunks: who trains what, what was reported, and which rounds count."""
+
+from __future__ import annotations
+
+from hrm_ray.ledger.blocks import BlockLength
+from hrm_ray.ledger.database import delete as delete_ledger
+from hrm_ray.ledger.owner import Ledger, open_ledger
+from hrm_ray.ledger.ranges import ClaimOrder
+from hrm_ray.ledger.reader import Block, Contribution, EpochCounts, LedgerReader, Round, StateCount, read_ledger
+from hrm_ray.ledger.states import Idle, Lease, Range, Refused, Span, State
+from hrm_ray.ledger.synchronous import SynchronousRun
+
+__all__ = [
+    "Block",
+    "BlockLength",
+    "ClaimOrder",
+    "Contribution",
+    "EpochCounts",
+    "Idle",
+    "Lease",
+    "Ledger",
+    "LedgerReader",
+    "Range",
+    "Refused",
+    "Round",
+    "Span",
+    "State",
+    "StateCount",
+    "SynchronousRun",
+    "delete_ledger",
+    "open_ledger",
+    "read_ledger",
+]

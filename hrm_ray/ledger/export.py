@@ -1,0 +1,117 @@
+"""The ledger as a document for people: chunk_tracker_state.json.
+
+One job: say compactly where everything stands. It is a picture, never read back: the ledger's file is what counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any
+
+from hrm_ray.ledger import ranges
+from hrm_ray.ledger.reader import Block, EpochCounts, LedgerReader
+from hrm_ray.ledger.states import Range, State
+from hrm_ray.rundir import write_json
+
+_ENTRIES = 1000
+"""Entries of each list at most; `..._left_out` counts the rest."""
+
+
+def export(ledger: LedgerReader, path: Path) -> None:
+    """Write the document, so that `path` holds either the old or the new."""
+    write_json(path, document(ledger))
+
+
+def document(ledger: LedgerReader) -> dict[str, Any]:
+    """The ledger in plain values: blocks, epochs with counts and ranges by state, head, rounds, what was put aside.
+
+    A range is "7" for all of chunk 7, "7-19" for all of chunks 7 to 19, "7[0:40]" for its sequences 0 to 39, and
+    "7[40:]" up to an end not known yet. Chunks that no epoch's list names are untouched.
+    """
+    head = ledger.head
+    rounds = (asdict(one) for one in ledger.lineage())
+    aside = ({"epoch": one.epoch, "range": shown(one), "reason": one.reason} for one in ledger.quarantined())
+    return {
+        "data_ended": ledger.data_ended,
+        "chunks": ledger.chunks,
+        **_listed("blocks", _blocks(ledger.blocks())),
+        "epoch": ledger.epoch,
+        "epochs": [_epoch(ledger, one) for one in ledger.counts()],
+        "head": None if head is None else head.round,
+        **_listed("rounds", rounds),
+        **_listed("quarantined", aside),
+    }
+
+
+def shown(one: Range) -> str:
+    """A range as the document names it, in full."""
+    return f"{one.chunk}[{one.start}:{'' if one.end is None else one.end}]"
+
+
+def _epoch(ledger: LedgerReader, counts: EpochCounts) -> dict[str, Any]:
+    """One epoch: its figures, and which chunks are in which state."""
+    lists = _runs(ranges.every(ledger.database, counts.epoch))
+    return {
+        "epoch": counts.epoch,
+        "complete": counts.complete,
+        "chunks": counts.chunks,
+        "untouched": counts.untouched,
+        "states": {
+            state.name: asdict(count) | _listed("chunks", lists[state]) for state, count in counts.states.items()
+        },
+    }
+
+
+def _listed(name: str, entries: Iterable[Any]) -> dict[str, Any]:
+    """The first entries under `name`, and how many there are besides."""
+    remaining = iter(entries)
+    first = list(islice(remaining, _ENTRIES))
+    left_out = sum(1 for _ in remaining)
+    return {name: first, f"{name}_left_out": left_out} if left_out else {name: first}
+
+
+def _blocks(blocks: list[Block]) -> Iterator[dict[str, Any]]:
+    """Neighbouring blocks of the same length as one entry."""
+    for (chunks, sealed), alike in groupby(blocks, key=lambda block: (block.chunks, block.sealed)):
+        numbers = [block.block for block in alike]
+        yield {"block": _span(numbers[0], numbers[-1]), "chunks": chunks, "sealed": sealed}
+
+
+def _runs(found: Iterable[Range]) -> dict[State, list[str]]:
+    """The ranges of an epoch (by chunk and start) by state; neighbouring whole chunks as one entry."""
+    lists: dict[State, list[str]] = {state: [] for state in State}
+    first = last = 0
+    running: State | None = None
+    for chunk, parts in groupby(found, key=lambda one: one.chunk):
+        alike = _same(parts)
+        if len(alike) == 1 and alike[0].state is running and chunk == last + 1:
+            last = chunk
+            continue
+        if running is not None:
+            lists[running].append(_span(first, last))
+        running = alike[0].state if len(alike) == 1 else None
+        first = last = chunk
+        if running is None:
+            for one in alike:
+                lists[one.state].append(shown(one))
+    if running is not None:
+        lists[running].append(_span(first, last))
+    return lists
+
+
+def _same(parts: Iterable[Range]) -> list[Range]:
+    """A chunk's ranges, neighbours of one state as one."""
+    found: list[Range] = []
+    for one in parts:
+        if found and found[-1].state is one.state:
+            found[-1] = replace(found[-1], end=one.end)
+        else:
+            found.append(one)
+    return found
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"

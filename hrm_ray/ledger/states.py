@@ -1,0 +1,229 @@
+"""The states of a range of a chunk, and how it may pass from one to the next.
+
+One job: pure decisions. A transition takes a range and gives the range that it becomes; where a range is in a state
+that does not allow it, that is a mistake of ours and a ValueError. Nothing here reads or writes a file or a clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum, IntEnum
+
+MAX_ATTEMPTS = 5
+"""Leases that may come to nothing (expiry, death of the worker, a lost file) before a range is put aside."""
+MAX_REJECTIONS = 2
+"""Contributions with a range that may be refused before it is put aside."""
+
+
+class State(IntEnum):
+    """Where a range stands. The numbers are what the file holds."""
+
+    PENDING = 0
+    LEASED = 1
+    TRAINED = 2
+    MERGED = 3
+    QUARANTINED = 4
+
+
+class Idle(Enum):
+    """Why a claim gives nothing though nothing is wrong."""
+
+    MORE_DATA = "the data's end is not known yet, and all that is known has been claimed"
+    OTHERS = "all that is left is being trained or waits for its round"
+    DONE = "every range of the epochs asked for is merged or quarantined"
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A call that changed nothing, and why: a stale lease, a head that has moved."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Span:
+    """The packed sequences [start, end) of a chunk in an epoch."""
+
+    epoch: int
+    chunk: int
+    start: int
+    end: int
+
+    @property
+    def sequences(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Lease:
+    """What a worker was given to train: sequences [start, end) of a chunk, and by what it is known when it reports.
+
+    `end` is None until the chunk has been measured: then the lease goes to the chunk's end. `chunk` counts from the
+    start of the data, `chunk_in_block` from the start of its block; `position` is the chunk's place in the epoch's
+    order. `expiry_s` is on the clock of whoever owns the ledger; None: never.
+    """
+
+    worker: str
+    generation: int
+    attempt: int
+    epoch: int
+    position: int
+    block: int
+    chunk_in_block: int
+    chunk: int
+    start: int
+    end: int | None
+    expiry_s: float | None
+
+    def measured(self, sequences: int) -> Lease:
+        """This lease once the chunk is known to have that many sequences."""
+        return self if self.end is not None else replace(self, end=sequences)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Sequences [start, end) of a chunk in an epoch, and their state; one row of the ledger.
+
+    `end` is None until the chunk has been measured. `attempt` counts the leases that any of its sequences ever had, so
+    that it rises with every lease of a sequence, through splits and rollbacks too: that makes (generation, attempt) a
+    fence. `failures` and `rejections` are those since the range was last merged. `contribution` is the number of
+    the report it was trained in.
+    """
+
+    epoch: int
+    chunk: int
+    start: int
+    end: int | None
+    position: int
+    state: State = State.PENDING
+    worker: str | None = None
+    generation: int | None = None
+    attempt: int = 0
+    expiry_s: float | None = None
+    failures: int = 0
+    rejections: int = 0
+    contribution: int | None = None
+    reason: str | None = None
+
+    @property
+    def sequences(self) -> int:
+        """How many; 0 while that is not known."""
+        return 0 if self.end is None else self.end - self.start
+
+
+def fenced(held: Range, lease: Lease) -> bool:
+    """Whether `lease` is no longer the one that `held` was given out with."""
+    return (held.state, held.worker, held.generation, held.attempt) != (
+        State.LEASED,
+        lease.worker,
+        lease.generation,
+        lease.attempt,
+    )
+
+
+def lease(pending: Range, worker: str, generation: int, expiry_s: float | None) -> Range:
+    """PENDING to LEASED: the next attempt at it."""
+    _require(pending, State.PENDING)
+    return replace(
+        pending,
+        state=State.LEASED,
+        worker=worker,
+        generation=generation,
+        attempt=pending.attempt + 1,
+        expiry_s=expiry_s,
+    )
+
+
+def renew(held: Range, expiry_s: float | None) -> Range:
+    """LEASED stays LEASED, for longer."""
+    _require(held, State.LEASED)
+    return replace(held, expiry_s=expiry_s)
+
+
+def release(held: Range) -> Range:
+    """LEASED to PENDING, given back in order: no failure of the chunk."""
+    _require(held, State.LEASED)
+    return _pending(held)
+
+
+def lose(held: Range, reason: str) -> Range:
+    """LEASED (the lease ran out, the worker died) or TRAINED (its file is lost) to PENDING, or aside when too often."""
+    _require(held, State.LEASED, State.TRAINED)
+    return _aside_if_hopeless(replace(held, failures=held.failures + 1), reason)
+
+
+def split(held: Range, at: int) -> tuple[Range, Range]:
+    """LEASED to LEASED [start, at) and PENDING [at, end); the progress made clears the failures of the rest."""
+    _require(held, State.LEASED)
+    if held.end is None or not held.start < at < held.end:
+        raise ValueError(f"sequences [{held.start}, {held.end}) cannot be split at {at}")
+    return replace(held, end=at), replace(_pending(held), start=at, failures=0, rejections=0)
+
+
+def train(held: Range, contribution: int) -> Range:
+    """LEASED to TRAINED, by the report of that number."""
+    _require(held, State.LEASED)
+    if held.end is None:
+        raise ValueError(f"chunk {held.chunk} is reported before it was measured")
+    return replace(held, state=State.TRAINED, worker=None, generation=None, expiry_s=None, contribution=contribution)
+
+
+def merge(trained: Range) -> Range:
+    """TRAINED to MERGED: what it suffered on the way is forgotten."""
+    _require(trained, State.TRAINED)
+    return replace(trained, state=State.MERGED, failures=0, rejections=0)
+
+
+def reject(trained: Range, reason: str) -> Range:
+    """TRAINED to PENDING because its contribution was refused, or aside when that comes too often."""
+    _require(trained, State.TRAINED)
+    return _aside_if_hopeless(replace(trained, rejections=trained.rejections + 1), reason)
+
+
+def undo(changed: Range) -> Range:
+    """LEASED, TRAINED or MERGED to PENDING, because the head went back: no failure of the chunk."""
+    _require(changed, State.LEASED, State.TRAINED, State.MERGED)
+    return _pending(changed)
+
+
+def requeue(aside: Range) -> Range:
+    """QUARANTINED to PENDING, with a clean slate."""
+    _require(aside, State.QUARANTINED)
+    return replace(_pending(aside), failures=0, rejections=0, reason=None)
+
+
+def join(first: Range, second: Range) -> Range:
+    """Two neighbouring PENDING ranges of a chunk as one, with the larger of each count."""
+    _require(first, State.PENDING)
+    _require(second, State.PENDING)
+    if (first.epoch, first.chunk, first.end) != (second.epoch, second.chunk, second.start):
+        raise ValueError(f"{first} and {second} are no neighbours")
+    return replace(
+        first,
+        end=second.end,
+        attempt=max(first.attempt, second.attempt),
+        failures=max(first.failures, second.failures),
+        rejections=max(first.rejections, second.rejections),
+    )
+
+
+def _pending(held: Range) -> Range:
+    return replace(held, state=State.PENDING, worker=None, generation=None, expiry_s=None, contribution=None)
+
+
+def _aside_if_hopeless(failed: Range, reason: str) -> Range:
+    pending = _pending(failed)
+    if pending.failures >= MAX_ATTEMPTS:
+        return replace(
+            pending, state=State.QUARANTINED, reason=f"{pending.failures} attempts came to nothing, at last: {reason}"
+        )
+    if pending.rejections >= MAX_REJECTIONS:
+        return replace(
+            pending, state=State.QUARANTINED, reason=f"rejected {pending.rejections} times, at last: {reason}"
+        )
+    return pending
+
+
+def _require(found: Range, *allowed: State) -> None:
+    if found.state not in allowed:
+        raise ValueError(f"a range that is {found.state.name} cannot do this: {found}")
