@@ -35,11 +35,20 @@ class StreamPlace:
 
 
 @dataclass(frozen=True)
-class ChunkPart:
-    """A chunk in a window: its number, and how many sequences it gives."""
+class Trained:
+    """Sequences [start, end) of a chunk that were taken, out of so many. In a shuffled epoch they count places of its
+    window's order: the first chunk of a window has as many of the first places as it has sequences, and so on.
 
-    number: int
+    `chunk` counts from the start of the corpus, `chunk_in_block` from that of its block.
+    """
+
+    epoch: int
+    block: int
+    chunk_in_block: int
+    chunk: int
     sequences: int
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -67,13 +76,24 @@ class Window:
         self.bad_rows = sum(chunk.entry.bad for chunk in chunks)
         self.left_out_rows = sum(chunk.entry.left_out for chunk in chunks)
         self._samples = [TextSamples(chunk.store, form) for chunk in chunks]
-        self.parts = [ChunkPart(c.entry.number, len(s)) for c, s in zip(chunks, self._samples, strict=True)]
+        self._starts = [chunk.entry.start for chunk in chunks]
         self._ends = np.cumsum([len(samples) for samples in self._samples])
         self.cut_pairs = sum(samples.cut_pairs for samples in self._samples)
         self._order = None if shuffle is None else shuffle.order(self.position, len(self), chunks)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    def trained(self, epoch: int, first: int, beyond: int) -> list[Trained]:
+        """What the places first..beyond-1 of the window are of its chunks. One without a sequence is done once all
+        before it is; `first` is -1 where nothing was told of the window yet."""
+        found = []
+        for start, samples, end in zip(self._starts, self._samples, self._ends.tolist(), strict=True):
+            begin = end - len(samples)
+            own = max(first, begin) - begin, max(min(beyond, end) - begin, 0)
+            if own[0] < own[1] or (begin == end and first < begin <= beyond):
+                found.append(Trained(epoch, start.block, start.chunk, start.number, len(samples), *own))
+        return found
 
     def where(self, positions: Ints) -> tuple[Ints, Ints]:
         """For positions in the window's order: which of its chunks, and which sequence of that chunk."""
@@ -116,6 +136,10 @@ class SequenceStream:
         self._taken, self._sequences = place.taken, place.sequences
         self._bad, self._left_out = place.bad_rows, place.left_out_rows
         self._in_block = False
+        self._epoch, self._told = epoch, place.taken or -1
+        self._trained: list[Trained] = []
+        self.data_ended = False
+        """Whether the epoch's last chunk has come."""
         self._notes: list[str] = []
 
     def take(self, count: int, *, within_block: bool = False) -> list[Stretch]:
@@ -153,6 +177,18 @@ class SequenceStream:
         bad, left_out = (self._window.bad_rows, self._window.left_out_rows) if self._window else (0, 0)
         return {"bad_rows": self._bad + bad, "left_out_rows": self._left_out + left_out}
 
+    def take_trained(self) -> list[Trained]:
+        """What was taken since the last call, chunk by chunk in the epoch's order."""
+        self._tell()
+        trained, self._trained = self._trained, []
+        return trained
+
+    def _tell(self) -> None:
+        """Write down what was taken of the present window."""
+        if self._window is not None:
+            self._trained += self._window.trained(self._epoch, self._told, self._taken)
+            self._told = self._taken
+
     def take_notes(self) -> list[str]:
         """What is to be said of the chunks that came since the last call."""
         notes, self._notes = self._notes, []
@@ -171,9 +207,11 @@ class SequenceStream:
                 self._in_block = False
             opened = self._opened()
             if opened is None:
+                self.data_ended = True
                 return None
             if self._window is not None:
-                self._taken = 0
+                self._tell()
+                self._taken, self._told = 0, -1
                 self._bad += self._window.bad_rows
                 self._left_out += self._window.left_out_rows
             self._window = opened

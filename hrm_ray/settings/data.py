@@ -59,7 +59,7 @@ class DataSettings(Section):
     start_chunk_id: int | None = Field(default=None, ge=0)
     """Chunk of that block that the first epoch begins with, counted from 0."""
     force_train: bool = False
-    """On a resumed run: train all chunks of the present epoch again, those that were trained too."""
+    """On a resumed run: train one epoch more than --epochs, on chunks that have all been trained already."""
     dataset_start_offset: int = Field(default=0, ge=0)
     """Rows at the beginning of the data that are no part of it."""
     max_train_examples: int | None = Field(default=None, ge=1)

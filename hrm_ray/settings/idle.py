@@ -100,7 +100,6 @@ IDLE_LEAVES: tuple[IdleLeaves, ...] = (
             "data.dataset_chunk_size",
             "data.start_block_id",
             "data.start_chunk_id",
-            "data.force_train",
             "data.dataset_start_offset",
             "data.ascii_only",
             "data.on_bad_row",

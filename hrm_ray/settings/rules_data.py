@@ -64,13 +64,13 @@ def _schedule_of_endless_run(settings: RunSettings) -> Fault | None:
 
 
 def _training_again_needs_a_run(settings: RunSettings) -> Fault | None:
-    if not settings.data.force_train or settings.run.resume or settings.run.resume_from is not None:
+    resumes = settings.run.resume or settings.run.resume_from is not None
+    if not settings.data.force_train or (resumes and settings.run.epochs is not None):
         return None
-    return Fault(
-        said(settings, "data.force_train"),
-        "a new run has trained no chunk yet that could be trained again",
-        "Leave it out, or give --resume",
-    )
+    reason = "a new run has trained no chunk yet that could be trained again"
+    if resumes:
+        reason = "without --epochs a run trains its chunks again anyway"
+    return Fault(said(settings, "data.force_train"), reason, "Leave it out, or give --resume and --epochs")
 
 
 DATA_RULES: tuple[Rule, ...] = (
@@ -92,6 +92,8 @@ DATA_RULES: tuple[Rule, ...] = (
         _schedule_of_endless_run,
     ),
     Rule(
-        "training_again_needs_a_run", ("data.force_train", "run.resume", "run.resume_from"), _training_again_needs_a_run
+        "training_again_needs_a_run",
+        ("data.force_train", "run.resume", "run.resume_from", "run.epochs"),
+        _training_again_needs_a_run,
     ),
 )

@@ -7,6 +7,7 @@ as safetensors, counters as JSON; nothing is pickled. The folder counts only onc
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,25 @@ WEIGHTS, AVERAGE, RANKS = "model.safetensors", "ema.safetensors", "ranks.safeten
 STATE = "state.json"
 
 
-def save_checkpoint(loop: TrainingLoop, run_dir: RunDir, extra: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    loop: TrainingLoop,
+    run_dir: RunDir,
+    extra: dict[str, Any],
+    keep: int,
+    enter: Callable[[Path], None] = lambda state: None,
+) -> Path:
     """Write a checkpoint of the present step; called on all ranks, returns when it is whole.
 
-    `extra` is the runner's own JSON-able state. Ranks write their slots, the leading rank everything else. Raises
-    ResourceFault where the disk takes no more; then no part of this checkpoint is left, and the earlier ones are.
+    `extra` is the runner's own JSON-able state. `enter` is called on the leading rank when all files are written and
+    the checkpoint is not yet in its place, with its state's path. Ranks write their slots, the leading rank everything
+    else. Raises ResourceFault where the disk takes no more; then no part of this checkpoint is left, and the earlier
+    ones are.
     """
     partial = run_dir.partial_checkpoint(loop.progress.step)
     try:
         _write(loop, partial, extra)
         if loop.world.leads:
+            enter(partial / STATE)
             run_dir.seal_checkpoint(loop.progress.step)
             run_dir.prune(keep)
     except (OSError, SafetensorError) as error:

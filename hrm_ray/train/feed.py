@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hrm_ray.data.order import epoch_order
+from hrm_ray.data.stream import Trained
 from hrm_ray.values import Columns, SampleSet
 
 HaltedSlots = Sequence["npt.NDArray[np.bool_]"]
@@ -62,6 +63,10 @@ class Ends:
     after_epoch: bool = False
     after_block: bool = False
 
+    def with_one_more(self) -> Ends:
+        """The same with one epoch more."""
+        return self if self.epochs is None else replace(self, epochs=self.epochs + 1)
+
     def at_epoch_end(self, epoch: int, trained: bool) -> bool:
         """Whether there is no epoch after `epoch`; see Feed.roll for `trained`."""
         return (trained and self.after_epoch) or (self.epochs is not None and epoch + 1 >= self.epochs)
@@ -93,8 +98,18 @@ class Feed(Protocol):
     def take_notes(self) -> list[str]:
         """What a person should know of the data that came since the last call."""
 
+    def take_trained(self) -> list[Trained]:
+        """What was given out since the last call, chunk by chunk in order; nothing where the data has no chunks."""
+
+    @property
+    def data_ended(self) -> bool:
+        """Whether the end of the data has been seen."""
+
     def counts(self) -> dict[str, int]:
         """What was left out of this epoch so far, by name; nothing where nothing was."""
+
+    def one_epoch_more(self) -> None:
+        """Let a feed that is at the end of its last epoch have another one."""
 
     def close(self) -> None:
         """Release what reads ahead."""
@@ -114,8 +129,18 @@ class _Epochs:
     def take_notes(self) -> list[str]:
         return []
 
+    def take_trained(self) -> list[Trained]:
+        return []
+
+    @property
+    def data_ended(self) -> bool:
+        return True
+
     def counts(self) -> dict[str, int]:
         return {}
+
+    def one_epoch_more(self) -> None:
+        self.ends = self.ends.with_one_more()
 
     def close(self) -> None:
         """Nothing is read ahead."""

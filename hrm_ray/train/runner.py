@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
+from hrm_ray.data.stream import Trained
 from hrm_ray.metrics.meters import MemoryMeter, Throughput
 from hrm_ray.rundir import RunDir
 from hrm_ray.settings.tree import RunSettings
+from hrm_ray.train.accounts import ChunkAccounts
 from hrm_ray.train.adaptive_lr import Action
 from hrm_ray.train.assemble import Workplace
 from hrm_ray.train.bundle import BundleWeights, save_best, save_final, step_of_best
@@ -34,8 +37,11 @@ class Runner:
         run_dir: RunDir,
         sink: MetricSink,
         expert: ExpertRun | None = None,
+        accounts: ChunkAccounts | None = None,
     ) -> None:
+        """`accounts` is the leading rank's ledger, where there is one."""
         self.settings = settings
+        self.accounts = accounts
         self.expert = expert
         self.loop = workplace.loop
         self.held_out = workplace.held_out
@@ -56,6 +62,8 @@ class Runner:
         count = self.held_out.count if self.held_out is not None else 0
         self._evaluated_on = [str(data.eval_file), data.val_split, count]
         self._last_report: StepReport | None = None
+        self._trained: list[Trained] = []
+        """Taken from the feed and not yet in a whole checkpoint."""
 
     def resume(self, extra: dict[str, Any]) -> None:
         """Take up the runner's own state of a checkpoint.
@@ -189,9 +197,17 @@ class Runner:
         extra: dict[str, Any] = {"best": self.best, "figures": self.figures, "evaluated_at": self._evaluated_at}
         extra["evaluated_on"] = self._evaluated_on
         extra["expert"] = self.expert.plain() if self.expert is not None else None
-        save_checkpoint(self.loop, self.run_dir, extra, self.settings.run.keep)
+        save_checkpoint(self.loop, self.run_dir, extra, self.settings.run.keep, self._enter)
         self._saved_at = self.loop.progress.step
         self._throughput.resume()
+
+    def _enter(self, state: Path) -> None:
+        """Enter what was trained since the last checkpoint into the ledger; on the leading rank."""
+        feed = self.loop.parts.feed
+        self._trained += feed.take_trained()
+        if self.accounts is not None:
+            self.accounts.commit(self.loop.progress.step, self._trained, state, data_ended=feed.data_ended)
+        self._trained = []
 
     def _end(self, reason: StopReason) -> Outcome:
         """The last checkpoint, and after a run that was not stopped the last evaluation and the final weights."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from hrm_ray.data.catalog import Catalog
 from hrm_ray.data.chunk_source import ChunkMaker, ChunkSource, EpochRule, HeldChunks
 from hrm_ray.data.packing import TextSamples
 from hrm_ray.data.prepare import open_puzzle_sets
@@ -24,6 +25,7 @@ from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import RunDir
 from hrm_ray.settings.adaptive_lr import AdaptiveLrSettings
 from hrm_ray.settings.tree import RunSettings, from_plain
+from hrm_ray.train.accounts import ChunkAccounts
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.attention_choice import flash_notes
 from hrm_ray.train.checkpoint import load_checkpoint
@@ -87,9 +89,8 @@ def _train(plan: dict[str, Any], link: WorkerLink) -> Outcome:
     extra: dict[str, Any] = {}
     if plan["resume"] is not None:
         extra = load_checkpoint(workplace.loop, Path(plan["resume"]))
-        feed = workplace.loop.parts.feed
         if settings.data.force_train:
-            feed.seek(feed.epoch, {})
+            workplace.loop.parts.feed.one_epoch_more()
         resumed_step = workplace.loop.progress.step
         # Every rank has the checkpoint: only now is the bundle taken back to it.
         world.barrier()
@@ -99,7 +100,8 @@ def _train(plan: dict[str, Any], link: WorkerLink) -> Outcome:
     sink = _sinks(settings, run_dir, resumed_step, link) if world.leads else FanOut([])
     try:
         expert = ExpertRun(**extra["expert"]) if extra.get("expert") else ExpertRun.begun(settings)
-        runner = Runner(settings, workplace, run_dir, sink, expert)
+        accounts = _accounts(plan["data"], run_dir, resumed_step) if world.leads else None
+        runner = Runner(settings, workplace, run_dir, sink, expert, accounts)
         # On a running cluster the driver's machine says nothing of the workers'.
         own = flash_notes(settings, config, world.device) if plan["ray_address"] else []
         for note in (*plan["notes"], *own):
@@ -110,7 +112,11 @@ def _train(plan: dict[str, Any], link: WorkerLink) -> Outcome:
             runner.resume(extra)
             runner.tell("INFO", f"going on from {plan['resume']}")
             _tell_of_ranks(runner, plan["schedule_steps"])
-        return runner.run()
+        try:
+            return runner.run()
+        finally:
+            if accounts is not None:
+                accounts.close()
     finally:
         workplace.loop.parts.feed.close()
         sink.close()
@@ -131,6 +137,14 @@ def _data(
     source = link.chunks(maker, text.rule) if text.cut.streaming else HeldChunks(maker(False), text.rule)
     held_out = TextSamples(folder.read_evaluation(), text.form) if text.evaluation else None
     return TextStream(source, text.form, tokenizer.pad_id, text.shuffle_rows), held_out
+
+
+def _accounts(plan: dict[str, Any], run_dir: RunDir, resumed_step: int | None) -> ChunkAccounts | None:
+    """The ledger of a run on text, gone back to the checkpoint that the run goes on from."""
+    if plan["task"] == "puzzle":
+        return None
+    text = TextPlan.from_plain(plan)
+    return ChunkAccounts(run_dir, Catalog(TextFolder(run_dir.data).catalog, writes=False), text.start, resumed_step)
 
 
 def _tell_of_ranks(runner: Runner, schedule_steps: int) -> None:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from hrm_ray.data.chunk_source import ChunkSource
 from hrm_ray.data.packing import RowForm, padding_rows
-from hrm_ray.data.stream import SequenceStream, Shuffle, StreamPlace, Stretch
+from hrm_ray.data.stream import SequenceStream, Shuffle, StreamPlace, Stretch, Trained
 from hrm_ray.errors import DataFault, Fault
 from hrm_ray.train.feed import BatchShape, Ends, HaltedSlots
 from hrm_ray.values import Columns
@@ -37,6 +37,7 @@ class StreamFeed:
     def __init__(self, text: TextStream, shape: BatchShape, *, seed: int, ends: Ends) -> None:
         self.text, self.shape, self.seed, self.ends = text, shape, seed, ends
         self._notes: list[str] = []
+        self._trained: list[Trained] = []
         self.epoch = 0
         self.stream = self._stream(StreamPlace())
 
@@ -72,6 +73,9 @@ class StreamFeed:
 
     def seek(self, epoch: int, position: dict[str, npt.NDArray[np.int64]]) -> None:
         """See Feed."""
+        if position and position.keys() != asdict(StreamPlace()).keys():
+            reason = "its place in the data was written by an earlier version, which counted otherwise"
+            raise DataFault(Fault("the checkpoint", reason, "Train anew, with --student-init from this bundle"))
         self._enter(epoch, StreamPlace(**{name: int(values[0]) for name, values in position.items()}))
 
     def take_notes(self) -> list[str]:
@@ -79,9 +83,23 @@ class StreamFeed:
         notes, self._notes = self._notes + self.stream.take_notes(), []
         return notes
 
+    def take_trained(self) -> list[Trained]:
+        """See Feed."""
+        trained, self._trained = self._trained + self.stream.take_trained(), []
+        return trained
+
+    @property
+    def data_ended(self) -> bool:
+        """See Feed."""
+        return self.epoch > 0 or self.stream.data_ended
+
     def counts(self) -> dict[str, int]:
         """See Feed: rows that were bad, and rows left out by --ascii-only."""
         return {name: count for name, count in self.stream.left_out.items() if count}
+
+    def one_epoch_more(self) -> None:
+        """See Feed."""
+        self.ends = self.ends.with_one_more()
 
     def close(self) -> None:
         """See Feed."""
@@ -89,6 +107,7 @@ class StreamFeed:
 
     def _enter(self, epoch: int, place: StreamPlace) -> None:
         self._notes += self.stream.take_notes()
+        self._trained += self.stream.take_trained()
         self.stream.close()
         self.epoch = epoch
         self.stream = self._stream(place)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hrm_ray.data.stream import Trained
 from hrm_ray.model.import_reference import from_reference, split_fused
 from hrm_ray.model.puzzle_objective import PuzzleObjective, PuzzleView
 from hrm_ray.settings.optimizer import OptimizerSettings
@@ -180,6 +181,14 @@ class FixtureFeed:
 
     def take_notes(self) -> list[str]:
         return []
+
+    data_ended = True
+
+    def take_trained(self) -> list[Trained]:
+        return []
+
+    def one_epoch_more(self) -> None:
+        raise NotImplementedError
 
     def counts(self) -> dict[str, int]:
         return {}

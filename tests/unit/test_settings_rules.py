@@ -60,7 +60,7 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
     ),
     "training_again_needs_a_run": (
         {"--force-train": True},
-        {"--force-train": True, "--resume": True},
+        {"--force-train": True, "--resume": True, "--epochs": "2"},
         "--resume",
     ),
     "amp_dtype_of_amp": (
