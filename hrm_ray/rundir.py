@@ -106,14 +106,19 @@ class RunDir:
         matches = (_STEP.fullmatch(path.name) for path in self.checkpoints.iterdir())
         return sorted(int(match.group(1)) for match in matches if match)
 
-    def seal_checkpoint(self, step: int) -> Path:
-        """Make the partial checkpoint of `step` whole: manifest with sizes and sha256, fsync, then one rename."""
-        partial, whole = self.partial_checkpoint(step), self.checkpoint(step)
+    def describe_checkpoint(self, step: int) -> dict[str, str]:
+        """Write the manifest of the partial checkpoint of `step`, all of which is on the disk then; each file's sha256."""
+        partial = self.partial_checkpoint(step)
         files = sorted(path for path in partial.iterdir() if path.name != MANIFEST)
         entries = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
         for path in files:
             sync_file(path)
         write_json(partial / MANIFEST, {"step": step, "files": entries})
+        return {name: str(entry["sha256"]) for name, entry in entries.items()}
+
+    def seal_checkpoint(self, step: int) -> Path:
+        """Make the partial checkpoint of `step`, which has been described, whole: with one rename."""
+        partial, whole = self.partial_checkpoint(step), self.checkpoint(step)
         if whole.exists():
             aside = _step_aside(whole)
             partial.rename(whole)

@@ -168,17 +168,18 @@ class Catalog:
 def check_parts(stored: Sequence[Part], now: Sequence[Part]) -> list[int]:
     """Numbers of the parts whose content may have changed since `stored` was listed: their stamps differ.
 
-    Raises DataFault where a part is new, gone, or of another size.
+    Raises DataFault where a part is new, gone, or of another size. A corpus of one file may have another name now.
     """
+    alone = len(stored) == len(now) == 1
     for before, after in zip(stored, now, strict=False):
-        if before.name != after.name:
-            raise changed(after.name, f"`{before.name}` stood in its place when the run began")
+        if not alone and before.name != after.name:
+            raise changed(after.address, f"`{before.name}` stood in its place when the run began")
         if before.bytes != after.bytes:
-            raise changed(after.name, f"it has {after.bytes} bytes, and had {before.bytes} when the run began")
+            raise changed(after.address, f"it has {after.bytes} bytes, and had {before.bytes} when the run began")
     if len(stored) > len(now):
-        raise changed(stored[len(now)].name, "it is gone since the run began")
+        raise changed(stored[len(now)].address, "it is gone since the run began")
     if len(now) > len(stored):
-        raise changed(now[len(stored)].name, "it was not there when the run began")
+        raise changed(now[len(stored)].address, "it was not there when the run began")
     return [
         number for number, (before, after) in enumerate(zip(stored, now, strict=True)) if before.stamp != after.stamp
     ]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from hrm_ray.data.readers import Document
 from hrm_ray.data.tokenizer import Encoded, TextTokenizer
@@ -141,12 +141,10 @@ def save_store(store: TextStore, path: Path) -> None:
     }
     beside = path.with_name(f".{path.name}.writing-{os.getpid()}")
     try:
-        save_file(arrays, beside, metadata=about)
+        # Not by the library's own writing, which makes files that only their owner may read.
+        beside.write_bytes(save(arrays, metadata=about))
         sync_file(beside)
         os.replace(beside, path)
-    except SafetensorError as error:
-        # The library's word for what the system refused to write.
-        raise OSError(str(error)) from error
     finally:
         beside.unlink(missing_ok=True)
 

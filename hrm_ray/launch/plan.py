@@ -30,6 +30,7 @@ from hrm_ray.launch.draft import (
 )
 from hrm_ray.launch.identity import PREPARED, Identity, stored_args
 from hrm_ray.launch.preflight import check_resources
+from hrm_ray.ledger import copy_ledger
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import RunDir, write_json
 from hrm_ray.settings.tree import RunSettings, to_plain
@@ -137,6 +138,7 @@ def _prepare_text(drafted: Draft, run_dir: RunDir, notes: list[str]) -> tuple[Mo
     if source is not None and not drafted.identity.continues:
         # A branch goes on in the corpus of its checkpoint, so it knows that corpus from the start.
         run_dir.data.mkdir(parents=True, exist_ok=True)
+        copy_ledger(source.ledger, run_dir.ledger)
         for known in (TextFolder(source.data).parts, TextFolder(source.data).catalog):
             if known.is_file():
                 shutil.copyfile(known, run_dir.data / known.name)
@@ -161,6 +163,10 @@ def _prepare_text(drafted: Draft, run_dir: RunDir, notes: list[str]) -> tuple[Mo
         raise SettingsError([Fault("--strict", note.rstrip("."), mend) for note in prepared.notes])
     notes.extend(prepared.notes)
     data = _text_data(settings, prepared, rows)
+    stored = _stored_data(drafted.identity)
+    if stored is not None:
+        # Where the tokenizer came from when the run began.
+        data["tokenizer"] = stored["tokenizer"]
     return replace(drafted.config, vocab_size=data["vocab_size"]), data
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hrm_ray.ledger.blocks import BlockLength
+from hrm_ray.ledger.database import copy as copy_ledger
 from hrm_ray.ledger.database import delete as delete_ledger
 from hrm_ray.ledger.owner import Ledger, open_ledger
 from hrm_ray.ledger.ranges import ClaimOrder
@@ -27,6 +28,7 @@ __all__ = [
     "State",
     "StateCount",
     "SynchronousRun",
+    "copy_ledger",
     "delete_ledger",
     "open_ledger",
     "read_ledger",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -135,6 +135,14 @@ class Database:
             finally:
                 self._open = False
 
+    def copy_to(self, path: Path) -> None:
+        """Copy all of it, as it is seen now, into the new file `path`."""
+        with self._lock, closing(sqlite3.connect(path)) as target:
+            try:
+                self._connection.backup(target)
+            except sqlite3.Error as error:
+                raise fault_of(error, path) from error
+
     def close(self) -> None:
         """Give the file back; what was committed is in it."""
         with self._lock:
@@ -214,6 +222,16 @@ def read(path: Path) -> Database:
         connection.close()
         raise
     return Database(path, connection, None, durable=False)
+
+
+def copy(path: Path, to: Path) -> None:
+    """Copy a ledger, where there is one, as it stands now; `to` is a new file. Its owner is not disturbed."""
+    if path.is_file():
+        source = read(path)
+        try:
+            source.copy_to(to)
+        finally:
+            source.close()
 
 
 def delete(path: Path) -> None:

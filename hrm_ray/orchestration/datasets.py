@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -113,7 +112,7 @@ def each_of(place: Place, entries: Sequence[ChunkEntry]) -> Iterator[tuple[int, 
 
     for begin in range(0, len(entries), CHUNKS_AT_ONCE):
         some = entries[begin : begin + CHUNKS_AT_ONCE]
-        yield from _run([{"number": entry.number, "content": pickle.dumps(entry)} for entry in some], made)
+        yield from _run([{"number": entry.number, "content": entry} for entry in some], made)
 
 
 def _made(place: Place, raw: RawChunk) -> Chunk:
@@ -123,12 +122,14 @@ def _made(place: Place, raw: RawChunk) -> Chunk:
 
 
 def _row(number: int, content: object) -> Batch:
-    """One row of a pipeline; what it holds travels pickled between processes of this run only."""
-    return {"number": np.array([number]), "content": np.array([pickle.dumps(content)], dtype=object)}
+    """One row of a pipeline; Ray carries objects of Python in it as they are."""
+    column = np.empty(1, dtype=object)
+    column[0] = content
+    return {"number": np.array([number]), "content": column}
 
 
 def _content(row: Batch) -> tuple[int, Any]:
-    return int(row["number"][0]), pickle.loads(row["content"][0])
+    return int(row["number"][0]), row["content"][0]
 
 
 def _run(items: list[dict[str, Any]], *stages: Any) -> Iterator[tuple[int, Any]]:

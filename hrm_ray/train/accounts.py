@@ -7,13 +7,12 @@ together, so they are one worker to the ledger, and the leading one keeps it. Ho
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from hrm_ray.data.catalog import Catalog
 from hrm_ray.data.stream import Trained
 from hrm_ray.errors import DataFault, Fault
-from hrm_ray.ledger import BlockLength, Lease, Span, SynchronousRun, open_ledger
-from hrm_ray.rundir import RunDir, file_sha256
+from hrm_ray.ledger import BlockLength, Lease, Span, SynchronousRun, open_ledger, ranges
+from hrm_ray.rundir import RunDir
 
 
 class ChunkAccounts:
@@ -34,26 +33,41 @@ class ChunkAccounts:
             self._ledger.add_blocks([BlockLength(block, size) for block, size in enumerate(catalog.block_sizes())])
             self._ledger.end_data()
         self._run = SynchronousRun(self._ledger, step)
-        self._head, self._parent = step, step
-        self._of_head: list[Trained] = []
+        self._head = step
 
-    def commit(self, step: int, trained: Sequence[Trained], state: Path, *, data_ended: bool) -> None:
-        """Enter a checkpoint whose files are written but not yet in their place; `state` is the one whose checksum
-        stands for them. A checkpoint that takes the place of one of the same step has what both have trained."""
-        if step == self._head:
-            trained = [*self._of_head, *trained]
-            self._run = SynchronousRun(self._ledger, self._parent)
-        else:
-            self._parent = self._head
+    def commit(self, step: int, trained: Sequence[Trained], checksum: str, *, data_ended: bool) -> None:
+        """Enter a checkpoint whose files are written but not yet in their place; `checksum` is that of its weights.
+
+        A checkpoint that takes the place of one of the same step (no update was applied in between) has what both have
+        trained.
+        """
+        parent = self._head
         with self._ledger.database.transaction(durable=True):
+            if step == parent:
+                before = self._ledger.round(step)
+                assert before is not None, "it is this ledger's head"
+                parent, trained = before.parent, [*self._of(step), *trained]
+                self._run = SynchronousRun(self._ledger, parent)
             for item in trained:
                 self._lease(item)
             if data_ended:
                 self._end_data()
             spans = [Span(item.epoch, item.chunk, item.start, item.end) for item in trained]
             anchor = f"checkpoints/step_{step}"
-            self._run.commit_checkpoint(step, self._parent, spans, anchor, file_sha256(state))
-        self._head, self._of_head = step, list(trained)
+            self._run.commit_checkpoint(step, parent, spans, anchor, checksum)
+        self._head = step
+
+    def _of(self, step: int) -> list[Trained]:
+        """What a round holds."""
+        found = []
+        for contribution in self._ledger.contributions_of(step):
+            for held in ranges.of_contribution(self._ledger.database, contribution.number):
+                block = self._ledger.block_of(held.chunk)
+                place = (block.block, held.chunk - block.first_chunk, held.chunk)
+                sequences = self._ledger.sequences(held.chunk)
+                assert sequences is not None and held.end is not None, "it was measured when it was trained"
+                found.append((held.position, Trained(held.epoch, *place, sequences, held.start, held.end)))
+        return [trained for _, trained in sorted(found, key=lambda pair: (pair[1].epoch, pair[0], pair[1].start))]
 
     def close(self) -> None:
         """Give back what is leased, and release the file."""

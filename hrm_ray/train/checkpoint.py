@@ -33,20 +33,20 @@ def save_checkpoint(
     run_dir: RunDir,
     extra: dict[str, Any],
     keep: int,
-    enter: Callable[[Path], None] = lambda state: None,
+    enter: Callable[[str], None] = lambda checksum: None,
 ) -> Path:
     """Write a checkpoint of the present step; called on all ranks, returns when it is whole.
 
     `extra` is the runner's own JSON-able state. `enter` is called on the leading rank when all files are written and
-    the checkpoint is not yet in its place, with its state's path. Ranks write their slots, the leading rank everything
-    else. Raises ResourceFault where the disk takes no more; then no part of this checkpoint is left, and the earlier
-    ones are.
+    the checkpoint is not yet in its place, with the sha256 of its weights. Ranks write their slots, the leading rank
+    everything else. Raises ResourceFault where the disk takes no more; then no part of this checkpoint is left, and the
+    earlier ones are.
     """
     partial = run_dir.partial_checkpoint(loop.progress.step)
     try:
         _write(loop, partial, extra)
         if loop.world.leads:
-            enter(partial / STATE)
+            enter(run_dir.describe_checkpoint(loop.progress.step)[WEIGHTS])
             run_dir.seal_checkpoint(loop.progress.step)
             run_dir.prune(keep)
     except (OSError, SafetensorError) as error:

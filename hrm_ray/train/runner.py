@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 from hrm_ray.data.stream import Trained
@@ -201,12 +200,12 @@ class Runner:
         self._saved_at = self.loop.progress.step
         self._throughput.resume()
 
-    def _enter(self, state: Path) -> None:
+    def _enter(self, checksum: str) -> None:
         """Enter what was trained since the last checkpoint into the ledger; on the leading rank."""
         feed = self.loop.parts.feed
         self._trained += feed.take_trained()
         if self.accounts is not None:
-            self.accounts.commit(self.loop.progress.step, self._trained, state, data_ended=feed.data_ended)
+            self.accounts.commit(self.loop.progress.step, self._trained, checksum, data_ended=feed.data_ended)
         self._trained = []
 
     def _end(self, reason: StopReason) -> Outcome:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import SafetensorError
 
 from hrm_ray.data.packing import RowForm, TextSamples, padding_rows
 from hrm_ray.data.readers import Document
@@ -316,10 +315,10 @@ def test_a_failed_save_leaves_the_older_file_and_no_debris(tmp_path: Path, monke
     store = tokenise(plain("abc"), TOKENIZER)
     save_store(store, tmp_path / "s")
 
-    def full(*words: object, **named: object) -> None:
-        raise SafetensorError("No space left on device")
+    def full(path: Path) -> None:
+        raise OSError("No space left on device")
 
-    monkeypatch.setattr("hrm_ray.data.text_store.save_file", full)
+    monkeypatch.setattr("hrm_ray.data.text_store.sync_file", full)
     with pytest.raises(OSError, match="No space"):
         save_store(tokenise(plain("xyz"), TOKENIZER), tmp_path / "s")
     assert same(store, load_store(tmp_path / "s")) and len(list(tmp_path.iterdir())) == 1

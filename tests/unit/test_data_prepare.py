@@ -108,7 +108,8 @@ def test_only_the_first_chunk_is_tokenised_before_a_run(corpus: Path) -> None:
     prepared(corpus)
     folder = TextFolder(corpus.parent / "bundle" / "data")
     assert len(list(folder.chunks.iterdir())) == 1
-    assert len(folder.catalog.read_text().splitlines()) == 1
+    # The chunk after it is read, to see whether there is one.
+    assert len(folder.catalog.read_text().splitlines()) == 2
 
 
 def test_a_large_corpus_is_estimated(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +129,18 @@ def test_held_out_documents_are_read_as_far_as_they_are_needed(corpus: Path) -> 
     assert whole.documents == 2000 and first.documents == 7
     assert len(TextSamples(few, FORM)) >= 30 and few.documents < 300
     assert np.array_equal(few.tokens, whole.tokens[: len(few.tokens)])
+
+
+def test_held_out_documents_are_kept_and_damage_is_noticed(corpus: Path) -> None:
+    first = prepared(corpus).evaluation
+    keeping = Wanted(eval_rows=100, keep_evaluation=True)
+    (corpus / "test.jsonl").write_text("[]")
+    kept = prepared(corpus, wanted=keeping).evaluation
+    assert first is not None and kept is not None and np.array_equal(first.tokens, kept.tokens)
+    file = TextFolder(corpus.parent / "bundle" / "data").evaluation
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(DataFault, match=r"eval\.safetensors"):
+        prepared(corpus, wanted=keeping)
 
 
 def test_the_tokenizer_is_trained_then_used_again_then_trained_anew(corpus: Path) -> None:

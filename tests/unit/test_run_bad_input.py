@@ -344,11 +344,11 @@ def test_damaged_settings_of_a_run_to_resume(content: bytes | None, bundles: Pat
     assert files_below(bundle) == before
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "meta.json"])
+@pytest.mark.parametrize("name", ["catalog.jsonl", "parts.jsonl"])
 def test_damaged_data_of_a_run_to_resume(name: str, bundles: Path, tmp_path: Path) -> None:
     bundle = copied(bundles, "text", tmp_path)
-    path = bundle / "data" / "train" / name
-    path.write_bytes(path.read_bytes()[:40])
+    path = bundle / "data" / name
+    path.write_bytes(path.read_bytes()[:40] + b"\n")
     before = files_below(bundle)
     refused(5, "train", "--bundle-dir", bundle, "--resume", "--steps", "4", naming=(path,))
     assert files_below(bundle) == before

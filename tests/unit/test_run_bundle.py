@@ -68,7 +68,7 @@ def test_files(text: Path, puzzle: Path) -> None:
     common = {"config.json", "model.safetensors", "metadata.json", "training_args.json"}
     run = {*common, "best", "checkpoints", "metrics.jsonl", "tensorboard"}
     tokenizer = {"tokenizer.json", "tokenizer_config.json"}
-    assert {path.name for path in (text / "b").iterdir()} == {*run, *tokenizer, "data"}
+    assert {path.name for path in (text / "b").iterdir()} == {*run, *tokenizer, "data", "ledger.sqlite"}
     assert {path.name for path in (text / "b" / "best").iterdir()} == {*common, *tokenizer}
     assert {path.name for path in (puzzle / "b").iterdir()} == {*run, "puzzle.json"}
     assert {path.name for path in (puzzle / "b" / "best").iterdir()} == {*common, "puzzle.json"}
@@ -112,7 +112,8 @@ def test_training_args(text: Path) -> None:
     assert settings["run"]["steps"] == 6 and settings["run"]["log_file"] == str(text / "log.jsonl")
     assert settings["data"]["dataset_file"] == str(text / "corpus.txt")
     data = plain(text / "b" / "training_args.json")["data"]
-    assert data["documents"] == 1 and data["rows"] > 20 and data["tokenizer"] == "trained"
+    assert data["rows"] is None, "nothing asked for them to be counted"
+    assert data["tokenizer"] == "trained" and data["cut"]["dataset_chunk_size"] == 4000
 
 
 def test_it_opens(text: Path, puzzle: Path) -> None:

@@ -103,7 +103,7 @@ def test_data_that_has_moved(tmp_path: Path) -> None:
     resume = ("train", "--bundle-dir", tmp_path / "b", "--resume", "--steps", "4")
     refused(2, *resume, naming=(data, "nothing is at this path"))
     other = text_file(first, name="other.txt", seed=5)
-    refused(5, *resume, "--dataset-file", other, naming=(other, "fingerprint"))
+    refused(5, *resume, "--dataset-file", other, naming=("not what the run was trained on", "--student-init"))
     assert hrm(*resume, "--dataset-file", moved).code == 0
     assert [record["step"] for record in records(tmp_path / "b")] == [1, 2, 3, 4]
 

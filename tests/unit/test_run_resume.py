@@ -258,8 +258,7 @@ def test_every_change_is_told_at_once(tmp_path: Path) -> None:
 
 
 def test_other_data_under_the_same_name(tmp_path: Path) -> None:
-    """Changed puzzles are noticed. Text goes on with what was tokenised; when the held-out data changes and so all is
-    read again, changed text is noticed, and the run keeps its data and its tokenizer."""
+    """Changed puzzles are noticed, and so is changed text; the run keeps its data and its tokenizer."""
     puzzles, bundle = puzzle_file(tmp_path), tmp_path / "p"
     train(puzzles, bundle, *PUZZLE, "--steps", "2")
     puzzle_file(tmp_path, seed=3)
@@ -274,8 +273,10 @@ def test_other_data_under_the_same_name(tmp_path: Path) -> None:
         more.write(" and something else")
     before = files_below(bundle)
     words = ("train", "--bundle-dir", bundle, "--resume", "--steps", "4")
-    refused(5, *words, "--eval-file", held_out, naming=(text, "fingerprint"))
+    refused(5, *words, "--eval-file", held_out, naming=(text, "not what the run was trained on"))
+    refused(5, *words, naming=(text, "not what the run was trained on", "--student-init"))
     assert files_below(bundle) == before
+    text_file(tmp_path)
     assert hrm(*words).code == 0
 
 
