@@ -14,9 +14,11 @@ from typing import Any, Literal, TypeAlias
 
 from hrm_ray.data.folders import whole_folder
 from hrm_ray.data.packing import TextSamples
+from hrm_ray.data.parts import TextSource
+from hrm_ray.data.places import absolute
 from hrm_ray.data.puzzles.format import PuzzleFacts
 from hrm_ray.data.puzzles.samples import PuzzleSamples, open_puzzles
-from hrm_ray.data.readers import TextSource, read_documents
+from hrm_ray.data.readers import read_documents
 from hrm_ray.data.text_store import StoreMeta, write_text_store
 from hrm_ray.data.tokenizer import TOKENIZER_FILE, TextTokenizer
 from hrm_ray.values import SampleSet
@@ -169,9 +171,9 @@ def prepare_puzzles(train: TextSource, evaluation: TextSource | None) -> Prepare
     """Reads and checks both puzzle sets. Raises SettingsError for a path, DataFault for data that cannot be used."""
     plan: DataPlan = {
         "task": "puzzle",
-        "path": str(train.path.absolute()),
+        "path": absolute(train.path),
         "split": train.split,
-        "eval_path": None if evaluation is None else str(evaluation.path.absolute()),
+        "eval_path": None if evaluation is None else absolute(evaluation.path),
         "eval_split": None if evaluation is None else evaluation.split,
     }
     samples, held_out = _open_puzzles(plan)

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hrm_ray.data.folders import whole_folder
-from hrm_ray.data.readers import Document
+from hrm_ray.data.rows import Document
 from hrm_ray.data.tokenizer import Encoded, TextTokenizer
 from hrm_ray.errors import DataFault, Fault
 

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from hrm_ray.data.folders import whole_folder
@@ -158,7 +159,7 @@ def _prepare_text(drafted: Draft, run_dir: RunDir, notes: list[str]) -> tuple[Mo
 
 def _same_evaluation(settings: RunSettings, stored: dict[str, Any], run_dir: RunDir) -> bool:
     """Whether the run's stores hold the held-out data that is asked for now; the name alone could be out of date."""
-    if stored["path"] != str(settings.data.dataset_file) or stored["held_out"] != _held_out_name(settings):
+    if stored["path"] != settings.data.training_data or stored["held_out"] != _held_out_name(settings):
         return False
     if stored["held_out"] is None:
         return True
@@ -188,7 +189,7 @@ def _tokenizer_choice(drafted: Draft) -> TokenizerChoice:
 def _text_data(settings: RunSettings, prepared: PreparedText) -> dict[str, Any]:
     return {
         **prepared.plan,
-        "path": str(settings.data.dataset_file),
+        "path": settings.data.training_data,
         "split": settings.data.split,
         "held_out": _held_out_name(settings),
         "held_out_fingerprint": prepared.evaluation.meta.fingerprint if prepared.evaluation is not None else None,
@@ -205,7 +206,7 @@ def _prepare_puzzles(drafted: Draft, run_dir: RunDir) -> tuple[ModelConfig, dict
     settings = drafted.settings
     evaluation = source_of(settings, evaluation=True) if drafted.evaluation is not None else None
     prepared = prepare_puzzles(source_of(settings, evaluation=False), evaluation)
-    samples = open_puzzles(drafted.facts.path, drafted.facts.split)
+    samples = open_puzzles(Path(drafted.facts.path), drafted.facts.split)
     if not drafted.identity.continues:
         write_json(run_dir.puzzle, prepared.train.plain())
     return drafted.config, {**prepared.plan, "rows": len(samples), "fingerprint": samples.fingerprint()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hrm_ray.settings.hub_name import hub_name
 from hrm_ray.settings.tree import RunSettings
 
 
@@ -111,6 +112,14 @@ IDLE_LEAVES: tuple[IdleLeaves, ...] = (
         lambda settings: settings.model.task == "puzzle",
         "it is about text, and the data are puzzles",
         "Leave it out",
+    ),
+    IdleLeaves(
+        "hub_config_of_hub_data",
+        ("data.dataset_config",),
+        ("data.dataset_file", "data.dataset_id"),
+        lambda settings: settings.data.dataset_id is None and hub_name(settings.data.dataset_file or "") is None,
+        "only a data set of the Hub has configurations",
+        "Leave it out, or give --dataset-id",
     ),
     IdleLeaves(
         "text_column_without_prefix",

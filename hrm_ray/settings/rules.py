@@ -2,8 +2,7 @@
 
 One job: find combinations that cannot be honoured, or in which an option that the user gave would change nothing.
 Single values are the sections' matter; what the machine or the data can do is asked later. The rules themselves are
-in `rules_model`, `rules_launch`, `rules_memory`, `rules_adapt`,
-`rules_expert` and `idle`.
+in `rules_model`, `rules_launch`, `rules_data`, `rules_memory`, `rules_adapt`, `rules_expert` and `idle`.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from hrm_ray.errors import Fault
 from hrm_ray.settings.idle import IDLE_LEAVES, IdleLeaves
 from hrm_ray.settings.rule import Rule, said
 from hrm_ray.settings.rules_adapt import ADAPT_RULES
+from hrm_ray.settings.rules_data import DATA_RULES
 from hrm_ray.settings.rules_expert import EXPERT_RULES
 from hrm_ray.settings.rules_launch import LAUNCH_RULES
 from hrm_ray.settings.rules_memory import MEMORY_RULES
@@ -45,5 +45,6 @@ RULES: tuple[Rule, ...] = (
     *ADAPT_RULES,
     *EXPERT_RULES,
     *LAUNCH_RULES,
+    *DATA_RULES,
     *(_idle_rule(idle) for idle in IDLE_LEAVES),
 )

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrm_ray.data.packing import TextSamples
-from hrm_ray.data.readers import Document
+from hrm_ray.data.rows import Document
 from hrm_ray.data.text_store import StoreMeta, open_text_store, write_text_store
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataFault, SettingsError
@@ -25,11 +25,11 @@ EOT, PAD = TOKENIZER.end_of_text_id, TOKENIZER.pad_id
 
 
 def plain(*texts: str) -> list[Document]:
-    return [Document(text, Path("x"), row) for row, text in enumerate(texts)]
+    return [Document(text, "x", row) for row, text in enumerate(texts)]
 
 
 def paired(*pairs: tuple[str, str]) -> list[Document]:
-    return [Document(p + r, Path("x"), row, p, r) for row, (p, r) in enumerate(pairs)]
+    return [Document(p + r, "x", row, prompt=p, response=r) for row, (p, r) in enumerate(pairs)]
 
 
 def ids(text: str) -> list[int]:

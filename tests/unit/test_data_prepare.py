@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from hrm_ray.data.packing import TextSamples
+from hrm_ray.data.parts import TextSource
 from hrm_ray.data.prepare import PreparedText, RowForm, TokenizerChoice, open_samples, prepare_puzzles, prepare_text
-from hrm_ray.data.readers import TextSource
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataFault, SettingsError
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hrm_ray.data.packing import TextSamples
-from hrm_ray.data.readers import Document
+from hrm_ray.data.rows import Document
 from hrm_ray.data.text_store import write_text_store
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.model.build import build_objective
@@ -148,9 +148,9 @@ PAIRS = (("what is", " this"), ("a", "b"), ("longer prompt", " yes"), ("", "free
 
 def samples(folder: Path, mode: str) -> TextSamples:
     if mode.startswith("prefix"):
-        documents = [Document(p + r, Path("x"), n, p, r) for n, (p, r) in enumerate(PAIRS)]
+        documents = [Document(p + r, "x", n, prompt=p, response=r) for n, (p, r) in enumerate(PAIRS)]
     else:
-        documents = [Document(text, Path("x"), n) for n, text in enumerate(DOCUMENTS)]
+        documents = [Document(text, "x", n) for n, text in enumerate(DOCUMENTS)]
     write_text_store(documents, TOKENIZER, folder, pairs=mode.startswith("prefix"))
     return TextSamples(folder, 24, "packed" in mode, mode.startswith("prefix"), allow_short=True)
 
