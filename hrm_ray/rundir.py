@@ -107,7 +107,7 @@ class RunDir:
         return sorted(int(match.group(1)) for match in matches if match)
 
     def describe_checkpoint(self, step: int) -> dict[str, str]:
-        """Write the manifest of the partial checkpoint of `step`, all of which is on the disk then; each file's sha256."""
+        """Write the manifest of the partial checkpoint of `step`, which is all on the disk then; each file's sha256."""
         partial = self.partial_checkpoint(step)
         files = sorted(path for path in partial.iterdir() if path.name != MANIFEST)
         entries = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files}

@@ -18,7 +18,10 @@ OWN_HELP = (
     ("--help", "Show this page."),
 )
 ABOUT = "Trains a model on text or puzzles, in this process or on Ray."
-TO_FIND_A_RUN = ("run.resume", "run.resume_from", "run.bundle_dir", "run.brain_name", "data.dataset_file")
+TO_FIND_A_RUN = (
+    *("run.resume", "run.resume_from", "run.bundle_dir", "run.brain_name"),
+    *("data.dataset_file", "data.dataset_id"),
+)
 """Leaves that say which run is resumed; read before the rest, since that run's settings lie under the rest."""
 
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from hrm_ray.data.catalog import ChunkEntry, ChunkStart, Place
-from hrm_ray.data.parts import Part
-from hrm_ray.data.readers import BadRow, Document, TextSource, read_part
+from hrm_ray.data.parts import Part, TextSource
+from hrm_ray.data.readers import read_part
+from hrm_ray.data.rows import BadRow, Document
 from hrm_ray.errors import DataFault, Fault
 
 OnBadRow: TypeAlias = Literal["fail", "skip"]

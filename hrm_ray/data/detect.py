@@ -9,19 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from hrm_ray.data.file_kinds import FileKind
+from hrm_ray.data.formats.lines import parse_line
+from hrm_ray.data.parts import Part, TextSource, list_parts
+from hrm_ray.data.places import is_local
 from hrm_ray.data.puzzles.format import DESCRIPTION, PuzzleFacts
 from hrm_ray.data.puzzles.samples import open_puzzles
-from hrm_ray.data.readers import TextSource, parse_line, read_documents
-from hrm_ray.data.splits import require_path, split_files
+from hrm_ray.data.readers import read_documents
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What `detect` found. `bytes` and `files` are those of the split, `skipped_files` lie in the folder but are not
-    read; `puzzle` is there where the task is "puzzle"."""
+    """What `detect` found. `bytes` and `files` are those of the split, `skipped_files` lie in the folder (or archive)
+    but are not read; `puzzle` is there where the task is "puzzle"."""
 
     task: Literal["lm", "puzzle"]
-    path: Path
+    path: str
     split: str
     files: int
     bytes: int
@@ -33,33 +36,35 @@ def detect(source: TextSource) -> DataFacts:
     """Tells the task from the data: a folder with dataset.json, a .safetensors file, and .jsonl whose first row has
     lists `inputs` and `labels` are puzzles; everything else is text, whose first document is read as a check.
 
-    Raises SettingsError for a path that is not there, DataFault for data that cannot be read as either.
+    Raises SettingsError for a path that is not there, DataFault for data that cannot be read as either, and what
+    `list_parts` raises.
     """
-    path, split = source.path, source.split
-    require_path(path)
-    if path.is_dir() and (path / DESCRIPTION).is_file():
+    split, path = source.split, Path(source.path)
+    if is_local(source.path) and (path / DESCRIPTION).is_file():
         samples = open_puzzles(path, split)
-        return DataFacts("puzzle", path, split, 1, (path / f"{split}.safetensors").stat().st_size, 0, samples.facts)
-    if path.suffix.lower() == ".safetensors" and path.is_file():
-        return DataFacts("puzzle", path, split, 1, path.stat().st_size, 0, open_puzzles(path, split).facts)
-    found = split_files(path, split, source.apart)
-    size = sum(file.stat().st_size for file in found.files)
-    if _is_puzzle_rows(found.files[0]):
-        return DataFacts("puzzle", path, split, len(found.files), size, found.skipped, open_puzzles(path, split).facts)
+        size = (path / f"{split}.safetensors").stat().st_size
+        return DataFacts("puzzle", source.path, split, 1, size, 0, samples.facts)
+    if is_local(source.path) and path.suffix.lower() == ".safetensors" and path.is_file():
+        return DataFacts("puzzle", source.path, split, 1, path.stat().st_size, 0, open_puzzles(path, split).facts)
+    found = list_parts(source)
+    size = sum(part.bytes for part in found.parts)
+    files, skipped = len(found.parts), found.skipped
+    if _is_puzzle_rows(found.parts[0]):
+        return DataFacts("puzzle", source.path, split, files, size, skipped, open_puzzles(path, split).facts)
     for document in read_documents(source):
         if document.text:
             break
-    return DataFacts("lm", path, split, len(found.files), size, found.skipped, None)
+    return DataFacts("lm", source.path, split, files, size, skipped, None)
 
 
-def _is_puzzle_rows(file: Path) -> bool:
+def _is_puzzle_rows(part: Part) -> bool:
     """True for a .jsonl file whose first row has `inputs` and `labels` as lists."""
-    if file.suffix.lower() != ".jsonl":
+    if part.kind != FileKind("jsonl", None) or not is_local(part.address):
         return False
     offset = 0
-    with file.open("rb") as lines:
+    with open(part.address, "rb") as lines:
         for number, line in enumerate(lines, start=1):
-            row = parse_line(line, f"{file}:{number}", offset)
+            row = parse_line(line, f"{part.address}:{number}", offset)
             offset += len(line)
             if row is not None:
                 return isinstance(row.get("inputs"), list) and isinstance(row.get("labels"), list)

@@ -1,44 +1,225 @@
-"""The parts of a corpus: its files in a fixed order.
+"""What a corpus consists of: its parts, in the order they are read in.
 
-One job: list them, with what tells whether they changed.
+One job: from what a user names (a file, a folder, a pattern, a cloud address, a data set of the Hub) to parts: files or
+archives, each one stream of rows. It opens no more than the choice of a split needs. Reading is in `readers`.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from hrm_ray.data.splits import split_files
+from hrm_ray.data import hub
+from hrm_ray.data.archives.members import Selection
+from hrm_ray.data.archives.tars import TarStream
+from hrm_ray.data.archives.zips import open_zip
+from hrm_ray.data.file_kinds import READABLE, FileKind, is_hidden, kind_of
+from hrm_ray.data.formats.columnar import has_arrow_index
+from hrm_ray.data.places import Entry, Place, has_wildcards, in_order, is_local, place_of, real, require_path
+from hrm_ray.data.splits import WHOLE, check_left, has_split, missing_split, split_of
+from hrm_ray.data.streams import ContainerUnreadable
+from hrm_ray.errors import DataFault, Fault, SettingsError
+from hrm_ray.settings.hub_name import HUB
 
-if TYPE_CHECKING:
-    from hrm_ray.data.readers import TextSource
+_BYTES_OR_ROWS_APART = frozenset({"txt", "md", "csv", "tsv", "jsonl", "parquet"})
+"""Formats that can be read from any row on, where they are not compressed."""
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Where documents come from. With `prompt_column` and `response_column` (both or none) rows are pairs."""
+
+    path: str
+    """A file, a folder, a pattern, a cloud address, or `hf://id:config:split`; a Path is taken as well."""
+    split: str = WHOLE
+    text_column: str = "text"
+    prompt_column: str | None = None
+    response_column: str | None = None
+    apart: str | None = None
+    """A split that is held out of this one, where this one is all of a folder that has no split of its name."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", os.fspath(self.path))
+
+    @property
+    def pairs(self) -> bool:
+        """True where rows are prompt and response."""
+        return self.prompt_column is not None and self.response_column is not None
 
 
 @dataclass(frozen=True)
 class Part:
-    """One file."""
+    """One stream of rows: a file, or an archive of files. Plain values only, since it travels to other processes."""
 
     name: str
+    """From the corpus's root, "/" between the parts; the same when the corpus moves."""
     address: str
+    """What it is opened by."""
     bytes: int
+    """Its size as it is stored; 0 where that is not known."""
     stamp: str
+    """Changes when the part is written again, even if its size does not; empty where that is not known."""
     random_access: bool
+    """Whether reading can begin at any row, given the mark of the row before it, without reading those before."""
+    split: str | None = None
+    """Of an archive that is the whole corpus: which members are read (None: all but `apart`)."""
+    apart: str | None = None
+    """Of an archive that is the whole corpus: the split of members that are not read."""
+
+    @property
+    def kind(self) -> FileKind | None:
+        """Its format; None for a part of a data set of the Hub."""
+        return kind_of(self.address)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether nobody has looked at the archive's names, so that reading must find out what `split` means."""
+        return self.split == WHOLE and self.kind is not None and not _can_be_scanned(self.kind, self.address)
 
 
 @dataclass(frozen=True)
 class PartList:
-    """The parts, and how many other files lie beside them."""
+    """The parts of a corpus in order, and how many files (or members of an archive) of other kinds lie beside them."""
 
     parts: tuple[Part, ...]
     skipped: int
 
 
 def list_parts(source: TextSource) -> PartList:
-    """The files of a source."""
-    found = split_files(source.path, source.split, source.apart)
-    root = source.path if source.path.is_dir() else source.path.parent
-    parts = []
-    for file in found.files:
-        stat = file.stat()
-        parts.append(Part(file.relative_to(root).as_posix(), str(file), stat.st_size, str(stat.st_mtime_ns), True))
-    return PartList(tuple(parts), found.skipped)
+    """The parts of `source`, by the parts of their names.
+
+    In a folder, split NAME is its sub-folder NAME and its files NAME.*; where there are none, the split "train" is the
+    whole folder, without the split `apart`; hidden names are left out. The same holds for the members of an archive
+    that is the whole corpus. A file that is not an archive has only the split "train".
+
+    Raises SettingsError for a path or columns that cannot be used, DataFault for an unknown suffix, an unknown split or
+    a place without readable files, EnvironmentFault where a cloud or the Hub cannot be reached or a library is missing.
+    """
+    _check_columns(source)
+    if source.path.startswith(HUB):
+        found = hub.list_shards(source.path, source.split)
+        return PartList(
+            tuple(Part(shard.name, shard.address, shard.bytes, shard.stamp, False) for shard in found), skipped=0
+        )
+    place, path = place_of(source.path), source.path
+    if place.is_folder(path):
+        return _listed(source, place, in_order(place.walk(path)))
+    entry = place.file(path)
+    if entry is not None:
+        return _single(source, place, entry)
+    if has_wildcards(path):
+        matched = in_order(place.matching(path))
+        if not matched:
+            raise SettingsError(Fault(path, "no file matches this pattern", "Give another, or a folder"))
+        return _listed(source, place, matched)
+    if is_local(path):
+        require_path(Path(path))
+    raise SettingsError(Fault(path, "nothing is at this address", "Check the bucket and the key"))
+
+
+def _listed(source: TextSource, place: Place, found: list[Entry]) -> PartList:
+    """The parts of a folder or a pattern."""
+    readable = [entry for entry in found if kind_of(entry.name) is not None and not is_hidden(entry.name)]
+    skipped = len(found) - len(readable)
+    names = [entry.name for entry in readable]
+    if has_split(source.path, names, source.split, skipped):
+        chosen = [entry for entry in readable if split_of(entry.name) == source.split]
+    else:
+        check_left(source.path, names, source.apart)
+        chosen = [entry for entry in readable if split_of(entry.name) != source.apart]
+    return PartList(tuple(_part(entry, place) for entry in chosen), skipped)
+
+
+def _part(entry: Entry, place: Place) -> Part:
+    kind = kind_of(entry.name)
+    random_access = kind is not None and kind.compression is None and kind.form in _BYTES_OR_ROWS_APART
+    if kind is not None and kind.compression is None and kind.form == "arrow":
+        random_access = _has_index(entry, place)
+    return Part(entry.name, entry.address, entry.bytes, entry.stamp, random_access)
+
+
+def _has_index(entry: Entry, place: Place) -> bool:
+    try:
+        with place.open(entry.address) as file:
+            return has_arrow_index(file)
+    except OSError:
+        # What is wrong with it is told when it is read.
+        return False
+
+
+def _single(source: TextSource, place: Place, entry: Entry) -> PartList:
+    """The part of one file."""
+    kind = kind_of(entry.name)
+    if kind is None:
+        suffix = Path(entry.name).suffix
+        raise DataFault(Fault(source.path, f"files with the suffix `{suffix}` are not read", f"Give {READABLE}"))
+    if kind.is_archive:
+        return _archive(source, place, entry, kind)
+    if source.split != WHOLE:
+        raise missing_split(source.path, source.split, [WHOLE])
+    return PartList((_part(entry, place),), 0)
+
+
+def _archive(source: TextSource, place: Place, entry: Entry, kind: FileKind) -> PartList:
+    """The part of one archive that is the whole corpus: its members are divided into splits as a folder's files are."""
+    plain = (entry.name, entry.address, entry.bytes, entry.stamp)
+    if not _can_be_scanned(kind, entry.address):
+        return PartList((Part(*plain, False, source.split, source.apart),), 0)
+    one_row_each = False
+    try:
+        with place.open(entry.address) as file:
+            if kind.form == "zip":
+                directory = open_zip(file, source.path, entry.bytes)
+                names, skipped = directory.names, directory.skipped
+            else:
+                stream = TarStream(file, source.path, seekable=True)
+                names = [member.name for member in stream]
+                skipped = stream.skipped
+    except ContainerUnreadable as error:
+        raise DataFault(error.fault) from error
+    except OSError as error:
+        reason = f"it cannot be read ({error.strerror or error})"
+        raise DataFault(Fault(source.path, reason, "Make it readable for this user")) from error
+    if has_split(source.path, names, source.split, skipped):
+        chosen = Selection(source.split)
+    else:
+        check_left(source.path, names, source.apart)
+        chosen = Selection(None, source.apart)
+    if kind.form == "zip":
+        one_row_each = all(member.is_one_row for member, _ in directory.chosen(chosen))
+    return PartList((Part(*plain, one_row_each, chosen.split, chosen.apart),), skipped)
+
+
+def _can_be_scanned(kind: FileKind, address: str) -> bool:
+    """Whether the names in an archive can be had without reading it whole."""
+    return kind.form == "zip" or (kind.form == "tar" and kind.compression is None and is_local(address))
+
+
+def shared_part(first: TextSource, second: TextSource) -> str | None:
+    """The address of something that both sources read; None where there is none."""
+    seen: dict[str, list[Part]] = {}
+    for part in list_parts(first).parts:
+        seen.setdefault(real(part.address), []).append(part)
+    for part in list_parts(second).parts:
+        for other in seen.get(real(part.address), []):
+            if part.split == other.split or (None in (part.split, other.split) and not _held_apart(part, other)):
+                return part.address
+    return None
+
+
+def _held_apart(first: Part, second: Part) -> bool:
+    return (first.apart is not None and first.apart == second.split) or (
+        second.apart is not None and second.apart == first.split
+    )
+
+
+def _check_columns(source: TextSource) -> None:
+    if (source.prompt_column is None) != (source.response_column is None):
+        raise SettingsError(
+            Fault(
+                f"column `{source.prompt_column or source.response_column}`",
+                "a prompt column and a response column go together",
+                "Give both --prompt-column and --response-column, or neither",
+            )
+        )

@@ -24,10 +24,11 @@ from hrm_ray.data.corpus_facts import (
     read_held_out,
 )
 from hrm_ray.data.packing import RowForm
-from hrm_ray.data.parts import list_parts
+from hrm_ray.data.parts import TextSource, list_parts
+from hrm_ray.data.places import absolute
 from hrm_ray.data.puzzles.format import PuzzleFacts
 from hrm_ray.data.puzzles.samples import PuzzleSamples, open_puzzles
-from hrm_ray.data.readers import Document, TextSource
+from hrm_ray.data.rows import Document
 from hrm_ray.data.text_data import CorpusCut, TextFolder, TextPlan, corpus_of
 from hrm_ray.data.text_store import TextStore, save_store
 from hrm_ray.data.tokenizer import TOKENIZER_FILE, TextTokenizer
@@ -218,9 +219,9 @@ def prepare_puzzles(train: TextSource, evaluation: TextSource | None) -> Prepare
     """Reads and checks both puzzle sets. Raises SettingsError for a path, DataFault for data that cannot be used."""
     plan: DataPlan = {
         "task": "puzzle",
-        "path": str(train.path.absolute()),
+        "path": absolute(train.path),
         "split": train.split,
-        "eval_path": None if evaluation is None else str(evaluation.path.absolute()),
+        "eval_path": None if evaluation is None else absolute(evaluation.path),
         "eval_split": None if evaluation is None else evaluation.split,
     }
     samples, held_out = open_puzzle_sets(plan)

@@ -17,8 +17,7 @@ from hrm_ray.data.chunk_cache import ChunkCache
 from hrm_ray.data.chunk_source import ChunkMaker, EpochRule
 from hrm_ray.data.chunks import Corpus, OnBadRow
 from hrm_ray.data.packing import RowForm
-from hrm_ray.data.parts import Part
-from hrm_ray.data.readers import TextSource
+from hrm_ray.data.parts import Part, TextSource
 from hrm_ray.data.text_store import TextStore, load_store
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataFault, Fault
@@ -71,7 +70,7 @@ class TextPlan:
 
     def plain(self) -> dict[str, Any]:
         """JSON values."""
-        return asdict(self) | {"source": self.source.plain()}
+        return asdict(self)
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> TextPlan:
@@ -79,7 +78,7 @@ class TextPlan:
         return cls(
             cut=CorpusCut(**plain["cut"]),
             form=RowForm(**plain["form"]),
-            source=TextSource.from_plain(plain["source"]),
+            source=TextSource(**plain["source"]),
             evaluation=plain["evaluation"],
             start=plain["start"],
             in_order=plain["in_order"],

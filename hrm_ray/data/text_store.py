@@ -19,7 +19,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from hrm_ray.data.readers import Document
+from hrm_ray.data.rows import Document
 from hrm_ray.data.tokenizer import Encoded, TextTokenizer
 from hrm_ray.rundir import sync_file
 

@@ -13,8 +13,10 @@ import torch
 
 from hrm_ray.data.detect import DataFacts, detect
 from hrm_ray.data.packing import RowForm
+from hrm_ray.data.parts import TextSource, shared_part
+from hrm_ray.data.places import absolute, real
 from hrm_ray.data.puzzles.samples import open_puzzles
-from hrm_ray.data.readers import TextSource, read_documents, text_files
+from hrm_ray.data.readers import read_documents
 from hrm_ray.data.text_data import CorpusCut
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataFault, Fault, SettingsError
@@ -25,6 +27,7 @@ from hrm_ray.launch.preflight import check_launch, check_resources
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import MANIFEST, RunDir, read_json
 from hrm_ray.settings.adaptive_lr import AdaptiveLrSettings, read_adaptive_lr
+from hrm_ray.settings.hub_name import hub_name
 from hrm_ray.settings.resolve import moderate_lr, resolve_task
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import model_config
@@ -55,8 +58,10 @@ class Draft:
 
 def draft(settings: RunSettings) -> Draft:
     """Check everything that can be checked without writing: data, devices, names, resources. Raises HrmRayError."""
-    if settings.data.dataset_file is None:
-        mend = "Give --dataset-file; `hrm-ray data build text --out corpus` makes one without a download"
+    if settings.data.training_data is None:
+        mend = (
+            "Give --dataset-file or --dataset-id; `hrm-ray data build text --out corpus` makes one without a download"
+        )
         raise SettingsError(Fault("--dataset-file", "there is nothing to train on", mend))
     settings = _absolute(settings)
     facts = detect(source_of(settings, evaluation=False))
@@ -65,10 +70,10 @@ def draft(settings: RunSettings) -> Draft:
     settings = resolve_task(settings, facts.task, puzzle_len)
     if evaluation is not None and evaluation.task != facts.task:
         reason = f"it holds {evaluation.task} data, the training data is {facts.task}"
-        raise DataFault(Fault(str(evaluation.path), reason, "Give held-out data of the same kind"))
-    notes = _overlap(settings) if evaluation is not None else []
+        raise DataFault(Fault(evaluation.path, reason, "Give held-out data of the same kind"))
+    notes = _overlap(settings, facts) if evaluation is not None else []
     if evaluation is not None and facts.puzzle is not None:
-        open_puzzles(evaluation.path, evaluation.split).fit_to(facts.puzzle)
+        open_puzzles(Path(evaluation.path), evaluation.split).fit_to(facts.puzzle)
     devices = choose_devices(settings.cluster)
     if devices.device == "mps" and settings.model.loss == "stablemax":
         reason = "it is computed in float64, which this device does not have"
@@ -137,11 +142,15 @@ def effective_batch(settings: RunSettings, devices: Devices) -> int:
 def source_of(settings: RunSettings, *, evaluation: bool) -> TextSource:
     """Where the training data, or the held-out data, is to be read, and how."""
     data = settings.data
-    path = data.eval_file if evaluation and data.eval_file is not None else data.dataset_file
+    path = data.eval_file if evaluation and data.eval_file is not None else data.training_data
     assert path is not None
     split = data.split
     if evaluation:
         split = data.val_split if data.val_split is not None else TextSource(path).split
+    name = hub_name(path)
+    if name is not None:
+        split = split if evaluation and data.val_split is not None else name.split or split
+        path = str(name._replace(split=None))
     # Where the training split is the whole folder, the files held out of it are not part of it.
     apart = None if evaluation else data.val_split
     return TextSource(path, split, data.text_column, data.prompt_column, data.response_column, apart)
@@ -250,20 +259,21 @@ def _expected_vocabulary(settings: RunSettings, identity: Identity) -> tuple[int
     return settings.data.vocab_size, False
 
 
-def _overlap(settings: RunSettings) -> list[str]:
+def _overlap(settings: RunSettings, facts: DataFacts) -> list[str]:
     """What to say where a file is trained on and evaluated on. Raises SettingsError under --strict."""
     train, held_out = source_of(settings, evaluation=False), source_of(settings, evaluation=True)
-    if train.path.resolve() == held_out.path.resolve() and train.split == held_out.split:
-        both = {train.path.resolve()}
-    else:
-        both = set(text_files(train)) & set(text_files(held_out))
-    if not both:
+    both: str | None = None
+    if real(train.path) == real(held_out.path) and train.split == held_out.split:
+        both = train.path
+    elif facts.task == "lm":
+        both = shared_part(train, held_out)
+    if both is None:
         return []
     reason = "it is in the training data and in the held-out data, so the figures do not tell what was learned"
     if settings.cluster.strict:
         mend = "Give --eval-file data that is not in --dataset-file, or --val-split another split"
-        raise SettingsError(Fault(str(min(both)), reason, mend))
-    return [f"{min(both)}: {reason}."]
+        raise SettingsError(Fault(both, reason, mend))
+    return [f"{both}: {reason}."]
 
 
 def _absolute(settings: RunSettings) -> RunSettings:
@@ -273,4 +283,10 @@ def _absolute(settings: RunSettings) -> RunSettings:
         values = getattr(settings, section)
         paths = {name: value.absolute() for name, value in values if isinstance(value, Path)}
         changed[section] = values.model_copy(update=paths)
+    data = changed["data"]
+    addresses = {"dataset_file": data.dataset_file, "eval_file": data.eval_file}
+    moved = {leaf: absolute(address) for leaf, address in addresses.items() if address is not None}
+    if data.dataset_id is not None and Path(data.dataset_id).is_dir():
+        moved["dataset_id"] = absolute(data.dataset_id)
+    changed["data"] = data.model_copy(update=moved)
     return settings.model_copy(update=changed)

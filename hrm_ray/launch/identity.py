@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hrm_ray.data.places import name_for_runs
 from hrm_ray.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 from hrm_ray.errors import DataFault, Fault, SettingsError
 from hrm_ray.metrics.jsonl import read_records
@@ -92,11 +93,12 @@ def find_stored(resume_from: Path | None, where: Mapping[str, Any]) -> RunDir:
             mend = "Give a checkpoint's folder, BUNDLE/checkpoints/step_N, or --bundle-dir BUNDLE --resume"
             raise SettingsError(Fault(f"--resume-from {resume_from}", "there is no checkpoint of a bundle here", mend))
         return source
-    if where["run.brain_name"] is None and where["run.bundle_dir"] is None and where["data.dataset_file"] is None:
+    data = where["data.dataset_file"] or where["data.dataset_id"]
+    if where["run.brain_name"] is None and where["run.bundle_dir"] is None and data is None:
         raise SettingsError(
             Fault("--resume", "nothing says which run", "Give --bundle-dir (or --brain-name) of the run to go on with")
         )
-    return RunDir(_folder(where["run.brain_name"], where["run.bundle_dir"], where["data.dataset_file"]))
+    return RunDir(_folder(where["run.brain_name"], where["run.bundle_dir"], data))
 
 
 def stored_settings(run_dir: RunDir, where: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,7 +160,7 @@ def identify(settings: RunSettings) -> Identity:
     Raises SettingsError for a used name or settings that the checkpoint cannot go on with, DataFault for a damaged one.
     """
     run = settings.run
-    run_dir = RunDir(_folder(run.brain_name, run.bundle_dir, settings.data.dataset_file).absolute())
+    run_dir = RunDir(_folder(run.brain_name, run.bundle_dir, settings.data.training_data).absolute())
     if run.resume_from is not None:
         source = RunDir(run.resume_from.absolute().parent.parent)
         return _resumed(settings, run_dir, run.resume_from.absolute(), source)
@@ -223,13 +225,13 @@ def _behind_a_file(path: Path) -> bool:
     return any(parent.is_file() for parent in path.parents)
 
 
-def _folder(brain_name: str | None, bundle_dir: Path | None, dataset_file: Path | None) -> Path:
+def _folder(brain_name: str | None, bundle_dir: Path | None, data: str | None) -> Path:
     if brain_name is not None:
         return (bundle_dir or DEFAULT_BUNDLE_DIR) / brain_name
     if bundle_dir is not None:
         return bundle_dir
-    assert dataset_file is not None
-    return DEFAULT_BUNDLE_DIR / dataset_file.resolve().stem
+    assert data is not None
+    return DEFAULT_BUNDLE_DIR / name_for_runs(data)
 
 
 def _resumed(settings: RunSettings, run_dir: RunDir, checkpoint: Path, source: RunDir) -> Identity:

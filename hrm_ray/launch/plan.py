@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from hrm_ray.data.catalog import CHANGED
@@ -204,7 +205,7 @@ def _text_data(settings: RunSettings, prepared: PreparedText, held_out_rows: int
     return {
         "task": "lm",
         **prepared.plan.plain(),
-        "path": str(settings.data.dataset_file),
+        "path": settings.data.training_data,
         "split": settings.data.split,
         "held_out": _held_out_name(settings),
         "held_out_rows": held_out_rows,
@@ -221,7 +222,7 @@ def _prepare_puzzles(drafted: Draft, run_dir: RunDir) -> tuple[ModelConfig, dict
     settings = drafted.settings
     evaluation = source_of(settings, evaluation=True) if drafted.evaluation is not None else None
     prepared = prepare_puzzles(source_of(settings, evaluation=False), evaluation)
-    samples = open_puzzles(drafted.facts.path, drafted.facts.split)
+    samples = open_puzzles(Path(drafted.facts.path), drafted.facts.split)
     if not drafted.identity.continues:
         write_json(run_dir.puzzle, prepared.train.plain())
     data = {**prepared.plan, "rows": len(samples), "fingerprint": samples.fingerprint()}

@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 from pydantic import Field
 
 from hrm_ray.settings.base import Section
+from hrm_ray.settings.hub_name import HubName, hub_name
 
 OnBadRow: TypeAlias = Literal["fail", "skip"]
 
@@ -18,16 +19,22 @@ OnBadRow: TypeAlias = Literal["fail", "skip"]
 class DataSettings(Section):
     """Training data, tokenizer, sequence form and evaluation data."""
 
-    dataset_file: Path | None = None
-    """The training data: a file or a folder (text: .txt or .jsonl; puzzles: as `hrm-ray data build sudoku` writes)."""
+    dataset_file: str | None = None
+    """The training data: a file, a folder, a pattern such as "logs/*.jsonl.gz", a cloud address (s3://, gs://, az://),
+    or hf://id:config:split. Text: .txt, .md, .csv, .tsv, .json, .jsonl, .parquet or .arrow, also compressed or in
+    archives; puzzles: as `hrm-ray data build sudoku` writes."""
+    dataset_id: str | None = None
+    """The training data as a data set of the Hugging Face Hub, ORGANISATION/NAME, or a folder laid out as one."""
+    dataset_config: str | None = None
+    """Configuration of the data set of the Hub, where it has several."""
     split: str = "train"
     """Which split of a data folder to train on."""
     text_column: str = "text"
-    """Field of a .jsonl record that holds the text."""
+    """Column that holds the text."""
     prompt_column: str | None = None
-    """Field that holds the prompt, for --lm-mask prefix."""
+    """Column that holds the prompt, for --lm-mask prefix."""
     response_column: str | None = None
-    """Field that holds the response, for --lm-mask prefix."""
+    """Column that holds the response, for --lm-mask prefix."""
     tokenizer_path: Path | None = None
     """Folder of a Hugging Face tokenizer; without it a byte-level BPE is trained on the data."""
     vocab_size: int = Field(default=16000, ge=300)
@@ -70,9 +77,17 @@ class DataSettings(Section):
     """Leave out rows whose text has other characters than ASCII."""
     on_bad_row: OnBadRow = "fail"
     """What to do about a row that cannot be read: end the run, or skip it, count it and say so."""
-    eval_file: Path | None = None
-    """Held-out data to evaluate on."""
+    eval_file: str | None = None
+    """Held-out data to evaluate on, named as --dataset-file names the training data."""
     val_split: str | None = None
-    """Split of --dataset-file to evaluate on."""
+    """Split of the training data's file or data set to evaluate on."""
     eval_batches: int = Field(default=10, ge=1)
     """At most this many effective batches in one evaluation: the same samples however the batch is cut."""
+
+    @property
+    def training_data(self) -> str | None:
+        """Where the training data lies, in one word; a data set of the Hub as hf://id:config."""
+        name = hub_name(self.dataset_file or "") if self.dataset_id is None else HubName(self.dataset_id, None, None)
+        if name is None:
+            return self.dataset_file
+        return str(name._replace(config=name.config or self.dataset_config))

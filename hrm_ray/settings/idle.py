@@ -5,6 +5,7 @@ One job: the table. `rules` refuses such a leaf when the user gave it; a default
 
 from __future__ import annotations
 
+from hrm_ray.settings.hub_name import hub_name
 from hrm_ray.settings.rule import IdleLeaves
 from hrm_ray.settings.tree import RunSettings
 
@@ -109,6 +110,14 @@ IDLE_LEAVES: tuple[IdleLeaves, ...] = (
         lambda settings: settings.model.task == "puzzle",
         "it is about text, and the data are puzzles",
         "Leave it out",
+    ),
+    IdleLeaves(
+        "hub_config_of_hub_data",
+        ("data.dataset_config",),
+        ("data.dataset_file", "data.dataset_id"),
+        lambda settings: settings.data.dataset_id is None and hub_name(settings.data.dataset_file or "") is None,
+        "only a data set of the Hub has configurations",
+        "Leave it out, or give --dataset-id",
     ),
     IdleLeaves(
         "text_column_without_prefix",

@@ -39,6 +39,8 @@ IN_PLACE_OF: dict[str, tuple[str, ...]] = {
     "model.h_layers": ("model.num_layers",),
     "model.l_layers": ("model.num_layers",),
     "model.expansion": ("model.d_ff",),
+    "data.dataset_file": ("data.dataset_id", "data.dataset_config"),
+    "data.dataset_id": ("data.dataset_file", "data.dataset_config"),
     "data.eval_file": ("data.val_split",),
     "data.val_split": ("data.eval_file",),
 }

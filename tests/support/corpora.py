@@ -14,8 +14,7 @@ from hrm_ray.data.chunk_cache import ChunkCache
 from hrm_ray.data.chunk_source import ChunkMaker, EpochRule, LocalChunks
 from hrm_ray.data.chunks import Corpus
 from hrm_ray.data.packing import RowForm
-from hrm_ray.data.parts import list_parts
-from hrm_ray.data.readers import TextSource
+from hrm_ray.data.parts import TextSource, list_parts
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.train.feed import BatchShape, Ends
 from hrm_ray.train.stream_feed import StreamFeed, TextStream

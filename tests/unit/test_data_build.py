@@ -11,9 +11,10 @@ import pytest
 
 from hrm_ray.data import build
 from hrm_ray.data.build import build_sudoku, build_text
+from hrm_ray.data.parts import TextSource
 from hrm_ray.data.puzzles import sudoku, symmetry
 from hrm_ray.data.puzzles.samples import open_puzzles
-from hrm_ray.data.readers import TextSource, read_documents
+from hrm_ray.data.readers import read_documents
 from hrm_ray.errors import SettingsError
 
 

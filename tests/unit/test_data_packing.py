@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrm_ray.data.packing import RowForm, TextSamples, padding_rows
-from hrm_ray.data.readers import Document
+from hrm_ray.data.rows import Document
 from hrm_ray.data.text_store import TextStore, joined, load_store, save_store, tokenise
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataFault, SettingsError

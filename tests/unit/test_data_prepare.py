@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from hrm_ray.data.packing import RowForm, TextSamples
+from hrm_ray.data.parts import TextSource
 from hrm_ray.data.prepare import (
     PreparedText,
     TokenizerChoice,
@@ -20,7 +21,6 @@ from hrm_ray.data.prepare import (
     prepare_puzzles,
     prepare_text,
 )
-from hrm_ray.data.readers import TextSource
 from hrm_ray.data.text_data import CorpusCut, TextFolder, TextPlan
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataFault, ResourceFault, SettingsError

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from hrm_ray.data.detect import detect
-from hrm_ray.data.readers import TextSource, read_documents
-from hrm_ray.data.splits import split_files
+from hrm_ray.data.parts import TextSource, list_parts
+from hrm_ray.data.readers import read_documents
 from hrm_ray.errors import DataFault, HrmRayError, SettingsError
 
 
@@ -37,13 +37,14 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes("\ufeffline 1\r\nZeile 2 äöü 🙂\n".encode())
     (document,) = read_documents(TextSource(file))
-    assert (document.text, document.source, document.row) == ("line 1\r\nZeile 2 äöü 🙂\n", file, 1)
+    assert (document.text, document.where, document.row) == ("line 1\r\nZeile 2 äöü 🙂\n", str(file), 0)
 
 
-def test_each_line_of_jsonl_is_a_document_and_blank_lines_count_as_lines(tmp_path: Path) -> None:
+def test_each_line_of_jsonl_is_a_document_and_blank_lines_are_no_rows(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "one\\u2028still one"}\n\n  \n{"text": "two", "more": 1}', encoding="utf-8")
-    assert [(d.text, d.row) for d in read_documents(TextSource(file))] == [("one\u2028still one", 1), ("two", 4)]
+    found = [(document.text, document.row, document.where) for document in read_documents(TextSource(file))]
+    assert found == [("one\u2028still one", 0, f"{file}:1"), ("two", 1, f"{file}:4")]
 
 
 def test_pairs_have_prompt_and_response(tmp_path: Path) -> None:
@@ -63,7 +64,7 @@ def test_a_folder_is_read_through_in_the_order_of_its_paths(tmp_path: Path) -> N
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "a.txt").write_text("not read")
     assert texts(TextSource(tmp_path)) == ["1", "2", "3", "4", "5"]
-    assert split_files(tmp_path, "train").skipped == 2
+    assert list_parts(TextSource(tmp_path)).skipped == 2
 
 
 def test_a_split_is_a_name_of_files_or_of_a_folder(tmp_path: Path) -> None:
@@ -146,7 +147,7 @@ def test_columns_of_pairs_are_checked(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     assert "--response-column" in fault_of(TextSource(rows, prompt_column="q"), SettingsError)
     assert "--response-column" in fault_of(TextSource(rows, prompt_column="q", response_column="a"))
-    assert ".txt" in fault_of(TextSource(tmp_path / "a.txt", prompt_column="q", response_column="a"))
+    assert "no column `q`" in fault_of(TextSource(tmp_path / "a.txt", prompt_column="q", response_column="a"))
 
 
 def test_detect_tells_text(tmp_path: Path) -> None:

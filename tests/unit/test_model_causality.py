@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hrm_ray.data.packing import RowForm, TextSamples
-from hrm_ray.data.readers import Document
+from hrm_ray.data.rows import Document
 from hrm_ray.data.text_store import tokenise
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.model.build import build_objective

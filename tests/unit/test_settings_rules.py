@@ -204,6 +204,23 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
     "resume_one_way": ({"--resume": True, "--resume-from": "c"}, {"--resume-from": "c"}, "--resume"),
     "one_held_out_set": ({"--val-split": "v", "--eval-file": "f"}, {"--val-split": "v"}, "v"),
     "evaluation_needs_data": ({"--eval-every": "5"}, {"--eval-every": "5", "--val-split": "v"}, "--eval-file"),
+    "one_training_set": ({"--dataset-file": "f", "--dataset-id": "o/n"}, {"--dataset-id": "o/n"}, "--dataset-id o/n"),
+    "hub_config_once": (
+        {"--dataset-file": "hf://o/n:en", "--dataset-config": "fr"},
+        {"--dataset-file": "hf://o/n::test", "--dataset-config": "fr"},
+        "configuration en",
+    ),
+    "hub_split_once": (
+        {"--dataset-file": "hf://o/n:en:test", "--split": "train"},
+        {"--dataset-file": "hf://o/n:en:test"},
+        "split test",
+    ),
+    "hub_id_is_one": ({"--dataset-id": "hf://o/n"}, {"--dataset-id": "o/n"}, "--dataset-file"),
+    "hub_config_of_hub_data": (
+        {"--dataset-file": "f", "--dataset-config": "en"},
+        {"--dataset-id": "o/n", "--dataset-config": "en"},
+        "--dataset-id",
+    ),
     "cycles_of_transformer": ({"--arch": "transformer", "--h-cycles": "2"}, {"--arch": "transformer"}, "--h-cycles 2"),
     "rope_theta_of_rope": ({"--no-rope": True, "--rope-theta": "1e4"}, {"--rope-theta": "1e4"}, "rope"),
     "halt_margin_of_gain": ({"--halt-rule": "none", "--halt-margin": "0.1"}, {"--halt-margin": "0.1"}, "0.1"),

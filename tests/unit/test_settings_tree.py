@@ -31,7 +31,7 @@ LEAVES: dict[str, st.SearchStrategy[Any]] = {
     "supervision": st.just("rollout"),
     "loss": st.sampled_from(["softmax", "stablemax"]),
     "student_init": NAME.map(Path),
-    "dataset_file": NAME.map(Path),
+    "dataset_file": NAME,
     "split": NAME,
     "linear_dataset": st.booleans(),
     "max_seq_len": st.integers(2, 10**6),

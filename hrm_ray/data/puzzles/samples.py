@@ -23,8 +23,11 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from hrm_ray.data.file_kinds import FileKind
+from hrm_ray.data.parts import TextSource, list_parts
+from hrm_ray.data.places import require_path
 from hrm_ray.data.puzzles.format import DESCRIPTION, REBUILD, PuzzleFacts, read_description
-from hrm_ray.data.splits import missing_split, require_path, split_files
+from hrm_ray.data.splits import missing_split
 from hrm_ray.errors import DataFault, Fault
 from hrm_ray.rundir import file_sha256
 from hrm_ray.values import IGNORE_LABEL, Columns
@@ -115,7 +118,8 @@ def open_puzzles(path: Path, split: str = "train") -> PuzzleSamples:
         return _open_built(path, split)
     if path.suffix.lower() == ".safetensors" and path.is_file():
         return _open_safetensors(path, split)
-    return open_puzzle_rows([file for file in split_files(path, split).files if file.suffix.lower() == ".jsonl"])
+    parts = list_parts(TextSource(str(path), split)).parts
+    return open_puzzle_rows([Path(part.address) for part in parts if part.kind == FileKind("jsonl", None)])
 
 
 def puzzle_splits(path: Path) -> list[str]:
@@ -131,7 +135,7 @@ def puzzle_splits(path: Path) -> list[str]:
 def _open_built(folder: Path, split: str) -> PuzzleSamples:
     description = read_description(folder)
     if split not in description.splits:
-        raise missing_split(folder, split, sorted(description.splits))
+        raise missing_split(str(folder), split, sorted(description.splits))
     path = folder / f"{split}.safetensors"
     if not path.is_file():
         raise DataFault(Fault(str(path), f"{DESCRIPTION} names this file, but it is not there", REBUILD))
@@ -164,7 +168,7 @@ def _open_safetensors(path: Path, split: str) -> PuzzleSamples:
             )
         )
     if split not in splits:
-        raise missing_split(path, split, splits)
+        raise missing_split(str(path), split, splits)
     for name in splits:
         _check_shapes(tensors, path, prefix and f"{name}.")
     own = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}

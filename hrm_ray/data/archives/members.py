@@ -1,0 +1,135 @@
+"""Members of an archive: which are read, which are refused, and their rows.
+
+One job: the rules that .zip and .tar share. Nothing is ever unpacked into a folder; a name that would leave one is
+refused all the same, since such an archive was not made in good faith, or not for this.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import BinaryIO, NamedTuple, cast
+
+from hrm_ray.data.file_kinds import READABLE, TEXT_FORMATS, FileKind, is_hidden, kind_of
+from hrm_ray.data.formats.choose import format_rows
+from hrm_ray.data.formats.texts import PIECE_BYTES, text_row
+from hrm_ray.data.rows import Cursor, Document, Row
+from hrm_ray.data.splits import missing_split, split_of
+from hrm_ray.data.streams import ContainerUnreadable, Unreadable
+from hrm_ray.errors import Fault
+
+# Most names, told at once: no part begins with a dot, nothing is absolute, nothing is another system's.
+_PLAIN = re.compile(r"(?![A-Za-z]:)[^./\\][^/\\]*(?:/[^./\\][^/\\]*)*")
+_DRIVE = re.compile(r"[A-Za-z]:")
+_WITHOUT = "Make the archive again without this member"
+
+
+class Member(NamedTuple):
+    """A file in an archive: its name in clean form, its kind, `size` in bytes, `stored` bytes it takes in the archive,
+    and why it is `refused` (empty: it is not)."""
+
+    name: str
+    kind: FileKind
+    size: int
+    stored: int
+    refused: str = ""
+
+    @property
+    def is_one_row(self) -> bool:
+        """Whether it counts as exactly one row, whatever is in it."""
+        if self.refused:
+            return True
+        return self.kind.form in TEXT_FORMATS and self.kind.compression is None and self.size <= PIECE_BYTES
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which members are read: those of `split`, or (None) all but those of the split `apart`."""
+
+    split: str | None = None
+    apart: str | None = None
+
+    def wants(self, name: str) -> bool:
+        """Whether the member of this name is read."""
+        if self.split is not None:
+            return split_of(name) == self.split
+        return self.apart is None or split_of(name) != self.apart
+
+
+def member_of(stored_name: str, size: int, stored: int, unusual: str = "") -> Member | None:
+    """The member of this name in an archive; None where it is of a kind that is not read, or hidden. `unusual`: what it
+    is where it is no plain file."""
+    if _PLAIN.fullmatch(stored_name) and not unusual:
+        kind = kind_of(stored_name)
+        if kind is None:
+            return None
+        if not kind.is_archive:
+            return Member(stored_name, kind, size, stored)
+    name = stored_name.replace("\\", "/")
+    kind = kind_of(name)
+    if kind is None or is_hidden(name):
+        return None
+    parts = name.split("/")
+    refused = ""
+    if name.startswith("/") or _DRIVE.match(name):
+        refused = "its name is an absolute path"
+    elif ".." in parts:
+        refused = "its name leads out of the archive"
+    elif unusual:
+        refused = f"it is {unusual}"
+    elif kind.is_archive:
+        refused = "it is an archive inside an archive"
+    clean = "/".join(part for part in parts if part not in ("", "."))
+    return Member(clean, kind, size, stored, refused)
+
+
+def member_rows(
+    member: Member, cursor: Cursor, archive: str, whole: Callable[[], bytes], stream: Callable[[], BinaryIO]
+) -> Iterator[Row]:
+    """The rows of one member. A short one is taken with `whole` at once, which is quicker for a hundred thousand of
+    them, a long one with `stream`. What is wrong with it costs only this member, but for a ContainerUnreadable."""
+    # A text file below the row where reading begins need not be looked at.
+    if member.is_one_row and cursor.row < cursor.start:
+        cursor.row += 1
+        return
+    cursor.where = f"{archive}/{member.name}"
+    if member.refused:
+        yield cursor.bad(Fault(cursor.where, member.refused, _WITHOUT))
+        return
+    try:
+        if member.is_one_row:
+            data, row = whole(), cursor.next_row()
+            yield _within(text_row(data, cursor, row, mark=row + 1 if cursor.marked else None))
+            return
+        with _buffered(whole()) if member.size <= PIECE_BYTES else stream() as opened:
+            for item in format_rows(opened, member.kind, cursor, stored_bytes=member.size, seekable=False):
+                yield _within(item)
+    except ContainerUnreadable:
+        raise
+    except Unreadable as error:
+        yield cursor.bad(error.fault)
+
+
+def _buffered(data: bytes) -> BinaryIO:
+    return cast(BinaryIO, io.BufferedReader(io.BytesIO(data)))
+
+
+def _within(item: Row) -> Row:
+    """A row of a member: it may end the member, but not the archive."""
+    if isinstance(item, Document) or not item.ends_part:
+        return item
+    return replace(item, ends_part=False)
+
+
+def nothing_chosen(archive: str, selection: Selection, splits: Sequence[str], skipped: int) -> ContainerUnreadable:
+    """What to raise where no member is of the selection; `splits` are those there are, `skipped` counts members of
+    other kinds."""
+    if not splits:
+        reason = f"there is no readable member in it ({skipped} of other kinds)"
+        return ContainerUnreadable(Fault(archive, reason, f"Give {READABLE}"))
+    if selection.split is not None:
+        return ContainerUnreadable(missing_split(archive, selection.split, splits).faults[0])
+    reason = f"all of its members are of the split `{selection.apart}`, which is held out"
+    return ContainerUnreadable(Fault(archive, reason, "Add training data, or hold out another split"))

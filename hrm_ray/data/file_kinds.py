@@ -1,0 +1,73 @@
+"""What a file is, told from its name.
+
+One job: names -> format, compression, stem. It opens nothing, so a wrong suffix shows only when the file is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FORMATS = ("txt", "md", "csv", "tsv", "json", "jsonl", "parquet", "arrow")
+"""Suffixes of files that hold documents."""
+
+ARCHIVES = ("zip", "tar")
+"""Suffixes of files that hold files."""
+
+COMPRESSIONS = {"gz": "gzip", "bz2": "bz2", "xz": "xz", "zst": "zstd"}
+"""Suffix behind another one -> compression."""
+
+_SHORT = {"tgz": ("tar", "gzip")}
+
+TEXT_FORMATS = frozenset({"txt", "md"})
+"""Formats without rows: a file is one document (a very long one several)."""
+
+READABLE = (
+    ".txt, .md, .csv, .tsv, .json, .jsonl, .parquet or .arrow files, also with .gz, .bz2, .xz or .zst behind it, "
+    "or .zip, .tar, .tar.gz archives of them"
+)
+"""What can be read, for messages."""
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """`form`: one of FORMATS or ARCHIVES; `compression`: one of the values of COMPRESSIONS, or None."""
+
+    form: str
+    compression: str | None
+
+    @property
+    def is_archive(self) -> bool:
+        """Whether it holds files."""
+        return self.form in ARCHIVES
+
+
+def kind_of(name: str) -> FileKind | None:
+    """The kind of a file of this name (a path's last part is enough); None where it cannot be read. Upper and lower
+    case are the same."""
+    rest, dot, suffix = name.lower().rpartition(".")
+    if not dot:
+        return None
+    if suffix in FORMATS or suffix in ARCHIVES:
+        return FileKind(suffix, None)
+    if suffix in _SHORT:
+        return FileKind(*_SHORT[suffix])
+    if suffix not in COMPRESSIONS:
+        return None
+    inner = rest.rpartition(".")[2] if "." in rest else ""
+    # A .zip is compressed already and cannot be read from front to back: `.zip.gz` is nothing that anybody makes.
+    return FileKind(inner, COMPRESSIONS[suffix]) if inner in FORMATS or inner == "tar" else None
+
+
+def stem_of(name: str) -> str:
+    """A file's name without folder and without the suffixes that say its kind: `a/b.v2.jsonl.gz` -> `b.v2`."""
+    last = name.rpartition("/")[2]
+    kind = kind_of(last)
+    stem = last.rpartition(".")[0] or last
+    if kind is not None and kind.compression is not None and not last.lower().endswith(tuple(_SHORT)):
+        stem = stem.rpartition(".")[0] or stem
+    return stem
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a part of the path begins with a dot (`.` itself is no name)."""
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))

@@ -1,0 +1,173 @@
+"""Data sets of the Hugging Face Hub, through the `datasets` library, in its streaming mode.
+
+One job: `hf://id:config:split` -> shards, each one stream of rows, and their rows. Nothing is downloaded before it is
+read. The revision is settled when the shards are listed, so that every process reads the same one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hrm_ray.data.rows import Cursor, Row
+from hrm_ray.data.splits import missing_split
+from hrm_ray.data.streams import Unreadable
+from hrm_ray.errors import DataFault, EnvironmentFault, Fault, SettingsError
+from hrm_ray.settings.hub_name import HubName, hub_name
+
+_TIMEOUT_S = 10
+_ADDRESS = re.compile(r"(?P<name>.*)#(?P<index>\d+)/(?P<count>\d+)@(?P<revision>[^@]*)", re.DOTALL)
+
+
+class Shard(NamedTuple):
+    """A part of a data set that is read on its own: usually one of its files. `address`: name#index/count@revision;
+    `bytes` is 0, since nobody says; `stamp` is the data set's fingerprint."""
+
+    name: str
+    address: str
+    bytes: int
+    stamp: str
+
+
+def list_shards(address: str, split: str) -> list[Shard]:
+    """The shards of a data set; a split that the address names stands above `split`.
+
+    Raises EnvironmentFault where the library is missing or the Hub cannot be reached, SettingsError for an id or a
+    configuration that is not there, DataFault for a split that is not there or data that cannot be opened.
+    """
+    name = hub_name(address)
+    assert name is not None, "only addresses of the Hub come here"
+    name = name._replace(split=name.split or split)
+    _require_datasets(address)
+    revision = "" if Path(name.id).is_dir() else _revision(name)
+    dataset, fingerprint = _open(name, revision)
+    count: int = dataset.num_shards
+    return [
+        Shard(f"{name.split}/{index:05d}", f"{name}#{index}/{count}@{revision}", 0, fingerprint)
+        for index in range(count)
+    ]
+
+
+def shard_rows(address: str, cursor: Cursor) -> Iterator[Row]:
+    """The rows of a shard. Raises Unreadable for damaged data, EnvironmentFault where the Hub cannot be reached."""
+    found = _ADDRESS.fullmatch(address)
+    name = hub_name(found["name"]) if found is not None else None
+    assert found is not None and name is not None, "an address that list_shards made"
+    _require_datasets(address)
+    cursor.where = f"{name}, shard {found['index']}"
+    shard = _open(name, found["revision"])[0].shard(num_shards=int(found["count"]), index=int(found["index"]))
+    if shard.column_names is not None:
+        fault = cursor.columns.absent(shard.column_names, cursor.where, "data set")
+        if fault is not None:
+            yield cursor.bad(fault, ends_part=True)
+            return
+        shard = shard.select_columns(list(cursor.columns.names))
+    cursor.row = cursor.start
+    rows = iter(shard.skip(cursor.start) if cursor.start else shard)
+    while (values := _next(rows, cursor.where)) is not None:
+        row = cursor.next_row()
+        yield cursor.columns.document(values, f"{cursor.where}, row {row + 1}", row, None)
+
+
+def _next(rows: Iterator[dict[str, object]], where: str) -> dict[str, object] | None:
+    """The next row; None at the end."""
+    import pyarrow as pa
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return next(rows, None)
+    except FileNotFoundError as error:
+        raise Unreadable(Fault(where, "a file of it is not there any more", "Put it back, or start again")) from error
+    except _network_errors() as error:
+        raise _no_hub(where, error) from error
+    except (DatasetsError, pa.ArrowException, OSError, ValueError, TypeError, EOFError) as error:
+        mend = "Mend the data set, or name another --dataset-config or split"
+        raise Unreadable(Fault(where, f"it cannot be read on ({_first_line(error)})", mend)) from error
+
+
+def _require_datasets(address: str) -> None:
+    try:
+        import datasets  # noqa: F401
+    except ImportError as error:
+        reason = "data sets of the Hub are read through the library `datasets`, which is not installed"
+        raise EnvironmentFault(Fault(address, reason, "pip install datasets")) from error
+
+
+def _revision(name: HubName) -> str:
+    """The commit that a data set of the Hub is at now; asked once and plainly, where the library would try for half a
+    minute."""
+    from huggingface_hub import constants, get_token
+
+    token = get_token()
+    # An id is one name or two; anything else in it is quoted away.
+    url = f"{constants.ENDPOINT}/api/datasets/{urllib.parse.quote(name.id)}"
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
+            revision: str = json.loads(answer.read())["sha"]
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403, 404):
+            reason = f"the Hub gives no such data set (status {error.code}); it is not there, or not for this account"
+            mend = "Check ORGANISATION/NAME; for a private or gated one log in with `hf auth login`"
+            raise SettingsError(Fault(str(name), reason, mend)) from error
+        raise _no_hub(str(name), error) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _no_hub(str(name), error) from error
+    return revision
+
+
+def _no_hub(what: str, error: Exception) -> EnvironmentFault:
+    mend = "Check the network, or give --dataset-file with a copy of the data"
+    return EnvironmentFault(Fault(what, f"the Hub cannot be reached ({_first_line(error)})", mend))
+
+
+@lru_cache(maxsize=4)
+def _open(name: HubName, revision: str) -> tuple[Any, str]:
+    """The data set as the library's stream of rows, and its fingerprint."""
+    from datasets import load_dataset_builder
+    from datasets.exceptions import DatasetsError
+
+    path = os.path.abspath(name.id) if not revision else name.id
+    try:
+        builder = load_dataset_builder(path, name.config, revision=revision or None)
+    except _network_errors() as error:
+        raise _no_hub(str(name), error) from error
+    except (DatasetsError, ValueError, OSError) as error:
+        reason = f"this data set cannot be opened ({_first_line(error)})"
+        raise SettingsError(Fault(str(name), reason, _config_mend(str(error)))) from error
+    try:
+        return builder.as_streaming_dataset(split=name.split), revision or builder.hash
+    except ValueError as error:
+        splits = sorted(str(split) for split in builder.config.data_files or ())
+        if name.split in splits:
+            reason = f"it cannot be read ({_first_line(error)})"
+            raise DataFault(Fault(str(name), reason, "Mend the data set")) from error
+        raise missing_split(str(name._replace(split=None)), str(name.split), splits) from error
+
+
+def _network_errors() -> tuple[type[Exception], ...]:
+    """What an interrupted connection raises. The library below differs from version to version; the Hub's own error is
+    a kind of that library's."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    below = tuple(kind for kind in HfHubHTTPError.__bases__ if kind is not OSError and issubclass(kind, Exception))
+    return (ConnectionError, TimeoutError, *below)
+
+
+def _config_mend(said: str) -> str:
+    if "onfig" in said:
+        return "Name one of its configurations with --dataset-config"
+    return "Check the id; a folder must be laid out as a data set of the Hub"
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]).rstrip(".") or type(error).__name__

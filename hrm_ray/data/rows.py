@@ -1,0 +1,155 @@
+"""Rows of a corpus: documents, and rows that are none.
+
+One job: from the values in a row's columns to a Document, or to a BadRow that says what is wrong. It reads no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from hrm_ray.errors import Fault
+
+ROW_BYTES = 64 << 20
+"""A row longer than this (64 MiB) is refused: what is read is held one row at a time, and memory must have a bound."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document: its text, and where it stands.
+
+    `where` is for people (file and line); `row` is its number in the part from 0, bad rows counted; `mark`, where the
+    part can be read from any row, is where the next row begins. For a pair `text` is prompt + response, and both are
+    given as well.
+    """
+
+    text: str
+    where: str
+    row: int
+    mark: int | None = None
+    prompt: str | None = None
+    response: str | None = None
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that is no document, with what is wrong; `ends_part`: nothing after it in this part can be read."""
+
+    fault: Fault
+    where: str
+    row: int
+    mark: int | None = None
+    ends_part: bool = False
+
+
+Row: TypeAlias = Document | BadRow
+
+
+class Columns:
+    """The columns that hold a document: one of text, or prompt and response."""
+
+    def __init__(self, text: str, prompt: str | None, response: str | None) -> None:
+        self.pairs = prompt is not None and response is not None
+        self.names: tuple[str, ...] = (prompt or "", response or "") if self.pairs else (text,)
+        self._options = ("--prompt-column", "--response-column") if self.pairs else ("--text-column",)
+
+    def document(self, values: Mapping[str, object], where: str, row: int, mark: int | None) -> Row:
+        """The document of a row whose columns are `values`."""
+        try:
+            picked = [values[name] for name in self.names]
+        except KeyError:
+            absent = self.absent(values, where)
+            assert absent is not None
+            return BadRow(absent, where, row, mark)
+        return self.picked(picked, where, row, mark)
+
+    def picked(self, values: Sequence[object], where: str, row: int, mark: int | None) -> Row:
+        """The document of a row of which only the columns `names` were taken."""
+        for number, value in enumerate(values):
+            # Plain ASCII, the usual case, needs no closer look.
+            if type(value) is not str or not value.isascii():
+                fault = self._no_text(value, number, where)
+                if fault is not None:
+                    return BadRow(fault, where, row, mark)
+        if self.pairs:
+            prompt, response = str(values[0]), str(values[1])
+            return Document(prompt + response, where, row, mark, prompt, response)
+        return Document(str(values[0]), where, row, mark)
+
+    def absent(self, there: Iterable[str], where: str, what: str = "row") -> Fault | None:
+        """The fault of a row (or of a file: `what`) without one of the columns, or with two of a name."""
+        columns = list(there)
+        for name, option in zip(self.names, self._options, strict=True):
+            if columns.count(name) > 1:
+                reason = f"the {what} has {columns.count(name)} columns of this name"
+                return Fault(f"{where}, column `{name}`", reason, f"Rename one, or name another with {option}")
+            if name not in columns:
+                reason = f"the {what} has no such column; it has: {', '.join(sorted(columns)) or 'none'}"
+                return Fault(f"{where}, column `{name}`", reason, f"Name another with {option}")
+        return None
+
+    def _no_text(self, value: object, number: int, where: str) -> Fault | None:
+        """What is wrong with a value that should be text; None where it is."""
+        place = f"{where}, column `{self.names[number]}`"
+        if isinstance(value, bytes):
+            try:
+                value.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return not_utf8(place, error, error.start)
+        if not isinstance(value, str):
+            reason = f"its value is {kind_name(value)}, not a string"
+            return Fault(place, reason, f"Name another with {self._options[number]}")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            reason = f"character {error.start} is half of a surrogate pair, which is no text"
+            return Fault(place, reason, "Write the character itself, or the pair")
+        return None
+
+
+@dataclass
+class Cursor:
+    """Where the reading of a part stands.
+
+    `row` is the number of the next row; rows below `start` are passed over. With `mark` reading begins at the row
+    `start`, which begins there. `marked`: rows carry marks. `where` names the present file for people; in an archive
+    it moves from member to member, while rows are counted through.
+    """
+
+    columns: Columns
+    where: str
+    start: int = 0
+    mark: int | None = None
+    marked: bool = False
+    row: int = 0
+
+    def next_row(self) -> int:
+        """Counts a row; its number."""
+        self.row += 1
+        return self.row - 1
+
+    def bad(self, fault: Fault, *, ends_part: bool = False) -> BadRow:
+        """Counts a row that is none, and gives it."""
+        return BadRow(fault, self.where, self.next_row(), None, ends_part)
+
+
+def not_utf8(where: str, error: UnicodeDecodeError, offset: int) -> Fault:
+    """The fault of bytes that are no UTF-8; `offset` is the wrong byte's place in the file or value."""
+    reason = f"byte {offset} (0x{error.object[error.start]:02x}) is not UTF-8: {error.reason}"
+    return Fault(where, reason, "Convert the file to UTF-8")
+
+
+def kind_name(value: object) -> str:
+    """A value's type in JSON's own words."""
+    kinds = {
+        type(None): "null",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+        str: "a string",
+        bytes: "binary",
+    }
+    return kinds.get(type(value), f"a {type(value).__name__}")

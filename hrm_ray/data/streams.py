@@ -1,0 +1,181 @@
+"""Byte streams: decompressing, with bounds on what comes out, and copies on disk where a format must jump about.
+
+One job: bytes in, bytes out, and one exception (Unreadable) for whatever goes wrong on the way. Where the bytes come
+from is `places`, what they mean is `formats`.
+"""
+
+from __future__ import annotations
+
+import bz2
+import errno
+import gzip
+import io
+import lzma
+import tempfile
+import zipfile
+import zlib
+from typing import IO, Any, BinaryIO, cast
+
+from hrm_ray.errors import Fault, ResourceFault
+
+EXPANSION = 500
+"""Text packs 3 to 20 times smaller, a log a hundred times; what grows more than this is taken for a bomb."""
+
+EXPANSION_FROM_BYTES = 16 << 20
+"""Up to this much (16 MiB) may come out of any file, however small: it can do no harm."""
+
+TOTAL_BYTES = 1 << 40
+"""What may come out of one compressed file or archive: 1 TiB."""
+
+SPOOL_MEMORY_BYTES = 16 << 20
+"""A copy of this size (16 MiB) is held in memory, a longer one in a temporary file."""
+
+SPOOL_BYTES = 8 << 30
+"""What may be copied into a temporary file: 8 GiB."""
+
+BUFFER_BYTES = 256 << 10
+_STEP_BYTES = 64 << 10
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_COPY_AGAIN = "It may be damaged or cut short: copy it again"
+
+
+class Unreadable(Exception):
+    """A stream, or the rest of it, cannot be read. It never leaves the readers: they make a BadRow of it."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(str(fault))
+        self.fault = fault
+
+
+class ContainerUnreadable(Unreadable):
+    """The archive itself cannot be read on, not only the member that is being read."""
+
+
+DAMAGE: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
+"""What the standard library and pyarrow's streams raise for bytes that cannot be decompressed or read."""
+
+
+def damage(error: Exception, where: str) -> Unreadable:
+    """The Unreadable for an exception out of DAMAGE."""
+    if isinstance(error, FileNotFoundError):
+        return Unreadable(Fault(where, "the file is not there any more", "Put it back, or start again without it"))
+    if isinstance(error, PermissionError):
+        return Unreadable(Fault(where, "reading it is not permitted", "Make it readable for this user"))
+    return Unreadable(Fault(where, f"it cannot be read on ({_said(error)})", _COPY_AGAIN))
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).strip().rstrip(".").partition("\n")[0] or type(error).__name__
+
+
+class Bounded(io.RawIOBase):
+    """What comes out of a decompressor: its errors become Unreadable, and so does too much of it.
+
+    `stored_bytes` is what went into it. Read it through `io.BufferedReader`.
+    """
+
+    def __init__(self, source: BinaryIO, where: str, stored_bytes: int) -> None:
+        super().__init__()
+        self._source, self._where = source, where
+        self._bound = max(EXPANSION_FROM_BYTES, EXPANSION * stored_bytes)
+        self._stored, self._out = stored_bytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """As of io.RawIOBase; gives what there is before an error, then the error."""
+        view = memoryview(buffer)
+        try:
+            # As little as it will: what a failing call had decompressed before its error is lost.
+            data = self._source.read1(min(len(view), _STEP_BYTES))  # type: ignore[attr-defined]
+        except DAMAGE as error:
+            raise damage(error, self._where) from error
+        view[: len(data)] = data
+        self._out += len(data)
+        if self._out > self._bound or self._out > TOTAL_BYTES:
+            raise bomb(self._where, self._stored, self._out)
+        return len(data)
+
+    def close(self) -> None:
+        """Closes the decompressor too."""
+        if not self.closed:
+            self._source.close()
+        super().close()
+
+
+def bomb(where: str, stored_bytes: int, out_bytes: int) -> Unreadable:
+    """The Unreadable for content that grows beyond the bounds."""
+    if out_bytes > TOTAL_BYTES:
+        reason = f"more than {TOTAL_BYTES >> 40} TiB come out of it"
+        return Unreadable(Fault(where, reason, "Unpack it, and give the folder"))
+    reason = f"{out_bytes} bytes come out of {stored_bytes}, more than {EXPANSION} times as much (a bomb, it seems)"
+    return Unreadable(Fault(where, reason, "Unpack it yourself, if you trust it, and give the folder"))
+
+
+def decompressed(stream: BinaryIO, compression: str | None, where: str, stored_bytes: int) -> BinaryIO:
+    """`stream` without its compression ("gzip", "bz2", "xz", "zstd" or none), to be read from front to back."""
+    if compression is None:
+        return stream
+    opened: Any
+    if compression == "gzip":
+        opened = gzip.GzipFile(fileobj=stream, mode="rb")
+    elif compression == "bz2":
+        opened = bz2.BZ2File(stream)
+    elif compression == "xz":
+        opened = lzma.LZMAFile(stream)  # noqa: SIM115
+    else:
+        opened = _zstd(stream, where)
+    return bounded(opened, where, stored_bytes)
+
+
+def bounded(source: BinaryIO, where: str, stored_bytes: int) -> BinaryIO:
+    """What comes out of a decompressor as a buffered reader, within the bounds."""
+    return cast(BinaryIO, io.BufferedReader(Bounded(source, where, stored_bytes), BUFFER_BYTES))
+
+
+def _zstd(stream: BinaryIO, where: str) -> Any:
+    import pyarrow as pa
+
+    if not pa.Codec.is_available("zstd"):
+        reason = "this build of pyarrow cannot read zstd"
+        raise Unreadable(Fault(where, reason, "Install pyarrow from its own wheels, or compress with gzip"))
+    return pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), "zstd")
+
+
+def seekable_copy(stream: BinaryIO, where: str) -> BinaryIO:
+    """A copy of a stream for formats that must jump about (Parquet, Arrow): in memory while it is small, else in a
+    temporary file that vanishes when it is closed. Raises Unreadable for a longer one than SPOOL_BYTES, ResourceFault
+    where the disk is full."""
+    begin = stream.read(SPOOL_MEMORY_BYTES + 1)
+    if len(begin) <= SPOOL_MEMORY_BYTES:
+        return cast(BinaryIO, io.BufferedReader(io.BytesIO(begin)))
+    copy = tempfile.TemporaryFile()  # noqa: SIM115
+    copied, data = 0, begin
+    try:
+        while data:
+            copied += len(data)
+            if copied > SPOOL_BYTES:
+                reason = (
+                    f"it is longer than {SPOOL_BYTES >> 30} GiB unpacked, and its format cannot be read in a stream"
+                )
+                raise Unreadable(Fault(where, reason, "Unpack it, and give the folder"))
+            _write(copy, data, where)
+            data = stream.read(1 << 20)
+        copy.seek(0)
+    except BaseException:
+        copy.close()
+        raise
+    return cast(BinaryIO, copy)
+
+
+def _write(copy: IO[bytes], data: bytes, where: str) -> None:
+    try:
+        copy.write(data)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        reason = f"there is no room for its copy in {tempfile.gettempdir()}"
+        raise ResourceFault(Fault(where, reason, "Free some space there, set TMPDIR, or unpack it")) from error
