@@ -67,8 +67,7 @@ def shard_rows(address: str, cursor: Cursor) -> Iterator[Row]:
     if shard.column_names is not None:
         fault = cursor.columns.absent(shard.column_names, cursor.where, "data set")
         if fault is not None:
-            yield cursor.bad(fault, ends_part=True)
-            return
+            raise Unreadable(fault)
         shard = shard.select_columns(list(cursor.columns.names))
     cursor.row = cursor.start
     rows = iter(shard.skip(cursor.start) if cursor.start else shard)

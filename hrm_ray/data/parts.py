@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hrm_ray.data import hub
 from hrm_ray.data.archives.members import Selection
-from hrm_ray.data.archives.tars import TarStream
+from hrm_ray.data.archives.tars import tar_names
 from hrm_ray.data.archives.zips import open_zip
 from hrm_ray.data.file_kinds import READABLE, FileKind, is_hidden, kind_of
 from hrm_ray.data.formats.columnar import has_arrow_index
@@ -173,9 +173,7 @@ def _archive(source: TextSource, place: Place, entry: Entry, kind: FileKind) -> 
                 directory = open_zip(file, source.path, entry.bytes)
                 names, skipped = directory.names, directory.skipped
             else:
-                stream = TarStream(file, source.path, seekable=True)
-                names = [member.name for member in stream]
-                skipped = stream.skipped
+                names, skipped = tar_names(file, source.path)
     except ContainerUnreadable as error:
         raise DataFault(error.fault) from error
     except OSError as error:

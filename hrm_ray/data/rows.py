@@ -129,9 +129,9 @@ class Cursor:
         self.row += 1
         return self.row - 1
 
-    def bad(self, fault: Fault, *, ends_part: bool = False) -> BadRow:
+    def bad(self, fault: Fault) -> BadRow:
         """Counts a row that is none, and gives it."""
-        return BadRow(fault, self.where, self.next_row(), None, ends_part)
+        return BadRow(fault, self.where, self.next_row())
 
 
 def not_utf8(where: str, error: UnicodeDecodeError, offset: int) -> Fault:

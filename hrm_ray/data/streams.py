@@ -163,7 +163,7 @@ def seekable_copy(stream: BinaryIO, where: str) -> BinaryIO:
                 )
                 raise Unreadable(Fault(where, reason, "Unpack it, and give the folder"))
             _write(copy, data, where)
-            data = stream.read(1 << 20)
+            data = stream.read(BUFFER_BYTES)
         copy.seek(0)
     except BaseException:
         copy.close()

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hrm_ray.train.feed import Ends
-from tests.support.corpora import (
+from tests.support.numbered_corpora import (
     Opened,
     Row,
     Shape,

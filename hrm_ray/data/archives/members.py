@@ -9,13 +9,13 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple, cast
 
 from hrm_ray.data.file_kinds import READABLE, TEXT_FORMATS, FileKind, is_hidden, kind_of
 from hrm_ray.data.formats.choose import format_rows
 from hrm_ray.data.formats.texts import PIECE_BYTES, text_row
-from hrm_ray.data.rows import Cursor, Document, Row
+from hrm_ray.data.rows import Cursor, Row
 from hrm_ray.data.splits import missing_split, split_of
 from hrm_ray.data.streams import ContainerUnreadable, Unreadable
 from hrm_ray.errors import Fault
@@ -101,26 +101,20 @@ def member_rows(
     try:
         if member.is_one_row:
             data, row = whole(), cursor.next_row()
-            yield _within(text_row(data, cursor, row, mark=row + 1 if cursor.marked else None))
+            yield text_row(data, cursor, row, mark=row + 1 if cursor.marked else None)
             return
         with _buffered(whole()) if member.size <= PIECE_BYTES else stream() as opened:
-            for item in format_rows(opened, member.kind, cursor, stored_bytes=member.size, seekable=False):
-                yield _within(item)
+            yield from format_rows(opened, member.kind, cursor, stored_bytes=member.size, seekable=False)
     except ContainerUnreadable:
         raise
     except Unreadable as error:
-        yield cursor.bad(error.fault)
+        bad = cursor.bad(error.fault)
+        if bad.row >= cursor.start:
+            yield bad
 
 
 def _buffered(data: bytes) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(io.BytesIO(data)))
-
-
-def _within(item: Row) -> Row:
-    """A row of a member: it may end the member, but not the archive."""
-    if isinstance(item, Document) or not item.ends_part:
-        return item
-    return replace(item, ends_part=False)
 
 
 def nothing_chosen(archive: str, selection: Selection, splits: Sequence[str], skipped: int) -> ContainerUnreadable:

@@ -187,6 +187,21 @@ def _text(name: bytes) -> str:
     return name.decode("utf-8", "replace")
 
 
+def tar_names(file: BinaryIO, where: str) -> tuple[list[str], int]:
+    """The names of the members of a tar that can be sought in, without reading what is between them, and how many
+    members are of other kinds. Raises ContainerUnreadable where there is not one member."""
+    tar = TarStream(file, where, seekable=True)
+    names: list[str] = []
+    try:
+        for member in tar:
+            names.append(member.name)
+    except ContainerUnreadable:
+        # What comes before the damage can be read; the reading tells of it.
+        if not names:
+            raise
+    return names, tar.skipped
+
+
 def tar_rows(stream: BinaryIO, cursor: Cursor, selection: Selection, *, undecided: bool) -> Iterator[Row]:
     """The rows of a tar stream, members in the order they are stored in. Raises ContainerUnreadable.
 

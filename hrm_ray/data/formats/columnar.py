@@ -38,8 +38,7 @@ def _parquet_rows(file: BinaryIO, cursor: Cursor) -> Iterator[Row]:
     opened = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
     fault = cursor.columns.absent(opened.schema_arrow.names, cursor.where, "file")
     if fault is not None:
-        yield cursor.bad(fault, ends_part=True)
-        return
+        raise Unreadable(fault)
     base = cursor.row
     for number in range(opened.metadata.num_row_groups):
         group = opened.metadata.row_group(number)
@@ -90,8 +89,7 @@ def _arrow_file_rows(file: BinaryIO, cursor: Cursor) -> Iterator[Row]:
     schema = pa.ipc.open_file(file).schema
     fault = cursor.columns.absent(schema.names, cursor.where, "file")
     if fault is not None:
-        yield cursor.bad(fault, ends_part=True)
-        return
+        raise Unreadable(fault)
     opened = pa.ipc.open_file(file, options=_only(schema, cursor.columns))
     first = 0
     if cursor.mark is not None:
@@ -116,8 +114,7 @@ def _arrow_stream_rows(file: BinaryIO, cursor: Cursor) -> Iterator[Row]:
     opened = pa.ipc.open_stream(file)
     fault = cursor.columns.absent(opened.schema.names, cursor.where, "file")
     if fault is not None:
-        yield cursor.bad(fault, ends_part=True)
-        return
+        raise Unreadable(fault)
     for batch in opened:
         yield from _batch_rows(batch, cursor)
 

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from hrm_ray.data.formats.lines import too_long
 from hrm_ray.data.rows import ROW_BYTES, BadRow, Cursor, Row, not_utf8
+from hrm_ray.data.streams import Unreadable
 from hrm_ray.errors import Fault
 
 _QUOTES = "Double the quotes inside a quoted field, and close it"
@@ -53,12 +54,12 @@ class _Lines:
 
 
 def csv_rows(stream: BinaryIO, cursor: Cursor) -> Iterator[Row]:
-    """The rows of a .csv stream; marks are the bytes where records begin."""
+    """The rows of a .csv stream; marks are the bytes where records begin. Raises Unreadable where it cannot go on."""
     return _rows(stream, cursor, ",")
 
 
 def tsv_rows(stream: BinaryIO, cursor: Cursor) -> Iterator[Row]:
-    """The rows of a .tsv stream."""
+    """The rows of a .tsv stream, as of a .csv one."""
     return _rows(stream, cursor, "\t")
 
 
@@ -69,8 +70,8 @@ def _rows(stream: BinaryIO, cursor: Cursor, delimiter: str) -> Iterator[Row]:
     records = csv.reader(lines, delimiter=delimiter, strict=True)
     header, fault = _header(records, lines, cursor)
     if fault is not None:
-        yield cursor.bad(fault, ends_part=True)
-    if fault is not None or not header:
+        raise Unreadable(fault)
+    if not header:
         return
     wanted = [header.index(name) for name in cursor.columns.names]
     if cursor.mark is not None:
@@ -87,7 +88,7 @@ def _rows(stream: BinaryIO, cursor: Cursor, delimiter: str) -> Iterator[Row]:
                 continue
         except StopIteration:
             if lines.too_long:
-                yield cursor.bad(too_long(where), ends_part=True)
+                raise Unreadable(too_long(where)) from None
             return
         except csv.Error as error:
             wrong = Fault(where, f"this record is no {delimiter!r}-separated one ({error})", _QUOTES)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from hrm_ray.data.rows import BadRow, Cursor, Document, Row, not_utf8
+from hrm_ray.data.streams import Unreadable
 from hrm_ray.errors import Fault
 
 PIECE_BYTES = 1 << 20
@@ -19,7 +20,9 @@ _BOM = b"\xef\xbb\xbf"
 
 
 def text_rows(stream: BinaryIO, cursor: Cursor) -> Iterator[Row]:
-    """The rows of a text file; marks are the bytes where they begin."""
+    """The rows of a text file; marks are the bytes where they begin. Raises Unreadable where columns are wanted."""
+    if cursor.columns.pairs:
+        raise Unreadable(_no_columns(cursor))
     offset = 0
     if cursor.mark is not None:
         stream.seek(cursor.mark)
@@ -30,14 +33,11 @@ def text_rows(stream: BinaryIO, cursor: Cursor) -> Iterator[Row]:
         ahead += stream.read(PIECE_BYTES + 1 - len(ahead))
         cut = len(ahead) if len(ahead) <= PIECE_BYTES else _cut(ahead)
         piece, ahead = ahead[:cut], ahead[cut:]
-        if not piece and offset:
+        if not piece and (offset or cursor.mark is not None):
             return
         row = cursor.next_row()
         if row >= cursor.start:
-            item = text_row(piece, cursor, row, offset, offset + len(piece) if cursor.marked else None)
-            yield item
-            if isinstance(item, BadRow) and item.ends_part:
-                return
+            yield text_row(piece, cursor, row, offset, offset + len(piece) if cursor.marked else None)
         offset += len(piece)
         if not ahead:
             return
@@ -58,12 +58,15 @@ def text_row(piece: bytes, cursor: Cursor, row: int, offset: int = 0, mark: int 
     """One row out of the bytes `piece` of a text file, which stand at `offset` in it."""
     where = cursor.where if offset == 0 else f"{cursor.where}, byte {offset}"
     if cursor.columns.pairs:
-        reason = f"a text file has no column `{cursor.columns.names[0]}`"
-        mend = "Give files with columns for prompts and responses, such as .jsonl"
-        return BadRow(Fault(where, reason, mend), where, row, mark, ends_part=True)
+        return BadRow(_no_columns(cursor), where, row, mark)
     bom = len(_BOM) if offset == 0 and piece.startswith(_BOM) else 0
     try:
         text = (piece[bom:] if bom else piece).decode("utf-8")
     except UnicodeDecodeError as error:
         return BadRow(not_utf8(where, error, offset + bom + error.start), where, row, mark)
     return Document(text, where, row, mark)
+
+
+def _no_columns(cursor: Cursor) -> Fault:
+    reason = f"a text file has no column `{cursor.columns.names[0]}`"
+    return Fault(cursor.where, reason, "Give files with columns for prompts and responses, such as .jsonl")

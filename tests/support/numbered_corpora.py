@@ -1,0 +1,148 @@
+"""Corpora whose every sequence tells which rows it holds, and what an epoch over them must give, reckoned naively."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from hrm_ray.data.catalog import Catalog
+from hrm_ray.data.chunk_cache import ChunkCache
+from hrm_ray.data.chunk_source import ChunkMaker, EpochRule, LocalChunks
+from hrm_ray.data.chunks import Corpus
+from hrm_ray.data.packing import RowForm
+from hrm_ray.data.parts import TextSource, list_parts
+from hrm_ray.data.tokenizer import TextTokenizer
+from hrm_ray.train.feed import BatchShape, Ends
+from hrm_ray.train.stream_feed import StreamFeed, TextStream
+from hrm_ray.values import Columns
+
+TOKENIZER = TextTokenizer.train(["abab abab ba"], 258, 10)
+"""Without merges: a token is a byte."""
+
+Row = tuple[int, ...]
+
+
+def texts_of(lengths: Sequence[int]) -> list[str]:
+    """A text for each length (in letters behind its number; below 0 an empty text), no two alike."""
+    return [f"{number}:" + "x" * length if length >= 0 else "" for number, length in enumerate(lengths)]
+
+
+def write_corpus(folder: Path, texts: Sequence[str], files: int = 1) -> Path:
+    """The texts as rows of .jsonl files of a new folder, the first files one row longer where they do not divide."""
+    folder.mkdir(parents=True)
+    for number, rows in enumerate(np.array_split(np.arange(len(texts)), files)):
+        lines = (json.dumps({"text": texts[row]}) + "\n" for row in rows.tolist())
+        (folder / f"{number:04d}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a corpus is cut and taken."""
+
+    samples_per_block: int = 100
+    chunk_size: int = 7
+    seq_len: int = 8
+    shuffle_rows: int = 0
+    seed: int = 0
+    offset: int = 0
+    max_rows: int | None = None
+
+
+def chunks_of(texts: Sequence[str], shape: Shape) -> list[list[list[str]]]:
+    """Texts by block and chunk."""
+    kept = list(texts[shape.offset :])[: shape.max_rows]
+    blocks = [kept[at : at + shape.samples_per_block] for at in range(0, len(kept), shape.samples_per_block)]
+    size = shape.chunk_size
+    return [[block[at : at + size] for at in range(0, len(block), size)] for block in blocks]
+
+
+def rows_of_chunk(texts: Sequence[str], seq_len: int) -> list[Row]:
+    """The packed sequences of a chunk, without what fills up the last one."""
+    stream = [token for text in texts if text for token in [*TOKENIZER.encode(text).tolist(), TOKENIZER.end_of_text_id]]
+    return [tuple(stream[at : at + seq_len]) for at in range(0, max(0, len(stream) - 1), seq_len)]
+
+
+def rows_of_corpus(texts: Sequence[str], shape: Shape) -> list[Row]:
+    """All sequences of an epoch in the order of the corpus."""
+    return [row for block in chunks_of(texts, shape) for chunk in block for row in rows_of_chunk(chunk, shape.seq_len)]
+
+
+@dataclass
+class Opened:
+    """Feeds of all ranks over one corpus, stepped together as a run does."""
+
+    corpus: Path
+    shape: Shape
+    batches: Sequence[BatchShape]
+    ends: Ends = field(default_factory=Ends)
+    start: int = 0
+    cache_bytes: int = 0
+    catalog: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.feeds = [self._feed(batch) for batch in self.batches]
+        self.trained = False
+
+    def _feed(self, batch: BatchShape) -> StreamFeed:
+        shape, source = self.shape, TextSource(self.corpus)
+        parts = list_parts(source).parts
+        cut = (shape.samples_per_block, shape.chunk_size, shape.offset, shape.max_rows)
+        known = self.catalog or self.corpus / "none.catalog"
+        maker = ChunkMaker(
+            Corpus(source, parts, *cut),
+            TOKENIZER,
+            Catalog(known, writes=self.catalog is not None),
+            ChunkCache(self.corpus / ".chunks", self.cache_bytes, writes=True),
+            pairs=False,
+        )
+        if shape.shuffle_rows:
+            maker.survey()
+        rule = EpochRule(shape.seed, shuffled=bool(shape.shuffle_rows), start=self.start)
+        text = TextStream(LocalChunks(maker, rule), RowForm(shape.seq_len), TOKENIZER.pad_id, shape.shuffle_rows)
+        return StreamFeed(text, batch, seed=shape.seed, ends=self.ends)
+
+    def step(self) -> list[Row] | None:
+        """The rows of the next effective batch, by slot; None when all epochs are over."""
+        while True:
+            columns = [micro for feed in self.feeds for micro in feed.offer([], 0)]
+            rows = [row for micro in columns for row in _rows(micro)]
+            if rows:
+                self.trained = True
+                return rows
+            if not all([feed.roll(self.trained) for feed in self.feeds]):
+                return None
+
+    def steps(self) -> Iterator[list[Row]]:
+        """Every effective batch to the end."""
+        while (rows := self.step()) is not None:
+            yield rows
+
+    def close(self) -> None:
+        for feed in self.feeds:
+            feed.close()
+
+
+def _rows(columns: Columns) -> Iterator[Row]:
+    """The active rows without what fills them up."""
+    for tokens, active in zip(columns["inputs"].tolist(), columns["active"].tolist(), strict=True):
+        if active:
+            length = len(tokens)
+            while tokens[length - 1] == TOKENIZER.pad_id:
+                length -= 1
+            yield tuple(tokens[:length])
+
+
+def cuts_of(effective: int) -> list[list[BatchShape]]:
+    """Some ways to cut an effective batch over ranks and micro-batches."""
+    found = []
+    for ranks in (1, 2, 3, 4):
+        for accumulation in (1, 2):
+            if effective % (ranks * accumulation) == 0:
+                size = effective // ranks // accumulation
+                found.append([BatchShape(size, accumulation, rank, ranks) for rank in range(ranks)])
+    return found
