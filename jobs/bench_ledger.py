@@ -1,4 +1,4 @@
-"""The ledger's speed: `python jobs/bench_ledger.py` prints claims per second, and a claim's cost by the number of chunks.
+"""The ledger's speed: `python jobs/bench_ledger.py` prints claims per second, and a claim's cost as chunks grow.
 
 One job: time the calls of a run at its start and far into an epoch, for data of different sizes in turn in one process.
 What a call costs must not grow with the data. Files lie in the given folder: its disk counts.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,19 +94,23 @@ class Bench:
 
 
 def calls_in_turn(benches: list[Bench], claims: int, rounds: int) -> dict[str, list[Summary]]:
-    """Microseconds of a claim and a measure, milliseconds of a checkpoint and of its undoing: by call, by size."""
+    """What each call takes, by size: claims of untouched chunks and of returned ones, a checkpoint and its undoing."""
     taken: dict[str, list[list[float]]] = {}
-
-    def timed(name: str, works: list[Callable[[], object]], unit: float) -> None:
-        each = in_turn(number, works)
-        for place, one in enumerate(each):
-            taken.setdefault(name, [[] for _ in benches])[place].append(one.wall_s * unit)
-
+    claim = [partial(bench.claim, claims) for bench in benches]
+    measure, commit = [bench.measure for bench in benches], [bench.commit for bench in benches]
     for number in range(rounds):
-        timed("claim, us", [lambda bench=bench: bench.claim(claims) for bench in benches], 1e6 / claims)
-        timed("measure, us", [bench.measure for bench in benches], 1e6 / claims)
-        timed("checkpoint, ms", [bench.commit for bench in benches], 1e3)
-        timed("resume, ms", [bench.go_back for bench in benches], 1e3)
+        for name, works, unit in (
+            ("claim, us", claim, 1e6 / claims),
+            ("measure, us", measure, 1e6 / claims),
+            ("checkpoint, ms", commit, 1e3),
+            ("going back, ms", [bench.go_back for bench in benches], 1e3),
+            ("claim again, us", claim, 1e6 / claims),
+        ):
+            by_size = taken.setdefault(name, [[] for _ in benches])
+            for values, one in zip(by_size, in_turn(number, works), strict=True):
+                values.append(one.wall_s * unit)
+        for bench in benches:
+            bench.commit()
     return {name: [summary(values) for values in by_size] for name, by_size in taken.items()}
 
 
@@ -139,8 +143,8 @@ def main() -> None:
     """Read the options, measure, print and write."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--chunks", type=int, nargs="*", default=[1_000, 100_000, 1_000_000])
-    parser.add_argument("--claims", type=int, default=200, help="claims in one measurement")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--claims", type=int, default=50, help="claims in one measurement")
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--into-the-epoch", type=float, default=0.5, help="share of the epoch trained before the rest")
     parser.add_argument("--folder", type=Path, help="where the files lie meanwhile; the system's temporary folder")
     parser.add_argument("--json", type=Path, help="where the figures are written")

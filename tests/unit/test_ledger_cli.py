@@ -84,7 +84,7 @@ def test_many_violations_are_counted(bundle: Path, ledger: Ledger) -> None:
     ledger.database.rows("UPDATE epochs SET cursor = 300 WHERE epoch = 0")
     ledger.database.rows("UPDATE epochs SET start_chunk = 100")
     ledger.database.write(
-        "INSERT INTO ranges VALUES (0, ?, 0, 1, ?, 0, NULL, NULL, 0, NULL, 0, 0, NULL, NULL)",
+        "INSERT INTO ranges VALUES (0, ?, 0, ?, 1, 0, NULL, NULL, 0, NULL, 0, 0, NULL, NULL)",
         [(chunk, chunk) for chunk in range(200, 300)],
     )
     ran = hrm("ledger", "verify", bundle)
