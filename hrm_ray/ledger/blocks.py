@@ -80,7 +80,7 @@ def _touch(ledger: LedgerReader, order: ClaimOrder, epoch: int, start_chunk: int
         return Idle.MORE_DATA
     if not start_chunk <= chunk < ledger.chunks:
         raise ValueError(f"the order of epoch {epoch} has chunk {chunk}, outside {start_chunk}..{ledger.chunks - 1}")
-    untouched = Range(epoch, int(chunk), 0, ledger.sequences(chunk), position)
+    untouched = Range(epoch, position, 0, int(chunk), ledger.sequences(chunk))
     ranges.add(ledger.database, untouched)
     ledger.database.rows("UPDATE epochs SET cursor = ? WHERE epoch = ?", (position + 1, epoch))
     return untouched

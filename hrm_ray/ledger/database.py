@@ -42,11 +42,14 @@ _SCHEMA = (
     " WITHOUT ROWID",
     "CREATE TABLE claims (key TEXT PRIMARY KEY, worker TEXT NOT NULL, generation INTEGER NOT NULL,"
     " attempt INTEGER NOT NULL, epoch INTEGER NOT NULL, chunk INTEGER NOT NULL, start INTEGER NOT NULL) WITHOUT ROWID",
-    "CREATE TABLE ranges (epoch INTEGER NOT NULL, chunk INTEGER NOT NULL, start INTEGER NOT NULL, end INTEGER,"
-    " position INTEGER NOT NULL, state INTEGER NOT NULL, worker TEXT, generation INTEGER, attempt INTEGER NOT NULL,"
-    " expiry_s REAL, failures INTEGER NOT NULL, rejections INTEGER NOT NULL, contribution INTEGER, reason TEXT,"
-    " PRIMARY KEY (epoch, chunk, start)) WITHOUT ROWID",
-    # Partial indices: each holds only the rows that its question is about, so none grows with what is done.
+    # By position, so that what is claimed together lies together, however the order shuffles the chunks.
+    "CREATE TABLE ranges (epoch INTEGER NOT NULL, position INTEGER NOT NULL, start INTEGER NOT NULL,"
+    " chunk INTEGER NOT NULL, end INTEGER, state INTEGER NOT NULL, worker TEXT, generation INTEGER,"
+    " attempt INTEGER NOT NULL, expiry_s REAL, failures INTEGER NOT NULL, rejections INTEGER NOT NULL,"
+    " contribution INTEGER, reason TEXT,"
+    " PRIMARY KEY (epoch, position, start)) WITHOUT ROWID",
+    "CREATE UNIQUE INDEX of_chunk ON ranges (epoch, chunk, start)",
+    # Partial indices: each holds only the rows that its question is about, so that a claim costs the same to the end.
     "CREATE INDEX pending ON ranges (epoch, position, start) WHERE state = 0",
     "CREATE INDEX leased ON ranges (expiry_s) WHERE state = 1",
     "CREATE INDEX trained ON ranges (epoch) WHERE state = 2",

@@ -146,8 +146,14 @@ class Ledger(LedgerReader):
             return None
 
     def split(self, lease: Lease, at: int) -> Lease | Refused:
-        """Cut a lease at sequence `at`: gives the lease of [start, at); the rest is PENDING."""
+        """Cut a lease at sequence `at`: gives the lease of [start, at); the rest is PENDING.
+
+        The same cut again gives the same lease.
+        """
         with self.database.transaction():
+            held = self._held(replace(lease, end=at))
+            if not isinstance(held, Refused):
+                return self._lease(held)
             held = self._held(lease)
             if isinstance(held, Refused):
                 return held

@@ -21,23 +21,31 @@ None: this position is not laid down yet (an order that waits for a block's end)
 
 _NAMES = tuple(field.name for field in fields(Range))
 _COLUMNS = ", ".join(_NAMES)
-_PLACES = ", ".join("?" for _ in _NAMES)
+_INSERT = f"INSERT INTO ranges ({_COLUMNS}) VALUES ({', '.join('?' for _ in _NAMES)})"
+_KEY = ("epoch", "position", "start")
+_PUT = (
+    f"{_INSERT} ON CONFLICT ({', '.join(_KEY)})"
+    f" DO UPDATE SET {', '.join(f'{name} = excluded.{name}' for name in _NAMES if name not in _KEY)}"
+)
+_STATE = _NAMES.index("state")
+_STATES = tuple(State)
+_UNSETTLED = ((State.PENDING, "pending"), (State.LEASED, "leased"), (State.TRAINED, "trained"))
 
 
 def put(database: Database, *changed: Range) -> None:
-    """Write ranges in place of those at the same (epoch, chunk, start)."""
+    """Write ranges in place of those that begin at the same place."""
     put_all(database, changed)
 
 
 def put_all(database: Database, changed: Iterable[Range]) -> None:
-    """Write many ranges in place of those at the same (epoch, chunk, start)."""
-    database.write(f"INSERT OR REPLACE INTO ranges ({_COLUMNS}) VALUES ({_PLACES})", map(_row, changed))
+    """Write many ranges in place of those that begin at the same place."""
+    database.write(_PUT, map(_row, changed))
 
 
 def add(database: Database, untouched: Range) -> None:
     """Write the first row of a chunk in an epoch. Raises ValueError where the chunk was at another position before."""
     try:
-        database.rows(f"INSERT INTO ranges ({_COLUMNS}) VALUES ({_PLACES})", _row(untouched))
+        database.rows(_INSERT, _row(untouched))
     except sqlite3.IntegrityError:
         before = at(database, untouched.epoch, untouched.chunk, untouched.start)
         place = before.position if before is not None else "?"
@@ -61,7 +69,8 @@ def first_pending(database: Database, epochs: int | None) -> Range | None:
     It takes in the PENDING ranges that follow it in its chunk: pieces that came back are given out as one again.
     """
     row = database.row(
-        f"SELECT {_COLUMNS} FROM ranges WHERE state = 0 AND epoch < ? ORDER BY epoch, position, start LIMIT 1",
+        f"SELECT {_COLUMNS} FROM ranges INDEXED BY pending WHERE state = 0 AND epoch < ?"
+        " ORDER BY epoch, position, start LIMIT 1",
         (2**62 if epochs is None else epochs,),
     )
     if row is None:
@@ -72,8 +81,8 @@ def first_pending(database: Database, epochs: int | None) -> Range | None:
         if following is None or following.state is not State.PENDING or following.start == found.start:
             break
         database.rows(
-            "DELETE FROM ranges WHERE epoch = ? AND chunk = ? AND start = ?",
-            (following.epoch, following.chunk, following.start),
+            "DELETE FROM ranges WHERE epoch = ? AND position = ? AND start = ?",
+            (following.epoch, following.position, following.start),
         )
         found = join(found, following)
     return found
@@ -81,32 +90,49 @@ def first_pending(database: Database, epochs: int | None) -> Range | None:
 
 def expired(database: Database, now_s: float) -> list[Range]:
     """LEASED ranges whose time has run out at `now_s`."""
-    return _many(database, "WHERE state = 1 AND expiry_s <= ?", now_s)
+    return _many(database, "leased", "WHERE state = 1 AND expiry_s <= ?", now_s)
 
 
 def leased_by(database: Database, worker: str) -> list[Range]:
     """What a worker holds, in the order of claims."""
-    return _many(database, "WHERE state = 1 AND worker = ? ORDER BY epoch, position, start", worker)
+    return _many(database, "leased", "WHERE state = 1 AND worker = ? ORDER BY epoch, position, start", worker)
 
 
 def leased(database: Database) -> list[Range]:
     """What is held by anyone."""
-    return _many(database, "WHERE state = 1")
+    return _many(database, "leased", "WHERE state = 1")
 
 
 def of_contribution(database: Database, number: int) -> list[Range]:
     """What was trained in a report."""
-    return _many(database, "WHERE contribution = ? ORDER BY epoch, position, start", number)
+    return _many(database, "of_contribution", "WHERE contribution = ? ORDER BY epoch, position, start", number)
 
 
 def quarantined(database: Database) -> list[Range]:
     """What was put aside, in the order of claims."""
-    return _many(database, "WHERE state = 4 ORDER BY epoch, position, start")
+    return _many(database, "quarantined", "WHERE state = 4 ORDER BY epoch, position, start")
 
 
 def unmeasured(database: Database, chunk: int) -> list[Range]:
     """The rows of a chunk, one per epoch, whose end is not known."""
-    return _many(database, "WHERE end IS NULL AND chunk = ?", chunk)
+    return _many(database, "unmeasured", "WHERE end IS NULL AND chunk = ?", chunk)
+
+
+def earliest_epoch(database: Database) -> int | None:
+    """The first epoch with a range, of those that have a row, that is neither MERGED nor QUARANTINED."""
+    found = (
+        database.row(f"SELECT min(epoch) FROM ranges INDEXED BY {index} WHERE state = {state.value}")
+        for state, index in _UNSETTLED
+    )
+    return min((row[0] for row in found if row is not None and row[0] is not None), default=None)
+
+
+def unsettled(database: Database, epoch: int) -> bool:
+    """Whether an epoch has a range, of those that have a row, that is neither MERGED nor QUARANTINED."""
+    return any(
+        database.row(f"SELECT 1 FROM ranges INDEXED BY {index} WHERE state = {state.value} AND epoch = ?", (epoch,))
+        for state, index in _UNSETTLED
+    )
 
 
 def every(database: Database, epoch: int) -> Iterator[Range]:
@@ -115,8 +141,10 @@ def every(database: Database, epoch: int) -> Iterator[Range]:
         yield _range(row)
 
 
-def _many(database: Database, where: str, *values: object) -> list[Range]:
-    return [_range(row) for row in database.rows(f"SELECT {_COLUMNS} FROM ranges {where}", values)]
+def _many(database: Database, index: str, where: str, *values: object) -> list[Range]:
+    """By an index that is named: the planner would rather walk through the whole table than sort what it finds."""
+    rows = database.rows(f"SELECT {_COLUMNS} FROM ranges INDEXED BY {index} {where}", values)
+    return [_range(row) for row in rows]
 
 
 def _row(changed: Range) -> Row:
@@ -124,6 +152,6 @@ def _row(changed: Range) -> Row:
 
 
 def _range(row: Row) -> Range:
-    plain = dict(zip(_NAMES, row, strict=True))
-    plain["state"] = State(plain["state"])
-    return Range(**plain)
+    values = list(row)
+    values[_STATE] = _STATES[values[_STATE]]
+    return Range(*values)

@@ -115,13 +115,10 @@ class LedgerReader:
     @property
     def epoch(self) -> int:
         """The first epoch that is not complete."""
-        unsettled = [
-            self.database.row(f"SELECT min(epoch) FROM ranges WHERE state = {state.value}")
-            for state in (State.PENDING, State.LEASED, State.TRAINED)
-        ]
-        begun = self.database.row("SELECT max(epoch) FROM epochs")
-        earliest = [row[0] for row in unsettled if row is not None and row[0] is not None]
-        first = min(earliest) if earliest else begun[0] if begun is not None and begun[0] is not None else 0
+        first = ranges.earliest_epoch(self.database)
+        if first is None:
+            begun = self.database.row("SELECT max(epoch) FROM epochs")
+            first = begun[0] if begun is not None and begun[0] is not None else 0
         return first + 1 if self.complete(first) else first
 
     def blocks(self) -> list[Block]:
@@ -160,7 +157,7 @@ class LedgerReader:
 
     def staged(self) -> list[Contribution]:
         """Reports that no round has taken in yet, in the order of their arrival."""
-        return self._contributions("WHERE round IS NULL ORDER BY number")
+        return self._contributions("INDEXED BY of_round WHERE round IS NULL ORDER BY number")
 
     def contribution(self, name: str) -> Contribution | None:
         """The report of that name, staged or taken in."""
@@ -186,7 +183,8 @@ class LedgerReader:
     def complete(self, epoch: int) -> bool:
         """Whether all of an epoch is MERGED or QUARANTINED and the data's end is known."""
         row = self.database.row("SELECT start_chunk, cursor FROM epochs WHERE epoch = ?", (epoch,))
-        return row is not None and self.data_ended and row[0] + row[1] >= self.chunks and not self._unsettled(epoch)
+        at_its_end = row is not None and self.data_ended and row[0] + row[1] >= self.chunks
+        return at_its_end and not ranges.unsettled(self.database, epoch)
 
     def counts(self) -> list[EpochCounts]:
         """Every epoch that was begun, in figures; the time this takes grows with the rows."""
@@ -219,13 +217,6 @@ class LedgerReader:
     def _fact(self, name: str) -> int | None:
         row = self.database.row("SELECT value FROM facts WHERE name = ?", (name,))
         return row[0] if row is not None else None
-
-    def _unsettled(self, epoch: int) -> bool:
-        """Whether an epoch has ranges that may still move (those without a row not counted)."""
-        return any(
-            self.database.row(f"SELECT 1 FROM ranges WHERE state = {state} AND epoch = ? LIMIT 1", (epoch,))
-            for state in (State.PENDING.value, State.LEASED.value, State.TRAINED.value)
-        )
 
     def _contributions(self, where: str, *values: object) -> list[Contribution]:
         rows = self.database.rows(f"SELECT {_CONTRIBUTION} FROM contributions {where}", values)

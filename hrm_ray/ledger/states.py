@@ -91,10 +91,10 @@ class Range:
     """
 
     epoch: int
-    chunk: int
-    start: int
-    end: int | None
     position: int
+    start: int
+    chunk: int
+    end: int | None
     state: State = State.PENDING
     worker: str | None = None
     generation: int | None = None

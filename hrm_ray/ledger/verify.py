@@ -8,7 +8,7 @@ does not look at anchors or data, and mends nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from hrm_ray.ledger import ranges
 from hrm_ray.ledger.reader import LedgerReader, Round
@@ -24,9 +24,7 @@ def violations(ledger: LedgerReader) -> Iterator[str]:
         number: taken for number, taken in ledger.database.each("SELECT number, round FROM contributions")
     }
     for epoch, start_chunk, cursor in ledger.database.rows("SELECT epoch, start_chunk, cursor FROM epochs"):
-        yield from _epoch(ledger, epoch, start_chunk, cursor)
-        for one in ranges.every(ledger.database, epoch):
-            yield from _standing(one, rounds, merged)
+        yield from _epoch(ledger, epoch, start_chunk, cursor, lambda one: _standing(one, rounds, merged))
     yield from _rounds(ledger, lineage, merged)
 
 
@@ -53,27 +51,33 @@ def _sound_lineage(ledger: LedgerReader) -> list[Round]:
     return found
 
 
-def _epoch(ledger: LedgerReader, epoch: int, start_chunk: int, cursor: int) -> Iterator[str]:
-    """Invariant 1: every touched chunk once, whole, at a position of its own below the cursor."""
+def _epoch(
+    ledger: LedgerReader, epoch: int, start_chunk: int, cursor: int, standing: Callable[[Range], Iterator[str]]
+) -> Iterator[str]:
+    """Invariant 1: every touched chunk once, whole, at a position of its own below the cursor; and what `standing` says
+    of each range on the way."""
     positions = bytearray(cursor)
-    chunk, end, known = -1, 0, ledger.chunks
+    chunk, position, end, known = -1, -1, 0, ledger.chunks
     length: int | None = None
     for one in ranges.every(ledger.database, epoch):
         where = f"epoch {epoch}, chunk {one.chunk}"
         if one.chunk != chunk:
             yield from _ended(epoch, chunk, end, length)
-            chunk, end, length = one.chunk, 0, ledger.sequences(one.chunk)
+            chunk, position, end, length = one.chunk, one.position, 0, ledger.sequences(one.chunk)
             if not start_chunk <= chunk < known:
                 yield f"{where}: no block has it, or the epoch does not begin before it"
-            if not 0 <= one.position < cursor or positions[one.position]:
-                yield f"{where}: its position {one.position} is another chunk's, or was not given out"
+            if not 0 <= position < cursor or positions[position]:
+                yield f"{where}: its position {position} is another chunk's, or was not given out"
             else:
-                positions[one.position] = 1
+                positions[position] = 1
+        if one.position != position:
+            yield f"{where}: its sequences from {one.start} are at position {one.position}, not {position}"
         if one.start != end:
             yield f"{where}: sequences {min(end, one.start)} to {max(end, one.start)} are in {_count(one.start > end)}"
         if (one.end is None) != (length is None):
             yield f"{where}: its range from {one.start} ends at {one.end}, but the chunk has {length} sequences"
         end = one.start if one.end is None else one.end
+        yield from standing(one)
     yield from _ended(epoch, chunk, end, length)
     missing = cursor - sum(positions)
     if missing:

@@ -54,6 +54,9 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
         (["data", "build", "sudoku", "--out", "x", "--size", "5"], "--size"),
         (["data", "build", "text"], "--out"),
         (["data"], "--help"),
+        (["ledger"], "--help"),
+        (["ledger", "shwo", "b"], "show"),
+        (["ledger", "show"], "RUN"),
     ],
 )
 def test_wrong_usage(capsys: pytest.CaptureFixture[str], words: list[str], hint: str) -> None:
@@ -75,7 +78,7 @@ def test_help_pages(capsys: pytest.CaptureFixture[str]) -> None:
     for words in ([], ["--help"]):
         code, out, _ = run(capsys, *words)
         assert code == 0
-        for command in ("train", "train-actv1", "arch-summary", "generate", "solve", "plot", "data"):
+        for command in ("train", "train-actv1", "arch-summary", "generate", "solve", "plot", "data", "ledger"):
             assert f"  {command} " in out
     for name in ("train", "train-actv1"):
         code, out, _ = run(capsys, name, "--help")

@@ -326,7 +326,8 @@ def test_a_split_keeps_the_part_and_frees_the_rest(path: Path) -> None:
         first = ledger.split(lease, 4)
         assert isinstance(first, Lease) and (first.start, first.end, first.attempt) == (0, 4, 1)
         assert states(ledger) == [(0, 0, 4, State.LEASED), (0, 4, 10, State.PENDING)]
-        assert isinstance(ledger.split(lease, 4), Refused)  # it goes to 4 only, by now
+        assert ledger.split(lease, 4) == first
+        assert isinstance(ledger.split(lease, 3), Refused)  # it goes to 4 only, by now
         rest = claimed(ledger, "two", two)
         assert (rest.start, rest.end, rest.attempt) == (4, 10, 2)
         finish(ledger, first)
