@@ -107,10 +107,11 @@ def hrm_ray_command(words: Sequence[str | Path]) -> float:
     return run_quietly([sys.executable, "-m", "hrm_ray", *map(str, words)])[0]
 
 
-def run_quietly(words: Sequence[str]) -> tuple[float, str]:
-    """Run a command; seconds on the wall, and what it wrote to its standard output. RuntimeError if it fails."""
+def run_quietly(words: Sequence[str], folder: Path | None = None) -> tuple[float, str]:
+    """Run a command in `folder`; seconds on the wall, and what it wrote to its standard output. RuntimeError if it
+    fails."""
     began = time.perf_counter()
-    done = subprocess.run(words, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False, cwd=folder)
     taken = time.perf_counter() - began
     if done.returncode:
         said = "\n".join((done.stdout + done.stderr).splitlines()[-20:])

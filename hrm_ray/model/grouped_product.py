@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hrm_ray.model.few_sizes import compiles_each_size, rows_times_in_pieces, rows_with_rows_filled_up
+
 _WITH_GROUPED_PRODUCT = frozenset({"cpu", "cuda"})
 """Devices for which PyTorch has one; on a CPU it was measured to be as fast as a single product of all rows, and as a
 product per expert. On a GPU without such a kernel PyTorch itself takes one product per expert; for other devices it is
-done here. Either waits for the device."""
+done here. Either waits for the device. What a CPU does in 16 bits is in few_sizes.py."""
 
 _ALIGNED_BYTES = 16
 """The grouped product takes rows whose length is a multiple of this."""
@@ -135,6 +137,8 @@ def _rows_with_rows(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
 @torch.library.custom_op("hrm_ray::rows_times", mutates_args=())
 def rows_times(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """`_rows_times` for lengths that the device's product takes."""
+    if compiles_each_size(rows):
+        return rows_times_in_pieces(rows, matrices, _bounds(ends))
     if rows.device.type in _WITH_GROUPED_PRODUCT:
         return F.grouped_mm(rows, matrices, offs=ends)
     return torch.cat([rows[a:b] @ matrix for (a, b), matrix in zip(_bounds(ends), matrices, strict=True)])
@@ -148,6 +152,8 @@ def _(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 @torch.library.custom_op("hrm_ray::rows_with_rows", mutates_args=())
 def rows_with_rows(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """`_rows_with_rows` for lengths that the device's product takes."""
+    if compiles_each_size(left):
+        return rows_with_rows_filled_up(left, right, _bounds(ends))
     if left.device.type in _WITH_GROUPED_PRODUCT:
         return F.grouped_mm(left.t(), right, offs=ends)
     return torch.stack([left[a:b].t() @ right[a:b] for a, b in _bounds(ends)])

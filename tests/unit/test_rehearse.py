@@ -51,6 +51,7 @@ CASES: dict[str, Case] = {
     ),
     "text, wide, sgd": case(TEXT, hidden_size="1024", batch_size="4", optimizer="sgd"),
     "text, experts": case(TEXT, use_moe=True, batch_size="8"),
+    "text, experts, amp": case(TEXT, use_moe=True, amp=True, batch_size="8"),
     "text, adapters on int8": case(TEXT, **PEFT, load_in_8bit=True),
     "transformer": case({name: value for name, value in TEXT.items() if name != "--h-cycles"}, arch="transformer"),
     "puzzle": case(PUZZLE, 12),
