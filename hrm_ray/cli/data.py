@@ -1,6 +1,6 @@
 """`hrm-ray data build`: says what was built.
 
-One job: call the builders of `hrm_ray.data.build` and print their summaries. It decides nothing about the data.
+One job: call the builders of `hrm_ray.data.builders` and print their summaries. It decides nothing about the data.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from hrm_ray.data.build import Difficulty, build_sudoku, build_text
+from hrm_ray.data.builders.sudoku import Difficulty, build_sudoku
+from hrm_ray.data.builders.text import build_text
 
 
 def run_build_sudoku(

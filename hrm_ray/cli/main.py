@@ -213,7 +213,7 @@ def ledger_verify(run: LedgerRun) -> int:
 @carried
 def data_build_sudoku(
     out: Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")],
-    size: Annotated[int, typer.Option(help="4 or 9 cells to a side.")] = 9,
+    size: Annotated[int, typer.Option(help="4, 6 or 9 cells to a side.")] = 9,
     train: Annotated[int, typer.Option(help="Puzzles to train on, before augmentation.")] = 1000,
     test: Annotated[int, typer.Option(help="Held-out puzzles, on other grids than the training puzzles.")] = 1000,
     difficulty: Annotated[Difficulty, typer.Option(help="easy needs no guess, medium 1 to 3, hard more.")] = "any",

@@ -24,6 +24,8 @@ from hrm_ray.errors import DataFault, Fault, SettingsError
 from hrm_ray.rundir import file_sha256
 
 DESCRIPTION = "dataset.json"
+BUILT_FILES = frozenset({DESCRIPTION, "train.safetensors", "test.safetensors"})
+"""What a folder of a builder holds, and may be replaced with."""
 REBUILD = "Build it again with `hrm-ray data build`, or copy it again"
 
 
