@@ -28,7 +28,7 @@ GRADES: dict[Difficulty, tuple[int, int]] = {"any": (1, 10**9), "easy": (1, 2), 
 _HELD_OUT_GRIDS_4X4 = 72
 _HELD_OUT_SHARE_6X6 = 0.2
 # After this many draws in a row without a usable new puzzle the request is taken for impossible.
-_PATIENCE = {4: 20_000, 6: 5_000, 9: 2_000}
+_PATIENCE = {4: 20_000, 6: 20_000, 9: 2_000}
 
 
 @dataclass(frozen=True)
