@@ -56,7 +56,9 @@ def arch_summary_command(words: Sequence[str]) -> int:
     loaded = load_settings(said.options, config, found=said.faults, also_known=OWN_OPTIONS)
     length = loaded.data.max_seq_len or DEFAULT_SEQ_LEN
     settings = resolve_task(loaded, loaded.model.task or "lm", length)
-    _print_summary(settings, vocab_size or settings.data.vocab_size, as_json="--json" in said.own)
+    data = settings.data
+    most = data.max_vocab_size if data.auto_vocab_size else data.vocab_size
+    _print_summary(settings, vocab_size or most, as_json="--json" in said.own)
     return 0
 
 

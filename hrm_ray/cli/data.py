@@ -1,6 +1,6 @@
 """`hrm-ray data build`: says what was built.
 
-One job: call the builders of `hrm_ray.data.build` and print their summaries. It decides nothing about the data.
+One job: call the builders of `hrm_ray.data.builders` and print their summaries. It decides nothing about the data.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from hrm_ray.data.build import Difficulty, build_sudoku, build_text
+from hrm_ray.data.builders.maze import build_maze
+from hrm_ray.data.builders.sudoku import Difficulty, build_sudoku
+from hrm_ray.data.builders.text import build_text
 
 
 def run_build_sudoku(
@@ -40,6 +42,39 @@ def run_build_sudoku(
     print(f"  test   {made.test} puzzles on {made.test_grids} other grids")
     print(f"  clues  {_counts(made.clues)}")
     print(f"  grades {_counts(made.grades)}")
+    print(f"next: hrm-ray train --dataset-file {shlex.quote(str(made.folder))} --val-split test")
+    return 0
+
+
+def run_build_maze(
+    out: Path,
+    *,
+    size: int,
+    train: int,
+    test: int,
+    min_path: int | None,
+    openings: float,
+    augment: int,
+    seed: int,
+    overwrite: bool,
+) -> int:
+    """Build the mazes; gives the exit code."""
+    made = build_maze(
+        out,
+        size=size,
+        train=train,
+        test=test,
+        min_path=min_path,
+        openings=openings,
+        augment=augment,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    print(f"{made.folder}: mazes {made.size}x{made.size}, one shortest path each")
+    print(f"  train  {made.train} mazes ({made.base_puzzles} before augmentation)")
+    print(f"  test   {made.test} mazes with other walls")
+    fewest, median, most = made.moves
+    print(f"  path   {fewest} to {most} moves, median {median}")
     print(f"next: hrm-ray train --dataset-file {shlex.quote(str(made.folder))} --val-split test")
     return 0
 

@@ -213,7 +213,7 @@ def ledger_verify(run: LedgerRun) -> int:
 @carried
 def data_build_sudoku(
     out: Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")],
-    size: Annotated[int, typer.Option(help="4 or 9 cells to a side.")] = 9,
+    size: Annotated[int, typer.Option(help="4, 6 or 9 cells to a side.")] = 9,
     train: Annotated[int, typer.Option(help="Puzzles to train on, before augmentation.")] = 1000,
     test: Annotated[int, typer.Option(help="Held-out puzzles, on other grids than the training puzzles.")] = 1000,
     difficulty: Annotated[Difficulty, typer.Option(help="easy needs no guess, medium 1 to 3, hard more.")] = "any",
@@ -232,6 +232,37 @@ def data_build_sudoku(
         test=test,
         difficulty=difficulty,
         clues=clues,
+        augment=augment,
+        seed=seed,
+        overwrite=overwrite,
+    )
+
+
+@build_app.command("maze")
+@carried
+def data_build_maze(
+    out: Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")],
+    size: Annotated[int, typer.Option(help="Cells to a side, 5 to 30.")] = 30,
+    train: Annotated[int, typer.Option(help="Mazes to train on, before augmentation.")] = 1000,
+    test: Annotated[int, typer.Option(help="Held-out mazes, with other walls than the training mazes.")] = 1000,
+    min_path: Annotated[
+        int | None, typer.Option(help="Least moves from start to goal; without it as many as the maze is wide.")
+    ] = None,
+    openings: Annotated[float, typer.Option(help="Share of walls between rooms taken away; 0: no loops.")] = 0.05,
+    augment: Annotated[int, typer.Option(help="Turned or mirrored copies added for each training maze, up to 7.")] = 0,
+    seed: Annotated[int, typer.Option(help="Where the draws come from.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set that is there.")] = False,
+) -> int:
+    """Build mazes with exactly one shortest path each."""
+    from hrm_ray.cli.data import run_build_maze
+
+    return run_build_maze(
+        out,
+        size=size,
+        train=train,
+        test=test,
+        min_path=min_path,
+        openings=openings,
         augment=augment,
         seed=seed,
         overwrite=overwrite,

@@ -72,9 +72,12 @@ def describe(drafted: Draft) -> str:
     parameters = count_parameters(drafted.config)
     active = f" ({parameters.active:,} active per token)" if parameters.idle else ""
     most = "" if drafted.vocab_is_certain else "up to "
+    vocabulary = f"vocabulary {most}{drafted.config.vocab_size}"
+    if not drafted.vocab_is_certain and settings.data.auto_vocab_size:
+        most = "from "
+        vocabulary = f"vocabulary {settings.data.min_vocab_size} to {settings.data.max_vocab_size}, as the data bears"
     chosen = settings.optimizer
     effective = chosen.batch_size * chosen.gradient_accumulation_steps * devices.world_size
-    vocabulary = f"vocabulary {most}{drafted.config.vocab_size}"
     size = f"{facts.puzzle.count} puzzles" if facts.puzzle is not None else f"{facts.bytes / 1e6:.1f} MB of text"
     skipped = f", {facts.skipped_files} other file(s) not read" if facts.skipped_files else ""
     lines = [

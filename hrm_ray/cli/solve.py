@@ -6,6 +6,7 @@ One job: puzzles in, filled grids out, with how many segments each took. The net
 from __future__ import annotations
 
 import json
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -71,8 +72,11 @@ def _from_file(path: Path, split: str | None, facts: PuzzleFacts, limit: int | N
 
 
 def _from_words(words: list[str], facts: PuzzleFacts) -> Columns:
-    """Puzzles given as words, a symbol for each cell; 0 stands for an empty one where no digit is 0."""
-    as_written = str.maketrans({"0": "."}) if "." in facts.symbols and "0" not in facts.symbols else {}
+    """Puzzles given as words, a symbol for each cell; 0 stands for an empty one where no digit is 0, and so does a
+    point where that is a space."""
+    empty = "." if "." in facts.symbols else " "
+    others = [sign for sign in "0." if sign not in facts.symbols and empty in facts.symbols]
+    as_written = str.maketrans(dict.fromkeys(others, empty))
     inputs = np.stack([facts.parse(word.translate(as_written)) for word in words])
     return {
         "inputs": inputs,
@@ -105,5 +109,6 @@ def _shown(
         return json.dumps(about if correct is None else about | {"correct": correct})
     verdict = {True: ", right", False: ", wrong", None: ""}[correct]
     left, right = facts.render(puzzle).split("\n"), facts.render(answer).split("\n")
-    grids = "\n".join(f"{a}   {b}" for a, b in zip(left, right, strict=True))
+    width = max(map(len, left))
+    grids = "\n".join(f"{a:{width}}   {b}" for a, b in zip_longest(left, right, fillvalue=""))
     return f"{grids}\n{segments} segment(s){verdict}\n"

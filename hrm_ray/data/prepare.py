@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from hrm_ray.data.bpe import SizeBounds, train_bpe, train_sized_bpe
 from hrm_ray.data.catalog import Catalog, changed, check_parts, touching
 from hrm_ray.data.chunk_source import Chunk
 from hrm_ray.data.chunks import Corpus, read_chunks, reread
@@ -23,6 +24,7 @@ from hrm_ray.data.corpus_facts import (
     count_sequences,
     read_held_out,
 )
+from hrm_ray.data.named_tokenizer import load_named
 from hrm_ray.data.packing import RowForm
 from hrm_ray.data.parts import TextSource, list_parts
 from hrm_ray.data.places import absolute
@@ -46,13 +48,14 @@ DataPlan: TypeAlias = dict[str, "str | bool | int | None"]
 
 @dataclass(frozen=True)
 class TokenizerChoice:
-    """Which tokenizer: the one at `path`; else the one in the bundle unless `retrain`; else a byte-level BPE of
-    `vocab_size` trained on the first `examples` documents."""
+    """Which tokenizer: that of the `name` (a path or a Hub id); else the one in the bundle unless `retrain`; else a
+    byte-level BPE trained on the first `examples` documents, of `vocab_size`, or as the data bears within `bounds`."""
 
-    path: Path | None
+    name: str | None
     vocab_size: int
     examples: int
     retrain: bool
+    bounds: SizeBounds | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Wanted:
 @dataclass(frozen=True)
 class PreparedText:
     """What prepare_text made. `first` is the first chunk that will be trained on, `notes` are sentences that a person
-    should see (to be logged at WARNING)."""
+    should see (to be logged at WARNING), `account` says how the vocabulary's size was chosen, where the data decided it
+    (to be logged at INFO)."""
 
     tokenizer: TextTokenizer
     tokenizer_origin: TokenizerOrigin
@@ -78,6 +82,7 @@ class PreparedText:
     sequences: Sequences | None
     evaluation: TextStore | None
     notes: tuple[str, ...]
+    account: str | None
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ def prepare_text(
     corpus = corpus_of(cut, train, parts)
     _take_up(folder, corpus)
     check_usable(corpus)
-    tokenizer, origin = _choose(corpus, bundle, choice, notes)
+    tokenizer, origin, account = _choose(corpus, bundle, choice, notes)
     maker = folder.maker(cut, train, tokenizer, pairs=form.prefix, writes=True)
     try:
         first = begin_corpus(maker, cut, form)
@@ -145,7 +150,7 @@ def prepare_text(
     notes.extend(_losses(_documents(maker.corpus), tokenizer))
     start = 0 if cut.start_block is None and cut.start_chunk is None else first.entry.number
     plan = TextPlan(cut, form, train, evaluation is not None, start, in_order, kept)
-    return PreparedText(tokenizer, origin, plan, first, counted, held_out, tuple(notes))
+    return PreparedText(tokenizer, origin, plan, first, counted, held_out, tuple(notes), account)
 
 
 def _counts(cut: CorpusCut, wanted: Wanted) -> bool:
@@ -184,23 +189,34 @@ def _documents(corpus: Corpus) -> Iterator[Document]:
 
 def _choose(
     corpus: Corpus, bundle: Path, choice: TokenizerChoice, notes: list[str]
-) -> tuple[TextTokenizer, TokenizerOrigin]:
-    if choice.path is not None:
-        return TextTokenizer.load(choice.path), "loaded"
-    asked = f"vocab_size {choice.vocab_size} was asked for"
+) -> tuple[TextTokenizer, TokenizerOrigin, str | None]:
+    """The tokenizer, where it comes from, and how its size was chosen where the data decided it."""
+    if choice.name is not None:
+        return load_named(choice.name), "loaded", None
+    bounds = choice.bounds
+    least, most = (bounds.least, bounds.most) if bounds is not None else (choice.vocab_size, choice.vocab_size)
+    asked = f"{least} to {most} were asked for" if bounds is not None else f"vocab_size {most} was asked for"
     if (bundle / TOKENIZER_FILE).is_file() and not choice.retrain:
         tokenizer = TextTokenizer.load(bundle)
-        if tokenizer.vocab_size != choice.vocab_size:
+        if not least <= tokenizer.vocab_size <= most:
             notes.append(
                 f"The bundle's {TOKENIZER_FILE} is used again: it has {tokenizer.vocab_size} tokens, {asked}. "
                 "With --retrain-tokenizer a new one is trained."
             )
-        return tokenizer, "reused"
-    texts = (document.text for document in _documents(corpus))
-    tokenizer = TextTokenizer.train(texts, choice.vocab_size, choice.examples)
-    if tokenizer.vocab_size != choice.vocab_size:
+        return tokenizer, "reused", None
+
+    def texts() -> Iterator[str]:
+        return (document.text for document in _documents(corpus))
+
+    account: str | None = None
+    if bounds is None:
+        tokenizer = train_bpe(texts(), choice.vocab_size, choice.examples)
+    else:
+        sized = train_sized_bpe(texts, bounds, choice.examples)
+        tokenizer, account = sized.tokenizer, sized.account
+    if tokenizer.vocab_size < least:
         notes.append(f"The data gives a vocabulary of {tokenizer.vocab_size} tokens, {asked}.")
-    return tokenizer, "trained"
+    return tokenizer, "trained", account
 
 
 def _losses(documents: Iterable[Document], tokenizer: TextTokenizer) -> list[str]:

@@ -1,7 +1,8 @@
 """Text to tokens and back: a fast Hugging Face tokenizer with the two marks that training needs.
 
-One job: load, train, save, encode, decode. Every tokenizer here knows an end-of-text token; marks that happen to be
-written in a document are encoded as plain text. It does not read documents from files and does not pack.
+One job: load, save, encode, decode. Every tokenizer here knows an end-of-text token; marks that happen to be
+written in a document are encoded as plain text. Training one is bpe.py, finding one by
+a name is named_tokenizer.py.
 """
 
 from __future__ import annotations
@@ -9,25 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from hrm_ray.errors import DataFault, EnvironmentFault, Fault, SettingsError
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
-MARKS = (END_OF_TEXT, PAD)
-LEAST_VOCABULARY = 256 + len(MARKS)
-LONGEST_WORD = 256
-"""Characters without a space between them (or of space) that are taken as one word."""
-"""A byte-level vocabulary holds each byte and the marks; anything above are merges."""
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -101,7 +96,8 @@ class TextTokenizer:
         end-of-text token.
         """
         if not path.exists():
-            raise _missing(path)
+            mend = f"Give a folder with {TOKENIZER_FILE}, or leave it out to train one on the data"
+            raise SettingsError(Fault(str(path), "nothing is at this path", mend))
         if path.is_file():
             return cls._from_file(path)
         if (path / TOKENIZER_FILE).is_file():
@@ -160,50 +156,6 @@ class TextTokenizer:
             raise _no_end_of_text(folder)
         return cls(found.backend_tokenizer, str(found.eos_token), found.pad_token and str(found.pad_token))
 
-    @classmethod
-    def train(cls, documents: Iterable[str], vocab_size: int, examples: int) -> TextTokenizer:
-        """A byte-level BPE trained on the first `examples` documents. The same documents give the same file.
-
-        Where the data offers fewer merges than asked for, the vocabulary is smaller: see `vocab_size` of the result.
-        Raises SettingsError for a vocabulary that cannot hold all bytes, DataFault for documents without text.
-        """
-        if vocab_size < LEAST_VOCABULARY:
-            reason = f"256 bytes and {len(MARKS)} marks need {LEAST_VOCABULARY}"
-            raise SettingsError(
-                Fault(f"vocab_size {vocab_size}", reason, f"Give --vocab-size {LEAST_VOCABULARY} or more")
-            )
-        backend = Tokenizer(models.BPE())
-        # A BPE takes time with the square of a word's length, and cannot be interrupted: no word is longer than this.
-        short = pre_tokenizers.Split(Regex(f"\\S{{{LONGEST_WORD}}}|\\s{{{LONGEST_WORD}}}"), "isolated")
-        backend.pre_tokenizer = pre_tokenizers.Sequence([short, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-        backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=list(MARKS),
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        )
-        sample = _Counted(islice(documents, examples))
-        backend.train_from_iterator(iter(sample), trainer=trainer)
-        if not sample.characters:
-            raise DataFault(
-                Fault("tokenizer", "the documents to train it on hold no text", "Give data with text in it")
-            )
-        return cls(backend, END_OF_TEXT, PAD)
-
-
-class _Counted:
-    """Passes texts on and counts their characters."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        self._texts = texts
-        self.characters = 0
-
-    def __iter__(self) -> Iterator[str]:
-        for text in self._texts:
-            self.characters += len(text)
-            yield text
-
 
 def _bytes_per_token(text: str, offsets: Sequence[tuple[int, int]]) -> npt.NDArray[np.int32]:
     """UTF-8 bytes per token from character offsets: from where the tokens before ended to where this one ends. What
@@ -261,17 +213,6 @@ def _no_end_of_text(path: Path) -> DataFault:
             "this tokenizer names no end-of-text token, so documents could not be told apart",
             f'Add "eos_token" to {CONFIG_FILE} beside it',
         )
-    )
-
-
-def _missing(path: Path) -> SettingsError:
-    parts = path.parts
-    if not path.is_absolute() and 1 <= len(parts) <= 2 and not path.suffix and parts[0] not in (".", ".."):
-        reason = "there is no such folder; if it is meant as a Hub id: those are not supported yet"
-    else:
-        reason = "nothing is at this path"
-    return SettingsError(
-        Fault(str(path), reason, f"Give a folder with {TOKENIZER_FILE}, or leave it out to train one on the data")
     )
 
 

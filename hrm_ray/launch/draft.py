@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hrm_ray.data.detect import DataFacts, detect
+from hrm_ray.data.named_tokenizer import absolute_name, load_named
 from hrm_ray.data.packing import RowForm
 from hrm_ray.data.parts import TextSource, shared_part
 from hrm_ray.data.places import absolute, real
@@ -47,7 +48,7 @@ class Draft:
     identity: Identity
     config: ModelConfig
     vocab_is_certain: bool
-    """False where the vocabulary is still to be trained and may come out smaller."""
+    """False where the vocabulary is still to be trained: it may come out smaller, or under --auto-vocab-size larger."""
     notes: tuple[str, ...]
     """Fallbacks and doubts that a person must see."""
     adaptive_lr: AdaptiveLrSettings | None
@@ -195,7 +196,10 @@ def start_tokenizer(settings: RunSettings) -> Path | None:
 
 def asks_for_tokenizer(settings: RunSettings) -> bool:
     """Whether the user chose a tokenizer, or how one is to be trained."""
-    own = {"data.vocab_size", "data.tokenizer_train_examples", "data.retrain_tokenizer"}
+    own = {
+        *("data.vocab_size", "data.auto_vocab_size", "data.min_vocab_size", "data.max_vocab_size"),
+        *("data.tokenizer_train_examples", "data.retrain_tokenizer"),
+    }
     return settings.data.tokenizer_path is not None or bool(own & settings.given)
 
 
@@ -245,18 +249,22 @@ def _puzzle_config(settings: RunSettings, facts: DataFacts) -> ModelConfig:
 
 
 def _expected_vocabulary(settings: RunSettings, identity: Identity) -> tuple[int, bool]:
-    """Tokens of the vocabulary as far as it is known before the data is read, and whether that is certain."""
+    """Tokens of the vocabulary as far as it is known before the data is read, and whether that is certain.
+
+    Of a range that the data chooses from it is the smallest: a run must not be refused for a size it may never have;
+    the plan asks for the resources again when the size is known.
+    """
     if identity.source is not None:
         return TextTokenizer.load(identity.source.root).vocab_size, True
     if settings.data.tokenizer_path is not None:
-        return TextTokenizer.load(settings.data.tokenizer_path).vocab_size, True
+        return load_named(settings.data.tokenizer_path).vocab_size, True
     start = start_tokenizer(settings)
     if start is not None and not asks_for_tokenizer(settings):
         return TextTokenizer.load(start).vocab_size, True
     bundle = identity.run_dir
     if bundle.tokenizer.is_file() and not settings.data.retrain_tokenizer:
         return TextTokenizer.load(bundle.root).vocab_size, True
-    return settings.data.vocab_size, False
+    return (settings.data.min_vocab_size if settings.data.auto_vocab_size else settings.data.vocab_size), False
 
 
 def _overlap(settings: RunSettings, facts: DataFacts) -> list[str]:
@@ -288,5 +296,7 @@ def _absolute(settings: RunSettings) -> RunSettings:
     moved = {leaf: absolute(address) for leaf, address in addresses.items() if address is not None}
     if data.dataset_id is not None and Path(data.dataset_id).is_dir():
         moved["dataset_id"] = absolute(data.dataset_id)
+    if data.tokenizer_path is not None:
+        moved["tokenizer_path"] = absolute_name(data.tokenizer_path)
     changed["data"] = data.model_copy(update=moved)
     return settings.model_copy(update=changed)

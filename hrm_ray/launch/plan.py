@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hrm_ray.data.bpe import SizeBounds
 from hrm_ray.data.catalog import CHANGED
 from hrm_ray.data.folders import whole_folder
 from hrm_ray.data.prepare import PreparedText, TokenizerChoice, Wanted, prepare_puzzles, prepare_text
@@ -59,18 +60,18 @@ def make_plan(drafted: Draft) -> dict[str, Any]:
 
 def _made_plan(drafted: Draft) -> dict[str, Any]:
     with _bundle(drafted.identity) as run_dir:
-        notes = list(drafted.notes)
+        notes, remarks = list(drafted.notes), list[str]()
         if drafted.facts.task == "puzzle":
             config, data = _prepare_puzzles(drafted, run_dir)
         else:
-            config, data = _prepare_text(drafted, run_dir, notes)
-        check_resources(drafted.settings, config, drafted.devices, run_dir.root)
+            config, data = _prepare_text(drafted, run_dir, notes, remarks)
+        keep_freed = check_resources(drafted.settings, config, drafted.devices, run_dir.root)
         start = drafted.settings.model.student_init
         if start is not None and not drafted.vocab_is_certain and drafted.identity.checkpoint is None:
             check_start_weights(start, config)
         if drafted.facts.task == "lm" and drafted.identity.source is None:
             _check_start_tokenizer(drafted.settings, TextTokenizer.load(run_dir.root))
-        plan = _plan(drafted, run_dir, config, data, notes)
+        plan = _plan(drafted, run_dir, config, data, notes) | {"remarks": remarks, "keep_freed_memory": keep_freed}
         if not drafted.identity.continues:
             write_description(run_dir, plan)
     return plan
@@ -111,7 +112,6 @@ def _plan(
         "world_size": devices.world_size,
         "threads": devices.threads,
         "device": devices.device,
-        "keep_freed_memory": drafted.keep_freed_memory,
         "ray_address": devices.ray_address,
         "notes": notes,
     }
@@ -133,7 +133,9 @@ def _bundle(identity: Identity) -> Iterator[RunDir]:
         yield prepared
 
 
-def _prepare_text(drafted: Draft, run_dir: RunDir, notes: list[str]) -> tuple[ModelConfig, dict[str, Any]]:
+def _prepare_text(
+    drafted: Draft, run_dir: RunDir, notes: list[str], remarks: list[str]
+) -> tuple[ModelConfig, dict[str, Any]]:
     settings = drafted.settings
     source = drafted.identity.source
     if source is not None and not drafted.identity.continues:
@@ -163,6 +165,8 @@ def _prepare_text(drafted: Draft, run_dir: RunDir, notes: list[str]) -> tuple[Mo
         mend = "Mend the data or the option, or leave out --strict"
         raise SettingsError([Fault("--strict", note.rstrip("."), mend) for note in prepared.notes])
     notes.extend(prepared.notes)
+    if prepared.account is not None:
+        remarks.append(prepared.account)
     data = _text_data(settings, prepared, rows)
     stored = _stored_data(drafted.identity)
     if stored is not None:
@@ -194,10 +198,14 @@ def _tokenizer_choice(drafted: Draft) -> TokenizerChoice:
     data = drafted.settings.data
     start = start_tokenizer(drafted.settings)
     if drafted.identity.source is None and start is not None and not asks_for_tokenizer(drafted.settings):
-        return TokenizerChoice(start, data.vocab_size, data.tokenizer_train_examples, retrain=False)
+        return TokenizerChoice(str(start), data.vocab_size, data.tokenizer_train_examples, retrain=False)
     if drafted.identity.source is not None:
         return TokenizerChoice(None, drafted.config.vocab_size, data.tokenizer_train_examples, retrain=False)
-    return TokenizerChoice(data.tokenizer_path, data.vocab_size, data.tokenizer_train_examples, data.retrain_tokenizer)
+    bounds = None
+    if data.auto_vocab_size:
+        bounds = SizeBounds(data.min_vocab_size, data.max_vocab_size, drafted.facts.bytes)
+    examples, retrain = data.tokenizer_train_examples, data.retrain_tokenizer
+    return TokenizerChoice(data.tokenizer_path, data.vocab_size, examples, retrain, bounds)
 
 
 def _text_data(settings: RunSettings, prepared: PreparedText, held_out_rows: int) -> dict[str, Any]:

@@ -5,7 +5,6 @@ One job: the leaves of section `data`. Reading is in `hrm_ray.data`.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal, TypeAlias
 
 from pydantic import Field
@@ -35,10 +34,18 @@ class DataSettings(Section):
     """Column that holds the prompt, for --lm-mask prefix."""
     response_column: str | None = None
     """Column that holds the response, for --lm-mask prefix."""
-    tokenizer_path: Path | None = None
-    """Folder of a Hugging Face tokenizer; without it a byte-level BPE is trained on the data."""
+    tokenizer_path: str | None = None
+    """A Hugging Face tokenizer: a folder, its tokenizer.json, or an id of the Hub; without it a byte-level BPE is
+    trained on the data."""
     vocab_size: int = Field(default=16000, ge=300)
     """Vocabulary of the byte-level BPE; the 256 bytes and the special tokens are part of it."""
+    auto_vocab_size: bool = False
+    """Let the data decide the vocabulary's size: pairs are merged that stand in it often enough to be learnt; the log
+    says how."""
+    min_vocab_size: int = Field(default=5000, ge=300)
+    """Smallest vocabulary that --auto-vocab-size may choose."""
+    max_vocab_size: int = Field(default=50000, ge=300)
+    """Largest vocabulary that --auto-vocab-size may choose."""
     tokenizer_train_examples: int = Field(default=10000, ge=1)
     """Documents that the byte-level BPE is trained on."""
     retrain_tokenizer: bool = False

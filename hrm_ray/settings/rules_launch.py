@@ -1,4 +1,4 @@
-"""Which leaves about workers, devices, the run and its evaluation cannot go together.
+"""Which leaves about workers, devices, the run, its vocabulary and its evaluation cannot go together.
 
 One job: those rules.
 """
@@ -97,6 +97,17 @@ def _resume_one_way(settings: RunSettings) -> Fault | None:
     )
 
 
+def _vocabulary_bounds_in_order(settings: RunSettings) -> Fault | None:
+    least, most = settings.data.min_vocab_size, settings.data.max_vocab_size
+    if least <= most:
+        return None
+    return Fault(
+        said(settings, "data.min_vocab_size", "data.max_vocab_size"),
+        "there is no size in between",
+        f"Give at most --min-vocab-size {most}, or a larger --max-vocab-size",
+    )
+
+
 def _one_held_out_set(settings: RunSettings) -> Fault | None:
     if settings.data.val_split is None or settings.data.eval_file is None:
         return None
@@ -141,6 +152,7 @@ LAUNCH_RULES: tuple[Rule, ...] = (
     Rule("gpu_numbers_for_gpus", ("cluster.cuda_ids", "cluster.device"), _gpu_numbers_for_gpus),
     Rule("gpu_for_each_worker", ("cluster.cuda_ids", "cluster.world_size"), _gpu_for_each_worker),
     Rule("resume_one_way", ("run.resume", "run.resume_from"), _resume_one_way),
+    Rule("vocabulary_bounds_in_order", ("data.min_vocab_size", "data.max_vocab_size"), _vocabulary_bounds_in_order),
     Rule("one_held_out_set", ("data.val_split", "data.eval_file"), _one_held_out_set),
     Rule("evaluation_needs_data", ("run.eval_every", "data.val_split", "data.eval_file"), _evaluation_needs_data),
 )

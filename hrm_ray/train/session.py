@@ -106,6 +106,8 @@ def _train(plan: dict[str, Any], link: WorkerLink) -> Outcome:
         own = flash_notes(settings, config, world.device) if plan["ray_address"] else []
         for note in (*plan["notes"], *own):
             runner.tell("WARNING", note)
+        for remark in plan["remarks"]:
+            runner.tell("INFO", remark)
         if workplace.loop.parts.strategy.precision.autocast is not None and slow_bfloat16(world.device):
             runner.tell("INFO", "This CPU has no 16-bit units: --amp saves memory and costs time, --no-amp is faster.")
         if plan["resume"] is not None:

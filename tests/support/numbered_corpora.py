@@ -9,18 +9,18 @@ from pathlib import Path
 
 import numpy as np
 
+from hrm_ray.data.bpe import train_bpe
 from hrm_ray.data.catalog import Catalog
 from hrm_ray.data.chunk_cache import ChunkCache
 from hrm_ray.data.chunk_source import ChunkMaker, EpochRule, LocalChunks
 from hrm_ray.data.chunks import Corpus
 from hrm_ray.data.packing import RowForm
 from hrm_ray.data.parts import TextSource, list_parts
-from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.train.feed import BatchShape, Ends
 from hrm_ray.train.stream_feed import StreamFeed, TextStream
 from hrm_ray.values import Columns
 
-TOKENIZER = TextTokenizer.train(["abab abab ba"], 258, 10)
+TOKENIZER = train_bpe(["abab abab ba"], 258, 10)
 """Without merges: a token is a byte."""
 
 Row = tuple[int, ...]

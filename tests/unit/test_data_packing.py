@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hrm_ray.data.bpe import train_bpe
 from hrm_ray.data.packing import RowForm, TextSamples, padding_rows
 from hrm_ray.data.rows import Document
 from hrm_ray.data.text_store import TextStore, joined, load_store, save_store, tokenise
-from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataFault, SettingsError
 from hrm_ray.values import IGNORE_LABEL, Columns
 
-TOKENIZER = TextTokenizer.train(["abab abab ba"], 258, 10)  # no merges: a token is a byte, so lengths are known
+TOKENIZER = train_bpe(["abab abab ba"], 258, 10)  # no merges: a token is a byte, so lengths are known
 EOT, PAD = TOKENIZER.end_of_text_id, TOKENIZER.pad_id
 
 

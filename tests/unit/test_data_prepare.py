@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hrm_ray.data.bpe import train_bpe
 from hrm_ray.data.packing import RowForm, TextSamples
 from hrm_ray.data.parts import TextSource
 from hrm_ray.data.prepare import (
@@ -27,7 +28,7 @@ from hrm_ray.errors import DataFault, ResourceFault, SettingsError
 
 ANCHOR = Path(__file__).parents[1] / "fixtures" / "sudoku4_minimal.safetensors"
 FORM = RowForm(seq_len=8)
-CHOICE = TokenizerChoice(path=None, vocab_size=270, examples=100, retrain=False)
+CHOICE = TokenizerChoice(name=None, vocab_size=270, examples=100, retrain=False)
 CUT = CorpusCut(
     samples_per_block=20,
     dataset_chunk_size=8,
@@ -157,10 +158,10 @@ def test_the_tokenizer_is_trained_then_used_again_then_trained_anew(corpus: Path
 
 
 def test_a_given_tokenizer_wins_and_goes_into_the_bundle(corpus: Path, tmp_path: Path) -> None:
-    given = TextTokenizer.train(["other words"] * 3, 262, 9)
+    given = train_bpe(["other words"] * 3, 262, 9)
     given.save(tmp_path / "given")
     prepared(corpus)
-    result = prepared(corpus, replace(CHOICE, path=tmp_path / "given"))
+    result = prepared(corpus, replace(CHOICE, name=str(tmp_path / "given")))
     assert result.tokenizer_origin == "loaded" and result.tokenizer.fingerprint == given.fingerprint
     assert TextTokenizer.load(tmp_path / "bundle").fingerprint == given.fingerprint
 

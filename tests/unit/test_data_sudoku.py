@@ -27,8 +27,8 @@ def digits(text: str) -> sudoku.Grid:
 def is_valid(size: int, grid: Sequence[int]) -> bool:
     """Written apart from the solver: every row, column and box holds each digit once."""
     square = np.array(grid).reshape(size, size)
-    box = int(size**0.5)
-    boxes = square.reshape(box, box, box, box).transpose(0, 2, 1, 3).reshape(size, size)
+    height, width = {4: (2, 2), 6: (2, 3), 9: (3, 3)}[size]
+    boxes = square.reshape(size // height, height, size // width, width).transpose(0, 2, 1, 3).reshape(size, size)
     wanted = list(range(1, size + 1))
     return all(sorted(group.tolist()) == wanted for groups in (square, square.T, boxes) for group in groups)
 
@@ -104,7 +104,7 @@ def solved_by_naked_singles(puzzle: sudoku.Grid) -> bool:
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32))
-@pytest.mark.parametrize("size", [4, 9])
+@pytest.mark.parametrize("size", [4, 6, 9])
 def test_generated_puzzles_are_minimal_and_have_one_solution(size: int, seed: int) -> None:
     rng = random.Random(seed)
     grid = sudoku.random_grid(size, rng)
@@ -127,7 +127,7 @@ def test_a_wanted_number_of_clues_is_met(seed: int, clues: int) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32))
-@pytest.mark.parametrize("size", [4, 9])
+@pytest.mark.parametrize("size", [4, 6, 9])
 def test_symmetries_keep_validity_uniqueness_clues_and_class(size: int, seed: int) -> None:
     rng = random.Random(seed)
     grid = sudoku.random_grid(size, rng)
@@ -164,5 +164,26 @@ def test_symmetries_reach_the_whole_class() -> None:
 
 
 def test_an_unknown_size_is_refused() -> None:
-    with pytest.raises(ValueError, match="6"):
-        sudoku.board(6)
+    with pytest.raises(ValueError, match="8"):
+        sudoku.board(8)
+
+
+def test_the_ordered_6x6_grids_stand_for_all() -> None:
+    """As many as there are, none twice, all valid; and drawn grids come to one of them as is said."""
+    grids = sudoku.ordered_grids_6x6()
+    assert len(set(grids)) == len(grids) == 28_200_960 // (720 * 8)
+    assert all(is_valid(6, grid) for grid in grids)
+    rng = random.Random(0)
+    for _ in range(50):
+        drawn = np.array(sudoku.random_grid(6, rng)).reshape(6, 6)
+        named = np.argsort(drawn[0])[drawn - 1] + 1
+        second, third = sorted(sorted(named[row : row + 2].tolist()) for row in (2, 4))
+        assert tuple(np.array([*named[:2].tolist(), *second, *third]).ravel().tolist()) in grids
+
+
+def test_6x6_symmetries_are_all_that_keep_boxes_lying() -> None:
+    """48 orders of rows (3 bands of 2) times 72 of columns (2 stacks of 3), each drawn, and no transposition."""
+    drawn = symmetry.draw(60_000, 6, np.random.default_rng(0))
+    assert len(np.unique(drawn.cells, axis=0)) == 48 * 72
+    rows = drawn.cells.reshape(-1, 6, 6) // 6
+    assert (rows == rows[:, :, :1]).all(), "a row stays a row"

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from hrm_ray.data.tokenizer import END_OF_TEXT, LEAST_VOCABULARY, PAD, TextTokenizer
+from hrm_ray.data.bpe import LEAST_VOCABULARY, train_bpe
+from hrm_ray.data.tokenizer import END_OF_TEXT, PAD, TextTokenizer
 from hrm_ray.errors import DataFault, SettingsError
 
 CORPUS = [
@@ -26,7 +27,7 @@ CORPUS = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> TextTokenizer:
-    return TextTokenizer.train(CORPUS, 320, 100)
+    return train_bpe(CORPUS, 320, 100)
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +72,9 @@ def test_bytes_add_up_where_the_tokenizer_drops_text(lossy: TextTokenizer, text:
 def test_two_trainings_give_the_same_file(tmp_path: Path) -> None:
     """In two processes, because hash seeds differ between processes and not inside one."""
     code = (
-        "import sys, pathlib; from hrm_ray.data.tokenizer import TextTokenizer; "
+        "import sys, pathlib; from hrm_ray.data.bpe import train_bpe; "
         "from tests.unit.test_data_tokenizer import CORPUS; "
-        "TextTokenizer.train(CORPUS, 320, 100).save(pathlib.Path(sys.argv[1]))"
+        "train_bpe(CORPUS, 320, 100).save(pathlib.Path(sys.argv[1]))"
     )
     for name in ("a", "b"):
         subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], check=True, cwd=Path(__file__).parents[2])
@@ -83,22 +84,22 @@ def test_two_trainings_give_the_same_file(tmp_path: Path) -> None:
 
 def test_only_the_first_examples_are_trained_on() -> None:
     texts = ["aaaa bbbb"] * 3 + ["zyzyzyzy"] * 3
-    assert TextTokenizer.train(texts, 300, 3).fingerprint == TextTokenizer.train(texts[:3], 300, 99).fingerprint
-    assert TextTokenizer.train(texts, 300, 3).fingerprint != TextTokenizer.train(texts, 300, 6).fingerprint
+    assert train_bpe(texts, 300, 3).fingerprint == train_bpe(texts[:3], 300, 99).fingerprint
+    assert train_bpe(texts, 300, 3).fingerprint != train_bpe(texts, 300, 6).fingerprint
 
 
 def test_little_data_gives_a_smaller_vocabulary() -> None:
-    assert TextTokenizer.train(["ab"], 5000, 10).vocab_size == LEAST_VOCABULARY + 1
+    assert train_bpe(["ab"], 5000, 10).vocab_size == LEAST_VOCABULARY + 1
 
 
 def test_a_vocabulary_too_small_for_bytes_is_refused() -> None:
     with pytest.raises(SettingsError, match=f"--vocab-size {LEAST_VOCABULARY}"):
-        TextTokenizer.train(["ab"], LEAST_VOCABULARY - 1, 10)
+        train_bpe(["ab"], LEAST_VOCABULARY - 1, 10)
 
 
 def test_nothing_to_train_on_is_refused() -> None:
     with pytest.raises(DataFault, match="no text"):
-        TextTokenizer.train([""], 300, 10)
+        train_bpe([""], 300, 10)
 
 
 def test_a_fault_of_the_reader_comes_through_training() -> None:
@@ -107,7 +108,7 @@ def test_a_fault_of_the_reader_comes_through_training() -> None:
         raise SettingsError([])
 
     with pytest.raises(SettingsError):
-        TextTokenizer.train(reading(), 300, 10)
+        train_bpe(reading(), 300, 10)
 
 
 def test_marks_written_in_a_text_are_text(tokenizer: TextTokenizer) -> None:
@@ -190,11 +191,3 @@ def test_damaged_files_are_refused(tokenizer: TextTokenizer, tmp_path: Path) -> 
     tmp_path.mkdir()
     with pytest.raises(DataFault, match=r"tokenizer\.json"):
         TextTokenizer.load(tmp_path)
-
-
-def test_a_hub_id_is_told_apart_from_a_wrong_path(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="Hub"):
-        TextTokenizer.load(Path("openai-community/gpt2"))
-    with pytest.raises(SettingsError) as caught:
-        TextTokenizer.load(tmp_path / "nothing")
-    assert "Hub" not in str(caught.value)

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hrm_ray.data.bpe import train_bpe
 from hrm_ray.data.packing import RowForm, TextSamples
 from hrm_ray.data.rows import Document
 from hrm_ray.data.text_store import tokenise
-from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.model.build import build_objective
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.objective import AnyObjective, Batch
@@ -139,7 +139,7 @@ def token_at(batch: Batch, row: int, column: int) -> int:
     return int(batch["inputs"][row, column])
 
 
-TOKENIZER = TextTokenizer.train(["abab abab ba"], 258, 10)
+TOKENIZER = train_bpe(["abab abab ba"], 258, 10)
 DOCUMENTS = ("the quick", "a", "brown fox jumps over", "it", "lazy dogs sleep")
 PAIRS = (("what is", " this"), ("a", "b"), ("longer prompt", " yes"), ("", "free"))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from hrm_ray.data.tokenizer import LONGEST_WORD, TextTokenizer
+from hrm_ray.data.bpe import LONGEST_WORD, train_bpe
 from hrm_ray.train.evaluate import better
 from tests.support.runs import PUZZLE, TEXT, files_below, hrm, puzzle_file, records, refused, text_file, train
 
@@ -85,7 +85,7 @@ def test_solve_takes_the_test_split_where_there_is_one_and_all_rows_elsewhere(tm
 
 def test_a_word_without_end_is_cut(tmp_path: Path) -> None:
     """A BPE takes time with the square of a word's length: 200,000 letters in one took minutes, cut they take none."""
-    tokenizer = TextTokenizer.train(["x" * 200_000 + " and " + " " * 200_000], 300, 10)
+    tokenizer = train_bpe(["x" * 200_000 + " and " + " " * 200_000], 300, 10)
     text = "y" * 1000 + " z" + " " * 1000
     assert tokenizer.decode(tokenizer.encode(text)) == text
     longest = max(len(tokenizer.decode([token])) for token in range(tokenizer.vocab_size))

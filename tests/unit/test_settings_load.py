@@ -49,8 +49,8 @@ def test_an_option_may_be_named_in_several_ways(name: str) -> None:
     [
         ("--d-model", "64", "model.hidden_size", 64),
         ("--no-rope", True, "model.pos_encodings", "learned"),
-        ("--model", "tok", "data.tokenizer_path", Path("tok")),
-        ("--tokenizer-path", "tok", "data.tokenizer_path", Path("tok")),
+        ("--model", "org/tok", "data.tokenizer_path", "org/tok"),
+        ("--tokenizer-path", "tok", "data.tokenizer_path", "tok"),
         ("--seq-len", "33", "data.max_seq_len", 33),
         ("--learning-rate", "0.5", "optimizer.lr", 0.5),
         ("--save-dir", "a", "run.bundle_dir", Path("a")),

@@ -231,6 +231,21 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
         {"--model": "tok"},
         "--vocab-size 400 with --retrain-tokenizer",
     ),
+    "size_that_the_data_decides": (
+        {"--auto-vocab-size": True, "--vocab-size": "400"},
+        {"--auto-vocab-size": True, "--max-vocab-size": "6000"},
+        "--vocab-size 400",
+    ),
+    "bounds_of_auto_vocabulary": (
+        {"--min-vocab-size": "400", "--max-vocab-size": "500"},
+        {"--min-vocab-size": "400", "--max-vocab-size": "500", "--auto-vocab-size": True},
+        "--min-vocab-size 400 with --max-vocab-size 500",
+    ),
+    "vocabulary_bounds_in_order": (
+        {"--auto-vocab-size": True, "--min-vocab-size": "501", "--max-vocab-size": "500"},
+        {"--auto-vocab-size": True, "--min-vocab-size": "500", "--max-vocab-size": "500"},
+        "--min-vocab-size 500",
+    ),
     "eval_batches_need_data": ({"--eval-batches": "3"}, {"--eval-batches": "3", "--eval-file": "f"}, "--eval-file"),
     "decay_of_wsd": ({"--wsd-decay-ratio": "0.1"}, {"--wsd-decay-ratio": "0.1", "--lr-schedule": "wsd"}, "wsd"),
     "minimum_of_constant": (

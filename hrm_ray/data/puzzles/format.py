@@ -24,6 +24,8 @@ from hrm_ray.errors import DataFault, Fault, SettingsError
 from hrm_ray.rundir import file_sha256
 
 DESCRIPTION = "dataset.json"
+BUILT_FILES = frozenset({DESCRIPTION, "train.safetensors", "test.safetensors"})
+"""What a folder of a builder holds, and may be replaced with."""
 REBUILD = "Build it again with `hrm-ray data build`, or copy it again"
 
 
@@ -72,15 +74,16 @@ class PuzzleFacts:
     symbols: tuple[str, ...]
 
     def render(self, tokens: npt.NDArray[Any]) -> str:
-        """One sample's tokens [seq_len] for a person: a line per grid row, or one line where there is no grid."""
-        names = [self.symbols[token] if token < len(self.symbols) else str(token) for token in tokens.tolist()]
-        if self.grid is None:
-            return " ".join(names)
-        height, width = self.grid
-        return "\n".join(" ".join(names[row * width : (row + 1) * width]) for row in range(height))
+        """One sample's tokens [seq_len] for a person: a line per grid row, or one line where there is no grid.
+
+        Padding rows and columns at the end of a grid are left out. Where a space is a symbol, none stands between.
+        """
+        between = "" if " " in self.symbols else " "
+        rows = tokens.reshape(1, -1) if self.grid is None else _without_end(tokens.reshape(self.grid), self.pad_id)
+        return "\n".join(between.join(map(self._symbol, row)) for row in rows.tolist())
 
     def parse(self, text: str) -> npt.NDArray[np.int32]:
-        """The tokens (int32 [seq_len]) of a puzzle written with `symbols`, white space left out; `render` undone.
+        """The tokens (int32 [seq_len]) of a puzzle written with `symbols`; white space that is no symbol is left out.
 
         Raises SettingsError for an unknown symbol, a wrong number of them, or a set whose tokens have no symbols.
         """
@@ -89,8 +92,8 @@ class PuzzleFacts:
             raise SettingsError(
                 Fault(self.name, "its tokens have no symbols to write a puzzle with", "Give a data file")
             )
-        written = "".join(text.split())
-        known = " ".join(self.symbols)
+        written = [sign for sign in text if not sign.isspace() or sign in tokens]
+        known = " ".join("(space)" if symbol == " " else symbol for symbol in self.symbols)
         for symbol in written:
             if symbol not in tokens:
                 raise SettingsError(Fault(f"symbol {symbol!r}", f"{self.name} has none such", f"Use {known}"))
@@ -98,6 +101,9 @@ class PuzzleFacts:
             reason = f"{self.name} has {self.seq_len} cells"
             raise SettingsError(Fault(f"{len(written)} symbols", reason, f"Write all cells, with {known}"))
         return np.array([tokens[symbol] for symbol in written], dtype=np.int32)
+
+    def _symbol(self, token: int) -> str:
+        return self.symbols[token] if token < len(self.symbols) else str(token)
 
     def plain(self) -> dict[str, Any]:
         """As JSON values."""
@@ -108,6 +114,12 @@ class PuzzleFacts:
         """From what `plain` gave, also after a trip through JSON."""
         grid = None if values["grid"] is None else (int(values["grid"][0]), int(values["grid"][1]))
         return cls(**{**values, "grid": grid, "symbols": tuple(values["symbols"])})
+
+
+def _without_end(grid: npt.NDArray[Any], pad_id: int) -> npt.NDArray[Any]:
+    """The grid [H, W] up to its last row and its last column that hold more than padding; one cell at the least."""
+    rows, columns = (np.flatnonzero((grid != pad_id).any(axis=axis)) for axis in (1, 0))
+    return grid[: max(rows, default=0) + 1, : max(columns, default=0) + 1]
 
 
 def write_split(

@@ -1,7 +1,7 @@
-"""Sudoku of 4x4 and 9x9: solving, grading, and generating puzzles with exactly one solution.
+"""Sudoku of 4x4, 6x6 and 9x9: solving, grading, and generating puzzles with exactly one solution.
 
-One job: grids and puzzles as tuples of digits (0 = empty, row by row). It does not write files (build.py) and does not
-permute symmetries (symmetry.py).
+One job: grids and puzzles as tuples of digits (0 = empty, row by row). It does not write files (builders/sudoku.py)
+and does not permute symmetries (symmetry.py).
 
 The solver holds all candidates of a grid in one Python integer, one bit per (digit, row, column). A constraint is "this
 group of candidates holds exactly one"; counting a whole family of groups at once (all cells, all rows, all columns, all
@@ -11,6 +11,7 @@ boxes, for all digits) takes `size` shifts of that integer, which makes pure Pyt
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +20,9 @@ from typing import TypeAlias
 
 Grid: TypeAlias = tuple[int, ...]
 
-SIZES = (4, 9)
+BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
+"""Size -> rows and columns of a box. A band is a row of boxes, a stack a column of boxes."""
+SIZES = tuple(BOXES)
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,10 @@ class _Family:
 
 @dataclass(frozen=True)
 class Board:
-    """The constants of one size: candidate bit = digit_index * cells + cell."""
+    """The constants of one size: candidate bit = digit_index * cells + cell; `box` is its rows and columns."""
 
     size: int
-    box: int
+    box: tuple[int, int]
     cells: int
     every: int
     keep: tuple[int, ...]
@@ -50,10 +53,10 @@ class Board:
 
 @cache
 def board(size: int) -> Board:
-    """The board of `size` (4 or 9). Raises ValueError for another size."""
+    """The board of `size` (4, 6 or 9). Raises ValueError for another size."""
     if size not in SIZES:
         raise ValueError(f"Sudoku of size {size} is not known; sizes are {SIZES}")
-    box, cells = int(size**0.5), size * size
+    (height, width), cells = BOXES[size], size * size
 
     def family(base_cells: Sequence[int], offsets: Sequence[int]) -> _Family:
         base = sum(1 << (digit * cells + cell) for digit in range(size) for cell in base_cells)
@@ -61,8 +64,8 @@ def board(size: int) -> Board:
 
     rows = family([row * size for row in range(size)], range(size))
     columns = family(range(size), range(0, cells, size))
-    corners = [row * size + column for row in range(0, size, box) for column in range(0, size, box)]
-    boxes = family(corners, [row * size + column for row in range(box) for column in range(box)])
+    corners = [row * size + column for row in range(0, size, height) for column in range(0, size, width)]
+    boxes = family(corners, [row * size + column for row in range(height) for column in range(width)])
     cell_groups = _Family(
         (1 << cells) - 1, tuple(range(0, size * cells, cells)), sum(1 << d * cells for d in range(size))
     )
@@ -76,12 +79,12 @@ def board(size: int) -> Board:
                 for peer in range(cells)
                 if peer // size == row
                 or peer % size == column
-                or (peer // size // box, peer % size // box) == (row // box, column // box)
+                or (peer // size // height, peer % size // width) == (row // height, column // width)
             ]
             cleared = sum(1 << (digit * cells + peer) for peer in peers)
             cleared |= sum(1 << (other * cells + cell) for other in range(size))
             keep.append(every & ~cleared | 1 << (digit * cells + cell))
-    return Board(size, box, cells, every, tuple(keep), (cell_groups, rows, columns, boxes))
+    return Board(size, (height, width), cells, every, tuple(keep), (cell_groups, rows, columns, boxes))
 
 
 def place(table: Board, candidates: int, cell: int, digit: int) -> int:
@@ -224,6 +227,31 @@ def all_grids_4x4() -> tuple[Grid, ...]:
     return tuple(sorted(solutions(4, (0,) * 16)))
 
 
+@cache
+def ordered_grids_6x6() -> tuple[Grid, ...]:
+    """The 4,896 complete 6x6 grids whose first row is 1 to 6, and whose first column ascends inside the second and the
+    third band and from the second to the third. Each of the 28,200,960 grids comes to exactly one of them by
+    relabelling digits (720 ways) and exchanging the rows of these bands and the bands (8 ways)."""
+    found: list[Grid] = []
+    for second in (4, 5, 6):
+        others = [digit for digit in range(2, 7) if digit != second]
+        lowest = others[0]
+        for partner in others[1:]:
+            rest = [digit for digit in others[1:] if digit != partner]
+            first_column = (second, lowest, partner, *rest)
+            puzzle = [1, 2, 3, 4, 5, 6]
+            for digit in first_column:
+                puzzle += [digit, 0, 0, 0, 0, 0]
+            found.extend(solutions(6, puzzle))
+    return tuple(found)
+
+
+@cache
+def classes_6x6() -> Counter[tuple[object, ...]]:
+    """How many of the ordered 6x6 grids each class (`grid_class`) has; each stands for as many grids."""
+    return Counter(grid_class(6, grid) for grid in ordered_grids_6x6())
+
+
 def reduce_clues(size: int, grid: Grid, rng: random.Random, clues: int | None) -> Grid:
     """Takes clues off a complete grid in random order as long as the solution stays the only one.
 
@@ -248,26 +276,28 @@ def reduce_clues(size: int, grid: Grid, rng: random.Random, clues: int | None) -
 
 def grid_class(size: int, grid: Grid) -> tuple[object, ...]:
     """A fingerprint that all symmetric copies of a grid share (relabelled digits, permuted bands, stacks, rows and
-    columns inside them, transposed). Different fingerprints prove that two grids are essentially different; equal
-    ones prove nothing.
+    columns inside them, and transposed where boxes are square). Different fingerprints prove that two grids are
+    essentially different; equal ones prove nothing.
 
     For two rows the map "digit in the first -> digit in the second" is a permutation; relabelling conjugates it and
     reordering columns leaves it alone, so its cycle lengths are invariant. Gathered per band and over bands.
     """
     lines = [grid[row * size : (row + 1) * size] for row in range(size)]
     crossed = [tuple(line[column] for line in lines) for column in range(size)]
-    return tuple(sorted((_line_class(size, lines), _line_class(size, crossed))))
+    height, width = BOXES[size]
+    classes = (_line_class(height, lines), _line_class(width, crossed))
+    return tuple(sorted(classes)) if height == width else classes
 
 
-def _line_class(size: int, lines: Sequence[Sequence[int]]) -> tuple[object, ...]:
-    box = board(size).box
-    bands = range(size // box)
+def _line_class(depth: int, lines: Sequence[Sequence[int]]) -> tuple[object, ...]:
+    """The fingerprint of rows, or of columns, of which each `depth` in turn are a band, or a stack."""
+    bands = range(len(lines) // depth)
 
     def between(first: int, second: int) -> tuple[tuple[int, ...], ...]:
         pairs = [
             (a, b)
-            for a in range(first * box, first * box + box)
-            for b in range(second * box, second * box + box)
+            for a in range(first * depth, first * depth + depth)
+            for b in range(second * depth, second * depth + depth)
             if first != second or a < b
         ]
         return tuple(sorted(_cycle_lengths(lines[a], lines[b]) for a, b in pairs))

@@ -1,8 +1,9 @@
 """Symmetric copies of Sudoku grids: what may be permuted without touching validity.
 
 One job: draw symmetries and apply them to many grids at once. A symmetry relabels the digits, permutes bands, stacks,
-and the rows and columns inside them, and may transpose. It keeps a solution valid and a puzzle's solution unique. It
-does not decide which copies are allowed in a training set (build.py).
+and the rows and columns inside them, and may transpose where boxes are square (else boxes would lie down). It keeps a
+solution valid and a puzzle's solution unique. It does not decide which copies are allowed in a training set
+(builders/sudoku.py).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from hrm_ray.data.puzzles.sudoku import BOXES
 
 
 @dataclass(frozen=True)
@@ -32,18 +35,19 @@ class Symmetries:
 
 def draw(count: int, size: int, rng: np.random.Generator) -> Symmetries:
     """`count` symmetries of the size x size board, each uniform over the whole group."""
-    rows, columns = _line_permutations(count, size, rng), _line_permutations(count, size, rng)
+    height, width = BOXES[size]
+    rows, columns = _line_permutations(count, size, height, rng), _line_permutations(count, size, width, rng)
     cells = rows[:, :, None] * size + columns[:, None, :]
-    transposed = rng.integers(0, 2, count).astype(bool)
-    cells[transposed] = cells[transposed].transpose(0, 2, 1)
+    if height == width:
+        transposed = rng.integers(0, 2, count).astype(bool)
+        cells[transposed] = cells[transposed].transpose(0, 2, 1)
     names = np.zeros((count, size + 1), dtype=np.uint8)
     names[:, 1:] = rng.random((count, size)).argsort(axis=1) + 1
     return Symmetries(cells.reshape(count, size * size), names)
 
 
-def _line_permutations(count: int, size: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """int64 [count, size]: rows (or columns) permuted inside their bands, and the bands among each other."""
-    box = int(size**0.5)
-    bands = rng.random((count, box)).argsort(axis=1)
-    inside = rng.random((count, box, box)).argsort(axis=2)
-    return (bands[:, :, None] * box + inside).reshape(count, size)
+def _line_permutations(count: int, size: int, depth: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """int64 [count, size]: rows (or columns) permuted inside their bands of `depth`, and the bands among each other."""
+    bands = rng.random((count, size // depth)).argsort(axis=1)
+    inside = rng.random((count, size // depth, depth)).argsort(axis=2)
+    return (bands[:, :, None] * depth + inside).reshape(count, size)

@@ -1,21 +1,20 @@
-"""Built data sets: held-out data stays held out, and a build is whole or absent."""
+"""Built Sudoku sets: held-out puzzles stay held out, and a build is whole or absent."""
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hrm_ray.data import build
-from hrm_ray.data.build import build_sudoku, build_text
-from hrm_ray.data.parts import TextSource
+from hrm_ray.data.builders import sudoku as builder
+from hrm_ray.data.builders.sudoku import Difficulty, build_sudoku
 from hrm_ray.data.puzzles import sudoku, symmetry
 from hrm_ray.data.puzzles.samples import open_puzzles
-from hrm_ray.data.readers import read_documents
 from hrm_ray.errors import SettingsError
+
+SPLITS = ("train", "test")
 
 
 def split_of(folder: Path, split: str) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
@@ -28,7 +27,7 @@ def split_of(folder: Path, split: str) -> tuple[list[tuple[int, ...]], list[tupl
     )
 
 
-@pytest.mark.parametrize(("size", "train", "augment"), [(4, 300, 6), (9, 12, 3)])
+@pytest.mark.parametrize(("size", "train", "augment"), [(4, 300, 6), (6, 100, 3), (9, 12, 3)])
 def test_sudoku_sets_are_right_and_held_out(tmp_path: Path, size: int, train: int, augment: int) -> None:
     out = tmp_path / "set"
     summary = build_sudoku(out, size=size, train=train, test=10, augment=augment, seed=3)
@@ -65,6 +64,18 @@ def test_4x4_holds_out_a_quarter_of_the_grids(tmp_path: Path) -> None:
     assert (summary.train_grids, summary.test_grids) == (216, 72)
 
 
+def test_6x6_holds_out_a_fifth_of_the_grids_whatever_is_drawn(tmp_path: Path) -> None:
+    """The classes are shared out beforehand: even many held-out puzzles leave classes to train on."""
+    build_sudoku(tmp_path / "set", size=6, train=250, test=250)
+    train, test = ({sudoku.grid_class(6, grid) for grid in split_of(tmp_path / "set", split)[1]} for split in SPLITS)
+    assert not train & test and len(train) > 20 and len(test) > 3
+    counted = sudoku.classes_6x6()
+    for seed in range(20):
+        held_out = set(builder._held_out_classes_6x6(seed))
+        assert 0.2 <= sum(counted[kind] for kind in held_out) / counted.total() < 0.3
+    assert {kind for kind in counted if kind in set(builder._held_out_classes_6x6(0))} >= test
+
+
 def test_the_seed_decides_and_the_held_out_set_does_not_depend_on_train(tmp_path: Path) -> None:
     for name, train, seed in (("a", 30, 1), ("b", 30, 1), ("c", 30, 2), ("d", 50, 1)):
         build_sudoku(tmp_path / name, size=4, train=train, test=20, augment=1, seed=seed)
@@ -75,7 +86,7 @@ def test_the_seed_decides_and_the_held_out_set_does_not_depend_on_train(tmp_path
 
 
 @pytest.mark.parametrize(("difficulty", "low", "high"), [("easy", 1, 2), ("medium", 3, 5), ("hard", 6, 10**9)])
-def test_difficulty_is_kept(tmp_path: Path, difficulty: build.Difficulty, low: int, high: int) -> None:
+def test_difficulty_is_kept(tmp_path: Path, difficulty: Difficulty, low: int, high: int) -> None:
     summary = build_sudoku(tmp_path / "set", size=9, train=4, test=2, difficulty=difficulty)
     assert all(low <= grade <= high for grade in summary.grades)
     for puzzle in split_of(tmp_path / "set", "test")[0]:
@@ -88,11 +99,13 @@ def test_clues_are_kept(tmp_path: Path) -> None:
 
 def test_what_cannot_be_built_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError) as caught:
-        build_sudoku(tmp_path / "set", size=6, train=0, test=-1, difficulty="cruel", augment=-1)  # type: ignore[arg-type]
+        build_sudoku(tmp_path / "set", size=8, train=0, test=-1, difficulty="cruel", augment=-1)  # type: ignore[arg-type]
     assert len(caught.value.faults) == 5
     with pytest.raises(SettingsError, match="17 to 80"):
         build_sudoku(tmp_path / "set", clues=12)
-    monkeypatch.setattr(build, "_PATIENCE", {4: 8, 9: 3})
+    with pytest.raises(SettingsError, match="8 to 35"):
+        build_sudoku(tmp_path / "set", size=6, clues=7)
+    monkeypatch.setattr(builder, "_PATIENCE", {4: 8, 6: 8, 9: 3})
     for impossible in ({"difficulty": "hard"}, {"test": 10**6}):
         with pytest.raises(SettingsError, match="draws in a row"):
             build_sudoku(tmp_path / "set", size=4, train=10, **impossible)  # type: ignore[arg-type]
@@ -128,42 +141,9 @@ def test_an_interrupted_build_leaves_nothing(
     def fail(*_: object) -> None:
         raise kind
 
-    monkeypatch.setattr(build, "write_description", fail)
+    monkeypatch.setattr(builder, "write_description", fail)
     for name in ("new", "old"):
         with pytest.raises(kind):
             build_sudoku(tmp_path / name, size=4, train=7, test=5, overwrite=True)
     assert [entry.name for entry in tmp_path.iterdir()] == ["old"]
     assert len(open_puzzles(tmp_path / "old")) == 5
-
-
-def test_the_text_corpus_is_large_and_held_out(tmp_path: Path) -> None:
-    summary = build_text(tmp_path / "text")
-    train = list(read_documents(TextSource(tmp_path / "text", "train")))
-    test = list(read_documents(TextSource(tmp_path / "text", "test")))
-    assert (len(train), len(test)) == (summary.train_documents, summary.test_documents)
-    assert summary.train_bytes == sum(len(document.text.encode()) for document in train) > 500_000
-    assert 0.005 < len(test) / (len(train) + len(test)) < 0.05
-    texts = [document.text for document in train + test]
-    assert len(set(texts)) == len(texts), "no document twice, so none held out occurs in training"
-    assert not {document.text for document in train} & {document.text for document in test}
-    assert any("JSONDecoder" in text for text in texts)
-    with (tmp_path / "text" / "train.jsonl").open(encoding="utf-8") as file:
-        assert set(json.loads(next(file))) == {"text", "source"}
-
-
-def test_the_text_corpus_stops_at_its_size_and_follows_the_seed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    documents = [(f"d{number}", f"text number {number}\n") for number in range(400)] + [("again", "text number 7\n")]
-    monkeypatch.setattr(build, "python_documents", lambda: iter(documents))
-    whole = build_text(tmp_path / "whole")
-    assert whole.duplicates == 1 and whole.train_documents + whole.test_documents == 400
-    small = build_text(tmp_path / "small", max_bytes=4000)
-    assert 3980 < small.train_bytes + small.test_bytes <= 4000
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        build_text(tmp_path / name, seed=seed)
-    a, b, c = ((tmp_path / name / "train.jsonl").read_bytes() for name in "abc")
-    assert a == b != c
-    with pytest.raises(SettingsError, match="--max-bytes"):
-        build_text(tmp_path / "none", max_bytes=10)
-    assert not (tmp_path / "none").exists()

@@ -1,16 +1,13 @@
-"""`hrm-ray data build`: data sets made on this machine, so that a first run needs no download.
+"""Building a Sudoku set: different puzzles with one solution each, held-out ones on grids that training never sees.
 
-One job: build_sudoku and build_text, each a folder that is complete or absent. Solving is puzzles/sudoku.py, the
-documentation's text pydocs.py.
+One job: build_sudoku, a folder that is complete or absent. Solving is puzzles/sudoku.py, symmetries are
+puzzles/symmetry.py.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -20,9 +17,8 @@ import numpy.typing as npt
 
 from hrm_ray.data.folders import check_vacant, whole_folder
 from hrm_ray.data.puzzles import sudoku, symmetry
-from hrm_ray.data.puzzles.format import DESCRIPTION, Description, SplitEntry, write_description, write_split
-from hrm_ray.data.pydocs import python_documents
-from hrm_ray.errors import EnvironmentFault, Fault, SettingsError
+from hrm_ray.data.puzzles.format import BUILT_FILES, Description, SplitEntry, write_description, write_split
+from hrm_ray.errors import Fault, SettingsError
 
 Difficulty: TypeAlias = Literal["any", "easy", "medium", "hard"]
 
@@ -30,11 +26,9 @@ GRADES: dict[Difficulty, tuple[int, int]] = {"any": (1, 10**9), "easy": (1, 2), 
 """Lowest and highest grade of each difficulty (sudoku.grade): easy needs no guess, medium 1 to 3, hard more."""
 
 _HELD_OUT_GRIDS_4X4 = 72
+_HELD_OUT_SHARE_6X6 = 0.2
 # After this many draws in a row without a usable new puzzle the request is taken for impossible.
-_PATIENCE = {4: 20_000, 9: 2_000}
-_TEST_SHARE = 25  # one document in so many is held out
-_PUZZLE_FILES = frozenset({DESCRIPTION, "train.safetensors", "test.safetensors"})
-_TEXT_FILES = frozenset({"train.jsonl", "test.jsonl"})
+_PATIENCE = {4: 20_000, 6: 20_000, 9: 2_000}
 
 
 @dataclass(frozen=True)
@@ -51,18 +45,6 @@ class SudokuSummary:
     test_grids: int
     grades: dict[int, int]
     clues: dict[int, int]
-
-
-@dataclass(frozen=True)
-class TextSummary:
-    """What build_text made: documents and UTF-8 bytes of text per split, and exact duplicates left out."""
-
-    folder: Path
-    train_documents: int
-    test_documents: int
-    train_bytes: int
-    test_bytes: int
-    duplicates: int
 
 
 def build_sudoku(
@@ -83,17 +65,18 @@ def build_sudoku(
 
     Tokens: 0 pad, 1 empty, digit + 1. Held-out puzzles never share a solution grid with training puzzles or their
     copies. 4x4: 72 of the 288 grids are held out. 9x9: held-out grids are essentially different from all training
-    grids, that is, no symmetry maps one to the other (told by sudoku.grid_class).
+    grids, that is, no symmetry maps one to the other (told by sudoku.grid_class). 6x6: the same, by holding out classes
+    with about a fifth of all grids.
 
     Raises SettingsError for values that cannot be honoured, among them more or harder puzzles than there seem to be.
     """
     _check_sudoku(size, train, test, difficulty, clues, augment)
-    check_vacant(out, overwrite=overwrite, owned=_PUZZLE_FILES, option="--out")
+    check_vacant(out, overwrite=overwrite, owned=BUILT_FILES, option="--out")
     maker = _PuzzleMaker(size, difficulty, clues, seed)
     test_puzzles, test_grids = maker.draw(test, "test")
     base_puzzles, base_grids = maker.draw(train, "train")
     train_puzzles, train_grids = _augmented(size, base_puzzles, base_grids, test_grids, augment, seed)
-    with whole_folder(out, overwrite=overwrite, owned=_PUZZLE_FILES) as building:
+    with whole_folder(out, overwrite=overwrite, owned=BUILT_FILES) as building:
         splits: dict[str, SplitEntry] = {
             "train": write_split(building, "train", train_puzzles + 1, train_grids + 1),
             "test": write_split(building, "test", test_puzzles + 1, test_grids + 1),
@@ -141,15 +124,16 @@ def _check_sudoku(size: int, train: int, test: int, difficulty: str, clues: int 
     """Raises SettingsError with everything that is wrong."""
     faults = []
     if size not in sudoku.SIZES:
-        faults.append(Fault(f"size {size}", "Sudoku is built in 4x4 and 9x9", "Give --size 4 or --size 9"))
+        faults.append(Fault(f"size {size}", "Sudoku is built in 4x4, 6x6 and 9x9", "Give --size 4, 6 or 9"))
     if difficulty not in GRADES:
         faults.append(Fault(f"difficulty {difficulty}", "it is not known", f"Give one of {', '.join(GRADES)}"))
     for name, value, least in (("train", train, 1), ("test", test, 1), ("augment", augment, 0)):
         if value < least:
             faults.append(Fault(f"{name} {value}", f"it is at least {least}", f"Give --{name} {least} or more"))
     if clues is not None and size in sudoku.SIZES:
-        # 4 and 17 are the fewest clues with which a unique solution is possible (9x9: McGuire, Tugemann, Civario 2012).
-        least, most = {4: (4, 15), 9: (17, 80)}[size]
+        # 4, 8 and 17 are the fewest clues with which a unique solution is possible (9x9: McGuire, Tugemann, Civario
+        # 2012).
+        least, most = {4: (4, 15), 6: (8, 35), 9: (17, 80)}[size]
         if not least <= clues <= most:
             faults.append(
                 Fault(f"clues {clues}", f"a {size}x{size} puzzle has {least} to {most}", "Give a number in between")
@@ -170,6 +154,8 @@ class _PuzzleMaker:
             shuffled = list(sudoku.all_grids_4x4())
             random.Random(f"sudoku grids {seed}").shuffle(shuffled)
             self._pools = {"test": shuffled[:_HELD_OUT_GRIDS_4X4], "train": shuffled[_HELD_OUT_GRIDS_4X4:]}
+        if size == 6:
+            self._held_out = set(_held_out_classes_6x6(seed))
 
     def draw(self, count: int, split: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
         """`count` different puzzles and their solutions, uint8 [count, size*size] each."""
@@ -201,9 +187,10 @@ class _PuzzleMaker:
         if self._pools:
             return rng.choice(self._pools[split])
         grid = sudoku.random_grid(self._size, rng)
-        if split == "train" and sudoku.grid_class(self._size, grid) in self._held_out:
-            return None
-        return grid
+        if split == "test" and self._size == 9:
+            return grid
+        is_held_out = sudoku.grid_class(self._size, grid) in self._held_out
+        return grid if is_held_out == (split == "test") else None
 
     def _exhausted(self, count: int, found: int, split: str) -> SettingsError:
         kind = f"{self._size}x{self._size} puzzles of difficulty {self._difficulty}"
@@ -216,6 +203,22 @@ class _PuzzleMaker:
                 f"Give a smaller --{split}, another --difficulty or another --clues, or use --augment",
             )
         )
+
+
+def _held_out_classes_6x6(seed: int) -> Iterator[object]:
+    """Classes of 6x6 grids, in an order of the seed's, until they hold the share of all grids that is held out.
+
+    There are some forty, so that those of the puzzles drawn would soon be all: they are shared out beforehand.
+    """
+    grids = sudoku.classes_6x6()
+    classes = sorted(grids, key=repr)
+    random.Random(f"sudoku classes {seed}").shuffle(classes)
+    taken = 0
+    for kind in classes:
+        if taken >= _HELD_OUT_SHARE_6X6 * grids.total():
+            return
+        taken += grids[kind]
+        yield kind
 
 
 def _augmented(
@@ -254,55 +257,3 @@ def _keys(grids: npt.NDArray[np.uint8]) -> npt.NDArray[np.void]:
 def _counted(values: Iterable[int]) -> dict[int, int]:
     found, counts = np.unique(list(values), return_counts=True)
     return dict(zip(found.tolist(), counts.tolist(), strict=True))
-
-
-def build_text(out: Path, *, max_bytes: int | None = None, seed: int = 0, overwrite: bool = False) -> TextSummary:
-    """A text corpus of Python's own documentation: train.jsonl and test.jsonl with rows {"text", "source"}.
-
-    Documents come in an order keyed by `seed`, each at most once; about one in 50 is held out, chosen by a hash of
-    its text, so no held-out document occurs in training. `max_bytes` ends the corpus before the document that would
-    pass it (UTF-8 bytes of text, both splits together). Raises SettingsError for values that cannot be honoured.
-    """
-    check_vacant(out, overwrite=overwrite, owned=_TEXT_FILES, option="--out")
-    unique: dict[str, tuple[str, str]] = {}
-    documents = 0
-    for source, text in python_documents():
-        documents += 1
-        unique.setdefault(hashlib.sha256(f"{seed} {text}".encode()).hexdigest(), (source, text))
-    if not unique:
-        raise EnvironmentFault(
-            Fault(
-                f"Python {platform.python_version()}",
-                "it comes without its library's sources",
-                "Use a complete installation of Python",
-            )
-        )
-    splits: dict[str, list[str]] = {"train": [], "test": []}
-    sizes = {"train": 0, "test": 0}
-    for key, (source, text) in sorted(unique.items()):
-        length = len(text.encode("utf-8"))
-        if max_bytes is not None and sum(sizes.values()) + length > max_bytes:
-            break
-        # The first digits order the documents, so the last ones choose: else a short corpus had all of one split.
-        split = "test" if int(key[-8:], 16) % _TEST_SHARE == 0 else "train"
-        splits[split].append(json.dumps({"text": text, "source": source}, ensure_ascii=False))
-        sizes[split] += length
-    if not all(splits.values()):
-        raise SettingsError(
-            Fault(
-                f"max_bytes {max_bytes}",
-                "so little text leaves nothing to train on or to hold out",
-                "Give --max-bytes 1000000 or more",
-            )
-        )
-    with whole_folder(out, overwrite=overwrite, owned=_TEXT_FILES) as building:
-        for split, rows in splits.items():
-            (building / f"{split}.jsonl").write_bytes(("\n".join(rows) + "\n").encode("utf-8"))
-    return TextSummary(
-        folder=out,
-        train_documents=len(splits["train"]),
-        test_documents=len(splits["test"]),
-        train_bytes=sizes["train"],
-        test_bytes=sizes["test"],
-        duplicates=documents - len(unique),
-    )

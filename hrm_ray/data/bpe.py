@@ -1,0 +1,129 @@
+"""Training a byte-level BPE on a sample of the documents, of a given size or of one that the data decides.
+
+One job: documents in, a TextTokenizer out. It does not say which documents, and keeps none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from hrm_ray.data.tokenizer import END_OF_TEXT, PAD, TextTokenizer
+from hrm_ray.errors import DataFault, Fault, SettingsError
+
+MARKS = (END_OF_TEXT, PAD)
+LEAST_VOCABULARY = 256 + len(MARKS)
+"""A byte-level vocabulary holds each byte and the marks; anything above are merges."""
+LONGEST_WORD = 256
+"""Characters without a space between them (or of space) that are taken as one word."""
+
+ENOUGH_COUNTS = 100
+LEAST_SAMPLE_COUNTS = 5
+
+
+@dataclass(frozen=True)
+class SizeBounds:
+    """Between how many tokens a vocabulary's size is chosen, and how much text there is to train on (bytes as stored;
+    0 where nobody knows)."""
+
+    least: int
+    most: int
+    corpus_bytes: int
+
+
+@dataclass(frozen=True)
+class SizedBpe:
+    """A tokenizer whose size the data decided, and how, in a sentence for a person."""
+
+    tokenizer: TextTokenizer
+    account: str
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int, examples: int, least_count: int = 0) -> TextTokenizer:
+    """A byte-level BPE trained on the first `examples` documents. The same documents give the same file.
+
+    Two tokens are merged while they stand side by side at least `least_count` times. Where the data offers fewer
+    merges than asked for, the vocabulary is smaller: see `vocab_size` of the result. Raises SettingsError for a
+    vocabulary that cannot hold all bytes, DataFault for documents without text.
+    """
+    if vocab_size < LEAST_VOCABULARY:
+        reason = f"256 bytes and {len(MARKS)} marks need {LEAST_VOCABULARY}"
+        raise SettingsError(Fault(f"vocab_size {vocab_size}", reason, f"Give --vocab-size {LEAST_VOCABULARY} or more"))
+    backend = Tokenizer(models.BPE())
+    # A BPE takes time with the square of a word's length, and cannot be interrupted: no word is longer than this.
+    short = pre_tokenizers.Split(Regex(f"\\S{{{LONGEST_WORD}}}|\\s{{{LONGEST_WORD}}}"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([short, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=least_count,
+        special_tokens=list(MARKS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    sample = _Measured(documents, examples)
+    backend.train_from_iterator(iter(sample), trainer=trainer)
+    if not sample.bytes:
+        raise DataFault(Fault("tokenizer", "the documents to train it on hold no text", "Give data with text in it"))
+    return TextTokenizer(backend, END_OF_TEXT, PAD)
+
+
+def train_sized_bpe(read: Callable[[], Iterable[str]], bounds: SizeBounds, examples: int) -> SizedBpe:
+    """A byte-level BPE as large as the data bears, within `bounds`, trained on the first `examples` documents.
+
+    `read` starts the documents from the first; it is called two or three times. The rule: a pair is merged as long as
+    it stands ENOUGH_COUNTS (100) times in all of the text, since a row of the embedding is learnt from its occurrences
+    only. That a token needs about 100 of them is what Gowda and May found for translation ("Finding the optimal
+    vocabulary size for neural machine translation", 2020: the largest BPE of which 95 % of the types occur 100 times
+    or more). The share of 95 % is left out here: a byte-level BPE holds many tokens that are nearly always part of
+    longer ones, up to a tenth, so the share would measure those; what a merge counts when it is made falls with every
+    merge and does not know of later ones. What is 100 times in the text is fewer times in a sample of it, by the ratio
+    of their bytes, but never less than LEAST_SAMPLE_COUNTS (5): rarer pairs are the accidents of a sample. Bytes as
+    stored stand for those of the text: compressed text counts as less, which gives a smaller vocabulary.
+
+    Merges are learnt greedily, the commonest first, so the vocabulary is the beginning of any larger one's. The same
+    documents and bounds give the same file. Raises as `train_bpe`.
+    """
+    sample = _Measured(read(), examples)
+    for _ in sample:
+        pass
+    times = 1.0 if sample.is_all else max(1.0, bounds.corpus_bytes / max(1, sample.bytes))
+    count = max(LEAST_SAMPLE_COUNTS, math.ceil(ENOUGH_COUNTS / times))
+    # Each merge takes at least one token away. The trainer reserves room for all it is asked for, whatever comes.
+    tokenizer = train_bpe(read(), min(bounds.most, LEAST_VOCABULARY + sample.bytes), examples, count)
+    borne = tokenizer.vocab_size
+    decided = ""
+    if borne < bounds.least:
+        tokenizer = train_bpe(read(), min(bounds.least, LEAST_VOCABULARY + sample.bytes), examples)
+        decided = f"; that bears {borne} tokens, --min-vocab-size {bounds.least} decides"
+    elif borne >= bounds.most:
+        decided = f"; --max-vocab-size {bounds.most} decides"
+    size = f"{sample.bytes / 1e6:.1f} MB in {sample.documents} documents"
+    of_what = f"all of the text ({size})" if sample.is_all else f"a sample of the text ({size}, 1/{times:.1f} of it)"
+    return SizedBpe(
+        tokenizer,
+        f"The vocabulary has {tokenizer.vocab_size} tokens, chosen from the data: a pair is merged that stands at "
+        f"least {count} times in {of_what}{decided}.",
+    )
+
+
+class _Measured:
+    """Passes the first `examples` texts on, and counts them and their UTF-8 bytes; `is_all` says whether there were
+    no more."""
+
+    def __init__(self, texts: Iterable[str], examples: int) -> None:
+        self._texts, self._examples = iter(texts), examples
+        self.documents = 0
+        self.bytes = 0
+        self.is_all = False
+
+    def __iter__(self) -> Iterator[str]:
+        for text in islice(self._texts, self._examples):
+            self.documents += 1
+            self.bytes += len(text.encode("utf-8"))
+            yield text
+        self.is_all = next(self._texts, None) is None

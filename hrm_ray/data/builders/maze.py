@@ -1,0 +1,188 @@
+"""Building a maze set: a start and a goal in each, and the one shortest path between them marked in the label.
+
+One job: build_maze, a folder that is complete or absent. Mazes themselves are puzzles/mazes.py, symmetries
+puzzles/dihedral.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from hrm_ray.data.folders import check_vacant, whole_folder
+from hrm_ray.data.puzzles import dihedral, mazes
+from hrm_ray.data.puzzles.format import BUILT_FILES, Description, SplitEntry, write_description, write_split
+from hrm_ray.errors import Fault, SettingsError
+
+SIZES = range(5, 31)
+SYMBOLS = ["?", "#", " ", "S", "G", "o"]
+"""How tokens print: padding, wall, open, start, goal, way. Numbers and signs are those of the public HRM maze sets
+("# SGo" from 1 on); padding has none there."""
+WALL, OPEN, START, GOAL, WAY = range(1, 6)
+
+_PATIENCE = 2_000
+"""After this many mazes in a row that give no new puzzle the request is taken for impossible."""
+_TEST_SHARE = 5
+"""One layout in so many is held out."""
+
+Grids = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class MazeSummary:
+    """What build_maze made: puzzles per split, those of training before augmentation, and the fewest, median and most
+    moves of a path in training."""
+
+    folder: Path
+    size: int
+    train: int
+    test: int
+    base_puzzles: int
+    moves: tuple[int, int, int]
+
+
+def build_maze(
+    out: Path,
+    *,
+    size: int = 30,
+    train: int = 1000,
+    test: int = 1000,
+    min_path: int | None = None,
+    openings: float = 0.05,
+    augment: int = 0,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> MazeSummary:
+    """A puzzle set of `train` and `test` different mazes of size x size cells, each with exactly one shortest path from
+    start to goal, of at least `min_path` moves (None: as many as the maze is wide). `openings` is the share of walls
+    between rooms that is taken away again, so that there are loops; `augment` up to 7 turned and mirrored copies of
+    each training maze are added.
+
+    The label is the maze with the path marked. No two puzzles of a split are copies of each other, and walls of a
+    held-out maze are not those of a training maze, also turned or mirrored: a hash of the walls decides the split.
+    Raises SettingsError for values that cannot be honoured, among them longer paths than there seem to be.
+    """
+    min_path = size if min_path is None else min_path
+    _check_maze(size, train, test, min_path, openings, augment)
+    check_vacant(out, overwrite=overwrite, owned=BUILT_FILES, option="--out")
+    maker = _MazeMaker(size, min_path, openings, seed)
+    held_out, base = maker.draw(test, "test"), maker.draw(train, "train")
+    copies = _augmented(base, augment, seed)
+    built = {"min_path": min_path, "openings": openings, "augment": augment, "seed": seed, "base_puzzles": train}
+    with whole_folder(out, overwrite=overwrite, owned=BUILT_FILES) as building:
+        splits: dict[str, SplitEntry] = {
+            "train": write_split(building, "train", _inputs(copies), copies.reshape(len(copies), -1)),
+            "test": write_split(building, "test", _inputs(held_out), held_out.reshape(len(held_out), -1)),
+        }
+        description = Description(
+            kind="puzzle",
+            format=1,
+            name=f"maze-{size}x{size}",
+            seq_len=size * size,
+            vocab_size=len(SYMBOLS),
+            num_puzzle_identifiers=1,
+            pad_id=0,
+            blank_id=0,
+            grid=(size, size),
+            symbols=SYMBOLS,
+            splits=splits,
+            built=built,
+        )
+        write_description(building, description)
+    lengths = np.sort((base == WAY).sum(axis=(1, 2)) + 1)
+    moves = (int(lengths[0]), int(lengths[len(lengths) // 2]), int(lengths[-1]))
+    return MazeSummary(out, size, len(copies), len(held_out), train, moves)
+
+
+def _check_maze(size: int, train: int, test: int, min_path: int, openings: float, augment: int) -> None:
+    """Raises SettingsError with everything that is wrong."""
+    faults = []
+    if size not in SIZES:
+        sizes = f"{SIZES[0]} to {SIZES[-1]}"
+        faults.append(Fault(f"size {size}", f"mazes have {sizes} cells to a side", f"Give --size {sizes}"))
+    for name, value, least, most in (("train", train, 1, None), ("test", test, 1, None), ("augment", augment, 0, 7)):
+        if value < least or (most is not None and value > most):
+            bounds = f"at least {least}" if most is None else f"{least} to {most}"
+            faults.append(Fault(f"{name} {value}", f"it is {bounds}", f"Give --{name} {bounds}"))
+    if not 0 <= openings <= 1:
+        faults.append(Fault(f"openings {openings}", "it is a share of the walls", "Give --openings 0 to 1"))
+    if size in SIZES and not 1 <= min_path <= mazes.most_moves(size):
+        most_moves = mazes.most_moves(size)
+        reason = f"a path through {size}x{size} cells has 1 to {most_moves} moves"
+        faults.append(
+            Fault(f"min_path {min_path}", reason, f"Give --min-path {most_moves} or less, or a larger --size")
+        )
+    if faults:
+        raise SettingsError(faults)
+
+
+class _MazeMaker:
+    """Draws different mazes for two splits that share no layout of walls."""
+
+    def __init__(self, size: int, min_path: int, openings: float, seed: int) -> None:
+        self._size, self._min_path, self._openings, self._seed = size, min_path, openings, seed
+
+    def draw(self, count: int, split: str) -> Grids:
+        """`count` mazes with their paths marked, uint8 [count, size, size]; no two are copies of each other."""
+        rng = random.Random(f"maze {self._size} {split} {self._seed}")
+        found: dict[bytes, Grids] = {}
+        idle = 0
+        while len(found) < count:
+            idle += 1
+            if idle > _PATIENCE:
+                raise self._exhausted(count, len(found), split)
+            walk = mazes.carve(self._size, rng, self._openings)
+            if self._split_of(walk) != split:
+                continue
+            ends = mazes.draw_ends(walk, rng, self._min_path)
+            if ends is None:
+                continue
+            maze = _marked(walk, *ends)
+            if found.setdefault(dihedral.canonical(maze), maze) is maze:
+                idle = 0
+        return np.array(list(found.values()))
+
+    def _split_of(self, walk: mazes.Open) -> str:
+        digest = hashlib.sha256(f"{self._seed} ".encode() + dihedral.canonical(walk)).digest()
+        return "test" if int.from_bytes(digest[:8], "big") % _TEST_SHARE == 0 else "train"
+
+    def _exhausted(self, count: int, found: int, split: str) -> SettingsError:
+        kind = f"{self._size}x{self._size} mazes with a shortest path of {self._min_path} moves or more"
+        reason = f"only {found} different {kind} were found, {_PATIENCE} in a row gave no new one"
+        mend = f"Give a smaller --{split}, a smaller --min-path, fewer --openings, or a larger --size"
+        return SettingsError(Fault(f"{split} {count}", reason, mend))
+
+
+def _marked(walk: mazes.Open, start: int, goal: int) -> Grids:
+    """Tokens of a maze with its path, uint8 [size, size]."""
+    cells = np.where(walk, OPEN, WALL).astype(np.uint8)
+    cells.ravel()[mazes.shortest_path(walk, start, goal)] = WAY
+    cells.ravel()[[start, goal]] = START, GOAL
+    return cells
+
+
+def _inputs(labels: Grids) -> Grids:
+    """The mazes without their paths, uint8 [N, size * size]."""
+    return np.where(labels == WAY, np.uint8(OPEN), labels).reshape(len(labels), -1)
+
+
+def _augmented(base: Grids, copies: int, seed: int) -> Grids:
+    """The mazes followed by `copies` turned or mirrored copies of each, drawn from the seven; a copy that is the same
+    as another of its maze is left out."""
+    if not copies:
+        return base
+    rng = np.random.default_rng([seed, base.shape[1]])
+    added: list[Grids] = []
+    for maze in base:
+        known = {maze.tobytes()}
+        for number in rng.permutation(np.arange(1, dihedral.COUNT))[:copies].tolist():
+            copy = np.ascontiguousarray(dihedral.turned(maze, number))
+            if copy.tobytes() not in known:
+                known.add(copy.tobytes())
+                added.append(copy)
+    return np.concatenate([base, np.array(added).reshape(-1, *base.shape[1:])])

@@ -1,0 +1,83 @@
+"""Building a text corpus out of the documentation that comes with Python, so that a first run needs no download.
+
+One job: build_text, a folder that is complete or absent. The documentation's text is pydocs.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from hrm_ray.data.folders import check_vacant, whole_folder
+from hrm_ray.data.pydocs import python_documents
+from hrm_ray.errors import EnvironmentFault, Fault, SettingsError
+
+_TEST_SHARE = 25  # one document in so many is held out
+_TEXT_FILES = frozenset({"train.jsonl", "test.jsonl"})
+
+
+@dataclass(frozen=True)
+class TextSummary:
+    """What build_text made: documents and UTF-8 bytes of text per split, and exact duplicates left out."""
+
+    folder: Path
+    train_documents: int
+    test_documents: int
+    train_bytes: int
+    test_bytes: int
+    duplicates: int
+
+
+def build_text(out: Path, *, max_bytes: int | None = None, seed: int = 0, overwrite: bool = False) -> TextSummary:
+    """A text corpus of Python's own documentation: train.jsonl and test.jsonl with rows {"text", "source"}.
+
+    Documents come in an order keyed by `seed`, each at most once; about one in 50 is held out, chosen by a hash of
+    its text, so no held-out document occurs in training. `max_bytes` ends the corpus before the document that would
+    pass it (UTF-8 bytes of text, both splits together). Raises SettingsError for values that cannot be honoured.
+    """
+    check_vacant(out, overwrite=overwrite, owned=_TEXT_FILES, option="--out")
+    unique: dict[str, tuple[str, str]] = {}
+    documents = 0
+    for source, text in python_documents():
+        documents += 1
+        unique.setdefault(hashlib.sha256(f"{seed} {text}".encode()).hexdigest(), (source, text))
+    if not unique:
+        raise EnvironmentFault(
+            Fault(
+                f"Python {platform.python_version()}",
+                "it comes without its library's sources",
+                "Use a complete installation of Python",
+            )
+        )
+    splits: dict[str, list[str]] = {"train": [], "test": []}
+    sizes = {"train": 0, "test": 0}
+    for key, (source, text) in sorted(unique.items()):
+        length = len(text.encode("utf-8"))
+        if max_bytes is not None and sum(sizes.values()) + length > max_bytes:
+            break
+        # The first digits order the documents, so the last ones choose: else a short corpus had all of one split.
+        split = "test" if int(key[-8:], 16) % _TEST_SHARE == 0 else "train"
+        splits[split].append(json.dumps({"text": text, "source": source}, ensure_ascii=False))
+        sizes[split] += length
+    if not all(splits.values()):
+        raise SettingsError(
+            Fault(
+                f"max_bytes {max_bytes}",
+                "so little text leaves nothing to train on or to hold out",
+                "Give --max-bytes 1000000 or more",
+            )
+        )
+    with whole_folder(out, overwrite=overwrite, owned=_TEXT_FILES) as building:
+        for split, rows in splits.items():
+            (building / f"{split}.jsonl").write_bytes(("\n".join(rows) + "\n").encode("utf-8"))
+    return TextSummary(
+        folder=out,
+        train_documents=len(splits["train"]),
+        test_documents=len(splits["test"]),
+        train_bytes=sizes["train"],
+        test_bytes=sizes["test"],
+        duplicates=documents - len(unique),
+    )

@@ -1,0 +1,91 @@
+"""A tokenizer by its name: a path on this machine, or an id of the Hugging Face Hub.
+
+One job: from the name that a user gives to a TextTokenizer. It downloads a tokenizer's own files only, never weights.
+Reading the files is tokenizer.py.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from hrm_ray.data.tokenizer import TOKENIZER_FILE, TextTokenizer
+from hrm_ray.errors import DataFault, EnvironmentFault, Fault, SettingsError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
+_FILES = (
+    *(TOKENIZER_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
+"""What a tokenizer may be made of; config.json names its class where the tokenizer's own files do not."""
+_VOCABULARIES = frozenset(_FILES) - {"tokenizer_config.json", "special_tokens_map.json", "config.json"}
+_TIMEOUT_S = 10.0
+_GIVE = f"Give a folder with {TOKENIZER_FILE}, or leave it out to train one on the data"
+
+
+def absolute_name(name: str) -> str:
+    """`name` as it holds from any working folder: absolute where it is a path, and as it is where it is a Hub id."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() or not _is_hub_id(name) else name
+
+
+def load_named(name: str) -> TextTokenizer:
+    """The tokenizer at the path `name`; where nothing is there, the Hub's of that id.
+
+    What the Hub's cache on this machine holds of it is used without asking the Hub, so that machines without a network
+    work and a run does not change under its feet. Raises SettingsError for a name that leads nowhere, EnvironmentFault
+    where the Hub cannot be asked, DataFault for files that cannot be used.
+    """
+    path = Path(name).expanduser()
+    if path.exists() or not _is_hub_id(name):
+        return TextTokenizer.load(path)
+    folder = _cached_folder(name) or _downloaded_folder(name)
+    try:
+        return TextTokenizer.load(folder)
+    except DataFault as fault:
+        told = [Fault(f"{name} (in {each.value})", each.reason, each.mend) for each in fault.faults]
+        raise DataFault(told) from fault
+
+
+def _is_hub_id(name: str) -> bool:
+    return _HUB_ID.fullmatch(name) is not None and not name.endswith(".json")
+
+
+def _cached_folder(hub_id: str) -> Path | None:
+    """Where the Hub's cache holds this tokenizer; None where it does not, or not whole."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(hub_id, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise SettingsError(Fault(hub_id, "it is neither a path that is there nor an id of the Hub", _GIVE)) from error
+    return folder if any((folder / name).is_file() for name in _VOCABULARIES) else None
+
+
+def _downloaded_folder(hub_id: str) -> Path:
+    """The folder of the Hub's cache with the tokenizer's files, fetched now."""
+    from huggingface_hub import HfApi, constants, hf_hub_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    absent = f"nothing is at this path, the cache {constants.HF_HUB_CACHE} holds no tokenizer of this id"
+    if constants.HF_HUB_OFFLINE:
+        raise EnvironmentFault(Fault(hub_id, f"{absent}, and HF_HUB_OFFLINE forbids asking the Hub", _GIVE))
+    try:
+        # The only request that may meet a dead network: it has one try and a limit, which a download has not.
+        about = HfApi().model_info(hub_id, timeout=_TIMEOUT_S)
+        held = {file.rfilename for file in about.siblings or ()}
+        for name in _FILES:
+            if name in held:
+                fetched = hf_hub_download(hub_id, name, etag_timeout=_TIMEOUT_S)
+    except RepositoryNotFoundError as error:
+        reason = "nothing is at this path, and the Hub has no such repository (or shows it only to its members)"
+        raise SettingsError(Fault(hub_id, reason, "Give another id, or log in with `hf auth login`")) from error
+    except Exception as error:  # its HTTP library, and with it the kinds of a failed connection, differ by version
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EnvironmentFault(Fault(hub_id, f"{absent}, and the Hub cannot be asked ({first_line})", _GIVE)) from error
+    if not held & _VOCABULARIES:
+        raise SettingsError(Fault(hub_id, "the Hub's repository of this id holds no tokenizer", _GIVE))
+    return Path(fetched).parent
