@@ -55,6 +55,8 @@ class ChunkMaker:
         self._reading: Iterator[RawChunk] | None = None
         self._next = 0
         self._told = False
+        self.told: list[str] = []
+        """What was said of the chunks that were made here."""
 
     def made(self, number: int) -> Chunk | None:
         """Chunk `number`, None where the corpus has no such chunk; what lies before it and is not known is read.
@@ -77,7 +79,9 @@ class ChunkMaker:
         """A chunk that was made, here or elsewhere: known to the catalog now, and kept if there is room."""
         self.catalog.add(chunk.entry)
         self.cache.keep(self._key(chunk.entry), chunk.store)
-        return replace(chunk, notes=(*chunk.notes, *self._about_cache()))
+        notes = (*chunk.notes, *self._about_cache())
+        self.told += notes
+        return replace(chunk, notes=notes)
 
     def keeps(self, number: int) -> bool:
         """Whether a chunk that is known lies in the cache."""

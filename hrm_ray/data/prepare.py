@@ -87,10 +87,11 @@ class PreparedText:
 
 @dataclass(frozen=True)
 class PreparedPuzzles:
-    """What prepare_puzzles checked: facts of both splits, and the plan."""
+    """What prepare_puzzles checked: facts of both splits, how many puzzles are trained on, and the plan."""
 
     train: PuzzleFacts
     evaluation: PuzzleFacts | None
+    rows: int
     plan: DataPlan
 
 
@@ -146,7 +147,7 @@ def prepare_text(
     # Last, so that data that cannot be used leaves the bundle's tokenizer as it was.
     if origin != "reused":
         tokenizer.save(bundle)
-    notes += first.notes
+    notes += maker.told
     notes.extend(_losses(_documents(maker.corpus), tokenizer))
     start = 0 if cut.start_block is None and cut.start_chunk is None else first.entry.number
     plan = TextPlan(cut, form, train, evaluation is not None, start, in_order, kept)
@@ -231,24 +232,36 @@ def _losses(documents: Iterable[Document], tokenizer: TextTokenizer) -> list[str
     return []
 
 
-def prepare_puzzles(train: TextSource, evaluation: TextSource | None) -> PreparedPuzzles:
-    """Reads and checks both puzzle sets. Raises SettingsError for a path, DataFault for data that cannot be used."""
+def prepare_puzzles(
+    train: TextSource,
+    evaluation: TextSource | None,
+    *,
+    max_train_examples: int | None = None,
+    max_val_examples: int | None = None,
+) -> PreparedPuzzles:
+    """Reads and checks both puzzle sets, of which at most so many puzzles are used, the first ones.
+
+    Raises SettingsError for a path, DataFault for data that cannot be used.
+    """
     plan: DataPlan = {
         "task": "puzzle",
         "path": absolute(train.path),
         "split": train.split,
         "eval_path": None if evaluation is None else absolute(evaluation.path),
         "eval_split": None if evaluation is None else evaluation.split,
+        "max_train_examples": max_train_examples,
+        "max_val_examples": max_val_examples,
     }
     samples, held_out = open_puzzle_sets(plan)
-    return PreparedPuzzles(samples.facts, held_out.facts if held_out is not None else None, plan)
+    return PreparedPuzzles(samples.facts, held_out.facts if held_out is not None else None, len(samples), plan)
 
 
 def open_puzzle_sets(plan: Mapping[str, Any]) -> tuple[PuzzleSamples, PuzzleSamples | None]:
     """The training and the held-out puzzles of a plan. Raises DataFault where they have gone or changed."""
     samples = open_puzzles(Path(plan["path"]), plan["split"])
+    used = samples.first(plan["max_train_examples"])
     if plan["eval_path"] is None:
-        return samples, None
+        return used, None
     held_out = open_puzzles(Path(plan["eval_path"]), plan["eval_split"])
     held_out.fit_to(samples.facts)
-    return samples, held_out
+    return used, held_out.first(plan["max_val_examples"])

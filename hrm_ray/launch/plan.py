@@ -229,11 +229,16 @@ def _text_data(settings: RunSettings, prepared: PreparedText, held_out_rows: int
 def _prepare_puzzles(drafted: Draft, run_dir: RunDir) -> tuple[ModelConfig, dict[str, Any]]:
     settings = drafted.settings
     evaluation = source_of(settings, evaluation=True) if drafted.evaluation is not None else None
-    prepared = prepare_puzzles(source_of(settings, evaluation=False), evaluation)
+    prepared = prepare_puzzles(
+        source_of(settings, evaluation=False),
+        evaluation,
+        max_train_examples=settings.data.max_train_examples,
+        max_val_examples=settings.data.max_val_examples,
+    )
     samples = open_puzzles(Path(drafted.facts.path), drafted.facts.split)
     if not drafted.identity.continues:
         write_json(run_dir.puzzle, prepared.train.plain())
-    data = {**prepared.plan, "rows": len(samples), "fingerprint": samples.fingerprint()}
+    data = {**prepared.plan, "rows": prepared.rows, "fingerprint": samples.fingerprint()}
     _check_puzzles_unchanged(drafted.identity, data)
     return drafted.config, data
 

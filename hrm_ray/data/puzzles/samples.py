@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,15 @@ class PuzzleSamples:
 
     def __len__(self) -> int:
         return len(self._inputs)
+
+    def first(self, count: int | None) -> PuzzleSamples:
+        """The first `count` puzzles, or all of them where there are no more (None: all)."""
+        if count is None or count >= len(self):
+            return self
+        few = copy(self)
+        few._inputs, few._labels = self._inputs[:count], self._labels[:count]
+        few._identifiers = self._identifiers[:count]
+        return few
 
     def rows(self, indices: npt.NDArray[np.int64]) -> Columns:
         """The puzzles at `indices` (int64 [B]; -1 gives an inactive padding row) as columns of values.Columns."""
