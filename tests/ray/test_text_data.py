@@ -1,0 +1,103 @@
+"""Text through Ray Data: the rows of one process, every one of them once, also when workers are killed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hrm_ray.launch import local
+from hrm_ray.launch.draft import draft
+from hrm_ray.launch.plan import make_plan
+from hrm_ray.launch.resources import usable_cpus
+from hrm_ray.ledger import read_ledger
+from hrm_ray.ledger.verify import violations
+from hrm_ray.orchestration import gang
+from hrm_ray.orchestration.failures import WorkerCrash
+from hrm_ray.rundir import RunDir
+from hrm_ray.settings.load import load_settings
+from tests.ray.test_gang import Received, never
+from tests.support.numbered_corpora import TOKENIZER, Row, Shape, rows_of_corpus, texts_of, write_corpus
+from tests.support.recorded_training import recorded, rows_by_step
+from tests.support.runs import records
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.skipif(usable_cpus() < 2, reason="two workers need two CPUs"),
+]
+
+TEXTS = texts_of([number % 23 for number in range(160)])
+SHAPE = Shape(samples_per_block=60, chunk_size=13, seq_len=16)
+EFFECTIVE = 8
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    TOKENIZER.save(tmp_path / "tokenizer")
+    return write_corpus(tmp_path / "corpus", TEXTS, files=3)
+
+
+def plan_of(corpus: Path, bundle: Path, ranks: int, record: Path, **said: str | bool) -> dict[str, Any]:
+    """A plan whose workers write down their rows. Nothing is counted beforehand, so chunks are made as the run goes."""
+    options: dict[str, str | bool] = {
+        **{"--dataset-file": str(corpus), "--bundle-dir": str(bundle), "--lr-schedule": "constant"},
+        **{"--tokenizer-path": str(corpus.parent / "tokenizer"), "--max-seq-len": str(SHAPE.seq_len)},
+        **{"--samples-per-block": str(SHAPE.samples_per_block), "--dataset-chunk-size": str(SHAPE.chunk_size)},
+        **{"--hidden-size": "32", "--num-heads": "2", "--num-layers": "2", "--no-use-moe": True, "--no-amp": True},
+        **{"--launcher": "ray" if ranks > 1 else "local", "--world-size": str(ranks), "--threads": "1"},
+        **{"--batch-size": str(EFFECTIVE // ranks), "--log-every": "1", "--stop-after-epoch": True},
+    }
+    plan = make_plan(draft(load_settings({**options, **said})))
+    return {**plan, "body": "tests.support.recorded_training:recorded", "record": str(record), "die_at": None}
+
+
+def total(rows: dict[int, list[Row]]) -> Counter[Row]:
+    pad = TOKENIZER.pad_id
+    return Counter(tuple(t for t in row if t != pad) for step in rows.values() for row in step)
+
+
+EXPECTED = Counter(rows_of_corpus(TEXTS, SHAPE))
+
+
+@pytest.mark.parametrize("order", ["linear", pytest.param("shuffled", marks=pytest.mark.slow)])
+def test_ray_data_gives_the_rows_of_one_process(corpus: Path, tmp_path: Path, order: str) -> None:
+    said: dict[str, str | bool] = {}
+    if order == "shuffled":
+        said = {"--no-linear-dataset": True, "--shuffle-buffer-size": "30"}
+    alone = plan_of(corpus, tmp_path / "one", 1, tmp_path / "rows1", **said)
+    recorded(alone, local.LocalLink(Received(), never))
+    plan = plan_of(corpus, tmp_path / "two", 2, tmp_path / "rows2", **said)
+    assert gang.reads_text(plan), "there should be something left for Ray Data to make"
+    outcome = gang.run(plan, sink=Received(), stop=never)
+    one, two = rows_by_step(tmp_path / "rows1", [0]), rows_by_step(tmp_path / "rows2", [0, 1])
+    assert one == two
+    assert total(two) == EXPECTED and outcome.step == len(two)
+    losses = [record["loss"] for record in records(tmp_path / "one")]
+    # float32 sums in another order.
+    assert [record["loss"] for record in records(tmp_path / "two")] == pytest.approx(losses, rel=1e-4)
+    with read_ledger(RunDir(tmp_path / "two").ledger) as ledger:
+        assert list(violations(ledger)) == [] and ledger.complete(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_worker_costs_no_row_and_doubles_none(corpus: Path, tmp_path: Path, rank: int) -> None:
+    """Killed after the checkpoint of step 6; the run goes on in one process from there. What survives in the weights is
+    what was trained up to step 6 and what was trained after going on: together every row once."""
+    bundle = tmp_path / "b"
+    plan = plan_of(corpus, bundle, 2, tmp_path / "rows1", **{"--save-every": "3"})
+    with pytest.raises(WorkerCrash):
+        gang.run({**plan, "die_at": [rank, 9]}, sink=Received(), stop=never)
+    steps = RunDir(bundle).checkpoint_steps()
+    assert steps == [3, 6]
+    again = plan_of(corpus, bundle, 1, tmp_path / "rows2", **{"--resume": True})
+    recorded(again, local.LocalLink(Received(), never))
+    before, after = rows_by_step(tmp_path / "rows1", [0, 1]), rows_by_step(tmp_path / "rows2", [0])
+    survived = {step: rows for step, rows in before.items() if step <= 6}
+    assert min(after) == 7 and max(before) >= 8
+    assert total(survived) + total(after) == EXPECTED
+    with read_ledger(RunDir(bundle).ledger) as ledger:
+        assert list(violations(ledger)) == [] and ledger.complete(0)
+        assert ledger.head is not None and ledger.head.total_sequences == EXPECTED.total()

@@ -1,0 +1,52 @@
+"""A training body that writes down every row it is given, and dies where it is told: for audits of real runs.
+
+Runs inside a training worker; what was written before a death stays.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hrm_ray.train.feed import HaltedSlots
+from hrm_ray.train.session import WorkerLink, train
+from hrm_ray.train.stream_feed import StreamFeed
+from hrm_ray.values import Columns, Outcome
+
+
+def recorded(plan: dict[str, Any], link: WorkerLink) -> Outcome:
+    """`train`, with the rows of each step in `plan["record"]`/{rank}.jsonl; rank and step of `plan["die_at"]` (a pair,
+    or None) are where a worker kills itself, before it trains on that step's rows."""
+    folder = Path(plan["record"])
+    folder.mkdir(parents=True, exist_ok=True)
+    real = StreamFeed.offer
+
+    def offering(feed: StreamFeed, halted: HaltedSlots, step: int) -> list[Columns]:
+        micro_batches = real(feed, halted, step)
+        rank = feed.shape.rank
+        if plan["die_at"] is not None and [rank, step] == list(plan["die_at"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        rows = [tokens for micro in micro_batches for tokens in micro["inputs"][micro["active"]].tolist()]
+        with (folder / f"{rank}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "rows": rows}) + "\n")
+        return micro_batches
+
+    StreamFeed.offer = offering  # type: ignore[method-assign]
+    try:
+        return train(plan, link)
+    finally:
+        StreamFeed.offer = real  # type: ignore[method-assign]
+
+
+def rows_by_step(folder: Path, ranks: Sequence[int]) -> dict[int, list[tuple[int, ...]]]:
+    """What was recorded: the rows of each step, rank after rank."""
+    found: dict[int, list[tuple[int, ...]]] = {}
+    for rank in ranks:
+        for line in (folder / f"{rank}.jsonl").read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            found.setdefault(record["step"], []).extend(tuple(row) for row in record["rows"])
+    return {step: rows for step, rows in found.items() if rows}
