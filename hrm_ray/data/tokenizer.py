@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, pre_tokenizers
 
 from hrm_ray.errors import DataFault, EnvironmentFault, Fault, SettingsError
 
@@ -31,8 +31,8 @@ CONFIG_FILE = "tokenizer_config.json"
 @dataclass(frozen=True)
 class Encoded:
     """One document: `ids` int32 [T], and `bytes` int32 [T], the UTF-8 bytes of the text that each token stands for
-    (their sum is the document's length in bytes; where one character is split over tokens, the first bears all its
-    bytes)."""
+    (their sum is the document's length in bytes; where a tokenizer that is not byte-level splits one character over
+    tokens, the first bears all its bytes)."""
 
     ids: npt.NDArray[np.int32]
     bytes: npt.NDArray[np.int32]
@@ -54,6 +54,7 @@ class TextTokenizer:
         self.pad_id: int = self.end_of_text_id if pad is None else _id_of(backend, pad)
         # Ids may have gaps, and an embedding needs a row for the highest one.
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self._widths = _widths(backend, self.vocab_size)
 
     @property
     def fingerprint(self) -> str:
@@ -64,11 +65,29 @@ class TextTokenizer:
     def encode_documents(self, texts: Sequence[str]) -> list[Encoded]:
         """Each text's tokens, without any mark added. A text of which the tokenizer keeps nothing gives empty
         arrays."""
+        if self._widths is not None:
+            found = self._of_widths(texts, self._widths)
+            if found is not None:
+                return found
+            self._widths = None
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [
             Encoded(np.array(encoding.ids, dtype=np.int32), _bytes_per_token(text, encoding.offsets))
             for text, encoding in zip(texts, encodings, strict=True)
         ]
+
+    def _of_widths(self, texts: Sequence[str], widths: npt.NDArray[np.int32]) -> list[Encoded] | None:
+        """The same without asking where in the text each token stands, which takes time; None where the tokens' bytes
+        do not add up to a text's, so that the tokenizer is not what it seemed."""
+        found = []
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        for text, encoding in zip(texts, encodings, strict=True):
+            ids = np.array(encoding.ids, dtype=np.int32)
+            counted = widths[ids]
+            if int(counted.sum()) != (len(text) if text.isascii() else len(text.encode("utf-8"))):
+                return None
+            found.append(Encoded(ids, counted))
+        return found
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         """The ids of one text, int32 [T]."""
@@ -155,6 +174,19 @@ class TextTokenizer:
         if found.eos_token is None:
             raise _no_end_of_text(folder)
         return cls(found.backend_tokenizer, str(found.eos_token), found.pad_token and str(found.pad_token))
+
+
+def _widths(backend: Tokenizer, vocab_size: int) -> npt.NDArray[np.int32] | None:
+    """Bytes that each token of a byte-level vocabulary stands for, int32 [V]; None for other vocabularies."""
+    if backend.normalizer is not None or not isinstance(backend.decoder, decoders.ByteLevel):
+        return None
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    widths = np.zeros(vocab_size, dtype=np.int32)
+    for token, index in backend.get_vocab(with_added_tokens=False).items():
+        widths[index] = len(token) if alphabet.issuperset(token) else 0
+    for index, added in backend.get_added_tokens_decoder().items():
+        widths[index] = len(added.content.encode("utf-8"))
+    return widths
 
 
 def _bytes_per_token(text: str, offsets: Sequence[tuple[int, int]]) -> npt.NDArray[np.int32]:
