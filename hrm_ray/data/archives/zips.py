@@ -71,10 +71,9 @@ def open_zip(file: BinaryIO, where: str, archive_bytes: int) -> ZipDirectory:
     return ZipDirectory(found, len(entries) - len(found))
 
 
-def zip_rows(file: BinaryIO, cursor: Cursor, selection: Selection, archive_bytes: int) -> Iterator[Row]:
+def zip_rows(file: BinaryIO, cursor: Cursor, selection: Selection, directory: ZipDirectory) -> Iterator[Row]:
     """The rows of a .zip, member after member. Raises ContainerUnreadable where nothing more can be read."""
     where = cursor.where
-    directory = open_zip(file, where, archive_bytes)
     chosen = directory.chosen(selection)
     if not chosen:
         splits = sorted({split_of(name) for name in directory.names})
