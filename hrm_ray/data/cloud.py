@@ -71,7 +71,7 @@ class _Cloud:
             raise _unreachable(address, error) from error
         for each in found:
             if each.is_file:
-                yield self._entry(each, each.path[len(root) :].lstrip("/"))
+                yield self._entry(each, each.path.lstrip("/")[len(root) :].lstrip("/"))
 
     def matching(self, pattern: str) -> Iterator[Entry]:
         root, rest = split_pattern(pattern)
@@ -97,7 +97,7 @@ class _Cloud:
             raise _unreachable(address, error) from error
 
     def _entry(self, found: Any, name: str) -> Entry:
-        return Entry(name, self._prefix + found.path, found.size or 0, str(found.mtime_ns or ""))
+        return Entry(name, self._prefix + found.path.lstrip("/"), found.size or 0, str(found.mtime_ns or ""))
 
     def _path(self, address: str) -> str:
         return address[len(self._prefix) :].rstrip("/")

@@ -16,8 +16,6 @@ ARCHIVES = ("zip", "tar")
 COMPRESSIONS = {"gz": "gzip", "bz2": "bz2", "xz": "xz", "zst": "zstd"}
 """Suffix behind another one -> compression."""
 
-_SHORT = {"tgz": ("tar", "gzip")}
-
 TEXT_FORMATS = frozenset({"txt", "md"})
 """Formats without rows: a file is one document (a very long one several)."""
 
@@ -41,21 +39,28 @@ class FileKind:
         return self.form in ARCHIVES
 
 
+_SHORT = {"tgz": FileKind("tar", "gzip")}
+
+_BY_LAST_SUFFIX = {**{form: FileKind(form, None) for form in (*FORMATS, *ARCHIVES)}, **_SHORT}
+
+# A .zip is compressed already and cannot be read from front to back: `.zip.gz` is nothing that anybody makes.
+_BY_TWO_SUFFIXES = {
+    (form, suffix): FileKind(form, compression)
+    for form in (*FORMATS, "tar")
+    for suffix, compression in COMPRESSIONS.items()
+}
+
+
 def kind_of(name: str) -> FileKind | None:
     """The kind of a file of this name (a path's last part is enough); None where it cannot be read. Upper and lower
     case are the same."""
-    rest, dot, suffix = name.lower().rpartition(".")
+    rest, dot, suffix = name.rpartition(".")
+    suffix = suffix.lower()
     if not dot:
         return None
-    if suffix in FORMATS or suffix in ARCHIVES:
-        return FileKind(suffix, None)
-    if suffix in _SHORT:
-        return FileKind(*_SHORT[suffix])
-    if suffix not in COMPRESSIONS:
-        return None
-    inner = rest.rpartition(".")[2] if "." in rest else ""
-    # A .zip is compressed already and cannot be read from front to back: `.zip.gz` is nothing that anybody makes.
-    return FileKind(inner, COMPRESSIONS[suffix]) if inner in FORMATS or inner == "tar" else None
+    if suffix in COMPRESSIONS:
+        return _BY_TWO_SUFFIXES.get((rest.rpartition(".")[2].lower(), suffix)) if "." in rest else None
+    return _BY_LAST_SUFFIX.get(suffix)
 
 
 def stem_of(name: str) -> str:

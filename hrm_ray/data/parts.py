@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hrm_ray.data import hub
+from hrm_ray.data.archives.directories import tar_directory, zip_directory
 from hrm_ray.data.archives.members import Selection
-from hrm_ray.data.archives.tars import tar_names
-from hrm_ray.data.archives.zips import open_zip
 from hrm_ray.data.file_kinds import READABLE, FileKind, is_hidden, kind_of
 from hrm_ray.data.formats.columnar import has_arrow_index
 from hrm_ray.data.places import Entry, Place, has_wildcards, in_order, is_local, place_of, real, require_path
@@ -155,25 +154,24 @@ def _single(source: TextSource, place: Place, entry: Entry) -> PartList:
         suffix = Path(entry.name).suffix
         raise DataFault(Fault(source.path, f"files with the suffix `{suffix}` are not read", f"Give {READABLE}"))
     if kind.is_archive:
-        return _archive(source, place, entry, kind)
+        return _archive(source, entry, kind)
     if source.split != WHOLE:
         raise missing_split(source.path, source.split, [WHOLE])
     return PartList((_part(entry, place),), 0)
 
 
-def _archive(source: TextSource, place: Place, entry: Entry, kind: FileKind) -> PartList:
+def _archive(source: TextSource, entry: Entry, kind: FileKind) -> PartList:
     """The part of one archive that is the whole corpus: its members are divided into splits as a folder's files are."""
     plain = (entry.name, entry.address, entry.bytes, entry.stamp)
     if not _can_be_scanned(kind, entry.address):
         return PartList((Part(*plain, False, source.split, source.apart),), 0)
     one_row_each = False
     try:
-        with place.open(entry.address) as file:
-            if kind.form == "zip":
-                directory = open_zip(file, source.path, entry.bytes)
-                names, skipped = directory.names, directory.skipped
-            else:
-                names, skipped = tar_names(file, source.path)
+        if kind.form == "zip":
+            directory = zip_directory(entry.address, entry.bytes, entry.stamp)
+            names, skipped = directory.names, directory.skipped
+        else:
+            names, skipped = tar_directory(entry.address, entry.bytes, entry.stamp)
     except ContainerUnreadable as error:
         raise DataFault(error.fault) from error
     except OSError as error:

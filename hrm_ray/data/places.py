@@ -107,7 +107,7 @@ def require_path(path: Path) -> None:
     if not os.path.exists(path):
         nearest = next((parent for parent in path.absolute().parents if os.path.exists(parent)), Path(path.anchor))
         reason = f"nothing is at this path (the nearest folder there is: {nearest})"
-        mend = f"Give {READABLE}, a folder of them, or a folder made by `hrm-ray data build`"
+        mend = f"Give a file or a folder of these: {READABLE}; or a folder made by `hrm-ray data build`"
         raise SettingsError(Fault(str(path), reason, mend))
 
 

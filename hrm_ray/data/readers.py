@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hrm_ray.data import hub
+from hrm_ray.data.archives.directories import zip_directory
 from hrm_ray.data.archives.members import Selection
 from hrm_ray.data.archives.tars import tar_rows
-from hrm_ray.data.archives.zips import open_zip, zip_rows
+from hrm_ray.data.archives.zips import zip_rows
 from hrm_ray.data.file_kinds import TEXT_FORMATS
 from hrm_ray.data.formats.choose import format_rows
 from hrm_ray.data.formats.columnar import parquet_length
@@ -70,11 +71,12 @@ def known_rows(part: Part, source: TextSource) -> int | None:
     if kind.form not in ("parquet", "zip"):
         return None
     try:
-        with place_of(part.address).open(part.address) as file:
-            if kind.form == "parquet":
-                return parquet_length(file, Columns(source.text_column, source.prompt_column, source.response_column))
-            chosen = open_zip(file, part.address, part.bytes).chosen(Selection(part.split, part.apart))
+        if kind.form == "zip":
+            directory = zip_directory(part.address, part.bytes, part.stamp)
+            chosen = directory.chosen(Selection(part.split, part.apart))
             return len(chosen) if chosen and all(member.is_one_row for member, _ in chosen) else None
+        with place_of(part.address).open(part.address) as file:
+            return parquet_length(file, Columns(source.text_column, source.prompt_column, source.response_column))
     except Unreadable:
         return None
     except DAMAGE:
@@ -94,7 +96,8 @@ def _rows(part: Part, cursor: Cursor) -> Iterator[Row]:
             raise Unreadable(Fault(part.address, reason, "Leave the data as it is while it is read, and start again"))
         file.seek(0)
         if kind.form == "zip":
-            yield from zip_rows(file, cursor, Selection(part.split, part.apart), part.bytes)
+            directory = zip_directory(part.address, part.bytes, part.stamp)
+            yield from zip_rows(file, cursor, Selection(part.split, part.apart), directory)
         elif kind.form == "tar":
             stream = decompressed(file, kind.compression, part.address, part.bytes)
             yield from tar_rows(stream, cursor, Selection(part.split, part.apart), undecided=part.undecided)

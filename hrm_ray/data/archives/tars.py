@@ -19,6 +19,7 @@ from hrm_ray.data.streams import BUFFER_BYTES, ContainerUnreadable, Unreadable
 from hrm_ray.errors import Fault
 
 _BLOCK = 512
+_END = bytes(_BLOCK)
 _FILES, _FOLDER, _LONG_NAME, _LONG_LINK, _PAX, _PAX_ALL = b"\x0007", b"5", b"L", b"K", b"xX", b"g"
 _WITHOUT_BYTES = b"123456"
 _UNUSUAL = {b"1": "a link", b"2": "a link", b"S": "a sparse file", b"M": "a piece of a file on another volume"}
@@ -91,7 +92,7 @@ class TarStream:
         changed: dict[str, str] = {}
         while True:
             block = self._read(_BLOCK)
-            if not block.strip(b"\0"):
+            if not block[0] and block == _END:
                 return None
             if not _sums_up(block):
                 reason = "a header is damaged, or this is no .tar archive"
@@ -104,11 +105,11 @@ class TarStream:
             elif kind in (_LONG_LINK, _PAX_ALL):
                 self._extra(size)
             else:
-                name = changed.get("path") or long_name or _short_name(block)
-                if "size" in changed:
-                    size = self._pax_size(changed["size"])
-                if any(key.startswith("GNU.sparse.") for key in changed):
-                    kind = b"S"
+                name = long_name or _short_name(block)
+                if changed:
+                    name = changed.get("path", name)
+                    size = self._pax_size(changed["size"]) if "size" in changed else size
+                    kind = b"S" if any(key.startswith("GNU.sparse.") for key in changed) else kind
                 # Links and folders may say a size, but no bytes follow them.
                 return _FOLDER if name.endswith("/") else kind, name, 0 if kind in _WITHOUT_BYTES else size
 
@@ -168,10 +169,10 @@ def _sums_up(block: bytes) -> bool:
     zlib's adler32 gives that sum (its lower half, plus one, modulo 65521) some forty times faster than `sum` does.
     """
     field = block[148:156]
-    digits = field.strip(b" \0")
-    if not digits.isdigit() or digits.strip(b"01234567"):
+    try:
+        expected = int(field.strip(b" \0"), 8) - 8 * ord(" ") + sum(field)
+    except ValueError:
         return False
-    expected = int(digits, 8) - 8 * ord(" ") + sum(field)
     return (zlib.adler32(block) & 0xFFFF) == (expected + 1) % _ADLER
 
 
