@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,15 +65,11 @@ class TextTokenizer:
     def encode_documents(self, texts: Sequence[str]) -> list[Encoded]:
         """Each text's tokens, without any mark added. A text of which the tokenizer keeps nothing gives empty
         arrays."""
-        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
-        return [
-            Encoded(np.array(encoding.ids, dtype=np.int32), _bytes_per_token(text, encoding.offsets))
-            for text, encoding in zip(texts, encodings, strict=True)
-        ]
+        return [self._without_end(text, encoded) for text, encoded in zip(texts, self._encode(texts), strict=True)]
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         """The ids of one text, int32 [T]."""
-        return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        return self.encode_documents([text])[0].ids
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any], keep_marks: bool = False) -> str:
         """The text of `ids`; end-of-text, padding and other marks are left out unless `keep_marks`. Bytes that form no
@@ -86,6 +83,27 @@ class TextTokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._end_of_text, "pad_token": self._pad}
         _replace_file(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         _replace_file(folder / TOKENIZER_FILE, self._backend.to_str(pretty=True))
+
+    def _encode(self, texts: Sequence[str]) -> list[Encoded]:
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            Encoded(np.array(encoding.ids, dtype=np.int32), _bytes_per_token(text, encoding.offsets))
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
+
+    def _without_end(self, text: str, encoded: Encoded) -> Encoded:
+        """The text's tokens. Where they hold the end of text, which a model of whole pieces may know as a piece, the
+        text is encoded in parts, cut inside each such mark that is written in it."""
+        if not (encoded.ids == self.end_of_text_id).any():
+            return encoded
+        first, rest = re.escape(self._end_of_text[:1]), re.escape(self._end_of_text[1:])
+        parts = [part for part in self._encode(re.split(f"(?<={first})(?={rest})", text)) if len(part.ids)]
+        if not parts:
+            return Encoded(encoded.ids[:0], encoded.bytes[:0])
+        bytes_of_tokens = np.concatenate([part.bytes for part in parts])
+        # What a part without a token stood for falls to the last one.
+        bytes_of_tokens[-1] += len(text.encode("utf-8")) - bytes_of_tokens.sum()
+        return Encoded(np.concatenate([part.ids for part in parts]), bytes_of_tokens)
 
     @classmethod
     def load(cls, path: Path) -> TextTokenizer:
