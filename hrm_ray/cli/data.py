@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from hrm_ray.data.builders.arc import build_arc
 from hrm_ray.data.builders.maze import build_maze
 from hrm_ray.data.builders.sudoku import Difficulty, build_sudoku
 from hrm_ray.data.builders.text import build_text
@@ -76,6 +77,22 @@ def run_build_maze(
     fewest, median, most = made.moves
     print(f"  path   {fewest} to {most} moves, median {median}")
     print(f"next: hrm-ray train --dataset-file {shlex.quote(str(made.folder))} --val-split test")
+    return 0
+
+
+def run_build_arc(tasks: Path, out: Path, *, augment: int, seed: int, overwrite: bool) -> int:
+    """Build the set out of the tasks; gives the exit code."""
+    made = build_arc(tasks, out, augment=augment, seed=seed, overwrite=overwrite)
+    print(f"{made.folder}: {made.tasks} ARC tasks and {made.copies} copies of them")
+    print(f"  train  {made.train} train pairs of tasks and copies")
+    print(f"  test   {made.test} test pairs of the tasks")
+    if made.kept_back:
+        print(f"  left out  {made.kept_back} test pairs whose output is kept back")
+    if made.also_held_out:
+        print(f"  left out  {made.also_held_out} train pairs that are test pairs too")
+    # Without an embedding of its identifier nothing tells the model which task's rule is asked for.
+    about = "--val-split test --puzzle-emb-ndim 512"
+    print(f"next: hrm-ray train --dataset-file {shlex.quote(str(made.folder))} {about}")
     return 0
 
 

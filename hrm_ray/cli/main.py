@@ -269,6 +269,21 @@ def data_build_maze(
     )
 
 
+@build_app.command("arc")
+@carried
+def data_build_arc(
+    tasks: Annotated[Path, typer.Argument(metavar="FOLDER", help="ARC tasks, a .json file each; folders below too.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")],
+    augment: Annotated[int, typer.Option(help="Turned, mirrored and recoloured copies of each task, at most.")] = 0,
+    seed: Annotated[int, typer.Option(help="Where the draws come from.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set that is there.")] = False,
+) -> int:
+    """Build a puzzle set out of ARC tasks: train pairs to train on, test pairs held out."""
+    from hrm_ray.cli.data import run_build_arc
+
+    return run_build_arc(tasks, out, augment=augment, seed=seed, overwrite=overwrite)
+
+
 @build_app.command("text")
 @carried
 def data_build_text(

@@ -27,12 +27,13 @@ LEAST_SAMPLE_COUNTS = 5
 
 @dataclass(frozen=True)
 class SizeBounds:
-    """Between how many tokens a vocabulary's size is chosen, and how much text there is to train on (bytes as stored;
-    0 where nobody knows)."""
+    """Between how many tokens a vocabulary's size is chosen, and how much text there is to train on: bytes as stored (0
+    where nobody knows), and at most so many documents."""
 
     least: int
     most: int
     corpus_bytes: int
+    corpus_documents: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def train_sized_bpe(read: Callable[[], Iterable[str]], bounds: SizeBounds, examp
     longer ones, up to a tenth, so the share would measure those; what a merge counts when it is made falls with every
     merge and does not know of later ones. What is 100 times in the text is fewer times in a sample of it, by the ratio
     of their bytes, but never less than LEAST_SAMPLE_COUNTS (5): rarer pairs are the accidents of a sample. Bytes as
-    stored stand for those of the text: compressed text counts as less, which gives a smaller vocabulary.
+    stored stand for those of the text: compressed text counts as less, which gives a smaller vocabulary, and where they
+    are not known the sample counts as all.
 
     Merges are learnt greedily, the commonest first, so the vocabulary is the beginning of any larger one's. The same
     documents and bounds give the same file. Raises as `train_bpe`.
@@ -92,6 +94,8 @@ def train_sized_bpe(read: Callable[[], Iterable[str]], bounds: SizeBounds, examp
     for _ in sample:
         pass
     times = 1.0 if sample.is_all else max(1.0, bounds.corpus_bytes / max(1, sample.bytes))
+    if bounds.corpus_documents is not None:
+        times = min(times, max(1.0, bounds.corpus_documents / max(1, sample.documents)))
     count = max(LEAST_SAMPLE_COUNTS, math.ceil(ENOUGH_COUNTS / times))
     # Each merge takes at least one token away. The trainer reserves room for all it is asked for, whatever comes.
     tokenizer = train_bpe(read(), min(bounds.most, LEAST_VOCABULARY + sample.bytes), examples, count)
@@ -103,7 +107,8 @@ def train_sized_bpe(read: Callable[[], Iterable[str]], bounds: SizeBounds, examp
     elif borne >= bounds.most:
         decided = f"; --max-vocab-size {bounds.most} decides"
     size = f"{sample.bytes / 1e6:.1f} MB in {sample.documents} documents"
-    of_what = f"all of the text ({size})" if sample.is_all else f"a sample of the text ({size}, 1/{times:.1f} of it)"
+    share = f"1/{times:.1f} of it" if times > 1 else "nobody knows of how much"
+    of_what = f"all of the text ({size})" if sample.is_all else f"a sample of the text ({size}, {share})"
     return SizedBpe(
         tokenizer,
         f"The vocabulary has {tokenizer.vocab_size} tokens, chosen from the data: a pair is merged that stands at "

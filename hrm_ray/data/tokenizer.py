@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,11 +71,7 @@ class TextTokenizer:
             if found is not None:
                 return found
             self._widths = None
-        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
-        return [
-            Encoded(np.array(encoding.ids, dtype=np.int32), _bytes_per_token(text, encoding.offsets))
-            for text, encoding in zip(texts, encodings, strict=True)
-        ]
+        return [self._without_end(text, encoded) for text, encoded in zip(texts, self._encode(texts), strict=True)]
 
     def _of_widths(self, texts: Sequence[str], widths: npt.NDArray[np.int32]) -> list[Encoded] | None:
         """The same without asking where in the text each token stands, which takes time; None where the tokens' bytes
@@ -86,12 +83,12 @@ class TextTokenizer:
             counted = widths[ids]
             if int(counted.sum()) != (len(text) if text.isascii() else len(text.encode("utf-8"))):
                 return None
-            found.append(Encoded(ids, counted))
+            found.append(self._without_end(text, Encoded(ids, counted)))
         return found
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         """The ids of one text, int32 [T]."""
-        return np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        return self.encode_documents([text])[0].ids
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any], keep_marks: bool = False) -> str:
         """The text of `ids`; end-of-text, padding and other marks are left out unless `keep_marks`. Bytes that form no
@@ -105,6 +102,27 @@ class TextTokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._end_of_text, "pad_token": self._pad}
         _replace_file(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         _replace_file(folder / TOKENIZER_FILE, self._backend.to_str(pretty=True))
+
+    def _encode(self, texts: Sequence[str]) -> list[Encoded]:
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            Encoded(np.array(encoding.ids, dtype=np.int32), _bytes_per_token(text, encoding.offsets))
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
+
+    def _without_end(self, text: str, encoded: Encoded) -> Encoded:
+        """The text's tokens. Where they hold the end of text, which a model of whole pieces may know as a piece, the
+        text is encoded in parts, cut inside each such mark that is written in it."""
+        if not (encoded.ids == self.end_of_text_id).any():
+            return encoded
+        first, rest = re.escape(self._end_of_text[:1]), re.escape(self._end_of_text[1:])
+        parts = [part for part in self._encode(re.split(f"(?<={first})(?={rest})", text)) if len(part.ids)]
+        if not parts:
+            return Encoded(encoded.ids[:0], encoded.bytes[:0])
+        bytes_of_tokens = np.concatenate([part.bytes for part in parts])
+        # What a part without a token stood for falls to the last one.
+        bytes_of_tokens[-1] += len(text.encode("utf-8")) - bytes_of_tokens.sum()
+        return Encoded(np.concatenate([part.ids for part in parts]), bytes_of_tokens)
 
     @classmethod
     def load(cls, path: Path) -> TextTokenizer:

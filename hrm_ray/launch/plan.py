@@ -203,7 +203,8 @@ def _tokenizer_choice(drafted: Draft) -> TokenizerChoice:
         return TokenizerChoice(None, drafted.config.vocab_size, data.tokenizer_train_examples, retrain=False)
     bounds = None
     if data.auto_vocab_size:
-        bounds = SizeBounds(data.min_vocab_size, data.max_vocab_size, drafted.facts.bytes)
+        corpus = (drafted.facts.bytes, data.max_train_examples)
+        bounds = SizeBounds(data.min_vocab_size, data.max_vocab_size, *corpus)
     examples, retrain = data.tokenizer_train_examples, data.retrain_tokenizer
     return TokenizerChoice(data.tokenizer_path, data.vocab_size, examples, retrain, bounds)
 

@@ -80,8 +80,10 @@ def test_a_sample_counts_for_as_much_text_as_there_is() -> None:
     assert "at least 25 times in a sample" in quarter.account and "1/4.0 of it" in quarter.account
     of_much = train_sized_bpe(lambda: texts, SizeBounds(260, 5000, 10**12), 100)
     assert of_much.tokenizer.vocab_size == train_bpe(texts, 5000, 100, LEAST_SAMPLE_COUNTS).vocab_size
+    limited = train_sized_bpe(lambda: texts, SizeBounds(260, 5000, 10**12, corpus_documents=400), 100)
+    assert limited.tokenizer.vocab_size == quarter.tokenizer.vocab_size
     compressed = train_sized_bpe(lambda: texts, SizeBounds(260, 5000, size // 4), 100)
-    assert compressed.tokenizer.vocab_size == alone.tokenizer.vocab_size
+    assert compressed.tokenizer.vocab_size == alone.tokenizer.vocab_size and "nobody knows" in compressed.account
 
 
 def test_the_bounds_hold_and_are_named() -> None:

@@ -6,13 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from hrm_ray.data.bpe import LEAST_VOCABULARY, train_bpe
 from hrm_ray.data.tokenizer import END_OF_TEXT, PAD, TextTokenizer
@@ -191,3 +192,87 @@ def test_damaged_files_are_refused(tokenizer: TextTokenizer, tmp_path: Path) -> 
     tmp_path.mkdir()
     with pytest.raises(DataFault, match=r"tokenizer\.json"):
         TextTokenizer.load(tmp_path)
+
+
+def llama_2() -> Tokenizer:
+    """SentencePiece's BPE: spaces as a sign, one put in front, unknown characters as bytes."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
+    marks = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    letters = sorted({*"the quick brown fox jumps over a lazy dog▁", *"ZwölfBoxkämpfer"})
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=marks, initial_alphabet=letters, limit_alphabet=40, show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    trained = json.loads(backend.to_str())
+    trained["added_tokens"] = [token for token in trained["added_tokens"] if not token["content"].startswith("<0x")]
+    return Tokenizer.from_str(json.dumps(trained))
+
+
+def llama_3() -> Tokenizer:
+    """Byte-level BPE behind its own pattern of words, and a template that adds a mark in front."""
+    backend = Tokenizer(models.BPE(ignore_merges=True))
+    words = pre_tokenizers.Split(Regex(r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|[^\r\n\p{L}\p{N}]?\p{L}+|\s+"), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    return backend
+
+
+def unigram() -> Tokenizer:
+    """SentencePiece's unigram model, as of T5; its normaliser folds some characters."""
+    backend = Tokenizer(models.Unigram())
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    special = ["<unk>", "</s>"]
+    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>", show_progress=False)
+    backend.train_from_iterator(CORPUS, trainer)
+    return backend
+
+
+def wordpiece() -> Tokenizer:
+    """As of BERT, which names [SEP] as its end here: letters are lowered, unknown words lost."""
+    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=150, special_tokens=["[UNK]", "</s>"], show_progress=False)
+    backend.train_from_iterator(CORPUS, trainer)
+    return backend
+
+
+FAMILIES = [(llama_2, True), (llama_3, True), (unigram, False), (wordpiece, False)]
+
+
+@pytest.mark.parametrize(("family", "lossless"), FAMILIES)
+def test_families_of_tokenizers_are_loaded_and_count_every_byte(
+    tmp_path: Path, family: Callable[[], Tokenizer], lossless: bool
+) -> None:
+    family().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    tokenizer = TextTokenizer.load(tmp_path)
+    texts = ["the quick fox, the end", "Zwölf Boxkämpfer 🙂 jagen", "日本語", "a  b\n\tc ", " ", "\u0301", "x</s>y"]
+    for text, encoded in zip(texts, tokenizer.encode_documents(texts), strict=True):
+        assert encoded.bytes.sum() == (len(text.encode()) if len(encoded.ids) else 0) and (encoded.bytes >= 0).all()
+        assert tokenizer.end_of_text_id not in encoded.ids, "no mark is added, and one in the text is text"
+        if lossless:
+            assert tokenizer.decode(encoded.ids) == text
+
+
+def test_a_mark_that_the_model_knows_as_a_piece_is_cut(tmp_path: Path) -> None:
+    """A unigram model finds its own marks in a text; the parts around the cut keep every byte."""
+    tokenizer = TextTokenizer(unigram(), "</s>", "<unk>")
+    for text in ("</s>", "the</s></s>end", "a <unk> b", "</s", "the end"):
+        (encoded,) = tokenizer.encode_documents([text])
+        assert encoded.bytes.sum() == len(text.encode())
+        assert tokenizer.end_of_text_id not in encoded.ids
+        assert np.array_equal(tokenizer.encode(text), encoded.ids)

@@ -5,7 +5,8 @@ samples.py.
 
 dataset.json: {"kind": "puzzle", "format": 1, "name", "seq_len", "vocab_size", "num_puzzle_identifiers", "pad_id"
 (token of padding), "blank_id" (puzzle identifier of padding rows), "grid": [height, width] or null, "symbols": how
-each token prints, "splits": {name: {"count", "sha256"}}, "built": how it was made}.
+each token prints, "end_id" (token that closes a grid smaller than that, or null), "splits": {name: {"count",
+"sha256"}}, "built": how it was made}.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Description(BaseModel):
     blank_id: int = Field(ge=0)
     grid: tuple[int, int] | None
     symbols: list[str]
+    end_id: int | None = None
     splits: dict[str, SplitEntry]
     built: dict[str, Any] = {}
 
@@ -60,7 +62,8 @@ class PuzzleFacts:
     """What a model and a display need to know of one split of a puzzle set.
 
     `pad_id` is the token of padding rows, `blank_id` their puzzle identifier; `grid` is (height, width) where the
-    tokens form one; `symbols` says how tokens print (empty: print the numbers).
+    tokens form one; `symbols` says how tokens print (empty: print the numbers); `end_id` is the token that closes a
+    smaller grid below and to the right, where there is one.
     """
 
     name: str
@@ -72,14 +75,16 @@ class PuzzleFacts:
     blank_id: int
     grid: tuple[int, int] | None
     symbols: tuple[str, ...]
+    end_id: int | None = None
 
     def render(self, tokens: npt.NDArray[Any]) -> str:
         """One sample's tokens [seq_len] for a person: a line per grid row, or one line where there is no grid.
 
-        Padding rows and columns at the end of a grid are left out. Where a space is a symbol, none stands between.
+        A grid is shown up to where it is closed, and without rows and columns of padding at its end. Where a space is a
+        symbol, none stands between.
         """
         between = "" if " " in self.symbols else " "
-        rows = tokens.reshape(1, -1) if self.grid is None else _without_end(tokens.reshape(self.grid), self.pad_id)
+        rows = tokens.reshape(1, -1) if self.grid is None else self._inside(tokens.reshape(self.grid))
         return "\n".join(between.join(map(self._symbol, row)) for row in rows.tolist())
 
     def parse(self, text: str) -> npt.NDArray[np.int32]:
@@ -105,6 +110,15 @@ class PuzzleFacts:
     def _symbol(self, token: int) -> str:
         return self.symbols[token] if token < len(self.symbols) else str(token)
 
+    def _inside(self, grid: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The part of a grid [H, W] that is shown; one cell at the least."""
+        if self.end_id is not None:
+            # A first cell that closes the grid is an answer gone wrong: it is shown whole.
+            height, width = (min(np.flatnonzero(line == self.end_id), default=0) for line in (grid[:, 0], grid[0]))
+            grid = grid[: height or None, : width or None]
+        rows, columns = (np.flatnonzero((grid != self.pad_id).any(axis=axis)) for axis in (1, 0))
+        return grid[: max(rows, default=0) + 1, : max(columns, default=0) + 1]
+
     def plain(self) -> dict[str, Any]:
         """As JSON values."""
         return asdict(self)
@@ -114,12 +128,6 @@ class PuzzleFacts:
         """From what `plain` gave, also after a trip through JSON."""
         grid = None if values["grid"] is None else (int(values["grid"][0]), int(values["grid"][1]))
         return cls(**{**values, "grid": grid, "symbols": tuple(values["symbols"])})
-
-
-def _without_end(grid: npt.NDArray[Any], pad_id: int) -> npt.NDArray[Any]:
-    """The grid [H, W] up to its last row and its last column that hold more than padding; one cell at the least."""
-    rows, columns = (np.flatnonzero((grid != pad_id).any(axis=axis)) for axis in (1, 0))
-    return grid[: max(rows, default=0) + 1, : max(columns, default=0) + 1]
 
 
 def write_split(

@@ -1,0 +1,156 @@
+"""Building a puzzle set out of ARC tasks: their train pairs and copies of them to train on, their test pairs held out.
+
+One job: build_arc, a folder that is complete or absent. Tasks are puzzles/arc.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from hrm_ray.data.folders import check_vacant, whole_folder
+from hrm_ray.data.puzzles import arc
+from hrm_ray.data.puzzles.format import BUILT_FILES, Description, SplitEntry, write_description, write_split
+from hrm_ray.errors import Fault, SettingsError
+
+IDENTIFIERS = "identifiers.json"
+"""Beside dataset.json: a list that says what each puzzle identifier is; the first is that of no task."""
+BLANK = "<blank>"
+
+_TRIES = 5
+"""Changes that are drawn for each copy wanted, before a task is taken to have no more different ones."""
+_OWNED = BUILT_FILES | {IDENTIFIERS}
+
+Tokens = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class ArcSummary:
+    """What build_arc made: tasks and copies of them, pairs per split, and what was left out: test pairs whose output
+    is kept back, and training pairs that are also held out."""
+
+    folder: Path
+    tasks: int
+    copies: int
+    train: int
+    test: int
+    kept_back: int
+    also_held_out: int
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Pairs as tokens, [N, 900] each, with the identifier of each pair's task or copy, [N], and how many pairs were
+    left out."""
+
+    inputs: Tokens
+    labels: Tokens
+    identifiers: npt.NDArray[np.int32]
+    left_out: int
+
+
+def build_arc(tasks: Path, out: Path, *, augment: int = 0, seed: int = 0, overwrite: bool = False) -> ArcSummary:
+    """A puzzle set of the ARC tasks in the folder `tasks` (.json files, also in folders below).
+
+    Every task has a puzzle identifier from 1 on, and so has every one of up to `augment` different copies of it (one
+    of eight symmetries, colours but black exchanged): a model learns a task's rule by its identifier. Train pairs of
+    tasks and copies are the split "train", test pairs of the tasks themselves the split "test". A training pair that
+    is also a test pair is left out. Raises SettingsError for values and paths that cannot be used, DataFault for a file
+    that is no task.
+    """
+    if augment < 0:
+        raise SettingsError(Fault(f"augment {augment}", "it is at least 0", "Give --augment 0 or more"))
+    if out.resolve().is_relative_to(tasks.resolve()):
+        reason = f"it lies in the folder of the tasks, {tasks}, and would be read as one of them"
+        raise SettingsError(Fault(str(out), reason, "Give --out another folder"))
+    check_vacant(out, overwrite=overwrite, owned=_OWNED, option="--out")
+    read = arc.read_tasks(tasks)
+    changes = list(_changes(read, augment, seed))
+    names = [BLANK, *(f"{task.name}_{change.name}" if change else task.name for task, change in changes)]
+    test = _samples([(task.test if change is None else (), None) for task, change in changes], frozenset())
+    if not len(test.inputs):
+        mend = "Give tasks whose test pairs have an output"
+        raise SettingsError(Fault(str(tasks), "the output of every test pair is kept back: none can be held out", mend))
+    held_out = {_key(shown, wanted) for shown, wanted in zip(test.inputs, test.labels, strict=True)}
+    train = _samples([(task.train, change) for task, change in changes], held_out)
+    if not len(train.inputs):
+        mend = "Give tasks whose train pairs are not their test pairs"
+        raise SettingsError(Fault(str(tasks), "every training pair is also held out: none is left", mend))
+    built = {"augment": augment, "seed": seed, "tasks": len(read), "copies": len(changes) - len(read)}
+    with whole_folder(out, overwrite=overwrite, owned=_OWNED) as building:
+        splits: dict[str, SplitEntry] = {
+            name: write_split(building, name, split.inputs, split.labels, split.identifiers)
+            for name, split in (("train", train), ("test", test))
+        }
+        (building / IDENTIFIERS).write_text(json.dumps(names, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
+        description = Description(
+            kind="puzzle",
+            format=1,
+            name="arc",
+            seq_len=arc.MOST_SIDE**2,
+            vocab_size=len(arc.SYMBOLS),
+            num_puzzle_identifiers=len(names),
+            pad_id=arc.PAD,
+            blank_id=0,
+            grid=(arc.MOST_SIDE, arc.MOST_SIDE),
+            symbols=arc.SYMBOLS,
+            end_id=arc.END,
+            splits=splits,
+            built=built,
+        )
+        write_description(building, description)
+    kept_back = sum(pair.wanted is None for task in read for pair in task.test)
+    copies = len(changes) - len(read)
+    return ArcSummary(out, len(read), copies, len(train.inputs), len(test.inputs), kept_back, train.left_out)
+
+
+def _changes(tasks: list[arc.Task], augment: int, seed: int) -> Iterator[tuple[arc.Task, arc.Change | None]]:
+    """Each task as it is (None), and then its copies, no two of which show the same."""
+    for number, task in enumerate(tasks):
+        yield task, None
+        rng = np.random.default_rng([seed, number])
+        known = {_shown(task, None)}
+        for _ in range(_TRIES * augment):
+            if len(known) > augment:
+                break
+            change = arc.draw_change(rng)
+            shown = _shown(task, change)
+            if shown not in known:
+                known.add(shown)
+                yield task, change
+
+
+def _shown(task: arc.Task, change: arc.Change | None) -> bytes:
+    """A task's train pairs under a change, as bytes that tell them from others."""
+    grids = [grid for pair in task.train for grid in (pair.shown, pair.wanted) if grid is not None]
+    changed = grids if change is None else [change.apply(grid) for grid in grids]
+    return b"".join(bytes(grid.shape) + grid.tobytes() for grid in changed)
+
+
+def _samples(pairs: list[tuple[tuple[arc.Pair, ...], arc.Change | None]], apart_from: Set[bytes]) -> _Samples:
+    """The pairs whose output is known as tokens, without those that are `apart_from`; identifiers count the entries of
+    `pairs` from 1 on."""
+    room = sum(pair.wanted is not None for examples, _ in pairs for pair in examples)
+    inputs = np.empty((room, arc.MOST_SIDE**2), dtype=np.uint8)
+    labels = np.empty_like(inputs)
+    identifiers = np.empty(room, dtype=np.int32)
+    row = 0
+    for identifier, (examples, change) in enumerate(pairs, start=1):
+        for pair in examples:
+            if pair.wanted is None:
+                continue
+            grids = (pair.shown, pair.wanted)
+            inputs[row], labels[row] = (arc.tokens(grid if change is None else change.apply(grid)) for grid in grids)
+            identifiers[row] = identifier
+            row += _key(inputs[row], labels[row]) not in apart_from
+    return _Samples(inputs[:row], labels[:row], identifiers[:row], left_out=room - row)
+
+
+def _key(shown: Tokens, wanted: Tokens) -> bytes:
+    """A pair as bytes, whatever its identifier."""
+    return shown.tobytes() + wanted.tobytes()
