@@ -58,6 +58,11 @@ class TextTokenizer:
         self._widths = _widths(backend, self.vocab_size)
 
     @property
+    def backend(self) -> Tokenizer:
+        """The library's own object."""
+        return self._backend
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over everything that decides which ids a text gets."""
         content = f"{self._end_of_text}\0{self._pad}\0{self._backend.to_str()}"
