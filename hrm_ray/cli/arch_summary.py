@@ -37,6 +37,8 @@ SINGLE_LEAVES = (
     "optimizer.optimizer",
     "optimizer.use_8bit_optimizer",
     "optimizer.ema",
+    "cluster.device",
+    "run.expert_id",
     "run.profile",
 )
 """Leaves of other sections that decide how much memory an update takes."""
@@ -68,11 +70,13 @@ def _print_summary(settings: RunSettings, vocab_size: int, as_json: bool) -> Non
     from hrm_ray.train.assemble import model_config
     from hrm_ray.train.rehearse import rehearse
 
-    settings, notes = settle_memory_options(settings, "cpu")
+    # Nothing is computed: the device need not be here, and what it has of its own is only what offloading leaves it.
+    device = "cuda" if settings.cluster.device == "cuda" else "cpu"
+    settings, notes = settle_memory_options(settings, device)
     for note in notes:
         print(f"warning: {note}", file=sys.stderr)
     config = model_config(settings, vocab_size)
-    summary, account = summarise(config), rehearse(settings, config)
+    summary, account = summarise(config), rehearse(settings, config, device)
     if as_json:
         print(json.dumps(summary.to_plain() | {"memory": account.to_plain()}, indent=2))
         return

@@ -44,6 +44,8 @@ def exit_code_of(command: Callable[[], object]) -> int:
 
 
 def _told(error: BaseException) -> int:
+    if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
+        return 0  # what prints help pages leaves in this way
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else EXIT_UNEXPECTED if error.code else 0
     if isinstance(error, HrmRayError):
@@ -57,13 +59,14 @@ def _told(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    if isinstance(error, OSError) and _reader_is_gone():
-        return EXIT_UNEXPECTED
+    if isinstance(error, OSError) and reader_is_gone():
+        # Who reads has had enough. Commands print what they have done, or what was all they had to do.
+        return 0
     traceback.print_exception(error)
     return EXIT_UNEXPECTED
 
 
-def _reader_is_gone() -> bool:
+def reader_is_gone() -> bool:
     """Whether what reads our output (`| head`) has closed it; then the rest of the output goes nowhere, quietly."""
     try:
         descriptor = sys.stdout.fileno()

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import typer
 from typer.main import get_command
 
+from hrm_ray import __version__
 from hrm_ray.cli.edge import Ended, exit_code_of
 from hrm_ray.spinning import spin_briefly
 
@@ -296,6 +297,21 @@ def data_build_text(
     from hrm_ray.cli.data import run_build_text
 
     return run_build_text(out, max_bytes=max_bytes, seed=seed, overwrite=overwrite)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"hrm-ray {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Trains Hierarchical Reasoning Models on Ray, and uses what was trained."""
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hrm_ray.cli.edge import reader_is_gone
 from hrm_ray.launch import local
 from hrm_ray.launch.draft import Draft, draft, read_through
 from hrm_ray.launch.identity import find_stored, never_trained
@@ -36,7 +37,7 @@ def run_train(settings: RunSettings, dry_run: bool) -> int:
     """Train, or with `dry_run` only say what would be done; gives the exit code."""
     with StopWatch(settings.run.stop_file) as watch:
         drafted = draft(settings)
-        print(describe(drafted))
+        _say(describe(drafted))
         if dry_run:
             print("".join(f"warning {note}\n" for note in drafted.notes), end="")
             print("\n".join(f"  {key} = {value}" for key, value in to_dotted(drafted.settings).items()))
@@ -54,8 +55,17 @@ def run_train(settings: RunSettings, dry_run: bool) -> int:
             # A launch that was refused or stopped before its first step leaves no bundle behind.
             if not plan["continues"] and never_trained(drafted.identity.run_dir):
                 shutil.rmtree(drafted.identity.run_dir.root)
-    print(farewell(outcome, settings.run.stop_file))
+    _say(farewell(outcome, settings.run.stop_file))
     return outcome.reason.exit_code
+
+
+def _say(text: str) -> None:
+    """Print it, if there is still somebody to read it; a run does not end because nobody looks on."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        if not reader_is_gone():
+            raise
 
 
 def _launch(launcher: str, plan: dict[str, Any], sink: MetricSink, stop: StopPoll) -> Outcome:

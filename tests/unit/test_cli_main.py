@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+import hrm_ray
 from hrm_ray import errors
 from hrm_ray.cli import main as cli
 from hrm_ray.cli.edge import Ended, exit_code_of
 from hrm_ray.errors import Fault, HrmRayError
 from hrm_ray.settings.options import options
+from tests.support.runs import TEXT, last_said, text_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -162,7 +164,30 @@ def test_a_closed_pager_ends_quietly(command: str, buffered: bool, tmp_path: Pat
         )
     finally:
         os.close(writer)
-    assert (done.returncode, done.stderr) == (1, "")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a closed pipe is reported differently there")
+def test_a_run_goes_on_when_nobody_looks_on(tmp_path: Path) -> None:
+    """The pager is closed before the first word: the run is trained to its end, and that is how it ends."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    data, bundle = text_file(tmp_path), tmp_path / "b"
+    said = last_said((*TEXT, "--steps", "2"))
+    words = ["train", "--dataset-file", str(data), "--bundle-dir", str(bundle), *map(str, said)]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "hrm_ray", *words], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True,
+            timeout=120, check=False,
+        )  # fmt: skip
+    finally:
+        os.close(writer)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert (bundle / "model.safetensors").is_file()
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version") == (0, f"hrm-ray {hrm_ray.__version__}\n", "")
 
 
 def test_build_then_name_the_next_step(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from hrm_ray.train.bundle import open_bundle
+from hrm_ray.train.rehearse import MemoryAccount
 from tests.support.runs import (
     MEASURED,
     PUZZLE,
@@ -188,6 +189,40 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         counted = hrm("arch-summary", *config, "--task", task, "--vocab-size", vocab, "--json")
         assert f"{json.loads(counted.out)['total_parameters']:,} parameters" in ran.out
     assert (files_below(tmp_path), sorted(tmp_path.iterdir())) == before
+
+
+SMALL = ("--hidden-size", "128", "--num-heads", "2", "--num-layers", "2", "--halt-max-steps", "1", "--bp-steps", "1")
+SMALL = (*SMALL, "--h-cycles", "1", "--l-cycles", "1", "--max-seq-len", "16", "--vocab-size", "300")
+
+
+def test_both_commands_tell_the_memory_of_the_settings(tmp_path: Path) -> None:
+    """The same account, of the options given: more rows take more activations, an 8-bit optimizer less state."""
+    data = text_file(tmp_path)
+    accounts = []
+    for more in ((), ("--batch-size", "64", "--use-8bit-optimizer", "--ema", "0.9")):
+        words = (*SMALL, "--no-moe", *more)
+        told = json.loads(hrm("arch-summary", *words, "--json").out)["memory"]
+        dry = hrm("train", "--dry-run", "--dataset-file", data, *words)
+        assert f"memory  of each worker {MemoryAccount(**told).as_text()}" in dry.out, dry.out
+        accounts.append(told)
+    plain, changed = accounts
+    assert changed["activations_bytes"] > 4 * plain["activations_bytes"]
+    assert changed["optimizer_bytes"] < 0.35 * plain["optimizer_bytes"]
+    assert changed["average_bytes"] == plain["gradients_bytes"]
+
+
+def test_arch_summary_of_what_this_machine_has_not(tmp_path: Path) -> None:
+    """A GPU, with the optimizer's state in host memory; and one expert trained inside a bundle."""
+    size = ("arch-summary", *SMALL)
+    here = json.loads(hrm(*size, "--json").out)["memory"]
+    offload = hrm(*size, "--optimizer-offload", "--device", "cuda", "--json")
+    assert offload.code == 0 and offload.err == ""
+    there = json.loads(offload.out)["memory"]
+    assert there["optimizer_bytes"] == here["optimizer_bytes"]
+    assert there["peak_bytes"] < here["peak_bytes"] - 0.6 * here["optimizer_bytes"]
+    one = hrm(*size, "--expert-id", "e", "--expert-index", "2", "--student-init", tmp_path / "b", "--json")
+    assert one.code == 0, one.err
+    assert json.loads(one.out)["memory"]["optimizer_bytes"] < 0.2 * here["optimizer_bytes"]
 
 
 def test_a_row_deep_in_the_data_fails_a_dry_run(tmp_path: Path) -> None:
