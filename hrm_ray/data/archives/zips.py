@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import BinaryIO, cast
 
 from hrm_ray.data.archives.members import Member, Selection, member_of, member_rows, nothing_chosen
@@ -34,6 +35,8 @@ MEMBERS = 2_000_000
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _ENCRYPTED = 0x1
+_ABOUT_MEMBER_BYTES = 76
+"""Besides its bytes and, twice, its name a member takes this much: its header, and its entry in the directory."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +102,18 @@ def zip_rows(file: BinaryIO, cursor: Cursor, selection: Selection, archive_bytes
     if not chosen:
         splits = sorted({split_of(name) for name in directory.names})
         raise nothing_chosen(where, selection, splits, directory.skipped)
+    passed = 0
     for member, info in chosen:
         taken = _Taken(file, directory.archive, info, cursor)
+        if cursor.watch is not None:
+            cursor.watch.passed_bytes = partial(_passed, passed, info, file)
         yield from member_rows(member, cursor, where, taken.whole, taken.stream)
+        passed += info.compress_size + _ABOUT_MEMBER_BYTES + 2 * len(info.filename)
+
+
+def _passed(before: int, info: zipfile.ZipInfo, file: BinaryIO) -> int:
+    """Bytes of members that lie behind, and of the present one."""
+    return before + min(max(0, file.tell() - info.header_offset), info.compress_size)
 
 
 class _Taken:
