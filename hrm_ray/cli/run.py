@@ -14,12 +14,13 @@ from typing import Any
 
 from hrm_ray.cli.edge import reader_is_gone
 from hrm_ray.launch import local
-from hrm_ray.launch.draft import Draft, draft, read_through
+from hrm_ray.launch.draft import Draft, draft
 from hrm_ray.launch.identity import find_stored, never_trained
 from hrm_ray.launch.identity import stored_settings as read_stored
 from hrm_ray.launch.memory_bounds import gigabytes
 from hrm_ray.launch.plan import make_plan
 from hrm_ray.launch.preflight import needed_memory
+from hrm_ray.launch.read_through import read_through
 from hrm_ray.launch.resources import WORKER_MEMORY_BYTES
 from hrm_ray.launch.stopping import StopWatch
 from hrm_ray.metrics.console import ConsoleSink

@@ -8,17 +8,19 @@ does not tokenise.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from hrm_ray.data.catalog import ChunkEntry, ChunkStart, Place
 from hrm_ray.data.parts import Part, TextSource
 from hrm_ray.data.readers import read_part
-from hrm_ray.data.rows import BadRow, Document
+from hrm_ray.data.rows import BadRow, Document, OnBadRow, Row
+from hrm_ray.data.streams import ReadingWatch
 from hrm_ray.errors import DataFault, Fault
 
-OnBadRow: TypeAlias = Literal["fail", "skip"]
+PlacedRow: TypeAlias = tuple[Row, Place]
+"""A row, and the place after it."""
 
 CHUNK_TEXT_BYTES = 16 << 20
 """A chunk of long documents ends before its number of rows is reached, so that memory stays bounded."""
@@ -48,24 +50,28 @@ class Corpus:
 
 @dataclass(frozen=True)
 class RawChunk:
-    """A chunk's documents, its entry, what is to be said of rows that were skipped, and where the next one begins."""
+    """A chunk's documents, its entry, what is to be said of rows that were skipped, where the next one begins, and the
+    first faults of skipped rows."""
 
     entry: ChunkEntry
     documents: tuple[Document, ...]
     notes: tuple[str, ...]
     next: ChunkStart
+    faults: tuple[Fault, ...] = ()
 
 
 FIRST = ChunkStart(0, 0, 0, 0, 0, Place(0, 0))
 """The first chunk of any corpus (rows before the offset are skipped on the way to it)."""
 
 
-def read_chunks(corpus: Corpus, start: ChunkStart = FIRST) -> Iterator[RawChunk]:
-    """The chunks from `start` on; none where the corpus ends there. Raises DataFault for a bad row, unless such rows
-    are skipped."""
+def read_chunks(
+    corpus: Corpus, start: ChunkStart = FIRST, rows: Iterable[PlacedRow] | None = None
+) -> Iterator[RawChunk]:
+    """The chunks from `start` on; none where the corpus ends there. `rows` are those of the corpus from there on,
+    where the caller has them. Raises DataFault for a bad row, unless such rows are skipped."""
     begun = _Open(corpus, start)
     first_row = start.first_row
-    for row, after in _rows(corpus, start):
+    for row, after in corpus_rows(corpus, start) if rows is None else rows:
         if start == FIRST and first_row < corpus.offset:
             first_row += 1
             begun = _Open(corpus, ChunkStart(0, 0, 0, 0, first_row, after))
@@ -81,13 +87,13 @@ def read_chunks(corpus: Corpus, start: ChunkStart = FIRST) -> Iterator[RawChunk]
         yield begun.closed(Place(len(corpus.parts), 0))
 
 
-def _rows(corpus: Corpus, start: ChunkStart) -> Iterator[tuple[Document | BadRow, Place]]:
-    """Every row from `start` on, and the place after it."""
+def corpus_rows(corpus: Corpus, start: ChunkStart = FIRST, watch: ReadingWatch | None = None) -> Iterator[PlacedRow]:
+    """Every row from `start` on, those before the offset included, and the place after it."""
     place = start.place
     for number in range(place.part, len(corpus.parts)):
         part = corpus.parts[number]
         from_row, mark = (place.row, place.mark) if number == place.part else (0, None)
-        for row in read_part(part, corpus.source, from_row, mark):
+        for row in read_part(part, corpus.source, from_row, mark, watch=watch):
             yield row, Place(number, row.row + 1, row.mark)
 
 
@@ -148,7 +154,7 @@ class _Open:
             first_row=self.rows_before,
             place=after,
         )
-        return RawChunk(entry, tuple(self._documents), tuple(self._notes()), follower)
+        return RawChunk(entry, tuple(self._documents), tuple(self._notes()), follower, tuple(self._faults))
 
     def _notes(self) -> Iterator[str]:
         if self._bad:

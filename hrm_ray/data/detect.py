@@ -16,6 +16,8 @@ from hrm_ray.data.places import is_local
 from hrm_ray.data.puzzles.format import DESCRIPTION, PuzzleFacts
 from hrm_ray.data.puzzles.samples import open_puzzles
 from hrm_ray.data.readers import read_documents
+from hrm_ray.data.rows import OnBadRow
+from hrm_ray.errors import DataFault
 
 
 @dataclass(frozen=True)
@@ -32,39 +34,55 @@ class DataFacts:
     puzzle: PuzzleFacts | None
 
 
-def detect(source: TextSource) -> DataFacts:
+def detect(source: TextSource, on_bad_row: OnBadRow = "fail") -> DataFacts:
     """Tells the task from the data: a folder with dataset.json, a .safetensors file, and .jsonl whose first row has
-    lists `inputs` and `labels` are puzzles; everything else is text, whose first document is read as a check.
+    lists `inputs` and `labels` are puzzles; everything else is text, whose first document is read as a check. Bad rows
+    before it are passed over where `on_bad_row` says so.
 
     Raises SettingsError for a path that is not there, DataFault for data that cannot be read as either, and what
     `list_parts` raises.
     """
     split, path = source.split, Path(source.path)
-    if is_local(source.path) and (path / DESCRIPTION).is_file():
+    file = puzzle_tensors(source)
+    if file is not None:
         samples = open_puzzles(path, split)
-        size = (path / f"{split}.safetensors").stat().st_size
-        return DataFacts("puzzle", source.path, split, 1, size, 0, samples.facts)
-    if is_local(source.path) and path.suffix.lower() == ".safetensors" and path.is_file():
-        return DataFacts("puzzle", source.path, split, 1, path.stat().st_size, 0, open_puzzles(path, split).facts)
+        return DataFacts("puzzle", source.path, split, 1, file.stat().st_size, 0, samples.facts)
     found = list_parts(source)
     size = sum(part.bytes for part in found.parts)
     files, skipped = len(found.parts), found.skipped
-    if _is_puzzle_rows(found.parts[0]):
+    if is_puzzle_rows(found.parts[0], on_bad_row):
         return DataFacts("puzzle", source.path, split, files, size, skipped, open_puzzles(path, split).facts)
-    for document in read_documents(source):
+    for document in read_documents(source, on_bad_row):
         if document.text:
             break
     return DataFacts("lm", source.path, split, files, size, skipped, None)
 
 
-def _is_puzzle_rows(part: Part) -> bool:
-    """True for a .jsonl file whose first row has `inputs` and `labels` as lists."""
+def puzzle_tensors(source: TextSource) -> Path | None:
+    """The .safetensors file that holds the puzzles of `source`, its split of a folder with dataset.json or itself; None
+    where it is neither of the two."""
+    path = Path(source.path)
+    if not is_local(source.path):
+        return None
+    if (path / DESCRIPTION).is_file():
+        return path / f"{source.split}.safetensors"
+    return path if path.suffix.lower() == ".safetensors" and path.is_file() else None
+
+
+def is_puzzle_rows(part: Part, on_bad_row: OnBadRow = "fail") -> bool:
+    """True for a .jsonl file whose first row has `inputs` and `labels` as lists. Raises DataFault where that row is
+    bad, unless such rows are passed over."""
     if part.kind != FileKind("jsonl", None) or not is_local(part.address):
         return False
     offset = 0
     with open(part.address, "rb") as lines:
         for number, line in enumerate(lines, start=1):
-            row = parse_line(line, f"{part.address}:{number}", offset)
+            try:
+                row = parse_line(line, f"{part.address}:{number}", offset)
+            except DataFault:
+                if on_bad_row == "fail":
+                    raise
+                row = None
             offset += len(line)
             if row is not None:
                 return isinstance(row.get("inputs"), list) and isinstance(row.get("labels"), list)

@@ -37,8 +37,8 @@ class Shard(NamedTuple):
     stamp: str
 
 
-def list_shards(address: str, split: str) -> list[Shard]:
-    """The shards of a data set; a split that the address names stands above `split`.
+def list_shards(address: str, split: str) -> tuple[list[Shard], tuple[str, ...]]:
+    """The shards of a split of a data set, and the splits there are; one that the address names stands above `split`.
 
     Raises EnvironmentFault where the library is missing or the Hub cannot be reached, SettingsError for an id or a
     configuration that is not there, DataFault for a split that is not there or data that cannot be opened.
@@ -48,12 +48,13 @@ def list_shards(address: str, split: str) -> list[Shard]:
     name = name._replace(split=name.split or split)
     _require_datasets(address)
     revision = "" if Path(name.id).is_dir() else _revision(name)
-    dataset, fingerprint = _open(name, revision)
+    dataset, fingerprint, splits = _open(name, revision)
     count: int = dataset.num_shards
-    return [
+    shards = [
         Shard(f"{name.split}/{index:05d}", f"{name}#{index}/{count}@{revision}", 0, fingerprint)
         for index in range(count)
     ]
+    return shards, splits
 
 
 def shard_rows(address: str, cursor: Cursor) -> Iterator[Row]:
@@ -129,8 +130,8 @@ def _no_hub(what: str, error: Exception) -> EnvironmentFault:
 
 
 @lru_cache(maxsize=4)
-def _open(name: HubName, revision: str) -> tuple[Any, str]:
-    """The data set as the library's stream of rows, and its fingerprint."""
+def _open(name: HubName, revision: str) -> tuple[Any, str, tuple[str, ...]]:
+    """The data set as the library's stream of rows, its fingerprint, and its splits."""
     from datasets import load_dataset_builder
     from datasets.exceptions import DatasetsError
 
@@ -142,10 +143,10 @@ def _open(name: HubName, revision: str) -> tuple[Any, str]:
     except (DatasetsError, ValueError, OSError) as error:
         reason = f"this data set cannot be opened ({_first_line(error)})"
         raise SettingsError(Fault(str(name), reason, _config_mend(str(error)))) from error
+    splits = tuple(sorted(str(split) for split in builder.config.data_files or ()))
     try:
-        return builder.as_streaming_dataset(split=name.split), revision or builder.hash
+        return builder.as_streaming_dataset(split=name.split), revision or builder.hash, splits
     except ValueError as error:
-        splits = sorted(str(split) for split in builder.config.data_files or ())
         if name.split in splits:
             reason = f"it cannot be read ({_first_line(error)})"
             raise DataFault(Fault(str(name), reason, "Mend the data set")) from error

@@ -79,10 +79,12 @@ class Part:
 
 @dataclass(frozen=True)
 class PartList:
-    """The parts of a corpus in order, and how many files (or members of an archive) of other kinds lie beside them."""
+    """The parts of a corpus in order, and how many files (or members of an archive) of other kinds lie beside them.
+    `splits` are the names that its files, or its members, are divided by (None: nobody has looked)."""
 
     parts: tuple[Part, ...]
     skipped: int
+    splits: tuple[str, ...] | None = None
 
 
 def list_parts(source: TextSource) -> PartList:
@@ -97,10 +99,9 @@ def list_parts(source: TextSource) -> PartList:
     """
     _check_columns(source)
     if source.path.startswith(HUB):
-        found = hub.list_shards(source.path, source.split)
-        return PartList(
-            tuple(Part(shard.name, shard.address, shard.bytes, shard.stamp, False) for shard in found), skipped=0
-        )
+        found, splits = hub.list_shards(source.path, source.split)
+        parts = tuple(Part(shard.name, shard.address, shard.bytes, shard.stamp, False) for shard in found)
+        return PartList(parts, skipped=0, splits=splits)
     place, path = place_of(source.path), source.path
     if place.is_folder(path):
         return _listed(source, place, in_order(place.walk(path)))
@@ -127,7 +128,11 @@ def _listed(source: TextSource, place: Place, found: list[Entry]) -> PartList:
     else:
         check_left(source.path, names, source.apart)
         chosen = [entry for entry in readable if split_of(entry.name) != source.apart]
-    return PartList(tuple(_part(entry, place) for entry in chosen), skipped)
+    return PartList(tuple(_part(entry, place) for entry in chosen), skipped, _splits(names))
+
+
+def _splits(names: list[str]) -> tuple[str, ...]:
+    return tuple(sorted({split_of(name) for name in names}))
 
 
 def _part(entry: Entry, place: Place) -> Part:
@@ -157,7 +162,7 @@ def _single(source: TextSource, place: Place, entry: Entry) -> PartList:
         return _archive(source, entry, kind)
     if source.split != WHOLE:
         raise missing_split(source.path, source.split, [WHOLE])
-    return PartList((_part(entry, place),), 0)
+    return PartList((_part(entry, place),), 0, (WHOLE,))
 
 
 def _archive(source: TextSource, entry: Entry, kind: FileKind) -> PartList:
@@ -184,7 +189,7 @@ def _archive(source: TextSource, entry: Entry, kind: FileKind) -> PartList:
         chosen = Selection(None, source.apart)
     if kind.form == "zip":
         one_row_each = all(member.is_one_row for member, _ in directory.chosen(chosen))
-    return PartList((Part(*plain, one_row_each, chosen.split, chosen.apart),), skipped)
+    return PartList((Part(*plain, one_row_each, chosen.split, chosen.apart),), skipped, _splits(list(names)))
 
 
 def _can_be_scanned(kind: FileKind, address: str) -> bool:

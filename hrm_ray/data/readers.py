@@ -19,22 +19,32 @@ from hrm_ray.data.formats.columnar import parquet_length
 from hrm_ray.data.formats.texts import PIECE_BYTES
 from hrm_ray.data.parts import Part, TextSource, list_parts
 from hrm_ray.data.places import place_of
-from hrm_ray.data.rows import BadRow, Columns, Cursor, Document, Row
-from hrm_ray.data.streams import DAMAGE, Unreadable, damage, decompressed
+from hrm_ray.data.rows import BadRow, Columns, Cursor, Document, OnBadRow, Row
+from hrm_ray.data.streams import DAMAGE, ReadingWatch, Unreadable, damage, decompressed, watched
 from hrm_ray.errors import DataFault, Fault
 from hrm_ray.settings.hub_name import HUB
 
 _READ_TO_THE_END = frozenset({"txt", "md", "csv", "tsv", "json", "jsonl"})
 
 
-def read_part(part: Part, source: TextSource, start_row: int = 0, mark: int | None = None) -> Iterator[Row]:
+def read_part(
+    part: Part,
+    source: TextSource,
+    start_row: int = 0,
+    mark: int | None = None,
+    *,
+    watch: ReadingWatch | None = None,
+    columns: Columns | None = None,
+) -> Iterator[Row]:
     """The rows of `part` from `start_row` on, empty texts included.
 
     `mark` is that of the row before `start_row`; without it the rows before are read and passed over. Reading in two
-    goes gives the rows of reading in one, but that `where` counts rows and not lines after a mark.
+    goes gives the rows of reading in one, but that `where` counts rows and not lines after a mark. `watch` follows the
+    reading; `columns` stands in for those that `source` names.
     """
-    columns = Columns(source.text_column, source.prompt_column, source.response_column)
+    columns = columns or Columns(source.text_column, source.prompt_column, source.response_column)
     cursor = Cursor(columns, part.address, start_row, mark if part.random_access else None, part.random_access)
+    cursor.watch = watch
     try:
         yield from _rows(part, cursor)
         return
@@ -45,18 +55,24 @@ def read_part(part: Part, source: TextSource, start_row: int = 0, mark: int | No
     yield BadRow(fault, cursor.where, max(cursor.row, start_row), ends_part=True)
 
 
-def read_documents(source: TextSource) -> Iterator[Document]:
+def read_documents(source: TextSource, on_bad_row: OnBadRow = "fail") -> Iterator[Document]:
     """All documents of `source`, empty texts included.
 
-    Raises what `list_parts` raises, and DataFault at the first bad row, or where there is no text in any row.
+    Raises what `list_parts` raises, and DataFault at the first bad row unless such rows are skipped, or where there is
+    no text in any row.
     """
-    any_text = False
+    any_text, bad = False, 0
     for part in list_parts(source).parts:
         for row in read_part(part, source):
             if isinstance(row, BadRow):
-                raise DataFault(row.fault)
+                if on_bad_row == "fail":
+                    raise DataFault(row.fault)
+                bad += 1
+                continue
             any_text = any_text or bool(row.text)
             yield row
+    if not any_text and bad:
+        raise DataFault(Fault(source.path, f"{bad} rows are bad, and none of the others has text", "Mend the data"))
     if not any_text:
         raise DataFault(Fault(source.path, "it is empty, there is no text in it", "Give data with text in it"))
 
@@ -89,7 +105,8 @@ def _rows(part: Part, cursor: Cursor) -> Iterator[Row]:
         return
     kind = part.kind
     assert kind is not None, "only what can be read is listed"
-    with place_of(part.address).open(part.address) as file:
+    with place_of(part.address).open(part.address) as stored:
+        file = stored if cursor.watch is None else watched(stored, cursor.watch)
         size = file.seek(0, 2)
         if size != part.bytes:
             reason = f"it has {size} bytes, and had {part.bytes} when the files were listed"

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
+from hrm_ray.data.streams import ReadingWatch
 from hrm_ray.errors import Fault
 
 ROW_BYTES = 64 << 20
@@ -44,6 +45,9 @@ class BadRow:
 
 
 Row: TypeAlias = Document | BadRow
+
+OnBadRow: TypeAlias = Literal["fail", "skip"]
+"""What becomes of bad rows."""
 
 
 class Columns:
@@ -114,7 +118,8 @@ class Cursor:
 
     `row` is the number of the next row; rows below `start` are passed over. With `mark` reading begins at the row
     `start`, which begins there. `marked`: rows carry marks. `where` names the present file for people; in an archive
-    it moves from member to member, while rows are counted through.
+    it moves from member to member, while rows are counted through. `watch`, where there is one, is told
+    how far reading has come.
     """
 
     columns: Columns
@@ -123,6 +128,7 @@ class Cursor:
     mark: int | None = None
     marked: bool = False
     row: int = 0
+    watch: ReadingWatch | None = None
 
     def next_row(self) -> int:
         """Counts a row; its number."""

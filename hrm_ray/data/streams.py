@@ -14,6 +14,8 @@ import lzma
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import IO, Any, BinaryIO, cast
 
 from hrm_ray.errors import Fault, ResourceFault
@@ -68,6 +70,54 @@ def _said(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).strip().rstrip(".").partition("\n")[0] or type(error).__name__
+
+
+def _nothing() -> None:
+    """What a watch does that only looks."""
+
+
+@dataclass
+class ReadingWatch:
+    """Follows the reading of a part.
+
+    `before_read` is called before stored bytes are read, and what it raises ends the reading. `passed_bytes` is how
+    many of the part's stored bytes lie behind, about; None where nobody can say. The readers set it, and it holds
+    while they read on.
+    """
+
+    before_read: Callable[[], None] = _nothing
+    passed_bytes: Callable[[], int] | None = None
+
+
+class _Watched(io.RawIOBase):
+    """A file of whose every read a watch is told first."""
+
+    def __init__(self, file: BinaryIO, watch: ReadingWatch) -> None:
+        super().__init__()
+        self._file, self._watch = file, watch
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._watch.before_read()
+        return int(self._file.readinto(buffer))  # type: ignore[attr-defined]
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+def watched(file: BinaryIO, watch: ReadingWatch) -> BinaryIO:
+    """`file` under a watch, which learns here how much of it lies behind."""
+    opened = cast(BinaryIO, io.BufferedReader(_Watched(file, watch), BUFFER_BYTES))
+    watch.passed_bytes = opened.tell
+    return opened
 
 
 class Bounded(io.RawIOBase):

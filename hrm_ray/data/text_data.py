@@ -15,9 +15,10 @@ from typing import Any
 from hrm_ray.data.catalog import Catalog
 from hrm_ray.data.chunk_cache import ChunkCache
 from hrm_ray.data.chunk_source import ChunkMaker, EpochRule
-from hrm_ray.data.chunks import Corpus, OnBadRow
+from hrm_ray.data.chunks import Corpus
 from hrm_ray.data.packing import RowForm
 from hrm_ray.data.parts import Part, TextSource
+from hrm_ray.data.rows import OnBadRow
 from hrm_ray.data.text_store import TextStore, load_store
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataFault, Fault

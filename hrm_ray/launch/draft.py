@@ -14,13 +14,12 @@ import torch
 from hrm_ray.data.detect import DataFacts, detect
 from hrm_ray.data.named_tokenizer import absolute_name, load_named
 from hrm_ray.data.packing import RowForm
-from hrm_ray.data.parts import TextSource, shared_part
+from hrm_ray.data.parts import shared_part
 from hrm_ray.data.places import absolute, real
 from hrm_ray.data.puzzles.samples import open_puzzles
-from hrm_ray.data.readers import read_documents
-from hrm_ray.data.text_data import CorpusCut
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataFault, Fault, SettingsError
+from hrm_ray.launch.data_sources import has_evaluation, source_of
 from hrm_ray.launch.devices import Devices, choose_devices
 from hrm_ray.launch.fallbacks import settle_memory_options
 from hrm_ray.launch.identity import Identity, check_effective_batch, check_own_files, identify, trained_with
@@ -28,7 +27,6 @@ from hrm_ray.launch.preflight import check_launch, check_resources
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import MANIFEST, RunDir, read_json
 from hrm_ray.settings.adaptive_lr import AdaptiveLrSettings, read_adaptive_lr
-from hrm_ray.settings.hub_name import hub_name
 from hrm_ray.settings.resolve import moderate_lr, resolve_task
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import model_config
@@ -65,8 +63,9 @@ def draft(settings: RunSettings) -> Draft:
         )
         raise SettingsError(Fault("--dataset-file", "there is nothing to train on", mend))
     settings = _absolute(settings)
-    facts = detect(source_of(settings, evaluation=False))
-    evaluation = detect(source_of(settings, evaluation=True)) if has_evaluation(settings) else None
+    on_bad_row = settings.data.on_bad_row
+    facts = detect(source_of(settings, evaluation=False), on_bad_row)
+    evaluation = detect(source_of(settings, evaluation=True), on_bad_row) if has_evaluation(settings) else None
     puzzle_len = facts.puzzle.seq_len if facts.puzzle is not None else None
     settings = resolve_task(settings, facts.task, puzzle_len)
     if evaluation is not None and evaluation.task != facts.task:
@@ -119,73 +118,16 @@ def draft(settings: RunSettings) -> Draft:
     )
 
 
-def read_through(drafted: Draft) -> str:
-    """Read all of the data once, keeping nothing, so that a bad row is found before a run; a sentence of what there is.
-
-    Puzzles were read whole when they were detected. Raises DataFault.
-    """
-    if drafted.facts.task == "puzzle":
-        return f"data: all {drafted.facts.puzzle.count if drafted.facts.puzzle else 0} puzzles are sound"
-    counts = []
-    for evaluation in (False, True):
-        if not evaluation or drafted.evaluation is not None:
-            counts.append(sum(1 for _ in read_documents(source_of(drafted.settings, evaluation=evaluation))))
-    held_out = f", {counts[1]} held out" if len(counts) > 1 else ""
-    return f"data: {counts[0]} documents are readable{held_out}"
-
-
 def effective_batch(settings: RunSettings, devices: Devices) -> int:
     """Rows of one weight update over all workers."""
     chosen = settings.optimizer
     return chosen.batch_size * chosen.gradient_accumulation_steps * devices.world_size
 
 
-def source_of(settings: RunSettings, *, evaluation: bool) -> TextSource:
-    """Where the training data, or the held-out data, is to be read, and how."""
-    data = settings.data
-    path = data.eval_file if evaluation and data.eval_file is not None else data.training_data
-    assert path is not None
-    split = data.split
-    if evaluation:
-        split = data.val_split if data.val_split is not None else TextSource(path).split
-    name = hub_name(path)
-    if name is not None:
-        split = split if evaluation and data.val_split is not None else name.split or split
-        path = str(name._replace(split=None))
-    # Where the training split is the whole folder, the files held out of it are not part of it.
-    apart = None if evaluation else data.val_split
-    return TextSource(path, split, data.text_column, data.prompt_column, data.response_column, apart)
-
-
 def row_form(settings: RunSettings) -> RowForm:
     """How tokens become sequences."""
     data = settings.data
     return RowForm(data.max_seq_len or 0, data.packing, prefix=settings.model.lm_mask == "prefix", stride=data.stride)
-
-
-def corpus_cut(settings: RunSettings) -> CorpusCut:
-    """How the training data is cut into blocks and chunks, and in which order they are taken."""
-    data = settings.data
-    return CorpusCut(
-        samples_per_block=data.samples_per_block,
-        dataset_chunk_size=data.dataset_chunk_size,
-        dataset_start_offset=data.dataset_start_offset,
-        max_train_examples=data.max_train_examples,
-        ascii_only=data.ascii_only,
-        on_bad_row=data.on_bad_row,
-        shuffled=not data.linear_dataset,
-        seed=settings.run.seed,
-        cache_bytes=round(data.cache_gb * 1e9),
-        shuffle_rows=data.shuffle_buffer_size,
-        start_block=data.start_block_id,
-        start_chunk=data.start_chunk_id,
-        streaming=data.streaming,
-    )
-
-
-def has_evaluation(settings: RunSettings) -> bool:
-    """Whether held-out data was named."""
-    return settings.data.eval_file is not None or settings.data.val_split is not None
 
 
 def start_tokenizer(settings: RunSettings) -> Path | None:

@@ -20,16 +20,8 @@ from hrm_ray.data.puzzles.samples import open_puzzles
 from hrm_ray.data.text_data import TextFolder
 from hrm_ray.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, TextTokenizer
 from hrm_ray.errors import DataFault, Fault, ResourceFault, SettingsError
-from hrm_ray.launch.draft import (
-    Draft,
-    asks_for_tokenizer,
-    corpus_cut,
-    effective_batch,
-    has_evaluation,
-    row_form,
-    source_of,
-    start_tokenizer,
-)
+from hrm_ray.launch.data_sources import corpus_cut, has_evaluation, source_of
+from hrm_ray.launch.draft import Draft, asks_for_tokenizer, effective_batch, row_form, start_tokenizer
 from hrm_ray.launch.identity import PREPARED, Identity, stored_args
 from hrm_ray.launch.preflight import check_resources
 from hrm_ray.ledger import copy_ledger
