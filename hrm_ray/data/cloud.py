@@ -23,7 +23,7 @@ from hrm_ray.data.places import Entry, Place, split_pattern
 from hrm_ray.errors import EnvironmentFault, Fault, SettingsError
 
 _BUFFER_BYTES = 4 << 20
-_CONNECT_S, _REQUEST_S, _RETRY_S = 10, 30, 20
+_CONNECT_S, _REQUEST_S, _RETRY_S = 10, 30, 10
 _ATTEMPTS = 3
 _ENVIRONMENT = (
     *("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "STORAGE_EMULATOR_HOST"),
@@ -198,7 +198,8 @@ def _azure(said: dict[str, str | None]) -> Any:
         reason = "an az:// address needs the name of the storage account"
         raise EnvironmentFault(Fault("AZURE_STORAGE_ACCOUNT_NAME", reason, "Set it in the environment"))
     key, token = said["AZURE_STORAGE_ACCOUNT_KEY"], said["AZURE_STORAGE_SAS_TOKEN"]
-    return AzureFileSystem(account, account_key=key, sas_token=None if key else token)
+    # Only what is given: older versions of pyarrow know no token.
+    return AzureFileSystem(account, **({"account_key": key} if key else {"sas_token": token} if token else {}))
 
 
 def _through_fsspec(scheme: str) -> Any:
