@@ -51,22 +51,36 @@ class LedgerMachine(RuleBasedStateMachine):
     def start_worker(self, worker: str) -> None:
         self.naive.start_worker(worker, self.ledger.start_worker(worker))
 
-    @rule(worker=WORKERS, failed=st.booleans())
-    def stop_worker(self, worker: str, failed: bool) -> None:
-        if worker in self.naive.generations:
+    @rule(worker=WORKERS, failed=st.booleans(), really=st.integers(0, 2))
+    def stop_worker(self, worker: str, failed: bool, really: int) -> None:
+        if worker in self.naive.generations and not really:
             self.ledger.stop_worker(worker, self.naive.generations[worker], "scripted" if failed else None)
             self.naive.stop_worker(worker, failed)
 
-    @rule(worker=WORKERS, lease_s=st.sampled_from([None, 3.0, 10.0]), passes_s=st.sampled_from([0.0, 1.0, 4.0]))
-    def claim(self, worker: str, lease_s: float | None, passes_s: float) -> None:
+    @rule(worker=WORKERS)
+    def claim_after_the_end(self, worker: str) -> None:
+        late = self.naive.generations.get(worker, 1) - 1
+        assert isinstance(self.ledger.claim(worker, late, self.order, epochs=EPOCHS, now_s=self.now_s), Refused)
+
+    @rule(
+        worker=WORKERS,
+        lease_s=st.sampled_from([None, 3.0, 10.0]),
+        passes_s=st.sampled_from([0.0, 0.0, 1.0, 4.0]),
+        number=st.integers(1, 3),
+    )
+    def claim(self, worker: str, lease_s: float | None, passes_s: float, number: int) -> None:
+        """Some claims; a worker that is not there starts first."""
+        if worker not in self.naive.generations:
+            self.start_worker(worker)
         self.now_s += passes_s
-        generation = self.naive.generations.get(worker)
+        for _ in range(number):
+            self.claim_one(worker, lease_s)
+
+    def claim_one(self, worker: str, lease_s: float | None) -> None:
         got = self.ledger.claim(
-            worker, generation or 0, self.order, epochs=EPOCHS, now_s=self.now_s, lease_s=lease_s, key=f"{self.fresh()}"
+            *(worker, self.naive.generations[worker], self.order),
+            **{"epochs": EPOCHS, "now_s": self.now_s, "lease_s": lease_s, "key": f"{self.fresh()}"},
         )
-        if generation is None:
-            assert isinstance(got, Refused)
-            return
         expected = self.naive.claim(worker, self.now_s, lease_s)
         if expected is None:
             settled = {State.MERGED, State.QUARANTINED}
@@ -110,11 +124,14 @@ class LedgerMachine(RuleBasedStateMachine):
         self.leases[self.leases.index((lease, given))] = first, expected
 
     @precondition(lambda self: self.leases)
-    @rule(which=st.sets(st.integers(0, 99), min_size=1, max_size=3), twice=st.booleans())
-    def report(self, which: set[int], twice: bool) -> None:
-        picked = {number % len(self.leases) for number in which}
-        chosen = [self.leases[number] for number in sorted(picked)]
-        of_one = [pair for pair in chosen if pair[1].holder[:2] == chosen[0][1].holder[:2]]
+    @rule(which=st.integers(0, 99), number=st.integers(1, 3), stale=st.integers(0, 3), twice=st.booleans())
+    def report(self, which: int, number: int, stale: int, twice: bool) -> None:
+        """Leases of one incarnation; now and then with one among them that may be over."""
+        held = [pair for pair in self.leases if stale == 0 or self.naive.holds(pair[1])] or self.leases
+        first = held[which % len(held)]
+        of_one = [pair for pair in held if pair[1].holder[:2] == first[1].holder[:2]]
+        at = of_one.index(first)
+        of_one = (of_one[at:] + of_one[:at])[:number]
         leases, expected = [lease for lease, _ in of_one], [given for _, given in of_one]
         name = f"report {self.fresh()}"
         base = self.naive.rounds[-1][0] if self.naive.rounds else None
@@ -133,7 +150,8 @@ class LedgerMachine(RuleBasedStateMachine):
         assert isinstance(self.ledger.reject(name, "scripted", lost=lost), Refused)
         self.naive.reject(name, lost)
 
-    @rule(take=st.integers(0, 3), refuse=st.integers(0, 1), late=st.booleans())
+    @precondition(lambda self: self.naive.staged)
+    @rule(take=st.integers(0, 2), refuse=st.integers(0, 1), late=st.booleans())
     def commit(self, take: int, refuse: int, late: bool) -> None:
         staged = self.naive.staged
         accepted, rejected = staged[:take], staged[take : take + refuse]
@@ -147,13 +165,15 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.ledger.commit(number, parent=parent, **words) == made
         self.naive.commit(number, accepted, rejected)
 
-    @rule(back=st.integers(0, 3))
+    @precondition(lambda self: self.naive.rounds)
+    @rule(back=st.integers(1, 3))
     def rollback(self, back: int) -> None:
         names = [None, *[number for number, _ in self.naive.rounds]]
-        to = names[-1 - back % len(names)]
+        assert self.ledger.rollback(names[-1]) == []
+        to = names[max(-1 - back, -len(names))]
         undone = self.ledger.rollback(to)
         assert not isinstance(undone, Refused)
-        assert [one.round for one in undone] == names[: -len(undone) - 1 : -1] if undone else to == names[-1]
+        assert [one.round for one in undone] == names[: names.index(to) : -1]
         self.naive.rollback(to)
 
     @rule()
