@@ -12,6 +12,7 @@ from hrm_ray.data.catalog import Catalog
 from hrm_ray.data.stream import Trained
 from hrm_ray.errors import DataFault, Fault
 from hrm_ray.ledger import BlockLength, Lease, Span, SynchronousRun, open_ledger, ranges
+from hrm_ray.ledger.export import export
 from hrm_ray.rundir import RunDir
 
 
@@ -23,7 +24,7 @@ class ChunkAccounts:
 
         Raises DataFault where the ledger does not know that checkpoint.
         """
-        self._root = run_dir.root
+        self._run_dir = run_dir
         self._ledger = open_ledger(run_dir.ledger)
         if start:
             # Chunks before the start are known, or it could not have been found.
@@ -70,8 +71,9 @@ class ChunkAccounts:
         return [trained for _, trained in sorted(found, key=lambda pair: (pair[1].epoch, pair[0], pair[1].start))]
 
     def close(self) -> None:
-        """Give back what is leased, and release the file."""
+        """Give back what is leased, write down for people where the run stands, and release the file."""
         self._run.close()
+        export(self._ledger, self._run_dir.chunk_tracker)
         self._ledger.close()
 
     def _lease(self, item: Trained) -> None:
@@ -110,5 +112,5 @@ class ChunkAccounts:
     def _foreign(self, item: Trained, lease: Lease | None) -> Fault:
         given = "nothing" if lease is None else f"chunk {lease.chunk} of epoch {lease.epoch} from {lease.start} on"
         value = f"chunk {item.chunk} of epoch {item.epoch} from sequence {item.start} on"
-        reason = f"it was trained, and the ledger of {self._root} gives out {given}"
+        reason = f"it was trained, and the ledger of {self._run_dir.root} gives out {given}"
         return Fault(value, reason, "Go on from the last checkpoint with --resume")

@@ -68,8 +68,9 @@ def sha256(path: Path) -> str:
 def test_files(text: Path, puzzle: Path) -> None:
     common = {"config.json", "model.safetensors", "metadata.json", "training_args.json"}
     run = {*common, "best", "checkpoints", "metrics.jsonl", "tensorboard"}
+    text_only = {"data", "ledger.sqlite", "chunk_tracker_state.json"}
     tokenizer = {"tokenizer.json", "tokenizer_config.json"}
-    assert {path.name for path in (text / "b").iterdir()} == {*run, *tokenizer, "data", "ledger.sqlite"}
+    assert {path.name for path in (text / "b").iterdir()} == {*run, *tokenizer, *text_only}
     assert {path.name for path in (text / "b" / "best").iterdir()} == {*common, *tokenizer}
     assert {path.name for path in (puzzle / "b").iterdir()} == {*run, "puzzle.json"}
     assert {path.name for path in (puzzle / "b" / "best").iterdir()} == {*common, "puzzle.json"}
