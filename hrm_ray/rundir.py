@@ -106,15 +106,16 @@ class RunDir:
         matches = (_STEP.fullmatch(path.name) for path in self.checkpoints.iterdir())
         return sorted(int(match.group(1)) for match in matches if match)
 
-    def describe_checkpoint(self, step: int) -> dict[str, str]:
-        """Write the manifest of the partial checkpoint of `step`, which is all on the disk then; each file's sha256."""
+    def describe_checkpoint(self, step: int) -> str:
+        """Write the manifest of the partial checkpoint of `step`, which is all on the disk then; the manifest's sha256.
+        """
         partial = self.partial_checkpoint(step)
         files = sorted(path for path in partial.iterdir() if path.name != MANIFEST)
         entries = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
         for path in files:
             sync_file(path)
         write_json(partial / MANIFEST, {"step": step, "files": entries})
-        return {name: str(entry["sha256"]) for name, entry in entries.items()}
+        return file_sha256(partial / MANIFEST)
 
     def seal_checkpoint(self, step: int) -> Path:
         """Make the partial checkpoint of `step`, which has been described, whole: with one rename."""

@@ -162,7 +162,13 @@ class Catalog:
                 raise DataFault(
                     Fault(f"{self._path}:{number}", f"this is no entry of a catalog ({error})", mend)
                 ) from error
-            self._entries.append(entry)
+            if entry.number > len(self._entries) or (known := self.get(entry.number)) not in (None, entry):
+                reason = f"chunk {entry.number} stands where chunk {len(self._entries)} should"
+                mend = "Delete the bundle's folder data/; it is made again"
+                raise DataFault(Fault(f"{self._path}:{number}", reason, mend))
+            # Said twice by two processes that found it both, it is known once.
+            if known is None:
+                self._entries.append(entry)
 
 
 def check_parts(stored: Sequence[Part], now: Sequence[Part]) -> list[int]:
@@ -174,6 +180,8 @@ def check_parts(stored: Sequence[Part], now: Sequence[Part]) -> list[int]:
     for before, after in zip(stored, now, strict=False):
         if not alone and before.name != after.name:
             raise changed(after.address, f"`{before.name}` stood in its place when the run began")
+        if (before.split, before.apart) != (after.split, after.apart):
+            raise changed(after.address, "other members of it are held out now than when the run began")
         if before.bytes != after.bytes:
             raise changed(after.address, f"it has {after.bytes} bytes, and had {before.bytes} when the run began")
     if len(stored) > len(now):

@@ -7,6 +7,7 @@ first ones that fit serve as well as any. It does not know what a key stands for
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from hrm_ray.data.text_store import TextStore, load_store, save_store
@@ -24,8 +25,12 @@ class ChunkCache:
         """Why a store was not kept, of the first that was not."""
 
     def load(self, key: str) -> TextStore | None:
-        """The store of `key`, None where it is not kept (or damaged)."""
-        return load_store(self._path(key))
+        """The store of `key`, None where it is not kept. A damaged one is thrown away, so that it is made anew."""
+        store = load_store(self._path(key))
+        if store is None and self._writes:
+            with suppress(OSError):
+                self._path(key).unlink()
+        return store
 
     def holds(self, key: str) -> bool:
         """Whether there is a store of `key`."""

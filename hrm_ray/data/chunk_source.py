@@ -88,9 +88,9 @@ class ChunkMaker:
         entry = self.catalog.get(number)
         return entry is not None and self.cache.holds(self._key(entry))
 
-    def survey(self) -> None:
-        """Read what the catalog does not know yet, to the corpus' end, without tokenising."""
-        while not self.catalog.ended:
+    def survey(self, before: int | None = None) -> None:
+        """Read what the catalog does not know yet, without tokenising: to chunk `before`, or to the corpus' end."""
+        while not self.catalog.ended and (before is None or len(self.catalog) < before):
             self.read(len(self.catalog))
 
     def find(self, block: int, chunk: int) -> ChunkEntry | None:
@@ -190,10 +190,17 @@ class EpochRule:
                 yield Turn(number, number, None)
             return
         order = ChunkOrder(self.seed, epoch, catalog.block_sizes())
+        last: Turn | None = None
         for place in range(position, len(order)):
             number, ends_block = order.at(place)
             if number >= first:
-                yield Turn(place, number, ends_block)
+                if last is not None:
+                    yield last
+                last = Turn(place, number, False)
+            # A block ends with the last of its chunks that is taken, which need not be the last of all.
+            if ends_block and last is not None:
+                yield replace(last, ends_block=True)
+                last = None
 
 
 class LocalChunks:

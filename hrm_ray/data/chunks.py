@@ -94,7 +94,9 @@ def corpus_rows(corpus: Corpus, start: ChunkStart = FIRST, watch: ReadingWatch |
         part = corpus.parts[number]
         from_row, mark = (place.row, place.mark) if number == place.part else (0, None)
         for row in read_part(part, corpus.source, from_row, mark, watch=watch):
-            yield row, Place(number, row.row + 1, row.mark)
+            # A part that breaks off is over: read from behind its last row, it would break off once more.
+            over = isinstance(row, BadRow) and row.ends_part
+            yield row, Place(number + 1, 0) if over else Place(number, row.row + 1, row.mark)
 
 
 class _Open:
@@ -105,6 +107,7 @@ class _Open:
         self._digest = hashlib.blake2b(digest_size=16)
         self._documents: list[Document] = []
         self._faults: list[Fault] = []
+        self._broken: list[Fault] = []
         self._left_out = self._text_bytes = self._bad = 0
         self.rows = 0
 
@@ -127,7 +130,10 @@ class _Open:
             if self._corpus.on_bad_row == "fail":
                 raise DataFault(row.fault)
             self._bad += 1
-            self._faults.append(row.fault)
+            if row.ends_part:
+                self._broken.append(row.fault)
+            else:
+                self._faults.append(row.fault)
             del self._faults[_SHOWN_FAULTS:]
             self._digest.update(b"\xff")
             return
@@ -157,11 +163,14 @@ class _Open:
         return RawChunk(entry, tuple(self._documents), tuple(self._notes()), follower, tuple(self._faults))
 
     def _notes(self) -> Iterator[str]:
-        if self._bad:
+        bad = self._bad - len(self._broken)
+        if bad:
             shown = "; ".join(f"{fault.value}: {fault.reason}" for fault in self._faults)
-            more = f"; and {self._bad - len(self._faults)} more" if self._bad > len(self._faults) else ""
+            more = f"; and {bad - len(self._faults)} more" if bad > len(self._faults) else ""
             name = f"block {self._start.block}, chunk {self._start.chunk}"
-            yield f"{self._bad} bad row(s) skipped in {name} ({shown}{more})."
+            yield f"{bad} bad row(s) skipped in {name} ({shown}{more})."
+        for fault in self._broken:
+            yield f"{fault.value}: {fault.reason}. The rest of it is left out, nobody knows how many rows."
 
 
 def reread(corpus: Corpus, entries: Sequence[ChunkEntry]) -> Iterator[ChunkEntry]:

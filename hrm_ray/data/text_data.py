@@ -7,6 +7,7 @@ chunks, on the driver and in every worker. It decides nothing about the corpus.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -111,9 +112,14 @@ class TextFolder:
 
     def write_parts(self, parts: tuple[Part, ...]) -> None:
         """Write down which parts the corpus has."""
-        with self.parts.open("w", encoding="utf-8", newline="\n") as file:
-            for part in parts:
-                file.write(json.dumps(asdict(part), ensure_ascii=False) + "\n")
+        beside = self.parts.with_name(f".{self.parts.name}.writing-{os.getpid()}")
+        try:
+            with beside.open("w", encoding="utf-8", newline="\n") as file:
+                # In ASCII, since a file's name may be bytes that are no text.
+                file.writelines(json.dumps(asdict(part)) + "\n" for part in parts)
+            os.replace(beside, self.parts)
+        finally:
+            beside.unlink(missing_ok=True)
 
     def read_parts(self) -> tuple[Part, ...]:
         """The parts as they were written down. Raises DataFault."""

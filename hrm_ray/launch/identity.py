@@ -30,6 +30,10 @@ PREPARED = REUSABLE | {
     "data",
     "metrics.jsonl",
     "tensorboard",
+    "ledger.sqlite",
+    "ledger.sqlite-wal",
+    "ledger.sqlite-shm",
+    "chunk_tracker_state.json",
 }
 """Files of a bundle that exist before the first step."""
 
@@ -55,7 +59,7 @@ FIXED = (
     "data.start_",
     "data.max_train_examples",
     "data.ascii_only",
-    "data.on_bad_row",
+    "data.dataset_config",
     "data.shuffle_buffer_size",
     "data.linear_dataset",
     "optimizer.optimizer",

@@ -8,6 +8,7 @@ such calls are ordinary. An exception is a mistake in the calling code (ValueErr
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,10 @@ from hrm_ray.ledger.states import Idle, Lease, Range, Refused
 
 class Ledger(LedgerReader):
     """A ledger that may be written. From several threads of the process: calls take turns."""
+
+    def transaction(self) -> AbstractContextManager[None]:
+        """Calls inside are carried out together or not at all, and outlive power loss."""
+        return self.database.transaction(durable=True)
 
     def add_blocks(self, blocks: Iterable[BlockLength]) -> None:
         """Tell of blocks in order: new ones, growth of the last, or what is known already (a resumed run's).

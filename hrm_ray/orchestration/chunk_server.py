@@ -8,6 +8,7 @@ made is datasets.py's matter; which sequences a rank takes of a chunk, its feed'
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,13 +16,18 @@ from typing import Any
 import ray
 
 from hrm_ray.data.chunk_source import AHEAD, Chunk, ChunkMaker, EpochRule, Turn
-from hrm_ray.errors import DataFault, Fault, HrmRayError
+from hrm_ray.errors import HrmRayError
 from hrm_ray.orchestration.datasets import Place, each_of, read_on
 
 Key = tuple[int, int]
 """Epoch, and position in its order that a stream begins at."""
-Answer = "list[ray.ObjectRef[Chunk]] | HrmRayError | None"
-"""A chunk (in a list, so that it is fetched by whoever wants it), the end of the epoch, or what went wrong."""
+
+
+@dataclass(frozen=True)
+class Unforeseen:
+    """An error of the making of chunks that nobody foresaw, as its traceback."""
+
+    trace: str
 
 
 @dataclass
@@ -69,7 +75,9 @@ class ChunkServer:
     def leave(self, rank: int, key: Key) -> None:
         """The rank wants no more of a stream."""
         with self._changed:
-            stream = self._streams[key]
+            stream = self._streams.get(key)
+            if stream is None:
+                return
             stream.left.add(rank)
             stream.asked.pop(rank, None)
             self._forget(stream)
@@ -95,9 +103,8 @@ class ChunkServer:
                 self._answer(stream, None)
         except HrmRayError as error:
             self._answer(stream, error)
-        except Exception as error:  # noqa: BLE001 - the thread's edge: whatever it is, the ranks tell it
-            fault = Fault("reading the data", f"failed in Ray Data ({error})", "Look into the logs of the Ray session")
-            self._answer(stream, DataFault(fault))
+        except Exception:  # noqa: BLE001 - the thread's edge: whatever it is, the ranks tell it
+            self._answer(stream, Unforeseen(traceback.format_exc()))
 
     def _answer(self, stream: _Stream, answer: Any) -> bool:
         """Put an answer where the ranks find it, once there is room; False where nobody wants it any more."""
@@ -122,12 +129,22 @@ class ChunkServer:
             return
         if self._in_order:
             first = next(turns)
+            maker.survey(first.number)
             yield from self._taken(first, turns, read_on(self._place, first.number))
             maker.catalog.end()
             return
         wanted = list(turns)
-        entries = [maker.catalog.entries[turn.number] for turn in wanted]
-        yield from self._taken(None, iter(wanted), each_of(self._place, entries))
+        missing = [turn for turn in wanted if not maker.keeps(turn.number)]
+        entries = [maker.catalog.entries[turn.number] for turn in missing]
+        made = self._taken(None, iter(missing), each_of(self._place, entries))
+        of_missing = {turn.number for turn in missing}
+        for turn in wanted:
+            if turn.number in of_missing:
+                yield next(made)
+            else:
+                kept = maker.made(turn.number)
+                assert kept is not None, "it is known"
+                yield turn.of(kept)
 
     def _taken(self, first: Turn | None, turns: Iterator[Turn], made: Iterator[tuple[int, Any]]) -> Iterator[Chunk]:
         """What the tasks have made, entered into catalog and cache."""
@@ -158,6 +175,8 @@ class ServedChunks:
                 answer = ray.get(promise)
                 if isinstance(answer, HrmRayError):
                     raise answer
+                if isinstance(answer, Unforeseen):
+                    raise RuntimeError(f"chunks could not be made:\n{answer.trace}")
                 if answer is None:
                     return
                 number += 1

@@ -28,8 +28,11 @@ from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import HrmRayError
 from hrm_ray.rundir import RunDir
 
-TASK_CPUS = 0.5
-"""Two tasks share a CPU; what they wait for most is the disk, or the room that training makes in the buffers."""
+READ_CPUS, TOKEN_CPUS = 0.4, 0.5
+"""What a task that reads on, and one that tokenises, take of a CPU. Ray would make one task of both stages if they were
+alike, and nothing would be tokenised while something is read."""
+TASK_CPUS = 1.0
+"""Both kinds of task must find room, or they would wait for each other."""
 CHUNKS_AT_ONCE = 1000
 """Ray Data lists all tasks of a dataset before it begins; a longer epoch is several datasets, one after the other."""
 BLOCK_BYTES = 1 << 20
@@ -96,7 +99,7 @@ def read_on(place: Place, first: int) -> Iterator[tuple[int, Made]]:
         number, raw = _content(batch)
         return _row(number, _made(place, raw) if isinstance(raw, RawChunk) else raw)
 
-    yield from _run([{"first": first}], read, tokens)
+    yield from _run([{"first": first}], (read, READ_CPUS), (tokens, TOKEN_CPUS))
 
 
 def each_of(place: Place, entries: Sequence[ChunkEntry]) -> Iterator[tuple[int, Made]]:
@@ -112,7 +115,7 @@ def each_of(place: Place, entries: Sequence[ChunkEntry]) -> Iterator[tuple[int, 
 
     for begin in range(0, len(entries), CHUNKS_AT_ONCE):
         some = entries[begin : begin + CHUNKS_AT_ONCE]
-        yield from _run([{"number": entry.number, "content": entry} for entry in some], made)
+        yield from _run([{"number": entry.number, "content": entry} for entry in some], (made, TOKEN_CPUS))
 
 
 def _made(place: Place, raw: RawChunk) -> Chunk:
@@ -132,8 +135,8 @@ def _content(row: Batch) -> tuple[int, Any]:
     return int(row["number"][0]), row["content"][0]
 
 
-def _run(items: list[dict[str, Any]], *stages: Any) -> Iterator[tuple[int, Any]]:
-    """What the stages make of the items, in order."""
+def _run(items: list[dict[str, Any]], *stages: tuple[Any, float]) -> Iterator[tuple[int, Any]]:
+    """What the stages, each with what a task of it takes of a CPU, make of the items, in order."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
@@ -141,7 +144,7 @@ def _run(items: list[dict[str, Any]], *stages: Any) -> Iterator[tuple[int, Any]]
     context.execution_options.preserve_order = True
     context.target_max_block_size = BLOCK_BYTES
     dataset: ray.data.Dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    for stage in stages:
-        dataset = dataset.map_batches(stage, batch_size=1, batch_format="numpy", num_cpus=TASK_CPUS)
+    for work, cpus in stages:
+        dataset = dataset.map_batches(work, batch_size=1, batch_format="numpy", num_cpus=cpus)
     for batch in dataset.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=1):
         yield _content(batch)

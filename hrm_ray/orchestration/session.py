@@ -37,7 +37,7 @@ import ray._private.worker as ray_worker
 
 import hrm_ray
 from hrm_ray.errors import EnvironmentFault, Fault, HrmRayError
-from hrm_ray.launch.resources import Demand
+from hrm_ray.launch.resources import Demand, usable_cpus
 from hrm_ray.spinning import SPIN_VARIABLE, spin_briefly
 
 NAMESPACE = "hrm_ray"
@@ -45,8 +45,8 @@ OBJECT_STORE_BYTES = 200 * 2**20
 """Without text to tokenise, records and settings are all that goes through the object store."""
 DATA_STORE_BYTES = 600 * 2**20
 """Chunks on their way: documents and tokens of a handful of them, each at most some 16 MiB of text."""
-DATA_CPUS = 1
-"""What a cluster of one's own offers to tasks of Ray Data beside the workers; they compute while workers wait."""
+LEAST_DATA_CPUS = 1
+"""What a cluster of one's own offers to tasks of Ray Data at least; they compute while workers wait."""
 CONNECT_TIMEOUT_S = 20.0
 START_TIMEOUT_S = 90.0
 """A local cluster is up after 4 s on an idle machine; a loaded one is given time."""
@@ -214,13 +214,17 @@ class Session:
             return
         ray.init(
             address="local",
-            num_cpus=self._demand.cpus + (DATA_CPUS if self._data else 0),
+            num_cpus=self._demand.cpus + (self._data_cpus() if self._data else 0),
             num_gpus=self._demand.gpus,
             object_store_memory=DATA_STORE_BYTES if self._data else OBJECT_STORE_BYTES,
             include_dashboard=None,  # on where Ray's dashboard dependencies are installed
             _temp_dir=str(self.folder),
             **quiet,
         )
+
+    def _data_cpus(self) -> int:
+        """The CPUs that the workers leave free."""
+        return max(LEAST_DATA_CPUS, usable_cpus() - self._demand.cpus)
 
     def _explain(self, error: BaseException) -> HrmRayError:
         if isinstance(error, HrmRayError):

@@ -7,22 +7,44 @@ together, so they are one worker to the ledger, and the leading one keeps it. Ho
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from hrm_ray.data.catalog import Catalog
 from hrm_ray.data.stream import Trained
 from hrm_ray.errors import DataFault, Fault
-from hrm_ray.ledger import BlockLength, Lease, Span, SynchronousRun, open_ledger, ranges
+from hrm_ray.ledger import BlockLength, Lease, Span, SynchronousRun, open_ledger
 from hrm_ray.ledger.export import export
 from hrm_ray.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class GoingOn:
+    """The checkpoint that a run goes on from: its step, its manifest's checksum, and what it stands for."""
+
+    step: int
+    checksum: str
+    trained: tuple[Trained, ...]
+
+
+def joined(trained: Sequence[Trained]) -> list[Trained]:
+    """The same with stretches of a chunk that follow each other made one."""
+    found: list[Trained] = []
+    for item in trained:
+        last = found[-1] if found else None
+        if last is not None and (last.epoch, last.chunk, last.end) == (item.epoch, item.chunk, item.start):
+            found[-1] = replace(last, end=item.end)
+        else:
+            found.append(item)
+    return found
 
 
 class ChunkAccounts:
     """The ledger of one run, from its start (or the checkpoint it goes on from) to its end."""
 
-    def __init__(self, run_dir: RunDir, catalog: Catalog, start: int, step: int | None) -> None:
-        """`start` is the chunk that the first epoch begins with, `step` that of the checkpoint to go on from.
+    def __init__(self, run_dir: RunDir, catalog: Catalog, start: int, going_on: GoingOn | None) -> None:
+        """`start` is the chunk that the first epoch begins with.
 
-        Raises DataFault where the ledger does not know that checkpoint.
+        Raises DataFault where the ledger does not know the checkpoint that the run goes on from.
         """
         self._run_dir = run_dir
         self._ledger = open_ledger(run_dir.ledger)
@@ -33,42 +55,45 @@ class ChunkAccounts:
         if catalog.ended and not self._ledger.data_ended:
             self._ledger.add_blocks([BlockLength(block, size) for block, size in enumerate(catalog.block_sizes())])
             self._ledger.end_data()
-        self._run = SynchronousRun(self._ledger, step)
-        self._head = step
+        self._run = SynchronousRun(self._ledger, None if going_on is None else going_on.step)
+        self._head = None if going_on is None else going_on.step
+        self._of_head: list[Trained] = [] if going_on is None else list(going_on.trained)
+        if going_on is not None:
+            self._settle(going_on)
 
-    def commit(self, step: int, trained: Sequence[Trained], checksum: str, *, data_ended: bool) -> None:
-        """Enter a checkpoint whose files are written but not yet in their place; `checksum` is that of its weights.
+    def covered(self, step: int, trained: Sequence[Trained]) -> list[Trained]:
+        """What the checkpoint of `step` will stand for, when `trained` was trained since the one before.
 
-        A checkpoint that takes the place of one of the same step (no update was applied in between) has what both have
-        trained.
+        One that takes the place of another of the same step (no update was applied in between) stands for both.
         """
+        return joined([*self._of_head, *trained] if step == self._head else trained)
+
+    def commit(self, step: int, covered: Sequence[Trained], checksum: str, *, data_ended: bool) -> None:
+        """Enter a checkpoint whose files are written but not yet in their place; `checksum` is that of its manifest."""
+        self._enter(step, covered, checksum, data_ended)
+        self._head, self._of_head = step, list(covered)
+
+    def _settle(self, going_on: GoingOn) -> None:
+        """Where a run died after its ledger had a checkpoint of that step which never came into its place, the ledger
+        is given what the one that is there stands for."""
+        known = self._ledger.round(going_on.step)
+        if known is not None and known.checksum != going_on.checksum:
+            self._enter(going_on.step, going_on.trained, going_on.checksum, False)
+
+    def _enter(self, step: int, covered: Sequence[Trained], checksum: str, data_ended: bool) -> None:
         parent = self._head
-        with self._ledger.database.transaction(durable=True):
+        with self._ledger.transaction():
             if step == parent:
                 before = self._ledger.round(step)
                 assert before is not None, "it is this ledger's head"
-                parent, trained = before.parent, [*self._of(step), *trained]
+                parent = before.parent
                 self._run = SynchronousRun(self._ledger, parent)
-            for item in trained:
+            for item in covered:
                 self._lease(item)
             if data_ended:
                 self._end_data()
-            spans = [Span(item.epoch, item.chunk, item.start, item.end) for item in trained]
-            anchor = f"checkpoints/step_{step}"
-            self._run.commit_checkpoint(step, parent, spans, anchor, checksum)
-        self._head = step
-
-    def _of(self, step: int) -> list[Trained]:
-        """What a round holds."""
-        found = []
-        for contribution in self._ledger.contributions_of(step):
-            for held in ranges.of_contribution(self._ledger.database, contribution.number):
-                block = self._ledger.block_of(held.chunk)
-                place = (block.block, held.chunk - block.first_chunk, held.chunk)
-                sequences = self._ledger.sequences(held.chunk)
-                assert sequences is not None and held.end is not None, "it was measured when it was trained"
-                found.append((held.position, Trained(held.epoch, *place, sequences, held.start, held.end)))
-        return [trained for _, trained in sorted(found, key=lambda pair: (pair[1].epoch, pair[0], pair[1].start))]
+            spans = [Span(item.epoch, item.chunk, item.start, item.end) for item in covered]
+            self._run.commit_checkpoint(step, parent, spans, f"checkpoints/step_{step}", checksum)
 
     def close(self) -> None:
         """Give back what is leased, write down for people where the run stands, and release the file."""

@@ -38,7 +38,7 @@ def save_checkpoint(
     """Write a checkpoint of the present step; called on all ranks, returns when it is whole.
 
     `extra` is the runner's own JSON-able state. `enter` is called on the leading rank when all files are written and
-    the checkpoint is not yet in its place, with the sha256 of its weights. Ranks write their slots, the leading rank
+    the checkpoint is not yet in its place, with the sha256 of its manifest. Ranks write their slots, the leading rank
     everything else. Raises ResourceFault where the disk takes no more; then no part of this checkpoint is left, and the
     earlier ones are.
     """
@@ -46,7 +46,7 @@ def save_checkpoint(
     try:
         _write(loop, partial, extra)
         if loop.world.leads:
-            enter(run_dir.describe_checkpoint(loop.progress.step)[WEIGHTS])
+            enter(run_dir.describe_checkpoint(loop.progress.step))
             run_dir.seal_checkpoint(loop.progress.step)
             run_dir.prune(keep)
     except (OSError, SafetensorError) as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from dataclasses import astuple
 from typing import Any
 
 from hrm_ray.data.stream import Trained
@@ -196,17 +197,23 @@ class Runner:
         extra: dict[str, Any] = {"best": self.best, "figures": self.figures, "evaluated_at": self._evaluated_at}
         extra["evaluated_on"] = self._evaluated_on
         extra["expert"] = self.expert.plain() if self.expert is not None else None
-        save_checkpoint(self.loop, self.run_dir, extra, self.settings.run.keep, self._enter)
+        self._trained += self.loop.parts.feed.take_trained()
+        covered = self._trained
+        if self.accounts is not None:
+            covered = self.accounts.covered(self.loop.progress.step, covered)
+        extra["trained"] = [astuple(item) for item in covered]
+        save_checkpoint(
+            self.loop, self.run_dir, extra, self.settings.run.keep, lambda checksum: self._enter(covered, checksum)
+        )
+        self._trained = []
         self._saved_at = self.loop.progress.step
         self._throughput.resume()
 
-    def _enter(self, checksum: str) -> None:
-        """Enter what was trained since the last checkpoint into the ledger; on the leading rank."""
-        feed = self.loop.parts.feed
-        self._trained += feed.take_trained()
+    def _enter(self, covered: list[Trained], checksum: str) -> None:
+        """Enter what a checkpoint stands for into the ledger; on the leading rank."""
         if self.accounts is not None:
-            self.accounts.commit(self.loop.progress.step, self._trained, checksum, data_ended=feed.data_ended)
-        self._trained = []
+            ended = self.loop.parts.feed.data_ended
+            self.accounts.commit(self.loop.progress.step, covered, checksum, data_ended=ended)
 
     def _end(self, reason: StopReason) -> Outcome:
         """The last checkpoint, and after a run that was not stopped the last evaluation and the final weights."""

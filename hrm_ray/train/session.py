@@ -14,6 +14,7 @@ from hrm_ray.data.catalog import Catalog
 from hrm_ray.data.chunk_source import ChunkMaker, ChunkSource, EpochRule, HeldChunks
 from hrm_ray.data.packing import TextSamples
 from hrm_ray.data.prepare import open_puzzle_sets
+from hrm_ray.data.stream import Trained
 from hrm_ray.data.text_data import TextFolder, TextPlan
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import EnvironmentFault, Fault
@@ -22,10 +23,10 @@ from hrm_ray.metrics.fanout import FanOut
 from hrm_ray.metrics.jsonl import JsonlSink
 from hrm_ray.metrics.tensorboard import TensorBoardSink
 from hrm_ray.model.config import ModelConfig
-from hrm_ray.rundir import RunDir
+from hrm_ray.rundir import MANIFEST, RunDir, file_sha256
 from hrm_ray.settings.adaptive_lr import AdaptiveLrSettings
 from hrm_ray.settings.tree import RunSettings, from_plain
-from hrm_ray.train.accounts import ChunkAccounts
+from hrm_ray.train.accounts import ChunkAccounts, GoingOn
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.attention_choice import flash_notes
 from hrm_ray.train.checkpoint import load_checkpoint
@@ -100,7 +101,7 @@ def _train(plan: dict[str, Any], link: WorkerLink) -> Outcome:
     sink = _sinks(settings, run_dir, resumed_step, link) if world.leads else FanOut([])
     try:
         expert = ExpertRun(**extra["expert"]) if extra.get("expert") else ExpertRun.begun(settings)
-        accounts = _accounts(plan["data"], run_dir, resumed_step) if world.leads else None
+        accounts = _accounts(plan, run_dir, resumed_step, extra) if world.leads else None
         runner = Runner(settings, workplace, run_dir, sink, expert, accounts)
         # On a running cluster the driver's machine says nothing of the workers'.
         own = flash_notes(settings, config, world.device) if plan["ray_address"] else []
@@ -141,12 +142,18 @@ def _data(
     return TextStream(source, text.form, tokenizer.pad_id, text.shuffle_rows), held_out
 
 
-def _accounts(plan: dict[str, Any], run_dir: RunDir, resumed_step: int | None) -> ChunkAccounts | None:
+def _accounts(
+    plan: dict[str, Any], run_dir: RunDir, resumed_step: int | None, extra: dict[str, Any]
+) -> ChunkAccounts | None:
     """The ledger of a run on text, gone back to the checkpoint that the run goes on from."""
-    if plan["task"] == "puzzle":
+    if plan["data"]["task"] == "puzzle":
         return None
-    text = TextPlan.from_plain(plan)
-    return ChunkAccounts(run_dir, Catalog(TextFolder(run_dir.data).catalog, writes=False), text.start, resumed_step)
+    text = TextPlan.from_plain(plan["data"])
+    going_on = None
+    if resumed_step is not None:
+        trained = tuple(Trained(*item) for item in extra["trained"])
+        going_on = GoingOn(resumed_step, file_sha256(Path(plan["resume"]) / MANIFEST), trained)
+    return ChunkAccounts(run_dir, Catalog(TextFolder(run_dir.data).catalog, writes=False), text.start, going_on)
 
 
 def _tell_of_ranks(runner: Runner, schedule_steps: int) -> None:
