@@ -223,7 +223,7 @@ def _regex(pattern: str) -> re.Pattern[str]:
         elif token in ("*", "?"):
             made += "[^/]*" if token == "*" else "[^/]"
         elif token.startswith("[") and len(token) > 1:
-            inside = token[1:-1].replace("\\", r"\\")
+            inside = re.sub(r"[\\\[&~|]", r"\\\g<0>", token[1:-1])
             made += f"[^{inside[1:]}]" if inside.startswith("!") else f"[{inside}]"
         else:
             made += re.escape(token)

@@ -191,13 +191,52 @@ def test_a_damaged_member_of_a_zip_costs_that_member(
         path = write_zip(tmp_path / "a.zip", members, method)
         content = bytearray(path.read_bytes())
         begin = content.index(b"PK\3\4", 10) + 40
-        content[begin : begin + 8] = b"\xff" * 8
+        content[begin : begin + 8] = b"12345678"
         path.write_bytes(bytes(content))
         if not whole:
             monkeypatch.setattr("hrm_ray.data.archives.members.PIECE_BYTES", 10)
         found = texts_of(path)
         assert [text[:6] for text in found] == ["text 0", "<bad>", "text 2", "text 3"]
         assert "1.txt" in faults_of(path)[0]
+
+
+@pytest.mark.parametrize("suffix", ARCHIVES)
+def test_a_packed_file_that_is_damaged_costs_that_member(tmp_path: Path, suffix: str) -> None:
+    for name, compress in COMPRESSIONS.items():
+        packed = bytearray(compress(FORMATS["jsonl"](["a", "b"] * 500)))
+        packed[len(packed) // 2 :] = b"\xff" * (len(packed) - len(packed) // 2)
+        path = write_archive(tmp_path / f"a.{suffix}", {f"a.jsonl.{name}": bytes(packed), "b.txt": b"good"})
+        assert texts_of(path)[-2:] == ["<bad>", "good"], name
+        assert f"a.{suffix}/a.jsonl.{name}: " in faults_of(path)[-1]
+
+
+def test_large_zips_and_zips_behind_other_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = {"a.txt": b"first " * 100, "b.jsonl": FORMATS["jsonl"](["second"])}
+    plain = write_zip(tmp_path / "a.zip", members)
+    behind = write(tmp_path / "b.zip", b"#!/bin/sh\n" + plain.read_bytes())
+    assert texts_of(plain) == texts_of(behind) == ["first " * 100, "second"]
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 10)
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 1)
+    large = write_zip(tmp_path / "c.zip", members)
+    assert b"PK\6\6" in large.read_bytes() and texts_of(large) == texts_of(plain)
+    monkeypatch.undo()
+    content = bytearray(large.read_bytes())
+    content[content.index(b"PK\6\6")] = 0
+    with pytest.raises(DataFault, match="directory cannot be read"):
+        list_parts(TextSource(str(write(tmp_path / "d.zip", bytes(content)))))
+
+
+@pytest.mark.parametrize(("place", "value"), [(0, 0), (20, 3), (28, 200)])
+def test_a_damaged_directory_of_a_zip_is_refused(tmp_path: Path, place: int, value: int) -> None:
+    path = write_zip(tmp_path / "a.zip", {"a.txt": b"text" * 10, "b.txt": b"text"})
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\1\2") + place] = value
+    path.write_bytes(bytes(content))
+    if place == 20:
+        assert texts_of(path) == ["<bad>", "text"]
+    else:
+        with pytest.raises(DataFault, match="directory cannot be read"):
+            list_parts(TextSource(str(path)))
 
 
 def test_a_zip_cut_short_is_refused_at_once(tmp_path: Path) -> None:

@@ -90,6 +90,24 @@ def test_folders_splits_and_patterns(bucket: Any) -> None:
         list_parts(TextSource("s3://data/c", "valid"))
 
 
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("*.txt", "a.txt ab.txt [x].txt"),
+        ("?.txt", "a.txt"),
+        ("**/*.txt", "a.txt ab.txt [x].txt d/a.txt d/e/f.txt"),
+        ("d/**", "d/a.txt d/e/f.txt d/b.md"),
+        ("[!a]*", "[x].txt"),
+        ("[[]x].txt", "[x].txt"),
+        ("d/?.[mt]*", "d/a.txt d/b.md"),
+        ("d/e", ""),
+    ],
+)
+def test_patterns_are_those_of_paths(pattern: str, names: str) -> None:
+    every = ["a.txt", "ab.txt", "[x].txt", "d/a.txt", "d/e/f.txt", "d/b.md"]
+    assert [name for name in every if cloud._regex(pattern).fullmatch(name)] == names.split()
+
+
 def test_archives_are_read_where_they_are(bucket: Any, tmp_path: Path) -> None:
     members = {"test.txt": b"t", **{f"{number}.txt": text.encode() for number, text in enumerate(TEXTS)}}
     for name, write in (("a.zip", write_zip), ("a.tar", write_tar), ("a.tar.gz", write_tar)):

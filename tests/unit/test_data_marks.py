@@ -92,6 +92,26 @@ def test_reading_from_a_row_on_is_the_tail_of_the_whole(
             assert without_where(marked) == without_where(tail)
 
 
+@pytest.mark.parametrize("form", [*FORMATS, "txt", "zip"])
+def test_every_row_can_be_the_first(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_files, "PIECE_BYTES", 8)
+    texts = [f"row {number}\n" for number in range(11)]
+    if form == "zip":
+        path = write_zip(tmp_path / "a.zip", {f"{number:02}.txt": text.encode() for number, text in enumerate(texts)})
+    else:
+        path = write(tmp_path / f"a.{form}", "".join(texts).encode() if form == "txt" else FORMATS[form](texts))
+    source = TextSource(str(path))
+    (part,) = list_parts(source).parts
+    whole = list(read_part(part, source))
+    assert [row.text for row in whole] == texts  # type: ignore[union-attr]
+    assert part.random_access == (form != "json")
+    for start in range(12):
+        assert list(read_part(part, source, start)) == whole[start:]
+        if start and part.random_access:
+            marked = list(read_part(part, source, start, whole[start - 1].mark))
+            assert without_where(marked) == without_where(whole[start:])
+
+
 def test_a_mark_is_used_and_not_only_counted_to(tmp_path: Path) -> None:
     for form in ("jsonl", "csv"):
         path = write(tmp_path / f"a.{form}", FORMATS[form](["one", "two", "three", "four"]))

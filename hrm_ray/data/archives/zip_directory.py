@@ -52,7 +52,10 @@ def read_directory(file: BinaryIO, most: int) -> list[ZipEntry]:
     directory = file.read(length)
     if len(directory) < length:
         raise BadDirectory("the directory is cut short")
-    return list(_entries(directory, shift))
+    entries = list(_entries(directory, shift))
+    if len(entries) != count:
+        raise BadDirectory(f"it names {len(entries)} members instead of {count}")
+    return [entry for entry in entries if not entry.name.endswith("/")]
 
 
 def _find(file: BinaryIO) -> tuple[int, int, int, int]:
@@ -98,9 +101,8 @@ def _entries(directory: bytes, shift: int) -> Iterator[ZipEntry]:
             begin = at + _ENTRY.size + name_length
             size, stored, offset = _large(directory[begin : begin + extra_length], size, stored, offset)
         at += _ENTRY.size + name_length + extra_length + comment_length
-        if not name.endswith("/"):
-            unusual = _unusual(attributes, flags) if attributes >> 16 or flags & _ENCRYPTED else ""
-            yield ZipEntry(name, size, stored, method, crc, offset + shift, unusual)
+        unusual = _unusual(attributes, flags) if attributes >> 16 or flags & _ENCRYPTED else ""
+        yield ZipEntry(name, size, stored, method, crc, offset + shift, unusual)
 
 
 def _large(extra: bytes, *values: int) -> list[int]:

@@ -97,7 +97,7 @@ def _arrow_file_rows(file: BinaryIO, cursor: Cursor) -> Iterator[Row]:
         cursor.row = cursor.start - within
     for number in range(first, opened.num_record_batches):
         batch = opened.get_batch(number)
-        yield from _batch_rows(batch, cursor, number << _BATCH_BITS, (number + 1) << _BATCH_BITS)
+        yield from _batch_rows(batch, cursor, number << _BATCH_BITS)
 
 
 def _only(schema: Any, columns: Columns) -> Any:
@@ -119,9 +119,8 @@ def _arrow_stream_rows(file: BinaryIO, cursor: Cursor) -> Iterator[Row]:
         yield from _batch_rows(batch, cursor)
 
 
-def _batch_rows(batch: Any, cursor: Cursor, mark: int = 0, mark_behind: int | None = None) -> Iterator[Row]:
-    """The rows of a batch. Its first row has `mark`, and each one after it one more; the row behind it has
-    `mark_behind`, where that does not follow from this."""
+def _batch_rows(batch: Any, cursor: Cursor, mark: int = 0) -> Iterator[Row]:
+    """The rows of a batch. Its first row has `mark`, and each one after it one more."""
     base, length = cursor.row, batch.num_rows
     cursor.row = max(base, min(cursor.start, base + length))
     for begin in range(cursor.row - base, length, _BATCH_ROWS):
@@ -129,11 +128,8 @@ def _batch_rows(batch: Any, cursor: Cursor, mark: int = 0, mark_behind: int | No
         taken = [_values(part.column(part.schema.names.index(name))) for name in cursor.columns.names]
         for values in zip(*taken, strict=True):
             row = cursor.next_row()
-            next_mark = mark + cursor.row - base
-            if mark_behind is not None and cursor.row == base + length:
-                next_mark = mark_behind
-            where = f"{cursor.where}, row {row + 1}"
-            yield cursor.columns.picked(values, where, row, next_mark if cursor.marked else None)
+            next_mark = mark + cursor.row - base if cursor.marked else None
+            yield cursor.columns.picked(values, f"{cursor.where}, row {row + 1}", row, next_mark)
 
 
 def _values(column: Any) -> list[object]:
