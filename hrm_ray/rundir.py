@@ -75,7 +75,7 @@ class RunDir:
 
     @property
     def data(self) -> Path:
-        """Tokenised data of the run: data/train, data/eval."""
+        """What the run knows of its corpus: catalog, tokenised chunks, held-out documents."""
         return self.root / "data"
 
     @property
@@ -107,8 +107,7 @@ class RunDir:
         return sorted(int(match.group(1)) for match in matches if match)
 
     def describe_checkpoint(self, step: int) -> str:
-        """Write the manifest of the partial checkpoint of `step`, which is all on the disk then; the manifest's sha256.
-        """
+        """Write the manifest of the partial checkpoint of `step`, all of which is on the disk then; give its sha256."""
         partial = self.partial_checkpoint(step)
         files = sorted(path for path in partial.iterdir() if path.name != MANIFEST)
         entries = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files}

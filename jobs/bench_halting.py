@@ -90,7 +90,12 @@ def main() -> None:
         )
         raise SystemExit(2)
     data = opened.training_args["data"]
-    samples = TextSamples(TextFolder(opened.run_dir.data).read_evaluation(), TextPlan.from_plain(data).form)
+    text = TextPlan.from_plain(data)
+    if text.evaluation is None:
+        reason = "it was trained without held-out data"
+        print(SettingsError(Fault(str(said.bundle), reason, "Train with --val-split or --eval-file")), file=sys.stderr)
+        raise SystemExit(2)
+    samples = TextSamples(TextFolder(opened.run_dir.data).read_evaluation(text.evaluation), text.form)
     losses, scores = segment_losses(cast(ActV1, opened.model), samples, said.rows)
     margin = float(opened.training_args["settings"]["model"]["halt_margin"])
     figures = rules(losses, scores, margin)

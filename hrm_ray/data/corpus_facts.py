@@ -23,9 +23,11 @@ COUNTED_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Sequences:
-    """How many sequences an epoch has; `estimated` where not all of the corpus was tokenised to find out."""
+    """How many sequences an epoch has, and the first one, which may begin later in the corpus; `estimated` where not
+    all of the corpus was tokenised to find out."""
 
     count: int
+    first_epoch: int
     estimated: bool
 
 
@@ -98,9 +100,12 @@ def _started(maker: ChunkMaker, cut: CorpusCut) -> Chunk | None:
     raise SettingsError(Fault(f"--start-block-id {block}", reason, f"Give {max(blocks - 1, 0)} or less"))
 
 
-def count_sequences(maker: ChunkMaker, first: Chunk, form: RowForm, *, all_of_it: bool) -> Sequences:
-    """Sequences of a whole epoch: counted where the corpus is small or `all_of_it` is to be tokenised anyway, else
-    estimated from its bytes of text and the first chunk, which means reading all of it once."""
+def count_sequences(maker: ChunkMaker, first: Chunk, form: RowForm, *, start: int, all_of_it: bool) -> Sequences:
+    """Sequences of a whole epoch, and of one that begins with chunk `start`.
+
+    They are counted where the corpus is small or `all_of_it` is to be tokenised anyway, else estimated from its bytes
+    of text and the first chunk, which means reading all of it once.
+    """
     if not all_of_it:
         small = sum(part.bytes for part in maker.corpus.parts) <= COUNTED_BYTES
         if small:
@@ -108,14 +113,14 @@ def count_sequences(maker: ChunkMaker, first: Chunk, form: RowForm, *, all_of_it
         # What is compressed may be larger than it looked.
         all_of_it = small and _text_bytes(maker) <= COUNTED_BYTES
     if all_of_it:
-        count = number = 0
-        while (chunk := maker.made(number)) is not None:
-            count += len(TextSamples(chunk.store, form))
-            number += 1
-        return Sequences(count, estimated=False)
+        counts: list[int] = []
+        while (chunk := maker.made(len(counts))) is not None:
+            counts.append(len(TextSamples(chunk.store, form)))
+        return Sequences(sum(counts), sum(counts[start:]), estimated=False)
     maker.survey()
     of_first = len(TextSamples(first.store, form)) / max(1, first.entry.text_bytes)
-    return Sequences(max(1, round(of_first * _text_bytes(maker))), estimated=True)
+    whole, rest = (max(1, round(of_first * _text_bytes(maker, begin))) for begin in (0, start))
+    return Sequences(whole, rest, estimated=True)
 
 
 def cached_whole(maker: ChunkMaker) -> bool:
@@ -125,18 +130,21 @@ def cached_whole(maker: ChunkMaker) -> bool:
     return maker.catalog.ended and all(maker.keeps(number) for number in range(len(maker.catalog)))
 
 
-def _text_bytes(maker: ChunkMaker) -> int:
-    return sum(entry.text_bytes for entry in maker.catalog.entries)
+def _text_bytes(maker: ChunkMaker, start: int = 0) -> int:
+    return sum(entry.text_bytes for entry in maker.catalog.entries[start:])
 
 
-def read_held_out(corpus: Corpus, tokenizer: TextTokenizer, form: RowForm, rows: int) -> TextStore:
-    """The first held-out documents, as many as `rows` sequences take (and a few more, as they come in chunks).
+def read_held_out(corpus: Corpus, tokenizer: TextTokenizer, form: RowForm, rows: int) -> tuple[TextStore, list[str]]:
+    """The first held-out documents, as many as `rows` sequences take (and a few more, as they come in chunks), and what
+    is to be said of rows that were skipped.
 
     Raises DataFault where none has a token.
     """
     stores: list[TextStore] = []
+    notes: list[str] = []
     have = 0
     for chunk in read_chunks(corpus):
+        notes += (f"held-out data: {note}" for note in chunk.notes)
         stores.append(tokenise(chunk.documents, tokenizer, form.prefix))
         # Each store alone has at most one sequence more than its share of the whole.
         have += max(0, len(TextSamples(stores[-1], form)) - 1)
@@ -145,4 +153,4 @@ def read_held_out(corpus: Corpus, tokenizer: TextTokenizer, form: RowForm, rows:
     if not any(store.documents for store in stores):
         reason = "no document has a single token"
         raise DataFault(Fault(str(corpus.source.path), reason, "Give held-out data with text in it"))
-    return joined(stores)
+    return joined(stores), notes

@@ -6,8 +6,10 @@ what must be known before the first step is read. The caller logs the notes.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -131,17 +133,22 @@ def prepare_text(
             )
         if not in_order:
             maker.survey()
-        counted = count_sequences(maker, first, form, all_of_it=not cut.streaming) if _counts(cut, wanted) else None
+        counted = None
+        start = 0 if cut.start_block is None and cut.start_chunk is None else first.entry.number
+        if wanted.count or not cut.streaming:
+            counted = count_sequences(maker, first, form, start=start, all_of_it=not cut.streaming)
         if not cut.streaming and maker.cache.refusal is not None:
             mend = "Give a larger --cache-gb, or leave out --no-streaming"
             raise ResourceFault(Fault("--no-streaming", maker.cache.refusal, mend))
         kept = cached_whole(maker)
         held_out = None
-        if evaluation is not None and wanted.keep_evaluation:
-            held_out = folder.read_evaluation()
+        name = None if evaluation is None else evaluation_file(evaluation, wanted)
+        if name is not None and wanted.keep_evaluation and folder.evaluation(name).is_file():
+            held_out = folder.read_evaluation(name)
         elif evaluation is not None:
-            held_out = read_held_out(_held_out(cut, evaluation, wanted), tokenizer, form, wanted.eval_rows)
-            save_store(held_out, folder.evaluation)
+            held_out, told = read_held_out(_held_out(cut, evaluation, wanted), tokenizer, form, wanted.eval_rows)
+            notes += told
+            save_store(held_out, folder.evaluation(evaluation_file(evaluation, wanted)))
     finally:
         maker.catalog.close()
     # Last, so that data that cannot be used leaves the bundle's tokenizer as it was.
@@ -149,13 +156,15 @@ def prepare_text(
         tokenizer.save(bundle)
     notes += maker.told
     notes.extend(_losses(_documents(maker.corpus), tokenizer))
-    start = 0 if cut.start_block is None and cut.start_chunk is None else first.entry.number
-    plan = TextPlan(cut, form, train, evaluation is not None, start, in_order, kept)
+    plan = TextPlan(cut, form, train, name, start, in_order, kept)
     return PreparedText(tokenizer, origin, plan, first, counted, held_out, tuple(notes), account)
 
 
-def _counts(cut: CorpusCut, wanted: Wanted) -> bool:
-    return wanted.count or not cut.streaming
+def evaluation_file(evaluation: TextSource, wanted: Wanted) -> str:
+    """The name of the file of these held-out documents: other ones have another, so that preparing a launch which is
+    refused afterwards takes nothing away from the run it would have gone on with."""
+    said = json.dumps([asdict(evaluation), wanted.eval_rows, wanted.max_val_examples])
+    return f"eval-{hashlib.blake2b(said.encode(), digest_size=6).hexdigest()}.safetensors"
 
 
 def _held_out(cut: CorpusCut, evaluation: TextSource, wanted: Wanted) -> Corpus:

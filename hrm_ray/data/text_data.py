@@ -48,14 +48,14 @@ class CorpusCut:
 
 @dataclass(frozen=True)
 class TextPlan:
-    """What a worker needs beside the folder's files. `start` is the number of the chunk that the first epoch begins
-    with; `sequences` those of an epoch, where they have been counted; `in_order` tells that chunks are taken as they
+    """What a worker needs beside the folder's files. `evaluation` is the file of held-out documents, `start` the number
+    of the chunk that the first epoch begins with; `in_order` tells that chunks are taken as they
     lie in the corpus, `kept` that all of them lie tokenised in the cache."""
 
     cut: CorpusCut
     form: RowForm
     source: TextSource
-    evaluation: bool
+    evaluation: str | None
     start: int
     in_order: bool
     kept: bool = False
@@ -106,9 +106,9 @@ class TextFolder:
     def chunks(self) -> Path:
         return self.root / "chunks"
 
-    @property
-    def evaluation(self) -> Path:
-        return self.root / "eval.safetensors"
+    def evaluation(self, name: str) -> Path:
+        """The file of held-out documents of that name."""
+        return self.root / name
 
     def write_parts(self, parts: tuple[Part, ...]) -> None:
         """Write down which parts the corpus has."""
@@ -141,11 +141,11 @@ class TextFolder:
             pairs=pairs,
         )
 
-    def read_evaluation(self) -> TextStore:
+    def read_evaluation(self, name: str) -> TextStore:
         """The held-out documents. Raises DataFault where they are gone or damaged."""
-        store = load_store(self.evaluation)
+        store = load_store(self.evaluation(name))
         if store is None:
-            raise DataFault(Fault(str(self.evaluation), "it is not what was saved", AGAIN))
+            raise DataFault(Fault(str(self.evaluation(name)), "it is not what was saved", AGAIN))
         return store
 
 

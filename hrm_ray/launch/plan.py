@@ -74,7 +74,9 @@ def _plan(
 ) -> dict[str, Any]:
     settings, devices = drafted.settings, drafted.devices
     effective = effective_batch(settings, devices)
-    schedule_steps = schedule_length(settings, data["rows"] or 0, effective, config.halt_max_steps)
+    schedule_steps = schedule_length(
+        settings, data["rows"] or 0, effective, config.halt_max_steps, first_samples=data["first_rows"]
+    )
     if data["task"] == "lm" and data["rows_estimated"] and settings.run.step_limit is None:
         notes.append(
             f"The learning-rate schedule is laid out for about {schedule_steps} steps, estimated from the first chunk; "
@@ -173,7 +175,7 @@ def _same_evaluation(settings: RunSettings, identity: Identity, run_dir: RunDir,
     if stored is None or not identity.continues or stored["held_out"] != _held_out_name(settings):
         return False
     asked_then = (stored["held_out_rows"], stored["max_val_examples"])
-    return TextFolder(run_dir.data).evaluation.is_file() and asked_then == (rows, settings.data.max_val_examples)
+    return asked_then == (rows, settings.data.max_val_examples)
 
 
 def _check_start_tokenizer(settings: RunSettings, tokenizer: TextTokenizer) -> None:
@@ -215,6 +217,7 @@ def _text_data(settings: RunSettings, prepared: PreparedText, held_out_rows: int
         "pad_id": prepared.tokenizer.pad_id,
         "tokenizer": prepared.tokenizer_origin,
         "rows": counted.count if counted is not None else None,
+        "first_rows": counted.first_epoch if counted is not None else None,
         "rows_estimated": counted is not None and counted.estimated,
     }
 
@@ -231,7 +234,7 @@ def _prepare_puzzles(drafted: Draft, run_dir: RunDir) -> tuple[ModelConfig, dict
     samples = open_puzzles(Path(drafted.facts.path), drafted.facts.split)
     if not drafted.identity.continues:
         write_json(run_dir.puzzle, prepared.train.plain())
-    data = {**prepared.plan, "rows": prepared.rows, "fingerprint": samples.fingerprint()}
+    data = {**prepared.plan, "rows": prepared.rows, "first_rows": prepared.rows, "fingerprint": samples.fingerprint()}
     _check_puzzles_unchanged(drafted.identity, data)
     return drafted.config, data
 

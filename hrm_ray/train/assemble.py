@@ -181,18 +181,22 @@ def _schedule(settings: RunSettings, steps: int) -> Schedule:
     return Schedule(chosen.lr_schedule, chosen.warmup_steps, steps, chosen.lr_min_ratio, chosen.wsd_decay_ratio)
 
 
-def schedule_length(settings: RunSettings, samples: int, effective_batch: int, halt_max_steps: int) -> int:
+def schedule_length(
+    settings: RunSettings, samples: int, effective_batch: int, halt_max_steps: int, *, first_samples: int | None = None
+) -> int:
     """Weight updates the learning-rate schedule is laid out for.
 
     With --steps that many (or what the epochs need, if fewer). With --epochs alone: batches in all epochs; in carried
     supervision a row stays for up to `halt_max_steps` updates, so that is an upper bound, and the schedule may not
-    reach its end.
+    reach its end. The first epoch may have fewer samples than the others; --force-train adds one.
     """
     limit = settings.run.step_limit
     if settings.run.epochs is None:
         return limit or 0
     longest = halt_max_steps if settings.model.supervision == "segment" else 1
-    needed = settings.run.epochs * -(-samples // effective_batch) * longest
+    later = settings.run.epochs - 1 + settings.data.force_train
+    first = samples if first_samples is None else first_samples
+    needed = (-(-first // effective_batch) - later * (-samples // effective_batch)) * longest
     return needed if limit is None else min(limit, needed)
 
 

@@ -138,7 +138,7 @@ def _data(
         return folder.maker(text.cut, text.source, tokenizer, pairs=text.form.prefix, writes=writes and world.leads)
 
     source = link.chunks(maker, text.rule) if text.cut.streaming else HeldChunks(maker(False), text.rule)
-    held_out = TextSamples(folder.read_evaluation(), text.form) if text.evaluation else None
+    held_out = TextSamples(folder.read_evaluation(text.evaluation), text.form) if text.evaluation else None
     return TextStream(source, text.form, tokenizer.pad_id, text.shuffle_rows), held_out
 
 

@@ -18,6 +18,10 @@ def write_description(run_dir: RunDir, plan: dict[str, Any]) -> None:
     """config.json and training_args.json of the run that the plan describes."""
     write_json(run_dir.config, plan["model_config"])
     write_json(run_dir.training_args, {"settings": plan["settings"], "data": plan["data"]})
+    # Held-out documents of an earlier part of the run, where others are asked for now.
+    for other in run_dir.data.glob("eval-*.safetensors"):
+        if other.name != plan["data"].get("evaluation"):
+            other.unlink()
 
 
 def go_back(run_dir: RunDir, step: int, log_file: Path | None) -> None:

@@ -95,7 +95,8 @@ def test_a_worker_opens_what_was_prepared(corpus: Path) -> None:
     assert result.sequences is not None and (result.sequences.count, result.sequences.estimated) == (sum(rows), False)
     row = TextSamples(chunks[0].store, plan.form).rows(np.array([0]))["inputs"][0]
     assert "a train text, the 0th text".startswith(result.tokenizer.decode(row))
-    held_out = TextSamples(folder.read_evaluation(), plan.form)
+    assert plan.evaluation is not None
+    held_out = TextSamples(folder.read_evaluation(plan.evaluation), plan.form)
     assert result.evaluation is not None and len(held_out) == len(TextSamples(result.evaluation, plan.form))
     assert len(list(folder.chunks.iterdir())) == 5
 
@@ -138,9 +139,9 @@ def test_held_out_documents_are_kept_and_damage_is_noticed(corpus: Path) -> None
     (corpus / "test.jsonl").write_text("[]")
     kept = prepared(corpus, wanted=keeping).evaluation
     assert first is not None and kept is not None and np.array_equal(first.tokens, kept.tokens)
-    file = TextFolder(corpus.parent / "bundle" / "data").evaluation
+    (file,) = (corpus.parent / "bundle" / "data").glob("eval-*.safetensors")
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(DataFault, match=r"eval\.safetensors"):
+    with pytest.raises(DataFault, match=r"eval-.*\.safetensors"):
         prepared(corpus, wanted=keeping)
 
 
@@ -180,7 +181,8 @@ def test_data_that_cannot_be_used_leaves_everything_as_it_was(corpus: Path) -> N
     with pytest.raises(DataFault, match=r"test\.jsonl:1"):
         prepared(corpus, replace(CHOICE, retrain=True, vocab_size=280))
     assert TextTokenizer.load(bundle).fingerprint == result.tokenizer.fingerprint
-    assert TextFolder(bundle / "data").read_evaluation().documents == 2
+    assert result.plan.evaluation is not None
+    assert TextFolder(bundle / "data").read_evaluation(result.plan.evaluation).documents == 2
     assert sorted(entry.name for entry in bundle.iterdir()) == ["data", "tokenizer.json", "tokenizer_config.json"]
 
 

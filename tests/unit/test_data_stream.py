@@ -172,6 +172,20 @@ def test_it_ends_with_a_block_and_goes_on_with_the_next(tmp_path: Path, shuffle_
     assert shuffle_rows or found == [*blocks, blocks[0]]
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_a_shuffled_first_epoch_with_a_start_ends_with_its_blocks(tmp_path: Path, seed: int) -> None:
+    """The chunk that would end a block may be one that is left out."""
+    texts = texts_of([5] * 40)
+    shape = Shape(samples_per_block=20, chunk_size=4, shuffle_rows=100, seed=seed)
+    corpus = write_corpus(tmp_path / "c", texts)
+    opened = Opened(corpus, shape, cuts_of(1)[0], Ends(after_block=True), start=2)
+    rows = Counter(batch[0] for batch in opened.steps())
+    opened.close()
+    first = [row for chunk in chunks_of(texts, shape)[0][2:] for row in rows_of_chunk(chunk, 8)]
+    second = [row for chunk in chunks_of(texts, shape)[1] for row in rows_of_chunk(chunk, 8)]
+    assert rows in (Counter(first), Counter(second))
+
+
 def test_it_ends_with_an_epoch_and_goes_on_with_the_next(tmp_path: Path) -> None:
     texts = texts_of([5] * 25)
     corpus = write_corpus(tmp_path / "c", texts)

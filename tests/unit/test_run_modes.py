@@ -235,6 +235,45 @@ def test_bad_rows(corpus: Path, seen: Seen) -> None:
     assert any("3 bad row(s)" in message and "0001.jsonl, row 4" in message for message in told)
 
 
+def test_a_run_that_met_a_bad_row_goes_on_without_it(corpus: Path, seen: Seen) -> None:
+    file = corpus / "0002.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:3], "not json", *lines[3:]]))
+    words = ("--steps", "7", "--dataset-chunk-size", "4", "--save-every", "2", "--cache-gb", "0")
+    start = ("train", "--dataset-file", corpus, "--bundle-dir", corpus.parent / "b", *WORDS, *words, "--tokenizer-path")
+    refused(5, *start, corpus.parent / "tokenizer", naming=("0002.jsonl",))
+    assert seen()[:16] == TEXTS[:16]
+    again(corpus.parent / "b", "--on-bad-row", "skip")
+    assert seen()[-9:] == TEXTS[16:] and sound(corpus.parent / "b") == 25
+
+
+def test_bad_rows_of_held_out_data_are_told(corpus: Path, seen: Seen) -> None:
+    file = corpus / "0002.jsonl"
+    file.write_text("not json\n" + file.read_text())
+    bundle = run(corpus, "--steps", "1", "--val-split", "0002", "--on-bad-row", "skip")
+    told = [event["message"] for event in records(bundle, "event") if event["level"] == "WARNING"]
+    assert any("held-out data: 1 bad row(s)" in message for message in told)
+
+
+def test_a_refused_launch_leaves_the_held_out_data(corpus: Path, seen: Seen) -> None:
+    bundle = run(corpus, "--steps", "2", "--val-split", "0002")
+    before = records(bundle, "eval")[-1]["tokens"]
+    other = corpus.parent / "other.jsonl"
+    other.write_text('{"text": "something else"}')
+    refused(
+        2, "train", "--bundle-dir", bundle, "--resume", "--eval-file", other, "--warmup-steps", "99", naming=("99",)
+    )
+    again(bundle, "--steps", "3")
+    assert records(bundle, "eval")[-1]["tokens"] == before
+
+
+def test_the_schedule_is_that_of_the_rest(corpus: Path, seen: Seen) -> None:
+    words = ("--samples-per-block", "10", "--epochs", "1", "--lr-schedule", "linear", "--lr-min-ratio", "0")
+    bundle = run(corpus, *words, "--start-block-id", "1")
+    rates = [record["lr"] for record in records(bundle)]
+    assert len(rates) == 4 and rates[-1] < 0.3 * rates[0]
+
+
 def test_a_stream_is_shuffled_within_its_buffer(corpus: Path, seen: Seen) -> None:
     """A compressed file can only be read in its order; that is said, and refused under --strict."""
     file = corpus.parent / "all.jsonl.gz"
