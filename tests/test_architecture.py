@@ -34,7 +34,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
 
 RAY_ONLY_IN = frozenset({"orchestration"})
 NO_TORCH_IN = frozenset({"foundation", "settings", "data", "metrics", "ledger"})
-LIGHT_MODULES = frozenset(f"hrm_ray.cli.{name}" for name in ("main", "edge", "arguments", "option_help", "train"))
+LIGHT_MODULES = frozenset(
+    f"hrm_ray.cli.{name}" for name in ("main", "edge", "arguments", "option_help", "train", "inspect")
+)
 """Modules that help pages and refusals of wrong options load: torch is imported inside functions only, if at all."""
 VAGUE_NAMES = frozenset({"utils", "util", "helpers", "helper", "common", "misc"})
 
@@ -152,6 +154,9 @@ def test_every_module_says_its_job(path: Path) -> None:
         ["train", "--no-such-option"],
         ["generate", "--help"],
         ["data", "--help"],
+        ["data", "inspect", "--help"],
+        ["data", "inspect", "tests/fixtures/none.jsonl"],
+        ["data", "inspect", "README.md"],
         ["ledger", "--help"],
     ],
 )

@@ -22,11 +22,14 @@ class Arguments:
     """By spelling; True for a switch, and for an option whose value is missing. Unknown options are here too."""
     own: dict[str, str | bool] = field(default_factory=dict)
     """The command's own options, such as --config, which are no leaves of the settings."""
+    alone: list[str] = field(default_factory=list)
+    """Words that stand alone, as many as the command takes."""
     faults: list[Fault] = field(default_factory=list)
 
 
-def parse_arguments(words: Sequence[str], own: Mapping[str, bool]) -> Arguments:
-    """Split `words`; `own` are the command's own options, each with whether it takes a value.
+def parse_arguments(words: Sequence[str], own: Mapping[str, bool], takes_alone: int = 0) -> Arguments:
+    """Split `words`; `own` are the command's own options, each with whether it takes a value. `takes_alone` words may
+    stand alone.
 
     `--name value` and `--name=value` are the same. A word that begins with `--` is never a value.
     """
@@ -35,8 +38,12 @@ def parse_arguments(words: Sequence[str], own: Mapping[str, bool]) -> Arguments:
     while rest:
         word = rest.pop(0)
         if not _is_option(word):
+            if len(found.alone) < takes_alone:
+                found.alone.append(word)
+                continue
             mend = "Options begin with --; put text with spaces in quotation marks"
-            found.faults.append(Fault(word, "stands alone, and this command takes options only", mend))
+            only = "options only" if not takes_alone else f"options and {takes_alone} other word"
+            found.faults.append(Fault(word, f"stands alone, and this command takes {only}", mend))
             continue
         name, equals, text = word.partition("=")
         value: str | bool = text if equals else True

@@ -210,6 +210,15 @@ def ledger_verify(run: LedgerRun) -> int:
     return run_verify(run)
 
 
+@data_app.command("inspect", context_settings=FLAT_OPTIONS)
+@carried
+def data_inspect(ctx: typer.Context) -> int:
+    """What the reader sees of a data set, in seconds: format, rows, blocks, chunks, tokens, bad rows, samples."""
+    from hrm_ray.cli.inspect import inspect_command
+
+    return inspect_command(ctx.args)
+
+
 @build_app.command("sudoku")
 @carried
 def data_build_sudoku(

@@ -5,7 +5,7 @@ One job: print the options by section, each with its spellings, values, meaning 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from rich.console import Console
 from rich.panel import Panel
@@ -17,16 +17,25 @@ from hrm_ray.settings.tree import SECTIONS
 
 
 def print_option_help(
-    usage: str, about: str, own: Iterable[tuple[str, str]], sections: Iterable[str] = tuple(SECTIONS)
+    usage: str,
+    about: str,
+    own: Iterable[tuple[str, str]],
+    sections: Iterable[str] = tuple(SECTIONS),
+    leaves: Container[str] | None = None,
 ) -> None:
-    """Print the page: `own` are the command's own options as (spelling, help), then the tree's by section."""
+    """Print the page: `own` are the command's own options as (spelling, help), then the tree's by section; with
+    `leaves` only those, by their dotted keys."""
     console = Console(highlight=False)
     console.print(Text(f"\n Usage: {usage}\n", style="bold"))
     console.print(Text(f" {about}\n"))
     console.print(_panel("options", own))
     for section in sections:
-        rows = [(_spellings(option), _meaning(option)) for option in options().values() if option.section == section]
-        console.print(_panel(section, rows))
+        shown = [
+            option
+            for option in options().values()
+            if option.section == section and (leaves is None or option.key in leaves)
+        ]
+        console.print(_panel(section, [(_spellings(option), _meaning(option)) for option in shown]))
 
 
 def _panel(title: str, rows: Iterable[tuple[str, str]]) -> Panel:

@@ -6,9 +6,11 @@ read. The revision is settled when the shards are listed, so that every process 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -24,6 +26,7 @@ from hrm_ray.errors import DataFault, EnvironmentFault, Fault, SettingsError
 from hrm_ray.settings.hub_name import HubName, hub_name
 
 _TIMEOUT_S = 10
+_LET_GO_S = 2.0
 _ADDRESS = re.compile(r"(?P<name>.*)#(?P<index>\d+)/(?P<count>\d+)@(?P<revision>[^@]*)", re.DOTALL)
 
 
@@ -59,6 +62,8 @@ def list_shards(address: str, split: str) -> tuple[list[Shard], tuple[str, ...]]
 
 def shard_rows(address: str, cursor: Cursor) -> Iterator[Row]:
     """The rows of a shard. Raises Unreadable for damaged data, EnvironmentFault where the Hub cannot be reached."""
+    import pyarrow as pa
+
     found = _ADDRESS.fullmatch(address)
     name = hub_name(found["name"]) if found is not None else None
     assert found is not None and name is not None, "an address that list_shards made"
@@ -72,9 +77,28 @@ def shard_rows(address: str, cursor: Cursor) -> Iterator[Row]:
         shard = shard.select_columns(list(cursor.columns.names))
     cursor.row = cursor.start
     rows = iter(shard.skip(cursor.start) if cursor.start else shard)
-    while (values := _next(rows, cursor.where)) is not None:
-        row = cursor.next_row()
-        yield cursor.columns.document(values, f"{cursor.where}, row {row + 1}", row, None)
+    held_bytes, ended = pa.total_allocated_bytes(), False
+    try:
+        while (values := _next(rows, cursor.where)) is not None:
+            row = cursor.next_row()
+            yield cursor.columns.document(values, f"{cursor.where}, row {row + 1}", row, None)
+        ended = True
+    finally:
+        del rows
+        if not ended:
+            _end_reading_ahead(held_bytes)
+
+
+def _end_reading_ahead(held_bytes: int) -> None:
+    """Waits, for a moment, until pyarrow has let go of what it read ahead of rows that nobody wants any more, down to
+    the `held_bytes` of before. A process that ends while its threads still read hangs or aborts (apache/arrow 45214);
+    what they read for is held by a cycle."""
+    import pyarrow as pa
+
+    gc.collect()
+    until = time.monotonic() + _LET_GO_S
+    while pa.total_allocated_bytes() > held_bytes and time.monotonic() < until:
+        time.sleep(0.01)
 
 
 def _next(rows: Iterator[dict[str, object]], where: str) -> dict[str, object] | None:

@@ -51,6 +51,10 @@ class Timer:
         within._began = self._began
         return within
 
+    def has_spent(self, spent_s: float, share: float) -> bool:
+        """Whether `spent_s` is this share of the whole time, or more."""
+        return self._timeout_s is not None and spent_s >= share * self._timeout_s
+
     def raise_if_up(self) -> None:
         """Raises TimeUp where the time is over."""
         if self.up:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from hrm_ray.data.file_kinds import FileKind
@@ -120,16 +120,16 @@ class PuzzleSamples:
         self.facts = replace(facts, count=own.count)
 
 
-def open_puzzles(path: Path, split: str = "train") -> PuzzleSamples:
-    """The split of the puzzle set at `path`. Raises DataFault for what is no puzzle set, a missing split or damaged
-    data."""
+def open_puzzles(path: Path, split: str = "train", first: int | None = None) -> PuzzleSamples:
+    """The split of the puzzle set at `path`; with `first` at most so many of its puzzles, and no more than those is
+    read and checked. Raises DataFault for what is no puzzle set, a missing split or damaged data."""
     require_path(path)
     if path.is_dir() and (path / DESCRIPTION).is_file():
-        return _open_built(path, split)
+        return _open_built(path, split, first)
     if path.suffix.lower() == ".safetensors" and path.is_file():
-        return _open_safetensors(path, split)
+        return _open_safetensors(path, split, first)
     parts = list_parts(TextSource(str(path), split)).parts
-    return open_puzzle_rows([Path(part.address) for part in parts if part.kind == FileKind("jsonl", None)])
+    return open_puzzle_rows([Path(part.address) for part in parts if part.kind == FileKind("jsonl", None)], first)
 
 
 def puzzle_splits(path: Path) -> list[str]:
@@ -138,11 +138,11 @@ def puzzle_splits(path: Path) -> list[str]:
     if path.is_dir() and (path / DESCRIPTION).is_file():
         return sorted(read_description(path).splits)
     if path.suffix.lower() == ".safetensors" and path.is_file():
-        return safetensors_splits(list(_read_tensors(path)))
+        return safetensors_splits(list(_read_tensors(path, 0)))
     return ["train"]
 
 
-def _open_built(folder: Path, split: str) -> PuzzleSamples:
+def _open_built(folder: Path, split: str, first: int | None) -> PuzzleSamples:
     description = read_description(folder)
     if split not in description.splits:
         raise missing_split(str(folder), split, sorted(description.splits))
@@ -150,22 +150,22 @@ def _open_built(folder: Path, split: str) -> PuzzleSamples:
     if not path.is_file():
         raise DataFault(Fault(str(path), f"{DESCRIPTION} names this file, but it is not there", REBUILD))
     entry = description.splits[split]
-    tensors = _read_tensors(path)
-    if file_sha256(path) != entry.sha256:
+    tensors = _read_tensors(path, first)
+    if first is None and file_sha256(path) != entry.sha256:
         raise DataFault(Fault(str(path), f"its checksum is not the one in {DESCRIPTION}", REBUILD))
     given = description.model_dump(include=set(PuzzleFacts.__dataclass_fields__) - {"count", "symbols"})
     facts = PuzzleFacts(**given, count=entry.count, symbols=tuple(description.symbols))
     _check_shapes(tensors, path, "")
-    if tensors["inputs"].shape != (entry.count, facts.seq_len):
-        wanted = [entry.count, facts.seq_len]
+    wanted = [entry.count if first is None else min(entry.count, first), facts.seq_len]
+    if list(tensors["inputs"].shape) != wanted:
         raise DataFault(
             Fault(str(path), f"inputs are {list(tensors['inputs'].shape)}, {DESCRIPTION} says {wanted}", REBUILD)
         )
     return PuzzleSamples(facts, tensors, path, pad_labels_count=False)
 
 
-def _open_safetensors(path: Path, split: str) -> PuzzleSamples:
-    tensors = _read_tensors(path)
+def _open_safetensors(path: Path, split: str, first: int | None) -> PuzzleSamples:
+    tensors = _read_tensors(path, first)
     prefix = "" if "inputs" in tensors else f"{split}."
     splits = safetensors_splits(list(tensors))
     if not splits:
@@ -196,15 +196,17 @@ def safetensors_splits(names: Sequence[str]) -> list[str]:
     return sorted(name[: -len(".inputs")] for name in names if name.endswith(".inputs"))
 
 
-def open_puzzle_rows(paths: Sequence[Path]) -> PuzzleSamples:
+def open_puzzle_rows(paths: Sequence[Path], first: int | None = None) -> PuzzleSamples:
     """Puzzles from .jsonl files of objects with `inputs`, `labels` (lists of ids, all equally long) and optionally
-    `puzzle_identifier`. Faults name file and line."""
+    `puzzle_identifier`; the `first` ones, or all. Faults name file and line."""
     inputs: list[list[int]] = []
     labels: list[list[int]] = []
     identifiers: list[int] = []
     for path in paths:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
+                if len(inputs) == first:
+                    break
                 if line.strip():
                     row = _parse_row(line, f"{path}:{number}", len(inputs[0]) if inputs else None)
                     inputs.append(row[0])
@@ -282,8 +284,12 @@ def _plain_facts(
     )
 
 
-def _read_tensors(path: Path) -> Tensors:
+def _read_tensors(path: Path, first: int | None = None) -> Tensors:
+    """The tensors of a file; with `first` at most so many rows of each."""
     try:
+        if first is not None:
+            with safe_open(path, framework="np") as file:
+                return {name: file.get_slice(name)[:first] for name in file.keys()}  # noqa: SIM118
         tensors: Tensors = load_file(path)
     except (SafetensorError, ValueError) as error:
         size = path.stat().st_size
