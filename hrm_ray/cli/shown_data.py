@@ -36,6 +36,9 @@ def text_lines(facts: TextFacts, corpus: Corpus, tokenizer: str | None, elapsed_
     if facts.bad:
         lines.append(_line("bad rows", f"{facts.bad:,} {of_read}"))
         lines += [f"    {_within(fault.value, root)}: {_short(fault.reason, 2 * _ROW_WIDTH)}" for fault in facts.faults]
+    if facts.broken:
+        lines.append(_line("broken", f"{facts.broken:,} part(s), of which nobody knows how many rows are lost"))
+        lines += [f"    {_within(fault.value, root)}: {_short(fault.reason, 2 * _ROW_WIDTH)}" for fault in facts.breaks]
     if facts.left_out:
         lines.append(_line("left out", f"{facts.left_out:,} {of_read}, by --ascii-only"))
     if facts.empty:

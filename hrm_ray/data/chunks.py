@@ -50,14 +50,15 @@ class Corpus:
 
 @dataclass(frozen=True)
 class RawChunk:
-    """A chunk's documents, its entry, what is to be said of rows that were skipped, where the next one begins, and the
-    first faults of skipped rows."""
+    """A chunk's documents, its entry, what is to be said of rows that were skipped, where the next one begins, the
+    first faults of skipped rows, and those of parts that are `broken` off."""
 
     entry: ChunkEntry
     documents: tuple[Document, ...]
     notes: tuple[str, ...]
     next: ChunkStart
     faults: tuple[Fault, ...] = ()
+    broken: tuple[Fault, ...] = ()
 
 
 FIRST = ChunkStart(0, 0, 0, 0, 0, Place(0, 0))
@@ -160,7 +161,8 @@ class _Open:
             first_row=self.rows_before,
             place=after,
         )
-        return RawChunk(entry, tuple(self._documents), tuple(self._notes()), follower, tuple(self._faults))
+        faults, broken = tuple(self._faults), tuple(self._broken)
+        return RawChunk(entry, tuple(self._documents), tuple(self._notes()), follower, faults, broken)
 
     def _notes(self) -> Iterator[str]:
         bad = self._bad - len(self._broken)

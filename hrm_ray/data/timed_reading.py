@@ -13,6 +13,7 @@ from typing import TypeAlias
 from hrm_ray.data.catalog import Place
 from hrm_ray.data.chunks import Corpus, PlacedRow, corpus_rows
 from hrm_ray.data.file_kinds import FileKind
+from hrm_ray.data.parts import Part
 from hrm_ray.data.readers import known_rows
 from hrm_ray.data.rows import BadRow
 from hrm_ray.data.streams import ReadingWatch
@@ -83,7 +84,7 @@ class TimedReading:
                 if isinstance(row, BadRow) and row.ends_part:
                     # A library may have made another error of the one that ended its reading.
                     self._timer.raise_if_up()
-                    self._passed = self._corpus.parts[after.part].bytes
+                    self._passed = 0
                 else:
                     self._passed = None if watch.passed_bytes is None else watch.passed_bytes()
                 self._place = after
@@ -100,14 +101,15 @@ class TimedReading:
         if self.ended:
             return 1.0
         total = sum(part.bytes for part in self._corpus.parts)
-        passed = sum(part.bytes for part in self._corpus.parts[: self._place.part]) + self._bytes_of_part()
-        kind = self._corpus.parts[self._place.part].kind
-        compressed = kind is not None and kind.compression is not None
+        if self._place.part == len(self._corpus.parts):
+            return None
+        present = self._corpus.parts[self._place.part]
+        passed = sum(part.bytes for part in self._corpus.parts[: self._place.part]) + self._bytes_of(present)
+        compressed = present.kind is not None and present.kind.compression is not None
         return passed / total if (_SURE_BYTES if compressed else 0) < passed < total else None
 
-    def _bytes_of_part(self) -> float:
+    def _bytes_of(self, part: Part) -> float:
         """Bytes of the present part that lie behind."""
-        part = self._corpus.parts[self._place.part]
         if part.kind == FileKind("parquet", None):
             # Its columns do not lie in the order of its rows.
             rows = known_rows(part, self._corpus.source)

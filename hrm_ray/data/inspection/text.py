@@ -63,7 +63,8 @@ class TextFacts:
 
     `kinds` counts the parts by format and compression; `skipped` files (or members) of other kinds lie beside them.
     `share` of the stored bytes was read (None: nobody can say), which were `rows_read` rows behind those that the
-    offset leaves out; all sums and spreads of rows are theirs. `rows` is the number of rows that training takes.
+    offset leaves out; all sums and spreads of rows are theirs. `rows` is the number of rows that training takes. Of
+    `bad` rows and of `broken` parts, whose rest cannot be read (a row of each is bad), the first ones' faults are told.
     """
 
     path: str
@@ -81,6 +82,8 @@ class TextFacts:
     rows_read: int
     bad: int
     faults: tuple[Fault, ...]
+    broken: int
+    breaks: tuple[Fault, ...]
     left_out: int
     empty: int
     text_bytes: Figure
@@ -122,6 +125,8 @@ def inspect_text(
         rows_read=seen.rows,
         bad=seen.bad,
         faults=tuple(seen.faults),
+        broken=seen.broken,
+        breaks=tuple(seen.breaks),
         left_out=seen.left_out,
         empty=seen.empty,
         text_bytes=seen.scaled(seen.text_bytes, rows, whole),
@@ -197,8 +202,9 @@ class _Seen:
     def __init__(self, corpus: Corpus, samples: int, tokeniser: _Tokeniser) -> None:
         self._corpus, self._wanted, self._tokeniser = corpus, samples, tokeniser
         self.rows = self.bad = self.left_out = self.empty = self.text_bytes = self.characters = self.used = 0
-        self._chunks = self._last_rows = 0
+        self._chunks = self._last_rows = self.broken = 0
         self.faults: list[Fault] = []
+        self.breaks: list[Fault] = []
         self.samples: list[Sample] = []
         self.lengths = Lengths()
         self.longest: Longest | None = None
@@ -210,6 +216,8 @@ class _Seen:
         self.bad += chunk.entry.bad
         self.left_out += chunk.entry.left_out
         self.faults += chunk.faults[: _SHOWN_FAULTS - len(self.faults)]
+        self.broken += len(chunk.broken)
+        self.breaks += chunk.broken[: _SHOWN_FAULTS - len(self.breaks)]
         self.used += len(chunk.documents)
         for document in chunk.documents:
             length = _byte_length(document.text)
