@@ -277,7 +277,10 @@ class _Answers(TorchDispatchMode):
 
 class _FewBlocks(AttentionScope):
     """Of long rows, whose queries are taken a block at a time, the last block alone, which sees the most keys; and once
-    more, since what one block leaves is there while the next is computed."""
+    more, since what one block leaves is there while the next is computed. Rows of documents have borders."""
+
+    def causal_from(self, queries: int, keys: int) -> int | None:
+        return super().causal_from(queries, keys) if self.documents is None else None
 
     def blocks(self, queries: int, keys: int, size: int) -> list[tuple[slice, slice]]:
         every = super().blocks(queries, keys, size)
