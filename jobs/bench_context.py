@@ -1,7 +1,8 @@
 """Memory and time of a step on long texts, whole rows against chunks: `python jobs/bench_context.py --help`.
 
 One job: train some steps on rows of random tokens of every length, each case in a process of its own, and print peak
-memory above what was resident when the model stood, seconds per step and the loss, as a table and as JSON.
+memory above what was resident when the model stood, seconds per step (by the clock, and of CPU time, which a machine's
+other work disturbs less) and the loss, as a table and as JSON.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 from bench_memory import peak_bytes
-from timing import machine, table
+from timing import Spent, machine, spent, table
 
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble, model_config
@@ -91,13 +91,14 @@ def measure(way: str, length: int, steps: int, threads: int, amp: bool) -> None:
     config = model_config(settings, VOCABULARY, seq_len=length)
     loop = assemble(settings, config, LongRows(length), None, World.here("cpu", threads), 1000, lambda: None).loop
     resting = psutil.Process().memory_info().rss
-    taken, losses = [], []
+    taken: list[Spent] = []
+    losses = []
     for _ in range(steps):
-        began = time.perf_counter()
-        loop.step()
-        taken.append(time.perf_counter() - began)
+        taken.append(spent(loop.step))
         losses.append(loop.flush_metrics()["lm_loss"])
-    print(json.dumps({"resting_bytes": resting, "peak_bytes": peak_bytes(), "step_s": taken, "losses": losses}))
+    found = {"resting_bytes": resting, "peak_bytes": peak_bytes(), "losses": losses}
+    found |= {"step_s": [each.wall_s for each in taken], "step_cpu_s": [each.cpu_s for each in taken]}
+    print(json.dumps(found))
 
 
 def measured(way: str, length: int, steps: int, threads: int, amp: bool) -> dict[str, Any]:
@@ -117,7 +118,7 @@ def row(found: dict[str, Any]) -> list[str]:
     """One line of the table."""
     about = f"{found['length'] // 1024}k  {WAYS[found['way']].about}"
     if "failed" in found:
-        return [about, found["failed"], "", "", ""]
+        return [about, found["failed"], "", "", "", ""]
     above = found["peak_bytes"] - found["resting_bytes"]
     losses = found["losses"]
     return [
@@ -125,6 +126,7 @@ def row(found: dict[str, Any]) -> list[str]:
         f"{found['peak_bytes'] / 2**20:.0f}",
         f"{above / 2**20:.0f}",
         f"{found['step_s'][-1]:.1f}",
+        f"{found['step_cpu_s'][-1]:.1f}",
         f"{losses[0]:.3f} -> {losses[-1]:.3f}",
     ]
 
@@ -164,7 +166,7 @@ def main() -> None:
             figures["cases"].append(found)
             print("  ".join(row(found)), flush=True)
     print()
-    titles = ("row, way", "peak MiB", "above rest MiB", "s a step", "loss")
+    titles = ("row, way", "peak MiB", "above rest MiB", "s a step", "CPU s a step", "loss")
     print(table(titles, [row(found) for found in figures["cases"]]))
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

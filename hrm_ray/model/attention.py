@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hrm_ray.model.attention_joined import attend_in_two
+
 WHOLE_MASK_ENTRIES = 256 * 256
 """Up to so many pairs of query and key one mask serves the whole row; above, queries are taken a block at a time."""
 
@@ -79,6 +81,29 @@ class AttentionScope:
         if not self.causal or not self.is_rule() or queries != keys:
             return False
         return self.window is None or keys <= self.window
+
+    def causal_from(self, queries: int, keys: int) -> int | None:
+        """The first key that the last `queries` positions see, where from it on causality alone decides.
+
+        None where it does not: at a document's border, in a prompt, or beyond a window. Looks at the documents on the
+        host, once.
+        """
+        if not self.causal or self.prompt is not None:
+            return None
+        first: int | None = 0
+        if self.documents is not None:
+            first = self.remembered(("common", queries, keys), lambda: self._common_begin(queries, keys))
+        if first is None or (self.window is not None and keys - first > self.window):
+            return None
+        return first
+
+    def _common_begin(self, queries: int, keys: int) -> int | None:
+        """Where the document that the last `queries` positions of every row lie in begins, if it is one place."""
+        assert self.documents is not None
+        begins, _ = _document_ranges(self.documents[:, -keys:])
+        # A document's positions lie side by side.
+        places = set(torch.cat((begins[:, -queries], begins[:, -1])).tolist())
+        return int(places.pop()) if len(places) == 1 else None
 
     def whole_mask(self, queries: int, keys: int, like: Tensor) -> Tensor:
         """0 where a query sees a key, else minus infinity: [B or 1, 1, queries, keys] in the type of `like`.
@@ -184,8 +209,9 @@ class AttentionKernel(Protocol):
 def attend(query: Tensor, keys: Tensor, values: Tensor, scope: AttentionScope) -> Tensor:
     """Attention by PyTorch's scaled dot product: the kernel that is there on every device.
 
-    Rows whose pairs would make a large mask go a block of queries at a time against the keys in its reach, forward
-    and backward: O(S x window) with a window, and never a tensor of S x S.
+    Rows whose pairs would make a large mask go without one where causality alone decides (on a CPU also for fewer
+    queries than keys), and else a block of queries at a time against the keys in its reach, forward and backward:
+    O(S x window) with a window, and never a tensor of S x S.
     """
     queries, there = query.shape[2], keys.shape[2]
     if scope.sees_all(queries, there):
@@ -195,6 +221,11 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scope: AttentionScope) -
     if queries * there <= WHOLE_MASK_ENTRIES:
         mask = scope.whole_mask(queries, there, query)
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+    first = scope.causal_from(queries, there)
+    if first == there - queries:
+        return F.scaled_dot_product_attention(query, keys[:, :, first:], values[:, :, first:], is_causal=True)
+    if first is not None and query.device.type == "cpu":
+        return attend_in_two(query, keys[:, :, first:], values[:, :, first:])
     return blockwise(query, keys, values, scope, block_size(scope, query.device.type))
 
 

@@ -44,6 +44,9 @@ and from a rehearsal of one chunk less."""
 RESIDENT = ("weights", "gradients", "optimizer", "average", "carries", "batch")
 """What stays over the passes of an update; everything else that lives in them is activations."""
 
+REACH = 4
+"""A window over more chunks is told from one over so many and from one over one chunk less."""
+
 _STEPS = 1000
 """Length of the schedule that a rehearsal begins: what changes with the steps, such as ranks, is as at its start."""
 
@@ -103,20 +106,44 @@ def account_for(loop: TrainingLoop, batches: list[Batch]) -> MemoryAccount:
 
 def _whole_row(settings: RunSettings, config: ModelConfig) -> _Watched:
     """An update on whole rows: gone through, or where they have many chunks told from rows of few."""
-    chunk = settings.memory.chunk_size
-    chunks = CHUNKS + (0 if config.window_size is None else -(-config.window_size // chunk))
-    if not settings.memory.use_chunked_training or config.seq_len <= chunks * chunk:
+    chunk, length = settings.memory.chunk_size, config.seq_len
+    window = None if config.window_size is None else min(config.window_size, length)
+    far = window is not None and window > REACH * chunk
+    chunks = CHUNKS + (0 if window is None else REACH if far else -(-window // chunk))
+    if not settings.memory.use_chunked_training or length <= chunks * chunk:
         return _rehearsed(settings, config)
+    near = _marked_window(REACH * chunk, chunk) if far else window
+
+    def gone_through(row: int, reach: int | None) -> _Watched:
+        return _rehearsed(settings, replace(config, seq_len=row, window_size=reach))
+
     # Bytes that a prime divides are those of tensors as long as the row.
     fewer, row = (_prime_below(number * chunk) for number in (chunks - 1, chunks))
-    watched = _rehearsed(settings, replace(config, seq_len=row))
-    shorter = _rehearsed(settings, replace(config, seq_len=fewer))
-    watched.lengthen(shorter, row, config.seq_len / row, (config.seq_len - row) / chunk)
+    watched = gone_through(row, near)
+    growths = [Growth(gone_through(fewer, near), (length - row) / chunk)]
+    factors = {row: length / row}
+    if far:
+        assert near is not None and window is not None
+        growths.append(Growth(gone_through(row, near - chunk), (window - near) / chunk))
+        # What a chunk sees, and what slides on to the next.
+        factors |= {near - 1 + extra: (window - 1 + extra) / (near - 1 + extra) for extra in (0, chunk)}
+    watched.grow(growths, factors)
     return watched
 
 
 def _prime_below(number: int) -> int:
-    return next(n for n in range(number, 1, -1) if all(n % factor for factor in range(2, math.isqrt(n) + 1)))
+    return next(n for n in range(number, 1, -1) if _is_prime(n))
+
+
+def _is_prime(number: int) -> bool:
+    return number > 1 and all(number % factor for factor in range(2, math.isqrt(number) + 1))
+
+
+def _marked_window(most: int, chunk: int) -> int:
+    """The largest window of at most `most` positions whose lengths, alone and with a chunk, are known by their primes;
+    where one of the two is always even, that with a chunk."""
+    either = chunk % 2 == 1
+    return next(w for w in range(most, 1, -1) if _is_prime(w - 1 + chunk) and (either or _is_prime(w - 1)))
 
 
 def _rehearsed(settings: RunSettings, config: ModelConfig) -> _Watched:
@@ -160,20 +187,27 @@ class _Watched:
             peak_bytes=self.live.peak_bytes(since=begun, beside=("optimizer",) if offloaded else ()) + in_turn,
         )
 
-    def lengthen(self, shorter: _Watched, row: int, factor: float, further: float) -> None:
-        """Make this account of rows of `row` tokens, a prime, that of rows `factor` times as long, with so many
-        `further` chunks.
+    def grow(self, growths: list[Growth], factors: dict[int, float]) -> None:
+        """Make this account, of rows of few chunks, that of longer rows and windows.
 
-        What is as long as the row grows with it. Of what passes leave to later ones, each further chunk brings as much
-        more as these rows have beyond some that are `shorter` by one. What comes and goes within a pass stays.
+        What is as long as one of the lengths in `factors`, all primes, grows by its factor. Of what passes leave to
+        later ones, each further chunk brings as much more as there is here beyond the account that is less by one. What
+        comes and goes within a pass stays.
         """
-        more, less = self._left(), shorter._left()
+        more = self._left()
+        shares: defaultdict[int, float] = defaultdict(float)
+        for growth in growths:
+            less = growth.less._left()
+            for size in more:
+                # A size that the other has not is of what goes by length.
+                if size in less:
+                    shares[size] += (more[size] - less[size]) / more[size] * growth.further
         for life in self.live.lives:
-            if life.bytes % row == 0:
+            factor = next((factor for length, factor in factors.items() if life.bytes % length == 0), None)
+            if factor is not None:
                 life.bytes = round(life.bytes * factor)
-            elif life.bytes in less and self._is_left(life):
-                share = (more[life.bytes] - less[life.bytes]) / more[life.bytes]
-                life.bytes = round(life.bytes * (1 + share * further))
+            elif self._is_left(life):
+                life.bytes = round(life.bytes * (1 + shares[life.bytes]))
 
     def _is_left(self, life: Life) -> bool:
         """Whether a pass leaves it to a later one."""
@@ -187,6 +221,14 @@ class _Watched:
         for begun in self.begun[1:]:
             most |= Counter(life.bytes for life in left if life.alive_at(begun))
         return most
+
+
+@dataclass(frozen=True)
+class Growth:
+    """The account with one chunk less, of the row or of the window, and how many chunks further it is to go."""
+
+    less: _Watched
+    further: float
 
 
 def _watch(loop: TrainingLoop, batches: list[Batch]) -> _Watched:
@@ -277,7 +319,10 @@ class _Answers(TorchDispatchMode):
 
 class _FewBlocks(AttentionScope):
     """Of long rows, whose queries are taken a block at a time, the last block alone, which sees the most keys; and once
-    more, since what one block leaves is there while the next is computed."""
+    more, since what one block leaves is there while the next is computed. Rows of documents have borders."""
+
+    def causal_from(self, queries: int, keys: int) -> int | None:
+        return super().causal_from(queries, keys) if self.documents is None else None
 
     def blocks(self, queries: int, keys: int, size: int) -> list[tuple[slice, slice]]:
         every = super().blocks(queries, keys, size)

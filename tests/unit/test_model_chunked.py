@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hrm_ray.model import attention
 from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.attention import AttentionScope, attend
 from hrm_ray.model.objective import AnyObjective
@@ -53,6 +54,22 @@ def test_exact_gradients_are_those_of_whole_rows(shape: Shape, size: int, recomp
     if recompute:
         recompute_blocks(model)
     assert_same_gradients(trained(in_chunks(model, size, exact=True), batch), want)
+
+
+@settings(max_examples=40)
+@given(shape=SHAPES, size=st.integers(1, 15), recompute=st.booleans())
+def test_without_masks_they_are_too(shape: Shape, size: int, recompute: bool) -> None:
+    """As in long rows, where attention makes none that it can do without: states, losses and exact gradients."""
+    model = tiny_model(shape.config)
+    batch = shape.batch()
+    want = trained(whole(model), batch)
+    if recompute:
+        recompute_blocks(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "WHOLE_MASK_ENTRIES", 0)
+        got = trained(in_chunks(model, size, exact=True), batch)
+    assert_same_forward(got, want)
+    assert_same_gradients(got, want)
 
 
 def cut_off(size: int) -> Any:

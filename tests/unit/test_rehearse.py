@@ -149,6 +149,16 @@ def test_chunks_add_up(gradients: str) -> None:
     assert told.weights_bytes == pytest.approx(real.weights_bytes, rel=1e-3)
 
 
+@pytest.mark.parametrize("gradients", ["truncated", "exact"])
+def test_windows_over_many_chunks_add_up(gradients: str) -> None:
+    """Rows of 25 chunks and a window over 12 are told from rows of 8 and windows over 4."""
+    options, vocab_size = small(CASES["text, chunks"])
+    options |= {"--max-seq-len": "1000", "--window-size": "490", "--chunk-gradients": gradients}
+    told, real = rehearse(*case_of(options, vocab_size)), real_account((options, vocab_size))
+    assert told.peak_bytes == pytest.approx(real.peak_bytes, rel=0.1)
+    assert told.activations_bytes == pytest.approx(real.activations_bytes, rel=0.12)
+
+
 def test_state_in_host_memory_is_not_in_the_peak() -> None:
     settings, config = case_of(*small(case(TEXT, optimizer_offload=True)))
     here, offloaded = rehearse(settings, config), rehearse(settings, config, "cuda")
