@@ -89,6 +89,11 @@ class RunDir:
         return self.root / "chunk_tracker_state.json"
 
     @property
+    def in_use(self) -> Path:
+        """Which process trains in the bundle, as long as one does."""
+        return self.root / ".in_use.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 

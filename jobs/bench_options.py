@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="text to train on, in place of Python's documentation")
     parser.add_argument("--size", nargs="*", default=SIZE)
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--json", type=Path, default=Path("options.json"), help="where the figures are written")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
     said = parser.parse_args()
     progress: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     with tempfile.TemporaryDirectory() as folder:
@@ -212,9 +212,10 @@ def main() -> None:
                 progress(case.name)
                 rows.append(measure(case, place, said.rounds))
     print(shown(rows))
-    said.json.write_text(
-        json.dumps(plain({"machine": machine(said.threads), "size": said.size, "rows": rows}), indent=1)
-    )
+    if said.json is not None:
+        said.json.write_text(
+            json.dumps(plain({"machine": machine(said.threads), "size": said.size, "rows": rows}), indent=1)
+        )
 
 
 if __name__ == "__main__":

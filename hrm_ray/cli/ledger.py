@@ -82,6 +82,7 @@ def _epoch(counts: EpochCounts) -> str:
     for state in State:
         found = counts.states.get(state)
         if found is not None:
-            parts.append(f"{found.ranges} {state.name} ({found.sequences} sequences)")
+            ranges = "range" if found.ranges == 1 else "ranges"
+            parts.append(f"{found.sequences} sequences {state.name} in {found.ranges} {ranges}")
     done = ", complete" if counts.complete else ""
     return f"  epoch {counts.epoch:<7}{counts.chunks} chunks: {', '.join(parts)}{done}"

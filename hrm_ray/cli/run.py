@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hrm_ray.launch import local
 from hrm_ray.launch.draft import Draft, draft
 from hrm_ray.launch.identity import find_stored, never_trained
 from hrm_ray.launch.identity import stored_settings as read_stored
+from hrm_ray.launch.in_use import in_use
 from hrm_ray.launch.memory_bounds import gigabytes
 from hrm_ray.launch.plan import make_plan
 from hrm_ray.launch.preflight import needed_memory
@@ -46,18 +48,30 @@ def run_train(settings: RunSettings, dry_run: bool) -> int:
             print(read_through(drafted))
             print("dry run: nothing was started or written")
             return 0
+        outcome = _trained(drafted, watch)
+    _say(farewell(outcome, settings.run.stop_file))
+    return outcome.reason.exit_code
+
+
+def _trained(drafted: Draft, watch: StopWatch) -> Outcome:
+    """Plan and launch, alone in the bundle."""
+    run_dir = drafted.identity.run_dir
+    with ExitStack() as held:
+        if drafted.identity.continues:
+            held.enter_context(in_use(run_dir))
         plan = make_plan(drafted)
+        if not drafted.identity.continues:
+            held.enter_context(in_use(run_dir))
         watch.begin()
         sink = ConsoleSink(sys.stdout, drafted.settings.run.step_limit)
         try:
-            outcome = _launch(drafted.devices.launcher, plan, sink, watch.poll)
+            return _launch(drafted.devices.launcher, plan, sink, watch.poll)
         finally:
             sink.close()
+            held.close()
             # A launch that was refused or stopped before its first step leaves no bundle behind.
-            if not plan["continues"] and never_trained(drafted.identity.run_dir):
-                shutil.rmtree(drafted.identity.run_dir.root)
-    _say(farewell(outcome, settings.run.stop_file))
-    return outcome.reason.exit_code
+            if not plan["continues"] and never_trained(run_dir):
+                shutil.rmtree(run_dir.root)
 
 
 def _say(text: str) -> None:

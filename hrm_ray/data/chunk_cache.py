@@ -38,7 +38,7 @@ class ChunkCache:
 
     def keep(self, key: str, store: TextStore) -> None:
         """Keep a store if it fits; a disk that takes no more costs time in later epochs, and nothing else."""
-        if not self._writes or self.refusal is not None or self.holds(key):
+        if not self._writes or not self._limit_bytes or self.refusal is not None or self.holds(key):
             return
         used_bytes = self._used()
         if used_bytes + store.memory_bytes > self._limit_bytes:

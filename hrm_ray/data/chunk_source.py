@@ -39,7 +39,9 @@ class Chunk:
 
 
 class ChunkSource(Protocol):
-    """Chunks of any epoch, from any position of its order on."""
+    """Chunks of any epoch, from any position of its order on. `shared`: all ranks get the same, errors included."""
+
+    shared: bool
 
     def chunks(self, epoch: int, position: int) -> Generator[Chunk, None, None]:
         """The chunks from `position` on to the epoch's end. Close it when it is not read to its end."""
@@ -206,6 +208,8 @@ class EpochRule:
 class LocalChunks:
     """Chunks made in this process, in a thread that stays at most AHEAD chunks ahead."""
 
+    shared = False
+
     def __init__(self, maker: ChunkMaker, rule: EpochRule) -> None:
         self._maker, self._rule = maker, rule
 
@@ -227,6 +231,8 @@ class LocalChunks:
 
 class HeldChunks:
     """All chunks of the corpus in memory, made before the first is asked for."""
+
+    shared = False
 
     def __init__(self, maker: ChunkMaker, rule: EpochRule) -> None:
         self._rule, self._catalog = rule, maker.catalog

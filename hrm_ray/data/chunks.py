@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from hrm_ray.data.catalog import ChunkEntry, ChunkStart, Place
@@ -129,7 +129,8 @@ class _Open:
         self.rows += 1
         if isinstance(row, BadRow):
             if self._corpus.on_bad_row == "fail":
-                raise DataFault(row.fault)
+                passed_over = "or pass over what cannot be read with --on-bad-row skip"
+                raise DataFault(replace(row.fault, mend=f"{row.fault.mend}, {passed_over}"))
             self._bad += 1
             if row.ends_part:
                 self._broken.append(row.fault)

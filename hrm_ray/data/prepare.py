@@ -138,7 +138,7 @@ def prepare_text(
         if wanted.count or not cut.streaming:
             counted = count_sequences(maker, first, form, start=start, all_of_it=not cut.streaming)
         if not cut.streaming and maker.cache.refusal is not None:
-            mend = "Give a larger --cache-gb, or leave out --no-streaming"
+            mend = "Give a larger --cache-gb (0 keeps nothing on the disk), or leave out --no-streaming"
             raise ResourceFault(Fault("--no-streaming", maker.cache.refusal, mend))
         kept = cached_whole(maker)
         held_out = None

@@ -34,6 +34,7 @@ PREPARED = REUSABLE | {
     "ledger.sqlite-wal",
     "ledger.sqlite-shm",
     "chunk_tracker_state.json",
+    ".in_use.json",
 }
 """Files of a bundle that exist before the first step."""
 

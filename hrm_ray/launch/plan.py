@@ -77,7 +77,8 @@ def _plan(
     schedule_steps = schedule_length(
         settings, data["rows"] or 0, effective, config.halt_max_steps, first_samples=data["first_rows"]
     )
-    if data["task"] == "lm" and data["rows_estimated"] and settings.run.step_limit is None:
+    constant = settings.optimizer.lr_schedule == "constant"
+    if data["task"] == "lm" and data["rows_estimated"] and settings.run.step_limit is None and not constant:
         notes.append(
             f"The learning-rate schedule is laid out for about {schedule_steps} steps, estimated from the first chunk; "
             "give --steps for a schedule that reaches its end exactly."

@@ -162,6 +162,8 @@ class ChunkServer:
 class ServedChunks:
     """Chunks as a rank gets them from the ChunkServer; the next one is asked for while this one is trained on."""
 
+    shared = True
+
     def __init__(self, server: Any, rank: int) -> None:
         self._server, self._rank = server, rank
 

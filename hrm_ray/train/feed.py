@@ -95,6 +95,10 @@ class Feed(Protocol):
     def seek(self, epoch: int, position: dict[str, npt.NDArray[np.int64]]) -> None:
         """Go to a stored place; `position` is that of this rank's slots."""
 
+    @property
+    def fails_alike(self) -> bool:
+        """Whether data that cannot be read fails on every rank at the same step."""
+
     def take_notes(self) -> list[str]:
         """What a person should know of the data that came since the last call."""
 
@@ -125,6 +129,8 @@ class _Epochs:
         self.linear = linear
         self.ends = ends
         self._enter(0)
+
+    fails_alike = False
 
     def take_notes(self) -> list[str]:
         return []

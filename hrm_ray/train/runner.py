@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any
 
 from hrm_ray.data.stream import Trained
+from hrm_ray.errors import DataFault
 from hrm_ray.metrics.meters import MemoryMeter, Throughput
 from hrm_ray.rundir import RunDir
 from hrm_ray.settings.tree import RunSettings
@@ -62,6 +63,7 @@ class Runner:
         count = self.held_out.count if self.held_out is not None else 0
         self._evaluated_on = [str(data.eval_file), data.val_split, count]
         self._last_report: StepReport | None = None
+        self.resumed = False
         self._trained: list[Trained] = []
         """Taken from the feed and not yet in a whole checkpoint."""
 
@@ -72,6 +74,7 @@ class Runner:
         another bundle, the next evaluation is the best again, so that best/ and what is said of it agree. On other
         held-out data than before nothing has been evaluated yet.
         """
+        self.resumed = True
         self._saved_at = self.loop.progress.step
         if extra["evaluated_on"] != self._evaluated_on:
             if self.expert is not None:
@@ -94,14 +97,31 @@ class Runner:
             self._evaluate()
             self.expert.before = self.figures or None
         while limit is None or self.loop.progress.step < limit:
-            report = self.loop.step()
+            report = self._step()
             if report is None:
                 break
             self._after(report)
             if report.stop is not None:
                 reason = report.stop
                 break
+        if self.resumed and not self.loop.trained and (limit is None or self.loop.progress.step < limit):
+            self.tell("WARNING", "Nothing was trained: all epochs of the run are over. Give more --epochs.")
         return self._end(reason)
+
+    def _step(self) -> StepReport | None:
+        """One step; where the data ends it, what was trained before is saved first."""
+        try:
+            return self.loop.step()
+        except DataFault as error:
+            step = self.loop.progress.step
+            if not step or not self.loop.parts.feed.fails_alike:
+                raise
+            self._save()
+            faults = [
+                replace(fault, mend=f"{fault.mend}; step {step} is saved, --resume goes on from there")
+                for fault in error.faults
+            ]
+            raise DataFault(faults) from error
 
     def _after(self, report: StepReport) -> None:
         run, step = self.settings.run, self.loop.progress.step

@@ -78,6 +78,11 @@ class StreamFeed:
             raise DataFault(Fault("the checkpoint", reason, "Train anew, with --student-init from this bundle"))
         self._enter(epoch, StreamPlace(**{name: int(values[0]) for name, values in position.items()}))
 
+    @property
+    def fails_alike(self) -> bool:
+        """See Feed."""
+        return self.text.source.shared or self.shape.size == 1
+
     def take_notes(self) -> list[str]:
         """See Feed."""
         notes, self._notes = self._notes + self.stream.take_notes(), []

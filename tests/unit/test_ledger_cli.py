@@ -40,7 +40,7 @@ def test_show_says_where_a_run_stands(bundle: Path, ledger: Ledger) -> None:
     ran = hrm("ledger", "show", bundle)
     assert (ran.code, ran.err) == (0, "")
     for part in (
-        *("epoch 1", "2 blocks, 4 chunks\n", "4 MERGED (40 sequences), complete", "3 MERGED (30 sequences)"),
+        *("epoch 1", "2 blocks, 4 chunks\n", "40 sequences MERGED in 4 ranges, complete", "30 sequences MERGED"),
         *("round 7, 70 sequences, checkpoints/step_7", "round 3", "quarantined  1 ranges"),
         "epoch 1 chunk 3[0:10]: rejected 2 times, at last: it raised the loss",
     ):

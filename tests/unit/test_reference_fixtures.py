@@ -183,6 +183,7 @@ class FixtureFeed:
         return []
 
     data_ended = True
+    fails_alike = False
 
     def take_trained(self) -> list[Trained]:
         return []

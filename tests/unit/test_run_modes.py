@@ -161,6 +161,8 @@ def test_epochs_that_are_over_and_one_more(corpus: Path, seen: Seen) -> None:
     seen()
     again(bundle)
     assert seen() == []
+    told = [event["message"] for event in records(bundle, "event") if event["level"] == "WARNING"]
+    assert any("all epochs of the run are over" in message for message in told)
     again(bundle, "--force-train")
     assert seen() == TEXTS and sound(bundle) == 50
 
@@ -239,12 +241,13 @@ def test_a_run_that_met_a_bad_row_goes_on_without_it(corpus: Path, seen: Seen) -
     file = corpus / "0002.jsonl"
     lines = file.read_text().splitlines()
     file.write_text("\n".join([*lines[:3], "not json", *lines[3:]]))
-    words = ("--steps", "7", "--dataset-chunk-size", "4", "--save-every", "2", "--cache-gb", "0")
+    words = ("--steps", "7", "--dataset-chunk-size", "4", "--save-every", "0", "--cache-gb", "0")
     start = ("train", "--dataset-file", corpus, "--bundle-dir", corpus.parent / "b", *WORDS, *words, "--tokenizer-path")
-    refused(5, *start, corpus.parent / "tokenizer", naming=("0002.jsonl",))
-    assert seen()[:16] == TEXTS[:16]
+    naming = ("0002.jsonl", "--on-bad-row skip", "step 5 is saved", "--resume")
+    refused(5, *start, corpus.parent / "tokenizer", naming=naming)
+    assert seen() == TEXTS[:20]
     again(corpus.parent / "b", "--on-bad-row", "skip")
-    assert seen()[-9:] == TEXTS[16:] and sound(corpus.parent / "b") == 25
+    assert seen() == TEXTS[20:] and sound(corpus.parent / "b") == 25
 
 
 def test_bad_rows_of_held_out_data_are_told(corpus: Path, seen: Seen) -> None:

@@ -1,0 +1,74 @@
+"""One run at a time in a bundle.
+
+One job: a file that says which process trains in a bundle, there as long as that process is. What a killed one leaves
+is known by its number and start, and taken over. It does not protect against other programs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from hrm_ray.errors import Fault, SettingsError
+from hrm_ray.rundir import RunDir
+
+
+@contextmanager
+def in_use(run_dir: RunDir) -> Iterator[None]:
+    """Hold the bundle. Raises SettingsError where another process does."""
+    path = run_dir.in_use
+    _take(path, run_dir)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _take(path: Path, run_dir: RunDir) -> None:
+    own = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "began_s": psutil.Process().create_time()})
+    for _ in range(2):
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(own)
+            return
+        except FileExistsError:
+            _check_gone(path, run_dir)
+    # Somebody else was quicker.
+    _check_gone(path, run_dir)
+
+
+def _check_gone(path: Path, run_dir: RunDir) -> None:
+    """Remove the file of a process that is gone."""
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        host, pid, began_s = str(holder["host"]), int(holder["pid"]), float(holder["began_s"])
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError):
+        # Half written by a process that was killed just then.
+        path.unlink(missing_ok=True)
+        return
+    here = host == socket.gethostname()
+    if here and not _lives(pid, began_s):
+        path.unlink(missing_ok=True)
+        return
+    mend = "Wait for it to end, or stop it; for another run give another --brain-name"
+    if not here:
+        mend = f"Wait for it to end; if it is gone, delete {path}"
+    reason = f"process {pid}{'' if here else f' on {host}'} is training in it"
+    raise SettingsError(Fault(str(run_dir.root), reason, mend))
+
+
+def _lives(pid: int, began_s: float) -> bool:
+    """Whether the process is the one that began then, and not another that has got its number."""
+    try:
+        return abs(psutil.Process(pid).create_time() - began_s) < 1.0
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,49 @@
+"""One run at a time in a bundle; what a killed one leaves is in nobody's way."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from hrm_ray.launch.in_use import in_use
+from hrm_ray.rundir import RunDir
+from tests.support.runs import TEXT, hrm, refused, text_file, train
+
+
+def holder(**changes: Any) -> str:
+    own = {"host": socket.gethostname(), "pid": os.getpid(), "began_s": psutil.Process().create_time()}
+    return json.dumps({**own, **changes})
+
+
+def test_a_bundle_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
+    bundle = tmp_path / "b"
+    train(text_file(tmp_path), bundle, *TEXT, "--steps", "2")
+    assert not RunDir(bundle).in_use.exists()
+    again = ("train", "--bundle-dir", bundle, "--resume", "--steps", "3")
+    RunDir(bundle).in_use.write_text(holder())
+    refused(2, *again, naming=(bundle, f"process {os.getpid()} is training in it"))
+    RunDir(bundle).in_use.write_text(holder(host="elsewhere"))
+    refused(2, *again, naming=(bundle, "on elsewhere", RunDir(bundle).in_use))
+    assert RunDir(bundle).checkpoint_steps() == [2]
+
+
+@pytest.mark.parametrize("left", [holder(began_s=1.0), holder(pid=2**30), "", "{"])
+def test_what_a_killed_run_left_is_taken_over(tmp_path: Path, left: str) -> None:
+    bundle = tmp_path / "b"
+    train(text_file(tmp_path), bundle, *TEXT, "--steps", "2")
+    RunDir(bundle).in_use.write_text(left)
+    assert hrm("train", "--bundle-dir", bundle, "--resume", "--steps", "3").code == 0
+    assert not RunDir(bundle).in_use.exists()
+
+
+def test_it_is_given_back_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="out"), in_use(RunDir(tmp_path)):
+        assert RunDir(tmp_path).in_use.is_file()
+        raise ValueError("out")
+    assert not RunDir(tmp_path).in_use.exists()
