@@ -34,18 +34,21 @@ class Sequences:
 def check_usable(corpus: Corpus) -> None:
     """Reads to the first document with text. Raises DataFault or SettingsError where there is none."""
     rows = left_out = bad = 0
+    faults: list[Fault] = []
     for chunk in read_chunks(corpus):
         if any(document.text for document in chunk.documents):
             return
         rows += chunk.entry.rows
         left_out += chunk.entry.left_out
         bad += chunk.entry.bad
+        faults += (*chunk.faults, *chunk.broken)
     name = str(corpus.source.path)
     if left_out:
         reason = f"{left_out} of {rows} rows are left out by --ascii-only, and none of the others has text"
         raise DataFault(Fault(name, reason, "Leave out --ascii-only, or give other data"))
     if bad:
-        raise DataFault(Fault(name, f"{bad} of {rows} rows are bad, and none of the others has text", "Mend the data"))
+        reason = f"none of its {rows} rows has text that can be read ({faults[0].value}: {faults[0].reason})"
+        raise DataFault(Fault(name, reason, "Mend the data"))
     if not rows and corpus.offset:
         value = f"--dataset-start-offset {corpus.offset}"
         raise SettingsError(Fault(value, f"{name} has no row after so many", "Give a smaller one"))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hrm_ray.data.file_kinds import FileKind
+from hrm_ray.data.file_kinds import TEXT_FORMATS, FileKind
 from hrm_ray.data.formats.lines import parse_line
 from hrm_ray.data.parts import Part, TextSource, list_parts
 from hrm_ray.data.places import is_local
@@ -23,7 +23,8 @@ from hrm_ray.errors import DataFault
 @dataclass(frozen=True)
 class DataFacts:
     """What `detect` found. `bytes` and `files` are those of the split, `skipped_files` lie in the folder (or archive)
-    but are not read; `puzzle` is there where the task is "puzzle"."""
+    but are not read; `columns` is False where no part can have any (plain texts); `puzzle` is there where the task is
+    "puzzle"."""
 
     task: Literal["lm", "puzzle"]
     path: str
@@ -32,6 +33,7 @@ class DataFacts:
     bytes: int
     skipped_files: int
     puzzle: PuzzleFacts | None
+    columns: bool = True
 
 
 def detect(source: TextSource, on_bad_row: OnBadRow = "fail") -> DataFacts:
@@ -55,7 +57,8 @@ def detect(source: TextSource, on_bad_row: OnBadRow = "fail") -> DataFacts:
     for document in read_documents(source, on_bad_row):
         if document.text:
             break
-    return DataFacts("lm", source.path, split, files, size, skipped, None)
+    columns = any(part.kind is None or part.kind.form not in TEXT_FORMATS for part in found.parts)
+    return DataFacts("lm", source.path, split, files, size, skipped, None, columns)
 
 
 def puzzle_tensors(source: TextSource) -> Path | None:

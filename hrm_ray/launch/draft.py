@@ -68,6 +68,9 @@ def draft(settings: RunSettings) -> Draft:
     evaluation = detect(source_of(settings, evaluation=True), on_bad_row) if has_evaluation(settings) else None
     puzzle_len = facts.puzzle.seq_len if facts.puzzle is not None else None
     settings = resolve_task(settings, facts.task, puzzle_len)
+    if "data.text_column" in settings.given and not any(each.columns for each in (facts, evaluation) if each):
+        reason = "it would change nothing: plain texts have no columns"
+        raise SettingsError(Fault(f"--text-column {settings.data.text_column}", reason, "Leave it out"))
     if evaluation is not None and evaluation.task != facts.task:
         reason = f"it holds {evaluation.task} data, the training data is {facts.task}"
         raise DataFault(Fault(evaluation.path, reason, "Give held-out data of the same kind"))

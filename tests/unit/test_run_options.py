@@ -143,6 +143,21 @@ def test_every_file_of_a_bundle_is_as_readable_as_any_other(tmp_path: Path) -> N
     assert modes == {plain.stat().st_mode & 0o777}
 
 
+def test_a_column_of_plain_text_is_refused(tmp_path: Path) -> None:
+    words = (
+        "train",
+        "--dataset-file",
+        text_file(tmp_path),
+        "--bundle-dir",
+        tmp_path / "b",
+        *TEXT,
+        "--text-column",
+        "t",
+    )
+    refused(2, *words, naming=("--text-column t", "plain texts have no columns"))
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_resumed_run_without_a_step_left_says_so(tmp_path: Path) -> None:
     train(text_file(tmp_path), tmp_path / "b", *TEXT, "--steps", "3")
     assert hrm("train", "--bundle-dir", tmp_path / "b", "--resume", "--steps", "2").code == 0
