@@ -1,7 +1,7 @@
 """One run at a time in a bundle.
 
 One job: a file that says which process trains in a bundle, there as long as that process is. What a killed one leaves
-is known by its number and start, and taken over. It does not protect against other programs.
+is known by its number and start, and taken over, as is what came along with a copy of a bundle. It does not protect against other programs.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 
 import psutil
 
-from hrm_ray.errors import Fault, SettingsError
+from hrm_ray.errors import Fault, ResourceFault, SettingsError
 from hrm_ray.rundir import RunDir
 
 
 @contextmanager
 def in_use(run_dir: RunDir) -> Iterator[None]:
-    """Hold the bundle. Raises SettingsError where another process does."""
+    """Hold the bundle. Raises SettingsError where another process does, ResourceFault where nothing can be written."""
     path = run_dir.in_use
     _take(path, run_dir)
     try:
@@ -32,14 +32,18 @@ def in_use(run_dir: RunDir) -> Iterator[None]:
 
 
 def _take(path: Path, run_dir: RunDir) -> None:
-    own = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "began_s": psutil.Process().create_time()})
+    holder = {"bundle": str(run_dir.root.resolve()), "host": socket.gethostname(), "pid": os.getpid()}
     for _ in range(2):
         try:
             with path.open("x", encoding="utf-8") as file:
-                file.write(own)
+                file.write(json.dumps({**holder, "began_s": psutil.Process().create_time()}))
             return
         except FileExistsError:
             _check_gone(path, run_dir)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            mend = "Free some space there, or give another --bundle-dir"
+            raise ResourceFault(Fault(str(run_dir.root), f"it cannot be written ({error})", mend)) from error
     # Somebody else was quicker.
     _check_gone(path, run_dir)
 
@@ -49,6 +53,7 @@ def _check_gone(path: Path, run_dir: RunDir) -> None:
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
         host, pid, began_s = str(holder["host"]), int(holder["pid"]), float(holder["began_s"])
+        copied = holder["bundle"] != str(run_dir.root.resolve())
     except FileNotFoundError:
         return
     except (OSError, ValueError, KeyError, TypeError):
@@ -56,7 +61,7 @@ def _check_gone(path: Path, run_dir: RunDir) -> None:
         path.unlink(missing_ok=True)
         return
     here = host == socket.gethostname()
-    if here and not _lives(pid, began_s):
+    if copied or (here and not _lives(pid, began_s)):
         path.unlink(missing_ok=True)
         return
     mend = "Wait for it to end, or stop it; for another run give another --brain-name"

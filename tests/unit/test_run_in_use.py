@@ -16,9 +16,9 @@ from hrm_ray.rundir import RunDir
 from tests.support.runs import TEXT, hrm, refused, text_file, train
 
 
-def holder(**changes: Any) -> str:
+def holder(bundle: Path, **changes: Any) -> str:
     own = {"host": socket.gethostname(), "pid": os.getpid(), "began_s": psutil.Process().create_time()}
-    return json.dumps({**own, **changes})
+    return json.dumps({"bundle": str(bundle.resolve()), **own, **changes})
 
 
 def test_a_bundle_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -26,18 +26,18 @@ def test_a_bundle_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
     train(text_file(tmp_path), bundle, *TEXT, "--steps", "2")
     assert not RunDir(bundle).in_use.exists()
     again = ("train", "--bundle-dir", bundle, "--resume", "--steps", "3")
-    RunDir(bundle).in_use.write_text(holder())
+    RunDir(bundle).in_use.write_text(holder(bundle))
     refused(2, *again, naming=(bundle, f"process {os.getpid()} is training in it"))
-    RunDir(bundle).in_use.write_text(holder(host="elsewhere"))
+    RunDir(bundle).in_use.write_text(holder(bundle, host="elsewhere"))
     refused(2, *again, naming=(bundle, "on elsewhere", RunDir(bundle).in_use))
     assert RunDir(bundle).checkpoint_steps() == [2]
 
 
-@pytest.mark.parametrize("left", [holder(began_s=1.0), holder(pid=2**30), "", "{"])
-def test_what_a_killed_run_left_is_taken_over(tmp_path: Path, left: str) -> None:
+@pytest.mark.parametrize("left", [{"began_s": 1.0}, {"pid": 2**30}, {"bundle": "/another"}, "", "{"])
+def test_what_a_killed_run_left_is_taken_over(tmp_path: Path, left: dict[str, Any] | str) -> None:
     bundle = tmp_path / "b"
     train(text_file(tmp_path), bundle, *TEXT, "--steps", "2")
-    RunDir(bundle).in_use.write_text(left)
+    RunDir(bundle).in_use.write_text(left if isinstance(left, str) else holder(bundle, **left))
     assert hrm("train", "--bundle-dir", bundle, "--resume", "--steps", "3").code == 0
     assert not RunDir(bundle).in_use.exists()
 
