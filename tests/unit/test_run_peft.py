@@ -60,7 +60,8 @@ def words_of(case: str, base: Path, data: Path) -> tuple[str, ...]:
 def test_stopped_and_resumed(case: str, base: Path, tmp_path: Path) -> None:
     """Ten steps are five and five, to the bit, dropout and ranks included; and the loss falls."""
     data = base / "corpus.txt"
-    words = words_of(case, base, data)
+    # A checkpoint tells what was trained since the one before it.
+    words = (*words_of(case, base, data), "--save-every", "5")
     train(data, tmp_path / "whole", *words)
     with stopping_at(5):
         train(data, tmp_path / "resumed", *words)
