@@ -1,7 +1,8 @@
 """One run at a time in a bundle.
 
 One job: a file that says which process trains in a bundle, there as long as that process is. What a killed one leaves
-is known by its number and start, and taken over, as is what came along with a copy of a bundle. It does not protect against other programs.
+is known by its number and start, and taken over, as is what came along with a copy of a bundle. It does not protect
+against other programs.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from tests.support.runs import TEXT, hrm, refused, text_file, train
 
 def holder(bundle: Path, **changes: Any) -> str:
     own = {"host": socket.gethostname(), "pid": os.getpid(), "began_s": psutil.Process().create_time()}
-    return json.dumps({"bundle": str(bundle.resolve()), **own, **changes})
+    return json.dumps({"bundle": str(bundle.resolve().with_name(changes.pop("of", bundle.name))), **own, **changes})
 
 
 def test_a_bundle_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_a_bundle_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert RunDir(bundle).checkpoint_steps() == [2]
 
 
-@pytest.mark.parametrize("left", [{"began_s": 1.0}, {"pid": 2**30}, {"bundle": "/another"}, "", "{"])
+@pytest.mark.parametrize("left", [{"began_s": 1.0}, {"pid": 2**30}, {"of": "another"}, "", "{"])
 def test_what_a_killed_run_left_is_taken_over(tmp_path: Path, left: dict[str, Any] | str) -> None:
     bundle = tmp_path / "b"
     train(text_file(tmp_path), bundle, *TEXT, "--steps", "2")
