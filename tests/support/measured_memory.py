@@ -30,6 +30,8 @@ from hrm_ray.values import Columns
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 2
 """The second has the optimizer's state beside it."""
+DOCUMENT = 300
+"""Tokens of a document in a long row: so many that no chunk of a row has one alone, which would spare its masks."""
 SMALL: dict[str, str | bool] = {"--hidden-size": "32", "--num-heads": "2", "--num-layers": "2", "--batch-size": "2"}
 
 
@@ -41,7 +43,7 @@ def case_of(options: dict[str, str | bool], vocab_size: int) -> tuple[RunSetting
 
 
 class RandomRows:
-    """Rows of random tokens; text in two documents a row where it is packed."""
+    """Rows of random tokens; text in two documents a row or more where it is packed."""
 
     def __init__(self, config: ModelConfig, packing: bool) -> None:
         self.config = config
@@ -56,9 +58,8 @@ class RandomRows:
         columns: Columns = {"inputs": tokens, "labels": tokens, "active": np.ones(len(indices), dtype=np.bool_)}
         if self.config.task == "puzzle":
             return columns | {"puzzle_identifiers": np.zeros(len(indices), dtype=np.int32)}
-        documents = np.zeros(shape, dtype=np.int32)
-        documents[:, shape[1] // 2 :] = self.packing
-        return columns | {"documents": documents}
+        document = np.arange(shape[1], dtype=np.int32) // min(shape[1] // 2, DOCUMENT) * self.packing
+        return columns | {"documents": np.broadcast_to(document, shape)}
 
 
 def loop_of(options: dict[str, str | bool], vocab_size: int) -> TrainingLoop:
