@@ -6,8 +6,12 @@ Every message says the value, the reason and the mend; `Fault` keeps the three a
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What writing to a full disk, past a quota or past the largest file fails with."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from is `places`, what they mean is `formats`.
 from __future__ import annotations
 
 import bz2
-import errno
 import gzip
 import io
 import lzma
@@ -18,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any, BinaryIO, cast
 
-from hrm_ray.errors import Fault, ResourceFault
+from hrm_ray.errors import NO_ROOM, Fault, ResourceFault
 
 EXPANSION = 500
 """Text packs 3 to 20 times smaller, a log a hundred times; what grows more than this is taken for a bomb."""
@@ -37,7 +36,6 @@ SPOOL_BYTES = 8 << 30
 
 BUFFER_BYTES = 256 << 10
 _STEP_BYTES = 64 << 10
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _COPY_AGAIN = "It may be damaged or cut short: copy it again"
 
 
@@ -225,7 +223,7 @@ def _write(copy: IO[bytes], data: bytes, where: str) -> None:
     try:
         copy.write(data)
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in NO_ROOM:
             raise
         reason = f"there is no room for its copy in {tempfile.gettempdir()}"
         raise ResourceFault(Fault(where, reason, "Free some space there, set TMPDIR, or unpack it")) from error

@@ -156,7 +156,7 @@ def trained_with(settings: RunSettings) -> dict[str, Any]:
     if run.resume_from is not None:
         source = RunDir(run.resume_from.absolute().parent.parent)
     elif run.resume:
-        source = RunDir(_folder(run.brain_name, run.bundle_dir, settings.data.dataset_file))
+        source = RunDir(_folder(run.brain_name, run.bundle_dir, settings.data.training_data))
     else:
         return {}
     return _stored_leaves(source) if source.training_args.is_file() else {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,9 @@ import psutil
 
 from hrm_ray.errors import Fault, ResourceFault, SettingsError
 from hrm_ray.rundir import RunDir
+
+STARTING_S = 10.0
+"""A file that is half written for so long is not being written any more."""
 
 
 @contextmanager
@@ -34,7 +38,8 @@ def in_use(run_dir: RunDir) -> Iterator[None]:
 
 def _take(path: Path, run_dir: RunDir) -> None:
     holder = {"bundle": str(run_dir.root.resolve()), "host": socket.gethostname(), "pid": os.getpid()}
-    for _ in range(2):
+    # Each round ends with the file, with a refusal, or with what a process that is gone has left out of the way.
+    while True:
         try:
             with path.open("x", encoding="utf-8") as file:
                 file.write(json.dumps({**holder, "began_s": psutil.Process().create_time()}))
@@ -45,8 +50,6 @@ def _take(path: Path, run_dir: RunDir) -> None:
             path.unlink(missing_ok=True)
             mend = "Free some space there, or give another --bundle-dir"
             raise ResourceFault(Fault(str(run_dir.root), f"it cannot be written ({error})", mend)) from error
-    # Somebody else was quicker.
-    _check_gone(path, run_dir)
 
 
 def _check_gone(path: Path, run_dir: RunDir) -> None:
@@ -58,7 +61,10 @@ def _check_gone(path: Path, run_dir: RunDir) -> None:
     except FileNotFoundError:
         return
     except (OSError, ValueError, KeyError, TypeError):
-        # Half written by a process that was killed just then.
+        # Half written: by a process that was killed just then, unless it is still at it.
+        if _age_s(path) < STARTING_S:
+            reason = "another process has just begun to train in it"
+            raise SettingsError(Fault(str(run_dir.root), reason, "Wait for it to end, or stop it")) from None
         path.unlink(missing_ok=True)
         return
     here = host == socket.gethostname()
@@ -70,6 +76,13 @@ def _check_gone(path: Path, run_dir: RunDir) -> None:
         mend = f"Wait for it to end; if it is gone, delete {path}"
     reason = f"process {pid}{'' if here else f' on {host}'} is training in it"
     raise SettingsError(Fault(str(run_dir.root), reason, mend))
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return STARTING_S
 
 
 def _lives(pid: int, began_s: float) -> bool:

@@ -19,7 +19,7 @@ from hrm_ray.data.prepare import PreparedText, TokenizerChoice, Wanted, prepare_
 from hrm_ray.data.puzzles.samples import open_puzzles
 from hrm_ray.data.text_data import TextFolder
 from hrm_ray.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, TextTokenizer
-from hrm_ray.errors import DataFault, Fault, ResourceFault, SettingsError
+from hrm_ray.errors import NO_ROOM, DataFault, Fault, ResourceFault, SettingsError
 from hrm_ray.launch.data_sources import corpus_cut, has_evaluation, source_of
 from hrm_ray.launch.draft import Draft, asks_for_tokenizer, effective_batch, row_form, start_tokenizer
 from hrm_ray.launch.identity import PREPARED, Identity, stored_args
@@ -31,7 +31,6 @@ from hrm_ray.settings.tree import RunSettings, to_plain
 from hrm_ray.train.assemble import schedule_length
 from hrm_ray.train.start_weights import check_start_weights
 from hrm_ray.train.take_up import write_description
-from hrm_ray.train.weights_file import NO_ROOM
 
 
 def make_plan(drafted: Draft) -> dict[str, Any]:

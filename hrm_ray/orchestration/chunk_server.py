@@ -11,6 +11,7 @@ import threading
 import traceback
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import ray
@@ -130,13 +131,13 @@ class ChunkServer:
         if self._in_order:
             first = next(turns)
             maker.survey(first.number)
-            yield from self._taken(first, turns, read_on(self._place, first.number))
+            yield from self._taken(chain([first], turns), read_on(self._place, first.number))
             maker.catalog.end()
             return
         wanted = list(turns)
         missing = [turn for turn in wanted if not maker.keeps(turn.number)]
         entries = [maker.catalog.entries[turn.number] for turn in missing]
-        made = self._taken(None, iter(missing), each_of(self._place, entries))
+        made = self._taken(iter(missing), each_of(self._place, entries))
         of_missing = {turn.number for turn in missing}
         for turn in wanted:
             if turn.number in of_missing:
@@ -146,11 +147,10 @@ class ChunkServer:
                 assert kept is not None, "it is known"
                 yield turn.of(kept)
 
-    def _taken(self, first: Turn | None, turns: Iterator[Turn], made: Iterator[tuple[int, Any]]) -> Iterator[Chunk]:
+    def _taken(self, turns: Iterator[Turn], made: Iterator[tuple[int, Any]]) -> Iterator[Chunk]:
         """What the tasks have made, entered into catalog and cache."""
         for number, content in made:
-            turn = first if first is not None else next(turns)
-            first = None
+            turn = next(turns)
             assert turn.number == number, "Ray Data keeps the order"
             if isinstance(content, HrmRayError):
                 raise content

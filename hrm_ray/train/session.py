@@ -17,7 +17,7 @@ from hrm_ray.data.prepare import open_puzzle_sets
 from hrm_ray.data.stream import Trained
 from hrm_ray.data.text_data import TextFolder, TextPlan
 from hrm_ray.data.tokenizer import TextTokenizer
-from hrm_ray.errors import EnvironmentFault, Fault
+from hrm_ray.errors import NO_ROOM, EnvironmentFault, Fault
 from hrm_ray.library_messages import leave_out_unused_kernels
 from hrm_ray.metrics.fanout import FanOut
 from hrm_ray.metrics.jsonl import JsonlSink
@@ -35,7 +35,7 @@ from hrm_ray.train.precision import slow_bfloat16
 from hrm_ray.train.runner import Runner
 from hrm_ray.train.stream_feed import TextStream
 from hrm_ray.train.take_up import go_back, write_description
-from hrm_ray.train.weights_file import NO_ROOM, unwritable
+from hrm_ray.train.weights_file import unwritable
 from hrm_ray.train.world import World
 from hrm_ray.values import DriverLink, MetricSink, Outcome, SampleSet
 

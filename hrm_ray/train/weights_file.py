@@ -5,7 +5,6 @@ One job: names, shapes and files of weights. Optimizer state is elsewhere.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +16,6 @@ from torch import Tensor
 
 from hrm_ray.errors import DataFault, Fault, ResourceFault
 from hrm_ray.rundir import sync_file
-
-NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""What writing to a full disk, past a quota or past the largest file fails with."""
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -28,6 +28,8 @@ def test_a_bundle_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
     again = ("train", "--bundle-dir", bundle, "--resume", "--steps", "3")
     RunDir(bundle).in_use.write_text(holder(bundle))
     refused(2, *again, naming=(bundle, f"process {os.getpid()} is training in it"))
+    RunDir(bundle).in_use.write_text("{")
+    refused(2, *again, naming=(bundle, "just begun"))
     RunDir(bundle).in_use.write_text(holder(bundle, host="elsewhere"))
     refused(2, *again, naming=(bundle, "on elsewhere", RunDir(bundle).in_use))
     assert RunDir(bundle).checkpoint_steps() == [2]
@@ -38,6 +40,7 @@ def test_what_a_killed_run_left_is_taken_over(tmp_path: Path, left: dict[str, An
     bundle = tmp_path / "b"
     train(text_file(tmp_path), bundle, *TEXT, "--steps", "2")
     RunDir(bundle).in_use.write_text(left if isinstance(left, str) else holder(bundle, **left))
+    os.utime(RunDir(bundle).in_use, (0, 0))
     assert hrm("train", "--bundle-dir", bundle, "--resume", "--steps", "3").code == 0
     assert not RunDir(bundle).in_use.exists()
 
