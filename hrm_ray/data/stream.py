@@ -143,8 +143,18 @@ class SequenceStream:
         self._notes: list[str] = []
 
     def take(self, count: int, *, within_block: bool = False) -> list[Stretch]:
-        """The next `count` sequences; fewer at the end of the epoch, or `within_block` at the end of the block that
-        was taken from last."""
+        """The next `count` sequences; fewer at the end of the epoch, or `within_block` at the end of the block that was
+        taken from last. Where the data cannot be read on, that is raised and nothing has been taken."""
+        before = (self._window, self._taken, self._sequences, self._bad, self._left_out, self._told, self._in_block)
+        told = len(self._trained)
+        try:
+            return self._stretches(count, within_block)
+        except BaseException:
+            self._window, self._taken, self._sequences, self._bad, self._left_out, self._told, self._in_block = before
+            del self._trained[told:]
+            raise
+
+    def _stretches(self, count: int, within_block: bool) -> list[Stretch]:
         stretches: list[Stretch] = []
         while count:
             window = self._current(within_block)

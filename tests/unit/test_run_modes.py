@@ -237,17 +237,20 @@ def test_bad_rows(corpus: Path, seen: Seen) -> None:
     assert any("3 bad row(s)" in message and "0001.jsonl, row 4" in message for message in told)
 
 
-def test_a_run_that_met_a_bad_row_goes_on_without_it(corpus: Path, seen: Seen) -> None:
+@pytest.mark.parametrize("chunk", [2, 3, 4, 7])
+def test_a_run_that_met_a_bad_row_goes_on_without_it(corpus: Path, seen: Seen, chunk: int) -> None:
+    """Also where the step that could not be taken had some of its rows already."""
     file = corpus / "0002.jsonl"
     lines = file.read_text().splitlines()
     file.write_text("\n".join([*lines[:3], "not json", *lines[3:]]))
-    words = ("--steps", "7", "--dataset-chunk-size", "4", "--save-every", "0", "--cache-gb", "0")
+    words = ("--steps", "7", "--dataset-chunk-size", chunk, "--save-every", "0", "--cache-gb", "0")
     start = ("train", "--dataset-file", corpus, "--bundle-dir", corpus.parent / "b", *WORDS, *words, "--tokenizer-path")
-    naming = ("0002.jsonl", "--on-bad-row skip", "step 5 is saved", "--resume")
+    steps = (20 // chunk * chunk) // 4
+    naming = ("0002.jsonl", "--on-bad-row skip", f"step {steps} is saved", "--resume")
     refused(5, *start, corpus.parent / "tokenizer", naming=naming)
-    assert seen() == TEXTS[:20]
+    assert seen() == TEXTS[: 4 * steps]
     again(corpus.parent / "b", "--on-bad-row", "skip")
-    assert seen() == TEXTS[20:] and sound(corpus.parent / "b") == 25
+    assert seen() == TEXTS[4 * steps :] and sound(corpus.parent / "b") == 25
 
 
 def test_bad_rows_of_held_out_data_are_told(corpus: Path, seen: Seen) -> None:
