@@ -186,6 +186,14 @@ IDLE_LEAVES: tuple[IdleLeaves, ...] = (
         "Leave it out, or give --lm-mask causal",
     ),
     IdleLeaves(
+        "stride_within_row_only",
+        ("data.stride",),
+        ("data.max_seq_len",),
+        lambda settings: settings.data.stride is not None and settings.data.stride == settings.data.max_seq_len,
+        "sequences that begin a row's length apart do not overlap anyway",
+        "Leave it out, or give a smaller --stride",
+    ),
+    IdleLeaves(
         "iterate_with_steps",
         ("run.iterate",),
         ("run.steps",),

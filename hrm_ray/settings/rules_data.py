@@ -60,7 +60,7 @@ def _stride_within_row(settings: RunSettings) -> Fault | None:
     return Fault(
         said(settings, "data.stride", "data.max_seq_len"),
         f"{stride - length} tokens between two sequences would never be trained on",
-        f"Give --stride {length} or less",
+        f"Leave it out, or give less than --stride {length}",
     )
 
 

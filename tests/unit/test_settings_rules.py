@@ -29,8 +29,13 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
     ),
     "stride_within_row": (
         {"--stride": "65", "--max-seq-len": "64"},
+        {"--stride": "63", "--max-seq-len": "64"},
+        "less than --stride 64",
+    ),
+    "stride_within_row_only": (
         {"--stride": "64", "--max-seq-len": "64"},
-        "--stride 64 or less",
+        {"--stride": "63", "--max-seq-len": "64"},
+        "do not overlap",
     ),
     "stride_of_documents": ({"--stride": "8", **PREFIX}, {"--stride": "8"}, "never divided"),
     "chunk_within_block": (
