@@ -10,7 +10,7 @@ import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What writing to a full disk, past a quota or past the largest file fails with."""
 
 
@@ -20,10 +20,10 @@ class Fault:
 
     value: str
     reason: str
-    mend: str
+    hint: str
 
     def __str__(self) -> str:
-        return f"{self.value}: {self.reason}. {self.mend}."
+        return f"{self.value}: {self.reason}. {self.hint}."
 
 
 class HrmRayError(Exception):
@@ -49,19 +49,19 @@ class SettingsError(HrmRayError):
     exit_code = 2
 
 
-class EnvironmentFault(HrmRayError):
+class UnavailableError(HrmRayError):
     """A needed library or device is missing (exit code 3)."""
 
     exit_code = 3
 
 
-class ResourceFault(HrmRayError):
+class ResourceError(HrmRayError):
     """Not enough CPUs, GPUs, memory or disk (exit code 4)."""
 
     exit_code = 4
 
 
-class DataFault(HrmRayError):
+class DataError(HrmRayError):
     """Data, a bundle or a checkpoint that cannot be read as what it should be (exit code 5)."""
 
     exit_code = 5
@@ -74,6 +74,6 @@ class DivergedError(HrmRayError):
 
 
 ERROR_KINDS: dict[str, type[HrmRayError]] = {
-    kind.__name__: kind for kind in (SettingsError, EnvironmentFault, ResourceFault, DataFault, DivergedError)
+    kind.__name__: kind for kind in (SettingsError, UnavailableError, ResourceError, DataError, DivergedError)
 }
 """By name, for rebuilding an error that was sent from another process."""

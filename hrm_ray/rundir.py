@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hrm_ray.errors import DataFault, Fault
+from hrm_ray.errors import DataError, Fault
 
 _STEP = re.compile(r"step_(\d+)")
 _PARTIAL = ".partial"
@@ -89,7 +89,7 @@ class RunDir:
         return self.root / "chunk_tracker_state.json"
 
     @property
-    def in_use(self) -> Path:
+    def run_lock(self) -> Path:
         """Which process trains in the bundle, as long as one does."""
         return self.root / ".in_use.json"
 
@@ -160,29 +160,29 @@ def _step_aside(checkpoint: Path) -> Path:
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Check that a checkpoint is whole: its manifest, and every file with the stated sha256. Raises DataFault."""
-    mend = "Give an older one with --resume-from, or train anew under another --brain-name"
+    """Check that a checkpoint is whole: its manifest, and every file with the stated sha256. Raises DataError."""
+    hint = "Give an older one with --resume-from, or train anew under another --brain-name"
     manifest = folder / MANIFEST
     if not folder.is_dir():
-        raise DataFault(Fault(str(folder), "there is no such checkpoint", mend))
+        raise DataError(Fault(str(folder), "there is no such checkpoint", hint))
     if not manifest.is_file():
-        raise DataFault(Fault(str(folder), f"it is no whole checkpoint ({MANIFEST} is missing)", mend))
+        raise DataError(Fault(str(folder), f"it is no whole checkpoint ({MANIFEST} is missing)", hint))
     try:
         files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in read_json(manifest)["files"].items()}
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataFault(Fault(str(manifest), f"it is not what was saved ({error!r} is wrong in it)", mend)) from None
+        raise DataError(Fault(str(manifest), f"it is not what was saved ({error!r} is wrong in it)", hint)) from None
     unknown = sorted(path.name for path in folder.iterdir() if path.name not in {*files, MANIFEST})
     if unknown:
-        raise DataFault(Fault(str(folder / unknown[0]), "the checkpoint's manifest does not name it", mend))
+        raise DataError(Fault(str(folder / unknown[0]), "the checkpoint's manifest does not name it", hint))
     for name, (size, sha256) in files.items():
         path = folder / name
         if not path.is_file():
-            raise DataFault(Fault(str(path), "the checkpoint's manifest names it, but it is not there", mend))
+            raise DataError(Fault(str(path), "the checkpoint's manifest names it, but it is not there", hint))
         found = path.stat().st_size
         if found != size:
-            raise DataFault(Fault(str(path), f"it has {found} bytes, but was saved with {size}", mend))
+            raise DataError(Fault(str(path), f"it has {found} bytes, but was saved with {size}", hint))
         if file_sha256(path) != sha256:
-            raise DataFault(Fault(str(path), "its content is not what was saved (sha256 differs)", mend))
+            raise DataError(Fault(str(path), "its content is not what was saved (sha256 differs)", hint))
 
 
 def file_sha256(path: Path) -> str:
@@ -206,15 +206,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file of a bundle. Raises DataFault when it cannot be read."""
+    """The content of a JSON file of a bundle. Raises DataError when it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataFault(
+        raise DataError(
             Fault(str(path), "there is no such file", "Give a whole bundle, as hrm-ray train wrote it")
         ) from None
     except (ValueError, OSError) as error:
-        raise DataFault(
+        raise DataError(
             Fault(str(path), f"it cannot be read as JSON ({error})", "Restore the file or train anew")
         ) from None
 

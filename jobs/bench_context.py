@@ -24,7 +24,7 @@ from timing import Spent, machine, spent, table
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble, model_config
 from hrm_ray.train.world import World
-from hrm_ray.values import Columns
+from hrm_ray.types import Columns
 
 VOCABULARY = 8192
 LENGTHS = (4096, 16384, 65536)

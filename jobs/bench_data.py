@@ -25,14 +25,14 @@ from timing import Summary, hrm_ray_command, in_turn, machine, plain, summary, t
 from hrm_ray.data.bpe import train_bpe
 from hrm_ray.data.catalog import Catalog
 from hrm_ray.data.chunk_cache import ChunkCache
-from hrm_ray.data.chunk_source import ChunkMaker, EpochRule, LocalChunks
+from hrm_ray.data.chunk_source import ChunkPipeline, EpochOrder, LocalChunks
 from hrm_ray.data.chunks import Corpus
 from hrm_ray.data.packing import RowForm
 from hrm_ray.data.parts import TextSource, list_parts
 from hrm_ray.data.readers import read_documents
 from hrm_ray.data.tokenizer import TextTokenizer
-from hrm_ray.train.feed import BatchShape, Ends
-from hrm_ray.train.stream_feed import StreamFeed, TextStream
+from hrm_ray.train.loaders import BatchSize, StopCondition
+from hrm_ray.train.stream_loader import StreamLoader, TextStream
 
 SEQ_LEN = 512
 ROWS = 16
@@ -45,24 +45,24 @@ PROBE = (
 """Reads a file through to its last batch in a process of its own; prints its peak resident memory in KB."""
 
 
-def feed_of(path: str, tokenizer: TextTokenizer) -> StreamFeed:
+def feed_of(path: str, tokenizer: TextTokenizer) -> StreamLoader:
     """The feed of one epoch of `path`, without a cache."""
     source = TextSource(path)
     corpus = Corpus(source, list_parts(source).parts, samples_per_block=100_000, chunk_size=4000)
     nowhere = Path(path).with_name("not-written")
-    maker = ChunkMaker(
+    maker = ChunkPipeline(
         corpus, tokenizer, Catalog(nowhere, writes=False), ChunkCache(nowhere, 0, writes=False), pairs=False
     )
-    text = TextStream(LocalChunks(maker, EpochRule(0, shuffled=False)), RowForm(SEQ_LEN), tokenizer.pad_id)
-    return StreamFeed(text, BatchShape(ROWS, 1, 0, 1), seed=0, ends=Ends(1))
+    text = TextStream(LocalChunks(maker, EpochOrder(0, shuffled=False)), RowForm(SEQ_LEN), tokenizer.pad_id)
+    return StreamLoader(text, BatchSize(ROWS, 1, 0, 1), seed=0, ends=StopCondition(1))
 
 
-def drain(feed: StreamFeed) -> int:
+def drain(loader: StreamLoader) -> int:
     """Take every batch of a feed; how many rows there were."""
     rows = 0
-    while taken := int(feed.offer([], 0)[0]["active"].sum()):
+    while taken := int(loader.next_batch([], 0)[0]["active"].sum()):
         rows += taken
-    feed.close()
+    loader.close()
     return rows
 
 
@@ -109,14 +109,14 @@ def throughput(folder: Path, texts: list[str], rounds: int) -> dict[str, Any]:
 def waiting(folder: Path, corpus: Path) -> dict[str, Any]:
     """The share of a run's time in which the loop waits for its feed, at the demonstration's sizes."""
     from hrm_ray.launch import local
-    from hrm_ray.launch.draft import draft
     from hrm_ray.launch.plan import make_plan
+    from hrm_ray.launch.resolve import resolve
     from hrm_ray.metrics.fanout import FanOut
     from hrm_ray.settings.load import load_settings
     from hrm_ray.train.loop import TrainingLoop
 
     spent_s = {"offer": 0.0, "step": 0.0}
-    offer, step = StreamFeed.offer, TrainingLoop.step
+    next_batch, step = StreamLoader.next_batch, TrainingLoop.step
 
     def timed(name: str, work: Any) -> Any:
         def measured(*words: Any) -> Any:
@@ -127,14 +127,14 @@ def waiting(folder: Path, corpus: Path) -> dict[str, Any]:
 
         return measured
 
-    StreamFeed.offer, TrainingLoop.step = timed("offer", offer), timed("step", step)  # type: ignore[method-assign]
+    StreamLoader.next_batch, TrainingLoop.step = timed("offer", next_batch), timed("step", step)  # type: ignore[method-assign]
     options: dict[str, str | bool] = {
         **{"--dataset-file": str(corpus), "--bundle-dir": str(folder / "run"), "--launcher": "local", "--steps": "60"},
         **{"--hidden-size": "128", "--num-heads": "4", "--vocab-size": "2000", "--max-seq-len": "128"},
         **{"--no-use-moe": True, "--no-amp": True, "--dataset-chunk-size": "50", "--cache-gb": "0"},
     }
-    local.run(make_plan(draft(load_settings(options))), sink=FanOut([]), stop=lambda: None)
-    StreamFeed.offer, TrainingLoop.step = offer, step  # type: ignore[method-assign]
+    local.run(make_plan(resolve(load_settings(options))), sink=FanOut([]), stop=lambda: None)
+    StreamLoader.next_batch, TrainingLoop.step = next_batch, step  # type: ignore[method-assign]
     share = spent_s["offer"] / spent_s["step"]
     print(f"training waits for data {100 * share:.2f} % of the time of its steps (60 steps, nothing in the cache)")
     return {"wait_share": share}

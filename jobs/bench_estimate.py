@@ -1,7 +1,7 @@
 """Memory of training as it is estimated, and as it is: `python jobs/bench_estimate.py` prints one table.
 
 One job: for some settings, hold the estimate that `hrm-ray arch-summary` and `train --dry-run` print against what
-resident memory rises by in a process that trains with them. tests/unit/test_rehearse.py asserts it for a larger grid.
+resident memory rises by in a process that trains with them. tests/unit/test_memory_estimate.py covers a larger grid.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from timing import machine, run_quietly, table
 from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.resolve import resolve_task
 from hrm_ray.train.assemble import model_config
-from hrm_ray.train.rehearse import MemoryAccount, rehearse
+from hrm_ray.train.memory_estimate import MemoryAccount, memory_estimate
 
 _SIZE = ("--task", "lm", "--hidden-size", "256", "--num-heads", "4", "--num-layers", "4", "--max-seq-len", "256")
 _TEXT = (*_SIZE, "--batch-size", "16", "--no-moe", "--no-amp", "--no-gradient-checkpointing")
@@ -65,7 +65,7 @@ def estimated(case: Case) -> MemoryAccount:
     options = case.options
     task: Any = options["--task"]
     settings = resolve_task(load_settings(options), task, int(options["--max-seq-len"]))
-    return rehearse(settings, model_config(settings, case.vocab_size))
+    return memory_estimate(settings, model_config(settings, case.vocab_size))
 
 
 def measured_bytes(case: Case) -> int:

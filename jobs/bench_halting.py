@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hrm_ray.data.packing import TextSamples
-from hrm_ray.data.text_data import TextFolder, TextPlan
+from hrm_ray.data.text_data import TextDataDir, TextPlan
 from hrm_ray.errors import Fault, SettingsError
 from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.layers import Context
@@ -27,7 +27,7 @@ from hrm_ray.model.losses import softmax_cross_entropy
 from hrm_ray.model.scope import text_scope
 from hrm_ray.train.bundle import open_bundle
 from hrm_ray.train.microbatch import to_batch, wanted_columns
-from hrm_ray.values import IGNORE_LABEL
+from hrm_ray.types import IGNORE_LABEL
 
 
 def segment_losses(model: ActV1, samples: TextSamples, rows: int) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ def main() -> None:
         reason = "it was trained without held-out data"
         print(SettingsError(Fault(str(said.bundle), reason, "Train with --val-split or --eval-file")), file=sys.stderr)
         raise SystemExit(2)
-    samples = TextSamples(TextFolder(opened.run_dir.data).read_evaluation(text.evaluation), text.form)
+    samples = TextSamples(TextDataDir(opened.run_dir.data).read_evaluation(text.evaluation), text.form)
     losses, scores = segment_losses(cast(ActV1, opened.model), samples, said.rows)
     margin = float(opened.training_args["settings"]["model"]["halt_margin"])
     figures = rules(losses, scores, margin)

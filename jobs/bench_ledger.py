@@ -89,7 +89,7 @@ class Bench:
                 self.measure()
             self.commit()
 
-    def go_back(self) -> None:
+    def rewind_to(self) -> None:
         """Undo the newest round."""
         head = self.ledger.head
         self.trained -= 0 if head is None else head.sequences // SEQUENCES
@@ -108,7 +108,7 @@ def calls_in_turn(benches: list[Bench], claims: int, rounds: int) -> dict[str, l
             (CLAIM, claim, 1e6 / claims, False),
             ("measure, CPU us", measure, 1e6 / claims, False),
             ("checkpoint, ms", commit, 1e3, True),
-            ("going back, ms", [bench.go_back for bench in benches], 1e3, True),
+            ("going back, ms", [bench.rewind_to for bench in benches], 1e3, True),
             ("claim again, CPU us", claim, 1e6 / claims, False),
         ):
             by_size = taken.setdefault(name, [[] for _ in benches])
@@ -144,11 +144,11 @@ def adding(folder: Path, chunks: int) -> dict[str, float]:
         at_once = spent(lambda: ledger.add_blocks(blocks)).wall_s
     with open_ledger(folder / "one_by_one.sqlite") as ledger:
 
-        def one_by_one() -> None:
+        def per_parameter() -> None:
             for block in blocks:
                 ledger.add_blocks([block])
 
-        return {"at_once_s": at_once, "one_by_one_s": spent(one_by_one).wall_s, "blocks": len(blocks)}
+        return {"at_once_s": at_once, "one_by_one_s": spent(per_parameter).wall_s, "blocks": len(blocks)}
 
 
 def looking(bench: Bench) -> dict[str, float]:

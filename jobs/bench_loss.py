@@ -17,7 +17,7 @@ from timing import in_turn, machine, plain, summary, table
 from torch import Tensor
 
 from hrm_ray.model.scoring import SCORES_BYTES, score_tokens
-from hrm_ray.train.live_bytes import LiveBytes
+from hrm_ray.train.storage_tracker import StorageTracker
 
 WHOLE = 2**62
 """Bytes of scores that no sequence reaches."""
@@ -44,7 +44,7 @@ def work(tokens: int, vocabulary: int, hidden_size: int, bytes_at_once: int) -> 
 
 def peak_bytes(once: Callable[[], None], head: Tensor) -> int:
     """The most bytes alive besides the head and its gradient."""
-    with LiveBytes() as watch:
+    with StorageTracker() as watch:
         watch.name("head", [head])
         once()
         assert head.grad is not None

@@ -25,7 +25,7 @@ from hrm_ray.model.layers import FeedForward
 from hrm_ray.model.moe import MixtureOfExperts
 from hrm_ray.model.router_losses import RouterLosses, router_terms
 from hrm_ray.model.routing import Routing
-from hrm_ray.spinning import spin_briefly
+from hrm_ray.openmp import limit_openmp_spin
 from hrm_ray.train.world import World
 
 MARK = 1.5
@@ -181,7 +181,7 @@ def options() -> argparse.Namespace:
 def main() -> None:
     said = options()
     as_the_command = dict(os.environ)
-    spin_briefly(as_the_command)
+    limit_openmp_spin(as_the_command)
     if as_the_command != dict(os.environ):
         # How OpenMP's threads wait is read when torch is loaded: begin again as the command hrm-ray would.
         sys.exit(subprocess.run([sys.executable, *sys.argv], env=as_the_command, check=False).returncode)

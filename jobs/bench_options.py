@@ -22,7 +22,7 @@ from timing import Summary, hrm_ray_command, in_turn, machine, plain, summary, t
 from torch import Tensor
 
 from hrm_ray.data.packing import TextSamples
-from hrm_ray.data.text_data import TextFolder, TextPlan
+from hrm_ray.data.text_data import TextDataDir, TextPlan
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import HrmRayError
 from hrm_ray.model.config import ModelConfig
@@ -30,12 +30,12 @@ from hrm_ray.rundir import RunDir, read_json
 from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.resolve import resolve_task
 from hrm_ray.train.assemble import assemble, model_config
-from hrm_ray.train.live_bytes import LiveBytes, storage_bytes
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.optimizer_state import optimizer_bytes
+from hrm_ray.train.storage_tracker import StorageTracker, storage_bytes
 from hrm_ray.train.strategies.single import SingleStrategy
 from hrm_ray.train.world import World
-from hrm_ray.values import SampleSet
+from hrm_ray.types import SampleSet
 
 SIZE = ("--hidden-size", "128", "--num-heads", "4", "--max-seq-len", "128", "--batch-size", "8")
 """The model and the micro-batch that are measured, unless told otherwise."""
@@ -104,7 +104,7 @@ def account(loop: TrainingLoop) -> Account:
     optimizer = strategy.optimizer
     weights = [*objective.parameters(), *objective.buffers()]
     reduce, gradients = strategy.reduce, [0]
-    watch = LiveBytes()
+    watch = StorageTracker()
 
     def reduce_and_name() -> None:
         found = [p.grad for p in objective.parameters() if p.grad is not None]
@@ -167,7 +167,7 @@ def prepare(folder: Path, corpus: Path | None, size: tuple[str, ...], device: st
     data = read_json(run_dir.training_args)["data"]
     config = ModelConfig.from_plain(read_json(run_dir.config), str(run_dir.config))
     plan = TextPlan.from_plain(data)
-    maker = TextFolder(run_dir.data).maker(
+    maker = TextDataDir(run_dir.data).maker(
         plan.cut, plan.source, TextTokenizer.load(run_dir.root), pairs=False, writes=False
     )
     chunk = maker.made(0)

@@ -112,7 +112,7 @@ def test_imports_point_down(path: Path) -> None:
         ("def f():\n    from torch import nn", "hrm_ray.data.order"),
         ("import torch", "hrm_ray.cli.train"),
         ("from hrm_ray.settings.tree import RunSettings", "hrm_ray.errors"),
-        ("from hrm_ray import cli", "hrm_ray.orchestration.gang"),
+        ("from hrm_ray import cli", "hrm_ray.orchestration.worker_group"),
         ("from hrm_ray.data.order import Order", "hrm_ray.ledger.owner"),
         ("from hrm_ray.ledger import Ledger", "hrm_ray.data.readers"),
         ("import torch", "hrm_ray.ledger.export"),
@@ -127,7 +127,7 @@ def test_a_wrong_import_is_found(source: str, module: str) -> None:
     [
         ("def f():\n    import torch", "hrm_ray.cli.train"),
         ("import torch", "hrm_ray.cli.solve"),
-        ("import ray", "hrm_ray.orchestration.gang"),
+        ("import ray", "hrm_ray.orchestration.worker_group"),
         ("from hrm_ray.settings.tree import RunSettings", "hrm_ray.model.config"),
         ("from hrm_ray.model import config", "hrm_ray.train.assemble"),
     ],

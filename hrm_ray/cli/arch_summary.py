@@ -68,7 +68,7 @@ def _print_summary(settings: RunSettings, vocab_size: int, as_json: bool) -> Non
     from hrm_ray.launch.fallbacks import settle_memory_options
     from hrm_ray.model.describe import summarise
     from hrm_ray.train.assemble import model_config
-    from hrm_ray.train.rehearse import rehearse
+    from hrm_ray.train.memory_estimate import memory_estimate
 
     # Nothing is computed: the device need not be here, and what it has of its own is only what offloading leaves it.
     device = "cuda" if settings.cluster.device == "cuda" else "cpu"
@@ -76,7 +76,7 @@ def _print_summary(settings: RunSettings, vocab_size: int, as_json: bool) -> Non
     for note in notes:
         print(f"warning: {note}", file=sys.stderr)
     config = model_config(settings, vocab_size)
-    summary, account = summarise(config), rehearse(settings, config, device)
+    summary, account = summarise(config), memory_estimate(settings, config, device)
     if as_json:
         print(json.dumps(summary.to_plain() | {"memory": account.to_plain()}, indent=2))
         return

@@ -41,9 +41,9 @@ def parse_arguments(words: Sequence[str], own: Mapping[str, bool], takes_alone: 
             if len(found.alone) < takes_alone:
                 found.alone.append(word)
                 continue
-            mend = "Options begin with --; put text with spaces in quotation marks"
+            hint = "Options begin with --; put text with spaces in quotation marks"
             only = "options only" if not takes_alone else f"options and {takes_alone} other word"
-            found.faults.append(Fault(word, f"stands alone, and this command takes {only}", mend))
+            found.faults.append(Fault(word, f"stands alone, and this command takes {only}", hint))
             continue
         name, equals, text = word.partition("=")
         value: str | bool = text if equals else True

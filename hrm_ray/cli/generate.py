@@ -12,7 +12,7 @@ import torch
 
 from hrm_ray.cli.used_model import opened
 from hrm_ray.data.tokenizer import TextTokenizer
-from hrm_ray.errors import DataFault, Fault, SettingsError
+from hrm_ray.errors import DataError, Fault, SettingsError
 from hrm_ray.model.generate import Sampling, generate
 from hrm_ray.rundir import RunDir
 
@@ -37,13 +37,13 @@ def run_generate(
     model = opened(bundle, device)
     config = model.config
     if config.task != "lm":
-        raise DataFault(Fault(str(bundle), "this model solves puzzles", "Use `hrm-ray solve` with it"))
+        raise DataError(Fault(str(bundle), "this model solves puzzles", "Use `hrm-ray solve` with it"))
     if adaptive and (config.arch != "actv1" or config.halt_rule == "none" or config.halt_max_steps == 1):
         reason = "this model has no trained halting head for text"
         raise SettingsError(Fault("--adaptive", reason, "Leave it out, or train with --halt-rule gain"))
     tokenizer_file = RunDir(bundle).tokenizer
     if not tokenizer_file.is_file():
-        raise DataFault(Fault(str(tokenizer_file), "the bundle has no tokenizer", "Give a whole bundle"))
+        raise DataError(Fault(str(tokenizer_file), "the bundle has no tokenizer", "Give a whole bundle"))
     tokenizer = TextTokenizer.load(bundle)
     ids = [int(token) for token in tokenizer.encode(prompt)] or [tokenizer.end_of_text_id]
     kept = len(ids[-config.seq_len :])

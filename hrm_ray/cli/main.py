@@ -1,7 +1,7 @@
 """The command `hrm-ray`: its sub-commands, and the way in.
 
 One job: say which commands and options there are. Each body imports what it needs, so that help and completion load
-neither torch nor Ray. Errors become exit codes in `edge`.
+neither torch nor Ray. Errors become exit codes in `error_handler`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import typer
 from typer.main import get_command
 
 from hrm_ray import __version__
-from hrm_ray.cli.edge import Ended, exit_code_of
-from hrm_ray.spinning import spin_briefly
+from hrm_ray.cli.error_handler import Aborted, exit_code_of
+from hrm_ray.openmp import limit_openmp_spin
 
 DeviceChoice: TypeAlias = Literal["auto", "cpu", "cuda", "xpu", "mps"]
 Difficulty: TypeAlias = Literal["any", "easy", "medium", "hard"]
@@ -43,7 +43,7 @@ FLAT_OPTIONS: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_option
 """For commands whose options are the settings tree's: all words are handed on, `--help` included."""
 
 
-def carried(command: Callable[..., int]) -> Callable[..., int]:
+def command(command: Callable[..., int]) -> Callable[..., int]:
     """Brings what a command raises past Typer to the edge, unchanged; interrupts and broken pipes above all."""
 
     @wraps(command)
@@ -51,13 +51,13 @@ def carried(command: Callable[..., int]) -> Callable[..., int]:
         try:
             return command(*args, **kwargs)
         except (KeyboardInterrupt, EOFError, OSError) as error:
-            raise Ended from error
+            raise Aborted from error
 
     return run
 
 
 @app.command(context_settings=FLAT_OPTIONS)
-@carried
+@command
 def train(ctx: typer.Context) -> int:
     """Train a model; `hrm-ray train --help` lists all options by section."""
     from hrm_ray.cli.train import train_command
@@ -66,7 +66,7 @@ def train(ctx: typer.Context) -> int:
 
 
 @app.command(name="train-actv1", context_settings=FLAT_OPTIONS)
-@carried
+@command
 def train_actv1(ctx: typer.Context) -> int:
     """The same as train, under its older name."""
     from hrm_ray.cli.train import train_command
@@ -75,7 +75,7 @@ def train_actv1(ctx: typer.Context) -> int:
 
 
 @app.command(name="arch-summary", context_settings=FLAT_OPTIONS)
-@carried
+@command
 def arch_summary(ctx: typer.Context) -> int:
     """Parameters by part, memory and FLOPs per token of an architecture, without training."""
     from hrm_ray.cli.arch_summary import arch_summary_command
@@ -84,7 +84,7 @@ def arch_summary(ctx: typer.Context) -> int:
 
 
 @app.command()
-@carried
+@command
 def generate(
     bundle: Annotated[Path, typer.Argument(help="Folder of a trained bundle.")],
     prompt: Annotated[str, typer.Option(help="Text to go on from.")],
@@ -113,7 +113,7 @@ def generate(
 
 
 @app.command()
-@carried
+@command
 def solve(
     bundle: Annotated[Path, typer.Argument(help="Folder of a trained bundle.")],
     puzzles: Annotated[
@@ -142,7 +142,7 @@ def solve(
 
 
 @app.command()
-@carried
+@command
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Bundles or metrics.jsonl files.")],
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("loss.png"),
@@ -161,7 +161,7 @@ ExpertsDir: TypeAlias = Annotated[
 
 
 @expert_app.command("list")
-@carried
+@command
 def expert_list(
     experts_dir: ExpertsDir = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -173,7 +173,7 @@ def expert_list(
 
 
 @expert_app.command("put")
-@carried
+@command
 def expert_put(
     identifier: Annotated[str, typer.Argument(metavar="ID", help="Name of a stored expert.")],
     into: Annotated[Path, typer.Option(help="Bundle to put it into; it stays as it is.")],
@@ -190,7 +190,7 @@ LedgerRun: TypeAlias = Annotated[Path, typer.Argument(metavar="RUN", help="Folde
 
 
 @ledger_app.command("show")
-@carried
+@command
 def ledger_show(
     run: LedgerRun,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all of it to this file, as JSON.")] = None,
@@ -202,7 +202,7 @@ def ledger_show(
 
 
 @ledger_app.command("verify")
-@carried
+@command
 def ledger_verify(run: LedgerRun) -> int:
     """Check that a run's ledger holds; exit code 1, with each violation named, where it does not."""
     from hrm_ray.cli.ledger import run_verify
@@ -211,7 +211,7 @@ def ledger_verify(run: LedgerRun) -> int:
 
 
 @data_app.command("inspect", context_settings=FLAT_OPTIONS)
-@carried
+@command
 def data_inspect(ctx: typer.Context) -> int:
     """What the reader sees of a data set, in seconds: format, rows, blocks, chunks, tokens, bad rows, samples."""
     from hrm_ray.cli.inspect import inspect_command
@@ -220,7 +220,7 @@ def data_inspect(ctx: typer.Context) -> int:
 
 
 @build_app.command("sudoku")
-@carried
+@command
 def data_build_sudoku(
     out: Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")],
     size: Annotated[int, typer.Option(help="4, 6 or 9 cells to a side.")] = 9,
@@ -249,7 +249,7 @@ def data_build_sudoku(
 
 
 @build_app.command("maze")
-@carried
+@command
 def data_build_maze(
     out: Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")],
     size: Annotated[int, typer.Option(help="Cells to a side, 5 to 30.")] = 30,
@@ -280,7 +280,7 @@ def data_build_maze(
 
 
 @build_app.command("arc")
-@carried
+@command
 def data_build_arc(
     tasks: Annotated[Path, typer.Argument(metavar="FOLDER", help="ARC tasks, a .json file each; folders below too.")],
     out: Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")],
@@ -295,7 +295,7 @@ def data_build_arc(
 
 
 @build_app.command("text")
-@carried
+@command
 def data_build_text(
     out: Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")],
     max_bytes: Annotated[int | None, typer.Option(help="End the corpus before it passes this size.")] = None,
@@ -325,7 +325,7 @@ def about(
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
-    spin_briefly(os.environ)
+    limit_openmp_spin(os.environ)
     command = get_command(app)
     given = list(sys.argv[1:] if words is None else words) or ["--help"]
     sys.exit(exit_code_of(lambda: command.main(given, prog_name="hrm-ray", standalone_mode=False)))

@@ -13,22 +13,22 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from hrm_ray.cli.edge import reader_is_gone
+from hrm_ray.cli.error_handler import reader_is_gone
 from hrm_ray.launch import local
-from hrm_ray.launch.draft import Draft, draft
-from hrm_ray.launch.identity import find_stored, never_trained
-from hrm_ray.launch.identity import stored_settings as read_stored
-from hrm_ray.launch.in_use import in_use
 from hrm_ray.launch.memory_bounds import gigabytes
 from hrm_ray.launch.plan import make_plan
 from hrm_ray.launch.preflight import needed_memory
-from hrm_ray.launch.read_through import read_through
+from hrm_ray.launch.resolve import ResolvedRun, resolve
 from hrm_ray.launch.resources import WORKER_MEMORY_BYTES
+from hrm_ray.launch.run_directory import find_stored, never_trained
+from hrm_ray.launch.run_directory import stored_settings as read_stored
+from hrm_ray.launch.run_lock import run_lock
+from hrm_ray.launch.scan_data import scan_data
 from hrm_ray.launch.stopping import StopWatch
 from hrm_ray.metrics.console import ConsoleSink
 from hrm_ray.model.describe import count_parameters
 from hrm_ray.settings.tree import RunSettings, to_dotted
-from hrm_ray.values import MetricSink, Outcome, StopPoll, StopReason
+from hrm_ray.types import MetricSink, RunResult, StopPoll, StopReason
 
 
 def stored_settings(where: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,33 +39,33 @@ def stored_settings(where: Mapping[str, Any]) -> dict[str, Any]:
 def run_train(settings: RunSettings, dry_run: bool) -> int:
     """Train, or with `dry_run` only say what would be done; gives the exit code."""
     with StopWatch(settings.run.stop_file) as watch:
-        drafted = draft(settings)
-        _say(describe(drafted))
+        resolved = resolve(settings)
+        _say(describe(resolved))
         if dry_run:
-            print("".join(f"warning {note}\n" for note in drafted.notes), end="")
-            print("\n".join(f"  {key} = {value}" for key, value in to_dotted(drafted.settings).items()))
-            print(describe_memory(drafted))
-            print(read_through(drafted))
+            print("".join(f"warning {note}\n" for note in resolved.notes), end="")
+            print("\n".join(f"  {key} = {value}" for key, value in to_dotted(resolved.settings).items()))
+            print(describe_memory(resolved))
+            print(scan_data(resolved))
             print("dry run: nothing was started or written")
             return 0
-        outcome = _trained(drafted, watch)
-    _say(farewell(outcome, settings.run.stop_file))
-    return outcome.reason.exit_code
+        result = _trained(resolved, watch)
+    _say(summary(result, settings.run.stop_file))
+    return result.reason.exit_code
 
 
-def _trained(drafted: Draft, watch: StopWatch) -> Outcome:
+def _trained(resolved: ResolvedRun, watch: StopWatch) -> RunResult:
     """Plan and launch, alone in the bundle."""
-    run_dir = drafted.identity.run_dir
+    run_dir = resolved.location.run_dir
     with ExitStack() as held:
-        if drafted.identity.continues:
-            held.enter_context(in_use(run_dir))
-        plan = make_plan(drafted)
-        if not drafted.identity.continues:
-            held.enter_context(in_use(run_dir))
+        if resolved.location.continues:
+            held.enter_context(run_lock(run_dir))
+        plan = make_plan(resolved)
+        if not resolved.location.continues:
+            held.enter_context(run_lock(run_dir))
         watch.begin()
-        sink = ConsoleSink(sys.stdout, drafted.settings.run.step_limit)
+        sink = ConsoleSink(sys.stdout, resolved.settings.run.step_limit)
         try:
-            return _launch(drafted.devices.launcher, plan, sink, watch.poll)
+            return _launch(resolved.devices.launcher, plan, sink, watch.poll)
         finally:
             sink.close()
             held.close()
@@ -83,22 +83,22 @@ def _say(text: str) -> None:
             raise
 
 
-def _launch(launcher: str, plan: dict[str, Any], sink: MetricSink, stop: StopPoll) -> Outcome:
+def _launch(launcher: str, plan: dict[str, Any], sink: MetricSink, stop: StopPoll) -> RunResult:
     if launcher == "local":
         return local.run(plan, sink=sink, stop=stop)
-    from hrm_ray.orchestration import gang
+    from hrm_ray.orchestration import worker_group
 
-    return gang.run(plan, sink=sink, stop=stop)
+    return worker_group.run(plan, sink=sink, stop=stop)
 
 
-def describe(drafted: Draft) -> str:
+def describe(resolved: ResolvedRun) -> str:
     """What is about to be trained, on what, where."""
-    settings, facts, devices = drafted.settings, drafted.facts, drafted.devices
-    parameters = count_parameters(drafted.config)
+    settings, facts, devices = resolved.settings, resolved.facts, resolved.devices
+    parameters = count_parameters(resolved.config)
     active = f" ({parameters.active:,} active per token)" if parameters.idle else ""
-    most = "" if drafted.vocab_is_certain else "up to "
-    vocabulary = f"vocabulary {most}{drafted.config.vocab_size}"
-    if not drafted.vocab_is_certain and settings.data.auto_vocab_size:
+    most = "" if resolved.vocab_is_certain else "up to "
+    vocabulary = f"vocabulary {most}{resolved.config.vocab_size}"
+    if not resolved.vocab_is_certain and settings.data.auto_vocab_size:
         most = "from "
         vocabulary = f"vocabulary {settings.data.min_vocab_size} to {settings.data.max_vocab_size}, as the data bears"
     chosen = settings.optimizer
@@ -107,40 +107,40 @@ def describe(drafted: Draft) -> str:
     skipped = f", {facts.skipped_files} other file(s) not read" if facts.skipped_files else ""
     lines = [
         f"data    {facts.path} ({facts.task}, {size} in {facts.files} file(s){skipped})",
-        f"model   {drafted.config.arch}, {most}{parameters.total:,} parameters{active}, "
-        f"sequence {drafted.config.seq_len}, {vocabulary}",
+        f"model   {resolved.config.arch}, {most}{parameters.total:,} parameters{active}, "
+        f"sequence {resolved.config.seq_len}, {vocabulary}",
         f"batch   {chosen.batch_size} x {chosen.gradient_accumulation_steps} accumulated x {devices.world_size} "
         f"worker(s) = {effective}",
         f"place   {devices.launcher} launcher, {devices.device}, {devices.threads} thread(s) a worker",
-        f"bundle  {drafted.identity.run_dir.root}",
+        f"bundle  {resolved.location.run_dir.root}",
     ]
     if settings.run.expert_id is not None:
         index = settings.model.expert_index
         lines.append(f"expert  {settings.run.expert_id}: number {index} of every block is trained, all else is frozen")
-    if drafted.identity.checkpoint is not None:
-        lines.append(f"resume  {drafted.identity.checkpoint}")
+    if resolved.location.checkpoint is not None:
+        lines.append(f"resume  {resolved.location.checkpoint}")
     return "\n".join(lines)
 
 
-def describe_memory(drafted: Draft) -> str:
+def describe_memory(resolved: ResolvedRun) -> str:
     """What each worker will take of memory, found by a rehearsal of its update (some seconds)."""
-    account = needed_memory(drafted.settings, drafted.config, drafted.devices.device)
+    account = needed_memory(resolved.settings, resolved.config, resolved.devices.device)
     process = gigabytes(WORKER_MEMORY_BYTES)
     lines = [f"memory  of each worker {account.as_text()}, and about {process} for Python and PyTorch"]
-    if drafted.devices.device == "cpu" and drafted.keep_freed_memory:
+    if resolved.devices.device == "cpu" and resolved.keep_freed_memory:
         lines.append("        there is room to keep freed memory, which is faster and takes up to three times as much")
     return "\n".join(lines)
 
 
-def farewell(outcome: Outcome, stop_file: Path | None) -> str:
+def summary(result: RunResult, stop_file: Path | None) -> str:
     """How the run ended, its last held-out figures, and what can be done next."""
-    lines = [f"ended   {outcome.reason.value} at step {outcome.step}, epoch {outcome.epoch}"]
-    if outcome.figures:
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in outcome.figures.items())
+    lines = [f"ended   {result.reason.value} at step {result.step}, epoch {result.epoch}"]
+    if result.figures:
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in result.figures.items())
         lines.append(f"held out  {shown}")
-    lines.append(f"bundle  {outcome.bundle}")
-    if outcome.reason is not StopReason.FINISHED:
-        lines.append(f"resume  hrm-ray train --bundle-dir {shlex.quote(outcome.bundle)} --resume")
-    if outcome.reason is StopReason.STOP_FILE:
+    lines.append(f"bundle  {result.bundle}")
+    if result.reason is not StopReason.FINISHED:
+        lines.append(f"resume  hrm-ray train --bundle-dir {shlex.quote(result.bundle)} --resume")
+    if result.reason is StopReason.STOP_FILE:
         lines.append(f"        (remove {stop_file} first)")
     return "\n".join(lines)

@@ -10,11 +10,11 @@ import os
 from collections.abc import Iterable, Iterator
 
 from hrm_ray.data.chunks import CHUNK_TEXT_BYTES, Corpus
+from hrm_ray.data.file_systems import absolute, is_local
 from hrm_ray.data.inspection.columns import TableFacts
 from hrm_ray.data.inspection.figures import Figure
 from hrm_ray.data.inspection.puzzles import PuzzleSetFacts
 from hrm_ray.data.inspection.text import BYTES_PER_TOKEN, TextFacts
-from hrm_ray.data.places import absolute, is_local
 from hrm_ray.data.splits import WHOLE
 
 _ROW_WIDTH, _NAMES, _COLUMNS = 100, 12, 30

@@ -16,11 +16,11 @@ import numpy.typing as npt
 from hrm_ray.cli.used_model import opened
 from hrm_ray.data.puzzles.format import PuzzleFacts
 from hrm_ray.data.puzzles.samples import open_puzzles, puzzle_splits
-from hrm_ray.errors import DataFault, Fault, SettingsError
+from hrm_ray.errors import DataError, Fault, SettingsError
 from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.solve import Answers, solve
 from hrm_ray.rundir import RunDir, read_json
-from hrm_ray.values import IGNORE_LABEL, Columns
+from hrm_ray.types import IGNORE_LABEL, Columns
 
 _BATCH = 256
 
@@ -41,7 +41,7 @@ def run_solve(
         raise SettingsError(Fault("PUZZLE or --file", "exactly one of them is needed", "Give puzzles, or --file PATH"))
     model = opened(bundle, device)
     if model.config.task != "puzzle":
-        raise DataFault(Fault(str(bundle), "this model writes text", "Use `hrm-ray generate` with it"))
+        raise DataError(Fault(str(bundle), "this model writes text", "Use `hrm-ray generate` with it"))
     facts = _facts(bundle)
     columns = _from_file(file, split, facts, limit) if file is not None else _from_words(puzzles[:limit], facts)
     right = known = 0

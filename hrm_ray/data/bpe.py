@@ -13,7 +13,7 @@ from itertools import islice
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from hrm_ray.data.tokenizer import END_OF_TEXT, PAD, TextTokenizer
-from hrm_ray.errors import DataFault, Fault, SettingsError
+from hrm_ray.errors import DataError, Fault, SettingsError
 
 MARKS = (END_OF_TEXT, PAD)
 LEAST_VOCABULARY = 256 + len(MARKS)
@@ -49,7 +49,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int, examples: int, least_co
 
     Two tokens are merged while they stand side by side at least `least_count` times. Where the data offers fewer
     merges than asked for, the vocabulary is smaller: see `vocab_size` of the result. Raises SettingsError for a
-    vocabulary that cannot hold all bytes, DataFault for documents without text.
+    vocabulary that cannot hold all bytes, DataError for documents without text.
     """
     if vocab_size < LEAST_VOCABULARY:
         reason = f"256 bytes and {len(MARKS)} marks need {LEAST_VOCABULARY}"
@@ -69,7 +69,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int, examples: int, least_co
     sample = _Measured(documents, examples)
     backend.train_from_iterator(iter(sample), trainer=trainer)
     if not sample.bytes:
-        raise DataFault(Fault("tokenizer", "the documents to train it on hold no text", "Give data with text in it"))
+        raise DataError(Fault("tokenizer", "the documents to train it on hold no text", "Give data with text in it"))
     return TextTokenizer(backend, END_OF_TEXT, PAD)
 
 

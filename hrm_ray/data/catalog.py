@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from hrm_ray.data.parts import Part
-from hrm_ray.errors import DataFault, Fault
+from hrm_ray.errors import DataError, Fault
 
 CHANGED = "Put the earlier data back, or start a new run with --student-init from this one"
 """What to do about data that is not what a run was trained on."""
@@ -23,7 +23,7 @@ _END = "end"
 
 
 @dataclass(frozen=True)
-class Place:
+class RowPosition:
     """Where a row stands: number of its part, of the row in the part, and the mark that reading can begin at."""
 
     part: int
@@ -41,7 +41,7 @@ class ChunkStart:
     chunk: int
     block_rows: int
     first_row: int
-    place: Place
+    place: RowPosition
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Catalog:
     def __init__(self, path: Path, *, writes: bool) -> None:
         """Opens the file `path`, or begins it. One process `writes`; what the others find they keep to themselves.
 
-        Raises DataFault where the file is not what was written.
+        Raises DataError where the file is not what was written.
         """
         self._path = path
         self._writes = writes
@@ -96,7 +96,7 @@ class Catalog:
         return self._entries[number] if number < len(self._entries) else None
 
     def add(self, entry: ChunkEntry) -> None:
-        """Take an entry that reading has found. Raises DataFault where the corpus has changed since it was known."""
+        """Take an entry that reading has found. Raises DataError where the corpus has changed since it was known."""
         known = self.get(entry.number)
         if known is not None:
             if known != entry:
@@ -155,17 +155,17 @@ class Catalog:
                     self.ended = True
                     continue
                 (own, block, chunk, block_rows, first_row, place), *rest = values
-                start = ChunkStart(own, block, chunk, block_rows, first_row, Place(*place))
+                start = ChunkStart(own, block, chunk, block_rows, first_row, RowPosition(*place))
                 entry = ChunkEntry(start, *rest)
             except (ValueError, TypeError) as error:
-                mend = "Delete the bundle's folder data/; it is made again"
-                raise DataFault(
-                    Fault(f"{self._path}:{number}", f"this is no entry of a catalog ({error})", mend)
+                hint = "Delete the bundle's folder data/; it is made again"
+                raise DataError(
+                    Fault(f"{self._path}:{number}", f"this is no entry of a catalog ({error})", hint)
                 ) from error
             if entry.number > len(self._entries) or (known := self.get(entry.number)) not in (None, entry):
                 reason = f"chunk {entry.number} stands where chunk {len(self._entries)} should"
-                mend = "Delete the bundle's folder data/; it is made again"
-                raise DataFault(Fault(f"{self._path}:{number}", reason, mend))
+                hint = "Delete the bundle's folder data/; it is made again"
+                raise DataError(Fault(f"{self._path}:{number}", reason, hint))
             # Said twice by two processes that found it both, it is known once.
             if known is None:
                 self._entries.append(entry)
@@ -174,7 +174,7 @@ class Catalog:
 def check_parts(stored: Sequence[Part], now: Sequence[Part]) -> list[int]:
     """Numbers of the parts whose content may have changed since `stored` was listed: their stamps differ.
 
-    Raises DataFault where a part is new, gone, or of another size. A corpus of one file may have another name now.
+    Raises DataError where a part is new, gone, or of another size. A corpus of one file may have another name now.
     """
     alone = len(stored) == len(now) == 1
     for before, after in zip(stored, now, strict=False):
@@ -204,6 +204,6 @@ def touching(entries: Sequence[ChunkEntry], parts: Iterable[int], count: int) ->
     return found
 
 
-def changed(what: str, how: str) -> DataFault:
+def changed(what: str, how: str) -> DataError:
     """The refusal of a corpus that is not the one of the catalog."""
-    return DataFault(Fault(what, f"the corpus is not what the run was trained on: {how}", CHANGED))
+    return DataError(Fault(what, f"the corpus is not what the run was trained on: {how}", CHANGED))

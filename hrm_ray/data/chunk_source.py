@@ -1,6 +1,6 @@
 """Tokenised chunks in the order of an epoch, made just in time.
 
-One job: ChunkSource, what a feed of text reads from, and the one that reads in this process: chunks are read, tokenised
+ChunkSource is what a text loader reads from; LocalChunks reads in this process: chunks are read, tokenised
 and kept ahead of the training in a thread (the tokenizer computes outside Python's lock), at most a few of them at a
 time. It cuts no rows: see stream.py.
 """
@@ -47,7 +47,7 @@ class ChunkSource(Protocol):
         """The chunks from `position` on to the epoch's end. Close it when it is not read to its end."""
 
 
-class ChunkMaker:
+class ChunkPipeline:
     """Makes tokenised chunks, with the catalog and the cache; in one thread at a time."""
 
     def __init__(
@@ -63,7 +63,7 @@ class ChunkMaker:
     def made(self, number: int) -> Chunk | None:
         """Chunk `number`, None where the corpus has no such chunk; what lies before it and is not known is read.
 
-        Raises DataFault for a bad row, or a corpus that has changed.
+        Raises DataError for a bad row, or a corpus that has changed.
         """
         entry = self.catalog.get(number)
         if entry is not None:
@@ -159,7 +159,7 @@ class ChunkMaker:
 
 
 @dataclass(frozen=True)
-class Turn:
+class ChunkSlot:
     """Which chunk stands at a position of an epoch, and whether a block ends with it (None: as its entry says)."""
 
     position: int
@@ -173,7 +173,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class EpochRule:
+class EpochOrder:
     """In which order epochs take the chunks of a corpus: that of the corpus, or `shuffled` by (seed, epoch).
 
     The first epoch leaves out the chunks before number `start`.
@@ -183,22 +183,22 @@ class EpochRule:
     shuffled: bool
     start: int = 0
 
-    def turns(self, catalog: Catalog, epoch: int, position: int) -> Iterator[Turn]:
+    def slots(self, catalog: Catalog, epoch: int, position: int) -> Iterator[ChunkSlot]:
         """The turns of chunks from a position of the epoch on. In the order of the corpus they go on without end; a
         shuffled epoch needs a catalog that has ended."""
         first = self.start if epoch == 0 else 0
         if not self.shuffled:
             for number in count(max(position, first)):
-                yield Turn(number, number, None)
+                yield ChunkSlot(number, number, None)
             return
         order = ChunkOrder(self.seed, epoch, catalog.block_sizes())
-        last: Turn | None = None
+        last: ChunkSlot | None = None
         for place in range(position, len(order)):
             number, ends_block = order.at(place)
             if number >= first:
                 if last is not None:
                     yield last
-                last = Turn(place, number, False)
+                last = ChunkSlot(place, number, False)
             # A block ends with the last of its chunks that is taken, which need not be the last of all.
             if ends_block and last is not None:
                 yield replace(last, ends_block=True)
@@ -210,31 +210,31 @@ class LocalChunks:
 
     shared = False
 
-    def __init__(self, maker: ChunkMaker, rule: EpochRule) -> None:
+    def __init__(self, maker: ChunkPipeline, rule: EpochOrder) -> None:
         self._maker, self._rule = maker, rule
 
     def chunks(self, epoch: int, position: int) -> Generator[Chunk, None, None]:
         """See ChunkSource. What the making raises is raised here, when its chunk is asked for."""
-        ahead = _Ahead(self._made(epoch, position))
+        ahead = _Prefetcher(self._made(epoch, position))
         try:
             yield from ahead
         finally:
             ahead.close()
 
     def _made(self, epoch: int, position: int) -> Iterator[Chunk]:
-        for turn in self._rule.turns(self._maker.catalog, epoch, position):
-            chunk = self._maker.made(turn.number)
+        for slot in self._rule.slots(self._maker.catalog, epoch, position):
+            chunk = self._maker.made(slot.number)
             if chunk is None:
                 return
-            yield turn.of(chunk)
+            yield slot.of(chunk)
 
 
-class HeldChunks:
+class InMemoryChunks:
     """All chunks of the corpus in memory, made before the first is asked for."""
 
     shared = False
 
-    def __init__(self, maker: ChunkMaker, rule: EpochRule) -> None:
+    def __init__(self, maker: ChunkPipeline, rule: EpochOrder) -> None:
         self._rule, self._catalog = rule, maker.catalog
         self._chunks: list[Chunk] = []
         while (chunk := maker.made(len(self._chunks))) is not None:
@@ -242,13 +242,13 @@ class HeldChunks:
 
     def chunks(self, epoch: int, position: int) -> Generator[Chunk, None, None]:
         """See ChunkSource."""
-        for turn in self._rule.turns(self._catalog, epoch, position):
-            if turn.number >= len(self._chunks):
+        for slot in self._rule.slots(self._catalog, epoch, position):
+            if slot.number >= len(self._chunks):
                 return
-            yield turn.of(self._chunks[turn.number])
+            yield slot.of(self._chunks[slot.number])
 
 
-class _Ahead:
+class _Prefetcher:
     """Reads an iterator in a thread, AHEAD items ahead."""
 
     def __init__(self, items: Iterator[Chunk]) -> None:

@@ -12,14 +12,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from hrm_ray.data.catalog import ChunkEntry, ChunkStart, Place
+from hrm_ray.data.catalog import ChunkEntry, ChunkStart, RowPosition
 from hrm_ray.data.parts import Part, TextSource
 from hrm_ray.data.readers import read_part
 from hrm_ray.data.rows import BadRow, Document, OnBadRow, Row
 from hrm_ray.data.streams import ReadingWatch
-from hrm_ray.errors import DataFault, Fault
+from hrm_ray.errors import DataError, Fault
 
-PlacedRow: TypeAlias = tuple[Row, Place]
+PlacedRow: TypeAlias = tuple[Row, RowPosition]
 """A row, and the place after it."""
 
 CHUNK_TEXT_BYTES = 16 << 20
@@ -61,7 +61,7 @@ class RawChunk:
     broken: tuple[Fault, ...] = ()
 
 
-FIRST = ChunkStart(0, 0, 0, 0, 0, Place(0, 0))
+FIRST = ChunkStart(0, 0, 0, 0, 0, RowPosition(0, 0))
 """The first chunk of any corpus (rows before the offset are skipped on the way to it)."""
 
 
@@ -69,7 +69,7 @@ def read_chunks(
     corpus: Corpus, start: ChunkStart = FIRST, rows: Iterable[PlacedRow] | None = None
 ) -> Iterator[RawChunk]:
     """The chunks from `start` on; none where the corpus ends there. `rows` are those of the corpus from there on,
-    where the caller has them. Raises DataFault for a bad row, unless such rows are skipped."""
+    where the caller has them. Raises DataError for a bad row, unless such rows are skipped."""
     begun = _Open(corpus, start)
     first_row = start.first_row
     for row, after in corpus_rows(corpus, start) if rows is None else rows:
@@ -85,7 +85,7 @@ def read_chunks(
             yield chunk
             begun = _Open(corpus, chunk.next)
     if begun.rows:
-        yield begun.closed(Place(len(corpus.parts), 0))
+        yield begun.closed(RowPosition(len(corpus.parts), 0))
 
 
 def corpus_rows(corpus: Corpus, start: ChunkStart = FIRST, watch: ReadingWatch | None = None) -> Iterator[PlacedRow]:
@@ -97,7 +97,7 @@ def corpus_rows(corpus: Corpus, start: ChunkStart = FIRST, watch: ReadingWatch |
         for row in read_part(part, corpus.source, from_row, mark, watch=watch):
             # A part that breaks off is over: read from behind its last row, it would break off once more.
             over = isinstance(row, BadRow) and row.ends_part
-            yield row, Place(number + 1, 0) if over else Place(number, row.row + 1, row.mark)
+            yield row, RowPosition(number + 1, 0) if over else RowPosition(number, row.row + 1, row.mark)
 
 
 class _Open:
@@ -130,7 +130,7 @@ class _Open:
         if isinstance(row, BadRow):
             if self._corpus.on_bad_row == "fail":
                 passed_over = "or pass over what cannot be read with --on-bad-row skip"
-                raise DataFault(replace(row.fault, mend=f"{row.fault.mend}, {passed_over}"))
+                raise DataError(replace(row.fault, hint=f"{row.fault.hint}, {passed_over}"))
             self._bad += 1
             if row.ends_part:
                 self._broken.append(row.fault)
@@ -149,7 +149,7 @@ class _Open:
             return
         self._documents.append(row)
 
-    def closed(self, after: Place) -> RawChunk:
+    def closed(self, after: RowPosition) -> RawChunk:
         start, full = self._start, self._block_is_full
         entry = ChunkEntry(
             start, self.rows, self._bad, self._left_out, self._text_bytes, self._digest.hexdigest(), full

@@ -19,8 +19,8 @@ from functools import lru_cache
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
-from hrm_ray.data.places import Entry, Place, split_pattern
-from hrm_ray.errors import EnvironmentFault, Fault, SettingsError
+from hrm_ray.data.file_systems import Entry, FileSystem, split_pattern
+from hrm_ray.errors import Fault, SettingsError, UnavailableError
 
 _BUFFER_BYTES = 4 << 20
 _CONNECT_S, _REQUEST_S, _RETRY_S = 10, 30, 10
@@ -32,8 +32,8 @@ _ENVIRONMENT = (
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs"}
 
 
-def cloud_of(address: str) -> Place:
-    """The place of a cloud address. Raises SettingsError for one without a bucket, EnvironmentFault where a library or
+def cloud_of(address: str) -> FileSystem:
+    """The place of a cloud address. Raises SettingsError for one without a bucket, UnavailableError where a library or
     an account is missing."""
     scheme, _, path = address.partition("://")
     bucket = path.partition("/")[0]
@@ -139,10 +139,10 @@ class _Remote(io.RawIOBase):
         super().close()
 
 
-def _unreachable(address: str, error: OSError) -> EnvironmentFault:
+def _unreachable(address: str, error: OSError) -> UnavailableError:
     said = str(error).strip().rstrip(".").partition("\n")[0]
-    mend = "Check the address, the credentials in the environment, and the network"
-    return EnvironmentFault(Fault(address, f"the cloud does not give it ({said})", mend))
+    hint = "Check the address, the credentials in the environment, and the network"
+    return UnavailableError(Fault(address, f"the cloud does not give it ({said})", hint))
 
 
 @lru_cache(maxsize=8)
@@ -196,7 +196,7 @@ def _azure(said: dict[str, str | None]) -> Any:
     account = said["AZURE_STORAGE_ACCOUNT_NAME"]
     if not account:
         reason = "an az:// address needs the name of the storage account"
-        raise EnvironmentFault(Fault("AZURE_STORAGE_ACCOUNT_NAME", reason, "Set it in the environment"))
+        raise UnavailableError(Fault("AZURE_STORAGE_ACCOUNT_NAME", reason, "Set it in the environment"))
     key, token = said["AZURE_STORAGE_ACCOUNT_KEY"], said["AZURE_STORAGE_SAS_TOKEN"]
     # Only what is given: older versions of pyarrow know no token.
     return AzureFileSystem(account, **({"account_key": key} if key else {"sas_token": token} if token else {}))
@@ -211,7 +211,7 @@ def _through_fsspec(scheme: str) -> Any:
         return PyFileSystem(FSSpecHandler(fsspec.filesystem(scheme)))
     except ImportError as error:
         reason = f"this build of pyarrow has no file system for {scheme}://, and {_PACKAGES[scheme]} is not installed"
-        raise EnvironmentFault(Fault(f"{scheme}://", reason, f"pip install {_PACKAGES[scheme]}")) from error
+        raise UnavailableError(Fault(f"{scheme}://", reason, f"pip install {_PACKAGES[scheme]}")) from error
 
 
 def _regex(pattern: str) -> re.Pattern[str]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hrm_ray.data.chunk_source import Chunk, ChunkMaker
+from hrm_ray.data.chunk_source import Chunk, ChunkPipeline
 from hrm_ray.data.chunks import Corpus, read_chunks
 from hrm_ray.data.packing import RowForm, TextSamples
-from hrm_ray.data.text_data import CorpusCut
+from hrm_ray.data.text_data import ChunkingConfig
 from hrm_ray.data.text_store import TextStore, joined, tokenise
 from hrm_ray.data.tokenizer import TextTokenizer
-from hrm_ray.errors import DataFault, Fault, SettingsError
+from hrm_ray.errors import DataError, Fault, SettingsError
 
 _OTHER_DATA = "Give data with text in it"
 COUNTED_BYTES = 16 << 20
@@ -32,7 +32,7 @@ class Sequences:
 
 
 def check_usable(corpus: Corpus) -> None:
-    """Reads to the first document with text. Raises DataFault or SettingsError where there is none."""
+    """Reads to the first document with text. Raises DataError or SettingsError where there is none."""
     rows = left_out = bad = 0
     faults: list[Fault] = []
     for chunk in read_chunks(corpus):
@@ -45,49 +45,49 @@ def check_usable(corpus: Corpus) -> None:
     name = str(corpus.source.path)
     if left_out:
         reason = f"{left_out} of {rows} rows are left out by --ascii-only, and none of the others has text"
-        raise DataFault(Fault(name, reason, "Leave out --ascii-only, or give other data"))
+        raise DataError(Fault(name, reason, "Leave out --ascii-only, or give other data"))
     if bad:
         reason = f"none of its {rows} rows has text that can be read ({faults[0].value}: {faults[0].reason})"
-        raise DataFault(Fault(name, reason, "Mend the data"))
+        raise DataError(Fault(name, reason, "Mend the data"))
     if not rows and corpus.offset:
         value = f"--dataset-start-offset {corpus.offset}"
         raise SettingsError(Fault(value, f"{name} has no row after so many", "Give a smaller one"))
-    raise DataFault(Fault(name, "it is empty, there is no text in it", _OTHER_DATA))
+    raise DataError(Fault(name, "it is empty, there is no text in it", _OTHER_DATA))
 
 
-def begin_corpus(maker: ChunkMaker, cut: CorpusCut, form: RowForm) -> Chunk:
+def begin_corpus(maker: ChunkPipeline, cut: ChunkingConfig, form: RowForm) -> Chunk:
     """The first chunk that an epoch begins with and that has a document.
 
-    Raises SettingsError for a start that is not there, or where all of the corpus is shorter than one row; DataFault
+    Raises SettingsError for a start that is not there, or where all of the corpus is shorter than one row; DataError
     where no row can be trained on.
     """
     chunk = _started(maker, cut)
     while chunk is not None and not chunk.store.documents:
         chunk = maker.made(chunk.entry.number + 1)
     if chunk is None:
-        raise DataFault(Fault(str(maker.corpus.source.path), "no document has a single token", _OTHER_DATA))
+        raise DataError(Fault(str(maker.corpus.source.path), "no document has a single token", _OTHER_DATA))
     _check_length(maker, chunk, form)
     return chunk
 
 
-def _check_length(maker: ChunkMaker, chunk: Chunk, form: RowForm) -> None:
+def _check_length(maker: ChunkPipeline, chunk: Chunk, form: RowForm) -> None:
     """A first chunk that does not fill one row is all there is, or too small to be packed without waste."""
     tokens = len(chunk.store.tokens)
     if tokens >= form.seq_len or chunk.entry.number:
         return
     if maker.made(1) is None:
         reason = f"the data has only {tokens} tokens, not one row of {form.seq_len}"
-        mend = f"Give --max-seq-len {tokens} or less, or more data"
-        raise SettingsError(Fault(f"max_seq_len {form.seq_len}", reason, mend))
+        hint = f"Give --max-seq-len {tokens} or less, or more data"
+        raise SettingsError(Fault(f"max_seq_len {form.seq_len}", reason, hint))
     if form.packing and not form.prefix:
         reason = (
             f"the first chunk, of {chunk.entry.rows} rows, has only {tokens} tokens, so most of a row would be empty"
         )
-        mend = "Give a larger --dataset-chunk-size (and --samples-per-block), or a smaller --max-seq-len"
-        raise SettingsError(Fault(f"max_seq_len {form.seq_len}", reason, mend))
+        hint = "Give a larger --dataset-chunk-size (and --samples-per-block), or a smaller --max-seq-len"
+        raise SettingsError(Fault(f"max_seq_len {form.seq_len}", reason, hint))
 
 
-def _started(maker: ChunkMaker, cut: CorpusCut) -> Chunk | None:
+def _started(maker: ChunkPipeline, cut: ChunkingConfig) -> Chunk | None:
     if cut.start_block is None and cut.start_chunk is None:
         return maker.made(0)
     block, chunk = cut.start_block or 0, cut.start_chunk or 0
@@ -103,7 +103,7 @@ def _started(maker: ChunkMaker, cut: CorpusCut) -> Chunk | None:
     raise SettingsError(Fault(f"--start-block-id {block}", reason, f"Give {max(blocks - 1, 0)} or less"))
 
 
-def count_sequences(maker: ChunkMaker, first: Chunk, form: RowForm, *, start: int, all_of_it: bool) -> Sequences:
+def count_sequences(maker: ChunkPipeline, first: Chunk, form: RowForm, *, start: int, all_of_it: bool) -> Sequences:
     """Sequences of a whole epoch, and of one that begins with chunk `start`.
 
     They are counted where the corpus is small or `all_of_it` is to be tokenised anyway, else estimated from its bytes
@@ -126,14 +126,14 @@ def count_sequences(maker: ChunkMaker, first: Chunk, form: RowForm, *, start: in
     return Sequences(whole, rest, estimated=True)
 
 
-def cached_whole(maker: ChunkMaker) -> bool:
+def cached_whole(maker: ChunkPipeline) -> bool:
     """Whether all chunks of the corpus lie in the cache, so that a run has nothing to tokenise. Reads one chunk more
     than is known, to see whether there is one."""
     maker.read(len(maker.catalog))
     return maker.catalog.ended and all(maker.keeps(number) for number in range(len(maker.catalog)))
 
 
-def _text_bytes(maker: ChunkMaker, start: int = 0) -> int:
+def _text_bytes(maker: ChunkPipeline, start: int = 0) -> int:
     return sum(entry.text_bytes for entry in maker.catalog.entries[start:])
 
 
@@ -141,7 +141,7 @@ def read_held_out(corpus: Corpus, tokenizer: TextTokenizer, form: RowForm, rows:
     """The first held-out documents, as many as `rows` sequences take (and a few more, as they come in chunks), and what
     is to be said of rows that were skipped.
 
-    Raises DataFault where none has a token.
+    Raises DataError where none has a token.
     """
     stores: list[TextStore] = []
     notes: list[str] = []
@@ -155,5 +155,5 @@ def read_held_out(corpus: Corpus, tokenizer: TextTokenizer, form: RowForm, rows:
             break
     if not any(store.documents for store in stores):
         reason = "no document has a single token"
-        raise DataFault(Fault(str(corpus.source.path), reason, "Give held-out data with text in it"))
+        raise DataError(Fault(str(corpus.source.path), reason, "Give held-out data with text in it"))
     return joined(stores), notes

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Literal
 
 from hrm_ray.data.file_kinds import TEXT_FORMATS, FileKind
+from hrm_ray.data.file_systems import is_local
 from hrm_ray.data.formats.lines import parse_line
 from hrm_ray.data.parts import Part, TextSource, list_parts
-from hrm_ray.data.places import is_local
 from hrm_ray.data.puzzles.format import DESCRIPTION, PuzzleFacts
 from hrm_ray.data.puzzles.samples import open_puzzles
 from hrm_ray.data.readers import read_documents
 from hrm_ray.data.rows import OnBadRow
-from hrm_ray.errors import DataFault
+from hrm_ray.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def detect(source: TextSource, on_bad_row: OnBadRow = "fail") -> DataFacts:
     lists `inputs` and `labels` are puzzles; everything else is text, whose first document is read as a check. Bad rows
     before it are passed over where `on_bad_row` says so.
 
-    Raises SettingsError for a path that is not there, DataFault for data that cannot be read as either, and what
+    Raises SettingsError for a path that is not there, DataError for data that cannot be read as either, and what
     `list_parts` raises.
     """
     split, path = source.split, Path(source.path)
@@ -73,7 +73,7 @@ def puzzle_tensors(source: TextSource) -> Path | None:
 
 
 def is_puzzle_rows(part: Part, on_bad_row: OnBadRow = "fail") -> bool:
-    """True for a .jsonl file whose first row has `inputs` and `labels` as lists. Raises DataFault where that row is
+    """True for a .jsonl file whose first row has `inputs` and `labels` as lists. Raises DataError where that row is
     bad, unless such rows are passed over."""
     if part.kind != FileKind("jsonl", None) or not is_local(part.address):
         return False
@@ -82,7 +82,7 @@ def is_puzzle_rows(part: Part, on_bad_row: OnBadRow = "fail") -> bool:
         for number, line in enumerate(lines, start=1):
             try:
                 row = parse_line(line, f"{part.address}:{number}", offset)
-            except DataFault:
+            except DataError:
                 if on_bad_row == "fail":
                     raise
                 row = None

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from hrm_ray.data.rows import Cursor, Row
 from hrm_ray.data.splits import missing_split
 from hrm_ray.data.streams import Unreadable
-from hrm_ray.errors import DataFault, EnvironmentFault, Fault, SettingsError
+from hrm_ray.errors import DataError, Fault, SettingsError, UnavailableError
 from hrm_ray.settings.hub_name import HubName, hub_name
 
 _TIMEOUT_S = 10
@@ -43,8 +43,8 @@ class Shard(NamedTuple):
 def list_shards(address: str, split: str) -> tuple[list[Shard], tuple[str, ...]]:
     """The shards of a split of a data set, and the splits there are; one that the address names stands above `split`.
 
-    Raises EnvironmentFault where the library is missing or the Hub cannot be reached, SettingsError for an id or a
-    configuration that is not there, DataFault for a split that is not there or data that cannot be opened.
+    Raises UnavailableError where the library is missing or the Hub cannot be reached, SettingsError for an id or a
+    configuration that is not there, DataError for a split that is not there or data that cannot be opened.
     """
     name = hub_name(address)
     assert name is not None, "only addresses of the Hub come here"
@@ -61,7 +61,7 @@ def list_shards(address: str, split: str) -> tuple[list[Shard], tuple[str, ...]]
 
 
 def shard_rows(address: str, cursor: Cursor) -> Iterator[Row]:
-    """The rows of a shard. Raises Unreadable for damaged data, EnvironmentFault where the Hub cannot be reached."""
+    """The rows of a shard. Raises Unreadable for damaged data, UnavailableError where the Hub cannot be reached."""
     import pyarrow as pa
 
     found = _ADDRESS.fullmatch(address)
@@ -113,8 +113,8 @@ def _next(rows: Iterator[dict[str, object]], where: str) -> dict[str, object] | 
     except _network_errors() as error:
         raise _no_hub(where, error) from error
     except (DatasetsError, pa.ArrowException, OSError, ValueError, TypeError, EOFError) as error:
-        mend = "Mend the data set, or name another --dataset-config or split"
-        raise Unreadable(Fault(where, f"it cannot be read on ({_first_line(error)})", mend)) from error
+        hint = "Mend the data set, or name another --dataset-config or split"
+        raise Unreadable(Fault(where, f"it cannot be read on ({_first_line(error)})", hint)) from error
 
 
 def _require_datasets(address: str) -> None:
@@ -122,7 +122,7 @@ def _require_datasets(address: str) -> None:
         import datasets  # noqa: F401
     except ImportError as error:
         reason = "data sets of the Hub are read through the library `datasets`, which is not installed"
-        raise EnvironmentFault(Fault(address, reason, "pip install datasets")) from error
+        raise UnavailableError(Fault(address, reason, "pip install datasets")) from error
 
 
 def _revision(name: HubName) -> str:
@@ -140,17 +140,17 @@ def _revision(name: HubName) -> str:
     except urllib.error.HTTPError as error:
         if error.code in (401, 403, 404):
             reason = f"the Hub gives no such data set (status {error.code}); it is not there, or not for this account"
-            mend = "Check ORGANISATION/NAME; for a private or gated one log in with `hf auth login`"
-            raise SettingsError(Fault(str(name), reason, mend)) from error
+            hint = "Check ORGANISATION/NAME; for a private or gated one log in with `hf auth login`"
+            raise SettingsError(Fault(str(name), reason, hint)) from error
         raise _no_hub(str(name), error) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _no_hub(str(name), error) from error
     return revision
 
 
-def _no_hub(what: str, error: Exception) -> EnvironmentFault:
-    mend = "Check the network, or give --dataset-file with a copy of the data"
-    return EnvironmentFault(Fault(what, f"the Hub cannot be reached ({_first_line(error)})", mend))
+def _no_hub(what: str, error: Exception) -> UnavailableError:
+    hint = "Check the network, or give --dataset-file with a copy of the data"
+    return UnavailableError(Fault(what, f"the Hub cannot be reached ({_first_line(error)})", hint))
 
 
 @lru_cache(maxsize=4)
@@ -166,14 +166,14 @@ def _open(name: HubName, revision: str) -> tuple[Any, str, tuple[str, ...]]:
         raise _no_hub(str(name), error) from error
     except (DatasetsError, ValueError, OSError) as error:
         reason = f"this data set cannot be opened ({_first_line(error)})"
-        raise SettingsError(Fault(str(name), reason, _config_mend(str(error)))) from error
+        raise SettingsError(Fault(str(name), reason, _config_hint(str(error)))) from error
     splits = tuple(sorted(str(split) for split in builder.config.data_files or ()))
     try:
         return builder.as_streaming_dataset(split=name.split), revision or builder.hash, splits
     except ValueError as error:
         if name.split in splits:
             reason = f"it cannot be read ({_first_line(error)})"
-            raise DataFault(Fault(str(name), reason, "Mend the data set")) from error
+            raise DataError(Fault(str(name), reason, "Mend the data set")) from error
         raise missing_split(str(name._replace(split=None)), str(name.split), splits) from error
 
 
@@ -186,7 +186,7 @@ def _network_errors() -> tuple[type[Exception], ...]:
     return (ConnectionError, TimeoutError, *below)
 
 
-def _config_mend(said: str) -> str:
+def _config_hint(said: str) -> str:
     if "onfig" in said:
         return "Name one of its configurations with --dataset-config"
     return "Check the id; a folder must be laid out as a data set of the Hub"

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from hrm_ray.data.tokenizer import TOKENIZER_FILE, TextTokenizer
-from hrm_ray.errors import DataFault, EnvironmentFault, Fault, SettingsError
+from hrm_ray.errors import DataError, Fault, SettingsError, UnavailableError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
 _FILES = (
@@ -33,8 +33,8 @@ def load_named(name: str) -> TextTokenizer:
     """The tokenizer at the path `name`; where nothing is there, the Hub's of that id.
 
     What the Hub's cache on this machine holds of it is used without asking the Hub, so that machines without a network
-    work and a run does not change under its feet. Raises SettingsError for a name that leads nowhere, EnvironmentFault
-    where the Hub cannot be asked, DataFault for files that cannot be used.
+    work and a run does not change under its feet. Raises SettingsError for a name that leads nowhere, UnavailableError
+    where the Hub cannot be asked, DataError for files that cannot be used.
     """
     path = Path(name).expanduser()
     if path.exists() or not _is_hub_id(name):
@@ -42,9 +42,9 @@ def load_named(name: str) -> TextTokenizer:
     folder = _cached_folder(name) or _downloaded_folder(name)
     try:
         return TextTokenizer.load(folder)
-    except DataFault as fault:
-        told = [Fault(f"{name} (in {each.value})", each.reason, each.mend) for each in fault.faults]
-        raise DataFault(told) from fault
+    except DataError as fault:
+        told = [Fault(f"{name} (in {each.value})", each.reason, each.hint) for each in fault.faults]
+        raise DataError(told) from fault
 
 
 def _is_hub_id(name: str) -> bool:
@@ -72,7 +72,7 @@ def _downloaded_folder(hub_id: str) -> Path:
 
     absent = f"nothing is at this path, the cache {constants.HF_HUB_CACHE} holds no tokenizer of this id"
     if constants.HF_HUB_OFFLINE:
-        raise EnvironmentFault(Fault(hub_id, f"{absent}, and HF_HUB_OFFLINE forbids asking the Hub", _GIVE))
+        raise UnavailableError(Fault(hub_id, f"{absent}, and HF_HUB_OFFLINE forbids asking the Hub", _GIVE))
     try:
         # The only request that may meet a dead network: it has one try and a limit, which a download has not.
         about = HfApi().model_info(hub_id, timeout=_TIMEOUT_S)
@@ -85,7 +85,7 @@ def _downloaded_folder(hub_id: str) -> Path:
         raise SettingsError(Fault(hub_id, reason, "Give another id, or log in with `hf auth login`")) from error
     except Exception as error:  # its HTTP library, and with it the kinds of a failed connection, differ by version
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise EnvironmentFault(Fault(hub_id, f"{absent}, and the Hub cannot be asked ({first_line})", _GIVE)) from error
+        raise UnavailableError(Fault(hub_id, f"{absent}, and the Hub cannot be asked ({first_line})", _GIVE)) from error
     if not held & _VOCABULARIES:
         raise SettingsError(Fault(hub_id, "the Hub's repository of this id holds no tokenizer", _GIVE))
     return Path(fetched).parent

@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hrm_ray.data.text_store import TextStore
-from hrm_ray.errors import DataFault, Fault, SettingsError
-from hrm_ray.values import IGNORE_LABEL, Columns
+from hrm_ray.errors import DataError, Fault, SettingsError
+from hrm_ray.types import IGNORE_LABEL, Columns
 
 Ints = npt.NDArray[np.int64]
 
@@ -62,7 +62,7 @@ class TextSamples:
     """Packed or padded rows over a token store (values.Columns, text). Rows without any label do not exist."""
 
     def __init__(self, store: TextStore, form: RowForm) -> None:
-        """Raises SettingsError for a row of less than 2 tokens, DataFault for a store of plain documents where the
+        """Raises SettingsError for a row of less than 2 tokens, DataError for a store of plain documents where the
         form wants pairs."""
         self.store = store
         self.seq_len, self.prefix = form.seq_len, form.prefix
@@ -74,7 +74,7 @@ class TextSamples:
             )
         if form.prefix and store.prompts is None:
             reason = "these are plain documents, not pairs of prompt and response"
-            raise DataFault(Fault("--lm-mask prefix", reason, "Give --prompt-column and --response-column"))
+            raise DataError(Fault("--lm-mask prefix", reason, "Give --prompt-column and --response-column"))
         self._layout: _Stream | _Rows | _Pairs
         if form.prefix:
             pairs = _Pairs(store, form.seq_len, form.packing)

@@ -14,11 +14,20 @@ from hrm_ray.data import hub
 from hrm_ray.data.archives.directories import tar_directory, zip_directory
 from hrm_ray.data.archives.members import Selection
 from hrm_ray.data.file_kinds import READABLE, FileKind, is_hidden, kind_of
+from hrm_ray.data.file_systems import (
+    Entry,
+    FileSystem,
+    file_system_of,
+    has_wildcards,
+    in_order,
+    is_local,
+    real,
+    require_path,
+)
 from hrm_ray.data.formats.columnar import has_arrow_index
-from hrm_ray.data.places import Entry, Place, has_wildcards, in_order, is_local, place_of, real, require_path
 from hrm_ray.data.splits import WHOLE, check_left, has_split, missing_split, split_of
 from hrm_ray.data.streams import ContainerUnreadable
-from hrm_ray.errors import DataFault, Fault, SettingsError
+from hrm_ray.errors import DataError, Fault, SettingsError
 from hrm_ray.settings.hub_name import HUB
 
 _BYTES_OR_ROWS_APART = frozenset({"txt", "md", "csv", "tsv", "jsonl", "parquet"})
@@ -94,15 +103,15 @@ def list_parts(source: TextSource) -> PartList:
     whole folder, without the split `apart`; hidden names are left out. The same holds for the members of an archive
     that is the whole corpus. A file that is not an archive has only the split "train".
 
-    Raises SettingsError for a path or columns that cannot be used, DataFault for an unknown suffix, an unknown split or
-    a place without readable files, EnvironmentFault where a cloud or the Hub cannot be reached or a library is missing.
+    Raises SettingsError for a path or columns that cannot be used, DataError for an unknown suffix, an unknown split or
+    a place without readable files, UnavailableError where a cloud or the Hub cannot be reached or a library is missing.
     """
     _check_columns(source)
     if source.path.startswith(HUB):
         found, splits = hub.list_shards(source.path, source.split)
         parts = tuple(Part(shard.name, shard.address, shard.bytes, shard.stamp, False) for shard in found)
         return PartList(parts, skipped=0, splits=splits)
-    place, path = place_of(source.path), source.path
+    place, path = file_system_of(source.path), source.path
     if place.is_folder(path):
         return _listed(source, place, in_order(place.walk(path)))
     entry = place.file(path)
@@ -118,7 +127,7 @@ def list_parts(source: TextSource) -> PartList:
     raise SettingsError(Fault(path, "nothing is at this address", "Check the bucket and the key"))
 
 
-def _listed(source: TextSource, place: Place, found: list[Entry]) -> PartList:
+def _listed(source: TextSource, place: FileSystem, found: list[Entry]) -> PartList:
     """The parts of a folder or a pattern."""
     readable = [entry for entry in found if kind_of(entry.name) is not None and not is_hidden(entry.name)]
     skipped = len(found) - len(readable)
@@ -135,7 +144,7 @@ def _splits(names: list[str]) -> tuple[str, ...]:
     return tuple(sorted({split_of(name) for name in names}))
 
 
-def _part(entry: Entry, place: Place) -> Part:
+def _part(entry: Entry, place: FileSystem) -> Part:
     kind = kind_of(entry.name)
     random_access = kind is not None and kind.compression is None and kind.form in _BYTES_OR_ROWS_APART
     if kind is not None and kind.compression is None and kind.form == "arrow":
@@ -143,7 +152,7 @@ def _part(entry: Entry, place: Place) -> Part:
     return Part(entry.name, entry.address, entry.bytes, entry.stamp, random_access)
 
 
-def _has_index(entry: Entry, place: Place) -> bool:
+def _has_index(entry: Entry, place: FileSystem) -> bool:
     try:
         with place.open(entry.address) as file:
             return has_arrow_index(file)
@@ -152,12 +161,12 @@ def _has_index(entry: Entry, place: Place) -> bool:
         return False
 
 
-def _single(source: TextSource, place: Place, entry: Entry) -> PartList:
+def _single(source: TextSource, place: FileSystem, entry: Entry) -> PartList:
     """The part of one file."""
     kind = kind_of(entry.name)
     if kind is None:
         suffix = Path(entry.name).suffix
-        raise DataFault(Fault(source.path, f"files with the suffix `{suffix}` are not read", f"Give {READABLE}"))
+        raise DataError(Fault(source.path, f"files with the suffix `{suffix}` are not read", f"Give {READABLE}"))
     if kind.is_archive:
         return _archive(source, entry, kind)
     if source.split != WHOLE:
@@ -178,10 +187,10 @@ def _archive(source: TextSource, entry: Entry, kind: FileKind) -> PartList:
         else:
             names, skipped = tar_directory(entry.address, entry.bytes, entry.stamp)
     except ContainerUnreadable as error:
-        raise DataFault(error.fault) from error
+        raise DataError(error.fault) from error
     except OSError as error:
         reason = f"it cannot be read ({error.strerror or error})"
-        raise DataFault(Fault(source.path, reason, "Make it readable for this user")) from error
+        raise DataError(Fault(source.path, reason, "Make it readable for this user")) from error
     if has_split(source.path, names, source.split, skipped):
         chosen = Selection(source.split)
     else:

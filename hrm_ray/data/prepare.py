@@ -26,17 +26,17 @@ from hrm_ray.data.corpus_facts import (
     count_sequences,
     read_held_out,
 )
+from hrm_ray.data.file_systems import absolute
 from hrm_ray.data.named_tokenizer import load_named
 from hrm_ray.data.packing import RowForm
 from hrm_ray.data.parts import TextSource, list_parts
-from hrm_ray.data.places import absolute
 from hrm_ray.data.puzzles.format import PuzzleFacts
 from hrm_ray.data.puzzles.samples import PuzzleSamples, open_puzzles
 from hrm_ray.data.rows import Document
-from hrm_ray.data.text_data import CorpusCut, TextFolder, TextPlan, corpus_of
+from hrm_ray.data.text_data import ChunkingConfig, TextDataDir, TextPlan, corpus_of
 from hrm_ray.data.text_store import TextStore, save_store
 from hrm_ray.data.tokenizer import TOKENIZER_FILE, TextTokenizer
-from hrm_ray.errors import Fault, ResourceFault
+from hrm_ray.errors import Fault, ResourceError
 
 _TRIED_DOCUMENTS, _TRIED_CHARACTERS = 5, 2000
 _EVAL_CHUNK = 256
@@ -61,7 +61,7 @@ class TokenizerChoice:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PrepareRequest:
     """What else is asked of the data: `count` the sequences of an epoch, `eval_rows` held-out sequences at most, out of
     `max_val_examples` documents at most; `keep_evaluation` leaves those that the folder has."""
 
@@ -105,17 +105,17 @@ def prepare_text(
     data: Path,
     choice: TokenizerChoice,
     form: RowForm,
-    cut: CorpusCut,
-    wanted: Wanted = Wanted(),
+    cut: ChunkingConfig,
+    wanted: PrepareRequest = PrepareRequest(),
 ) -> PreparedText:
     """Chooses the tokenizer, saves it in `bundle`, and begins the folder `data`: parts, catalog, the first chunk, and
     the held-out documents. Where `data` knows a corpus already, it must be the same.
 
-    Raises SettingsError for paths, columns or a row length that cannot be used, DataFault for data that cannot be read
+    Raises SettingsError for paths, columns or a row length that cannot be used, DataError for data that cannot be read
     or has changed.
     """
     notes: list[str] = []
-    folder = TextFolder(data)
+    folder = TextDataDir(data)
     parts = list_parts(train).parts
     folder.root.mkdir(parents=True, exist_ok=True)
     corpus = corpus_of(cut, train, parts)
@@ -138,8 +138,8 @@ def prepare_text(
         if wanted.count or not cut.streaming:
             counted = count_sequences(maker, first, form, start=start, all_of_it=not cut.streaming)
         if not cut.streaming and maker.cache.refusal is not None:
-            mend = "Give a larger --cache-gb (0 keeps nothing on the disk), or leave out --no-streaming"
-            raise ResourceFault(Fault("--no-streaming", maker.cache.refusal, mend))
+            hint = "Give a larger --cache-gb (0 keeps nothing on the disk), or leave out --no-streaming"
+            raise ResourceError(Fault("--no-streaming", maker.cache.refusal, hint))
         kept = cached_whole(maker)
         held_out = None
         name = None if evaluation is None else evaluation_file(evaluation, wanted)
@@ -160,14 +160,14 @@ def prepare_text(
     return PreparedText(tokenizer, origin, plan, first, counted, held_out, tuple(notes), account)
 
 
-def evaluation_file(evaluation: TextSource, wanted: Wanted) -> str:
+def evaluation_file(evaluation: TextSource, wanted: PrepareRequest) -> str:
     """The name of the file of these held-out documents: other ones have another, so that preparing a launch which is
     refused afterwards takes nothing away from the run it would have gone on with."""
     said = json.dumps([asdict(evaluation), wanted.eval_rows, wanted.max_val_examples])
     return f"eval-{hashlib.blake2b(said.encode(), digest_size=6).hexdigest()}.safetensors"
 
 
-def _held_out(cut: CorpusCut, evaluation: TextSource, wanted: Wanted) -> Corpus:
+def _held_out(cut: ChunkingConfig, evaluation: TextSource, wanted: PrepareRequest) -> Corpus:
     """The held-out data as a corpus: from its beginning, in small chunks."""
     of_training = replace(
         cut,
@@ -178,7 +178,7 @@ def _held_out(cut: CorpusCut, evaluation: TextSource, wanted: Wanted) -> Corpus:
     return corpus_of(of_training, evaluation, list_parts(evaluation).parts)
 
 
-def _take_up(folder: TextFolder, corpus: Corpus) -> None:
+def _take_up(folder: TextDataDir, corpus: Corpus) -> None:
     """Check a corpus that is known against what it is now, and write down where its parts lie now."""
     if folder.parts.is_file():
         doubtful = check_parts(folder.read_parts(), corpus.parts)
@@ -250,7 +250,7 @@ def prepare_puzzles(
 ) -> PreparedPuzzles:
     """Reads and checks both puzzle sets, of which at most so many puzzles are used, the first ones.
 
-    Raises SettingsError for a path, DataFault for data that cannot be used.
+    Raises SettingsError for a path, DataError for data that cannot be used.
     """
     plan: DataPlan = {
         "task": "puzzle",
@@ -266,7 +266,7 @@ def prepare_puzzles(
 
 
 def open_puzzle_sets(plan: Mapping[str, Any]) -> tuple[PuzzleSamples, PuzzleSamples | None]:
-    """The training and the held-out puzzles of a plan. Raises DataFault where they have gone or changed."""
+    """The training and the held-out puzzles of a plan. Raises DataError where they have gone or changed."""
     samples = open_puzzles(Path(plan["path"]), plan["split"])
     used = samples.first(plan["max_train_examples"])
     if plan["eval_path"] is None:

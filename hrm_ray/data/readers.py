@@ -14,14 +14,14 @@ from hrm_ray.data.archives.members import Selection
 from hrm_ray.data.archives.tars import tar_rows
 from hrm_ray.data.archives.zips import zip_rows
 from hrm_ray.data.file_kinds import TEXT_FORMATS
+from hrm_ray.data.file_systems import file_system_of
 from hrm_ray.data.formats.choose import format_rows
 from hrm_ray.data.formats.columnar import parquet_length
 from hrm_ray.data.formats.texts import PIECE_BYTES
 from hrm_ray.data.parts import Part, TextSource, list_parts
-from hrm_ray.data.places import place_of
 from hrm_ray.data.rows import BadRow, Columns, Cursor, Document, OnBadRow, Row
 from hrm_ray.data.streams import DAMAGE, ReadingWatch, Unreadable, damage, decompressed, watched
-from hrm_ray.errors import DataFault, Fault
+from hrm_ray.errors import DataError, Fault
 from hrm_ray.settings.hub_name import HUB
 
 _READ_TO_THE_END = frozenset({"txt", "md", "csv", "tsv", "json", "jsonl"})
@@ -58,7 +58,7 @@ def read_part(
 def read_documents(source: TextSource, on_bad_row: OnBadRow = "fail") -> Iterator[Document]:
     """All documents of `source`, empty texts included.
 
-    Raises what `list_parts` raises, and DataFault at the first bad row unless such rows are skipped, or where there is
+    Raises what `list_parts` raises, and DataError at the first bad row unless such rows are skipped, or where there is
     no text in any row.
     """
     any_text, bad = False, 0
@@ -66,15 +66,15 @@ def read_documents(source: TextSource, on_bad_row: OnBadRow = "fail") -> Iterato
         for row in read_part(part, source):
             if isinstance(row, BadRow):
                 if on_bad_row == "fail":
-                    raise DataFault(row.fault)
+                    raise DataError(row.fault)
                 bad += 1
                 continue
             any_text = any_text or bool(row.text)
             yield row
     if not any_text and bad:
-        raise DataFault(Fault(source.path, f"{bad} rows are bad, and none of the others has text", "Mend the data"))
+        raise DataError(Fault(source.path, f"{bad} rows are bad, and none of the others has text", "Mend the data"))
     if not any_text:
-        raise DataFault(Fault(source.path, "it is empty, there is no text in it", "Give data with text in it"))
+        raise DataError(Fault(source.path, "it is empty, there is no text in it", "Give data with text in it"))
 
 
 def known_rows(part: Part, source: TextSource) -> int | None:
@@ -91,7 +91,7 @@ def known_rows(part: Part, source: TextSource) -> int | None:
             directory = zip_directory(part.address, part.bytes, part.stamp)
             chosen = directory.chosen(Selection(part.split, part.apart))
             return len(chosen) if chosen and all(member.is_one_row for member, _ in chosen) else None
-        with place_of(part.address).open(part.address) as file:
+        with file_system_of(part.address).open(part.address) as file:
             return parquet_length(file, Columns(source.text_column, source.prompt_column, source.response_column))
     except Unreadable:
         return None
@@ -105,7 +105,7 @@ def _rows(part: Part, cursor: Cursor) -> Iterator[Row]:
         return
     kind = part.kind
     assert kind is not None, "only what can be read is listed"
-    with place_of(part.address).open(part.address) as stored:
+    with file_system_of(part.address).open(part.address) as stored:
         file = stored if cursor.watch is None else watched(stored, cursor.watch)
         size = file.seek(0, 2)
         if size != part.bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hrm_ray.data.file_kinds import READABLE, stem_of
-from hrm_ray.errors import DataFault, Fault
+from hrm_ray.errors import DataError, Fault
 
 WHOLE = "train"
 """The split that means everything where a path is not divided into splits."""
@@ -20,16 +20,16 @@ def split_of(name: str) -> str:
     return first if slash else stem_of(first)
 
 
-def missing_split(path: str, split: str, splits: Sequence[str]) -> DataFault:
+def missing_split(path: str, split: str, splits: Sequence[str]) -> DataError:
     """The fault for a split that is not there; says which are."""
     there = ", ".join(splits) or "none"
-    return DataFault(Fault(f"split `{split}` of {path}", "there is no such split", f"Splits there are: {there}"))
+    return DataError(Fault(f"split `{split}` of {path}", "there is no such split", f"Splits there are: {there}"))
 
 
 def has_split(path: str, names: Sequence[str], split: str, skipped: int) -> bool:
     """Whether `names` are divided so that `split` is one of its parts; False where `split` is the whole.
 
-    `skipped` counts the names of other kinds beside them. Raises DataFault where there is nothing to read, or no such
+    `skipped` counts the names of other kinds beside them. Raises DataError where there is nothing to read, or no such
     split.
     """
     if split in {split_of(name) for name in names}:
@@ -38,15 +38,15 @@ def has_split(path: str, names: Sequence[str], split: str, skipped: int) -> bool
         raise missing_split(path, split, sorted({split_of(name) for name in names}))
     if not names:
         reason = f"there is no readable file in it ({skipped} of other kinds)"
-        raise DataFault(Fault(path, reason, f"Give {READABLE}"))
+        raise DataError(Fault(path, reason, f"Give {READABLE}"))
     return False
 
 
 def check_left(path: str, names: Sequence[str], apart: str | None) -> None:
-    """Raises DataFault where nothing is left of the whole once the split `apart` is held out."""
+    """Raises DataError where nothing is left of the whole once the split `apart` is held out."""
     if all(split_of(name) == apart for name in names):
         reason = f"all of its files are of the split `{apart}`, which is held out"
-        raise DataFault(Fault(path, reason, "Add training data, or hold out another split"))
+        raise DataError(Fault(path, reason, "Add training data, or hold out another split"))
 
 
 def in_path_order(name: str) -> list[str]:

@@ -17,13 +17,13 @@ import numpy.typing as npt
 from hrm_ray.data.chunk_source import Chunk, ChunkSource
 from hrm_ray.data.order import WindowOrder
 from hrm_ray.data.packing import RowForm, TextSamples
-from hrm_ray.values import Columns
+from hrm_ray.types import Columns
 
 Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class StreamPlace:
+class StreamState:
     """A place in an epoch: the position of a window's first chunk in the epoch's order, how many of its sequences were
     taken, how many of the epoch in all, and rows of earlier windows that were bad or left out."""
 
@@ -35,7 +35,7 @@ class StreamPlace:
 
 
 @dataclass(frozen=True)
-class Trained:
+class ConsumedRange:
     """Sequences [start, end) of a chunk that were taken, out of so many. In a shuffled epoch they count places of its
     window's order: the first chunk of a window has as many of the first places as it has sequences, and so on.
 
@@ -84,7 +84,7 @@ class Window:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def trained(self, epoch: int, first: int, beyond: int) -> list[Trained]:
+    def trained(self, epoch: int, first: int, beyond: int) -> list[ConsumedRange]:
         """What the places first..beyond-1 of the window are of its chunks. One without a sequence is done once all
         before it is; `first` is -1 where nothing was told of the window yet."""
         found = []
@@ -92,7 +92,7 @@ class Window:
             begin = end - len(samples)
             own = max(first, begin) - begin, max(min(beyond, end) - begin, 0)
             if own[0] < own[1] or (begin == end and first < begin <= beyond):
-                found.append(Trained(epoch, start.block, start.chunk, start.number, len(samples), *own))
+                found.append(ConsumedRange(epoch, start.block, start.chunk, start.number, len(samples), *own))
         return found
 
     def where(self, positions: Ints) -> tuple[Ints, Ints]:
@@ -114,7 +114,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class RowSlice:
     """Sequences first..first+count-1 of a window's order."""
 
     window: Window
@@ -126,7 +126,7 @@ class SequenceStream:
     """The sequences of one epoch, taken in order."""
 
     def __init__(
-        self, source: ChunkSource, form: RowForm, epoch: int, place: StreamPlace, shuffle: Shuffle | None
+        self, source: ChunkSource, form: RowForm, epoch: int, place: StreamState, shuffle: Shuffle | None
     ) -> None:
         """Without `shuffle` the order is that of the chunks."""
         self._form, self._shuffle = form, shuffle
@@ -137,49 +137,49 @@ class SequenceStream:
         self._bad, self._left_out = place.bad_rows, place.left_out_rows
         self._in_block = False
         self._epoch, self._told = epoch, place.taken or -1
-        self._trained: list[Trained] = []
+        self._trained: list[ConsumedRange] = []
         self.data_ended = False
         """Whether the epoch's last chunk has come."""
         self._notes: list[str] = []
 
-    def take(self, count: int, *, within_block: bool = False) -> list[Stretch]:
+    def take(self, count: int, *, within_block: bool = False) -> list[RowSlice]:
         """The next `count` sequences; fewer at the end of the epoch, or `within_block` at the end of the block that was
         taken from last. Where the data cannot be read on, that is raised and nothing has been taken."""
         before = (self._window, self._taken, self._sequences, self._bad, self._left_out, self._told, self._in_block)
         told = len(self._trained)
         try:
-            return self._stretches(count, within_block)
+            return self._row_slices(count, within_block)
         except BaseException:
             self._window, self._taken, self._sequences, self._bad, self._left_out, self._told, self._in_block = before
             del self._trained[told:]
             raise
 
-    def _stretches(self, count: int, within_block: bool) -> list[Stretch]:
-        stretches: list[Stretch] = []
+    def _row_slices(self, count: int, within_block: bool) -> list[RowSlice]:
+        row_slices: list[RowSlice] = []
         while count:
             window = self._current(within_block)
             if window is None:
                 # Nothing at all says that the block is done; what is asked for next lies in another one.
-                self._in_block = bool(stretches)
+                self._in_block = bool(row_slices)
                 break
             taken = min(count, len(window) - self._taken)
-            stretches.append(Stretch(window, self._taken, taken))
+            row_slices.append(RowSlice(window, self._taken, taken))
             self._in_block = True
             self._taken += taken
             self._sequences += taken
             count -= taken
-        return stretches
+        return row_slices
 
     @property
-    def place(self) -> StreamPlace:
+    def place(self) -> StreamState:
         """Where the next sequence stands."""
         window = self._window
         if window is None:
             return self._begin
         if self._taken == len(window):
             left_out = self._bad + window.bad_rows, self._left_out + window.left_out_rows
-            return StreamPlace(window.next, 0, self._sequences, *left_out)
-        return StreamPlace(window.position, self._taken, self._sequences, self._bad, self._left_out)
+            return StreamState(window.next, 0, self._sequences, *left_out)
+        return StreamState(window.position, self._taken, self._sequences, self._bad, self._left_out)
 
     @property
     def left_out(self) -> dict[str, int]:
@@ -187,7 +187,7 @@ class SequenceStream:
         bad, left_out = (self._window.bad_rows, self._window.left_out_rows) if self._window else (0, 0)
         return {"bad_rows": self._bad + bad, "left_out_rows": self._left_out + left_out}
 
-    def take_trained(self) -> list[Trained]:
+    def take_trained(self) -> list[ConsumedRange]:
         """What was taken since the last call, chunk by chunk in the epoch's order."""
         self._tell()
         trained, self._trained = self._trained, []

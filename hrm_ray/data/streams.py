@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any, BinaryIO, cast
 
-from hrm_ray.errors import NO_ROOM, Fault, ResourceFault
+from hrm_ray.errors import DISK_FULL_ERRNOS, Fault, ResourceError
 
 EXPANSION = 500
 """Text packs 3 to 20 times smaller, a log a hundred times; what grows more than this is taken for a bomb."""
@@ -195,7 +195,7 @@ def _zstd(stream: BinaryIO, where: str) -> Any:
 
 def seekable_copy(stream: BinaryIO, where: str) -> BinaryIO:
     """A copy of a stream for formats that must jump about (Parquet, Arrow): in memory while it is small, else in a
-    temporary file that vanishes when it is closed. Raises Unreadable for a longer one than SPOOL_BYTES, ResourceFault
+    temporary file that vanishes when it is closed. Raises Unreadable for a longer one than SPOOL_BYTES, ResourceError
     where the disk is full."""
     begin = stream.read(SPOOL_MEMORY_BYTES + 1)
     if len(begin) <= SPOOL_MEMORY_BYTES:
@@ -223,7 +223,7 @@ def _write(copy: IO[bytes], data: bytes, where: str) -> None:
     try:
         copy.write(data)
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in DISK_FULL_ERRNOS:
             raise
         reason = f"there is no room for its copy in {tempfile.gettempdir()}"
-        raise ResourceFault(Fault(where, reason, "Free some space there, set TMPDIR, or unpack it")) from error
+        raise ResourceError(Fault(where, reason, "Free some space there, set TMPDIR, or unpack it")) from error

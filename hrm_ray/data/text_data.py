@@ -15,20 +15,20 @@ from typing import Any
 
 from hrm_ray.data.catalog import Catalog
 from hrm_ray.data.chunk_cache import ChunkCache
-from hrm_ray.data.chunk_source import ChunkMaker, EpochRule
+from hrm_ray.data.chunk_source import ChunkPipeline, EpochOrder
 from hrm_ray.data.chunks import Corpus
 from hrm_ray.data.packing import RowForm
 from hrm_ray.data.parts import Part, TextSource
 from hrm_ray.data.rows import OnBadRow
 from hrm_ray.data.text_store import TextStore, load_store
 from hrm_ray.data.tokenizer import TextTokenizer
-from hrm_ray.errors import DataFault, Fault
+from hrm_ray.errors import DataError, Fault
 
 AGAIN = "Delete the bundle's folder data/; it is made again"
 
 
 @dataclass(frozen=True)
-class CorpusCut:
+class ChunkingConfig:
     """How a corpus is cut and in which order it is taken; the fields of settings of the same names."""
 
     samples_per_block: int
@@ -52,7 +52,7 @@ class TextPlan:
     of the chunk that the first epoch begins with; `in_order` tells that chunks are taken as they
     lie in the corpus, `kept` that all of them lie tokenised in the cache."""
 
-    cut: CorpusCut
+    cut: ChunkingConfig
     form: RowForm
     source: TextSource
     evaluation: str | None
@@ -66,9 +66,9 @@ class TextPlan:
         return self.cut.shuffle_rows if self.cut.shuffled else 0
 
     @property
-    def rule(self) -> EpochRule:
+    def rule(self) -> EpochOrder:
         """The order in which epochs take chunks."""
-        return EpochRule(self.cut.seed, shuffled=not self.in_order, start=self.start)
+        return EpochOrder(self.cut.seed, shuffled=not self.in_order, start=self.start)
 
     def plain(self) -> dict[str, Any]:
         """JSON values."""
@@ -78,7 +78,7 @@ class TextPlan:
     def from_plain(cls, plain: Mapping[str, Any]) -> TextPlan:
         """What `plain` gave."""
         return cls(
-            cut=CorpusCut(**plain["cut"]),
+            cut=ChunkingConfig(**plain["cut"]),
             form=RowForm(**plain["form"]),
             source=TextSource(**plain["source"]),
             evaluation=plain["evaluation"],
@@ -89,7 +89,7 @@ class TextPlan:
 
 
 @dataclass(frozen=True)
-class TextFolder:
+class TextDataDir:
     """The folder `data` of a bundle, for text."""
 
     root: Path
@@ -122,18 +122,18 @@ class TextFolder:
             beside.unlink(missing_ok=True)
 
     def read_parts(self) -> tuple[Part, ...]:
-        """The parts as they were written down. Raises DataFault."""
+        """The parts as they were written down. Raises DataError."""
         try:
             with self.parts.open(encoding="utf-8") as file:
                 return tuple(Part(**json.loads(line)) for line in file)
         except (OSError, ValueError, TypeError) as error:
-            raise DataFault(Fault(str(self.parts), f"it is no list of parts ({error})", AGAIN)) from error
+            raise DataError(Fault(str(self.parts), f"it is no list of parts ({error})", AGAIN)) from error
 
     def maker(
-        self, cut: CorpusCut, source: TextSource, tokenizer: TextTokenizer, *, pairs: bool, writes: bool
-    ) -> ChunkMaker:
+        self, cut: ChunkingConfig, source: TextSource, tokenizer: TextTokenizer, *, pairs: bool, writes: bool
+    ) -> ChunkPipeline:
         """What makes the corpus' chunks; one process `writes` catalog and cache."""
-        return ChunkMaker(
+        return ChunkPipeline(
             corpus_of(cut, source, self.read_parts()),
             tokenizer,
             Catalog(self.catalog, writes=writes),
@@ -142,14 +142,14 @@ class TextFolder:
         )
 
     def read_evaluation(self, name: str) -> TextStore:
-        """The held-out documents. Raises DataFault where they are gone or damaged."""
+        """The held-out documents. Raises DataError where they are gone or damaged."""
         store = load_store(self.evaluation(name))
         if store is None:
-            raise DataFault(Fault(str(self.evaluation(name)), "it is not what was saved", AGAIN))
+            raise DataError(Fault(str(self.evaluation(name)), "it is not what was saved", AGAIN))
         return store
 
 
-def corpus_of(cut: CorpusCut, source: TextSource, parts: tuple[Part, ...]) -> Corpus:
+def corpus_of(cut: ChunkingConfig, source: TextSource, parts: tuple[Part, ...]) -> Corpus:
     """The corpus of those parts, cut so."""
     return Corpus(
         source=source,

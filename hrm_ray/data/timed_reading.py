@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
-from hrm_ray.data.catalog import Place
+from hrm_ray.data.catalog import RowPosition
 from hrm_ray.data.chunks import Corpus, PlacedRow, corpus_rows
 from hrm_ray.data.file_kinds import FileKind
 from hrm_ray.data.parts import Part
@@ -71,7 +71,7 @@ class TimedReading:
 
     def __init__(self, corpus: Corpus, timer: Timer) -> None:
         self._corpus, self._timer = corpus, timer
-        self._place = Place(0, 0)
+        self._place = RowPosition(0, 0)
         self._passed: int | None = 0
         self.rows_read = 0
         self.ended = False

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 
-from hrm_ray.errors import DataFault, EnvironmentFault, Fault, SettingsError
+from hrm_ray.errors import DataError, Fault, SettingsError, UnavailableError
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -134,12 +134,12 @@ class TextTokenizer:
         """From a folder with tokenizer.json, such a file itself, or a folder that Transformers can make a fast
         tokenizer of.
 
-        Raises SettingsError for a path that is not there, DataFault for files that cannot be used or name no
+        Raises SettingsError for a path that is not there, DataError for files that cannot be used or name no
         end-of-text token.
         """
         if not path.exists():
-            mend = f"Give a folder with {TOKENIZER_FILE}, or leave it out to train one on the data"
-            raise SettingsError(Fault(str(path), "nothing is at this path", mend))
+            hint = f"Give a folder with {TOKENIZER_FILE}, or leave it out to train one on the data"
+            raise SettingsError(Fault(str(path), "nothing is at this path", hint))
         if path.is_file():
             return cls._from_file(path)
         if (path / TOKENIZER_FILE).is_file():
@@ -152,7 +152,7 @@ class TextTokenizer:
             backend = Tokenizer.from_str(file.read_bytes().decode("utf-8"))
         except Exception as error:  # the library raises bare Exception for every kind of damage
             reason = f"this is no tokenizer that the tokenizers library reads ({error})"
-            raise DataFault(Fault(str(file), reason, "It may be cut short: copy it again, or train one")) from error
+            raise DataError(Fault(str(file), reason, "It may be cut short: copy it again, or train one")) from error
         end_of_text, pad = _marks_of(file.parent)
         vocabulary = backend.get_vocab(with_added_tokens=True)
         if end_of_text is None and END_OF_TEXT in vocabulary:
@@ -163,7 +163,7 @@ class TextTokenizer:
             raise _no_end_of_text(file)
         for mark in filter(None, (end_of_text, pad)):
             if mark not in vocabulary:
-                raise DataFault(
+                raise DataError(
                     Fault(
                         str(file),
                         f"the token {mark} named in {CONFIG_FILE} is not in it",
@@ -177,23 +177,23 @@ class TextTokenizer:
         try:
             from transformers import AutoTokenizer
         except ImportError as error:
-            raise EnvironmentFault(
+            raise UnavailableError(
                 Fault(
                     str(folder),
                     f"it holds no {TOKENIZER_FILE} and Transformers is not installed",
                     "pip install transformers",
                 )
             ) from error
-        mend = f"Give a folder with {TOKENIZER_FILE}"
+        hint = f"Give a folder with {TOKENIZER_FILE}"
         try:
             found = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, use_fast=True)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise DataFault(
-                Fault(str(folder), f"Transformers finds no tokenizer in it ({first_line})", mend)
+            raise DataError(
+                Fault(str(folder), f"Transformers finds no tokenizer in it ({first_line})", hint)
             ) from error
         if not found.is_fast:
-            raise DataFault(Fault(str(folder), "it gives a slow tokenizer, which cannot tell a token's bytes", mend))
+            raise DataError(Fault(str(folder), "it gives a slow tokenizer, which cannot tell a token's bytes", hint))
         if found.eos_token is None:
             raise _no_end_of_text(folder)
         return cls(found.backend_tokenizer, str(found.eos_token), found.pad_token and str(found.pad_token))
@@ -241,7 +241,7 @@ def _marks_of(folder: Path) -> tuple[str | None, str | None]:
         try:
             said = json.loads(file.read_bytes().decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            raise DataFault(
+            raise DataError(
                 Fault(str(file), f"this is not JSON ({error})", "It may be cut short: copy it again")
             ) from error
         for key in ("eos_token", "pad_token"):
@@ -255,14 +255,14 @@ def _marks_of(folder: Path) -> tuple[str | None, str | None]:
 def _id_of(backend: Tokenizer, token: str) -> int:
     index = backend.token_to_id(token)
     if index is None:
-        raise DataFault(
+        raise DataError(
             Fault(f"token {token}", "the tokenizer's vocabulary does not hold it", "Use the tokenizer's own files")
         )
     return int(index)
 
 
-def _no_end_of_text(path: Path) -> DataFault:
-    return DataFault(
+def _no_end_of_text(path: Path) -> DataError:
+    return DataError(
         Fault(
             str(path),
             "this tokenizer names no end-of-text token, so documents could not be told apart",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 
-from hrm_ray.errors import EnvironmentFault, Fault, SettingsError
+from hrm_ray.errors import Fault, SettingsError, UnavailableError
 
 PROBE_TIMEOUT_S = 5.0
 EMPTY_SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
@@ -35,7 +35,7 @@ def check_address(address: str) -> None:
         )
     problem = _probe(host.strip("[]"), int(port))
     if problem is not None:
-        raise EnvironmentFault(
+        raise UnavailableError(
             Fault(f"ray_address {address}", problem, "Give the address of a running head, or none to use this machine")
         )
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from hrm_ray.data.chunks import Corpus
 from hrm_ray.data.parts import Part, TextSource
-from hrm_ray.data.text_data import CorpusCut, corpus_of
+from hrm_ray.data.text_data import ChunkingConfig, corpus_of
 from hrm_ray.settings.hub_name import hub_name
 from hrm_ray.settings.tree import RunSettings
 
@@ -37,10 +37,10 @@ def has_evaluation(settings: RunSettings) -> bool:
     return settings.data.eval_file is not None or settings.data.val_split is not None
 
 
-def corpus_cut(settings: RunSettings) -> CorpusCut:
+def chunking_config(settings: RunSettings) -> ChunkingConfig:
     """How the training data is cut into blocks and chunks, and in which order they are taken."""
     data = settings.data
-    return CorpusCut(
+    return ChunkingConfig(
         samples_per_block=data.samples_per_block,
         dataset_chunk_size=data.dataset_chunk_size,
         dataset_start_offset=data.dataset_start_offset,
@@ -59,5 +59,5 @@ def corpus_cut(settings: RunSettings) -> CorpusCut:
 
 def corpus_to_read(settings: RunSettings, source: TextSource, parts: tuple[Part, ...], *, evaluation: bool) -> Corpus:
     """The rows of these parts that a run uses; of held-out data that is from its beginning on."""
-    corpus = corpus_of(corpus_cut(settings), source, parts)
+    corpus = corpus_of(chunking_config(settings), source, parts)
     return replace(corpus, offset=0, max_rows=settings.data.max_val_examples) if evaluation else corpus

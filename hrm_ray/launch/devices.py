@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hrm_ray.errors import EnvironmentFault, Fault, SettingsError
+from hrm_ray.errors import Fault, SettingsError, UnavailableError
 from hrm_ray.launch.resources import usable_cpus
 from hrm_ray.settings.cluster import ClusterSettings
 
@@ -41,7 +41,7 @@ _COUNT: dict[str, Callable[[], int]] = {"cuda": torch.cuda.device_count, "xpu": 
 
 
 def choose_devices(cluster: ClusterSettings) -> Devices:
-    """Resolve device, workers, threads and launcher. Raises EnvironmentFault or SettingsError.
+    """Resolve device, workers, threads and launcher. Raises UnavailableError or SettingsError.
 
     A missing device is an error under --strict, and else a fallback to the best there is, which is said.
     """
@@ -82,7 +82,7 @@ def _device(cluster: ClusterSettings, notes: list[str]) -> str:
         return best if cluster.device == "auto" else cluster.device
     missing = Fault(f"--device {cluster.device}", "this machine has no such device", f"Give --device {best}, or auto")
     if cluster.strict:
-        raise EnvironmentFault(missing)
+        raise UnavailableError(missing)
     notes.append(f"--device {cluster.device}: this machine has no such device; {best} is used instead.")
     return best
 
@@ -96,7 +96,7 @@ def _pin_gpus(cluster: ClusterSettings, address: str | None, device: str, notes:
     missing = [number for number in cluster.cuda_numbers if number >= there]
     if missing and cluster.strict:
         reason = f"this machine has {there} CUDA devices"
-        raise EnvironmentFault(Fault(f"--cuda-ids {cluster.cuda_ids}", reason, "Name GPUs that are there"))
+        raise UnavailableError(Fault(f"--cuda-ids {cluster.cuda_ids}", reason, "Name GPUs that are there"))
     kept = [number for number in cluster.cuda_numbers if number < there]
     if missing:
         rest = f"GPUs {kept}" if kept else device

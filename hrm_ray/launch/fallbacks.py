@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from hrm_ray.errors import EnvironmentFault, Fault, SettingsError
-from hrm_ray.library_messages import leave_out_unused_kernels
+from hrm_ray.errors import Fault, SettingsError, UnavailableError
+from hrm_ray.log_filters import silence_unused_kernels
 from hrm_ray.settings.tree import RunSettings
-from hrm_ray.train.host_memory import heeds
+from hrm_ray.train.host_memory import malloc_is_tunable
 
 
 def settle_memory_options(
@@ -25,10 +25,10 @@ def settle_memory_options(
     """The settings with what can be had on `device`, and a sentence for each option that falls back.
 
     `trained` holds the leaves that the run to resume was trained with, by dotted key; a new run has none. What its
-    checkpoint is made of cannot fall back. Raises EnvironmentFault for a missing library, and EnvironmentFault or
+    checkpoint is made of cannot fall back. Raises UnavailableError for a missing library, and UnavailableError or
     SettingsError under --strict.
     """
-    leave_out_unused_kernels()
+    silence_unused_kernels()
     notes: list[str] = []
     if settings.optimizer.use_8bit_optimizer:
         settings = _eight_bits(settings, device, notes, needed=trained.get("optimizer.use_8bit_optimizer") is True)
@@ -52,15 +52,15 @@ def _offloads_to_where_it_is(settings: RunSettings) -> list[str]:
     }
     reasons = {option: f"on the CPU {what} is in host memory anyway" for option, (on, what) in wanted.items() if on}
     if settings.cluster.strict and reasons:
-        mend = "Leave it out, or train on a GPU"
-        raise SettingsError([Fault(option, reason, mend) for option, reason in reasons.items()])
+        hint = "Leave it out, or train on a GPU"
+        raise SettingsError([Fault(option, reason, hint) for option, reason in reasons.items()])
     return [f"{option}: {reason}; it changes nothing." for option, reason in reasons.items()]
 
 
 def _nothing_to_keep(settings: RunSettings, device: str) -> list[str]:
     """Where nobody can be told to keep freed memory or to give it back."""
     keep = settings.memory.keep_freed_memory
-    if keep is None or (device == "cpu" and heeds()):
+    if keep is None or (device == "cpu" and malloc_is_tunable()):
         return []
     option = "--keep-freed-memory" if keep else "--no-keep-freed-memory"
     reason = f"memory of {device} is always kept" if device != "cpu" else "this C library, which is not glibc, decides"
@@ -70,7 +70,7 @@ def _nothing_to_keep(settings: RunSettings, device: str) -> list[str]:
 
 
 def _check_library(name: str, option: str, *, needed: bool) -> None:
-    """Raises EnvironmentFault unless the library can be imported. `needed`: by the checkpoint, with or without the
+    """Raises UnavailableError unless the library can be imported. `needed`: by the checkpoint, with or without the
     option."""
     try:
         import_module(name)
@@ -78,13 +78,13 @@ def _check_library(name: str, option: str, *, needed: bool) -> None:
         missing = f"{name} is not installed here ({error})"
         if needed:
             raise _needed_by_the_checkpoint(option, missing, name) from None
-        mend = f"Install it (pip install {name}), or leave {option} out"
-        raise EnvironmentFault(Fault(option, missing, mend)) from None
+        hint = f"Install it (pip install {name}), or leave {option} out"
+        raise UnavailableError(Fault(option, missing, hint)) from None
 
 
-def _needed_by_the_checkpoint(option: str, reason: str, library: str) -> EnvironmentFault:
-    mend = f"Install {library} (pip install {library}), or resume where it is"
-    return EnvironmentFault(Fault(option, f"the run to resume was trained with it, and {reason}", mend))
+def _needed_by_the_checkpoint(option: str, reason: str, library: str) -> UnavailableError:
+    hint = f"Install {library} (pip install {library}), or resume where it is"
+    return UnavailableError(Fault(option, f"the run to resume was trained with it, and {reason}", hint))
 
 
 def _random_base(settings: RunSettings, notes: list[str]) -> None:
@@ -105,8 +105,8 @@ def _eight_bits(settings: RunSettings, device: str, notes: list[str], *, needed:
     if needed:
         raise _needed_by_the_checkpoint("--use-8bit-optimizer", reason, "bitsandbytes")
     if settings.cluster.strict:
-        mend = "Install a bitsandbytes that has it, or leave --use-8bit-optimizer out"
-        raise EnvironmentFault(Fault("--use-8bit-optimizer", reason, mend))
+        hint = "Install a bitsandbytes that has it, or leave --use-8bit-optimizer out"
+        raise UnavailableError(Fault("--use-8bit-optimizer", reason, hint))
     notes.append(f"--use-8bit-optimizer: {reason}; plain AdamW is used instead, with moments in 32 bits.")
     optimizer = settings.optimizer.model_copy(update={"use_8bit_optimizer": False})
     return settings.model_copy(update={"optimizer": optimizer})

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hrm_ray.data.chunk_source import ChunkMaker, ChunkSource, EpochRule, LocalChunks
+from hrm_ray.data.chunk_source import ChunkPipeline, ChunkSource, EpochOrder, LocalChunks
 from hrm_ray.train.session import train
-from hrm_ray.values import MetricSink, Outcome, StopPoll, StopReason
+from hrm_ray.types import MetricSink, RunResult, StopPoll, StopReason
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class LocalLink:
     def sink(self) -> MetricSink:
         return self.display
 
-    def chunks(self, maker: Callable[[bool], ChunkMaker], rule: EpochRule) -> ChunkSource:
+    def chunks(self, maker: Callable[[bool], ChunkPipeline], rule: EpochOrder) -> ChunkSource:
         return LocalChunks(maker(True), rule)
 
     def stop_requested(self) -> StopReason | None:
         return self.stop()
 
 
-def run(plan: dict[str, Any], *, sink: MetricSink, stop: StopPoll) -> Outcome:
+def run(plan: dict[str, Any], *, sink: MetricSink, stop: StopPoll) -> RunResult:
     """Train as the plan says, here and now; the plan's world size is 1."""
     return train(plan, LocalLink(sink, stop))

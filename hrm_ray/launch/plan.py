@@ -12,66 +12,66 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hrm_ray.data.atomic_directory import atomic_directory
 from hrm_ray.data.bpe import SizeBounds
 from hrm_ray.data.catalog import CHANGED
-from hrm_ray.data.folders import whole_folder
-from hrm_ray.data.prepare import PreparedText, TokenizerChoice, Wanted, prepare_puzzles, prepare_text
+from hrm_ray.data.prepare import PreparedText, PrepareRequest, TokenizerChoice, prepare_puzzles, prepare_text
 from hrm_ray.data.puzzles.samples import open_puzzles
-from hrm_ray.data.text_data import TextFolder
+from hrm_ray.data.text_data import TextDataDir
 from hrm_ray.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, TextTokenizer
-from hrm_ray.errors import NO_ROOM, DataFault, Fault, ResourceFault, SettingsError
-from hrm_ray.launch.data_sources import corpus_cut, has_evaluation, source_of
-from hrm_ray.launch.draft import Draft, asks_for_tokenizer, effective_batch, row_form, start_tokenizer
-from hrm_ray.launch.identity import PREPARED, Identity, stored_args
+from hrm_ray.errors import DISK_FULL_ERRNOS, DataError, Fault, ResourceError, SettingsError
+from hrm_ray.launch.data_sources import chunking_config, has_evaluation, source_of
 from hrm_ray.launch.preflight import check_resources
+from hrm_ray.launch.resolve import ResolvedRun, asks_for_tokenizer, effective_batch, row_form, start_tokenizer
+from hrm_ray.launch.run_directory import PREPARED, RunLocation, stored_args
 from hrm_ray.ledger import copy_ledger
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import RunDir, write_json
 from hrm_ray.settings.tree import RunSettings, to_plain
 from hrm_ray.train.assemble import schedule_length
+from hrm_ray.train.resume import write_description
 from hrm_ray.train.start_weights import check_start_weights
-from hrm_ray.train.take_up import write_description
 
 
-def make_plan(drafted: Draft) -> dict[str, Any]:
+def make_plan(resolved: ResolvedRun) -> dict[str, Any]:
     """Make the bundle's folder and the data ready, and write the plan down.
 
-    A new bundle appears whole or not at all: it is prepared beside its place and renamed. Raises ResourceFault where
+    A new bundle appears whole or not at all: it is prepared beside its place and renamed. Raises ResourceError where
     the disk is full.
     """
     try:
-        return _made_plan(drafted)
+        return _made_plan(resolved)
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in DISK_FULL_ERRNOS:
             raise
-        root = drafted.identity.run_dir.root
-        mend = "Free some space there, or give another --bundle-dir"
-        raise ResourceFault(Fault(str(root), f"it cannot be written ({error})", mend)) from error
+        root = resolved.location.run_dir.root
+        hint = "Free some space there, or give another --bundle-dir"
+        raise ResourceError(Fault(str(root), f"it cannot be written ({error})", hint)) from error
 
 
-def _made_plan(drafted: Draft) -> dict[str, Any]:
-    with _bundle(drafted.identity) as run_dir:
-        notes, remarks = list(drafted.notes), list[str]()
-        if drafted.facts.task == "puzzle":
-            config, data = _prepare_puzzles(drafted, run_dir)
+def _made_plan(resolved: ResolvedRun) -> dict[str, Any]:
+    with _bundle(resolved.location) as run_dir:
+        notes, remarks = list(resolved.notes), list[str]()
+        if resolved.facts.task == "puzzle":
+            config, data = _prepare_puzzles(resolved, run_dir)
         else:
-            config, data = _prepare_text(drafted, run_dir, notes, remarks)
-        keep_freed = check_resources(drafted.settings, config, drafted.devices, run_dir.root)
-        start = drafted.settings.model.student_init
-        if start is not None and not drafted.vocab_is_certain and drafted.identity.checkpoint is None:
+            config, data = _prepare_text(resolved, run_dir, notes, remarks)
+        keep_freed = check_resources(resolved.settings, config, resolved.devices, run_dir.root)
+        start = resolved.settings.model.student_init
+        if start is not None and not resolved.vocab_is_certain and resolved.location.checkpoint is None:
             check_start_weights(start, config)
-        if drafted.facts.task == "lm" and drafted.identity.source is None:
-            _check_start_tokenizer(drafted.settings, TextTokenizer.load(run_dir.root))
-        plan = _plan(drafted, run_dir, config, data, notes) | {"remarks": remarks, "keep_freed_memory": keep_freed}
-        if not drafted.identity.continues:
+        if resolved.facts.task == "lm" and resolved.location.source is None:
+            _check_start_tokenizer(resolved.settings, TextTokenizer.load(run_dir.root))
+        plan = _plan(resolved, run_dir, config, data, notes) | {"remarks": remarks, "keep_freed_memory": keep_freed}
+        if not resolved.location.continues:
             write_description(run_dir, plan)
     return plan
 
 
 def _plan(
-    drafted: Draft, run_dir: RunDir, config: ModelConfig, data: dict[str, Any], notes: list[str]
+    resolved: ResolvedRun, run_dir: RunDir, config: ModelConfig, data: dict[str, Any], notes: list[str]
 ) -> dict[str, Any]:
-    settings, devices = drafted.settings, drafted.devices
+    settings, devices = resolved.settings, resolved.devices
     effective = effective_batch(settings, devices)
     schedule_steps = schedule_length(
         settings, data["rows"] or 0, effective, config.halt_max_steps, first_samples=data["first_rows"]
@@ -90,19 +90,19 @@ def _plan(
     warmup = settings.optimizer.warmup_steps
     if warmup and warmup >= schedule_steps:
         reason = f"the run has {schedule_steps} steps, so the warm-up would last to its end"
-        mend = f"Give at most --warmup-steps {max(0, schedule_steps - 1)}, or more --epochs"
-        raise SettingsError(Fault(f"--warmup-steps {warmup}", reason, mend))
-    checkpoint = drafted.identity.checkpoint
+        hint = f"Give at most --warmup-steps {max(0, schedule_steps - 1)}, or more --epochs"
+        raise SettingsError(Fault(f"--warmup-steps {warmup}", reason, hint))
+    checkpoint = resolved.location.checkpoint
     return {
         "settings": to_plain(settings),
         "model_config": config.to_plain(),
-        "bundle": str(drafted.identity.run_dir.root),
-        "run_name": drafted.identity.run_dir.root.name,
+        "bundle": str(resolved.location.run_dir.root),
+        "run_name": resolved.location.run_dir.root.name,
         "resume": None if checkpoint is None else str(checkpoint),
-        "continues": drafted.identity.continues,
+        "continues": resolved.location.continues,
         "data": data,
         "schedule_steps": schedule_steps,
-        "adaptive_lr": None if drafted.adaptive_lr is None else drafted.adaptive_lr.model_dump(mode="json"),
+        "adaptive_lr": None if resolved.adaptive_lr is None else resolved.adaptive_lr.model_dump(mode="json"),
         "world_size": devices.world_size,
         "threads": devices.threads,
         "device": devices.device,
@@ -112,15 +112,15 @@ def _plan(
 
 
 @contextmanager
-def _bundle(identity: Identity) -> Iterator[RunDir]:
+def _bundle(location: RunLocation) -> Iterator[RunDir]:
     """The bundle's folder to prepare in: beside its place for a new one, in its place for a resumed one."""
-    if identity.continues:
-        yield identity.run_dir
+    if location.continues:
+        yield location.run_dir
         return
-    root = identity.run_dir.root
-    with whole_folder(root, overwrite=True, owned=PREPARED, option="--bundle-dir") as folder:
+    root = location.run_dir.root
+    with atomic_directory(root, overwrite=True, owned=PREPARED, option="--bundle-dir") as folder:
         prepared = RunDir(folder)
-        tokenizers = identity.source if identity.source is not None else identity.run_dir
+        tokenizers = location.source if location.source is not None else location.run_dir
         for name in (TOKENIZER_FILE, CONFIG_FILE):
             if (tokenizers.root / name).is_file():
                 shutil.copyfile(tokenizers.root / name, folder / name)
@@ -128,51 +128,51 @@ def _bundle(identity: Identity) -> Iterator[RunDir]:
 
 
 def _prepare_text(
-    drafted: Draft, run_dir: RunDir, notes: list[str], remarks: list[str]
+    resolved: ResolvedRun, run_dir: RunDir, notes: list[str], remarks: list[str]
 ) -> tuple[ModelConfig, dict[str, Any]]:
-    settings = drafted.settings
-    source = drafted.identity.source
-    if source is not None and not drafted.identity.continues:
+    settings = resolved.settings
+    source = resolved.location.source
+    if source is not None and not resolved.location.continues:
         # A branch goes on in the corpus of its checkpoint, so it knows that corpus from the start.
         run_dir.data.mkdir(parents=True, exist_ok=True)
         copy_ledger(source.ledger, run_dir.ledger)
-        for known in (TextFolder(source.data).parts, TextFolder(source.data).catalog):
+        for known in (TextDataDir(source.data).parts, TextDataDir(source.data).catalog):
             if known.is_file():
                 shutil.copyfile(known, run_dir.data / known.name)
-    rows = settings.data.eval_batches * effective_batch(settings, drafted.devices)
+    rows = settings.data.eval_batches * effective_batch(settings, resolved.devices)
     prepared = prepare_text(
         source_of(settings, evaluation=False),
-        source_of(settings, evaluation=True) if drafted.evaluation is not None else None,
+        source_of(settings, evaluation=True) if resolved.evaluation is not None else None,
         bundle=run_dir.root,
         data=run_dir.data,
-        choice=_tokenizer_choice(drafted),
+        choice=_tokenizer_choice(resolved),
         form=row_form(settings),
-        cut=corpus_cut(settings),
-        wanted=Wanted(
+        cut=chunking_config(settings),
+        wanted=PrepareRequest(
             count=settings.run.epochs is not None,
             eval_rows=rows,
             max_val_examples=settings.data.max_val_examples,
-            keep_evaluation=_same_evaluation(settings, drafted.identity, run_dir, rows),
+            keep_evaluation=_same_evaluation(settings, resolved.location, run_dir, rows),
         ),
     )
     if prepared.notes and settings.cluster.strict:
-        mend = "Mend the data or the option, or leave out --strict"
-        raise SettingsError([Fault("--strict", note.rstrip("."), mend) for note in prepared.notes])
+        hint = "Mend the data or the option, or leave out --strict"
+        raise SettingsError([Fault("--strict", note.rstrip("."), hint) for note in prepared.notes])
     notes.extend(prepared.notes)
     if prepared.account is not None:
         remarks.append(prepared.account)
     data = _text_data(settings, prepared, rows)
-    stored = _stored_data(drafted.identity)
+    stored = _stored_data(resolved.location)
     if stored is not None:
         # Where the tokenizer came from when the run began.
         data["tokenizer"] = stored["tokenizer"]
-    return replace(drafted.config, vocab_size=data["vocab_size"]), data
+    return replace(resolved.config, vocab_size=data["vocab_size"]), data
 
 
-def _same_evaluation(settings: RunSettings, identity: Identity, run_dir: RunDir, rows: int) -> bool:
+def _same_evaluation(settings: RunSettings, location: RunLocation, run_dir: RunDir, rows: int) -> bool:
     """Whether the bundle holds the held-out data that is asked for now, and enough of it."""
-    stored = _stored_data(identity)
-    if stored is None or not identity.continues or stored["held_out"] != _held_out_name(settings):
+    stored = _stored_data(location)
+    if stored is None or not location.continues or stored["held_out"] != _held_out_name(settings):
         return False
     asked_then = (stored["held_out_rows"], stored["max_val_examples"])
     return asked_then == (rows, settings.data.max_val_examples)
@@ -186,18 +186,18 @@ def _check_start_tokenizer(settings: RunSettings, tokenizer: TextTokenizer) -> N
         raise SettingsError(Fault(f"--student-init {start}", reason, f"Give --tokenizer-path {start}"))
 
 
-def _tokenizer_choice(drafted: Draft) -> TokenizerChoice:
+def _tokenizer_choice(resolved: ResolvedRun) -> TokenizerChoice:
     """What the settings say; a resumed run or a branch keeps the tokenizer of its checkpoint in any case, and weights
     of a bundle bring their tokenizer along unless another is asked for."""
-    data = drafted.settings.data
-    start = start_tokenizer(drafted.settings)
-    if drafted.identity.source is None and start is not None and not asks_for_tokenizer(drafted.settings):
+    data = resolved.settings.data
+    start = start_tokenizer(resolved.settings)
+    if resolved.location.source is None and start is not None and not asks_for_tokenizer(resolved.settings):
         return TokenizerChoice(str(start), data.vocab_size, data.tokenizer_train_examples, retrain=False)
-    if drafted.identity.source is not None:
-        return TokenizerChoice(None, drafted.config.vocab_size, data.tokenizer_train_examples, retrain=False)
+    if resolved.location.source is not None:
+        return TokenizerChoice(None, resolved.config.vocab_size, data.tokenizer_train_examples, retrain=False)
     bounds = None
     if data.auto_vocab_size:
-        corpus = (drafted.facts.bytes, data.max_train_examples)
+        corpus = (resolved.facts.bytes, data.max_train_examples)
         bounds = SizeBounds(data.min_vocab_size, data.max_vocab_size, *corpus)
     examples, retrain = data.tokenizer_train_examples, data.retrain_tokenizer
     return TokenizerChoice(data.tokenizer_path, data.vocab_size, examples, retrain, bounds)
@@ -222,21 +222,21 @@ def _text_data(settings: RunSettings, prepared: PreparedText, held_out_rows: int
     }
 
 
-def _prepare_puzzles(drafted: Draft, run_dir: RunDir) -> tuple[ModelConfig, dict[str, Any]]:
-    settings = drafted.settings
-    evaluation = source_of(settings, evaluation=True) if drafted.evaluation is not None else None
+def _prepare_puzzles(resolved: ResolvedRun, run_dir: RunDir) -> tuple[ModelConfig, dict[str, Any]]:
+    settings = resolved.settings
+    evaluation = source_of(settings, evaluation=True) if resolved.evaluation is not None else None
     prepared = prepare_puzzles(
         source_of(settings, evaluation=False),
         evaluation,
         max_train_examples=settings.data.max_train_examples,
         max_val_examples=settings.data.max_val_examples,
     )
-    samples = open_puzzles(Path(drafted.facts.path), drafted.facts.split)
-    if not drafted.identity.continues:
+    samples = open_puzzles(Path(resolved.facts.path), resolved.facts.split)
+    if not resolved.location.continues:
         write_json(run_dir.puzzle, prepared.train.plain())
     data = {**prepared.plan, "rows": prepared.rows, "first_rows": prepared.rows, "fingerprint": samples.fingerprint()}
-    _check_puzzles_unchanged(drafted.identity, data)
-    return drafted.config, data
+    _check_puzzles_unchanged(resolved.location, data)
+    return resolved.config, data
 
 
 def _held_out_name(settings: RunSettings) -> str | None:
@@ -247,15 +247,15 @@ def _held_out_name(settings: RunSettings) -> str | None:
     return f"{source.path}:{source.split}"
 
 
-def _stored_data(identity: Identity) -> dict[str, Any] | None:
-    if identity.source is None:
+def _stored_data(location: RunLocation) -> dict[str, Any] | None:
+    if location.source is None:
         return None
-    return stored_args(identity.source)[1]
+    return stored_args(location.source)[1]
 
 
-def _check_puzzles_unchanged(identity: Identity, data: dict[str, Any]) -> None:
+def _check_puzzles_unchanged(location: RunLocation, data: dict[str, Any]) -> None:
     """A resumed run must see the puzzles that its place in the data was counted in; text has its catalog for that."""
-    stored = _stored_data(identity)
+    stored = _stored_data(location)
     if stored is not None and stored["fingerprint"] != data["fingerprint"]:
         reason = "the data is not what the checkpoint was trained on (its fingerprint differs)"
-        raise DataFault(Fault(str(data["path"]), reason, CHANGED))
+        raise DataError(Fault(str(data["path"]), reason, CHANGED))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from hrm_ray.errors import Fault, ResourceFault
+from hrm_ray.errors import Fault, ResourceError
 
 RAY_MEMORY_BYTES = 700 * 2**20
 """Resident memory of Ray's own processes (measured 0.7 GB with and without the dashboard)."""
@@ -22,8 +22,8 @@ WORKER_MEMORY_BYTES = 500 * 2**20
 
 
 @dataclass(frozen=True)
-class Demand:
-    """What a gang needs: so many workers, each with so many CPUs (threads) and GPUs (0 or 1)."""
+class ResourceRequest:
+    """What a worker group needs: so many workers, each with so many CPUs (threads) and GPUs (0 or 1)."""
 
     world_size: int
     threads: int
@@ -64,8 +64,8 @@ def available_memory_bytes() -> int:
     return available if limit == "max" else max(0, min(available, int(limit) - used))
 
 
-def check_machine(demand: Demand, cpus: int, memory_bytes: int) -> None:
-    """Raise ResourceFault (every shortage at once) unless this machine can hold a local cluster with the gang."""
+def check_machine(demand: ResourceRequest, cpus: int, memory_bytes: int) -> None:
+    """Raise ResourceError unless this machine can hold a local cluster with the worker group."""
     faults = []
     if demand.cpus > cpus:
         faults.append(
@@ -87,13 +87,13 @@ def check_machine(demand: Demand, cpus: int, memory_bytes: int) -> None:
             )
         )
     if faults:
-        raise ResourceFault(faults)
+        raise ResourceError(faults)
 
 
-def check_local_gpus(demand: Demand, gpus: int) -> None:
-    """Raise ResourceFault unless this machine has a GPU per worker."""
+def check_local_gpus(demand: ResourceRequest, gpus: int) -> None:
+    """Raise ResourceError unless this machine has a GPU per worker."""
     if demand.gpus > gpus:
-        raise ResourceFault(
+        raise ResourceError(
             Fault(
                 f"world_size {demand.world_size} with device cuda",
                 f"this machine has {gpus} visible GPUs",
@@ -102,18 +102,18 @@ def check_local_gpus(demand: Demand, gpus: int) -> None:
         )
 
 
-def places(demand: Demand, nodes: Sequence[Mapping[str, float]]) -> int:
+def places(demand: ResourceRequest, nodes: Sequence[Mapping[str, float]]) -> int:
     """How many workers fit on these nodes, each worker whole on one node."""
     return sum(
         min(int(node.get(name, 0.0) // amount) for name, amount in demand.per_worker().items()) for node in nodes
     )
 
 
-def check_cluster(demand: Demand, nodes: Sequence[Mapping[str, float]], address: str) -> None:
-    """Raise ResourceFault unless the living nodes (total resources of each) could ever hold the gang."""
+def check_cluster(demand: ResourceRequest, nodes: Sequence[Mapping[str, float]], address: str) -> None:
+    """Raise ResourceError unless the living nodes (total resources of each) could ever hold the worker group."""
     fits = places(demand, nodes)
     if fits < demand.world_size:
-        raise ResourceFault(
+        raise ResourceError(
             Fault(
                 f"world_size {demand.world_size} with {_words(demand)} per worker",
                 f"the cluster at {address} has room for {fits}: {_totals(nodes)} on {len(nodes)} node(s)",
@@ -122,13 +122,13 @@ def check_cluster(demand: Demand, nodes: Sequence[Mapping[str, float]], address:
         )
 
 
-def check_free(demand: Demand, free: Mapping[str, float], total: Mapping[str, float], address: str) -> None:
-    """Raise ResourceFault unless the cluster has enough free right now; others may be using it."""
+def check_free(demand: ResourceRequest, free: Mapping[str, float], total: Mapping[str, float], address: str) -> None:
+    """Raise ResourceError unless the cluster has enough free right now; others may be using it."""
     need = {"CPU": float(demand.cpus), "GPU": float(demand.gpus)}
     short = [name for name, amount in need.items() if amount > free.get(name, 0.0)]
     if short:
         state = ", ".join(f"{free.get(name, 0.0):g} of {total.get(name, 0.0):g} {name}s free" for name in short)
-        raise ResourceFault(
+        raise ResourceError(
             Fault(
                 f"world_size {demand.world_size} with {_words(demand)} per worker",
                 f"the cluster at {address} is busy: {state}",
@@ -137,7 +137,7 @@ def check_free(demand: Demand, free: Mapping[str, float], total: Mapping[str, fl
         )
 
 
-def _words(demand: Demand) -> str:
+def _words(demand: ResourceRequest) -> str:
     gpu = f" and {demand.gpus_per_worker} GPU" if demand.gpus_per_worker else ""
     return f"{demand.threads} CPU{'s' if demand.threads > 1 else ''}{gpu}"
 

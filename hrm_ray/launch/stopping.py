@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from hrm_ray.values import StopReason
+from hrm_ray.types import StopReason
 
 _LOOK_EVERY_S = 0.2
 """How often the stop file is looked for: a look can be slow on a network file system, a step can be short."""

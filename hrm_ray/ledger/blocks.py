@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hrm_ray.errors import DataFault, Fault
+from hrm_ray.errors import DataError, Fault
 from hrm_ray.ledger import ranges
 from hrm_ray.ledger.ranges import ClaimOrder
 from hrm_ray.ledger.reader import Block, LedgerReader
@@ -27,7 +27,7 @@ class BlockLength:
 def add_blocks(ledger: LedgerReader, blocks: Iterable[BlockLength]) -> None:
     """Add blocks or let the last one grow; what is known already may be told again. Inside a transaction.
 
-    Chunks are numbered through all blocks, so only the last block can be open. Raises DataFault where the data is not
+    Chunks are numbered through all blocks, so only the last block can be open. Raises DataError where the data is not
     what it was, ValueError for a block out of turn.
     """
     row = ledger.database.row("SELECT block, first_chunk, chunks, sealed FROM blocks ORDER BY block DESC LIMIT 1")
@@ -100,8 +100,8 @@ def _check_known(ledger: LedgerReader, told: BlockLength, added: Block | None) -
         raise _changed(ledger, told, f"it had {chunks} chunks before")
 
 
-def _changed(ledger: LedgerReader, told: BlockLength, reason: str) -> DataFault:
+def _changed(ledger: LedgerReader, told: BlockLength, reason: str) -> DataError:
     value = f"block {told.block} with {told.chunks} chunks"
-    return DataFault(
+    return DataError(
         Fault(value, f"the data is not what {ledger.path} knows: {reason}", "Restore the data, or train anew")
     )

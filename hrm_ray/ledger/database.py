@@ -18,7 +18,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from hrm_ray.errors import DataFault, EnvironmentFault, Fault, HrmRayError, ResourceFault, SettingsError
+from hrm_ray.errors import DataError, Fault, HrmRayError, ResourceError, SettingsError, UnavailableError
 
 Row: TypeAlias = tuple[Any, ...]
 
@@ -114,7 +114,7 @@ class Database:
     def transaction(self, durable: bool = False) -> Iterator[None]:
         """All or nothing of what is done inside; one inside another joins it.
 
-        Raises DataFault where another owner has opened the file since: this one is then too old to write.
+        Raises DataError where another owner has opened the file since: this one is then too old to write.
         """
         with self._lock:
             if self._open:
@@ -155,7 +155,7 @@ class Database:
         found = self.row("SELECT value FROM facts WHERE name = 'owner'")
         if found is None or found[0] != self._owner:
             reason = "another process has opened this run's ledger since, and is its owner now"
-            raise DataFault(Fault(str(self.path), reason, "End one of the two runs of this bundle"))
+            raise DataError(Fault(str(self.path), reason, "End one of the two runs of this bundle"))
 
 
 def own(path: Path, durable: bool = True) -> Database:
@@ -185,7 +185,7 @@ def _take_over(path: Path, connection: sqlite3.Connection, durable: bool) -> int
     (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
     if mode != "wal":
         reason = f"its file system does not allow SQLite's write-ahead log (it gives {mode!r})"
-        raise EnvironmentFault(Fault(str(path), reason, "Put the bundle on a local disk"))
+        raise UnavailableError(Fault(str(path), reason, "Put the bundle on a local disk"))
     connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
     connection.execute("PRAGMA fullfsync = ON")  # macOS: fsync alone does not reach the disk there
     connection.execute("BEGIN IMMEDIATE")
@@ -202,11 +202,11 @@ def read(path: Path) -> Database:
     """Open the file for reading, as of now; neither it nor its owner notices.
 
     Where nothing lies beside the file nobody has it open, and it is read as if on a read-only medium: else SQLite would
-    leave files beside it. Raises SettingsError where there is none, DataFault for another file.
+    leave files beside it. Raises SettingsError where there is none, DataError for another file.
     """
     if not path.is_file():
-        mend = "Give the folder of a run that hrm-ray train wrote"
-        raise SettingsError(Fault(str(path), "there is no ledger of chunks", mend))
+        hint = "Give the folder of a run that hrm-ray train wrote"
+        raise SettingsError(Fault(str(path), "there is no ledger of chunks", hint))
     idle = not path.with_name(path.name + _BESIDE[0]).exists()
     place = f"{path.absolute().as_uri()}?mode=ro{'&immutable=1' if idle else ''}"
     try:
@@ -245,17 +245,17 @@ def delete(path: Path) -> None:
 
 
 def _check_kind(path: Path, connection: sqlite3.Connection, *, empty_allowed: bool) -> bool:
-    """Whether the file is still empty; DataFault where it is not a ledger that this version reads."""
+    """Whether the file is still empty; DataError where it is not a ledger that this version reads."""
     (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     (kind,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if empty_allowed and not tables and not kind:
         return True
     if kind != _APPLICATION_ID or not tables:
-        raise DataFault(Fault(str(path), "it is no ledger of chunks", "Restore it, or delete it and train anew"))
+        raise DataError(Fault(str(path), "it is no ledger of chunks", "Restore it, or delete it and train anew"))
     if version != FORMAT:
         reason = f"it is a ledger of format {version}, and this version reads {FORMAT}"
-        raise DataFault(Fault(str(path), reason, "Use the version of hrm_ray that wrote it"))
+        raise DataError(Fault(str(path), reason, "Use the version of hrm_ray that wrote it"))
     return False
 
 
@@ -263,12 +263,12 @@ def fault_of(error: sqlite3.Error, path: Path) -> HrmRayError:
     """What a failure of SQLite means for a person."""
     said = str(error)
     if "is full" in said or "disk I/O" in said:
-        return ResourceFault(
+        return ResourceError(
             Fault(str(path), f"the ledger cannot be written ({said})", "Check the disk and its free space")
         )
     if "locked" in said or "busy" in said:
         reason = f"another process has kept it locked for {_BUSY_TIMEOUT_S:g} s"
-        return ResourceFault(Fault(str(path), reason, "End the other run of this bundle, then go on with --resume"))
+        return ResourceError(Fault(str(path), reason, "End the other run of this bundle, then go on with --resume"))
     if "unable to open" in said or "readonly" in said:
-        return ResourceFault(Fault(str(path), f"it cannot be opened ({said})", "Check the folder and its permissions"))
-    return DataFault(Fault(str(path), f"it cannot be read as a ledger ({said})", "Restore it, or train anew"))
+        return ResourceError(Fault(str(path), f"it cannot be opened ({said})", "Check the folder and its permissions"))
+    return DataError(Fault(str(path), f"it cannot be read as a ledger ({said})", "Restore it, or train anew"))

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-from hrm_ray.errors import DataFault, Fault
+from hrm_ray.errors import DataError, Fault
 from hrm_ray.ledger import blocks as known_blocks
 from hrm_ray.ledger import ranges, rounds, states
 from hrm_ray.ledger.blocks import BlockLength
@@ -32,7 +32,7 @@ class Ledger(LedgerReader):
     def add_blocks(self, blocks: Iterable[BlockLength]) -> None:
         """Tell of blocks in order: new ones, growth of the last, or what is known already (a resumed run's).
 
-        Raises DataFault where the data is not what it was, ValueError for a block out of turn.
+        Raises DataError where the data is not what it was, ValueError for a block out of turn.
         """
         with self.database.transaction():
             known_blocks.add_blocks(self, blocks)
@@ -57,7 +57,7 @@ class Ledger(LedgerReader):
     def measure(self, chunk: int, sequences: int) -> None:
         """Tell how many packed sequences a chunk has: that ends its ranges, in this epoch and all others.
 
-        Raises DataFault where it had another number before.
+        Raises DataError where it had another number before.
         """
         if sequences < 0:
             raise ValueError(f"chunk {chunk} cannot have {sequences} sequences")
@@ -66,8 +66,8 @@ class Ledger(LedgerReader):
             return
         if known is not None:
             value, reason = f"chunk {chunk}", f"it has {sequences} packed sequences now, and had {known} before"
-            mend = "Restore the data and the tokenizer of the run, or train anew"
-            raise DataFault(Fault(value, reason, mend))
+            hint = "Restore the data and the tokenizer of the run, or train anew"
+            raise DataError(Fault(value, reason, hint))
         with self.database.transaction():
             self.block_of(chunk)
             self.database.rows("INSERT INTO measured VALUES (?, ?)", (chunk, sequences))

@@ -245,6 +245,6 @@ class LedgerReader:
 def read_ledger(path: Path) -> LedgerReader:
     """Open a ledger to look at it as it is now; its owner, if there is one, goes on undisturbed.
 
-    Raises SettingsError where there is none, DataFault for another file.
+    Raises SettingsError where there is none, DataError for another file.
     """
     return LedgerReader(read(path))

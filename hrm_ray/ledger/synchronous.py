@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from hrm_ray.errors import DataFault, Fault
+from hrm_ray.errors import DataError, Fault
 from hrm_ray.ledger import ranges, rounds, states
 from hrm_ray.ledger.owner import Ledger
 from hrm_ray.ledger.ranges import ClaimOrder
@@ -33,7 +33,7 @@ class SynchronousRun:
         """Take the ledger back to the checkpoint that the run goes on from (its step; None: from the start).
 
         What an earlier start held is given back, and counts against no chunk: here a failure ends all workers, whatever
-        they were at. Raises DataFault where that checkpoint's round is not in the ledger.
+        they were at. Raises DataError where that checkpoint's round is not in the ledger.
         """
         self.ledger = ledger
         with ledger.database.transaction(durable=True):
@@ -58,7 +58,7 @@ class SynchronousRun:
 
         Each span begins where a lease of this run begins; where it ends before the lease does, the rest stays leased.
         `step` names the round, `parent` the checkpoint before (None: there is none). One transaction that outlives
-        power loss; the same again gives the same round. Raises DataFault where the ledger's head is not `parent` or a
+        power loss; the same again gives the same round. Raises DataError where the ledger's head is not `parent` or a
         span is not leased to this run.
         """
         name = f"step {step}"
@@ -80,7 +80,7 @@ class SynchronousRun:
         lease = self.ledger.lease_at(span.epoch, span.chunk, span.start)
         ours = lease is not None and (lease.worker, lease.generation) == (_GANG, self.generation)
         if lease is None or not ours or lease.end is None or span.end > lease.end:
-            raise DataFault(
+            raise DataError(
                 Fault(
                     f"sequences {span.start} to {span.end} of chunk {span.chunk} in epoch {span.epoch}",
                     "they were trained, but the ledger has not given them to this run",
@@ -99,6 +99,6 @@ class SynchronousRun:
 def _done(ledger: Ledger, answer: _Answer | Refused) -> _Answer:
     """The answer, where it is none of `Refused`: with one worker, nothing is late but by a fault."""
     if isinstance(answer, Refused):
-        mend = "Go on from a checkpoint that the ledger knows, or train anew under another --brain-name"
-        raise DataFault(Fault(str(ledger.path), answer.reason, mend))
+        hint = "Go on from a checkpoint that the ledger knows, or train anew under another --brain-name"
+        raise DataError(Fault(str(ledger.path), answer.reason, hint))
     return answer

@@ -19,7 +19,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-from hrm_ray.values import Record
+from hrm_ray.types import Record
 
 _LOG = logging.getLogger(__name__)
 _EVENT_STYLES = {"WARNING": "yellow", "ERROR": "bold red"}

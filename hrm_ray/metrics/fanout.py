@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from hrm_ray.values import MetricSink, Record
+from hrm_ray.types import MetricSink, Record
 
 
 class FanOut:

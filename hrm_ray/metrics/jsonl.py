@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-from hrm_ray.errors import DataFault, Fault
-from hrm_ray.metrics.replacing import replacing
-from hrm_ray.values import Record, RecordKind
+from hrm_ray.errors import DataError, Fault
+from hrm_ray.metrics.atomic_write import atomic_write
+from hrm_ray.types import Record, RecordKind
 
 _LOG = logging.getLogger(__name__)
 _OWN_KEYS = frozenset({"kind", "step", "time_s"})
@@ -38,7 +38,7 @@ class JsonlSink:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if append:
-            _mend_tail(path)
+            _repair_tail(path)
         self._file = path.open("ab" if append else "wb")
 
     def write(self, record: Record) -> None:
@@ -63,7 +63,7 @@ def to_line(record: Record) -> bytes:
 def read_records(path: Path) -> list[Record]:
     """All whole records of a file, in its order; one torn last line (no newline, not JSON) is left out.
 
-    DataFault when the file is missing or any other line is not a record.
+    DataError when the file is missing or any other line is not a record.
     """
     return [record for record, _ in _records_and_lines(path)]
 
@@ -72,12 +72,12 @@ def truncate_after(path: Path, step: int) -> int:
     """Drop the records after `step` (and a torn last line) and say how many records went; for resuming at `step`.
 
     The file is replaced at one stroke: a kill in between leaves either the old or the new file. A missing file has
-    nothing to drop. Call it before a sink opens the file. DataFault when a line is not a record.
+    nothing to drop. Call it before a sink opens the file. DataError when a line is not a record.
     """
     if not path.exists():
         return 0
     dropped = 0
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         for record, line in _records_and_lines(path):
             if record.step <= step:
                 file.write(line)
@@ -89,7 +89,7 @@ def truncate_after(path: Path, step: int) -> int:
 def _records_and_lines(path: Path) -> Iterator[tuple[Record, bytes]]:
     """Each record with its line as bytes, newline included."""
     if not path.is_file():
-        raise DataFault(
+        raise DataError(
             Fault(str(path), "there is no such metrics file", "Name a metrics.jsonl that a run has written")
         )
     with path.open("rb") as file:
@@ -100,7 +100,7 @@ def _records_and_lines(path: Path) -> Iterator[tuple[Record, bytes]]:
             except ValueError as error:
                 if not whole:
                     return
-                raise DataFault(
+                raise DataError(
                     Fault(
                         f"{path}, line {number}",
                         f"not a metrics record ({error})",
@@ -145,7 +145,7 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _mend_tail(path: Path) -> None:
+def _repair_tail(path: Path) -> None:
     """Make the file end with a newline: finish a last line that is whole but for it, cut off one that is torn."""
     if not path.exists():
         return

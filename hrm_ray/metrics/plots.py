@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from hrm_ray.errors import DataFault, EnvironmentFault, Fault, SettingsError
+from hrm_ray.errors import DataError, Fault, SettingsError, UnavailableError
+from hrm_ray.metrics.atomic_write import atomic_write
 from hrm_ray.metrics.jsonl import read_records
-from hrm_ray.metrics.replacing import replacing
 from hrm_ray.rundir import RunDir
-from hrm_ray.values import Record, RecordKind
+from hrm_ray.types import Record, RecordKind
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -87,8 +87,8 @@ def plot_runs(runs: list[Path], out: Path, metrics: list[str] | None = None) -> 
     (train raw and smoothed, held-out points), the held-out figure (bits per byte, exact accuracy, whichever there is)
     and the learning rate; with it, a panel for each metric named. The file appears whole or not at all.
 
-    SettingsError: no runs, or `out` is no .png. DataFault: no such run, a run without train or eval records, a metric
-    that no run has. EnvironmentFault: no matplotlib.
+    SettingsError: no runs, or `out` is no .png. DataError: no such run, a run without train or eval records, a metric
+    that no run has. UnavailableError: no matplotlib.
     """
     if not runs:
         raise SettingsError(Fault("runs", "none given", "Name at least one bundle folder or metrics.jsonl file"))
@@ -98,7 +98,7 @@ def plot_runs(runs: list[Path], out: Path, metrics: list[str] | None = None) -> 
     data = _draw(loaded, _panels(loaded, metrics))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out) as file:
+        with atomic_write(out) as file:
             file.write(data)
     except OSError as error:
         reason = f"it cannot be written ({error.strerror})"
@@ -119,7 +119,7 @@ def _load(paths: Sequence[Path]) -> list[_Run]:
             continue
         try:
             records = [record for record in read_records(file) if record.kind != "event"]
-        except DataFault as error:
+        except DataError as error:
             faults.extend(error.faults)
             continue
         if not records:
@@ -128,7 +128,7 @@ def _load(paths: Sequence[Path]) -> list[_Run]:
             )
         runs.append(_Run(name, _colour(index, len(paths)), records))
     if faults:
-        raise DataFault(faults)
+        raise DataError(faults)
     return runs
 
 
@@ -167,7 +167,7 @@ def _panels(runs: Sequence[_Run], metrics: list[str] | None) -> list[str]:
     missing = [name for name in metrics if name not in known]
     if missing or not metrics:
         value = ", ".join(missing) or "metrics"
-        raise DataFault(Fault(value, "none of the runs has such figures", f"They have: {', '.join(sorted(known))}"))
+        raise DataError(Fault(value, "none of the runs has such figures", f"They have: {', '.join(sorted(known))}"))
     return list(dict.fromkeys(metrics))
 
 
@@ -177,7 +177,7 @@ def _draw(runs: Sequence[_Run], panels: Sequence[str]) -> bytes:
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
     except ImportError as error:
-        raise EnvironmentFault(
+        raise UnavailableError(
             Fault("matplotlib", f"needed for plots and not importable ({error})", "Run pip install matplotlib")
         ) from error
     columns = 2 if len(panels) == 4 else min(3, len(panels))

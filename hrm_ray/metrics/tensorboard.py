@@ -22,7 +22,7 @@ from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.plugins.text.metadata import create_summary_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from hrm_ray.values import Record
+from hrm_ray.types import Record
 
 _FILE_NAME = re.compile(r"events\.out\.tfevents\.(\d+)\.")
 

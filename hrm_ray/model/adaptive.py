@@ -14,28 +14,28 @@ import torch
 from torch import Tensor
 
 from hrm_ray.model.actv1 import ActV1
-from hrm_ray.model.chunked_rest import Keeper, Rest
-from hrm_ray.model.chunked_rows import ChunkedRows, ShelvedStates, passed, sweep
-from hrm_ray.model.layers import KeyValueExchange
+from hrm_ray.model.chunked_offload import Handle, OffloadPolicy
+from hrm_ray.model.chunked_rows import BufferedStates, ChunkedRows, run_without_grad, single_pass_cache
+from hrm_ray.model.layers import KVCache
 from hrm_ray.model.routing import Site
 
 
 class FrozenKeys:
     """Keeps the keys and values of every attention of the last segment, by chunk; frozen tokens keep theirs."""
 
-    def __init__(self, rows: ChunkedRows, keeper: Keeper) -> None:
+    def __init__(self, rows: ChunkedRows, policy: OffloadPolicy) -> None:
         self._rows = rows
-        self._keeper = keeper
-        self._kept: dict[tuple[Site, int], tuple[Rest, Rest]] = {}
+        self._keeper = policy
+        self._kept: dict[tuple[Site, int], tuple[Handle, Handle]] = {}
         self._frozen: Tensor | None = None
 
     def begin_segment(self, frozen: Tensor) -> None:
         """`frozen` bool [B, T]: tokens that have halted before this segment."""
         self._frozen = frozen
 
-    def of_site(self, site: Site) -> Callable[[int], KeyValueExchange]:
+    def of_site(self, site: Site) -> Callable[[int], KVCache]:
         """What the chunks of one attention exchange with, see ExchangeOf."""
-        earlier = passed(self._rows)(site)
+        earlier = single_pass_cache(self._rows)(site)
         return lambda chunk: _FrozenChunk(self, earlier(chunk), chunk)
 
     def replaced(self, site: Site, chunk: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ class FrozenKeys:
 
 
 class _FrozenChunk:
-    def __init__(self, frozen: FrozenKeys, earlier: KeyValueExchange | None, chunk: int) -> None:
+    def __init__(self, frozen: FrozenKeys, earlier: KVCache | None, chunk: int) -> None:
         self._frozen = frozen
         self._earlier = earlier
         self._chunk = chunk
@@ -67,24 +67,24 @@ class Reading:
     which are now frozen [B, T]."""
 
     segment: int
-    states: ShelvedStates
+    states: BufferedStates
     reads: Tensor
     frozen: Tensor
 
 
-def adaptive_segments(model: ActV1, rows: ChunkedRows, keeper: Keeper) -> Iterator[Reading]:
+def adaptive_segments(model: ActV1, rows: ChunkedRows, policy: OffloadPolicy) -> Iterator[Reading]:
     """Segment after segment over `rows`; a token is read out at the first segment (from 1) where q_halt > 0.
 
     Tokens of a prompt think to the end: under a prefix mask they have no labels, so the head was never trained there.
     Without a graph. Keys and values of every attention are kept, as generation keeps them; activations follow the
     chunk.
     """
-    states = ShelvedStates.initial(rows, model).copied(rows, keeper)
+    states = BufferedStates.initial(rows, model).copied(rows, policy)
     frozen = torch.zeros(rows.rows, rows.length, dtype=torch.bool, device=rows.batch["inputs"].device)
-    keys = FrozenKeys(rows, keeper)
+    keys = FrozenKeys(rows, policy)
     for segment in range(1, model.config.halt_max_steps + 1):
         keys.begin_segment(frozen)
-        sweep(model, rows, states, range(model.config.updates_per_segment), keys.of_site)
+        run_without_grad(model, rows, states, range(model.config.updates_per_segment), keys.of_site)
         halts = torch.cat([model.halting_scores(states.z_h.get(chunk))[0] > 0 for chunk in range(len(rows))], dim=1)
         if rows.scope.prompt is not None:
             halts = halts & ~rows.scope.prompt

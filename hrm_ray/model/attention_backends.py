@@ -32,7 +32,7 @@ FLEX_HEAD_DIM = 16
 
 
 @dataclass(frozen=True)
-class Place:
+class KernelCapabilities:
     """What decides about a kernel: the kind of device, its CUDA capability, the libraries that are there, and whether
     attention is computed in a 16-bit type."""
 
@@ -42,14 +42,14 @@ class Place:
     narrow: bool
 
     @classmethod
-    def here(cls, device: str, *, narrow: bool) -> Place:
+    def here(cls, device: str, *, narrow: bool) -> KernelCapabilities:
         """This machine's."""
         capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
         wanted = (*FLASH_MODULES.values(), "triton")
         return cls(device, capability, frozenset(name for name in wanted if find_spec(name) is not None), narrow)
 
 
-def choose_kernel(asked: bool | None, config: ModelConfig, place: Place) -> KernelName:
+def choose_kernel(asked: bool | None, config: ModelConfig, place: KernelCapabilities) -> KernelName:
     """The kernel to train with. `asked` is --use-flash-attn: False never, None and True where it is possible."""
     if asked is not False and flash_obstacle(config, place) is None:
         return _flash_name(place)
@@ -57,7 +57,7 @@ def choose_kernel(asked: bool | None, config: ModelConfig, place: Place) -> Kern
     return "flex" if compiled and config.task == "lm" and config.head_dim >= FLEX_HEAD_DIM else "sdpa"
 
 
-def flash_obstacle(config: ModelConfig, place: Place) -> str | None:
+def flash_obstacle(config: ModelConfig, place: KernelCapabilities) -> str | None:
     """Why FlashAttention cannot be used here; None where it can."""
     if place.device != "cuda":
         return f"it needs a CUDA device, and this is {place.device}"
@@ -74,7 +74,7 @@ def flash_obstacle(config: ModelConfig, place: Place) -> str | None:
     return None
 
 
-def _flash_name(place: Place) -> KernelName:
+def _flash_name(place: KernelCapabilities) -> KernelName:
     hopper = place.capability[0] == 9 and FLASH_MODULES["flash3"] in place.libraries
     return "flash3" if hopper else "flash2"
 

@@ -18,9 +18,16 @@ from dataclasses import dataclass
 import torch
 
 from hrm_ray.model.actv1 import ActV1, States
+from hrm_ray.model.chunked_offload import (
+    ChunkBuffer,
+    HandleBuffer,
+    NoOffload,
+    OffloadPolicy,
+    empty_buffer,
+    offload_policy,
+)
 from hrm_ray.model.chunked_passes import GraphPasses
-from hrm_ray.model.chunked_rest import Here, Keeper, RestShelf, Shelf, empty_shelf, keeper_on
-from hrm_ray.model.chunked_rows import ChunkedRows, ShelvedStates, copied, sweep
+from hrm_ray.model.chunked_rows import BufferedStates, ChunkedRows, copied, run_without_grad
 from hrm_ray.model.layers import Context
 from hrm_ray.model.losses import LossKind
 from hrm_ray.model.objective import Batch, SegmentOutput
@@ -56,8 +63,8 @@ class ChunkCarry:
 
     segments: int = 0
     passes: int = 0
-    states: ShelvedStates | None = None
-    token_loss: Shelf | None = None
+    states: BufferedStates | None = None
+    token_loss: ChunkBuffer | None = None
     present: Segment | None = None
 
 
@@ -67,10 +74,10 @@ class Segment:
     that enter the updates with gradient until their pass, and then those that it reached, with their `reached_loss`."""
 
     graph: GraphPasses
-    judged: Shelf
-    token_loss: Shelf
-    states: ShelvedStates
-    reached_loss: Shelf
+    judged: ChunkBuffer
+    token_loss: ChunkBuffer
+    states: BufferedStates
+    reached_loss: ChunkBuffer
 
 
 class ChunkedTextObjective(RolloutOnText[ChunkCarry]):
@@ -86,7 +93,7 @@ class ChunkedTextObjective(RolloutOnText[ChunkCarry]):
     ) -> None:
         super().__init__(model, loss, halt_margin, router_losses)
         self.chunking = chunking
-        self._keeper: Keeper | None = None
+        self._keeper: OffloadPolicy | None = None
 
     @property
     def passes_per_step(self) -> int:
@@ -129,23 +136,23 @@ class ChunkedTextObjective(RolloutOnText[ChunkCarry]):
         """The segment after the carry's: the updates without gradient done, and what exact gradients need."""
         rows = self.chunking.rows(self.model, batch)
         if self._keeper is None:
-            self._keeper = keeper_on(batch["inputs"].device, offload=self.chunking.offload)
-        keeper = self._keeper
+            self._keeper = offload_policy(batch["inputs"].device, offload=self.chunking.offload)
+        policy = self._keeper
         if carry.states is None or carry.token_loss is None:
-            came, token_loss = ShelvedStates.initial(rows, self.model), _no_loss(rows)
-            states = came.copied(rows, keeper)
+            came, token_loss = BufferedStates.initial(rows, self.model), _no_loss(rows)
+            states = came.copied(rows, policy)
         else:
             came, token_loss = carry.states, carry.token_loss
             # The z_H that came is judged; the z_L is not needed as it came, and the new one takes its place.
-            states = ShelvedStates(copied(came.z_h, rows, keeper), came.z_l)
+            states = BufferedStates(copied(came.z_h, rows, policy), came.z_l)
         config = self.model.config
-        sweep(self.model, rows, states, range(config.updates_per_segment - config.bp_steps))
-        graph = GraphPasses.over(rows, self.chunking.exact, keeper)
+        run_without_grad(self.model, rows, states, range(config.updates_per_segment - config.bp_steps))
+        graph = GraphPasses.over(rows, self.chunking.exact, policy)
         graph.record(
             lambda chunk, context: self._updates_with_gradient(rows, chunk, states.get(chunk), context),
             ahead=states.ahead,
         )
-        return Segment(graph, came.z_h, token_loss, states, empty_shelf(keeper, rows.parts))
+        return Segment(graph, came.z_h, token_loss, states, empty_buffer(policy, rows.parts))
 
     def _updates_with_gradient(self, rows: ChunkedRows, chunk: int, states: States, context: Context) -> States:
         """The updates that carry gradient, over one chunk, in the present gradient mode."""
@@ -154,9 +161,9 @@ class ChunkedTextObjective(RolloutOnText[ChunkCarry]):
         return self.model.updates(states, rows.injection(chunk), context, first, config.updates_per_segment)
 
 
-def _no_loss(rows: ChunkedRows) -> Shelf:
+def _no_loss(rows: ChunkedRows) -> ChunkBuffer:
     """Before the first segment."""
-    shelf = RestShelf(Here(), len(rows))
+    shelf = HandleBuffer(NoOffload(), len(rows))
     for chunk in range(len(rows)):
         shelf.put(chunk, torch.zeros((), device=rows.batch["inputs"].device).expand(rows.column("inputs", chunk).shape))
     return shelf
@@ -182,7 +189,7 @@ class ChunkedTransformerObjective(OnePassOnText[TransformerCarry]):
     ) -> None:
         super().__init__(model, loss, router_losses)
         self.chunking = chunking
-        self._keeper: Keeper | None = None
+        self._keeper: OffloadPolicy | None = None
 
     @property
     def passes_per_step(self) -> int:
@@ -205,7 +212,7 @@ class ChunkedTransformerObjective(OnePassOnText[TransformerCarry]):
     def _begun(self, batch: Batch) -> GraphPasses:
         rows = self.chunking.rows(self.model, batch)
         if self._keeper is None:
-            self._keeper = keeper_on(batch["inputs"].device, offload=self.chunking.offload)
+            self._keeper = offload_policy(batch["inputs"].device, offload=self.chunking.offload)
         graph = GraphPasses.over(rows, self.chunking.exact, self._keeper)
         graph.record(lambda chunk, context: self.model(rows.injection(chunk), context))
         return graph

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hrm_ray.model.chunked_rest import Keeper, Rest
-from hrm_ray.model.layers import KeyValueExchange
+from hrm_ray.model.chunked_offload import Handle, OffloadPolicy
+from hrm_ray.model.layers import KVCache
 from hrm_ray.model.routing import Site
 
 Pair = tuple[Tensor, Tensor]
@@ -85,12 +85,12 @@ class RowKeys:
 class RestKeys:
     """Each chunk's by itself, with a keeper that is away; where `slides`, what no later chunk can see is given up."""
 
-    def __init__(self, parts: list[slice], window: int | None, keeper: Keeper, *, slides: bool) -> None:
+    def __init__(self, parts: list[slice], window: int | None, policy: OffloadPolicy, *, slides: bool) -> None:
         self._parts = parts
         self._window = window
-        self._keeper = keeper
+        self._keeper = policy
         self._slides = slides
-        self._rests: dict[int, tuple[Rest, Rest]] = {}
+        self._rests: dict[int, tuple[Handle, Handle]] = {}
 
     def put(self, chunk: int, keys: Tensor, values: Tensor) -> None:
         if self._slides:
@@ -129,13 +129,13 @@ class KeptKeys:
 
     parts: list[slice]
     window: int | None
-    keeper: Keeper
+    policy: OffloadPolicy
     exact: bool
     sites: dict[Site, SiteKeys] = field(default_factory=dict)
     recorded: set[tuple[Site, int]] = field(default_factory=set)
-    gradients: dict[tuple[Site, int], tuple[Rest, Rest]] = field(default_factory=dict)
+    gradients: dict[tuple[Site, int], tuple[Handle, Handle]] = field(default_factory=dict)
 
-    def exchange(self, chunk: int) -> KeyValueExchange:
+    def exchange(self, chunk: int) -> KVCache:
         """The exchange of a pass over this chunk, in either gradient mode."""
         return _Exchange(self, chunk)
 
@@ -149,8 +149,8 @@ class KeptKeys:
         if site not in self.sites:
             slides = not self.exact
             self.sites[site] = (
-                RestKeys(self.parts, self.window, self.keeper, slides=slides)
-                if self.keeper.away
+                RestKeys(self.parts, self.window, self.policy, slides=slides)
+                if self.policy.away
                 else RowKeys(self.parts, self.window, slides=slides)
             )
         if (site, chunk) not in self.recorded:
@@ -182,7 +182,7 @@ class KeptKeys:
                     wide = torch.promote_types(each.dtype, torch.float32)
                     total = each.new_zeros((*each.shape[:2], part.stop - part.start, each.shape[3]), dtype=wide)
                 total[:, :, begin - part.start :] += each[:, :, given]
-                sums.append(self.keeper.rest(total))
+                sums.append(self.policy.rest(total))
             self.gradients[(site, number)] = (sums[0], sums[1])
         assert found[0].shape[2] == stop - first
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hrm_ray.model.chunked_caches import KeptKeys
-from hrm_ray.model.chunked_rest import Keeper
+from hrm_ray.model.chunked_offload import OffloadPolicy
 from hrm_ray.model.chunked_rows import ChunkedRows
 from hrm_ray.model.layers import Context
 from hrm_ray.model.router_losses import RouterLosses, RouterOutcome, positions_that_count, router_terms
@@ -62,9 +62,9 @@ class GraphPasses:
     whole: Mapping[Site, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def over(cls, rows: ChunkedRows, exact: bool, keeper: Keeper) -> GraphPasses:
+    def over(cls, rows: ChunkedRows, exact: bool, policy: OffloadPolicy) -> GraphPasses:
         """None of them done."""
-        kept = KeptKeys(rows.parts, rows.window, keeper, exact)
+        kept = KeptKeys(rows.parts, rows.window, policy, exact)
         return cls(rows, exact, kept, RandomStates(rows.batch["inputs"].device), rows.routings())
 
     def next_chunk(self, passes: int) -> int:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hrm_ray.model.actv1 import ActV1, States
 from hrm_ray.model.chunked_caches import RowKeys, first_seen
-from hrm_ray.model.chunked_rest import Here, Keeper, RestShelf, Shelf, empty_shelf
-from hrm_ray.model.layers import Context, KeyValueExchange, Level
+from hrm_ray.model.chunked_offload import ChunkBuffer, HandleBuffer, NoOffload, OffloadPolicy, empty_buffer
+from hrm_ray.model.layers import Context, KVCache, Level
 from hrm_ray.model.objective import Batch
 from hrm_ray.model.router_losses import text_routing
 from hrm_ray.model.routing import Routing, Site
@@ -55,7 +55,7 @@ class ChunkedRows:
         x: Tensor = self.model.embedding(self.column("inputs", chunk), None, positions)
         return x
 
-    def context(self, chunk: int, cache: KeyValueExchange | None, routing: Routing | None = None) -> Context:
+    def context(self, chunk: int, cache: KVCache | None, routing: Routing | None = None) -> Context:
         """What the layers are told about this chunk; its keys begin where its first position's reach does."""
         part = self.parts[chunk]
         first = first_seen(part.start, self.window)
@@ -77,9 +77,9 @@ class ChunkedRows:
         return found
 
 
-def copied(shelf: Shelf, rows: ChunkedRows, keeper: Keeper) -> Shelf:
+def copied(shelf: ChunkBuffer, rows: ChunkedRows, policy: OffloadPolicy) -> ChunkBuffer:
     """A shelf of its own with the same tensors."""
-    copy = empty_shelf(keeper, rows.parts)
+    copy = empty_buffer(policy, rows.parts)
     for chunk in range(len(rows)):
         shelf.ahead(chunk + 1)
         copy.put(chunk, shelf.get(chunk))
@@ -87,23 +87,23 @@ def copied(shelf: Shelf, rows: ChunkedRows, keeper: Keeper) -> Shelf:
 
 
 @dataclass(frozen=True)
-class ShelvedStates:
+class BufferedStates:
     """Both hidden states by chunk."""
 
-    z_h: Shelf
-    z_l: Shelf
+    z_h: ChunkBuffer
+    z_l: ChunkBuffer
 
     @classmethod
-    def initial(cls, rows: ChunkedRows, model: ActV1) -> ShelvedStates:
+    def initial(cls, rows: ChunkedRows, model: ActV1) -> BufferedStates:
         """The starting states; they take no room."""
-        shelves = cls(RestShelf(Here(), len(rows)), RestShelf(Here(), len(rows)))
+        shelves = cls(HandleBuffer(NoOffload(), len(rows)), HandleBuffer(NoOffload(), len(rows)))
         for chunk, part in enumerate(rows.parts):
             shelves.put(chunk, model.initial_states(rows.rows, part.stop - part.start))
         return shelves
 
-    def copied(self, rows: ChunkedRows, keeper: Keeper) -> ShelvedStates:
+    def copied(self, rows: ChunkedRows, policy: OffloadPolicy) -> BufferedStates:
         """Shelves of their own with the same tensors, which may then be changed."""
-        return ShelvedStates(copied(self.z_h, rows, keeper), copied(self.z_l, rows, keeper))
+        return BufferedStates(copied(self.z_h, rows, policy), copied(self.z_l, rows, policy))
 
     def put(self, chunk: int, states: States) -> None:
         self.z_h.put(chunk, states.z_h)
@@ -117,7 +117,7 @@ class ShelvedStates:
         self.z_l.ahead(chunk)
 
 
-ExchangeOf = Callable[[Site], "Callable[[int], KeyValueExchange | None]"]
+ExchangeOf = Callable[[Site], "Callable[[int], KVCache | None]"]
 """For an attention, what its chunks exchange keys and values with, by chunk."""
 
 
@@ -129,15 +129,15 @@ class ChunkExchange:
         self._chunk = chunk
 
     def exchange(self, site: Site, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """See KeyValueExchange."""
+        """See KVCache."""
         self._keys.put(self._chunk, keys, values)
         return self._keys.seen(self._chunk, keys, values)
 
 
-def passed(rows: ChunkedRows) -> ExchangeOf:
+def single_pass_cache(rows: ChunkedRows) -> ExchangeOf:
     """One cache for all chunks of an attention, gone when the next attention begins."""
 
-    def of_site(site: Site) -> Callable[[int], KeyValueExchange | None]:
+    def of_site(site: Site) -> Callable[[int], KVCache | None]:
         if len(rows) == 1:
             return lambda chunk: None
         keys = RowKeys(rows.parts, rows.window, slides=True)
@@ -147,13 +147,13 @@ def passed(rows: ChunkedRows) -> ExchangeOf:
 
 
 @torch.no_grad()
-def sweep(
-    model: ActV1, rows: ChunkedRows, states: ShelvedStates, updates: range, exchanges: ExchangeOf | None = None
+def run_without_grad(
+    model: ActV1, rows: ChunkedRows, states: BufferedStates, updates: range, exchanges: ExchangeOf | None = None
 ) -> None:
     """Take `states`, in place, through these `updates` of a segment, without a graph."""
     z_h, z_l = states.z_h, states.z_l
     routings = rows.routings()
-    exchanges = passed(rows) if exchanges is None else exchanges
+    exchanges = single_pass_cache(rows) if exchanges is None else exchanges
 
     def entering_l(chunk: int) -> Tensor:
         states.ahead(chunk + 1)
@@ -165,17 +165,17 @@ def sweep(
 
     for number in updates:
         if number % (model.config.l_cycles + 1) < model.config.l_cycles:
-            through_level(model.L_level, rows, entering_l, z_l, number, exchanges, routings)
+            run_level(model.L_level, rows, entering_l, z_l, number, exchanges, routings)
         else:
-            through_level(model.H_level, rows, entering_h, z_h, number, exchanges, routings)
+            run_level(model.H_level, rows, entering_h, z_h, number, exchanges, routings)
 
 
 @torch.no_grad()
-def through_level(
+def run_level(
     level: Level,
     rows: ChunkedRows,
     entering: Callable[[int], Tensor],
-    hidden: Shelf,
+    hidden: ChunkBuffer,
     update: int,
     exchanges: ExchangeOf,
     routings: list[Routing | None],

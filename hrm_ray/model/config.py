@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias
 
-from hrm_ray.errors import DataFault, Fault
+from hrm_ray.errors import DataError, Fault
 
 MODEL_TYPE = "hrm_actv1"
 
@@ -92,9 +92,9 @@ class ModelConfig:
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any], source: str) -> ModelConfig:
-        """Read back what `to_plain` wrote. `source` names the file in the error. Raises DataFault."""
+        """Read back what `to_plain` wrote. `source` names the file in the error. Raises DataError."""
         if plain.get("model_type") != MODEL_TYPE:
-            raise DataFault(
+            raise DataError(
                 Fault(
                     f"model_type {plain.get('model_type')!r} in {source}",
                     f"this is not a model of kind {MODEL_TYPE!r}",
@@ -105,7 +105,7 @@ class ModelConfig:
         given = {k: v for k, v in plain.items() if k != "model_type"}
         unknown = sorted(given.keys() - names)
         if unknown:
-            raise DataFault(
+            raise DataError(
                 Fault(
                     f"{', '.join(unknown)} in {source}",
                     "this version does not know these parts of an architecture",
@@ -115,6 +115,6 @@ class ModelConfig:
         try:
             return cls(**given)
         except TypeError as error:
-            raise DataFault(
+            raise DataError(
                 Fault(source, f"the architecture is incomplete ({error})", "Restore the file from a whole bundle")
             ) from None

@@ -31,7 +31,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledToken:
     """A drawn token and how many segments its predecessor's position was thought about."""
 
     token: int
@@ -87,7 +87,7 @@ class SegmentCaches:
         return old if self._window is None else old[:, :, max(old.shape[2] - self._window + 1, 0) :]
 
 
-class Reader:
+class DecodingSession:
     """Feeds tokens to a model and gives the scores of the next one, keeping caches in between."""
 
     def __init__(self, model: ActV1 | Transformer, adaptive: bool) -> None:
@@ -156,13 +156,13 @@ def generate(
     end_of_text_id: int,
     seed: int,
     adaptive: bool,
-) -> Iterator[Drawn]:
+) -> Iterator[SampledToken]:
     """Draw tokens after `prompt` (at least one) until end-of-text or `max_new_tokens`; the same seed, the same text.
 
     When the context is full, the older half is forgotten and the rest read again; under a prefix mask the text ends
     there, because an answer read again as part of a prompt is nothing the model was trained on.
     """
-    reader = Reader(model, adaptive)
+    reader = DecodingSession(model, adaptive)
     generator = torch.Generator().manual_seed(seed)
     limit = model.config.seq_len
     context = prompt[-limit:]
@@ -171,7 +171,7 @@ def generate(
         token = draw(logits[-1], sampling, generator)
         if token == end_of_text_id:
             return
-        yield Drawn(token, int(segments[-1]))
+        yield SampledToken(token, int(segments[-1]))
         context.append(token)
         if len(context) > limit and model.config.lm_mask == "prefix":
             return

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hrm_ray.model.few_sizes import compiles_each_size, rows_times_in_pieces, rows_with_rows_filled_up
+from hrm_ray.model.shape_buckets import compiles_each_size, rows_times_in_pieces, rows_with_rows_filled_up
 
 _WITH_GROUPED_PRODUCT = frozenset({"cpu", "cuda"})
 """Devices for which PyTorch has one; on a CPU it was measured to be as fast as a single product of all rows, and as a

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hrm_ray.errors import DataFault, Fault
+from hrm_ray.errors import DataError, Fault
 
 _PREFIXES = ("_orig_mod.", "model.", "inner.")
 _PLAIN = {
@@ -44,7 +44,7 @@ def looks_like_reference(names: Mapping[str, Tensor]) -> bool:
 def split_fused(name: str, tensor: Tensor) -> dict[str, Tensor]:
     """One reference tensor as this project's: renamed, and cut along the output rows where it was fused.
 
-    Works for weights and for their gradients. Raises DataFault for a name the reference does not have,
+    Works for weights and for their gradients. Raises DataError for a name the reference does not have,
     and for a height that cannot be cut.
     """
     bare = bare_name(name)
@@ -52,7 +52,7 @@ def split_fused(name: str, tensor: Tensor) -> dict[str, Tensor]:
         return {_PLAIN[bare]: tensor}
     match = _LAYER.fullmatch(bare)
     if match is None:
-        raise DataFault(
+        raise DataError(
             Fault(
                 f"tensor {name!r}",
                 "the original HRM has no such tensor",
@@ -62,7 +62,7 @@ def split_fused(name: str, tensor: Tensor) -> dict[str, Tensor]:
     layer, part, projection = match.groups()
     targets = _FUSED.get(projection, (projection,))
     if tensor.dim() == 0 or tensor.shape[0] % len(targets):
-        raise DataFault(
+        raise DataError(
             Fault(
                 f"tensor {name!r} {list(tensor.shape)}",
                 f"its rows cannot be cut into {' and '.join(targets)} alike",

@@ -21,7 +21,7 @@ from hrm_ray.model.routing import Routing
 from hrm_ray.model.routing import Site as Site
 
 
-class KeyValueExchange(Protocol):
+class KVCache(Protocol):
     """What a key/value cache does at one attention of a segment: takes the new keys and values, gives those to use."""
 
     def exchange(self, site: Site, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,7 @@ class Context:
 
     scope: AttentionScope
     rotation: Rotation | None
-    cache: KeyValueExchange | None = None
+    cache: KVCache | None = None
     update: int = 0
     routing: Routing | None = None
 

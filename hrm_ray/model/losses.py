@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hrm_ray.values import IGNORE_LABEL
+from hrm_ray.types import IGNORE_LABEL
 
 LossKind = Literal["softmax", "stablemax"]
 

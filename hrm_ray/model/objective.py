@@ -68,7 +68,7 @@ class Objective(nn.Module, Generic[CarryT]):
         """
         raise NotImplementedError
 
-    def recut(self, carries: list[CarryT], rows: int) -> list[CarryT]:
+    def split_carries(self, carries: list[CarryT], rows: int) -> list[CarryT]:
         """Carries that outlive a step, laid out anew for micro-batches of `rows` rows, in the same order."""
         raise NotImplementedError
 

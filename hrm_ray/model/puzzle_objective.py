@@ -21,7 +21,7 @@ from hrm_ray.model.objective import Batch, Objective, SegmentOutput, Term
 from hrm_ray.model.router_losses import NO_ROUTER_LOSSES, RouterLosses, router_terms, router_weights
 from hrm_ray.model.routing import Routing
 from hrm_ray.model.scope import FULL
-from hrm_ray.values import IGNORE_LABEL
+from hrm_ray.types import IGNORE_LABEL
 
 ROW_FIELDS = ("inputs", "labels", "puzzle_identifiers", "active")
 """Fields of an offered batch that stay with a row until it halts."""
@@ -99,7 +99,7 @@ class PuzzleObjective(Objective[PuzzleCarry]):
             data={name: torch.zeros_like(batch[name]) for name in ROW_FIELDS},
         )
 
-    def recut(self, carries: list[PuzzleCarry], rows: int) -> list[PuzzleCarry]:
+    def split_carries(self, carries: list[PuzzleCarry], rows: int) -> list[PuzzleCarry]:
         return PuzzleCarry.joined(carries).split(rows)
 
     def weights(self, batch: Batch, carry: PuzzleCarry) -> dict[str, Tensor]:
@@ -150,7 +150,7 @@ class PuzzleObjective(Objective[PuzzleCarry]):
                 # In rollout nothing is replaced before the last segment, whatever the scores say.
                 if not self.rollout:
                     halted = halt_in_training(q_halt, q_continue, steps, last, batch["min_steps"])
-                aside = replace(context, routing=routing.unheard() if routing is not None else None)
+                aside = replace(context, routing=routing.detached() if routing is not None else None)
                 ahead = model.segment(states.detach(), x.detach(), aside)
                 target = continue_target(*model.halting_scores(ahead.z_h[:, 0]), last)
         # An idle slot must be free to take a row of the next epoch at once.

@@ -13,7 +13,7 @@ from torch import Tensor
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.objective import Term
 from hrm_ray.model.routing import Routed, Routing
-from hrm_ray.values import IGNORE_LABEL
+from hrm_ray.types import IGNORE_LABEL
 
 _ROWS = "routed_rows"
 """Denominator of the routers' losses."""

@@ -60,7 +60,7 @@ class Routing:
         """The record for the chunk that follows this one in the same rows and the same segment."""
         return Routing(self.row_length, counted, self.chosen, _narrowed=self._narrowed)
 
-    def unheard(self) -> Routing:
+    def detached(self) -> Routing:
         """A record for a pass over the same rows that nothing is learned from."""
         return Routing(self.row_length, self.counted, self.earlier, _narrowed=self._narrowed)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hrm_ray.model.autocast import product_dtype
 from hrm_ray.model.losses import CROSS_ENTROPIES, LossKind
-from hrm_ray.values import IGNORE_LABEL
+from hrm_ray.types import IGNORE_LABEL
 
 SCORES_BYTES = 128 * 2**20
 """Scores in float32 that are held at once; a sequence whose scores fit is computed in one go, without recomputation."""

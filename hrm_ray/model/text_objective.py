@@ -28,7 +28,7 @@ from hrm_ray.model.router_losses import (
 from hrm_ray.model.scope import text_scope
 from hrm_ray.model.scoring import score_tokens
 from hrm_ray.model.transformer import Transformer
-from hrm_ray.values import IGNORE_LABEL
+from hrm_ray.types import IGNORE_LABEL
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 One job: the streams of epochs. All ranks walk through the same chunks in the same order; a chunk waits until each of
 them has taken it, and only a few are made ahead. Catalog and cache are written here and nowhere else. How chunks are
-made is datasets.py's matter; which sequences a rank takes of a chunk, its feed's.
+made is datasets.py's matter; which sequences a rank takes of a chunk, its loader's.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 import ray
 
-from hrm_ray.data.chunk_source import AHEAD, Chunk, ChunkMaker, EpochRule, Turn
+from hrm_ray.data.chunk_source import AHEAD, Chunk, ChunkPipeline, ChunkSlot, EpochOrder
 from hrm_ray.errors import HrmRayError
-from hrm_ray.orchestration.datasets import Place, each_of, read_on
+from hrm_ray.orchestration.datasets import ChunkTaskContext, each_of, read_on
 
 Key = tuple[int, int]
 """Epoch, and position in its order that a stream begins at."""
@@ -49,10 +49,10 @@ class _Stream:
 class ChunkServer:
     """Runs as an actor with a thread for each rank's call; a stream is made in a thread of its own."""
 
-    def __init__(self, place: Place, world_size: int) -> None:
+    def __init__(self, place: ChunkTaskContext, world_size: int) -> None:
         self._place, self._world_size = place, world_size
-        self._maker: ChunkMaker = place.maker(writes=True)
-        self._rule: EpochRule = place.text.rule
+        self._maker: ChunkPipeline = place.maker(writes=True)
+        self._rule: EpochOrder = place.text.rule
         self._in_order = place.text.in_order
         self._streams: dict[Key, _Stream] = {}
         self._changed = threading.Condition()
@@ -120,46 +120,46 @@ class ChunkServer:
 
     def _chunks(self, key: Key) -> Iterator[Chunk]:
         """The chunks of a stream: out of the cache where all of them are there, else made by Ray Data."""
-        maker, turns = self._maker, self._rule.turns(self._maker.catalog, *key)
+        maker, slots = self._maker, self._rule.slots(self._maker.catalog, *key)
         if maker.catalog.ended and all(maker.keeps(number) for number in range(len(maker.catalog))):
-            for turn in turns:
-                chunk = maker.made(turn.number)
+            for slot in slots:
+                chunk = maker.made(slot.number)
                 if chunk is None:
                     return
-                yield turn.of(chunk)
+                yield slot.of(chunk)
             return
         if self._in_order:
-            first = next(turns)
+            first = next(slots)
             maker.survey(first.number)
-            yield from self._taken(chain([first], turns), read_on(self._place, first.number))
+            yield from self._taken(chain([first], slots), read_on(self._place, first.number))
             maker.catalog.end()
             return
-        wanted = list(turns)
-        missing = [turn for turn in wanted if not maker.keeps(turn.number)]
-        entries = [maker.catalog.entries[turn.number] for turn in missing]
+        wanted = list(slots)
+        missing = [slot for slot in wanted if not maker.keeps(slot.number)]
+        entries = [maker.catalog.entries[slot.number] for slot in missing]
         made = self._taken(iter(missing), each_of(self._place, entries))
-        of_missing = {turn.number for turn in missing}
-        for turn in wanted:
-            if turn.number in of_missing:
+        of_missing = {slot.number for slot in missing}
+        for slot in wanted:
+            if slot.number in of_missing:
                 yield next(made)
             else:
-                kept = maker.made(turn.number)
+                kept = maker.made(slot.number)
                 assert kept is not None, "it is known"
-                yield turn.of(kept)
+                yield slot.of(kept)
 
-    def _taken(self, turns: Iterator[Turn], made: Iterator[tuple[int, Any]]) -> Iterator[Chunk]:
+    def _taken(self, slots: Iterator[ChunkSlot], made: Iterator[tuple[int, Any]]) -> Iterator[Chunk]:
         """What the tasks have made, entered into catalog and cache."""
         for number, content in made:
-            turn = next(turns)
-            assert turn.number == number, "Ray Data keeps the order"
+            slot = next(slots)
+            assert slot.number == number, "Ray Data keeps the order"
             if isinstance(content, HrmRayError):
                 raise content
             chunk = self._maker.made(number) if content is None else self._maker.taken(content)
             assert chunk is not None, "it is known"
-            yield turn.of(chunk)
+            yield slot.of(chunk)
 
 
-class ServedChunks:
+class RemoteChunks:
     """Chunks as a rank gets them from the ChunkServer; the next one is asked for while this one is trained on."""
 
     shared = True

@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hrm_ray.data.catalog import ChunkEntry
-from hrm_ray.data.chunk_source import Chunk, ChunkMaker
+from hrm_ray.data.chunk_source import Chunk, ChunkPipeline
 from hrm_ray.data.chunks import Corpus, RawChunk, read_chunks
-from hrm_ray.data.text_data import TextFolder, TextPlan, corpus_of
+from hrm_ray.data.text_data import TextDataDir, TextPlan, corpus_of
 from hrm_ray.data.text_store import tokenise
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import HrmRayError
@@ -44,7 +44,7 @@ Made = Chunk | HrmRayError | None
 
 
 @dataclass(frozen=True)
-class Place:
+class ChunkTaskContext:
     """Where tasks find what they need: the bundle, and the plan of its text as JSON. Compared by value, so that a
     process opens the same things once."""
 
@@ -52,7 +52,7 @@ class Place:
     plan: str
 
     @classmethod
-    def of(cls, bundle: str, plan: dict[str, Any]) -> Place:
+    def of(cls, bundle: str, plan: dict[str, Any]) -> ChunkTaskContext:
         """The place of a launch plan's `bundle` and `data`."""
         return cls(bundle, json.dumps(plan, sort_keys=True))
 
@@ -61,10 +61,10 @@ class Place:
         return TextPlan.from_plain(json.loads(self.plan))
 
     @property
-    def folder(self) -> TextFolder:
-        return TextFolder(RunDir(Path(self.bundle)).data)
+    def folder(self) -> TextDataDir:
+        return TextDataDir(RunDir(Path(self.bundle)).data)
 
-    def maker(self, *, writes: bool) -> ChunkMaker:
+    def maker(self, *, writes: bool) -> ChunkPipeline:
         """What makes chunks in this process, with the catalog as it is now."""
         text = self.text
         return self.folder.maker(text.cut, text.source, _tokenizer(self.bundle), pairs=text.form.prefix, writes=writes)
@@ -76,11 +76,11 @@ def _tokenizer(bundle: str) -> TextTokenizer:
 
 
 @lru_cache(maxsize=2)
-def _corpus(place: Place) -> Corpus:
+def _corpus(place: ChunkTaskContext) -> Corpus:
     return corpus_of(place.text.cut, place.text.source, place.folder.read_parts())
 
 
-def read_on(place: Place, first: int) -> Iterator[tuple[int, Made]]:
+def read_on(place: ChunkTaskContext, first: int) -> Iterator[tuple[int, Made]]:
     """Chunks from number `first` on to the end of the corpus: one task reads, several tokenise."""
 
     def read(batch: Batch) -> Iterator[Batch]:
@@ -102,7 +102,7 @@ def read_on(place: Place, first: int) -> Iterator[tuple[int, Made]]:
     yield from _run([{"first": first}], (read, READ_CPUS), (tokens, TOKEN_CPUS))
 
 
-def each_of(place: Place, entries: Sequence[ChunkEntry]) -> Iterator[tuple[int, Made]]:
+def each_of(place: ChunkTaskContext, entries: Sequence[ChunkEntry]) -> Iterator[tuple[int, Made]]:
     """The chunks of `entries`, each read and tokenised in a task of its own."""
 
     def made(batch: Batch) -> Batch:
@@ -118,7 +118,7 @@ def each_of(place: Place, entries: Sequence[ChunkEntry]) -> Iterator[tuple[int, 
         yield from _run([{"number": entry.number, "content": entry} for entry in some], (made, TOKEN_CPUS))
 
 
-def _made(place: Place, raw: RawChunk) -> Chunk:
+def _made(place: ChunkTaskContext, raw: RawChunk) -> Chunk:
     # Many tasks run beside each other: one thread each. Read by the tokenizer's library when it first computes.
     os.environ["RAYON_NUM_THREADS"] = "1"
     return Chunk(raw.entry, tokenise(raw.documents, _tokenizer(place.bundle), place.text.form.prefix), notes=raw.notes)

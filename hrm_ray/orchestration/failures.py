@@ -1,4 +1,4 @@
-"""Decides what a failed gang of workers is reported as: one error, the first cause.
+"""Decides what a failed worker group is reported as: one error, the first cause.
 
 One job: turn what is known after a failure (reports of ranks, ranks that died without a word) into the one error
 that the driver raises. Pure values and functions; does not talk to Ray or to processes.
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hrm_ray.errors import ERROR_KINDS, Fault, HrmRayError
-from hrm_ray.values import StopReason
+from hrm_ray.types import StopReason
 
 PEER_LOSS_MARKS = (
     "gloo/transport",

@@ -36,9 +36,9 @@ import ray
 import ray._private.worker as ray_worker
 
 import hrm_ray
-from hrm_ray.errors import EnvironmentFault, Fault, HrmRayError
-from hrm_ray.launch.resources import Demand, usable_cpus
-from hrm_ray.spinning import SPIN_VARIABLE, spin_briefly
+from hrm_ray.errors import Fault, HrmRayError, UnavailableError
+from hrm_ray.launch.resources import ResourceRequest, usable_cpus
+from hrm_ray.openmp import SPIN_VARIABLE, limit_openmp_spin
 
 NAMESPACE = "hrm_ray"
 OBJECT_STORE_BYTES = 200 * 2**20
@@ -98,7 +98,7 @@ def worker_environment(threads: int) -> dict[str, str]:
     }
     passed_on = {name: os.environ[name] for name in ("OMP_WAIT_POLICY", SPIN_VARIABLE) if name in os.environ}
     environment.update(passed_on)
-    spin_briefly(environment)
+    limit_openmp_spin(environment)
     return environment
 
 
@@ -115,7 +115,7 @@ class Session:
     `data` says that it will be used.
     """
 
-    def __init__(self, address: str | None, demand: Demand, *, data: bool = False) -> None:
+    def __init__(self, address: str | None, demand: ResourceRequest, *, data: bool = False) -> None:
         self.address = address
         self._data = data
         self._demand = demand
@@ -231,14 +231,14 @@ class Session:
             return error
         reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
         if self.is_local:
-            return EnvironmentFault(
+            return UnavailableError(
                 Fault(
                     "the local Ray cluster",
                     f"did not start: {reason}".rstrip("."),
                     f"Look into {self.folder}, or use --launcher local for one device",
                 )
             )
-        return EnvironmentFault(
+        return UnavailableError(
             Fault(
                 f"ray_address {self.address}",
                 f"could not connect: {reason}".rstrip("."),
@@ -249,7 +249,7 @@ class Session:
 
 
 def _load_ray_train() -> None:
-    # What is missing is said when the gang loads it, in the thread whose errors are looked at.
+    # What is missing is said when the worker group loads it, in the thread whose errors are looked at.
     with contextlib.suppress(ImportError):
         importlib.import_module("ray.train.torch")
 

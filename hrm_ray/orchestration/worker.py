@@ -18,8 +18,8 @@ import ray
 import ray.train
 
 from hrm_ray.orchestration.failures import Failure
-from hrm_ray.orchestration.report import HubLink, WorkerPlace
-from hrm_ray.values import DriverLink, Outcome
+from hrm_ray.orchestration.run_monitor import WorkerChannel, WorkerPlace
+from hrm_ray.types import DriverLink, RunResult
 
 PEER_LOSS_WAIT_S = 5.0
 """A rank whose collective broke waits this long before it ends, so that the rank which is really gone is noticed
@@ -30,20 +30,20 @@ class WorkerEnded(Exception):
     """Tells Ray Train that this rank failed; the cause is with the driver already."""
 
 
-def find_body(name: str) -> Callable[[dict[str, Any], DriverLink], Outcome]:
+def find_body(name: str) -> Callable[[dict[str, Any], DriverLink], RunResult]:
     """The function behind `package.module:function`."""
     module, _, function = name.partition(":")
-    body: Callable[[dict[str, Any], DriverLink], Outcome] = importlib.import_module(module).__dict__[function]
+    body: Callable[[dict[str, Any], DriverLink], RunResult] = importlib.import_module(module).__dict__[function]
     return body
 
 
 def main(config: dict[str, Any]) -> None:
     """The training function of TorchTrainer; torch.distributed is set up when it is entered.
 
-    `config`: "body" (dotted name), "plan" (plain dict), "hub" and "chunk_server" (actor handles, the latter or None).
+    `config`: "body" (a dotted name), "plan", "monitor" and "chunk_server" (actor handles, the latter may be None).
     """
     rank = ray.train.get_context().get_world_rank()
-    link = HubLink(config["hub"], rank, config["chunk_server"])
+    link = WorkerChannel(config["monitor"], rank, config["chunk_server"])
     if not link.announce(WorkerPlace(rank, os.getpid(), ray.util.get_node_ip_address())):
         return
     try:

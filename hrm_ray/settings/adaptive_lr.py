@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 
 from hrm_ray.errors import Fault, SettingsError
 from hrm_ray.settings.base import Section
-from hrm_ray.settings.faults import fault_of_error, mend_of_name
+from hrm_ray.settings.faults import fault_of_error, hint_of_name
 from hrm_ray.settings.yaml_file import read_mapping
 
 OPTION = "--adaptive-lr-config"
@@ -65,7 +65,7 @@ def read_adaptive_lr(path: Path) -> AdaptiveLrSettings:
 
 def _unknown(key: str, value: Any, path: Path) -> Fault:
     known = AdaptiveLrSettings.model_fields
-    return Fault(_said(key, value, path), "is not a setting", mend_of_name(key, known, f"Known are {', '.join(known)}"))
+    return Fault(_said(key, value, path), "is not a setting", hint_of_name(key, known, f"Known are {', '.join(known)}"))
 
 
 def _said(key: Any, value: Any, path: Path) -> str:

@@ -37,9 +37,9 @@ class Section(BaseModel):
         return value
 
 
-def refusal(reason: str, mend: str) -> PydanticCustomError:
+def refusal(reason: str, hint: str) -> PydanticCustomError:
     """What a section's own check raises; the message for the user is made of the same two parts."""
-    return PydanticCustomError("refused", "{reason}", {"reason": reason, "mend": mend})
+    return PydanticCustomError("refused", "{reason}", {"reason": reason, "hint": hint})
 
 
 def plain_types(annotation: Any) -> tuple[Any, ...]:

@@ -46,10 +46,10 @@ def fault_of_error(error: Any, said: str) -> Fault:
     if kind == "extra_forbidden":
         return Fault(said, "is not a setting", "Leave it out")
     if kind == "refused":
-        return Fault(said, context["reason"], context["mend"])
-    for beginning, (reason, mend) in _KINDS.items():
+        return Fault(said, context["reason"], context["hint"])
+    for beginning, (reason, hint) in _KINDS.items():
         if kind.startswith(beginning):
-            return Fault(said, reason, mend)
+            return Fault(said, reason, hint)
     return Fault(said, f"cannot be used ({error['msg']})", "Give a value as `hrm-ray train --help` says")
 
 
@@ -58,7 +58,7 @@ def nearest(name: str, known: Iterable[str], at_most: int = 3) -> list[str]:
     return get_close_matches(name, list(dict.fromkeys(known)), n=at_most, cutoff=0.6)
 
 
-def mend_of_name(name: str, known: Iterable[str], otherwise: str) -> str:
+def hint_of_name(name: str, known: Iterable[str], otherwise: str) -> str:
     """The mend for an unknown name: the nearest names, or `otherwise`."""
     near = nearest(name, known)
     if not near:

@@ -13,13 +13,20 @@ from typing import Any
 from pydantic import ValidationError
 
 from hrm_ray.errors import Fault, SettingsError
-from hrm_ray.settings.faults import fault_of_error, mend_of_name, nearest
+from hrm_ray.settings.faults import fault_of_error, hint_of_name, nearest
 from hrm_ray.settings.options import Spelling, options, spellings
-from hrm_ray.settings.presets import FALLS_AWAY, IN_PLACE_OF, PRESETS, SAID_EACH_TIME, layer_leaves, preset_leaves
+from hrm_ray.settings.presets import (
+    DROPPED_ON_RESUME,
+    MUTUALLY_EXCLUSIVE,
+    PRESETS,
+    SAID_EACH_TIME,
+    layer_leaves,
+    preset_leaves,
+)
 from hrm_ray.settings.profiles import PROFILES, profile_leaves
 from hrm_ray.settings.rules import broken_rules
 from hrm_ray.settings.tree import SECTIONS, RunSettings
-from hrm_ray.settings.yaml_file import Said, read_settings_file, read_tree
+from hrm_ray.settings.yaml_file import ParsedSource, read_settings_file, read_tree
 
 
 def load_settings(
@@ -39,7 +46,7 @@ def load_settings(
     """
     user = _merged(
         [
-            read_settings_file(config_path) if config_path is not None else Said(),
+            read_settings_file(config_path) if config_path is not None else ParsedSource(),
             read_options(said_options, also_known),
             read_tree(trial or {}, "trial"),
         ]
@@ -48,7 +55,7 @@ def load_settings(
     faults = [*found, *resumed.faults, *user.faults]
 
     by_user = _filled(user.values)
-    replaced = {old for key in by_user for old in (*IN_PLACE_OF.get(key, ()), *FALLS_AWAY.get(key, ()))}
+    replaced = {old for key in by_user for old in (*MUTUALLY_EXCLUSIVE.get(key, ()), *DROPPED_ON_RESUME.get(key, ()))}
     kept = {key: value for key, value in _filled(resumed.values).items() if key not in replaced}
     profile = profile_leaves(str({**resumed.values, **user.values}.get("run.profile")))
     values = {**profile, **kept, **by_user}
@@ -61,7 +68,7 @@ def load_settings(
     settings = RunSettings.model_validate(
         {**_nested({key: value for key, value in values.items() if key not in wrong}), "given": given - set(wrong)}
     )
-    faults += broken_rules(settings, set(wrong) | _filled_by(wrong, user.values) | user.suspects | resumed.suspects)
+    faults += broken_rules(settings, set(wrong) | _filled_by(wrong, user.values) | user.candidates | resumed.candidates)
     if faults:
         raise SettingsError(faults)
     return settings
@@ -74,35 +81,37 @@ def peek_leaves(
 
     Whatever is wrong is passed over with the leaf's default, since the load that follows reports it.
     """
-    said = _merged([read_settings_file(config_path) if config_path is not None else Said(), read_options(said_options)])
+    said = _merged(
+        [read_settings_file(config_path) if config_path is not None else ParsedSource(), read_options(said_options)]
+    )
     wanted = {key: value for key, value in said.values.items() if key in keys}
     wrong = _wrong_leaves(wanted)
     settings = RunSettings.model_validate(_nested({key: wanted[key] for key in wanted if key not in wrong}))
     return {key: settings.leaf(key) for key in keys}
 
 
-def read_options(said_options: Mapping[str, str | bool], also_known: Iterable[str] = ()) -> Said:
+def read_options(said_options: Mapping[str, str | bool], also_known: Iterable[str] = ()) -> ParsedSource:
     """What flat options say. A switch's value is True or text; a value option without its value is True."""
-    said = Said()
+    said = ParsedSource()
     for name, value in said_options.items():
         spelling = _spelling(name)
         shown = f"{name} {value or repr(value)}" if isinstance(value, str) else name
         if spelling is None:
             known = [*spellings(), *also_known]
-            mend = mend_of_name(name, known, "`--help` lists the options")
-            said.faults.append(Fault(shown, "is not an option", mend))
-            said.suspects.update(spellings()[near].option.key for near in nearest(name, known) if near in spellings())
+            hint = hint_of_name(name, known, "`--help` lists the options")
+            said.faults.append(Fault(shown, "is not an option", hint))
+            said.candidates.update(spellings()[near].option.key for near in nearest(name, known) if near in spellings())
             continue
         key, meant = spelling.option.key, _meant(spelling, value)
         if meant is None:
             wrong = "needs a value" if spelling.fixed is None else "takes no value"
             example = f"Write {name} VALUE" if spelling.fixed is None else f"Write {name} alone"
             said.faults.append(Fault(shown, wrong, example))
-            said.suspects.add(key)
+            said.candidates.add(key)
         elif key in said.values and said.values[key] != meant:
             reason = f"contradicts {said.words[key]}, which sets the same"
             said.faults.append(Fault(shown, reason, "Keep one of the two"))
-            said.suspects.add(key)
+            said.candidates.add(key)
         else:
             said.values[key], said.words[key] = meant, shown
     return said
@@ -126,17 +135,17 @@ def _meant(spelling: Spelling, value: str | bool) -> str | bool | None:
     return spelling.fixed if value is True else None
 
 
-def _merged(sources: Sequence[Said]) -> Said:
+def _merged(sources: Sequence[ParsedSource]) -> ParsedSource:
     """Sources laid over one another, the last on top."""
-    whole = Said()
+    whole = ParsedSource()
     for source in sources:
         # What is said later takes the place of its rivals said earlier, as an option does of itself.
-        for rival in {old for key in source.values for old in IN_PLACE_OF.get(key, ())} - source.values.keys():
+        for rival in {old for key in source.values for old in MUTUALLY_EXCLUSIVE.get(key, ())} - source.values.keys():
             whole.values.pop(rival, None)
         whole.values.update(source.values)
         whole.words.update(source.words)
         whole.faults.extend(source.faults)
-        whole.suspects.update(source.suspects)
+        whole.candidates.update(source.candidates)
     return whole
 
 

@@ -34,7 +34,7 @@ shared evenly by H and L, and less than theirs for the same number of parameters
 A preset is dense unless experts are asked for.
 """
 
-IN_PLACE_OF: dict[str, tuple[str, ...]] = {
+MUTUALLY_EXCLUSIVE: dict[str, tuple[str, ...]] = {
     "model.num_layers": ("model.h_layers", "model.l_layers"),
     "model.h_layers": ("model.num_layers",),
     "model.l_layers": ("model.num_layers",),
@@ -46,7 +46,7 @@ IN_PLACE_OF: dict[str, tuple[str, ...]] = {
 }
 """A leaf that the user sets takes the place of these leaves of a resumed run, which therefore fall away."""
 
-FALLS_AWAY: dict[str, tuple[str, ...]] = {"cluster.launcher": ("cluster.ddp",)}
+DROPPED_ON_RESUME: dict[str, tuple[str, ...]] = {"cluster.launcher": ("cluster.ddp",)}
 """Leaves of a resumed run that another choice of the user's makes void; no rivals where both are said at once."""
 
 SAID_EACH_TIME: frozenset[str] = frozenset({"run.resume", "run.resume_from"})

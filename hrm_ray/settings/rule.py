@@ -29,7 +29,7 @@ def said(settings: RunSettings, *keys: str) -> str:
 
 
 @dataclass(frozen=True)
-class IdleLeaves:
+class NoEffectRule:
     """`leaves` that change nothing `when` the leaves in `reads` stand as they do."""
 
     name: str
@@ -37,4 +37,4 @@ class IdleLeaves:
     reads: tuple[str, ...]
     when: Callable[[RunSettings], bool]
     because: str
-    mend: str
+    hint: str

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Set
 
 from hrm_ray.errors import Fault
-from hrm_ray.settings.idle import IDLE_LEAVES
-from hrm_ray.settings.rule import IdleLeaves, Rule, said
+from hrm_ray.settings.no_effect import IDLE_LEAVES
+from hrm_ray.settings.rule import NoEffectRule, Rule, said
 from hrm_ray.settings.rules_adapt import ADAPT_RULES
 from hrm_ray.settings.rules_data import DATA_RULES
 from hrm_ray.settings.rules_expert import EXPERT_RULES
@@ -27,14 +27,14 @@ def broken_rules(settings: RunSettings, faulty: Set[str] = frozenset()) -> list[
     return [fault for fault in faults if fault is not None]
 
 
-def _idle_rule(idle: IdleLeaves) -> Rule:
+def _idle_rule(idle: NoEffectRule) -> Rule:
     """Refuses leaves that the user gave where they would change nothing."""
 
     def check(settings: RunSettings) -> Fault | None:
         given = [key for key in idle.leaves if key in settings.given]
         if not given or not idle.when(settings):
             return None
-        return Fault(said(settings, *given), f"it would change nothing: {idle.because}", idle.mend)
+        return Fault(said(settings, *given), f"it would change nothing: {idle.because}", idle.hint)
 
     return Rule(idle.name, (*idle.leaves, *idle.reads), check)
 

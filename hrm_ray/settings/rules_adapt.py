@@ -48,8 +48,8 @@ def _targets_there_are(settings: RunSettings) -> Fault | None:
     if not wrong:
         return None
     why = "with --use-moe the experts are stacks without" if settings.model.use_moe else "without SwiGLU there is no"
-    mend = f"The layers are {', '.join(there)}{'; or give --no-moe' if settings.model.use_moe else ''}"
-    return Fault(said(settings, "adapt.lora_target_modules"), f"{why} {', '.join(wrong)}", mend)
+    hint = f"The layers are {', '.join(there)}{'; or give --no-moe' if settings.model.use_moe else ''}"
+    return Fault(said(settings, "adapt.lora_target_modules"), f"{why} {', '.join(wrong)}", hint)
 
 
 ADAPT_RULES: tuple[Rule, ...] = (

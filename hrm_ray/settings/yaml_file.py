@@ -32,7 +32,7 @@ class _LoaderWithoutDoubles(yaml.SafeLoader):
 
 
 @dataclass(frozen=True)
-class Said:
+class ParsedSource:
     """What one source of settings says."""
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -40,26 +40,26 @@ class Said:
     words: dict[str, str] = field(default_factory=dict)
     """How each was said, for messages, by dotted key."""
     faults: list[Fault] = field(default_factory=list)
-    suspects: set[str] = field(default_factory=set)
+    candidates: set[str] = field(default_factory=set)
     """Leaves that a misspelt name may have meant; rules that read them would report what is not so."""
 
 
-def read_settings_file(path: Path) -> Said:
+def read_settings_file(path: Path) -> ParsedSource:
     """The values of a settings file, and everything wrong with its form and names.
 
     An empty file sets nothing. A file that cannot be read at all gives no values and one fault.
     """
     content = read_mapping(path, "--config", "Write sections such as `model:` with their settings below")
     if isinstance(content, Fault):
-        return Said(faults=[content], suspects=set(options()))
+        return ParsedSource(faults=[content], candidates=set(options()))
     return read_tree(content, str(path))
 
 
 def read_mapping(path: Path, option: str, form: str = "Write `name: value`, one a line") -> dict[Any, Any] | Fault:
     """What a YAML (or JSON) file given with `option` holds by name, or what is wrong with it; an empty file is {}."""
 
-    def unusable(reason: str, mend: str) -> Fault:
-        return Fault(f"{option} {path}", reason, mend)
+    def unusable(reason: str, hint: str) -> Fault:
+        return Fault(f"{option} {path}", reason, hint)
 
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_LoaderWithoutDoubles)
@@ -74,9 +74,9 @@ def read_mapping(path: Path, option: str, form: str = "Write `name: value`, one 
     return content if isinstance(content, dict) else unusable("holds no settings by name", form)
 
 
-def read_tree(content: Mapping[Any, Any], source: str) -> Said:
+def read_tree(content: Mapping[Any, Any], source: str) -> ParsedSource:
     """Nested sections and dotted keys, as in a file; `source` says in messages where they stand."""
-    said = Said()
+    said = ParsedSource()
     for key, value in content.items():
         if key in SECTIONS and value is None:
             continue
@@ -92,13 +92,13 @@ def read_tree(content: Mapping[Any, Any], source: str) -> Said:
                 said.values[dotted] = each
                 said.words[dotted] = f"{dotted} = {each} ({source})"
             else:
-                mend, suspects = _mend_of_key(dotted)
-                said.faults.append(Fault(f"{dotted} = {each} ({source})", "is not a setting", mend))
-                said.suspects.update(suspects)
+                hint, candidates = _hint_of_key(dotted)
+                said.faults.append(Fault(f"{dotted} = {each} ({source})", "is not a setting", hint))
+                said.candidates.update(candidates)
     return said
 
 
-def _mend_of_key(name: str) -> tuple[str, list[str]]:
+def _hint_of_key(name: str) -> tuple[str, list[str]]:
     """What to write in place of an unknown key, and the leaves that may have been meant."""
     if name in SECTIONS:
         first = next(key for key in options() if key.startswith(f"{name}."))

@@ -18,11 +18,11 @@ from hrm_ray.model.chunked import Chunking
 from hrm_ray.model.config import FORWARD_DTYPES, ModelConfig, swiglu_width
 from hrm_ray.model.regularise import regularise
 from hrm_ray.model.router_losses import RouterLosses
+from hrm_ray.model.transforms.activation_checkpointing import apply_activation_checkpointing
 from hrm_ray.model.transforms.attend import use_kernel
-from hrm_ray.model.transforms.narrow import narrow_weights
-from hrm_ray.model.transforms.peft import Adapters, lay_adapters
+from hrm_ray.model.transforms.cast_weights import cast_weights
+from hrm_ray.model.transforms.peft import Adapters, apply_peft
 from hrm_ray.model.transforms.quantise import quantise_projections
-from hrm_ray.model.transforms.recompute import recompute_blocks
 from hrm_ray.model.transforms.single_expert import train_single_expert
 from hrm_ray.settings.adaptive_lr import AdaptiveLrSettings
 from hrm_ray.settings.memory import MemorySettings
@@ -31,28 +31,28 @@ from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.adaptive_lr import AdaptiveLr
 from hrm_ray.train.attention_choice import kernel_of
 from hrm_ray.train.ema import Ema
-from hrm_ray.train.evaluate import HeldOut
-from hrm_ray.train.feed import BatchShape, Ends, Feed, RolloutFeed, SlotFeed, exploration
-from hrm_ray.train.loop import LoopParts, Rates, TrainingLoop
+from hrm_ray.train.evaluate import EvalSet
+from hrm_ray.train.loaders import BatchLoader, BatchSize, RolloutLoader, SlotLoader, StopCondition, exploration
+from hrm_ray.train.loop import LrSchedule, TrainingLoop, TrainState
 from hrm_ray.train.microbatch import wanted_columns
 from hrm_ray.train.optimizers import BuildOptimizer, SparseSignSGD, builder, followed_by
-from hrm_ray.train.parameterwise import InHostMemory, OnDevice, one_by_one
+from hrm_ray.train.per_parameter_optimizer import DeviceStorage, PinnedHostStorage, per_parameter
 from hrm_ray.train.precision import NARROW, LossScaler, choose_precision
 from hrm_ray.train.schedules import Schedule
 from hrm_ray.train.start_weights import start_weights
 from hrm_ray.train.strategies import STRATEGIES
-from hrm_ray.train.stream_feed import StreamFeed, TextStream
+from hrm_ray.train.stream_loader import StreamLoader, TextStream
 from hrm_ray.train.weights_file import fill_module
 from hrm_ray.train.world import World
-from hrm_ray.values import SampleSet, StopReason
+from hrm_ray.types import SampleSet, StopReason
 
 
 @dataclass(frozen=True)
-class Workplace:
+class TrainerComponents:
     """What a worker trains with: the loop, and the held-out set if there is one."""
 
     loop: TrainingLoop
-    held_out: HeldOut | None
+    held_out: EvalSet | None
 
 
 def assemble(
@@ -66,7 +66,7 @@ def assemble(
     *,
     resumes: bool = False,
     adaptive_lr: AdaptiveLrSettings | None = None,
-) -> Workplace:
+) -> TrainerComponents:
     """Put the parts of one worker together. `settings` are resolved; `schedule_steps` is the schedule's length;
     `adaptive_lr` is what the file of --adaptive-lr-config holds."""
     model = build_model(config)
@@ -78,7 +78,7 @@ def assemble(
     use_kernel(model, load_kernel(kernel_of(settings, config, world.device)))
     memory = settings.memory
     if memory.gradient_checkpointing:
-        recompute_blocks(model)
+        apply_activation_checkpointing(model)
     objective = build_objective(
         model,
         cast(LossKind, settings.model.loss),
@@ -95,17 +95,17 @@ def assemble(
         world, precision
     )
     strategy.prepare(objective, _build_optimizer(settings, world, adapters))
-    shape = BatchShape(
+    shape = BatchSize(
         settings.optimizer.batch_size, settings.optimizer.gradient_accumulation_steps, world.rank, world.size
     )
     carried = config.task == "puzzle" and settings.model.supervision == "segment"
     table = model.embedding.puzzle_emb if isinstance(model, ActV1) else None
-    parts = LoopParts(
+    parts = TrainState(
         strategy=strategy,
         objective=objective,
-        feed=_feed(settings, config, data, shape, carried),
+        loader=_loader(settings, config, data, shape, carried),
         shape=shape,
-        rates=Rates(
+        lr_schedule=LrSchedule(
             _schedule(settings, schedule_steps),
             settings.optimizer.lr,
             settings.optimizer.puzzle_emb_lr,
@@ -124,12 +124,12 @@ def assemble(
         adapters=adapters,
     )
     evaluation = (
-        HeldOut(held_out, shape.batch_size, settings.data.eval_batches * shape.accumulation * shape.size)
+        EvalSet(held_out, shape.batch_size, settings.data.eval_batches * shape.accumulation * shape.size)
         if held_out is not None
         else None
     )
     objective.train()
-    return Workplace(TrainingLoop(parts, stop_poll), evaluation)
+    return TrainerComponents(TrainingLoop(parts, stop_poll), evaluation)
 
 
 def _transform(model: nn.Module, settings: RunSettings, schedule_steps: int) -> Adapters | None:
@@ -138,20 +138,20 @@ def _transform(model: nn.Module, settings: RunSettings, schedule_steps: int) -> 
     if memory.load_in_8bit or memory.load_in_4bit:
         quantise_projections(model, 8 if memory.load_in_8bit else 4)
     if memory.model_dtype != "fp32":
-        narrow_weights(model, NARROW[memory.model_dtype])
+        cast_weights(model, NARROW[memory.model_dtype])
     if settings.run.expert_id is not None and settings.model.expert_index is not None:
         train_single_expert(model, settings.model.expert_index)
     if not settings.adapt.use_peft:
         return None
-    return lay_adapters(model, settings.adapt, seed=settings.run.seed, total_steps=schedule_steps)
+    return apply_peft(model, settings.adapt, seed=settings.run.seed, total_steps=schedule_steps)
 
 
 def _build_optimizer(settings: RunSettings, world: World, adapters: Adapters | None) -> BuildOptimizer:
     build = builder(settings.optimizer)
     offload = settings.memory.optimizer_offload and world.device.type != "cpu"
     if settings.memory.model_dtype != "fp32" or offload:
-        place = InHostMemory(world.device) if offload else OnDevice(world.device)
-        build = one_by_one(build, seed=settings.run.seed, place=place)
+        place = PinnedHostStorage(world.device) if offload else DeviceStorage(world.device)
+        build = per_parameter(build, seed=settings.run.seed, place=place)
     if adapters is not None and adapters.ranks is not None:
         build = followed_by(build, adapters.ranks.after_update)
     return build
@@ -163,17 +163,17 @@ def _chunking(memory: MemorySettings) -> Chunking | None:
     return Chunking(memory.chunk_size, exact=memory.chunk_gradients == "exact", offload=memory.cpu_offload)
 
 
-def _feed(
-    settings: RunSettings, config: ModelConfig, data: SampleSet | TextStream, shape: BatchShape, carried: bool
-) -> Feed:
+def _loader(
+    settings: RunSettings, config: ModelConfig, data: SampleSet | TextStream, shape: BatchSize, carried: bool
+) -> BatchLoader:
     seed, linear, run = settings.run.seed, settings.data.linear_dataset, settings.run
-    ends = Ends(run.epochs, after_epoch=run.stop_after_epoch, after_block=run.stop_after_block)
+    ends = StopCondition(run.epochs, after_epoch=run.stop_after_epoch, after_block=run.stop_after_block)
     if isinstance(data, TextStream):
-        return StreamFeed(data, shape, seed=seed, ends=ends)
+        return StreamLoader(data, shape, seed=seed, ends=ends)
     if not carried:
-        return RolloutFeed(data, shape, seed=seed, linear=linear, ends=ends)
+        return RolloutLoader(data, shape, seed=seed, linear=linear, ends=ends)
     explore = exploration(seed, settings.model.halt_exploration_prob or 0.0, config.halt_max_steps)
-    return SlotFeed(data, shape, seed=seed, linear=linear, ends=ends, explore=explore)
+    return SlotLoader(data, shape, seed=seed, linear=linear, ends=ends, explore=explore)
 
 
 def _schedule(settings: RunSettings, steps: int) -> Schedule:

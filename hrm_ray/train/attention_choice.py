@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from hrm_ray.errors import EnvironmentFault, Fault
-from hrm_ray.model.attention_backends import KernelName, Place, choose_kernel, flash_obstacle
+from hrm_ray.errors import Fault, UnavailableError
+from hrm_ray.model.attention_backends import KernelCapabilities, KernelName, choose_kernel, flash_obstacle
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.precision import choose_precision
@@ -21,19 +21,21 @@ def kernel_of(settings: RunSettings, config: ModelConfig, device: torch.device) 
 
 
 def flash_notes(settings: RunSettings, config: ModelConfig, device: torch.device) -> list[str]:
-    """A sentence where --use-flash-attn was given and cannot be honoured. Raises EnvironmentFault under --strict."""
+    """A sentence where --use-flash-attn was given and cannot be honoured. Raises UnavailableError under --strict."""
     if not settings.model.use_flash_attn:
         return []
     reason = flash_obstacle(config, _place(settings, config, device))
     if reason is None:
         return []
     if settings.cluster.strict:
-        mend = "Leave it out: FlashAttention is used where it can be"
-        raise EnvironmentFault(Fault("--use-flash-attn", reason, mend))
+        hint = "Leave it out: FlashAttention is used where it can be"
+        raise UnavailableError(Fault("--use-flash-attn", reason, hint))
     return [f"--use-flash-attn: {reason}; PyTorch's own kernels are used instead, with the same results."]
 
 
-def _place(settings: RunSettings, config: ModelConfig, device: torch.device) -> Place:
+def _place(settings: RunSettings, config: ModelConfig, device: torch.device) -> KernelCapabilities:
     memory = settings.memory
     precision = choose_precision(memory.amp, memory.amp_dtype, memory.model_dtype, device)
-    return Place.here(device.type, narrow=precision.autocast is not None or config.forward_dtype != "float32")
+    return KernelCapabilities.here(
+        device.type, narrow=precision.autocast is not None or config.forward_dtype != "float32"
+    )

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 import hrm_ray
-from hrm_ray.data.folders import whole_folder
+from hrm_ray.data.atomic_directory import atomic_directory
 from hrm_ray.data.tokenizer import CONFIG_FILE
-from hrm_ray.errors import DataFault, Fault
+from hrm_ray.errors import DataError, Fault
 from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.build import build_model
 from hrm_ray.model.config import ModelConfig
@@ -29,7 +29,7 @@ from hrm_ray.model.transformer import Transformer
 from hrm_ray.rundir import RunDir, file_sha256, read_json, write_json
 from hrm_ray.train.loop import Progress
 from hrm_ray.train.weights_file import fill_module, read_tensors, save_tensors
-from hrm_ray.values import StopReason
+from hrm_ray.types import StopReason
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """peft's names for the files of an adapter."""
@@ -61,7 +61,7 @@ class Bundle:
 
 
 def open_bundle(folder: Path, device: torch.device) -> Bundle:
-    """Read a bundle (or a bundle's best/) onto `device`. Raises DataFault that names what is missing or wrong."""
+    """Read a bundle (or a bundle's best/) onto `device`. Raises DataError that names what is missing or wrong."""
     run_dir = RunDir(folder)
     config, _ = read_description(folder)
     model = build_model(config)
@@ -70,28 +70,28 @@ def open_bundle(folder: Path, device: torch.device) -> Bundle:
 
 
 def read_description(folder: Path) -> tuple[ModelConfig, str]:
-    """The architecture of a bundle, and the sha256 of its weights, which are what was saved. Raises DataFault."""
+    """The architecture of a bundle, and the sha256 of its weights, which are what was saved. Raises DataError."""
     run_dir = RunDir(folder)
     if not folder.is_dir():
-        raise DataFault(Fault(str(folder), "there is no such bundle", "Give the folder that hrm-ray train wrote"))
+        raise DataError(Fault(str(folder), "there is no such bundle", "Give the folder that hrm-ray train wrote"))
     if not run_dir.config.is_file():
         reason = f"it is no bundle ({run_dir.config.name} is missing)"
-        raise DataFault(Fault(str(folder), reason, "Give the folder that hrm-ray train wrote"))
+        raise DataError(Fault(str(folder), reason, "Give the folder that hrm-ray train wrote"))
     if not run_dir.weights.is_file():
-        mend = "Finish the run (hrm-ray train --resume), or give another bundle"
-        raise DataFault(Fault(str(run_dir.weights), "the bundle has no final weights", mend))
+        hint = "Finish the run (hrm-ray train --resume), or give another bundle"
+        raise DataError(Fault(str(run_dir.weights), "the bundle has no final weights", hint))
     architecture = read_json(run_dir.config)
     if not isinstance(architecture, dict):
         reason = "it describes no architecture"
-        raise DataFault(Fault(str(run_dir.config), reason, "Restore the file from a whole bundle"))
+        raise DataError(Fault(str(run_dir.config), reason, "Restore the file from a whole bundle"))
     config = ModelConfig.from_plain(architecture, str(run_dir.config))
     metadata = read_json(run_dir.metadata)
     if not isinstance(metadata, dict) or "weights_sha256" not in metadata:
         reason = "it does not say which weights were saved (weights_sha256 is missing)"
-        raise DataFault(Fault(str(run_dir.metadata), reason, "Restore the file, or resume the run to write it anew"))
+        raise DataError(Fault(str(run_dir.metadata), reason, "Restore the file, or resume the run to write it anew"))
     if file_sha256(run_dir.weights) != metadata["weights_sha256"]:
-        mend = "Copy the bundle again from its source, or resume its run to write it anew"
-        raise DataFault(Fault(str(run_dir.weights), "its content is not what was saved (sha256 differs)", mend))
+        hint = "Copy the bundle again from its source, or resume its run to write it anew"
+        raise DataError(Fault(str(run_dir.weights), "its content is not what was saved (sha256 differs)", hint))
     return config, metadata["weights_sha256"]
 
 
@@ -99,7 +99,7 @@ def save_best(run_dir: RunDir, weights: BundleWeights, best: Mapping[str, Any]) 
     """Write best/: the weights of the best validation as a small bundle of their own, whole or as it was before."""
     described = _describing(run_dir)
     names = {path.name for path in (*described, run_dir.weights, run_dir.metadata, run_dir.adapter)}
-    with whole_folder(run_dir.best.root, overwrite=True, owned=frozenset(names), option="--bundle-dir") as building:
+    with atomic_directory(run_dir.best.root, overwrite=True, owned=frozenset(names), option="--bundle-dir") as building:
         for source in described:
             if source.is_file():
                 shutil.copyfile(source, building / source.name)
@@ -113,7 +113,7 @@ def save_copy(source: RunDir, out: Path, tensors: Mapping[str, Tensor], **about:
 
     Raises SettingsError where `out` is not free.
     """
-    with whole_folder(out, overwrite=False, owned=frozenset()) as building:
+    with atomic_directory(out, overwrite=False, owned=frozenset()) as building:
         for path in _describing(source):
             if path.is_file():
                 shutil.copyfile(path, building / path.name)
@@ -128,7 +128,7 @@ def _describing(run_dir: RunDir) -> tuple[Path, ...]:
 
 
 def step_of_best(run_dir: RunDir) -> int | None:
-    """The step whose weights lie in best/, None where there are none. Raises DataFault for unreadable metadata."""
+    """The step whose weights lie in best/, None where there are none. Raises DataError for unreadable metadata."""
     metadata = run_dir.best.metadata
     return int(read_json(metadata)["step"]) if metadata.is_file() else None
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hrm_ray.errors import DataFault, Fault
+from hrm_ray.errors import DataError, Fault
 from hrm_ray.model.actv1 import States
 from hrm_ray.model.puzzle_objective import ROW_FIELDS, PuzzleCarry
 from hrm_ray.rundir import RunDir, read_json, write_json
@@ -39,7 +39,7 @@ def save_checkpoint(
 
     `extra` is the runner's own JSON-able state. `enter` is called on the leading rank when all files are written and
     the checkpoint is not yet in its place, with the sha256 of its manifest. Ranks write their slots, the leading rank
-    everything else. Raises ResourceFault where the disk takes no more; then no part of this checkpoint is left, and the
+    everything else. Raises ResourceError where the disk takes no more; then no part of this checkpoint is left, and the
     earlier ones are.
     """
     partial = run_dir.partial_checkpoint(loop.progress.step)
@@ -66,7 +66,7 @@ def _write(loop: TrainingLoop, folder: Path, extra: dict[str, Any]) -> None:
         folder.mkdir(parents=True)
     world.barrier()
     weights = parts.strategy.full_weights()
-    adaptive = parts.rates.adaptive
+    adaptive = parts.lr_schedule.adaptive
     trend = None if adaptive is None else adaptive.state(parts.strategy.sum_over_ranks, world.leads)
     parts.strategy.save(folder)
     save_tensors(_slots(loop), folder / f"slots_{parts.shape.first_slot:08d}.safetensors")
@@ -78,7 +78,7 @@ def _write(loop: TrainingLoop, folder: Path, extra: dict[str, Any]) -> None:
             save_tensors(parts.adapters.ranks.state(), folder / RANKS)
         state = {
             "progress": vars(loop.progress),
-            "epoch": parts.feed.epoch,
+            "epoch": parts.loader.epoch,
             "effective_batch_size": parts.shape.effective,
             "physical_batch_size": parts.shape.batch_size,
             "asked_batch_size": loop.asked_batch_size,
@@ -94,12 +94,12 @@ def load_checkpoint(loop: TrainingLoop, folder: Path) -> dict[str, Any]:
     """Lay a whole checkpoint back into the loop, on any number of ranks with the same effective batch.
 
     Micro-batches that had become smaller for lack of memory stay so, unless another size is asked for than then. Called
-    on all ranks, after the folder was verified; returns the runner's `extra`. Raises DataFault.
+    on all ranks, after the folder was verified; returns the runner's `extra`. Raises DataError.
     """
     parts = loop.parts
     state = read_json(folder / STATE)
     if state["effective_batch_size"] != parts.shape.effective:
-        raise DataFault(
+        raise DataError(
             Fault(
                 f"effective batch {parts.shape.effective}",
                 f"the checkpoint {folder} was trained with {state['effective_batch_size']}",
@@ -115,19 +115,19 @@ def load_checkpoint(loop: TrainingLoop, folder: Path) -> dict[str, Any]:
     loop.progress = Progress(**state["progress"])
     if parts.scaler is not None and state["loss_scaler"] is not None:
         parts.scaler = LossScaler(**state["loss_scaler"])
-    adaptive = parts.rates.adaptive
+    adaptive = parts.lr_schedule.adaptive
     if adaptive is not None and state["adaptive_lr"] is not None:
         zero = torch.zeros((), dtype=loop.count_type, device=loop.world.device)
         adaptive.load(state["adaptive_lr"], loop.world.leads, zero)
     rows = state["physical_batch_size"]
     asked_as_then = state["asked_batch_size"] == loop.asked_batch_size
     if asked_as_then and rows < parts.shape.batch_size and parts.shape.per_rank % rows == 0:
-        loop.cut_to(rows)
+        loop.set_microbatch(rows)
     slots = _own_slots(loop, folder)
     position = {
         name.removeprefix("feed."): tensor.numpy() for name, tensor in slots.items() if name.startswith("feed.")
     }
-    parts.feed.seek(state["epoch"], position)
+    parts.loader.load_state_dict(state["epoch"], position)
     if parts.carried:
         loop.carries = _carries(loop, slots)
     extra: dict[str, Any] = state["extra"]
@@ -136,7 +136,9 @@ def load_checkpoint(loop: TrainingLoop, folder: Path) -> dict[str, Any]:
 
 def _slots(loop: TrainingLoop) -> dict[str, Tensor]:
     """This rank's carries, slot by slot, and its place in the data."""
-    tensors = {f"feed.{n}": torch.from_numpy(np.ascontiguousarray(v)) for n, v in loop.parts.feed.position().items()}
+    tensors = {
+        f"feed.{n}": torch.from_numpy(np.ascontiguousarray(v)) for n, v in loop.parts.loader.state_dict().items()
+    }
     if loop.parts.carried and loop.carries is not None:
         carry = PuzzleCarry.joined(loop.carries)
         tensors["carry.z_h"], tensors["carry.z_l"] = carry.states.z_h, carry.states.z_l

@@ -27,22 +27,22 @@ from hrm_ray.train.evaluate_text import (
     text_figures,
 )
 from hrm_ray.train.microbatch import to_batch, wanted_columns
-from hrm_ray.train.out_of_memory import is_out_of_memory, release, smaller, too_large
+from hrm_ray.train.out_of_memory import halved, is_out_of_memory, release, too_large
 from hrm_ray.train.world import World
-from hrm_ray.values import IGNORE_LABEL, SampleSet
+from hrm_ray.types import IGNORE_LABEL, SampleSet
 
 Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class EvalSet:
     """A held-out set and how much of it an evaluation reads: `batches` batches of `batch_size` samples."""
 
     samples: SampleSet
     batch_size: int
     batches: int
 
-    def with_batch(self, batch_size: int) -> HeldOut:
+    def with_batch(self, batch_size: int) -> EvalSet:
         """The same samples in batches of `batch_size`, which divides the present one."""
         return replace(self, batch_size=batch_size, batches=self.batches * self.batch_size // batch_size)
 
@@ -51,10 +51,10 @@ class HeldOut:
         return min(len(self.samples), self.batch_size * self.batches)
 
 
-def evaluate(objective: AnyObjective, held_out: HeldOut, world: World) -> dict[str, float]:
+def evaluate(objective: AnyObjective, held_out: EvalSet, world: World) -> dict[str, float]:
     """Figures of the model as it is now; a collective. Leaves the objective in training mode.
 
-    Where memory runs out on a rank, all take batches half as large. Raises ResourceFault where one row is too many.
+    Where memory runs out on a rank, all take batches half as large. Raises ResourceError where one row is too many.
     """
     _, names_of, figures_of = _KINDS[type(objective)]
     objective.eval()
@@ -63,7 +63,7 @@ def evaluate(objective: AnyObjective, held_out: HeldOut, world: World) -> dict[s
         failed = world.sum(torch.tensor(float(totals is None), device=world.device))
         if totals is not None and float(failed) == 0:
             break
-        rows = smaller(held_out.batch_size)
+        rows = halved(held_out.batch_size)
         if rows is None:
             raise too_large("an evaluation", "with one row at a time")
         held_out = held_out.with_batch(rows)
@@ -76,7 +76,7 @@ def evaluate(objective: AnyObjective, held_out: HeldOut, world: World) -> dict[s
     return figures_of(summed)
 
 
-def _tried(objective: AnyObjective, held_out: HeldOut, world: World) -> Sums | None:
+def _tried(objective: AnyObjective, held_out: EvalSet, world: World) -> Sums | None:
     """`_own_sums`, or None where memory ran out."""
     try:
         return _own_sums(objective, held_out, world)
@@ -87,7 +87,7 @@ def _tried(objective: AnyObjective, held_out: HeldOut, world: World) -> Sums | N
     return None
 
 
-def _own_sums(objective: AnyObjective, held_out: HeldOut, world: World) -> Sums:
+def _own_sums(objective: AnyObjective, held_out: EvalSet, world: World) -> Sums:
     """Sums over the batches that are this rank's."""
     sums_of = _KINDS[type(objective)][0]
     wanted = wanted_columns(objective.model.config) | {"label_bytes"}

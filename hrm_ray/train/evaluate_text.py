@@ -15,12 +15,12 @@ from torch import Tensor
 
 from hrm_ray.model.adaptive import adaptive_segments
 from hrm_ray.model.chunked import ChunkedTextObjective, ChunkedTransformerObjective
-from hrm_ray.model.chunked_rest import Here, Keeper, Shelf, empty_shelf, keeper_on
-from hrm_ray.model.chunked_rows import ChunkedRows, ShelvedStates, passed, sweep, through_level
+from hrm_ray.model.chunked_offload import ChunkBuffer, NoOffload, OffloadPolicy, empty_buffer, offload_policy
+from hrm_ray.model.chunked_rows import BufferedStates, ChunkedRows, run_level, run_without_grad, single_pass_cache
 from hrm_ray.model.objective import Batch
 from hrm_ray.model.scoring import Scored, score_tokens
 from hrm_ray.model.text_objective import OnePassOnText, RolloutOnText
-from hrm_ray.values import IGNORE_LABEL
+from hrm_ray.types import IGNORE_LABEL
 
 POSITIONS_AT_ONCE = 2048
 """Longer rows are cut into chunks of so many positions, where training does not say how."""
@@ -31,30 +31,30 @@ Sums = dict[str, Tensor]
 def rollout_sums(text: RolloutOnText[Any], batch: Batch) -> Sums:
     """Sums over the valid tokens of a batch at the last segment, and read adaptively where the head was trained."""
     rows, keeper = _rows(text, batch)
-    states = ShelvedStates.initial(rows, text.model).copied(rows, keeper)
+    states = BufferedStates.initial(rows, text.model).copied(rows, keeper)
     for _ in range(text.segments_per_step):
-        sweep(text.model, rows, states, range(text.model.config.updates_per_segment))
+        run_without_grad(text.model, rows, states, range(text.model.config.updates_per_segment))
     sums = _token_sums(text, rows, states.z_h)
     if _reads_adaptively(text):
         sums |= _adaptive_sums(text, rows, keeper)
     return sums
 
 
-def _rows(text: RolloutOnText[Any] | OnePassOnText[Any], batch: Batch) -> tuple[ChunkedRows, Keeper]:
+def _rows(text: RolloutOnText[Any] | OnePassOnText[Any], batch: Batch) -> tuple[ChunkedRows, OffloadPolicy]:
     """The rows in chunks, and where rests what is carried between them."""
     if isinstance(text, ChunkedTextObjective | ChunkedTransformerObjective):
-        keeper = keeper_on(batch["inputs"].device, offload=text.chunking.offload)
+        keeper = offload_policy(batch["inputs"].device, offload=text.chunking.offload)
         return text.chunking.rows(text.model, batch), keeper
     # A prompt sees itself fully, so rows that have one are read whole.
     size = batch["inputs"].shape[1] if "prompt" in batch else POSITIONS_AT_ONCE
-    return ChunkedRows(text.model, batch, size), Here()
+    return ChunkedRows(text.model, batch, size), NoOffload()
 
 
 def _reads_adaptively(text: RolloutOnText[Any]) -> bool:
     return text.model.config.halt_rule == "gain" and text.segments_per_step > 1
 
 
-def _adaptive_sums(text: RolloutOnText[Any], rows: ChunkedRows, keeper: Keeper) -> Sums:
+def _adaptive_sums(text: RolloutOnText[Any], rows: ChunkedRows, keeper: OffloadPolicy) -> Sums:
     loss, segments = torch.zeros(()), torch.zeros(())
     for reading in adaptive_segments(text.model, rows, keeper):
         for chunk, part in enumerate(rows.parts):
@@ -68,12 +68,12 @@ def _adaptive_sums(text: RolloutOnText[Any], rows: ChunkedRows, keeper: Keeper) 
 def one_pass_sums(text: OnePassOnText[Any], batch: Batch) -> Sums:
     """Sums over the valid tokens of a batch."""
     rows, keeper = _rows(text, batch)
-    hidden = empty_shelf(keeper, rows.parts)
-    through_level(text.model.stack, rows, rows.injection, hidden, 0, passed(rows), rows.routings())
+    hidden = empty_buffer(keeper, rows.parts)
+    run_level(text.model.stack, rows, rows.injection, hidden, 0, single_pass_cache(rows), rows.routings())
     return _token_sums(text, rows, hidden)
 
 
-def _token_sums(text: RolloutOnText[Any] | OnePassOnText[Any], rows: ChunkedRows, hidden: Shelf) -> Sums:
+def _token_sums(text: RolloutOnText[Any] | OnePassOnText[Any], rows: ChunkedRows, hidden: ChunkBuffer) -> Sums:
     scored = [_scored(text, rows, hidden, chunk) for chunk in range(len(rows))]
     return {
         "loss": torch.stack([each.loss.sum() for each in scored]).sum(),
@@ -83,7 +83,9 @@ def _token_sums(text: RolloutOnText[Any] | OnePassOnText[Any], rows: ChunkedRows
     }
 
 
-def _scored(text: RolloutOnText[Any] | OnePassOnText[Any], rows: ChunkedRows, hidden: Shelf, chunk: int) -> Scored:
+def _scored(
+    text: RolloutOnText[Any] | OnePassOnText[Any], rows: ChunkedRows, hidden: ChunkBuffer, chunk: int
+) -> Scored:
     return score_tokens(hidden.get(chunk), text.model.lm_head.weight, rows.column("labels", chunk), text.loss_kind)
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hrm_ray.errors import DataFault, Fault
+from hrm_ray.errors import DataError, Fault
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import RunDir, read_json
 from hrm_ray.settings.tree import RunSettings
@@ -60,7 +60,7 @@ class ExpertRun:
 def check_expert_run(
     settings: RunSettings, config: ModelConfig, bundle: Path, *, resumes: bool, vocab_is_certain: bool = True
 ) -> None:
-    """Raises SettingsError for a name that is taken, DataFault where --student-init is no bundle of this architecture.
+    """Raises SettingsError for a name that is taken, DataError where --student-init is no bundle of this architecture.
 
     A resumed run has its weights in the checkpoint, and its bundle of before may be gone. A vocabulary that is still to
     be trained is not compared.
@@ -75,4 +75,4 @@ def check_expert_run(
     differs = differences(there, config if vocab_is_certain else replace(config, vocab_size=there.vocab_size))
     if differs:
         reason = f"the expert would be of another architecture than this bundle: {differs}"
-        raise DataFault(Fault(str(start), reason, "Set the model options to those of the bundle"))
+        raise DataError(Fault(str(start), reason, "Set the model options to those of the bundle"))

@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-from hrm_ray.errors import DataFault, Fault, ResourceFault, SettingsError
+from hrm_ray.errors import DataError, Fault, ResourceError, SettingsError
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import RunDir, file_sha256, read_json, write_json
-from hrm_ray.settings.faults import mend_of_name
+from hrm_ray.settings.faults import hint_of_name
 from hrm_ray.train.bundle import read_description, save_copy
 from hrm_ray.train.weights_file import read_tensors, save_tensors
 
@@ -67,7 +67,7 @@ def with_expert(weights: Mapping[str, Tensor], expert: Mapping[str, Tensor], ind
 
 
 def read_registry(folder: Path) -> dict[str, StoredExpert]:
-    """All experts of a folder by id; none where there is no registry. Raises DataFault for another content,
+    """All experts of a folder by id; none where there is no registry. Raises DataError for another content,
     SettingsError for a place that cannot be a folder."""
     in_the_way = next((place for place in (folder, *folder.parents) if place.is_file()), None)
     if in_the_way is not None:
@@ -80,8 +80,8 @@ def read_registry(folder: Path) -> dict[str, StoredExpert]:
     names = {field.name for field in fields(StoredExpert)}
     entries = plain.get("experts") if isinstance(plain, dict) else None
     if not isinstance(entries, dict) or not all(isinstance(e, dict) and e.keys() == names for e in entries.values()):
-        mend = "Restore the file from a copy, or use the version of hrm_ray that wrote it"
-        raise DataFault(Fault(str(path), "it is not a registry that hrm-ray train wrote", mend))
+        hint = "Restore the file from a copy, or use the version of hrm_ray that wrote it"
+        raise DataError(Fault(str(path), "it is not a registry that hrm-ray train wrote", hint))
     return {identifier: StoredExpert(**entry) for identifier, entry in entries.items()}
 
 
@@ -124,8 +124,8 @@ def _locked(folder: Path) -> Iterator[None]:
         except FileExistsError:
             if time.monotonic() > ends:
                 reason = f"another run has been writing the registry for {_LOCK_TIMEOUT_S:g} s, or was killed at it"
-                mend = "Delete this file if no run is ending now, then go on with --resume"
-                raise ResourceFault(Fault(str(lock), reason, mend)) from None
+                hint = "Delete this file if no run is ending now, then go on with --resume"
+                raise ResourceError(Fault(str(lock), reason, hint)) from None
             time.sleep(0.05)
     try:
         yield
@@ -134,31 +134,31 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def read_expert(folder: Path, identifier: str) -> tuple[StoredExpert, dict[str, Tensor]]:
-    """An expert's entry and tensors. Raises SettingsError for an unknown id, DataFault for a changed file."""
+    """An expert's entry and tensors. Raises SettingsError for an unknown id, DataError for a changed file."""
     registry = read_registry(folder)
     if identifier not in registry:
         there = f"There are {', '.join(registry)}" if registry else "Train one with hrm-ray train --expert-id"
         reason = f"there is no expert of this name in {folder}"
-        raise SettingsError(Fault(identifier, reason, mend_of_name(identifier, registry, there)))
+        raise SettingsError(Fault(identifier, reason, hint_of_name(identifier, registry, there)))
     path, entry = folder / identifier / EXPERT_FILE, registry[identifier]
     tensors = read_tensors(path)
     if file_sha256(path) != entry.sha256:
-        mend = "Copy the folder again from its source, or resume its run to write it anew"
-        raise DataFault(Fault(str(path), "its content is not what was stored (sha256 differs)", mend))
+        hint = "Copy the folder again from its source, or resume its run to write it anew"
+        raise DataError(Fault(str(path), "its content is not what was stored (sha256 differs)", hint))
     return entry, tensors
 
 
 def put_expert(folder: Path, identifier: str, into: Path, out: Path) -> StoredExpert:
     """Make the bundle `out`: that of `into`, of the same architecture, with the stored expert in its place.
 
-    Raises SettingsError for an unknown id or a folder that is not free, DataFault for files or models that do not fit.
+    Raises SettingsError for an unknown id or a folder that is not free, DataError for files or models that do not fit.
     """
     entry, expert = read_expert(folder, identifier)
     config, sha256 = read_description(into)
     differs = differences(ModelConfig.from_plain(entry.model_config, str(folder / REGISTRY_FILE)), config)
     if differs:
         reason = f"expert {identifier} is of another architecture: {differs}"
-        raise DataFault(Fault(str(into), reason, f"Give a bundle of the same architecture, such as {entry.base}"))
+        raise DataError(Fault(str(into), reason, f"Give a bundle of the same architecture, such as {entry.base}"))
     weights = read_tensors(RunDir(into).weights)
     _check_fit(weights, expert, entry.index, into)
     about = {"id": identifier, "index": entry.index, "sha256": entry.sha256, "into": str(into), "into_sha256": sha256}
@@ -182,4 +182,4 @@ def _check_fit(weights: Mapping[str, Tensor], expert: Mapping[str, Tensor], inde
     wrong = sorted(name for name in there.keys() | ours.keys() if there.get(name) != ours.get(name))
     if wrong:
         reason = f"its experts are of another shape or type than the stored one, first {wrong[0]}"
-        raise DataFault(Fault(str(source), reason, "Give a bundle whose weights are of the same type"))
+        raise DataError(Fault(str(source), reason, "Give a bundle whose weights are of the same type"))

@@ -27,7 +27,7 @@ def keep_freed_memory(keep: bool) -> bool:
     size left. A process then takes 1.2 to 2.7 times what its tensors need. Given back, it takes what they need, to a
     few percent. Other C libraries are left as they are.
     """
-    if not heeds():
+    if not malloc_is_tunable():
         return False
     library = ctypes.CDLL(None)
     value = _LARGEST if keep else _OWN_MAPPING_BYTES
@@ -35,6 +35,6 @@ def keep_freed_memory(keep: bool) -> bool:
     return all(taken)
 
 
-def heeds() -> bool:
+def malloc_is_tunable() -> bool:
     """Whether the C library of this process is one that can be told."""
     return sys.platform == "linux" and platform.libc_ver()[0] == "glibc"

@@ -22,15 +22,15 @@ from hrm_ray.model.objective import AnyObjective, Batch, SegmentOutput
 from hrm_ray.model.transforms.peft import Adapters
 from hrm_ray.train.adaptive_lr import Action, AdaptiveLr
 from hrm_ray.train.ema import Ema
-from hrm_ray.train.feed import BatchShape, Feed
+from hrm_ray.train.loaders import BatchLoader, BatchSize
 from hrm_ray.train.microbatch import to_batch
 from hrm_ray.train.optimizers import SparseSignSGD
-from hrm_ray.train.out_of_memory import is_out_of_memory, recut, release, smaller, too_large
+from hrm_ray.train.out_of_memory import halved, is_out_of_memory, release, split_microbatches, too_large
 from hrm_ray.train.precision import LossScaler
 from hrm_ray.train.randomness import seed_step
 from hrm_ray.train.schedules import Schedule
 from hrm_ray.train.strategies.base import Strategy
-from hrm_ray.values import Columns, StopReason
+from hrm_ray.types import Columns, StopReason
 
 STOP_REASONS = tuple(StopReason)
 
@@ -54,14 +54,14 @@ class StepReport:
     lr: float
     totals: dict[str, float]
     stop: StopReason | None
-    recut: BatchShape | None
+    new_batch_size: BatchSize | None
     """How rows are cut from this step on, where memory ran out."""
     adapted: Action | None
     """What the control of the learning rate decided, where a window of it ended with this step."""
 
 
 @dataclass(frozen=True)
-class Rates:
+class LrSchedule:
     """Learning rates of the weights and of the puzzle table, and what both follow: the schedule, and the control."""
 
     schedule: Schedule
@@ -76,14 +76,14 @@ class Rates:
 
 
 @dataclass
-class LoopParts:
+class TrainState:
     """Everything the loop works with; put together in assemble.py."""
 
     strategy: Strategy
     objective: AnyObjective
-    feed: Feed
-    shape: BatchShape
-    rates: Rates
+    loader: BatchLoader
+    shape: BatchSize
+    lr_schedule: LrSchedule
     wanted: frozenset[str]
     carried: bool
     grad_clip: float
@@ -113,7 +113,7 @@ class MetricTotals:
 class TrainingLoop:
     """Runs steps; owns the carries (one per micro-batch in carried supervision) and the progress."""
 
-    def __init__(self, parts: LoopParts, stop_poll: Callable[[], StopReason | None] = lambda: None) -> None:
+    def __init__(self, parts: TrainState, stop_poll: Callable[[], StopReason | None] = lambda: None) -> None:
         self.parts = parts
         self.asked_batch_size = parts.shape.batch_size
         self.stop_poll = stop_poll
@@ -145,13 +145,13 @@ class TrainingLoop:
             totals, stop = self._totals(columns)
             if totals["rows"] > 0:
                 break
-            if not parts.feed.roll(self.trained):
+            if not parts.loader.start_epoch(self.trained):
                 return None
         self.trained = True
         self.progress.batch_idx += 1
-        factor = parts.rates.factor(number)
-        parts.strategy.set_learning_rate(parts.rates.lr * factor)
-        metrics, recut = self._passes_that_fit(columns, totals, number)
+        factor = parts.lr_schedule.factor(number)
+        parts.strategy.set_learning_rate(parts.lr_schedule.lr * factor)
+        metrics, new_batch_size = self._passes_that_fit(columns, totals, number)
         parts.strategy.reduce()
         rows = parts.sparse.gradients(self.world) if parts.sparse is not None else None
         if rows is None or bool(rows[1].isfinite().all()):
@@ -162,12 +162,14 @@ class TrainingLoop:
         adapted: Action | None = None
         if math.isfinite(norm):
             self._check_range(number)
-            self._applied(rows, parts.rates.puzzle_emb_lr * factor)
+            self._applied(rows, parts.lr_schedule.puzzle_emb_lr * factor)
             adapted = self._observed(number, metrics)
             self.metrics.add(metrics.pairs)
         else:
             self._skipped(number, norm)
-        return StepReport(math.isfinite(norm), norm, parts.rates.lr * factor, totals, stop, recut, adapted)
+        return StepReport(
+            math.isfinite(norm), norm, parts.lr_schedule.lr * factor, totals, stop, new_batch_size, adapted
+        )
 
     def _offered(self, step: int) -> list[Columns]:
         shape = self.parts.shape
@@ -175,7 +177,7 @@ class TrainingLoop:
             halted = [carry.halted.cpu().numpy() for carry in self.carries]
         else:
             halted = [np.ones(shape.batch_size, dtype=np.bool_)] * shape.accumulation
-        return self.parts.feed.offer(halted, step)
+        return self.parts.loader.next_batch(halted, step)
 
     def _on_device(self, columns: list[Columns]) -> list[Batch]:
         return [to_batch(micro, self.parts.wanted, self.world.device) for micro in columns]
@@ -203,13 +205,13 @@ class TrainingLoop:
 
     def _passes_that_fit(
         self, columns: list[Columns], totals: dict[str, float], number: int
-    ) -> tuple[MetricTotals, BatchShape | None]:
+    ) -> tuple[MetricTotals, BatchSize | None]:
         """All passes of a step, its rows cut as small as memory demands; the new cut, if there is one.
 
         The denominators are sums over rows, so they hold for every cut.
         """
         parts = self.parts
-        cut: BatchShape | None = None
+        cut: BatchSize | None = None
         while True:
             done = self._tried(columns, totals)
             if not parts.strategy.any_rank(done is None):
@@ -218,21 +220,21 @@ class TrainingLoop:
                 if parts.carried:
                     self.carries = carries
                 return metrics, cut
-            rows = smaller(parts.shape.batch_size)
+            rows = halved(parts.shape.batch_size)
             if rows is None:
                 raise too_large(f"step {number}", "with a micro-batch of 1")
             parts.strategy.discard()
             if parts.sparse is not None:
                 parts.sparse.forget()
-            columns, cut = recut(columns, rows), self.cut_to(rows)
+            columns, cut = split_microbatches(columns, rows), self.set_microbatch(rows)
 
-    def cut_to(self, rows: int) -> BatchShape:
+    def set_microbatch(self, rows: int) -> BatchSize:
         """Cut this rank's rows into micro-batches of `rows` from now on; the effective batch stays as it is."""
         parts = self.parts
         parts.shape = parts.shape.with_batch(rows)
-        parts.feed.recut(parts.shape)
+        parts.loader.set_microbatch(parts.shape)
         if parts.carried and self.carries is not None:
-            self.carries = parts.objective.recut(self.carries, rows)
+            self.carries = parts.objective.split_carries(self.carries, rows)
         return parts.shape
 
     def _tried(self, columns: list[Columns], totals: dict[str, float]) -> tuple[MetricTotals, list[Any]] | None:
@@ -298,15 +300,15 @@ class TrainingLoop:
         names = self.parts.strategy.overflowed_parameters()
         if names:
             reason = f"the update took them beyond 65504, the largest float16 number, in {_first_of(names)}"
-            mend = "Resume from the last checkpoint with a lower --lr, or start anew with --model-dtype bf16"
-            raise DivergedError(Fault(f"float16 weights at step {number}", reason, mend))
+            hint = "Resume from the last checkpoint with a lower --lr, or start anew with --model-dtype bf16"
+            raise DivergedError(Fault(f"float16 weights at step {number}", reason, hint))
 
     def _observed(self, number: int, metrics: MetricTotals) -> Action | None:
         """Let the control of the learning rate see this step's loss."""
-        if self.parts.rates.adaptive is None:
+        if self.parts.lr_schedule.adaptive is None:
             return None
         loss = metrics.pairs["loss"][0].to(self.world.device, self.count_type)
-        return self.parts.rates.adaptive.observe(number, loss, self.parts.strategy.sum_over_ranks)
+        return self.parts.lr_schedule.adaptive.observe(number, loss, self.parts.strategy.sum_over_ranks)
 
     def _skipped(self, number: int, norm: float) -> None:
         """Count a step whose gradient was not finite; too many in a row end the run."""

@@ -9,7 +9,7 @@ import torch
 
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.objective import Batch
-from hrm_ray.values import Columns
+from hrm_ray.types import Columns
 
 
 def wanted_columns(config: ModelConfig) -> frozenset[str]:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hrm_ray.errors import DataFault, Fault
-from hrm_ray.train.live_bytes import storage_bytes
-from hrm_ray.train.parameterwise import Parameterwise
+from hrm_ray.errors import DataError, Fault
+from hrm_ray.train.per_parameter_optimizer import PerParameterOptimizer
+from hrm_ray.train.storage_tracker import storage_bytes
 from hrm_ray.train.weights_file import read_tensors, save_tensors
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -34,14 +34,14 @@ def save_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
-    """Restore what `save_optimizer` wrote. Raises DataFault when it belongs to other parameters."""
+    """Restore what `save_optimizer` wrote. Raises DataError when it belongs to other parameters."""
     path = folder / OPTIMIZER_FILE
     tables: dict[str, Tensor] = {}
     for full_name, tensor in read_tensors(path).items():
         name, _, key = full_name.rpartition(_SEPARATOR)
         parameter = parameters.get(name)
         if parameter is None or not _fits(key, tensor, parameter):
-            raise DataFault(
+            raise DataError(
                 Fault(
                     f"{full_name!r} in {path}",
                     "it does not fit the model being trained",
@@ -92,4 +92,4 @@ def _fits(key: str, tensor: Tensor, parameter: nn.Parameter) -> bool:
 
 def _placed(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, tensor: Tensor) -> Tensor:
     """The tensor where the optimizer keeps it: beside the weights, or in host memory."""
-    return optimizer.place.keep(tensor) if isinstance(optimizer, Parameterwise) else tensor.to(parameter.device)
+    return optimizer.place.keep(tensor) if isinstance(optimizer, PerParameterOptimizer) else tensor.to(parameter.device)

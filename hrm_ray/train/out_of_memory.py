@@ -11,8 +11,8 @@ import gc
 import numpy as np
 import torch
 
-from hrm_ray.errors import Fault, ResourceFault
-from hrm_ray.values import Columns
+from hrm_ray.errors import Fault, ResourceError
+from hrm_ray.types import Columns
 
 _SAYS_SO = (
     "out of memory",
@@ -43,21 +43,21 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def smaller(batch_size: int) -> int | None:
+def halved(batch_size: int) -> int | None:
     """The next smaller micro-batch that cuts `batch_size` rows evenly: half of it where it is even; None below 1."""
     return max((part for part in range(1, batch_size // 2 + 1) if batch_size % part == 0), default=None)
 
 
-def recut(columns: list[Columns], rows: int) -> list[Columns]:
+def split_microbatches(columns: list[Columns], rows: int) -> list[Columns]:
     """The same rows in the same order, as micro-batches of `rows`."""
     joined = {name: np.concatenate([micro[name] for micro in columns]) for name in columns[0]}
     count = len(next(iter(joined.values())))
     return [{name: values[first : first + rows] for name, values in joined.items()} for first in range(0, count, rows)]
 
 
-def too_large(where: str, doing: str) -> ResourceFault:
+def too_large(where: str, doing: str) -> ResourceError:
     """What to raise where no smaller micro-batch can help."""
-    return ResourceFault(
+    return ResourceError(
         Fault(
             where,
             f"memory ran out {doing}",

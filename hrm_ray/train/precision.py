@@ -1,7 +1,7 @@
 """In which type a pass is computed, and the scale that keeps small float16 gradients from vanishing.
 
 One job: autocast and loss scaling. The type of the weights themselves is the model's; how narrow weights are updated
-is in `parameterwise`.
+is in `per_parameter_optimizer`.
 """
 
 from __future__ import annotations

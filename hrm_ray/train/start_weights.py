@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hrm_ray.errors import DataFault, Fault
+from hrm_ray.errors import DataError, Fault
 from hrm_ray.model.build import build_model
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.import_reference import from_reference, looks_like_reference
@@ -39,7 +39,7 @@ def start_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
     """Tensors by this project's names from a bundle's folder, a .safetensors file, or a PyTorch file of the original.
 
     PyTorch files are read with `weights_only`, which admits tensors and nothing that runs. Fused projections are split.
-    Raises DataFault.
+    Raises DataError.
     """
     tensors = _read(path)
     if looks_like_reference(tensors):
@@ -53,7 +53,7 @@ def start_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def check_start_weights(path: Path, config: ModelConfig) -> None:
-    """Raises DataFault unless the tensors at `path` fit the architecture, before a run is begun with them."""
+    """Raises DataError unless the tensors at `path` fit the architecture, before a run is begun with them."""
     with torch.device("meta"):
         model = build_model(config)
     check_fit(model, start_weights(path, config), str(path))
@@ -62,19 +62,19 @@ def check_start_weights(path: Path, config: ModelConfig) -> None:
 def _read(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         if not RunDir(path).weights.is_file():
-            mend = "Give a bundle's folder, as hrm-ray train wrote it, or a file of weights"
+            hint = "Give a bundle's folder, as hrm-ray train wrote it, or a file of weights"
             reason = "there are no weights in this folder (model.safetensors is missing)"
-            raise DataFault(Fault(str(path), reason, mend))
+            raise DataError(Fault(str(path), reason, hint))
         return read_tensors(RunDir(path).weights)
     if path.suffix == ".safetensors":
         return read_tensors(path)
-    mend = "Give a bundle's folder, a .safetensors file, or a state dict saved by torch.save"
+    hint = "Give a bundle's folder, a .safetensors file, or a state dict saved by torch.save"
     if not path.is_file():
-        raise DataFault(Fault(str(path), "there is no such file or folder", mend))
+        raise DataError(Fault(str(path), "there is no such file or folder", hint))
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except _NOT_TENSORS as error:
-        raise DataFault(Fault(str(path), f"it is no PyTorch file of tensors ({type(error).__name__})", mend)) from None
+        raise DataError(Fault(str(path), f"it is no PyTorch file of tensors ({type(error).__name__})", hint)) from None
     if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise DataFault(Fault(str(path), "it holds something else than tensors by name", mend))
+        raise DataError(Fault(str(path), "it holds something else than tensors by name", hint))
     return {str(name): tensor for name, tensor in loaded.items()}

@@ -14,12 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hrm_ray.errors import DataFault, Fault, ResourceFault
+from hrm_ray.errors import DataError, Fault, ResourceError
 from hrm_ray.rundir import sync_file
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write `tensors` so that `path` is whole or unchanged. Raises ResourceFault where they cannot be written."""
+    """Write `tensors` so that `path` is whole or unchanged. Raises ResourceError where they cannot be written."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         # safetensors makes files for their owner alone; a bundle's files are as readable as any other of the user's.
@@ -35,31 +35,31 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def unwritable(path: Path, error: Exception) -> ResourceFault:
+def unwritable(path: Path, error: Exception) -> ResourceError:
     """What to raise where a file of a run cannot be written. safetensors has an error of its own for a full disk."""
-    mend = "Free some space there, then go on from the last checkpoint with --resume"
-    return ResourceFault(Fault(str(path), f"it cannot be written ({error})", mend))
+    hint = "Free some space there, then go on from the last checkpoint with --resume"
+    return ResourceError(Fault(str(path), f"it cannot be written ({error})", hint))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises DataFault when it is missing or cut short."""
+    """The tensors of a safetensors file. Raises DataError when it is missing or cut short."""
     if not path.is_file():
-        raise DataFault(Fault(str(path), "there is no such file", "Give a whole bundle or checkpoint"))
+        raise DataError(Fault(str(path), "there is no such file", "Give a whole bundle or checkpoint"))
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        mend = "Copy the file again from its source, or use another checkpoint"
-        raise DataFault(Fault(str(path), f"it is no whole safetensors file ({error})", mend)) from None
+        hint = "Copy the file again from its source, or use another checkpoint"
+        raise DataError(Fault(str(path), f"it is no whole safetensors file ({error})", hint)) from None
 
 
 def fill_module(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Load `tensors` into `module`; every name and shape must agree. Raises DataFault that lists what does not."""
+    """Load `tensors` into `module`; every name and shape must agree. Raises DataError that lists what does not."""
     check_fit(module, tensors, source)
     module.load_state_dict(dict(tensors))
 
 
 def check_fit(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raises DataFault, with what does not agree, unless `tensors` are all that `module` holds, in the same shapes."""
+    """Raises DataError, with what does not agree, unless `tensors` are all that `module` holds, in the same shapes."""
     own = module.state_dict()
     wrong = [f"{n} is missing" for n in own.keys() - tensors.keys()]
     wrong += [f"{n} is not part of this architecture" for n in tensors.keys() - own.keys()]
@@ -70,5 +70,5 @@ def check_fit(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: st
     ]
     if wrong:
         shown = "; ".join(sorted(wrong)[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
-        mend = "Give weights of the same architecture, or set the model options to those of the weights"
-        raise DataFault(Fault(source, f"these weights are of another architecture: {shown}", mend))
+        hint = "Give weights of the same architecture, or set the model options to those of the weights"
+        raise DataError(Fault(source, f"these weights are of another architecture: {shown}", hint))

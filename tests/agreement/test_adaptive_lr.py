@@ -36,7 +36,7 @@ def loop_for(scenario: str, cut: Cut) -> TrainingLoop:
     return assemble(settings, config, Rows(config.task), None, world, STEPS, lambda: None, adaptive_lr=RULE).loop
 
 
-def rates(loop: TrainingLoop, steps: int) -> tuple[list[float], list[str]]:
+def lr_schedule(loop: TrainingLoop, steps: int) -> tuple[list[float], list[str]]:
     """Learning rates of so many updates, and why they changed."""
     lrs, reasons = [], []
     for _ in range(steps):
@@ -51,14 +51,14 @@ def rates(loop: TrainingLoop, steps: int) -> tuple[list[float], list[str]]:
 def run(scenario: str, cut: Cut, folder: Path) -> tuple[list[float], list[str], float]:
     """Some updates, a checkpoint inside a window, and the rest in a loop of its own that took the checkpoint up."""
     loop, run_dir = loop_for(scenario, cut), RunDir(folder / f"{scenario}-{cut.ranks}")
-    first = rates(loop, STORED)
+    first = lr_schedule(loop, STORED)
     checkpoint = save_checkpoint(loop, run_dir, {}, keep=1)
-    on = rates(loop, STEPS - STORED)
+    on = lr_schedule(loop, STEPS - STORED)
     again = loop_for(scenario, cut)
     load_checkpoint(again, checkpoint)
-    assert rates(again, STEPS - STORED) == on
-    assert again.parts.rates.adaptive is not None
-    return first[0] + on[0], first[1] + on[1], again.parts.rates.adaptive.factor
+    assert lr_schedule(again, STEPS - STORED) == on
+    assert again.parts.lr_schedule.adaptive is not None
+    return first[0] + on[0], first[1] + on[1], again.parts.lr_schedule.adaptive.factor
 
 
 def spawned(rank: int, rendezvous: str, folder: str) -> None:

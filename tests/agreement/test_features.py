@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from tests.support.feature_loops import STEPS, Trained, run_feature, spawned_rank, write_bases
+from tests.support.feature_loops import STEPS, ConsumedRange, run_feature, spawned_rank, write_bases
 from tests.support.features import FEATURES
 
 pytestmark = pytest.mark.agreement
@@ -33,8 +33,8 @@ EXACT = 1e-4
 
 @dataclass(frozen=True)
 class Results:
-    ranks: list[dict[str, Trained]]
-    alone: dict[str, Trained]
+    ranks: list[dict[str, ConsumedRange]]
+    alone: dict[str, ConsumedRange]
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from hrm_ray.model.attention import AttentionScope, attend
-from hrm_ray.model.attention_backends import KernelName, Place, choose_kernel, load_kernel
+from hrm_ray.model.attention_backends import KernelCapabilities, KernelName, choose_kernel, load_kernel
 from hrm_ray.model.build import build_objective
 from hrm_ray.model.chunked import Chunking
-from tests.support.chunked_cases import Outcome, Shape, assert_same_forward, assert_same_gradients, trained
+from tests.support.chunked_cases import RunResult, Shape, assert_same_forward, assert_same_gradients, trained
 from tests.support.tiny_models import tiny_config, tiny_model
 
 pytestmark = [
@@ -65,7 +65,7 @@ def test_flex_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("queries", [LENGTH, 300, 1])
 def test_flash_attention(name: str, queries: int) -> None:
     """bfloat16 on both sides: 2 percent of the largest value."""
-    place = Place.here("cuda", narrow=True)
+    place = KernelCapabilities.here("cuda", narrow=True)
     kernel: KernelName = choose_kernel(True, tiny_config(hidden_size=64), place)
     if not kernel.startswith("flash"):
         pytest.skip("FlashAttention is not installed, or the GPU is too old")
@@ -74,7 +74,7 @@ def test_flash_attention(name: str, queries: int) -> None:
 
 
 def test_the_libraries_are_seen() -> None:
-    assert ("triton" in Place.here("cuda", narrow=True).libraries) == (find_spec("triton") is not None)
+    assert ("triton" in KernelCapabilities.here("cuda", narrow=True).libraries) == (find_spec("triton") is not None)
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -85,7 +85,7 @@ def test_resting_in_host_memory(exact: bool, window: int | None, monkeypatch: py
     shape = Shape(((40, 24), (64,)), tiny_config(seq_len=64, window_size=window))
     batch = {name: column.cuda() for name, column in shape.batch().items()}
 
-    def outcome(offload: bool) -> Outcome:
+    def outcome(offload: bool) -> RunResult:
         model = tiny_model(shape.config).cuda()
         chunking = Chunking(10, exact=exact, offload=offload)
         return trained(

@@ -7,9 +7,9 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hrm_ray.errors import DataFault, DivergedError, Fault
+from hrm_ray.errors import DataError, DivergedError, Fault
 from hrm_ray.orchestration.failures import Failure, StoppedBeforeStart, WorkerCrash, death_in_words, first_cause
-from hrm_ray.values import StopReason
+from hrm_ray.types import StopReason
 
 GLOO = RuntimeError(
     "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:2"
@@ -51,10 +51,10 @@ def test_an_unforeseen_error_shows_its_traceback_once() -> None:
 
 @given(st.randoms(use_true_random=False))
 def test_a_reason_of_ones_own_wins_whatever_the_order(order: random.Random) -> None:
-    data = Failure.of(2, DataFault(Fault("words.txt", "is cut short", "Copy it again")))
+    data = Failure.of(2, DataError(Fault("words.txt", "is cut short", "Copy it again")))
     reports = [data, *(Failure.of(rank, GLOO) for rank in (0, 1, 3))]
     order.shuffle(reports)
-    assert isinstance(first_cause(reports, {1: "killed", 4: "died"}, ""), DataFault)
+    assert isinstance(first_cause(reports, {1: "killed", 4: "died"}, ""), DataError)
 
 
 def test_nothing_failed() -> None:

@@ -40,7 +40,7 @@ class Driver:
         }  # fmt: skip
         (temp / "plan.json").write_text(json.dumps(plan))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.ray.gang_driver", str(temp / "plan.json")],
+            [sys.executable, "-m", "tests.ray.worker_group_driver", str(temp / "plan.json")],
             # Unbuffered: `communicate` reads past a buffer, so what a line-wise read had taken ahead would be lost.
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0, start_new_session=True,
             env={**os.environ, **environment, "TMPDIR": str(temp)},
@@ -177,12 +177,12 @@ def test_a_given_cluster_is_used_checked_and_left_alone(start: Callable[..., Dri
     first.wait_for_records()
     busy = start(OPEN_TO_ALL, ray_address=cluster)
     code, said = busy.end()
-    assert (code, said) == (4, ["error ResourceFault"])
+    assert (code, said) == (4, ["error ResourceError"])
     first.process.send_signal(signal.SIGINT)
     code, said = first.end()
     assert said == [f"outcome interrupt {(first.bundle / 'saved_0').read_text()}"]
     too_much = start(OPEN_TO_ALL, ray_address=cluster, world_size=2)
-    assert too_much.end() == (4, ["error ResourceFault"])
+    assert too_much.end() == (4, ["error ResourceError"])
     # Also named by the environment, as `ray job submit` does it; the CPU is free again.
     second = start({**OPEN_TO_ALL, "RAY_ADDRESS": cluster}, body="tests.support.ray_bodies:counts")
     assert second.end() == (0, ["outcome finished 20"])
@@ -197,5 +197,5 @@ def test_a_head_that_says_nothing_more_is_given_up_after_a_while(start: Callable
         code, said = mute.end()
         connection.close()
     assert code == 3
-    assert said[-1] == "error EnvironmentFault"
+    assert said[-1] == "error UnavailableError"
     assert is_clean(mute)

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 
 from hrm_ray.launch import local
-from hrm_ray.launch.draft import draft
 from hrm_ray.launch.plan import make_plan
+from hrm_ray.launch.resolve import resolve
 from hrm_ray.launch.resources import usable_cpus
 from hrm_ray.ledger import read_ledger
 from hrm_ray.ledger.verify import violations
-from hrm_ray.orchestration import gang
+from hrm_ray.orchestration import worker_group
 from hrm_ray.orchestration.failures import WorkerCrash
 from hrm_ray.rundir import RunDir
 from hrm_ray.settings.load import load_settings
-from tests.ray.test_gang import Received, never
+from tests.ray.test_worker_group import Received, never
 from tests.support.numbered_corpora import TOKENIZER, Row, Shape, rows_of_corpus, texts_of, write_corpus
 from tests.support.recorded_training import recorded, rows_by_step
 from tests.support.runs import records
@@ -49,7 +49,7 @@ def plan_of(corpus: Path, bundle: Path, ranks: int, record: Path, **said: str | 
         **{"--launcher": "ray" if ranks > 1 else "local", "--world-size": str(ranks), "--threads": "1"},
         **{"--batch-size": str(EFFECTIVE // ranks), "--log-every": "1", "--stop-after-epoch": True},
     }
-    plan = make_plan(draft(load_settings({**options, **said})))
+    plan = make_plan(resolve(load_settings({**options, **said})))
     return {**plan, "body": "tests.support.recorded_training:recorded", "record": str(record), "die_at": None}
 
 
@@ -69,8 +69,8 @@ def test_ray_data_gives_the_rows_of_one_process(corpus: Path, tmp_path: Path, or
     alone = plan_of(corpus, tmp_path / "one", 1, tmp_path / "rows1", **said)
     recorded(alone, local.LocalLink(Received(), never))
     plan = plan_of(corpus, tmp_path / "two", 2, tmp_path / "rows2", **said)
-    assert gang.reads_text(plan), "there should be something left for Ray Data to make"
-    outcome = gang.run(plan, sink=Received(), stop=never)
+    assert worker_group.reads_text(plan), "there should be something left for Ray Data to make"
+    outcome = worker_group.run(plan, sink=Received(), stop=never)
     one, two = rows_by_step(tmp_path / "rows1", [0]), rows_by_step(tmp_path / "rows2", [0, 1])
     assert one == two
     assert total(two) == EXPECTED and outcome.step == len(two)
@@ -89,7 +89,7 @@ def test_a_killed_worker_costs_no_row_and_doubles_none(corpus: Path, tmp_path: P
     bundle = tmp_path / "b"
     plan = plan_of(corpus, bundle, 2, tmp_path / "rows1", **{"--save-every": "3"})
     with pytest.raises(WorkerCrash):
-        gang.run({**plan, "die_at": [rank, 9]}, sink=Received(), stop=never)
+        worker_group.run({**plan, "die_at": [rank, 9]}, sink=Received(), stop=never)
     steps = RunDir(bundle).checkpoint_steps()
     assert steps == [3, 6]
     again = plan_of(corpus, bundle, 1, tmp_path / "rows2", **{"--resume": True})

@@ -76,7 +76,7 @@ def shapes(draw: st.DrawFn, transformer: bool = False) -> Shape:
 
 
 @dataclass
-class Outcome:
+class RunResult:
     """What training on one batch gives: the loss, each term's sum by name, gradients, and the final states."""
 
     loss: float
@@ -86,7 +86,7 @@ class Outcome:
     z_h: Tensor
 
 
-def trained(objective: AnyObjective, batch: Batch) -> Outcome:
+def trained(objective: AnyObjective, batch: Batch) -> RunResult:
     """All passes of one step, each with its own backward."""
     objective.zero_grad(set_to_none=True)
     carry = objective.initial_carry(batch)
@@ -105,7 +105,7 @@ def trained(objective: AnyObjective, batch: Batch) -> Outcome:
             metrics[name] = metrics.get(name, 0.0) + float((total.flatten() * measures).sum())
         carry = output.carry
     gradients = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
-    return Outcome(loss, terms, metrics, gradients, final_states(carry, batch["inputs"].shape[1]))
+    return RunResult(loss, terms, metrics, gradients, final_states(carry, batch["inputs"].shape[1]))
 
 
 def final_states(carry: Any, length: int) -> Tensor:
@@ -145,14 +145,14 @@ def gap(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max()) / max(float(other.abs().max()), 1e-2)
 
 
-def assert_same_forward(got: Outcome, want: Outcome) -> None:
+def assert_same_forward(got: RunResult, want: RunResult) -> None:
     assert got.loss == pytest.approx(want.loss, rel=NEAR)
     assert got.terms == pytest.approx(want.terms, rel=NEAR, abs=1e-6)
     assert got.metrics == pytest.approx(want.metrics, rel=NEAR, abs=1e-6)
     assert gap(got.z_h, want.z_h) <= NEAR
 
 
-def assert_same_gradients(got: Outcome, want: Outcome) -> None:
+def assert_same_gradients(got: RunResult, want: RunResult) -> None:
     assert got.gradients.keys() == want.gradients.keys()
     for name, gradient in want.gradients.items():
         assert gap(got.gradients[name], gradient) <= NEAR, name

@@ -111,5 +111,5 @@ def faults_of(path: Path | str, **source: str) -> list[str]:
     """What is said of the bad rows."""
     bad = [row for row in rows_of(path, **source) if isinstance(row, BadRow)]
     for row in bad:
-        assert row.fault.value and row.fault.reason and row.fault.mend
+        assert row.fault.value and row.fault.reason and row.fault.hint
     return [str(row.fault) for row in bad]

@@ -33,7 +33,7 @@ ROWS = 8
 
 
 @dataclass
-class Trained:
+class ConsumedRange:
     """Mean loss of every step over all ranks, and this rank's weights at the end."""
 
     losses: list[float]
@@ -72,7 +72,7 @@ def write_bases(folder: Path) -> None:
         save_tensors(model.state_dict(), folder / f"{base}.safetensors")
 
 
-def run_feature(name: str, ranks: int, folder: Path, device: str = "cpu") -> Trained:
+def run_feature(name: str, ranks: int, folder: Path, device: str = "cpu") -> ConsumedRange:
     """Train STEPS updates as this rank's part of the group."""
     settings = settings_of(name, ranks, folder)
     world = World.here(device, 1)
@@ -94,7 +94,7 @@ def run_feature(name: str, ranks: int, folder: Path, device: str = "cpu") -> Tra
         assert report is not None and report.applied
         losses.append(loop.flush_metrics()["loss"])
     weights = {key: tensor.cpu().clone() for key, tensor in loop.parts.objective.model.state_dict().items()}
-    return Trained(losses, weights)
+    return ConsumedRange(losses, weights)
 
 
 def spawned_rank(rank: int, ranks: int, folder: str) -> None:

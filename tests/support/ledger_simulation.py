@@ -39,7 +39,7 @@ class CoordinatorDied(BaseException):
 
 
 @dataclass
-class Outcome:
+class RunResult:
     """How a run went: sequences that the last anchor has never or more than once learned, and what else is wrong."""
 
     lost: int = 0
@@ -73,9 +73,9 @@ class Simulation:
         self.ledger: Ledger | None = None
         self.on_disk: sqlite3.Connection | None = None
         self.up_at = 0
-        self.outcome = Outcome()
+        self.outcome = RunResult()
 
-    def run(self) -> Outcome:
+    def run(self) -> RunResult:
         """Play until all epochs are complete; then read the last anchor."""
         while True:
             self.tick += 1
@@ -92,7 +92,7 @@ class Simulation:
                 break
         return self._audited()
 
-    def _audited(self) -> Outcome:
+    def _audited(self) -> RunResult:
         """What the last anchor has learned, against once each."""
         ledger = self.ledger
         assert ledger is not None
@@ -326,6 +326,6 @@ class Simulation:
         return slice(begin + start, begin + end)
 
 
-def simulate(path: Path, seed: int, weakness: Weakness = Weakness.NONE) -> Outcome:
+def simulate(path: Path, seed: int, weakness: Weakness = Weakness.NONE) -> RunResult:
     """Play the run of that seed on a new ledger at `path`."""
     return Simulation(path, seed, weakness).run()

@@ -25,7 +25,7 @@ from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble, model_config
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.world import World
-from hrm_ray.values import Columns
+from hrm_ray.types import Columns
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 2

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from hrm_ray.ledger import State
 from hrm_ray.ledger.states import MAX_ATTEMPTS, MAX_REJECTIONS
 
-Place = tuple[int, int, int]
+KernelCapabilities = tuple[int, int, int]
 """Epoch, position, sequence."""
 
 
@@ -45,7 +45,7 @@ class Given:
     end: int
 
     @property
-    def places(self) -> list[Place]:
+    def places(self) -> list[KernelCapabilities]:
         return [(self.epoch, self.position, at) for at in range(self.start, self.end)]
 
 
@@ -55,10 +55,10 @@ class NaiveLedger:
 
     lengths: list[int]
     epochs: int
-    cells: dict[Place, Cell] = field(default_factory=dict)
+    cells: dict[KernelCapabilities, Cell] = field(default_factory=dict)
     generations: dict[str, int] = field(default_factory=dict)
     rounds: list[tuple[int, list[str]]] = field(default_factory=list)
-    reports: dict[str, list[Place]] = field(default_factory=dict)
+    reports: dict[str, list[KernelCapabilities]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for epoch in range(self.epochs):

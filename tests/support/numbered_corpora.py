@@ -12,13 +12,13 @@ import numpy as np
 from hrm_ray.data.bpe import train_bpe
 from hrm_ray.data.catalog import Catalog
 from hrm_ray.data.chunk_cache import ChunkCache
-from hrm_ray.data.chunk_source import ChunkMaker, EpochRule, LocalChunks
+from hrm_ray.data.chunk_source import ChunkPipeline, EpochOrder, LocalChunks
 from hrm_ray.data.chunks import Corpus
 from hrm_ray.data.packing import RowForm
 from hrm_ray.data.parts import TextSource, list_parts
-from hrm_ray.train.feed import BatchShape, Ends
-from hrm_ray.train.stream_feed import StreamFeed, TextStream
-from hrm_ray.values import Columns
+from hrm_ray.train.loaders import BatchSize, StopCondition
+from hrm_ray.train.stream_loader import StreamLoader, TextStream
+from hrm_ray.types import Columns
 
 TOKENIZER = train_bpe(["abab abab ba"], 258, 10)
 """Without merges: a token is a byte."""
@@ -78,22 +78,22 @@ class Opened:
 
     corpus: Path
     shape: Shape
-    batches: Sequence[BatchShape]
-    ends: Ends = field(default_factory=Ends)
+    batches: Sequence[BatchSize]
+    ends: StopCondition = field(default_factory=StopCondition)
     start: int = 0
     cache_bytes: int = 0
     catalog: Path | None = None
 
     def __post_init__(self) -> None:
-        self.feeds = [self._feed(batch) for batch in self.batches]
+        self.loaders = [self._loader(batch) for batch in self.batches]
         self.trained = False
 
-    def _feed(self, batch: BatchShape) -> StreamFeed:
+    def _loader(self, batch: BatchSize) -> StreamLoader:
         shape, source = self.shape, TextSource(self.corpus)
         parts = list_parts(source).parts
         cut = (shape.samples_per_block, shape.chunk_size, shape.offset, shape.max_rows)
         known = self.catalog or self.corpus / "none.catalog"
-        maker = ChunkMaker(
+        maker = ChunkPipeline(
             Corpus(source, parts, *cut),
             TOKENIZER,
             Catalog(known, writes=self.catalog is not None),
@@ -102,19 +102,19 @@ class Opened:
         )
         if shape.shuffle_rows:
             maker.survey()
-        rule = EpochRule(shape.seed, shuffled=bool(shape.shuffle_rows), start=self.start)
+        rule = EpochOrder(shape.seed, shuffled=bool(shape.shuffle_rows), start=self.start)
         text = TextStream(LocalChunks(maker, rule), RowForm(shape.seq_len), TOKENIZER.pad_id, shape.shuffle_rows)
-        return StreamFeed(text, batch, seed=shape.seed, ends=self.ends)
+        return StreamLoader(text, batch, seed=shape.seed, ends=self.ends)
 
     def step(self) -> list[Row] | None:
         """The rows of the next effective batch, by slot; None when all epochs are over."""
         while True:
-            columns = [micro for feed in self.feeds for micro in feed.offer([], 0)]
+            columns = [micro for loader in self.loaders for micro in loader.next_batch([], 0)]
             rows = [row for micro in columns for row in _rows(micro)]
             if rows:
                 self.trained = True
                 return rows
-            if not all([feed.roll(self.trained) for feed in self.feeds]):
+            if not all([loader.start_epoch(self.trained) for loader in self.loaders]):
                 return None
 
     def steps(self) -> Iterator[list[Row]]:
@@ -123,8 +123,8 @@ class Opened:
             yield rows
 
     def close(self) -> None:
-        for feed in self.feeds:
-            feed.close()
+        for loader in self.loaders:
+            loader.close()
 
 
 def _rows(columns: Columns) -> Iterator[Row]:
@@ -137,12 +137,12 @@ def _rows(columns: Columns) -> Iterator[Row]:
             yield tuple(tokens[:length])
 
 
-def cuts_of(effective: int) -> list[list[BatchShape]]:
+def cuts_of(effective: int) -> list[list[BatchSize]]:
     """Some ways to cut an effective batch over ranks and micro-batches."""
     found = []
     for ranks in (1, 2, 3, 4):
         for accumulation in (1, 2):
             if effective % (ranks * accumulation) == 0:
                 size = effective // ranks // accumulation
-                found.append([BatchShape(size, accumulation, rank, ranks) for rank in range(ranks)])
+                found.append([BatchSize(size, accumulation, rank, ranks) for rank in range(ranks)])
     return found

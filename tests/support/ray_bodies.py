@@ -1,4 +1,4 @@
-"""Small training bodies for tests of the gang: each is `(plan, link) -> Outcome`, run inside a Ray Train worker.
+"""Small training bodies for tests of the gang: each is `(plan, link) -> RunResult`, run inside a Ray Train worker.
 
 One job: behave in one known way. Each imports what it needs inside, as the worker does.
 """
@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hrm_ray.errors import DataFault, Fault
-from hrm_ray.values import DriverLink, Outcome, Record, StopReason
+from hrm_ray.errors import DataError, Fault
+from hrm_ray.types import DriverLink, Record, RunResult, StopReason
 
 
 def _rank() -> int:
@@ -31,7 +31,7 @@ def _sum_of_ones() -> float:
     return float(ones.item())
 
 
-def counts(plan: dict[str, Any], link: DriverLink) -> Outcome:
+def counts(plan: dict[str, Any], link: DriverLink) -> RunResult:
     """`plan["steps"]` steps, one record each from rank 0; figures say what the worker found around it."""
     import torch
 
@@ -47,18 +47,18 @@ def counts(plan: dict[str, Any], link: DriverLink) -> Outcome:
         "entered_s": entered_s,
         "omp": float(os.environ["OMP_NUM_THREADS"]),
     }
-    return Outcome(StopReason.FINISHED, int(plan["steps"]), 1, str(plan["bundle"]), figures)
+    return RunResult(StopReason.FINISHED, int(plan["steps"]), 1, str(plan["bundle"]), figures)
 
 
-def bad_data_on_rank_1(plan: dict[str, Any], link: DriverLink) -> Outcome:
+def bad_data_on_rank_1(plan: dict[str, Any], link: DriverLink) -> RunResult:
     """Rank 1 meets bad data; the others wait for it in a collective."""
     if _rank() == 1:
-        raise DataFault(Fault("words.txt", "is not UTF-8 at byte 17", "Save it as UTF-8"))
+        raise DataError(Fault("words.txt", "is not UTF-8 at byte 17", "Save it as UTF-8"))
     _sum_of_ones()
-    return Outcome(StopReason.FINISHED, 0, 0, str(plan["bundle"]))
+    return RunResult(StopReason.FINISHED, 0, 0, str(plan["bundle"]))
 
 
-def value_error_after_records(plan: dict[str, Any], link: DriverLink) -> Outcome:
+def value_error_after_records(plan: dict[str, Any], link: DriverLink) -> RunResult:
     """Three records, then an unforeseen error on every rank."""
     if _rank() == 0:
         for step in range(1, 4):
@@ -66,16 +66,16 @@ def value_error_after_records(plan: dict[str, Any], link: DriverLink) -> Outcome
     raise ValueError(f"unforeseen in rank {_rank()}")
 
 
-def killed_on_rank_1(plan: dict[str, Any], link: DriverLink) -> Outcome:
+def killed_on_rank_1(plan: dict[str, Any], link: DriverLink) -> RunResult:
     """Rank 1 is killed as by the kernel; the others wait for it in a collective."""
     _sum_of_ones()
     if _rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     _sum_of_ones()
-    return Outcome(StopReason.FINISHED, 0, 0, str(plan["bundle"]))
+    return RunResult(StopReason.FINISHED, 0, 0, str(plan["bundle"]))
 
 
-def until_stopped(plan: dict[str, Any], link: DriverLink) -> Outcome:
+def until_stopped(plan: dict[str, Any], link: DriverLink) -> RunResult:
     """Steps of 20 ms until the driver asks to stop; every rank leaves at the same step."""
     import torch
     import torch.distributed as dist
@@ -92,7 +92,7 @@ def until_stopped(plan: dict[str, Any], link: DriverLink) -> Outcome:
         if int(flag.item()):
             agreed = list(StopReason)[int(flag.item()) - 1]
             Path(plan["bundle"]).joinpath(f"saved_{_rank()}").write_text(str(step))
-            return Outcome(agreed, step, 0, str(plan["bundle"]), {"stop_seen_s": time.time()})
+            return RunResult(agreed, step, 0, str(plan["bundle"]), {"stop_seen_s": time.time()})
         beat.wait(0.02)
 
 

@@ -12,22 +12,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hrm_ray.train.feed import HaltedSlots
+from hrm_ray.train.loaders import HaltedSlots
 from hrm_ray.train.session import WorkerLink, train
-from hrm_ray.train.stream_feed import StreamFeed
-from hrm_ray.values import Columns, Outcome
+from hrm_ray.train.stream_loader import StreamLoader
+from hrm_ray.types import Columns, RunResult
 
 
-def recorded(plan: dict[str, Any], link: WorkerLink) -> Outcome:
+def recorded(plan: dict[str, Any], link: WorkerLink) -> RunResult:
     """`train`, with the rows of each step in `plan["record"]`/{rank}.jsonl; rank and step of `plan["die_at"]` (a pair,
     or None) are where a worker kills itself, before it trains on that step's rows."""
     folder = Path(plan["record"])
     folder.mkdir(parents=True, exist_ok=True)
-    real = StreamFeed.offer
+    real = StreamLoader.next_batch
 
-    def offering(feed: StreamFeed, halted: HaltedSlots, step: int) -> list[Columns]:
-        micro_batches = real(feed, halted, step)
-        rank = feed.shape.rank
+    def offering(loader: StreamLoader, halted: HaltedSlots, step: int) -> list[Columns]:
+        micro_batches = real(loader, halted, step)
+        rank = loader.shape.rank
         if plan["die_at"] is not None and [rank, step] == list(plan["die_at"]):
             os.kill(os.getpid(), signal.SIGKILL)
         rows = [tokens for micro in micro_batches for tokens in micro["inputs"][micro["active"]].tolist()]
@@ -35,11 +35,11 @@ def recorded(plan: dict[str, Any], link: WorkerLink) -> Outcome:
             file.write(json.dumps({"step": step, "rows": rows}) + "\n")
         return micro_batches
 
-    StreamFeed.offer = offering  # type: ignore[method-assign]
+    StreamLoader.next_batch = offering  # type: ignore[method-assign]
     try:
         return train(plan, link)
     finally:
-        StreamFeed.offer = real  # type: ignore[method-assign]
+        StreamLoader.next_batch = real  # type: ignore[method-assign]
 
 
 def rows_by_step(folder: Path, ranks: Sequence[int]) -> dict[int, list[tuple[int, ...]]]:

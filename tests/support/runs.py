@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from hrm_ray.cli import main as cli
 from hrm_ray.train.loop import StepReport, TrainingLoop
-from hrm_ray.values import StopReason
+from hrm_ray.types import StopReason
 
 TINY = (
     *("--hidden-size", "32", "--num-heads", "2", "--num-layers", "2", "--no-use-moe"),

@@ -23,7 +23,7 @@ from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble, model_config
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.world import World
-from hrm_ray.values import IGNORE_LABEL, Columns
+from hrm_ray.types import IGNORE_LABEL, Columns
 from tests.support.fail_at import FailAt, script
 
 VOCABULARY, SEQ_LEN, IDENTIFIERS = 17, 12, 5

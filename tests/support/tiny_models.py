@@ -20,7 +20,7 @@ from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.objective import AnyObjective, Batch
 from hrm_ray.model.scoring import Scored
 from hrm_ray.model.transformer import Transformer
-from hrm_ray.values import IGNORE_LABEL
+from hrm_ray.types import IGNORE_LABEL
 
 VOCAB = 19
 

@@ -12,8 +12,8 @@ import pytest
 
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble, model_config
-from hrm_ray.train.live_bytes import LiveBytes
 from hrm_ray.train.loop import TrainingLoop
+from hrm_ray.train.storage_tracker import StorageTracker
 from hrm_ray.train.world import World
 from tests.support.runs import TEXT, last_said, records, text_file
 from tests.support.splits import SCENARIOS, SEQ_LEN, VOCABULARY, Rows
@@ -44,10 +44,12 @@ def test_memory_is_that_of_one_micro_batch(scenario: str) -> None:
     for accumulation in (1, 16):
         loop = loop_of(2, accumulation, scenario=scenario)
         loop.step()
-        with LiveBytes() as watch:
+        with StorageTracker() as watch:
             reduce = loop.parts.strategy.reduce
 
-            def named(watch: LiveBytes = watch, loop: TrainingLoop = loop, reduce: Callable[[], None] = reduce) -> None:
+            def named(
+                watch: StorageTracker = watch, loop: TrainingLoop = loop, reduce: Callable[[], None] = reduce
+            ) -> None:
                 parameters = loop.parts.objective.parameters()
                 watch.name("gradients", [p.grad for p in parameters if p.grad is not None])
                 reduce()

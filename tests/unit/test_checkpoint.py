@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from hrm_ray.errors import DataFault
+from hrm_ray.errors import DataError
 from hrm_ray.metrics import jsonl
 from hrm_ray.rundir import MANIFEST, RunDir, verify_checkpoint
 from hrm_ray.train import weights_file
@@ -109,7 +109,7 @@ def test_a_manifest_with_any_byte_changed(bundle: Path) -> None:
             (folder / MANIFEST).write_bytes(changed)
             try:
                 verify_checkpoint(folder)
-            except DataFault:
+            except DataError:
                 continue
             assert json.loads(changed)["files"] == files
             accepted += 1

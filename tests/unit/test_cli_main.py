@@ -15,7 +15,7 @@ import pytest
 import hrm_ray
 from hrm_ray import errors
 from hrm_ray.cli import main as cli
-from hrm_ray.cli.edge import Ended, exit_code_of
+from hrm_ray.cli.error_handler import Aborted, exit_code_of
 from hrm_ray.errors import Fault, HrmRayError
 from hrm_ray.settings.options import options
 from tests.support.runs import TEXT, last_said, text_file
@@ -127,7 +127,7 @@ def test_other_ends(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_socket_that_breaks_is_not_taken_for_a_closed_pager(capsys: pytest.CaptureFixture[str]) -> None:
-    ended = Ended()
+    ended = Aborted()
     ended.__cause__ = BrokenPipeError(32, "Broken pipe")
     assert exit_code_of(raising(ended)) == 1
     assert "BrokenPipeError" in capsys.readouterr().err

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hrm_ray.data.builders.arc import BLANK, build_arc
 from hrm_ray.data.puzzles import arc
 from hrm_ray.data.puzzles.samples import open_puzzles
-from hrm_ray.errors import DataFault, SettingsError
-from hrm_ray.values import IGNORE_LABEL
+from hrm_ray.errors import DataError, SettingsError
+from hrm_ray.types import IGNORE_LABEL
 from tests.support.arc_tasks import COUNT, FILL, MIRROR, pair, write_tasks
 
 
@@ -163,7 +163,7 @@ def test_a_bad_pair_is_told_with_its_place(tmp_path: Path, name: str) -> None:
     bad, reason = BAD[name]
     task = {"train": [MIRROR["train"][0], bad], "test": MIRROR["test"]}
     write_tasks(tmp_path / "tasks", good=FILL, task=task)
-    with pytest.raises(DataFault, match=rf"task\.json, train pair 1.*{reason}"):
+    with pytest.raises(DataError, match=rf"task\.json, train pair 1.*{reason}"):
         build_arc(tmp_path / "tasks", tmp_path / "set")
     assert not (tmp_path / "set").exists() and len(list(tmp_path.iterdir())) == 1
 
@@ -172,7 +172,7 @@ def test_a_bad_pair_is_told_with_its_place(tmp_path: Path, name: str) -> None:
 def test_a_file_that_is_no_task_is_told(tmp_path: Path, content: str) -> None:
     write_tasks(tmp_path / "tasks")
     (tmp_path / "tasks" / "other.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(DataFault, match=r"other\.json"):
+    with pytest.raises(DataError, match=r"other\.json"):
         build_arc(tmp_path / "tasks", tmp_path / "set")
 
 

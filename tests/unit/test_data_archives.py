@@ -19,7 +19,7 @@ from hrm_ray.data.formats import texts as text_files
 from hrm_ray.data.parts import TextSource, list_parts, shared_part
 from hrm_ray.data.readers import known_rows, read_part
 from hrm_ray.data.rows import BadRow, Row
-from hrm_ray.errors import DataFault
+from hrm_ray.errors import DataError
 from tests.support.corpora import (
     COMPRESSIONS,
     FORMATS,
@@ -83,7 +83,7 @@ def test_splits_in_an_archive_are_those_of_a_folder(tmp_path: Path, suffix: str)
     assert sorted(texts_of(path)) == ["1", "2"]
     assert texts_of(path, split="test") == ["3"]
     if suffix in ("zip", "tar"):
-        with pytest.raises(DataFault, match="Splits there are: other, test, train"):
+        with pytest.raises(DataError, match="Splits there are: other, test, train"):
             list_parts(TextSource(str(path), "valid"))
     else:
         assert texts_of(path, split="valid") == ["<end>"]
@@ -101,7 +101,7 @@ def test_an_archive_without_splits_is_all_training_data_but_for_what_is_held_out
     only = write_archive(tmp_path / f"b.{suffix}", {"held/d.txt": b"3"})
     if suffix in ("zip", "tar"):
         assert shared_part(TextSource(str(path)), TextSource(str(path), "held")) == str(path)
-        with pytest.raises(DataFault, match="which is held out"):
+        with pytest.raises(DataError, match="which is held out"):
             list_parts(TextSource(str(only), apart="held"))
     else:
         assert "which is held out" in faults_of(only, apart="held")[0]
@@ -222,7 +222,7 @@ def test_large_zips_and_zips_behind_other_bytes(tmp_path: Path, monkeypatch: pyt
     monkeypatch.undo()
     content = bytearray(large.read_bytes())
     content[content.index(b"PK\6\6")] = 0
-    with pytest.raises(DataFault, match="directory cannot be read"):
+    with pytest.raises(DataError, match="directory cannot be read"):
         list_parts(TextSource(str(write(tmp_path / "d.zip", bytes(content)))))
 
 
@@ -235,14 +235,14 @@ def test_a_damaged_directory_of_a_zip_is_refused(tmp_path: Path, place: int, val
     if place == 20:
         assert texts_of(path) == ["<bad>", "text"]
     else:
-        with pytest.raises(DataFault, match="directory cannot be read"):
+        with pytest.raises(DataError, match="directory cannot be read"):
             list_parts(TextSource(str(path)))
 
 
 def test_a_zip_cut_short_is_refused_at_once(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "a.zip", {"a.txt": b"text" * 1000})
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(DataFault, match="directory cannot be read"):
+    with pytest.raises(DataError, match="directory cannot be read"):
         list_parts(TextSource(str(path)))
     (tmp_path / "b").mkdir()
     path.rename(tmp_path / "b" / "a.zip")
@@ -301,7 +301,7 @@ def test_a_damaged_header_ends_a_tar(tmp_path: Path) -> None:
 
 def test_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bomb = {"a.txt": b"0" * (20 << 20)}
-    with pytest.raises(DataFault, match="more than 500 times as much"):
+    with pytest.raises(DataError, match="more than 500 times as much"):
         list_parts(TextSource(str(write_zip(tmp_path / "a.zip", bomb))))
     found = rows_of(write_tar(tmp_path / "a.tar.gz", bomb))
     assert isinstance(found[-1], BadRow) and "more than 500 times as much" in str(found[-1].fault)
@@ -314,14 +314,14 @@ def test_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     lying.write_bytes(bytes(content))
     assert texts_of(lying) == ["<bad>", "b"]
     monkeypatch.setattr(zips, "MEMBERS", 1)
-    with pytest.raises(DataFault, match="2 members, more than 1"):
+    with pytest.raises(DataError, match="2 members, more than 1"):
         list_parts(TextSource(str(write_zip(tmp_path / "c.zip", {"a.txt": b"a", "b.txt": b"b"}))))
 
 
 def test_an_archive_without_readable_members_is_told(tmp_path: Path) -> None:
     for suffix in ("zip", "tar"):
         path = write_archive(tmp_path / f"a.{suffix}", {"a.png": b"x"})
-        with pytest.raises(DataFault, match=r"no readable file in it \(1 of other kinds\)"):
+        with pytest.raises(DataError, match=r"no readable file in it \(1 of other kinds\)"):
             list_parts(TextSource(str(path)))
     for suffix in ("tar.gz", "zip"):
         (tmp_path / suffix).mkdir()

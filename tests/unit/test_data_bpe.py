@@ -17,7 +17,7 @@ from hrm_ray.data.bpe import LEAST_SAMPLE_COUNTS, LEAST_VOCABULARY, SizeBounds, 
 from hrm_ray.data.readers import TextSource, read_documents
 from hrm_ray.data.text_store import load_store, save_store, tokenise
 from hrm_ray.data.tokenizer import TextTokenizer
-from hrm_ray.errors import DataFault
+from hrm_ray.errors import DataError
 
 WORDS = ["".join(np.random.default_rng(number).choice(list("abcdefgh"), 6)) for number in range(200)]
 
@@ -51,11 +51,11 @@ def counts_when_made(texts: list[str], merges: list[list[str]]) -> list[int]:
 
 
 @settings(max_examples=10, deadline=None)
-@given(seed=st.integers(0, 99), smaller=st.integers(LEAST_VOCABULARY, 330))
-def test_a_vocabulary_is_the_beginning_of_a_larger_one(seed: int, smaller: int) -> None:
+@given(seed=st.integers(0, 99), halved=st.integers(LEAST_VOCABULARY, 330))
+def test_a_vocabulary_is_the_beginning_of_a_larger_one(seed: int, halved: int) -> None:
     texts = corpus(20, seed)
-    small, large = (merges_of(train_bpe(texts, size, 99)) for size in (smaller, 340))
-    assert len(small) == smaller - LEAST_VOCABULARY and large[: len(small)] == small
+    small, large = (merges_of(train_bpe(texts, size, 99)) for size in (halved, 340))
+    assert len(small) == halved - LEAST_VOCABULARY and large[: len(small)] == small
 
 
 @settings(max_examples=8, deadline=None)
@@ -99,16 +99,16 @@ def test_the_bounds_hold_and_are_named() -> None:
 def test_the_same_data_gives_the_same_vocabulary_from_any_iterator() -> None:
     texts = corpus(50)
 
-    def one_by_one() -> Iterator[str]:
+    def per_parameter() -> Iterator[str]:
         yield from texts
 
     bounds = SizeBounds(300, 400, 0)
-    first, second = (train_sized_bpe(read, bounds, 40) for read in (one_by_one, lambda: texts))
+    first, second = (train_sized_bpe(read, bounds, 40) for read in (per_parameter, lambda: texts))
     assert first.tokenizer.fingerprint == second.tokenizer.fingerprint and first.account == second.account
 
 
 def test_nothing_to_measure_is_refused() -> None:
-    with pytest.raises(DataFault, match="no text"):
+    with pytest.raises(DataError, match="no text"):
         train_sized_bpe(lambda: ["", ""], SizeBounds(300, 400, 0), 9)
 
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from hrm_ray.data.catalog import Catalog, ChunkEntry, check_parts
 from hrm_ray.data.chunk_cache import ChunkCache
-from hrm_ray.data.chunk_source import ChunkMaker
+from hrm_ray.data.chunk_source import ChunkPipeline
 from hrm_ray.data.chunks import Corpus, read_chunks
 from hrm_ray.data.parts import TextSource, list_parts
 from hrm_ray.data.text_store import load_store
-from hrm_ray.errors import DataFault
+from hrm_ray.errors import DataError
 from tests.support.numbered_corpora import TOKENIZER, texts_of, write_corpus
 
 
@@ -103,23 +103,25 @@ def test_two_writers_do_not_double_a_chunk(tmp_path: Path) -> None:
     path.write_text("".join(f"{line}\n{line}\n" for line in lines))
     assert list(Catalog(path, writes=False).entries) == found
     path.write_text("".join(f"{line}\n" for line in [lines[0], *lines[2:]]))
-    with pytest.raises(DataFault, match="chunk 2 stands where chunk 1 should"):
+    with pytest.raises(DataError, match="chunk 2 stands where chunk 1 should"):
         Catalog(path, writes=False)
     path.write_text("not json\n")
-    with pytest.raises(DataFault, match="no entry of a catalog"):
+    with pytest.raises(DataError, match="no entry of a catalog"):
         Catalog(path, writes=False)
 
 
 def test_other_members_held_out_of_an_archive_are_noticed(tmp_path: Path) -> None:
     (part,) = list_parts(TextSource(str(write_corpus(tmp_path / "c", texts_of([3])) / "0000.jsonl"))).parts
     assert check_parts([part], [part]) == []
-    with pytest.raises(DataFault, match="held out"):
+    with pytest.raises(DataError, match="held out"):
         check_parts([replace(part, apart="a")], [replace(part, apart="b")])
 
 
-def maker_of(folder: Path, corpus: Corpus, limit_bytes: int = 10**9) -> ChunkMaker:
+def maker_of(folder: Path, corpus: Corpus, limit_bytes: int = 10**9) -> ChunkPipeline:
     catalog = Catalog(folder / "catalog.jsonl", writes=True)
-    return ChunkMaker(corpus, TOKENIZER, catalog, ChunkCache(folder / "chunks", limit_bytes, writes=True), pairs=False)
+    return ChunkPipeline(
+        corpus, TOKENIZER, catalog, ChunkCache(folder / "chunks", limit_bytes, writes=True), pairs=False
+    )
 
 
 def test_a_damaged_chunk_is_made_anew(tmp_path: Path) -> None:
@@ -153,5 +155,5 @@ def test_a_corpus_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> No
     file.write_text(file.read_text().replace("7:xxx", "7:yyy"))
     again = maker_of(tmp_path, corpus, limit_bytes=0)
     assert again.made(0) is not None
-    with pytest.raises(DataFault, match="not what the run was trained on"):
+    with pytest.raises(DataError, match="not what the run was trained on"):
         again.made(1)

@@ -15,11 +15,11 @@ from moto.server import ThreadedMotoServer
 
 from hrm_ray.data import cloud
 from hrm_ray.data.detect import detect
+from hrm_ray.data.file_systems import absolute, name_for_runs
 from hrm_ray.data.parts import TextSource, list_parts
-from hrm_ray.data.places import absolute, name_for_runs
 from hrm_ray.data.readers import known_rows, read_part
 from hrm_ray.data.rows import BadRow
-from hrm_ray.errors import DataFault, EnvironmentFault, HrmRayError, SettingsError
+from hrm_ray.errors import DataError, HrmRayError, SettingsError, UnavailableError
 from tests.support.corpora import COMPRESSIONS, FORMATS, faults_of, rows_of, shown, texts_of, write_tar, write_zip
 from tests.support.runs import TEXT, hrm
 
@@ -86,7 +86,7 @@ def test_folders_splits_and_patterns(bucket: Any) -> None:
     assert texts_of("s3://data/**/[a-b]?txt", split="c") == ["b"]
     assert texts_of("s3://data/c/*/*.txt", split="test") == ["b"]
     assert texts_of("s3://data/c/test/*.jsonl") == ["test 1", "test 2"]
-    with pytest.raises(DataFault, match="Splits there are: test, train"):
+    with pytest.raises(DataError, match="Splits there are: test, train"):
         list_parts(TextSource("s3://data/c", "valid"))
 
 
@@ -125,9 +125,9 @@ def test_archives_are_read_where_they_are(bucket: Any, tmp_path: Path) -> None:
         ("s3://no-such-bucket/a.txt", HrmRayError, "no-such-bucket"),
         ("s3://data/*.txt", SettingsError, "no file matches"),
         ("s3:///a.txt", SettingsError, "names no bucket"),
-        ("s3://data/a.docx", DataFault, "`.docx` are not read"),
+        ("s3://data/a.docx", DataError, "`.docx` are not read"),
         ("ftp://data/a.txt", SettingsError, "`ftp://` are not read"),
-        ("az://data/a.txt", EnvironmentFault, "AZURE_STORAGE_ACCOUNT_NAME"),
+        ("az://data/a.txt", UnavailableError, "AZURE_STORAGE_ACCOUNT_NAME"),
     ],
 )
 def test_what_is_not_there_is_told(
@@ -145,10 +145,10 @@ def test_a_server_that_does_not_answer_is_the_environment_s_fault(bucket: Any, m
     (part,) = list_parts(source).parts
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     begin = time.monotonic()
-    with pytest.raises(EnvironmentFault, match="the cloud does not give it") as caught:
+    with pytest.raises(UnavailableError, match="the cloud does not give it") as caught:
         list_parts(source)
     assert len(caught.value.faults) == 1 and "\n" not in str(caught.value)
-    with pytest.raises(EnvironmentFault):
+    with pytest.raises(UnavailableError):
         list(read_part(part, source))
     assert time.monotonic() - begin < 20
 
@@ -194,7 +194,7 @@ def test_another_library_takes_the_place_of_a_missing_file_system(monkeypatch: p
         raise ImportError("Please install gcsfs")
 
     monkeypatch.setattr(fsspec, "filesystem", missing)
-    with pytest.raises(EnvironmentFault, match="pip install gcsfs"):
+    with pytest.raises(UnavailableError, match="pip install gcsfs"):
         texts_of("gs://data")
 
 

@@ -14,7 +14,7 @@ from hrm_ray.data.formats import texts
 from hrm_ray.data.parts import TextSource, list_parts
 from hrm_ray.data.readers import read_part
 from hrm_ray.data.rows import BadRow
-from hrm_ray.errors import ResourceFault
+from hrm_ray.errors import ResourceError
 from tests.support.corpora import COMPRESSIONS, FORMATS, faults_of, rows_of, shown, texts_of, write
 
 
@@ -98,7 +98,7 @@ def test_no_room_for_the_copy_is_not_the_data_s_fault(tmp_path: Path, monkeypatc
     path = write(tmp_path / "a.parquet.gz", gzip.compress(FORMATS["parquet"](varied(300))))
     monkeypatch.setattr(streams, "SPOOL_MEMORY_BYTES", 1000)
     monkeypatch.setattr("tempfile.TemporaryFile", Full)
-    with pytest.raises(ResourceFault, match="no room"):
+    with pytest.raises(ResourceError, match="no room"):
         rows_of(path)
 
 

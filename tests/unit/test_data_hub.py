@@ -22,7 +22,7 @@ from hrm_ray.data.detect import detect
 from hrm_ray.data.parts import TextSource, list_parts
 from hrm_ray.data.readers import known_rows, read_part
 from hrm_ray.data.rows import BadRow
-from hrm_ray.errors import DataFault, EnvironmentFault, HrmRayError, SettingsError
+from hrm_ray.errors import DataError, HrmRayError, SettingsError, UnavailableError
 from hrm_ray.settings.hub_name import HubName, hub_name
 from hrm_ray.settings.run import DEFAULT_BUNDLE_DIR
 from tests.support.corpora import faults_of, shown, texts_of, write
@@ -89,7 +89,7 @@ def test_configurations_and_splits(layout: Path) -> None:
     [
         ("", SettingsError, "--dataset-config"),
         (":de", SettingsError, "'de' not found"),
-        (":en:valid", DataFault, "Splits there are: test, train"),
+        (":en:valid", DataError, "Splits there are: test, train"),
     ],
 )
 def test_what_is_not_there_is_told(layout: Path, rest: str, kind: type[HrmRayError], said: str) -> None:
@@ -119,7 +119,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """A Hub of this machine that gives the status and the body in this dictionary, and notes what it was asked."""
     said: dict[str, Any] = {"status": 404, "body": b"{}", "asked": []}
 
-    class Hub(http.server.BaseHTTPRequestHandler):
+    class RunMonitor(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             said["asked"].append((self.path, self.headers.get("Authorization")))
             self.send_response(said["status"])
@@ -129,7 +129,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         def log_message(self, *words: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as running:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), RunMonitor) as running:
         thread = threading.Thread(target=running.serve_forever, args=(0.01,))
         thread.start()
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{running.server_port}")
@@ -144,9 +144,9 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     [
         (404, b"", SettingsError, "no such data set"),
         (401, b"", SettingsError, "hf auth login"),
-        (500, b"", EnvironmentFault, "cannot be reached"),
-        (200, b"<html>", EnvironmentFault, "cannot be reached"),
-        (200, b'{"no": "sha"}', EnvironmentFault, "cannot be reached"),
+        (500, b"", UnavailableError, "cannot be reached"),
+        (200, b"<html>", UnavailableError, "cannot be reached"),
+        (200, b'{"no": "sha"}', UnavailableError, "cannot be reached"),
     ],
 )
 def test_a_hub_that_says_no(
@@ -191,7 +191,7 @@ def test_without_a_network_there_is_one_message_within_seconds(monkeypatch: pyte
 
 def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(EnvironmentFault, match="pip install datasets"):
+    with pytest.raises(UnavailableError, match="pip install datasets"):
         list_parts(TextSource("hf://org/name"))
 
 

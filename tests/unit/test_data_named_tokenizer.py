@@ -19,7 +19,7 @@ from huggingface_hub import constants
 from hrm_ray.data.bpe import train_bpe
 from hrm_ray.data.named_tokenizer import absolute_name, load_named
 from hrm_ray.data.tokenizer import TextTokenizer
-from hrm_ray.errors import DataFault, EnvironmentFault, SettingsError
+from hrm_ray.errors import DataError, SettingsError, UnavailableError
 
 SHA = "0" * 39 + "1"
 TOKENIZER = train_bpe(["a tokenizer of the Hub, the Hub"] * 3, 270, 9)
@@ -76,13 +76,13 @@ def test_a_cached_tokenizer_without_tokenizer_json_goes_through_transformers(cac
 def test_what_is_not_in_the_cache_is_told_at_once_offline(cache: Path) -> None:
     cached(cache, "org/weights", {"config.json": b"{}", "model.safetensors": b"large"})
     for hub_id in ("org/weights", "gpt2"):
-        with pytest.raises(EnvironmentFault, match=f"^{hub_id}: nothing is at this path.*HF_HUB_OFFLINE"):
+        with pytest.raises(UnavailableError, match=f"^{hub_id}: nothing is at this path.*HF_HUB_OFFLINE"):
             load_named(hub_id)
 
 
 def test_a_damaged_file_in_the_cache_is_told_under_the_id(cache: Path) -> None:
     cached(cache, "org/name", {"tokenizer.json": b"{"})
-    with pytest.raises(DataFault, match=r"^org/name \(in .*tokenizer\.json\)"):
+    with pytest.raises(DataError, match=r"^org/name \(in .*tokenizer\.json\)"):
         load_named("org/name")
 
 
@@ -108,7 +108,7 @@ def test_a_path_that_is_there_is_no_id(cache: Path, tmp_path: Path, monkeypatch:
     assert load_named(str(tmp_path / "org" / "name" / "tokenizer.json")).vocab_size == 270
 
 
-class Hub(BaseHTTPRequestHandler):
+class RunMonitor(BaseHTTPRequestHandler):
     """The two answers of the Hub that a download needs; `org/slow` never answers, others are not there."""
 
     files: dict[str, bytes]
@@ -148,12 +148,12 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[str]:
-    Hub.files = files_of(TOKENIZER, tmp_path / "t")
-    Hub.leave.clear()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    RunMonitor.files = files_of(TOKENIZER, tmp_path / "t")
+    RunMonitor.leave.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), RunMonitor)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
-    Hub.leave.set()
+    RunMonitor.leave.set()
     server.shutdown()
     server.server_close()
 
@@ -187,7 +187,7 @@ def test_an_id_is_fetched_from_the_hub_once_and_faults_come_within_seconds(hub: 
     assert fetched == TOKENIZER.fingerprint
     assert weights.startswith("SettingsError org/weights: ") and "holds no tokenizer" in weights
     assert absent.startswith("SettingsError org/none: ") and "no such repository" in absent
-    assert slow.startswith("EnvironmentFault org/slow: ") and "the Hub cannot be asked" in slow
+    assert slow.startswith("UnavailableError org/slow: ") and "the Hub cannot be asked" in slow
     assert time.monotonic() - begun < 20, "no minutes of retries"
     assert not list((tmp_path / "home").rglob("*.safetensors")), "weights are never fetched"
     again, unknown = tried(tmp_path / "home", ["org/name", "org/none"], HF_HUB_OFFLINE="1")
@@ -197,5 +197,5 @@ def test_an_id_is_fetched_from_the_hub_once_and_faults_come_within_seconds(hub: 
 def test_with_no_network_an_id_ends_within_seconds(tmp_path: Path) -> None:
     begun = time.monotonic()
     (refused,) = tried(tmp_path / "home", ["org/name"], HF_ENDPOINT="http://127.0.0.1:9")
-    assert refused.startswith("EnvironmentFault org/name: ") and "cannot be asked" in refused
+    assert refused.startswith("UnavailableError org/name: ") and "cannot be asked" in refused
     assert time.monotonic() - begun < 10

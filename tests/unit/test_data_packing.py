@@ -15,8 +15,8 @@ from hrm_ray.data.bpe import train_bpe
 from hrm_ray.data.packing import RowForm, TextSamples, padding_rows
 from hrm_ray.data.rows import Document
 from hrm_ray.data.text_store import TextStore, joined, load_store, save_store, tokenise
-from hrm_ray.errors import DataFault, SettingsError
-from hrm_ray.values import IGNORE_LABEL, Columns
+from hrm_ray.errors import DataError, SettingsError
+from hrm_ray.types import IGNORE_LABEL, Columns
 
 TOKENIZER = train_bpe(["abab abab ba"], 258, 10)  # no merges: a token is a byte, so lengths are known
 EOT, PAD = TOKENIZER.end_of_text_id, TOKENIZER.pad_id
@@ -242,7 +242,7 @@ def test_rows_of_one_token_are_refused() -> None:
 
 
 def test_prefix_rows_need_pairs() -> None:
-    with pytest.raises(DataFault, match="--prompt-column"):
+    with pytest.raises(DataError, match="--prompt-column"):
         TextSamples(tokenise(plain("abcdef"), TOKENIZER), RowForm(4, prefix=True))
 
 

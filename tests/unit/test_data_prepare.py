@@ -16,20 +16,20 @@ from hrm_ray.data.packing import RowForm, TextSamples
 from hrm_ray.data.parts import TextSource
 from hrm_ray.data.prepare import (
     PreparedText,
+    PrepareRequest,
     TokenizerChoice,
-    Wanted,
     open_puzzle_sets,
     prepare_puzzles,
     prepare_text,
 )
-from hrm_ray.data.text_data import CorpusCut, TextFolder, TextPlan
+from hrm_ray.data.text_data import ChunkingConfig, TextDataDir, TextPlan
 from hrm_ray.data.tokenizer import TextTokenizer
-from hrm_ray.errors import DataFault, ResourceFault, SettingsError
+from hrm_ray.errors import DataError, ResourceError, SettingsError
 
 ANCHOR = Path(__file__).parents[1] / "fixtures" / "sudoku4_minimal.safetensors"
 FORM = RowForm(seq_len=8)
 CHOICE = TokenizerChoice(name=None, vocab_size=270, examples=100, retrain=False)
-CUT = CorpusCut(
+CUT = ChunkingConfig(
     samples_per_block=20,
     dataset_chunk_size=8,
     dataset_start_offset=0,
@@ -41,7 +41,7 @@ CUT = CorpusCut(
     cache_bytes=1 << 30,
     shuffle_rows=10,
 )
-WANTED = Wanted(eval_rows=100)
+WANTED = PrepareRequest(eval_rows=100)
 
 
 @pytest.fixture
@@ -59,8 +59,8 @@ def prepared(
     corpus: Path,
     choice: TokenizerChoice = CHOICE,
     form: RowForm = FORM,
-    cut: CorpusCut = CUT,
-    wanted: Wanted = WANTED,
+    cut: ChunkingConfig = CUT,
+    wanted: PrepareRequest = WANTED,
     evaluation: bool = True,
     **columns: str,
 ) -> PreparedText:
@@ -79,10 +79,10 @@ def prepared(
 
 
 def test_a_worker_opens_what_was_prepared(corpus: Path) -> None:
-    result = prepared(corpus, wanted=Wanted(count=True, eval_rows=100))
+    result = prepared(corpus, wanted=PrepareRequest(count=True, eval_rows=100))
     plan = TextPlan.from_plain(json.loads(json.dumps(result.plan.plain())))
     assert plan == result.plan
-    folder = TextFolder(corpus.parent / "bundle" / "data")
+    folder = TextDataDir(corpus.parent / "bundle" / "data")
     maker = folder.maker(plan.cut, plan.source, TextTokenizer.load(corpus.parent / "bundle"), pairs=False, writes=False)
     chunks = []
     while (chunk := maker.made(len(chunks))) is not None:
@@ -108,25 +108,25 @@ def test_without_evaluation_there_is_none(corpus: Path) -> None:
 
 def test_only_the_first_chunk_is_tokenised_before_a_run(corpus: Path) -> None:
     prepared(corpus)
-    folder = TextFolder(corpus.parent / "bundle" / "data")
+    folder = TextDataDir(corpus.parent / "bundle" / "data")
     assert len(list(folder.chunks.iterdir())) == 1
     # The chunk after it is read, to see whether there is one.
     assert len(folder.catalog.read_text().splitlines()) == 2
 
 
 def test_a_large_corpus_is_estimated(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counted = prepared(corpus, wanted=Wanted(count=True), evaluation=False).sequences
+    counted = prepared(corpus, wanted=PrepareRequest(count=True), evaluation=False).sequences
     monkeypatch.setattr("hrm_ray.data.corpus_facts.COUNTED_BYTES", 100)
-    estimated = prepared(corpus, wanted=Wanted(count=True), evaluation=False).sequences
+    estimated = prepared(corpus, wanted=PrepareRequest(count=True), evaluation=False).sequences
     assert counted is not None and estimated is not None
     assert estimated.estimated and abs(estimated.count - counted.count) <= 0.15 * counted.count
 
 
 def test_held_out_documents_are_read_as_far_as_they_are_needed(corpus: Path) -> None:
     (corpus / "test.jsonl").write_text("\n".join(json.dumps({"text": f"held out number {n}"}) for n in range(2000)))
-    whole = prepared(corpus, wanted=Wanted(eval_rows=10**6)).evaluation
-    few = prepared(corpus, wanted=Wanted(eval_rows=30)).evaluation
-    first = prepared(corpus, wanted=Wanted(eval_rows=10**6, max_val_examples=7)).evaluation
+    whole = prepared(corpus, wanted=PrepareRequest(eval_rows=10**6)).evaluation
+    few = prepared(corpus, wanted=PrepareRequest(eval_rows=30)).evaluation
+    first = prepared(corpus, wanted=PrepareRequest(eval_rows=10**6, max_val_examples=7)).evaluation
     assert whole is not None and few is not None and first is not None
     assert whole.documents == 2000 and first.documents == 7
     assert len(TextSamples(few, FORM)) >= 30 and few.documents < 300
@@ -135,13 +135,13 @@ def test_held_out_documents_are_read_as_far_as_they_are_needed(corpus: Path) -> 
 
 def test_held_out_documents_are_kept_and_damage_is_noticed(corpus: Path) -> None:
     first = prepared(corpus).evaluation
-    keeping = Wanted(eval_rows=100, keep_evaluation=True)
+    keeping = PrepareRequest(eval_rows=100, keep_evaluation=True)
     (corpus / "test.jsonl").write_text("[]")
     kept = prepared(corpus, wanted=keeping).evaluation
     assert first is not None and kept is not None and np.array_equal(first.tokens, kept.tokens)
     (file,) = (corpus.parent / "bundle" / "data").glob("eval-*.safetensors")
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(DataFault, match=r"eval-.*\.safetensors"):
+    with pytest.raises(DataError, match=r"eval-.*\.safetensors"):
         prepared(corpus, wanted=keeping)
 
 
@@ -178,11 +178,11 @@ def test_data_that_cannot_be_used_leaves_everything_as_it_was(corpus: Path) -> N
     with pytest.raises(SettingsError, match="--max-seq-len"):
         prepared(corpus, replace(CHOICE, retrain=True, vocab_size=280), replace(FORM, seq_len=100_000))
     (corpus / "test.jsonl").write_text("[]")
-    with pytest.raises(DataFault, match=r"test\.jsonl:1"):
+    with pytest.raises(DataError, match=r"test\.jsonl:1"):
         prepared(corpus, replace(CHOICE, retrain=True, vocab_size=280))
     assert TextTokenizer.load(bundle).fingerprint == result.tokenizer.fingerprint
     assert result.plan.evaluation is not None
-    assert TextFolder(bundle / "data").read_evaluation(result.plan.evaluation).documents == 2
+    assert TextDataDir(bundle / "data").read_evaluation(result.plan.evaluation).documents == 2
     assert sorted(entry.name for entry in bundle.iterdir()) == ["data", "tokenizer.json", "tokenizer_config.json"]
 
 
@@ -199,13 +199,13 @@ def test_nothing_to_begin_with(corpus: Path, cut: dict[str, Any], names: tuple[s
     if "ascii_only" in cut:
         rows = [{"text": f"é{n}"} for n in range(30)]
         (corpus / "train.jsonl").write_text("\n".join(json.dumps(row) for row in [*rows, {"text": ""}]))
-    with pytest.raises((SettingsError, DataFault)) as caught:
+    with pytest.raises((SettingsError, DataError)) as caught:
         prepared(corpus, choice=replace(CHOICE, vocab_size=300), cut=replace(CUT, **cut))
     assert all(name in str(caught.value) for name in names), caught.value
 
 
 def test_a_small_cache_cannot_hold_everything(corpus: Path) -> None:
-    with pytest.raises(ResourceFault, match="--no-streaming.*--cache-gb"):
+    with pytest.raises(ResourceError, match="--no-streaming.*--cache-gb"):
         prepared(corpus, cut=replace(CUT, streaming=False, cache_bytes=500))
     held = prepared(corpus, cut=replace(CUT, streaming=False))
     assert held.sequences is not None and not held.sequences.estimated
@@ -232,7 +232,7 @@ def test_a_corpus_that_changed_is_refused(corpus: Path, change: str) -> None:
         (corpus / "train" / "b.jsonl").unlink()
     else:
         file.rename(corpus / "train" / "c.jsonl")
-    with pytest.raises(DataFault, match="not what the run was trained on") as caught:
+    with pytest.raises(DataError, match="not what the run was trained on") as caught:
         prepared(corpus)
     assert "--student-init" in str(caught.value)
 
@@ -251,5 +251,5 @@ def test_puzzles_are_checked_and_opened() -> None:
     assert held_out is not None and result.evaluation is not None
     assert (len(train), len(held_out)) == (result.train.count, result.evaluation.count) == (20_000, 1_000)
     assert prepare_puzzles(TextSource(ANCHOR), None).evaluation is None
-    with pytest.raises(DataFault, match="valid"):
+    with pytest.raises(DataError, match="valid"):
         prepare_puzzles(TextSource(ANCHOR), TextSource(ANCHOR, "valid"))

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from hrm_ray.data.puzzles.format import Description, PuzzleFacts, write_description, write_split
 from hrm_ray.data.puzzles.samples import PuzzleSamples, open_puzzles
-from hrm_ray.errors import DataFault, SettingsError
-from hrm_ray.values import IGNORE_LABEL
+from hrm_ray.errors import DataError, SettingsError
+from hrm_ray.types import IGNORE_LABEL
 
 ANCHOR = Path(__file__).parents[1] / "fixtures" / "sudoku4_minimal.safetensors"
 
@@ -109,7 +109,7 @@ def test_rows_of_jsonl_are_read(tmp_path: Path) -> None:
 def test_a_bad_row_is_told_by_file_and_line(tmp_path: Path, line: str, expected: str) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"inputs": [1, 2], "labels": [1, 2]}\n' + line + "\n")
-    with pytest.raises(DataFault) as caught:
+    with pytest.raises(DataError) as caught:
         open_puzzles(file)
     assert "p.jsonl:2" in str(caught.value) and expected in str(caught.value)
 
@@ -117,10 +117,10 @@ def test_a_bad_row_is_told_by_file_and_line(tmp_path: Path, line: str, expected:
 def test_a_row_without_labels_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"inputs": [1, 2], "labels": [-100, -100]}\n')
-    with pytest.raises(DataFault, match="sample 0.*no label"):
+    with pytest.raises(DataError, match="sample 0.*no label"):
         open_puzzles(file)
     file.write_text("\n")
-    with pytest.raises(DataFault, match="no row"):
+    with pytest.raises(DataError, match="no row"):
         open_puzzles(file)
 
 
@@ -141,7 +141,7 @@ def test_a_row_without_labels_is_refused(tmp_path: Path) -> None:
 def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, tensors: dict[str, np.ndarray], expected: str) -> None:
     file = tmp_path / "p.safetensors"
     save_file(tensors, file)
-    with pytest.raises(DataFault, match=expected):
+    with pytest.raises(DataError, match=expected):
         open_puzzles(file)
 
 
@@ -156,29 +156,29 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, tensors: dict[str, 
     ],
 )
 def test_a_description_that_does_not_fit_is_refused(tmp_path: Path, changes: dict[str, object], expected: str) -> None:
-    with pytest.raises(DataFault, match=expected):
+    with pytest.raises(DataError, match=expected):
         open_puzzles(built(tmp_path / "toy", **changes))
 
 
 def test_damage_is_told_with_its_mend(tmp_path: Path) -> None:
     folder = built(tmp_path / "toy")
-    with pytest.raises(DataFault, match="Splits there are: test, train"):
+    with pytest.raises(DataError, match="Splits there are: test, train"):
         open_puzzles(folder, "valid")
     whole = (folder / "train.safetensors").read_bytes()
     for damaged, expected in ((whole[:-2], "cut short"), (b"", "cut short"), (whole[:-1] + b"\x07", "checksum")):
         (folder / "train.safetensors").write_bytes(damaged)
-        with pytest.raises(DataFault, match=expected):
+        with pytest.raises(DataError, match=expected):
             open_puzzles(folder)
     (folder / "train.safetensors").unlink()
-    with pytest.raises(DataFault, match="not there"):
+    with pytest.raises(DataError, match="not there"):
         open_puzzles(folder)
     description = json.loads((folder / "dataset.json").read_text())
     del description["pad_id"]
     (folder / "dataset.json").write_text(json.dumps(description))
-    with pytest.raises(DataFault, match="pad_id"):
+    with pytest.raises(DataError, match="pad_id"):
         open_puzzles(folder)
     (folder / "dataset.json").write_text("{")
-    with pytest.raises(DataFault, match="not JSON"):
+    with pytest.raises(DataError, match="not JSON"):
         open_puzzles(folder)
     with pytest.raises(SettingsError, match="nothing"):
         open_puzzles(tmp_path / "nothing")
@@ -195,7 +195,7 @@ def test_evaluation_data_takes_over_the_training_datas_facts(tmp_path: Path) -> 
     held_out.fit_to(train.facts)
     assert (held_out.facts.vocab_size, held_out.facts.count) == (6, 1)
     for wrong, expected in (([[1, 6]], "7 tokens"), ([[1, 2, 3]], "3 cells")):
-        with pytest.raises(DataFault, match=expected):
+        with pytest.raises(DataError, match=expected):
             samples(wrong).fit_to(train.facts)
 
 

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from hrm_ray.data.detect import detect
 from hrm_ray.data.parts import TextSource, list_parts
 from hrm_ray.data.readers import read_documents
-from hrm_ray.errors import DataFault, HrmRayError, SettingsError
+from hrm_ray.errors import DataError, HrmRayError, SettingsError
 
 
 def write_rows(path: Path, *rows: object) -> Path:
@@ -25,11 +25,11 @@ def texts(source: TextSource) -> list[str]:
     return [document.text for document in read_documents(source)]
 
 
-def fault_of(source: TextSource, kind: type[HrmRayError] = DataFault) -> str:
+def fault_of(source: TextSource, kind: type[HrmRayError] = DataError) -> str:
     with pytest.raises(kind) as caught:
         list(read_documents(source))
     for fault in caught.value.faults:
-        assert fault.value and fault.reason and fault.mend
+        assert fault.value and fault.reason and fault.hint
     return str(caught.value)
 
 
@@ -155,7 +155,7 @@ def test_detect_tells_text(tmp_path: Path) -> None:
     (tmp_path / "test.txt").write_text("12345")
     facts = detect(TextSource(tmp_path, "test"))
     assert (facts.task, facts.files, facts.bytes, facts.puzzle) == ("lm", 1, 5, None)
-    with pytest.raises(DataFault, match="`body`"):
+    with pytest.raises(DataError, match="`body`"):
         detect(TextSource(tmp_path, "train", text_column="body"))
 
 

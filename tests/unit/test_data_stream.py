@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hrm_ray.train.feed import Ends
+from hrm_ray.train.loaders import StopCondition
 from tests.support.numbered_corpora import (
     Opened,
     Row,
@@ -60,7 +60,7 @@ def test_every_sequence_once_for_any_split(case: dict[str, Any], data: st.DataOb
         shape: Shape = case["shape"]
         runs = []
         for batches in [*cuts_of(case["effective"])[:1], data.draw(st.sampled_from(cuts_of(case["effective"])))]:
-            opened = Opened(corpus, shape, batches, Ends(case["epochs"]))
+            opened = Opened(corpus, shape, batches, StopCondition(case["epochs"]))
             runs.append(list(opened.steps()))
             opened.close()
     assert runs[0] == runs[1]
@@ -83,7 +83,7 @@ def test_going_on_from_any_step_changes_nothing(case: dict[str, Any], data: st.D
     was trained after that place is trained again and nothing else is."""
     with tempfile.TemporaryDirectory() as folder:
         corpus, _, _ = corpus_of(case, folder)
-        cuts, ends = cuts_of(case["effective"]), Ends(case["epochs"])
+        cuts, ends = cuts_of(case["effective"]), StopCondition(case["epochs"])
         whole = Opened(corpus, case["shape"], cuts[0], ends)
         expected = list(whole.steps())
         whole.close()
@@ -91,20 +91,20 @@ def test_going_on_from_any_step_changes_nothing(case: dict[str, Any], data: st.D
         place: tuple[int, dict[str, Any]] = (0, {})
         for _ in range(data.draw(st.integers(1, 4))):
             opened = Opened(corpus, case["shape"], data.draw(st.sampled_from(cuts)), ends)
-            for feed in opened.feeds:
-                feed.seek(*place)
+            for loader in opened.loaders:
+                loader.load_state_dict(*place)
             for _ in range(data.draw(st.integers(0, 6))):
                 rows = opened.step()
                 if rows is not None:
                     trained.append(rows)
-            place = opened.feeds[-1].epoch, opened.feeds[-1].position()
+            place = opened.loaders[-1].epoch, opened.loaders[-1].state_dict()
             # Steps after the place was saved are lost with the process.
             for _ in range(data.draw(st.integers(0, 3))):
                 opened.step()
             opened.close()
         opened = Opened(corpus, case["shape"], data.draw(st.sampled_from(cuts)), ends)
-        for feed in opened.feeds:
-            feed.seek(*place)
+        for loader in opened.loaders:
+            loader.load_state_dict(*place)
         trained += opened.steps()
         opened.close()
     assert trained == expected
@@ -117,7 +117,7 @@ def test_a_shuffled_epoch_finishes_its_blocks_one_by_one(case: dict[str, Any]) -
     assume(shape.shuffle_rows)
     with tempfile.TemporaryDirectory() as folder:
         corpus, texts, expected = corpus_of(case, folder)
-        opened = Opened(corpus, shape, cuts_of(1)[0], Ends(1))
+        opened = Opened(corpus, shape, cuts_of(1)[0], StopCondition(1))
         rows = [batch[0] for batch in opened.steps()]
         opened.close()
     blocks = [
@@ -139,7 +139,7 @@ def test_epochs_and_seeds_have_orders_of_their_own(tmp_path: Path) -> None:
     orders = []
     for seed in (0, 1):
         shape = Shape(samples_per_block=100, chunk_size=20, shuffle_rows=40, seed=seed)
-        opened = Opened(corpus, shape, cuts_of(1)[0], Ends(2))
+        opened = Opened(corpus, shape, cuts_of(1)[0], StopCondition(2))
         rows = [batch[0] for batch in opened.steps()]
         opened.close()
         orders += [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
@@ -161,11 +161,11 @@ def test_it_ends_with_a_block_and_goes_on_with_the_next(tmp_path: Path, shuffle_
     place: tuple[int, dict[str, Any]] = (0, {})
     found = []
     for _ in range(4):
-        opened = Opened(corpus, shape, cuts_of(4)[1], Ends(after_block=True))
-        for feed in opened.feeds:
-            feed.seek(*place)
+        opened = Opened(corpus, shape, cuts_of(4)[1], StopCondition(after_block=True))
+        for loader in opened.loaders:
+            loader.load_state_dict(*place)
         found.append(Counter(row for batch in opened.steps() for row in batch))
-        place = opened.feeds[0].epoch, opened.feeds[0].position()
+        place = opened.loaders[0].epoch, opened.loaders[0].state_dict()
         opened.close()
     assert all(block in found[:3] for block in blocks) and found[3] in blocks
     assert place[0] == 1
@@ -178,7 +178,7 @@ def test_a_shuffled_first_epoch_with_a_start_ends_with_its_blocks(tmp_path: Path
     texts = texts_of([5] * 40)
     shape = Shape(samples_per_block=20, chunk_size=4, shuffle_rows=100, seed=seed)
     corpus = write_corpus(tmp_path / "c", texts)
-    opened = Opened(corpus, shape, cuts_of(1)[0], Ends(after_block=True), start=2)
+    opened = Opened(corpus, shape, cuts_of(1)[0], StopCondition(after_block=True), start=2)
     rows = Counter(batch[0] for batch in opened.steps())
     opened.close()
     first = [row for chunk in chunks_of(texts, shape)[0][2:] for row in rows_of_chunk(chunk, 8)]
@@ -191,12 +191,12 @@ def test_it_ends_with_an_epoch_and_goes_on_with_the_next(tmp_path: Path) -> None
     corpus = write_corpus(tmp_path / "c", texts)
     place: tuple[int, dict[str, Any]] = (0, {})
     for epoch in range(3):
-        opened = Opened(corpus, Shape(), cuts_of(4)[1], Ends(after_epoch=True))
-        for feed in opened.feeds:
-            feed.seek(*place)
+        opened = Opened(corpus, Shape(), cuts_of(4)[1], StopCondition(after_epoch=True))
+        for loader in opened.loaders:
+            loader.load_state_dict(*place)
         assert [row for batch in opened.steps() for row in batch] == rows_of_corpus(texts, Shape())
-        assert opened.feeds[0].epoch == epoch
-        place = opened.feeds[0].epoch, opened.feeds[0].position()
+        assert opened.loaders[0].epoch == epoch
+        place = opened.loaders[0].epoch, opened.loaders[0].state_dict()
         opened.close()
 
 
@@ -205,7 +205,7 @@ def test_the_first_epoch_begins_where_it_is_told(tmp_path: Path, shuffle_rows: i
     texts = texts_of([5] * 25)
     shape = Shape(samples_per_block=10, chunk_size=4, shuffle_rows=shuffle_rows)
     corpus = write_corpus(tmp_path / "c", texts)
-    opened = Opened(corpus, shape, cuts_of(1)[0], Ends(2), start=4)  # block 1, chunk 1
+    opened = Opened(corpus, shape, cuts_of(1)[0], StopCondition(2), start=4)  # block 1, chunk 1
     rows = [batch[0] for batch in opened.steps()]
     opened.close()
     later = Counter(rows_of_corpus(texts[14:20], Shape(100, 4))) + Counter(rows_of_corpus(texts[20:], Shape(100, 4)))
@@ -217,7 +217,7 @@ def test_a_row_that_cannot_be_read_is_raised_where_its_chunk_is_asked_for(tmp_pa
     corpus = write_corpus(tmp_path / "c", texts_of([5] * 20))
     file = corpus / "0000.jsonl"
     file.write_bytes(file.read_bytes() + b"not json\n")
-    opened = Opened(corpus, Shape(chunk_size=5), cuts_of(2)[0], Ends(1))
+    opened = Opened(corpus, Shape(chunk_size=5), cuts_of(2)[0], StopCondition(1))
     taken = 0
     with pytest.raises(Exception, match=r"0000\.jsonl:21"):
         for rows in opened.steps():

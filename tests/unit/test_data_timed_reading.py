@@ -14,8 +14,8 @@ from hrm_ray.data.chunks import Corpus
 from hrm_ray.data.detect import detect
 from hrm_ray.data.parts import TextSource, list_parts
 from hrm_ray.data.timed_reading import TimedReading, Timer
-from hrm_ray.errors import DataFault
-from hrm_ray.launch import read_through as module
+from hrm_ray.errors import DataError
+from hrm_ray.launch import scan_data as module
 from tests.support.clocks import Ticking, standing
 from tests.support.corpora import FORMATS, parquet_bytes, write, write_tar, write_zip
 from tests.support.runs import TEXT, hrm
@@ -109,16 +109,16 @@ def test_a_long_way_to_the_first_row_ends_as_well(tmp_path: Path) -> None:
 def test_a_bad_first_row_is_passed_over_where_such_rows_are(tmp_path: Path, content: bytes) -> None:
     text = write(tmp_path / "a.jsonl", content + b'{"text": "x"}\n')
     assert detect(TextSource(text), "skip").task == "lm"
-    with pytest.raises(DataFault, match="a.jsonl:1"):
+    with pytest.raises(DataError, match="a.jsonl:1"):
         detect(TextSource(text))
     puzzle = write(tmp_path / "p.jsonl", b"{nonsense\n" + b'{"inputs": [1], "labels": [1]}\n')
     # A puzzle set is read whole, and none of it may be bad.
-    with pytest.raises(DataFault, match="p.jsonl:1"):
+    with pytest.raises(DataError, match="p.jsonl:1"):
         detect(TextSource(puzzle), "skip")
 
 
 def test_rows_that_are_all_bad_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataFault, match="2 rows are bad, and none of the others has text"):
+    with pytest.raises(DataError, match="2 rows are bad, and none of the others has text"):
         detect(TextSource(write(tmp_path / "a.jsonl", b'{"txt": 1}\n{"text": ""}\n{"text": 2}\n')), "skip")
 
 

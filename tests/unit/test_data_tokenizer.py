@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from hrm_ray.data.bpe import LEAST_VOCABULARY, train_bpe
 from hrm_ray.data.tokenizer import END_OF_TEXT, PAD, TextTokenizer
-from hrm_ray.errors import DataFault, SettingsError
+from hrm_ray.errors import DataError, SettingsError
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog, the end",
@@ -99,7 +99,7 @@ def test_a_vocabulary_too_small_for_bytes_is_refused() -> None:
 
 
 def test_nothing_to_train_on_is_refused() -> None:
-    with pytest.raises(DataFault, match="no text"):
+    with pytest.raises(DataError, match="no text"):
         train_bpe([""], 300, 10)
 
 
@@ -171,14 +171,14 @@ def test_a_folder_of_vocabulary_and_merges_goes_through_transformers(tokenizer: 
 
 def test_a_tokenizer_without_end_of_text_is_refused(tmp_path: Path) -> None:
     Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(DataFault, match="end-of-text"):
+    with pytest.raises(DataError, match="end-of-text"):
         TextTokenizer.load(tmp_path)
 
 
 def test_marks_that_are_not_in_the_vocabulary_are_refused(tokenizer: TextTokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    with pytest.raises(DataFault, match="</s>"):
+    with pytest.raises(DataError, match="</s>"):
         TextTokenizer.load(tmp_path)
 
 
@@ -186,11 +186,11 @@ def test_damaged_files_are_refused(tokenizer: TextTokenizer, tmp_path: Path) -> 
     tokenizer.save(tmp_path)
     whole = (tmp_path / "tokenizer.json").read_bytes()
     (tmp_path / "tokenizer.json").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataFault, match="tokenizer.json"):
+    with pytest.raises(DataError, match="tokenizer.json"):
         TextTokenizer.load(tmp_path)
     shutil.rmtree(tmp_path)
     tmp_path.mkdir()
-    with pytest.raises(DataFault, match=r"tokenizer\.json"):
+    with pytest.raises(DataError, match=r"tokenizer\.json"):
         TextTokenizer.load(tmp_path)
 
 

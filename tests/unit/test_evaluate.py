@@ -22,9 +22,9 @@ from hrm_ray.model.layers import Context
 from hrm_ray.model.objective import AnyObjective, Batch
 from hrm_ray.model.scope import CAUSAL
 from hrm_ray.model.solve import solve
-from hrm_ray.train.evaluate import HeldOut, better, evaluate
+from hrm_ray.train.evaluate import EvalSet, better, evaluate
 from hrm_ray.train.world import World
-from hrm_ray.values import IGNORE_LABEL, Columns
+from hrm_ray.types import IGNORE_LABEL, Columns
 from tests.support.naive_model import NaiveByToken, NaiveModel, cross_entropies, full_table, text_table
 from tests.support.tiny_models import between, puzzle_batch, text_batch, tiny_config, tiny_model
 
@@ -133,7 +133,7 @@ def add_adaptive(figures: NaiveFigures, model: Any, inputs: Tensor, labels: list
 @pytest.mark.parametrize("case", TEXT_CASES)
 def test_text_figures(case: str, loss: str) -> None:
     objective, batch = objective_of(case, loss), held_text(case)
-    got = evaluate(objective, HeldOut(HeldRows(batch), 3, 2), ALONE)
+    got = evaluate(objective, EvalSet(HeldRows(batch), 3, 2), ALONE)
     want = naive_text(objective, batch, 6, loss)
     assert objective.training
     assert got["tokens"] == want.tokens > 30
@@ -154,17 +154,17 @@ def test_text_figures(case: str, loss: str) -> None:
 def test_batch_size_does_not_matter(case: str) -> None:
     """Seven rows in one batch, by ones, or with a short last batch. Only the order of float32 sums differs."""
     objective, batch = objective_of(case), held_text(case)
-    whole = evaluate(objective, HeldOut(HeldRows(batch), 7, 1), ALONE)
+    whole = evaluate(objective, EvalSet(HeldRows(batch), 7, 1), ALONE)
     for size, batches in ((1, 7), (2, 10), (3, 3), (100, 1)):
-        other = evaluate(objective, HeldOut(HeldRows(batch), size, batches), ALONE)
+        other = evaluate(objective, EvalSet(HeldRows(batch), size, batches), ALONE)
         assert other == pytest.approx(whole, rel=2e-6)
 
 
 def test_how_much_is_read() -> None:
     rows = HeldRows(held_text("rope"))
-    assert HeldOut(rows, 3, 2).count == 6 and HeldOut(rows, 3, 3).count == 7
+    assert EvalSet(rows, 3, 2).count == 6 and EvalSet(rows, 3, 3).count == 7
     labels = rows.columns["labels"]
-    got = evaluate(objective_of("rope"), HeldOut(rows, 2, 2), ALONE)
+    got = evaluate(objective_of("rope"), EvalSet(rows, 2, 2), ALONE)
     assert got["tokens"] == (labels[:4] != IGNORE_LABEL).sum()
 
 
@@ -186,7 +186,7 @@ SENT: list[Tensor] = []
 def test_ranks_share_the_batches(task: str) -> None:
     objective = objective_of("rope") if task == "text" else puzzle_objective("segment")
     batch = held_text("rope") if task == "text" else puzzle_batch(2, 7, objective.model.config)
-    held_out = HeldOut(HeldRows(batch), 2, 10)
+    held_out = EvalSet(HeldRows(batch), 2, 10)
     SENT.clear()
     evaluate(objective, held_out, OneOfTwo(1, 2, torch.device("cpu"), True))
     both = evaluate(objective, held_out, OneOfTwo(0, 2, torch.device("cpu"), True))
@@ -239,7 +239,7 @@ def test_puzzle_figures(supervision: str, size: int) -> None:
         first = [views[0][1] for views in naive_puzzles(model, batch)]
         model.q_head.bias[0] -= between(torch.stack([q[0] - q[1] for q in first]))
     batch = answers_for(model, batch)
-    got = evaluate(objective, HeldOut(HeldRows(batch), size, 9), ALONE)
+    got = evaluate(objective, EvalSet(HeldRows(batch), size, 9), ALONE)
     want = dict.fromkeys(got, 0.0)
     stops = []
     for row, views in enumerate(naive_puzzles(model, batch)):

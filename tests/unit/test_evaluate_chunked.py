@@ -13,10 +13,10 @@ from hrm_ray.model import scoring
 from hrm_ray.model.build import build_objective
 from hrm_ray.model.chunked import Chunking
 from hrm_ray.train import evaluate_text
-from hrm_ray.train.evaluate import HeldOut, evaluate
-from hrm_ray.train.live_bytes import LiveBytes
+from hrm_ray.train.evaluate import EvalSet, evaluate
+from hrm_ray.train.storage_tracker import StorageTracker
 from hrm_ray.train.world import World
-from hrm_ray.values import Columns
+from hrm_ray.types import Columns
 from tests.support.tiny_models import text_batch, tiny_config, tiny_model
 
 HERE = World.here("cpu", 1)
@@ -46,7 +46,7 @@ class Rows:
 def figures(case: dict[str, Any], rows: list[list[int]], chunking: Chunking | None) -> dict[str, float]:
     model = tiny_model(tiny_config(seq_len=sum(rows[0]), **case))
     objective = build_objective(model, "softmax", supervision="rollout", halt_margin=0.01, chunking=chunking)
-    return evaluate(objective, HeldOut(Rows(rows), len(rows), 1), HERE)
+    return evaluate(objective, EvalSet(Rows(rows), len(rows), 1), HERE)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -65,7 +65,7 @@ def test_no_tensor_of_a_whole_row_beside_states(case: str, monkeypatch: pytest.M
     """512 positions, an FFN of 256 and a vocabulary of 500, read 64 positions at a time."""
     monkeypatch.setattr(evaluate_text, "POSITIONS_AT_ONCE", 64)
     monkeypatch.setattr(scoring, "SCORES_BYTES", 2**14)
-    with LiveBytes() as count:
+    with StorageTracker() as count:
         figures(CASES[case] | {"intermediate_size": 256, "vocab_size": 500}, [[512]], None)
     assert count.largest_bytes() <= 4 * max(512 * 16, 64 * 500, 64 * 512)
 

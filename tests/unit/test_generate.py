@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrm_ray.model.attention import AttentionScope
-from hrm_ray.model.generate import Drawn, Reader, Sampling, draw, generate
+from hrm_ray.model.generate import DecodingSession, SampledToken, Sampling, draw, generate
 from hrm_ray.model.layers import Context
 from tests.support.tiny_models import VOCAB, between, tiny_actv1, tiny_config, tiny_model
 
@@ -119,7 +119,7 @@ def test_any_sampling_gives_a_token_it_may_give(
         assert better == 0
 
 
-def written(prompt: list[int], count: int, **changes: Any) -> list[Drawn]:
+def written(prompt: list[int], count: int, **changes: Any) -> list[SampledToken]:
     settings_ = {"seed": 3, "end_of_text_id": VOCAB, "sampling": Sampling(1.0), "adaptive": False} | changes
     config = settings_.pop("config", tiny_config(seq_len=6))
     return list(generate(tiny_model(config), prompt, max_new_tokens=count, **settings_))
@@ -164,7 +164,7 @@ def test_a_full_context_is_halved_and_read_again(case: str, prompt_length: int) 
     limit, context, first = config.seq_len, prompt[-config.seq_len :], min(prompt_length, config.seq_len)
     for number, token in enumerate(got):
         # The part read at once, which a prefix mask shows to itself, then one token after the other.
-        reader = Reader(model, adaptive=False)
+        reader = DecodingSession(model, adaptive=False)
         logits, _ = reader.read(context[:first])
         for late in context[first:]:
             logits, _ = reader.read([late])
@@ -188,7 +188,7 @@ def test_drawn_tells_the_segments_of_the_position_before() -> None:
         model.q_head.bias[0] -= between(model.halting_scores(states.z_h)[0])
     seen = set()
     for prompt in ([1, 2], [2, 1], [3, 4], [5, 6], [7, 8]):
-        read = Reader(model, adaptive=True).read(prompt)[1].tolist()
+        read = DecodingSession(model, adaptive=True).read(prompt)[1].tolist()
         options = {"sampling": Sampling(0.0), "max_new_tokens": 1, "end_of_text_id": VOCAB, "seed": 1}
         (drawn,) = generate(model, prompt, adaptive=True, **options)
         assert drawn.segments == read[-1]

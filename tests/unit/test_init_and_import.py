@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hrm_ray.errors import DataFault
+from hrm_ray.errors import DataError
 from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.build import build_model
 from hrm_ray.model.import_reference import bare_name, from_reference, looks_like_reference, split_fused
@@ -143,7 +143,7 @@ def test_fused_weights_are_split_as_they_were_joined(prefix: str, changes: dict[
     ],
 )
 def test_a_tensor_that_the_reference_does_not_have(name: str) -> None:
-    with pytest.raises(DataFault, match="the original HRM has no such tensor"):
+    with pytest.raises(DataError, match="the original HRM has no such tensor"):
         split_fused(name, torch.zeros(6, 2))
 
 
@@ -152,7 +152,7 @@ def test_a_tensor_that_the_reference_does_not_have(name: str) -> None:
 )
 def test_a_fused_tensor_of_odd_height(part: str, rows: int) -> None:
     for tensor in (torch.zeros(rows, 2), torch.zeros(())):
-        with pytest.raises(DataFault, match="cannot be cut into"):
+        with pytest.raises(DataError, match="cannot be cut into"):
             split_fused(f"model.inner.H_level.layers.0.{part}.weight", tensor)
 
 
@@ -219,7 +219,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(how: str, tmp_path: Path) -> 
         path.write_bytes(pickle.dumps(payload))
     else:
         torch.save(payload, path, _use_new_zipfile_serialization=how == "torch")
-    with pytest.raises(DataFault, match="no PyTorch file of tensors"):
+    with pytest.raises(DataError, match="no PyTorch file of tensors"):
         start_weights(path, c1().config())
     assert not target.exists()
     if how != "pickle":
@@ -230,7 +230,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(how: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("content", [{"step": 3}, [torch.zeros(1)], {"model": {"w": torch.zeros(1)}}])
 def test_something_else_than_tensors(content: Any, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "w.pt")
-    with pytest.raises(DataFault, match="something else than tensors by name"):
+    with pytest.raises(DataError, match="something else than tensors by name"):
         start_weights(tmp_path / "w.pt", c1().config())
 
 
@@ -239,7 +239,7 @@ def test_something_else_than_tensors(content: Any, tmp_path: Path) -> None:
 def test_any_other_file_is_refused_by_name(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "w.bin"
     path.write_bytes(content)
-    with pytest.raises(DataFault, match="w.bin"):
+    with pytest.raises(DataError, match="w.bin"):
         start_weights(path, c1().config())
 
 
@@ -252,7 +252,7 @@ def test_a_file_cut_short(cut: int, ending: str, tmp_path: Path) -> None:
     else:
         save_tensors(c1().tensors("weights"), path)
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(DataFault, match="w."):
+    with pytest.raises(DataError, match="w."):
         start_weights(path, c1().config())
 
 
@@ -261,10 +261,10 @@ def test_a_file_that_is_half_a_pickle_is_refused_by_name(content: bytes, tmp_pat
     """A file of text whose first letter is an opcode of pickle, for one."""
     path = tmp_path / "w.bin"
     path.write_bytes(content)
-    with pytest.raises(DataFault, match="w.bin"):
+    with pytest.raises(DataError, match="w.bin"):
         start_weights(path, c1().config())
 
 
 def test_no_such_file(tmp_path: Path) -> None:
-    with pytest.raises(DataFault, match="there is no such file or folder"):
+    with pytest.raises(DataError, match="there is no such file or folder"):
         start_weights(tmp_path / "w.pt", c1().config())

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hrm_ray.errors import EnvironmentFault, SettingsError
+from hrm_ray.errors import SettingsError, UnavailableError
 from hrm_ray.launch.devices import choose_device, choose_devices
 from hrm_ray.settings.cluster import ClusterSettings
 from tests.support.runs import TEXT, hrm, refused, text_file
@@ -68,7 +68,7 @@ def test_all_gpus_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_named_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, cuda=4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-    with pytest.raises(EnvironmentFault, match="--cuda-ids 1,9"):
+    with pytest.raises(UnavailableError, match="--cuda-ids 1,9"):
         choose_devices(ClusterSettings(cuda_ids="1,9", strict=True))
     told = choose_devices(ClusterSettings(cuda_ids="1,9"))
     assert len(told.notes) == 1 and "--cuda-ids 1,9" in told.notes[0] and "[1]" in told.notes[0]
@@ -85,7 +85,7 @@ def test_named_gpus_among_those_that_are_visible(monkeypatch: pytest.MonkeyPatch
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     told = choose_devices(ClusterSettings(device="cuda"))
     assert told.device == "cpu" and len(told.notes) == 1 and "--device cuda" in told.notes[0]
-    with pytest.raises(EnvironmentFault, match="--device cuda: this machine has no such device"):
+    with pytest.raises(UnavailableError, match="--device cuda: this machine has no such device"):
         choose_devices(ClusterSettings(device="cuda", strict=True))
     assert choose_device("mps")[0] == "cpu"
     words = ("train", "--dataset-file", text_file(tmp_path), "--bundle-dir", tmp_path / "b", *TEXT)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from hrm_ray.errors import EnvironmentFault, ResourceFault, SettingsError
+from hrm_ray.errors import ResourceError, SettingsError, UnavailableError
 from hrm_ray.launch.cluster_address import check_address
 from hrm_ray.launch.resources import (
-    Demand,
+    ResourceRequest,
     available_memory_bytes,
     check_cluster,
     check_free,
@@ -21,8 +21,8 @@ GIB = 2**30
 
 
 def test_every_shortage_of_this_machine_is_told_at_once() -> None:
-    with pytest.raises(ResourceFault) as caught:
-        check_machine(Demand(64, 2, 0), cpus=8, memory_bytes=2 * GIB)
+    with pytest.raises(ResourceError) as caught:
+        check_machine(ResourceRequest(64, 2, 0), cpus=8, memory_bytes=2 * GIB)
     assert "128 CPUs: this machine offers 8" in str(caught.value)
     assert "--world-size 4" in str(caught.value)
     assert "31.9 GiB" in str(caught.value)
@@ -30,26 +30,26 @@ def test_every_shortage_of_this_machine_is_told_at_once() -> None:
 
 
 def test_exactly_enough_is_enough() -> None:
-    check_machine(Demand(4, 2, 0), cpus=8, memory_bytes=4 * GIB)
+    check_machine(ResourceRequest(4, 2, 0), cpus=8, memory_bytes=4 * GIB)
 
 
 def test_a_worker_must_fit_on_one_node() -> None:
     nodes = [{"CPU": 3.0}, {"CPU": 3.0}, {"CPU": 2.0, "GPU": 1.0}]
-    assert places(Demand(1, 2, 0), nodes) == 3
-    assert places(Demand(1, 2, 1), nodes) == 1
-    with pytest.raises(ResourceFault, match="room for 3: 8 CPUs, 1 GPUs on 3"):
-        check_cluster(Demand(4, 2, 0), nodes, "10.0.0.1:6379")
+    assert places(ResourceRequest(1, 2, 0), nodes) == 3
+    assert places(ResourceRequest(1, 2, 1), nodes) == 1
+    with pytest.raises(ResourceError, match="room for 3: 8 CPUs, 1 GPUs on 3"):
+        check_cluster(ResourceRequest(4, 2, 0), nodes, "10.0.0.1:6379")
 
 
 def test_a_busy_cluster_says_what_is_free() -> None:
-    with pytest.raises(ResourceFault, match="busy: 1 of 8 CPUs free"):
-        check_free(Demand(2, 1, 0), {"CPU": 1.0}, {"CPU": 8.0}, "10.0.0.1:6379")
-    check_free(Demand(2, 1, 0), {"CPU": 2.0}, {"CPU": 8.0}, "10.0.0.1:6379")
+    with pytest.raises(ResourceError, match="busy: 1 of 8 CPUs free"):
+        check_free(ResourceRequest(2, 1, 0), {"CPU": 1.0}, {"CPU": 8.0}, "10.0.0.1:6379")
+    check_free(ResourceRequest(2, 1, 0), {"CPU": 2.0}, {"CPU": 8.0}, "10.0.0.1:6379")
 
 
 def test_missing_gpus_are_refused() -> None:
-    with pytest.raises(ResourceFault, match="--device cpu"):
-        check_local_gpus(Demand(1, 1, 1), 0)
+    with pytest.raises(ResourceError, match="--device cpu"):
+        check_local_gpus(ResourceRequest(1, 1, 1), 0)
 
 
 def test_this_machine_has_something() -> None:
@@ -65,5 +65,5 @@ def test_an_address_of_the_wrong_form_is_a_usage_error(address: str) -> None:
 
 
 def test_an_address_where_nothing_listens_is_refused() -> None:
-    with pytest.raises(EnvironmentFault, match="nothing answers"):
+    with pytest.raises(UnavailableError, match="nothing answers"):
         check_address("127.0.0.1:1")

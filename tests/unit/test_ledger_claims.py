@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hrm_ray.data.order import epoch_order
-from hrm_ray.errors import DataFault
+from hrm_ray.errors import DataError
 from hrm_ray.ledger import Block, BlockLength, Idle, Lease, Ledger, Refused, Span, State, open_ledger
 from hrm_ray.ledger.states import MAX_ATTEMPTS
 from tests.support.ledgers import claimed, ledger_of, linear, reported, states
@@ -65,7 +65,7 @@ def test_a_resumed_run_may_tell_the_same_blocks_again(path: Path) -> None:
 def test_data_that_changed_is_refused(path: Path, told: BlockLength, before: str) -> None:
     with ledger_of(path, [3], ended=False) as ledger:
         ledger.add_blocks([BlockLength(1, 2, sealed=False)])
-        with pytest.raises(DataFault, match=rf"block {told.block} with {told.chunks} chunks.*{before} before"):
+        with pytest.raises(DataError, match=rf"block {told.block} with {told.chunks} chunks.*{before} before"):
             ledger.add_blocks([told])
         assert ledger.chunks == 5
 
@@ -81,7 +81,7 @@ def test_blocks_out_of_turn_and_after_the_end(path: Path) -> None:
             ledger.end_data()
         ledger.add_blocks([BlockLength(1, 1)])
         ledger.end_data()
-        with pytest.raises(DataFault, match="ended with block 1"):
+        with pytest.raises(DataError, match="ended with block 1"):
             ledger.add_blocks([BlockLength(2, 1)])
 
 
@@ -210,7 +210,7 @@ def test_a_measure_ends_the_ranges_of_all_epochs_and_stays(path: Path) -> None:
         ledger.measure(0, 7)
         assert claimed(ledger, "w", generation, None).end == 7
         assert states(ledger) == [(0, 0, 7, State.LEASED)] == states(ledger, 1)
-        with pytest.raises(DataFault, match="chunk 0.*6 packed sequences now, and had 7"):
+        with pytest.raises(DataError, match="chunk 0.*6 packed sequences now, and had 7"):
             ledger.measure(0, 6)
         for chunk, sequences in ((1, 3), (0, -1)):
             with pytest.raises(ValueError, match=f"chunk {chunk}"):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hrm_ray.errors import DataFault, HrmRayError, ResourceFault, SettingsError
+from hrm_ray.errors import DataError, HrmRayError, ResourceError, SettingsError
 from hrm_ray.ledger import BlockLength, Ledger, Refused, State, delete_ledger, open_ledger, read_ledger
 from hrm_ray.ledger.database import Database, fault_of
 from hrm_ray.ledger.verify import violations
@@ -55,7 +55,7 @@ def test_the_last_to_open_is_the_owner(path: Path) -> None:
     with ledger_of(path, [3]) as first, open_ledger(path) as second:
         generation = second.start_worker("w")
         for late in (lambda: first.start_worker("w"), lambda: first.claim("w", generation, linear), first.end_data):
-            with pytest.raises(DataFault, match="another process has opened"):
+            with pytest.raises(DataError, match="another process has opened"):
                 late()
         assert claimed(second, "w", generation).chunk == 0
         assert first.leases("w") == second.leases("w")
@@ -231,7 +231,7 @@ def test_what_is_no_ledger_is_refused_and_left_as_it_is(
 ) -> None:
     write(path)
     before = path.read_bytes()
-    with pytest.raises(DataFault, match=r"ledger\.sqlite"):
+    with pytest.raises(DataError, match=r"ledger\.sqlite"):
         how(path).counts()
     if write is not write_torn:
         assert path.read_bytes() == before
@@ -239,7 +239,7 @@ def test_what_is_no_ledger_is_refused_and_left_as_it_is(
 
 def test_an_empty_file_is_no_ledger_to_read(path: Path) -> None:
     path.touch()
-    with pytest.raises(DataFault, match="no ledger"):
+    with pytest.raises(DataError, match="no ledger"):
         read_ledger(path)
     with pytest.raises(SettingsError, match="no ledger"):
         read_ledger(path.with_name("other.sqlite"))
@@ -248,7 +248,7 @@ def test_an_empty_file_is_no_ledger_to_read(path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there(path: Path) -> None:
-    with pytest.raises(ResourceFault, match="cannot be opened"):
+    with pytest.raises(ResourceError, match="cannot be opened"):
         open_ledger(path.parent / "nowhere" / "ledger.sqlite")
 
 
@@ -258,7 +258,7 @@ def test_a_full_disk_is_said_and_nothing_is_lost(path: Path) -> None:
         lease = claimed(ledger, "w", generation)
         (pages,) = ledger.database.rows("PRAGMA page_count")[0]
         ledger.database.rows(f"PRAGMA max_page_count = {pages}")
-        with pytest.raises(ResourceFault, match="full"):
+        with pytest.raises(ResourceError, match="full"):
             ledger.add_blocks(BlockLength(number, 50_000) for number in range(10_000))
         ledger.database.rows("PRAGMA max_page_count = 100000")
         assert ledger.chunks == 50_000 and ledger.leases("w") == [lease]
@@ -267,8 +267,8 @@ def test_a_full_disk_is_said_and_nothing_is_lost(path: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "kind"),
     [
-        *[("database is locked", ResourceFault), ("attempt to write a readonly database", ResourceFault)],
-        *[("disk I/O error", ResourceFault), ("database disk image is malformed", DataFault)],
+        *[("database is locked", ResourceError), ("attempt to write a readonly database", ResourceError)],
+        *[("disk I/O error", ResourceError), ("database disk image is malformed", DataError)],
     ],
 )
 def test_each_failure_of_the_file_has_its_kind(said: str, kind: type[HrmRayError]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.ledger_simulation import Outcome, simulate
+from tests.support.ledger_simulation import RunResult, simulate
 from tests.support.weak_ledgers import Weakness
 
 FAULTS = {
@@ -20,11 +20,11 @@ FAULTS = {
 }
 
 
-def outcomes(folder: Path, seeds: range, weakness: Weakness = Weakness.NONE) -> dict[int, Outcome]:
+def outcomes(folder: Path, seeds: range, weakness: Weakness = Weakness.NONE) -> dict[int, RunResult]:
     return {seed: simulate(folder / f"{seed}.sqlite", seed, weakness) for seed in seeds}
 
 
-def broken(found: dict[int, Outcome]) -> dict[int, Outcome]:
+def broken(found: dict[int, RunResult]) -> dict[int, RunResult]:
     return {seed: outcome for seed, outcome in found.items() if not outcome.holds}
 
 

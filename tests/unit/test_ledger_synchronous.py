@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hrm_ray.errors import DataFault
+from hrm_ray.errors import DataError
 from hrm_ray.ledger import BlockLength, Idle, Lease, Ledger, Round, Span, State, SynchronousRun, open_ledger
 from hrm_ray.ledger.verify import violations
 from tests.support.counted_training import CountedTraining
@@ -68,7 +68,7 @@ def test_a_doubled_commit_changes_nothing(ledger: Ledger) -> None:
     span = whole(take(run))
     made = run.commit_checkpoint(1, None, [span], "a", "c")
     assert run.commit_checkpoint(1, None, [span], "a", "c") == made
-    with pytest.raises(DataFault, match="another content"):
+    with pytest.raises(DataError, match="another content"):
         run.commit_checkpoint(1, None, [span], "a", "another")
 
 
@@ -82,7 +82,7 @@ def test_a_commit_that_fails_changes_nothing(ledger: Ledger) -> None:
         (5, None, [Span(0, 0, 0, 11)], "0 to 11 of chunk 0"),
         (5, None, [Span(0, 0, 2, 5)], "2 to 5 of chunk 0"),
     ):
-        with pytest.raises(DataFault, match=reason):
+        with pytest.raises(DataError, match=reason):
             run.commit_checkpoint(step, parent, spans, "a", "c")
         assert states(ledger) == before and ledger.head is None and ledger.staged() == []
 
@@ -95,9 +95,9 @@ def test_a_run_goes_on_from_any_checkpoint_of_its_lineage(ledger: Ledger) -> Non
     again = SynchronousRun(ledger, 1)
     assert [one.round for one in again.undone] == [3, 2] and again.generation == run.generation + 1
     assert [take(again).chunk for _ in range(3)] == [1, 2, 3]
-    with pytest.raises(DataFault, match=r"over|not given"):
+    with pytest.raises(DataError, match=r"over|not given"):
         run.commit_checkpoint(2, 1, [Span(0, 1, 0, 10)], "step_2", "c")
-    with pytest.raises(DataFault, match="round 3 is not in the lineage"):
+    with pytest.raises(DataError, match="round 3 is not in the lineage"):
         SynchronousRun(ledger, 3)
     assert SynchronousRun(ledger, None).ledger.head is None
 

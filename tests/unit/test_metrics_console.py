@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrm_ray.metrics.console import ConsoleSink
-from hrm_ray.values import Record
+from hrm_ray.types import Record
 
 _FIGURES: dict[str, Any] = {
     "loss": 2.5, "lr": 2e-4, "grad_norm": 0.7, "epoch": 1, "batch_idx": 3, "gradient_accumulation_steps": 2,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hrm_ray.metrics.fanout import FanOut
-from hrm_ray.values import Record
+from hrm_ray.types import Record
 
 
 class _Sink:

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hrm_ray.errors import DataFault
+from hrm_ray.errors import DataError
 from hrm_ray.metrics.jsonl import JsonlSink, read_records, to_line, truncate_after
-from hrm_ray.values import Record
+from hrm_ray.types import Record
 
 _RESERVED = {"NaN", "Infinity", "-Infinity"}
 _NUMBERS = st.floats() | st.integers(-(2**63), 2**63)
@@ -132,7 +132,7 @@ def test_truncate_that_fails_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     content = to_line(_train(1)) + b"not json\n" + to_line(_train(9))
     path.write_bytes(content)
-    with pytest.raises(DataFault):
+    with pytest.raises(DataError):
         truncate_after(path, 5)
     assert path.read_bytes() == content
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -155,13 +155,13 @@ def test_truncate_that_fails_changes_nothing(tmp_path: Path) -> None:
 def test_a_line_that_is_no_record_is_a_fault(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(to_line(_train(1)) + line + to_line(_train(2)))
-    with pytest.raises(DataFault, match="line 2: not a metrics record") as caught:
+    with pytest.raises(DataError, match="line 2: not a metrics record") as caught:
         read_records(path)
     assert str(path) in caught.value.faults[0].value
 
 
 def test_missing_file_is_a_fault(tmp_path: Path) -> None:
-    with pytest.raises(DataFault, match="no such metrics file"):
+    with pytest.raises(DataError, match="no such metrics file"):
         read_records(tmp_path / "metrics.jsonl")
 
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hrm_ray.errors import DataFault, EnvironmentFault, SettingsError
+from hrm_ray.errors import DataError, SettingsError, UnavailableError
 from hrm_ray.metrics import plots
 from hrm_ray.metrics.jsonl import JsonlSink
 from hrm_ray.metrics.plots import loss_sparkline, plot_runs
-from hrm_ray.values import Record
+from hrm_ray.types import Record
 
 
 def _bundle(folder: Path, steps: int = 60, figure: str = "bits_per_byte", scale: float = 4.0) -> Path:
@@ -117,20 +117,20 @@ def test_all_that_is_wrong_with_runs_is_told_at_once_and_the_old_plot_stays(tmp_
     (tmp_path / "fresh" / "metrics.jsonl").touch()
     (tmp_path / "bad.jsonl").write_text("not json\n", encoding="utf-8")
     runs = [tmp_path / name for name in ("nowhere", "empty", "fresh", "bad.jsonl")]
-    with pytest.raises(DataFault) as caught:
+    with pytest.raises(DataError) as caught:
         plot_runs(runs, out)
     reasons = ["no such run", "holds no metrics.jsonl", "no train or eval records", "not a metrics record"]
     for fault, run, reason in zip(caught.value.faults, runs, reasons, strict=True):
         assert str(run) in fault.value
         assert reason in fault.reason
-        assert fault.mend
+        assert fault.hint
     assert out.read_bytes() == b"old"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["bad.jsonl", "empty", "fresh", "plot.png"]
 
 
 def test_unknown_metric_is_a_fault_that_names_the_known(tmp_path: Path) -> None:
     run = _bundle(tmp_path / "run")
-    with pytest.raises(DataFault, match=r"perplexity: none of the runs.*bits_per_byte, loss, lr"):
+    with pytest.raises(DataError, match=r"perplexity: none of the runs.*bits_per_byte, loss, lr"):
         plot_runs([run], tmp_path / "a.png", ["loss", "perplexity"])
     assert not (tmp_path / "a.png").exists()
 
@@ -146,7 +146,7 @@ def test_bad_usage(tmp_path: Path) -> None:
 
 def test_missing_matplotlib_is_an_environment_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(EnvironmentFault, match="pip install matplotlib"):
+    with pytest.raises(UnavailableError, match="pip install matplotlib"):
         plot_runs([_bundle(tmp_path / "run")], tmp_path / "a.png")
 
 

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util.tensor_util import make_ndarray
 
 from hrm_ray.metrics.tensorboard import TensorBoardSink
-from hrm_ray.values import Record
+from hrm_ray.types import Record
 
 
 def _loaded(folder: Path) -> EventAccumulator:

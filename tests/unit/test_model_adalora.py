@@ -15,7 +15,7 @@ from hrm_ray.model.build import build_objective
 from hrm_ray.model.objective import AnyObjective, Batch
 from hrm_ray.model.regularise import Regulariser, regularise
 from hrm_ray.model.transforms.adalora import RankPlan, RankSchedule
-from hrm_ray.model.transforms.peft import Adapters, lay_adapters
+from hrm_ray.model.transforms.peft import Adapters, apply_peft
 from hrm_ray.settings.adapt import AdaptSettings
 from hrm_ray.train.loop import weighed
 from hrm_ray.train.weights_file import read_tensors, save_tensors
@@ -29,7 +29,7 @@ BATCH = text_batch(0, [[12], [5, 7]])
 def adapted(rank: int = 4, total_steps: int = STEPS) -> tuple[nn.Module, Adapters, RankSchedule]:
     model = tiny_model(tiny_config())
     settings = AdaptSettings(use_peft=True, peft_method="adalora", lora_r=rank, lora_dropout=0.0)
-    adapters = lay_adapters(model, settings, seed=0, total_steps=total_steps)
+    adapters = apply_peft(model, settings, seed=0, total_steps=total_steps)
     assert adapters.ranks is not None
     return model, adapters, adapters.ranks
 
@@ -71,8 +71,8 @@ def test_the_ranks_go_as_planned() -> None:
         left = 1 - (number - 2) / (16 - 2)
         budget = 6 * LAYERS if number <= 2 else int(2 * LAYERS * left**3 + 4 * LAYERS) if number < 16 else 4 * LAYERS
         assert float(ranks.mean_rank()) == budget / LAYERS, number
-        in_use = sum(int(value.ne(0).sum()) for value in values(model).values())
-        assert in_use == budget, number
+        run_lock = sum(int(value.ne(0).sum()) for value in values(model).values())
+        assert run_lock == budget, number
         assert ranks.settled == (number >= 16)
 
 

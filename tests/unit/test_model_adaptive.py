@@ -17,10 +17,10 @@ from torch import Tensor
 from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.adaptive import adaptive_segments
 from hrm_ray.model.attention import AttentionScope
-from hrm_ray.model.chunked_rest import Here
+from hrm_ray.model.chunked_offload import NoOffload
 from hrm_ray.model.chunked_rows import ChunkedRows
 from hrm_ray.model.config import ModelConfig
-from hrm_ray.model.generate import Reader
+from hrm_ray.model.generate import DecodingSession
 from hrm_ray.model.layers import Context
 from hrm_ray.model.scope import CAUSAL, text_scope
 from hrm_ray.model.transformer import Transformer
@@ -68,7 +68,7 @@ def whole(model: ActV1, prompt: Tensor | None) -> tuple[Tensor, list[int], float
     logits, segments = torch.zeros(LENGTH, model.config.vocab_size), [0] * LENGTH
     margin, frozen = float("inf"), torch.zeros(LENGTH, dtype=torch.bool)
     with torch.no_grad():
-        for reading in adaptive_segments(model, rows, Here()):
+        for reading in adaptive_segments(model, rows, NoOffload()):
             z_h = torch.cat([reading.states.z_h.get(chunk) for chunk in range(len(rows))], dim=1)
             scores = model.logits(z_h)[0].float()
             if reading.segment < model.config.halt_max_steps and not bool(frozen.all()):
@@ -82,8 +82,8 @@ def whole(model: ActV1, prompt: Tensor | None) -> tuple[Tensor, list[int], float
     return logits, segments, margin
 
 
-def by_token(model: ActV1 | Transformer, prompt: int, adaptive: bool) -> tuple[Tensor, list[int], Reader]:
-    reader = Reader(model, adaptive)
+def by_token(model: ActV1 | Transformer, prompt: int, adaptive: bool) -> tuple[Tensor, list[int], DecodingSession]:
+    reader = DecodingSession(model, adaptive)
     pieces = [reader.read(TOKENS[:prompt])] + [reader.read([token]) for token in TOKENS[prompt:]]
     return torch.cat([logits for logits, _ in pieces]).float(), [int(n) for _, ns in pieces for n in ns], reader
 
@@ -179,7 +179,7 @@ def test_what_a_window_cannot_show_any_more_is_dropped() -> None:
 
 def test_restart_forgets() -> None:
     model = tiny_actv1(tiny_config(), seed=4)
-    reader = Reader(model, adaptive=False)
+    reader = DecodingSession(model, adaptive=False)
     first, _ = reader.read(TOKENS[:4])
     reader.restart()
     again, _ = reader.read(TOKENS[:4])

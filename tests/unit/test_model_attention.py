@@ -18,7 +18,7 @@ from hrm_ray.model import attention
 from hrm_ray.model.attention import AttentionScope, attend, block_size, blockwise
 from hrm_ray.model.build import build_objective
 from hrm_ray.model.scope import text_scope
-from hrm_ray.train.live_bytes import LiveBytes
+from hrm_ray.train.storage_tracker import StorageTracker
 from tests.support.tiny_models import logits_of_segments, text_batch, tiny_config, tiny_model
 
 NEAR = 1e-12
@@ -175,7 +175,7 @@ def test_no_tensor_of_all_pairs(name: str) -> None:
     scope = AttentionScope(causal=True, documents=documents, window=window if "window" in name else None)
     query = torch.randn(1, 1, queries, 8, requires_grad=True)
     keys, values = (torch.randn(1, 1, length, 8, requires_grad=True) for _ in range(2))
-    with LiveBytes() as count:
+    with StorageTracker() as count:
         seen = attend(query, keys, values, scope)
         torch.autograd.grad(seen, (query, keys, values), torch.ones_like(seen))
     pairs = queries * length
@@ -188,7 +188,7 @@ def test_the_count_sees_a_mask() -> None:
     """The control: one mask for all pairs is seen to be held."""
     query = torch.randn(1, 1, 1024, 8)
     scope = AttentionScope(causal=True, window=64)
-    with LiveBytes() as count:
+    with StorageTracker() as count:
         scope.whole_mask(1024, 1024, query)
     assert count.largest_bytes() == 4 * 1024 * 1024
 

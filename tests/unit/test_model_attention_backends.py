@@ -23,7 +23,7 @@ from hrm_ray.model.attention import AttentionScope, attend
 from hrm_ray.model.attention_backends import (
     FlashAttention,
     FlexAttention,
-    Place,
+    KernelCapabilities,
     choose_kernel,
     flash_obstacle,
     load_kernel,
@@ -34,14 +34,14 @@ from hrm_ray.model.layers import Attention
 from hrm_ray.model.transforms.attend import use_kernel
 from tests.support.tiny_models import tiny_config
 
-HOPPER = Place("cuda", (9, 0), frozenset({"flash_attn", "flash_attn_interface", "triton"}), narrow=True)
-AMPERE = Place("cuda", (8, 0), frozenset({"flash_attn", "triton"}), narrow=True)
-TURING = Place("cuda", (7, 5), frozenset({"flash_attn", "triton"}), narrow=True)
-BARE = Place("cuda", (9, 0), frozenset({"triton"}), narrow=True)
-WINDOWS = Place("cuda", (9, 0), frozenset(), narrow=True)
-WIDE = Place("cuda", (9, 0), HOPPER.libraries, narrow=False)
-ONLY_THREE = Place("cuda", (8, 0), frozenset({"flash_attn_interface"}), narrow=True)
-CPU = Place("cpu", (0, 0), HOPPER.libraries, narrow=True)
+HOPPER = KernelCapabilities("cuda", (9, 0), frozenset({"flash_attn", "flash_attn_interface", "triton"}), narrow=True)
+AMPERE = KernelCapabilities("cuda", (8, 0), frozenset({"flash_attn", "triton"}), narrow=True)
+TURING = KernelCapabilities("cuda", (7, 5), frozenset({"flash_attn", "triton"}), narrow=True)
+BARE = KernelCapabilities("cuda", (9, 0), frozenset({"triton"}), narrow=True)
+WINDOWS = KernelCapabilities("cuda", (9, 0), frozenset(), narrow=True)
+WIDE = KernelCapabilities("cuda", (9, 0), HOPPER.libraries, narrow=False)
+ONLY_THREE = KernelCapabilities("cuda", (8, 0), frozenset({"flash_attn_interface"}), narrow=True)
+CPU = KernelCapabilities("cpu", (0, 0), HOPPER.libraries, narrow=True)
 TEXT = tiny_config(hidden_size=64)
 
 
@@ -65,7 +65,7 @@ TEXT = tiny_config(hidden_size=64)
         (None, tiny_config(hidden_size=64, task="puzzle"), BARE, "sdpa"),
     ],
 )
-def test_the_choice(asked: bool | None, config: ModelConfig, place: Place, kernel: str) -> None:
+def test_the_choice(asked: bool | None, config: ModelConfig, place: KernelCapabilities, kernel: str) -> None:
     assert choose_kernel(asked, config, place) == kernel
 
 
@@ -81,13 +81,13 @@ def test_the_choice(asked: bool | None, config: ModelConfig, place: Place, kerne
         (HOPPER, tiny_config(hidden_size=64, lm_mask="prefix"), "prompt"),
     ],
 )
-def test_the_reason(place: Place, config: ModelConfig, reason: str) -> None:
+def test_the_reason(place: KernelCapabilities, config: ModelConfig, reason: str) -> None:
     found = flash_obstacle(config, place)
     assert found is not None and reason in found
 
 
 def test_this_machine() -> None:
-    place = Place.here("cpu", narrow=True)
+    place = KernelCapabilities.here("cpu", narrow=True)
     assert place.device == "cpu" and place.capability == (0, 0)
     assert place.libraries <= {"flash_attn", "flash_attn_interface", "triton"}
 

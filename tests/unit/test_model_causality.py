@@ -22,7 +22,7 @@ from hrm_ray.model.build import build_objective
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.objective import AnyObjective, Batch
 from hrm_ray.train.microbatch import to_batch, wanted_columns
-from hrm_ray.values import IGNORE_LABEL
+from hrm_ray.types import IGNORE_LABEL
 from tests.support.tiny_models import VOCAB, logits_of_segments, text_batch, tiny_config, tiny_model
 
 POSITIONS = ("rope", "learned", "none")

@@ -19,8 +19,8 @@ from hrm_ray.model import attention
 from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.attention import AttentionScope, attend
 from hrm_ray.model.objective import AnyObjective
+from hrm_ray.model.transforms.activation_checkpointing import apply_activation_checkpointing
 from hrm_ray.model.transforms.attend import use_kernel
-from hrm_ray.model.transforms.recompute import recompute_blocks
 from tests.support.chunked_cases import (
     NEAR,
     Shape,
@@ -52,7 +52,7 @@ def test_exact_gradients_are_those_of_whole_rows(shape: Shape, size: int, recomp
     batch = shape.batch()
     want = trained(whole(model), batch)
     if recompute:
-        recompute_blocks(model)
+        apply_activation_checkpointing(model)
     assert_same_gradients(trained(in_chunks(model, size, exact=True), batch), want)
 
 
@@ -64,7 +64,7 @@ def test_without_masks_they_are_too(shape: Shape, size: int, recompute: bool) ->
     batch = shape.batch()
     want = trained(whole(model), batch)
     if recompute:
-        recompute_blocks(model)
+        apply_activation_checkpointing(model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "WHOLE_MASK_ENTRIES", 0)
         got = trained(in_chunks(model, size, exact=True), batch)
@@ -96,7 +96,7 @@ def test_truncated_gradients_stop_at_the_borders_and_nowhere_else(shape: Shape, 
     want = trained(whole(model), batch)
     use_kernel(model, attend)
     if recompute:
-        recompute_blocks(model)
+        apply_activation_checkpointing(model)
     assert_same_gradients(trained(in_chunks(model, size, exact=False), batch), want)
 
 
@@ -123,7 +123,7 @@ def test_windows_that_end_inside_a_chunk(size: int, window: int, recompute: bool
     want_truncated = trained(whole(model), shape.batch())
     use_kernel(model, attend)
     if recompute:
-        recompute_blocks(model)
+        apply_activation_checkpointing(model)
     for got in (trained(in_chunks(model, size, exact=exact), shape.batch()) for exact in (True, False)):
         assert_same_forward(got, want)
     assert_same_gradients(trained(in_chunks(model, size, exact=True), shape.batch()), want)
@@ -179,7 +179,7 @@ def test_mixed_precision(arch: str, exact: bool, recompute: bool) -> None:
     model = tiny_model(shape.config)
     want = trained(in_chunks(model, 5, exact=exact), shape.batch())
     if recompute:
-        recompute_blocks(model)
+        apply_activation_checkpointing(model)
     objective = in_chunks(model, 5, exact=exact)
     got = trained(UnderAutocast(objective), shape.batch())
     assert got.gradients.keys() == {f"inner.{name}" for name in want.gradients}

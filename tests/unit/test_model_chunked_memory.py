@@ -12,9 +12,9 @@ import pytest
 
 from hrm_ray.model.build import build_objective
 from hrm_ray.model.chunked import Chunking
-from hrm_ray.model.transforms.recompute import recompute_blocks
-from hrm_ray.train.live_bytes import LiveBytes
+from hrm_ray.model.transforms.activation_checkpointing import apply_activation_checkpointing
 from hrm_ray.train.loop import weighed
+from hrm_ray.train.storage_tracker import StorageTracker
 from tests.support.tiny_models import text_batch, tiny_actv1, tiny_config
 
 WIDTH = 32
@@ -27,11 +27,11 @@ def most_bytes(length: int, chunking: Chunking | None, window: int | None, inner
         hidden_size=WIDTH, num_heads=2, seq_len=length, window_size=window, intermediate_size=inner, l_cycles=1
     )
     model = tiny_actv1(config)
-    recompute_blocks(model)
+    apply_activation_checkpointing(model)
     batch = text_batch(3, [[length]])
     del batch["documents"]
     objective = build_objective(model, "softmax", supervision="rollout", halt_margin=0.01, chunking=chunking).train()
-    count = LiveBytes()
+    count = StorageTracker()
     count.name("there", [*objective.parameters(), *objective.buffers(), *batch.values()])
     with count:
         carry = objective.initial_carry(batch)
@@ -99,7 +99,7 @@ def test_nothing_is_kept_after_a_step() -> None:
     ).train()
     batch = text_batch(3, [[64]])
     left = []
-    with LiveBytes() as count:
+    with StorageTracker() as count:
         for _ in range(3):
             objective.zero_grad(set_to_none=True)
             carry = objective.initial_carry(batch)

@@ -16,8 +16,8 @@ from hrm_ray.model.losses import CROSS_ENTROPIES
 from hrm_ray.model.objective import Batch
 from hrm_ray.model.puzzle_objective import PuzzleObjective
 from hrm_ray.model.text_objective import TextObjective
-from hrm_ray.train.feed import exploration
-from hrm_ray.values import IGNORE_LABEL
+from hrm_ray.train.loaders import exploration
+from hrm_ray.types import IGNORE_LABEL
 from tests.support.tiny_models import (
     backward_all,
     between,

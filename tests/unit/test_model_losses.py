@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hrm_ray.model.losses import CROSS_ENTROPIES, softmax_cross_entropy, stablemax_cross_entropy
-from hrm_ray.values import IGNORE_LABEL
+from hrm_ray.types import IGNORE_LABEL
 
 
 def naive_softmax(scores: list[float], label: int) -> float:

@@ -17,12 +17,12 @@ from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.build import build_model, build_objective
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.objective import AnyObjective
-from hrm_ray.model.transforms.narrow import narrow_weights
-from hrm_ray.model.transforms.peft import Adapters, lay_adapters
+from hrm_ray.model.transforms.cast_weights import cast_weights
+from hrm_ray.model.transforms.peft import Adapters, apply_peft
 from hrm_ray.model.transforms.quantise import quantise_projections
 from hrm_ray.rundir import write_json
 from hrm_ray.settings.adapt import AdaptSettings, PeftMethod
-from hrm_ray.train.live_bytes import storage_bytes
+from hrm_ray.train.storage_tracker import storage_bytes
 from hrm_ray.train.weights_file import fill_module, save_tensors
 from tests.support.tiny_models import backward_all, logits_of_segments, text_batch, tiny_config, tiny_model
 
@@ -31,7 +31,7 @@ BASES: dict[str, Callable[[nn.Module], None]] = {
     "float32": lambda model: None,
     "int8": lambda model: quantise_projections(model, 8),
     "nf4": lambda model: quantise_projections(model, 4),
-    "bfloat16": lambda model: narrow_weights(model, torch.bfloat16),
+    "bfloat16": lambda model: cast_weights(model, torch.bfloat16),
 }
 STEPS = 12
 BATCH = text_batch(0, [[12], [5, 7], [4, 4, 4]])
@@ -48,7 +48,7 @@ def adapted(method: PeftMethod, base: str, *, seed: int = 0, **more: Any) -> tup
     config = tiny_config(forward_dtype="bfloat16" if base == "bfloat16" else "float32")
     model = tiny_model(config)
     BASES[base](model)
-    return model, lay_adapters(model, chosen(method, **more), seed=seed, total_steps=STEPS)
+    return model, apply_peft(model, chosen(method, **more), seed=seed, total_steps=STEPS)
 
 
 def train(model: nn.Module, adapters: Adapters, steps: int = STEPS) -> list[float]:
@@ -213,7 +213,7 @@ def test_starting_values_follow_from_the_seed_alone(method: PeftMethod) -> None:
     torch.manual_seed(1)
     expected = torch.randn(3)
     torch.manual_seed(1)
-    lay_adapters(model, chosen(method), seed=5, total_steps=STEPS)
+    apply_peft(model, chosen(method), seed=5, total_steps=STEPS)
     assert torch.equal(torch.randn(3), expected)
     first = model.state_dict()
     again, other = (adapted(method, "float32", seed=seed)[0].state_dict() for seed in (5, 6))
@@ -236,7 +236,7 @@ def test_experts_are_frozen_beside_adapted_attention(base: str) -> None:
     model = tiny_model(config)
     BASES[base](model)
     settings = chosen("lora", lora_target_modules="q_proj,o_proj")
-    adapters = lay_adapters(model, settings, seed=0, total_steps=STEPS)
+    adapters = apply_peft(model, settings, seed=0, total_steps=STEPS)
     losses = train(model, adapters)
     assert losses[-1] < 0.9 * losses[0]
     plain = build_model(config)
@@ -252,7 +252,7 @@ def test_experts_are_frozen_beside_adapted_attention(base: str) -> None:
 def test_a_transformer_has_one_head() -> None:
     config = tiny_config(arch="transformer", halt_max_steps=1)
     model = tiny_model(config)
-    adapters = lay_adapters(model, chosen("lora"), seed=0, total_steps=STEPS)
+    adapters = apply_peft(model, chosen("lora"), seed=0, total_steps=STEPS)
     losses = train(model, adapters)
     assert losses[-1] < 0.9 * losses[0]
     described, tensors = adapters.in_file()
@@ -268,7 +268,7 @@ def test_one_step_gradient_reaches_adapters_of_both_levels() -> None:
     config = tiny_config(bp_steps=1)
     model = tiny_model(config)
     assert isinstance(model, ActV1)
-    lay_adapters(model, chosen("lora"), seed=0, total_steps=STEPS)
+    apply_peft(model, chosen("lora"), seed=0, total_steps=STEPS)
     backward_all(objective_of(model).train(), BATCH)
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
@@ -283,7 +283,7 @@ def test_bytes_of_frozen_and_trained() -> None:
     for base in ("float32", "int8", "nf4"):
         model = tiny_model(config)
         BASES[base](model)
-        adapters = lay_adapters(model, chosen("lora"), seed=0, total_steps=STEPS)
+        adapters = apply_peft(model, chosen("lora"), seed=0, total_steps=STEPS)
         trained = [p for p in model.parameters() if p.requires_grad]
         frozen = [p for p in model.parameters() if not p.requires_grad]
         codes = [b for name, b in model.named_buffers() if ".quantised." in name]
@@ -306,7 +306,7 @@ def test_bytes_of_frozen_and_trained() -> None:
 def test_a_copy_of_the_settings_is_enough() -> None:
     """Nothing of peft's is shared between two models."""
     settings = chosen("adalora")
-    first, second = (lay_adapters(tiny_model(tiny_config()), settings, seed=0, total_steps=STEPS) for _ in range(2))
+    first, second = (apply_peft(tiny_model(tiny_config()), settings, seed=0, total_steps=STEPS) for _ in range(2))
     train(first.model, first)
     assert second.in_file()[0]["rank_pattern"] is None
     assert deepcopy(settings) == chosen("adalora")

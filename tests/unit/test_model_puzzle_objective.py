@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hrm_ray.model.actv1 import States
 from hrm_ray.model.objective import Batch, SegmentOutput
 from hrm_ray.model.puzzle_objective import ROW_FIELDS, PuzzleCarry, PuzzleObjective
-from hrm_ray.values import IGNORE_LABEL
+from hrm_ray.types import IGNORE_LABEL
 from tests.support.tiny_models import puzzle_batch, tiny_actv1, tiny_config
 
 CONFIG = tiny_config(task="puzzle", seq_len=6, halt_max_steps=3, puzzle_emb_ndim=10, num_puzzle_identifiers=5)
@@ -141,7 +141,7 @@ def test_rollout_supervises_every_segment_without_replacement() -> None:
         objective.model.q_head.bias.copy_(torch.tensor([50.0, -50.0]))
     assert objective.segments_per_step == 3
     batch, other = offers(1), offers(2)
-    del batch["min_steps"], other["min_steps"]  # rollout explores nothing and its feed has no such column
+    del batch["min_steps"], other["min_steps"]  # rollout explores nothing and its loader has no such column
     carry = objective.initial_carry(batch)
     assert float(objective.weights(batch, carry)["rows"]) == 3 * ROWS
     for segment in range(1, 4):

@@ -21,7 +21,7 @@ from hrm_ray.model.transforms.quantise import (
     QuantisedStack,
     quantise_projections,
 )
-from hrm_ray.train.live_bytes import LiveBytes, storage_bytes
+from hrm_ray.train.storage_tracker import StorageTracker, storage_bytes
 from tests.support.tiny_models import backward_all, text_batch, tiny_config, tiny_model
 
 BITS: list[Bits] = [8, 4]
@@ -110,7 +110,7 @@ def test_products_and_gradients_are_those_of_the_weights(bits: Bits, dtype: torc
 def test_under_autocast(bits: Bits) -> None:
     held = QuantisedProjection(64, 32, CODES[bits](weights(32, 64)))
     x = weights(3, 64).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16), LiveBytes() as live:
+    with torch.autocast("cpu", torch.bfloat16), StorageTracker() as live:
         y = held(x)
     assert bits == 8 or live.largest_bytes() <= 2 * 32 * 64, "the weights are made in the narrow type"
     assert y.dtype == torch.bfloat16
@@ -194,7 +194,7 @@ def test_no_dequantised_weight_is_kept_for_the_backward_pass(bits: Bits) -> None
     """Ten layers in a row: between forward and backward live the inputs of the layers, not their weights."""
     layers = [QuantisedProjection(128, 128, CODES[bits](weights(128, 128, seed=s))) for s in range(10)]
     x = weights(4, 128).requires_grad_()
-    with LiveBytes() as live:
+    with StorageTracker() as live:
         y = x
         for layer in layers:
             y = layer(y)

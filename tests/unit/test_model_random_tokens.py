@@ -19,16 +19,16 @@ from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.build import build_model, build_objective
 from hrm_ray.model.losses import CROSS_ENTROPIES
 from hrm_ray.settings.optimizer import OptimizerSettings
-from hrm_ray.train.evaluate import HeldOut, evaluate
-from hrm_ray.train.feed import BatchShape, Ends, RolloutFeed
-from hrm_ray.train.loop import LoopParts, Rates, TrainingLoop
+from hrm_ray.train.evaluate import EvalSet, evaluate
+from hrm_ray.train.loaders import BatchSize, RolloutLoader, StopCondition
+from hrm_ray.train.loop import LrSchedule, TrainingLoop, TrainState
 from hrm_ray.train.microbatch import to_batch, wanted_columns
 from hrm_ray.train.optimizers import builder
 from hrm_ray.train.precision import Precision
 from hrm_ray.train.schedules import Schedule
 from hrm_ray.train.strategies import SingleStrategy
 from hrm_ray.train.world import World
-from hrm_ray.values import IGNORE_LABEL, Columns
+from hrm_ray.types import IGNORE_LABEL, Columns
 from tests.support.tiny_models import logits_of_segments, tiny_config
 
 VOCAB, LENGTH, STEPS, BATCH = 8, 16, 80, 32
@@ -101,17 +101,17 @@ def test_random_tokens_stay_at_ln_v(case: str) -> None:
     settings = OptimizerSettings(optimizer="adamw", lr=5e-3, weight_decay=0.0)
     strategy = SingleStrategy(WORLD, Precision())
     strategy.prepare(objective, builder(settings))
-    shape = BatchShape(BATCH, 1, 0, 1)
-    feed = RolloutFeed(
-        RandomTokens(STEPS * BATCH, 7, config.lm_mask == "prefix"), shape, seed=0, linear=True, ends=Ends(1)
+    shape = BatchSize(BATCH, 1, 0, 1)
+    loader = RolloutLoader(
+        RandomTokens(STEPS * BATCH, 7, config.lm_mask == "prefix"), shape, seed=0, linear=True, ends=StopCondition(1)
     )
     loop = TrainingLoop(
-        LoopParts(
+        TrainState(
             strategy=strategy,
             objective=objective,
-            feed=feed,
+            loader=loader,
             shape=shape,
-            rates=Rates(Schedule("linear", 10, STEPS, 0.0, 0.2), settings.lr, 0.0),
+            lr_schedule=LrSchedule(Schedule("linear", 10, STEPS, 0.0, 0.2), settings.lr, 0.0),
             wanted=wanted_columns(config),
             carried=False,
             grad_clip=1.0,
@@ -123,7 +123,7 @@ def test_random_tokens_stay_at_ln_v(case: str) -> None:
         steps += 1
     assert steps == STEPS
     held_out = RandomTokens(256, 8, config.lm_mask == "prefix")
-    figures = evaluate(objective, HeldOut(held_out, 64, 10), WORLD)
+    figures = evaluate(objective, EvalSet(held_out, 64, 10), WORLD)
     batch = to_batch(held_out.rows(np.arange(256)), wanted_columns(config), WORLD.device)
     objective.eval()
     losses = CROSS_ENTROPIES[objective.loss_kind](logits_of_segments(objective, batch)[-1], batch["labels"])

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hrm_ray.model.losses import CROSS_ENTROPIES, LossKind
 from hrm_ray.model.scoring import score_tokens
-from hrm_ray.values import IGNORE_LABEL
+from hrm_ray.types import IGNORE_LABEL
 
 ALL_AT_ONCE = 2**40
 

@@ -16,16 +16,16 @@ from torch import Tensor
 
 from hrm_ray.model.build import build_model, build_objective
 from hrm_ray.model.config import ModelConfig
-from hrm_ray.model.generate import Reader
+from hrm_ray.model.generate import DecodingSession
 from hrm_ray.model.layers import Block, Context, LayerNorm
 from hrm_ray.model.objective import AnyObjective
 from hrm_ray.model.scope import CAUSAL, FULL
 from hrm_ray.model.solve import solve
-from hrm_ray.model.transforms.recompute import recompute_blocks
+from hrm_ray.model.transforms.activation_checkpointing import apply_activation_checkpointing
 from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.resolve import resolve_task
 from hrm_ray.train.assemble import assemble, model_config
-from hrm_ray.train.evaluate import HeldOut, evaluate
+from hrm_ray.train.evaluate import EvalSet, evaluate
 from hrm_ray.train.randomness import seed_step
 from hrm_ray.train.world import World
 from tests.support.splits import Rows
@@ -89,7 +89,7 @@ def test_what_dropout_keeps_is_scaled_up() -> None:
 def test_nothing_is_dropped_outside_training() -> None:
     """Evaluation, generation and solving give the numbers of a model without dropout, to the bit."""
     with_it, without = tiny_actv1(tiny_config(dropout_rate=0.9)), tiny_actv1(tiny_config())
-    told = [Reader(model.eval(), adaptive=False).read([1, 2, 3])[0] for model in (with_it, without)]
+    told = [DecodingSession(model.eval(), adaptive=False).read([1, 2, 3])[0] for model in (with_it, without)]
     assert torch.equal(*told)
     samples = WithBytes(Rows("lm"))
     figures = [
@@ -97,7 +97,7 @@ def test_nothing_is_dropped_outside_training() -> None:
             build_objective(
                 tiny_model(tiny_config(dropout_rate=rate)), "softmax", supervision="rollout", halt_margin=0
             ),
-            HeldOut(samples, 8, 2),
+            EvalSet(samples, 8, 2),
             WORLD,
         )
         for rate in (0.9, 0.0)
@@ -133,7 +133,7 @@ def test_recomputed_blocks_draw_the_same_masks(task: str) -> None:
     for recompute in (False, True):
         objective = objective_of(config)
         if recompute:
-            recompute_blocks(objective.model)
+            apply_activation_checkpointing(objective.model)
         torch.manual_seed(7)
         backward_all(objective, batch)
         gradients.append([p.grad for p in objective.parameters()])
@@ -152,7 +152,7 @@ def losses(rank: int, world_size: int = 1, **changes: Any) -> list[float]:
     found = []
     for _ in range(2):
         # Every rank the same rows: what differs is what they draw.
-        loop.parts.feed.seek(0, {"taken": torch.zeros(1, dtype=torch.long).numpy()})
+        loop.parts.loader.load_state_dict(0, {"taken": torch.zeros(1, dtype=torch.long).numpy()})
         loop.step()
         found.append(loop.flush_metrics()["loss"])
         # What anybody draws between steps does not matter.

@@ -22,8 +22,8 @@ from hrm_ray.model.moe import MixtureOfExperts
 from hrm_ray.model.objective import AnyObjective
 from hrm_ray.model.router_losses import RouterLosses, positions_that_count, router_terms
 from hrm_ray.model.routing import Routing
-from hrm_ray.model.transforms.narrow import narrow_weights
-from hrm_ray.model.transforms.recompute import recompute_blocks
+from hrm_ray.model.transforms.activation_checkpointing import apply_activation_checkpointing
+from hrm_ray.model.transforms.cast_weights import cast_weights
 from tests.support.naive_moe import Told, naive_experts, naive_feed_forward
 from tests.support.tiny_models import backward_all, puzzle_batch, recorded_logits, text_batch, tiny_config, tiny_model
 
@@ -85,9 +85,9 @@ def naive(case: Case, layer: MixtureOfExperts, training: bool) -> tuple[Tensor, 
     leaves = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters()}
     x = case.x.double().requires_grad_()
     stacks = {name.split(".")[1]: leaf for name, leaf in leaves.items() if name.startswith("experts.")}
-    feed = naive_feed_forward(case.config, stacks, bent(case.config))
+    loader = naive_feed_forward(case.config, stacks, bent(case.config))
     rows = [
-        naive_experts(case.config, leaves["router.weight"], feed, row, training=training, counted=counted)
+        naive_experts(case.config, leaves["router.weight"], loader, row, training=training, counted=counted)
         for row, counted in zip(x, case.counted, strict=True)
     ]
     return torch.stack([out for out, _ in rows]), [told for _, told in rows], leaves, x
@@ -218,7 +218,7 @@ def test_a_site_is_heard_once() -> None:
     # A place beside this one is another router's.
     layer(x, (SITE[0], SITE[1] + 1), second)
     assert len(second.routed) == 2
-    aside = second.unheard()
+    aside = second.detached()
     layer(x, SITE, aside)
     assert second.routed[SITE] is told and aside.routed[SITE] is not told
 
@@ -289,7 +289,7 @@ def test_recomputed_blocks_have_the_same_gradients(mode: str) -> None:
     for recompute in (False, True):
         objective = objective_of(config, "segment" if mode == "segment" else "rollout")
         if recompute:
-            recompute_blocks(objective.model)
+            apply_activation_checkpointing(objective.model)
         backward_all(objective, batch)
         gradients.append({name: p.grad for name, p in objective.named_parameters()})
     for name, gradient in gradients[0].items():
@@ -396,7 +396,7 @@ def gradients_in(dtype: torch.dtype | None, weights: torch.dtype | None) -> tupl
     """Loss and gradients of two segments under autocast to `dtype`, with the parameters kept in `weights`."""
     objective = objective_of(tiny_config(num_experts=4, moe_capacity_factor=4.0, bp_steps=6))
     if weights is not None:
-        narrow_weights(objective.model, weights)
+        cast_weights(objective.model, weights)
     batch = text_batch(1, [[12], [12]])
     carry = objective.initial_carry(batch)
     totals = {name: float(weight) for name, weight in objective.weights(batch, carry).items()}
@@ -435,7 +435,7 @@ def test_weights_are_cast_once_in_a_pass() -> None:
     narrow = routing.narrowed(weight, torch.bfloat16)
     assert narrow is routing.narrowed(weight, torch.bfloat16) and not narrow.requires_grad
     assert routing.next_chunk(None).narrowed(weight, torch.bfloat16) is narrow
-    assert routing.unheard().narrowed(weight, torch.bfloat16) is narrow
+    assert routing.detached().narrowed(weight, torch.bfloat16) is narrow
     assert Routing(12).narrowed(weight, torch.bfloat16) is not narrow
     same = routing.narrowed(weight, torch.float32)
     assert same.data_ptr() == weight.data_ptr()

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from hrm_ray.rundir import RunDir
 from hrm_ray.train import evaluate as evaluation
-from hrm_ray.train.feed import BatchShape
+from hrm_ray.train.loaders import BatchSize
 from hrm_ray.train.loop import TrainingLoop
-from hrm_ray.train.out_of_memory import is_out_of_memory, recut, smaller
+from hrm_ray.train.out_of_memory import halved, is_out_of_memory, split_microbatches
 from tests.support.fail_at import FailAt, script
 from tests.support.runs import PUZZLE, TEXT, hrm, puzzle_file, records, text_file, train
 
@@ -40,14 +40,14 @@ def test_the_errors_that_say_so() -> None:
 
 @given(st.integers(1, 64), st.integers(1, 8))
 def test_rows_keep_their_order_down_to_one(batch_size: int, accumulation: int) -> None:
-    shape = BatchShape(batch_size, accumulation, 1, 3)
+    shape = BatchSize(batch_size, accumulation, 1, 3)
     columns = [{"inputs": micro[:, None], "active": micro >= 0} for micro in shape.slots()]
     sizes = [batch_size]
-    while (rows := smaller(sizes[-1])) is not None:
+    while (rows := halved(sizes[-1])) is not None:
         assert rows <= sizes[-1] / 2 and sizes[-1] % rows == 0
         assert sizes[-1] % 2 or rows == sizes[-1] // 2
         sizes.append(rows)
-        shape, columns = shape.with_batch(rows), recut(columns, rows)
+        shape, columns = shape.with_batch(rows), split_microbatches(columns, rows)
         assert shape.effective == batch_size * accumulation * 3
         assert len(columns) == shape.accumulation
         for micro, slots in zip(columns, shape.slots(), strict=True):

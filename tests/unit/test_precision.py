@@ -13,7 +13,7 @@ from torch import Tensor
 from hrm_ray.model.build import build_objective
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.objective import Batch
-from hrm_ray.model.transforms.recompute import recompute_blocks
+from hrm_ray.model.transforms.activation_checkpointing import apply_activation_checkpointing
 from hrm_ray.train.loop import weighed
 from hrm_ray.train.precision import LossScaler, Precision, choose_precision
 from tests.support.tiny_models import puzzle_batch, text_batch, tiny_config, tiny_model
@@ -32,7 +32,7 @@ def gradients(config: ModelConfig, precision: Precision, *, recompute: bool = Fa
     """The loop's gradient of one batch under `precision`, every pass with its own backward."""
     model = tiny_model(config, seed=5)
     if recompute:
-        recompute_blocks(model)
+        apply_activation_checkpointing(model)
     objective = build_objective(model, "softmax", supervision="rollout", halt_margin=0.01)
     batch: Batch = puzzle_batch(1, 4, config) if config.task == "puzzle" else text_batch(1, [[12]] * 4)
     carry = objective.initial_carry(batch)

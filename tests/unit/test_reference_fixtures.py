@@ -14,19 +14,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from hrm_ray.data.stream import Trained
+from hrm_ray.data.stream import ConsumedRange
 from hrm_ray.model.import_reference import from_reference, split_fused
 from hrm_ray.model.puzzle_objective import PuzzleObjective, PuzzleView
 from hrm_ray.settings.optimizer import OptimizerSettings
-from hrm_ray.train.feed import BatchShape
-from hrm_ray.train.loop import LoopParts, Rates, TrainingLoop
+from hrm_ray.train.loaders import BatchSize
+from hrm_ray.train.loop import LrSchedule, TrainingLoop, TrainState
 from hrm_ray.train.microbatch import wanted_columns
 from hrm_ray.train.optimizers import SparseSignSGD, builder
 from hrm_ray.train.precision import Precision
 from hrm_ray.train.schedules import Schedule
 from hrm_ray.train.strategies import SingleStrategy
 from hrm_ray.train.world import World
-from hrm_ray.values import Columns
+from hrm_ray.types import Columns
 from tests.support.fixtures import Fixture, discover
 
 LOSSES = {"softmax_cross_entropy": "softmax", "stablemax_cross_entropy": "stablemax"}
@@ -164,19 +164,19 @@ class FixtureFeed:
     def __init__(self, fixture: Fixture) -> None:
         self.fixture = fixture
 
-    def offer(self, halted: object, step: int) -> list[Columns]:
+    def next_batch(self, halted: object, step: int) -> list[Columns]:
         return [{name: t.numpy() for name, t in self.fixture.batch(step).items()}]
 
-    def roll(self, trained: bool) -> bool:
+    def start_epoch(self, trained: bool) -> bool:
         return False
 
-    def position(self) -> dict[str, np.ndarray]:
+    def state_dict(self) -> dict[str, np.ndarray]:
         return {}
 
-    def seek(self, epoch: int, position: object) -> None:
+    def load_state_dict(self, epoch: int, state_dict: object) -> None:
         raise NotImplementedError
 
-    def recut(self, shape: object) -> None:
+    def set_microbatch(self, shape: object) -> None:
         raise NotImplementedError
 
     def take_notes(self) -> list[str]:
@@ -185,7 +185,7 @@ class FixtureFeed:
     data_ended = True
     fails_alike = False
 
-    def take_trained(self) -> list[Trained]:
+    def take_trained(self) -> list[ConsumedRange]:
         return []
 
     def one_epoch_more(self) -> None:
@@ -210,12 +210,12 @@ def training_loop(fixture: Fixture) -> tuple[TrainingLoop, PuzzleObjective]:
     strategy.prepare(objective, builder(settings))
     table = objective.model.embedding.puzzle_emb
     schedule = Schedule("cosine", hyper["lr_warmup_steps"], hyper["total_steps"], hyper["lr_min_ratio"], 0.2)
-    parts = LoopParts(
+    parts = TrainState(
         strategy=strategy,
         objective=objective,
-        feed=FixtureFeed(fixture),
-        shape=BatchShape(fixture.about["model_config"]["batch_size"], 1, 0, 1),
-        rates=Rates(schedule, hyper["lr"], hyper["puzzle_emb_lr"] or 0.0),
+        loader=FixtureFeed(fixture),
+        shape=BatchSize(fixture.about["model_config"]["batch_size"], 1, 0, 1),
+        lr_schedule=LrSchedule(schedule, hyper["lr"], hyper["puzzle_emb_lr"] or 0.0),
         wanted=wanted_columns(objective.model.config),
         carried=True,
         grad_clip=0.0,

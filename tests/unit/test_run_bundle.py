@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from hrm_ray.train.bundle import open_bundle
-from hrm_ray.train.rehearse import MemoryAccount
+from hrm_ray.train.memory_estimate import MemoryAccount
 from tests.support.runs import (
     MEASURED,
     PUZZLE,
@@ -199,14 +199,14 @@ SMALL = (*SMALL, "--h-cycles", "1", "--l-cycles", "1", "--max-seq-len", "16", "-
 def test_both_commands_tell_the_memory_of_the_settings(tmp_path: Path) -> None:
     """The same account, of the options given: more rows take more activations, an 8-bit optimizer less state."""
     data = text_file(tmp_path)
-    accounts = []
+    ledger_writer = []
     for more in ((), ("--batch-size", "64", "--use-8bit-optimizer", "--ema", "0.9")):
         words = (*SMALL, "--no-moe", *more)
         told = json.loads(hrm("arch-summary", *words, "--json").out)["memory"]
         dry = hrm("train", "--dry-run", "--dataset-file", data, *words)
         assert f"memory  of each worker {MemoryAccount(**told).as_text()}" in dry.out, dry.out
-        accounts.append(told)
-    plain, changed = accounts
+        ledger_writer.append(told)
+    plain, changed = ledger_writer
     assert changed["activations_bytes"] > 4 * plain["activations_bytes"]
     assert changed["optimizer_bytes"] < 0.35 * plain["optimizer_bytes"]
     assert changed["average_bytes"] == plain["gradients_bytes"]

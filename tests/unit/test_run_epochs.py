@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from hrm_ray.data.puzzles.samples import PuzzleSamples
 from hrm_ray.train.assemble import assemble
-from hrm_ray.train.feed import BatchShape, Ends, RolloutFeed, SlotFeed, exploration
-from hrm_ray.values import Columns
+from hrm_ray.train.loaders import BatchSize, RolloutLoader, SlotLoader, StopCondition, exploration
+from hrm_ray.types import Columns
 from tests.support.runs import PUZZLE, TEXT, puzzle_file, records, text_file, train
 
 
@@ -56,19 +56,21 @@ def test_rollout(case: dict[str, Any]) -> None:
     seen: list[list[int]] = [[] for _ in range(case["epochs"] * per_epoch)]
     for rank in range(case["ranks"]):
         samples = Recording(case["count"])
-        shape = BatchShape(case["batch"], case["accumulation"], rank, case["ranks"])
-        feed = RolloutFeed(samples, shape, seed=case["seed"], linear=case["linear"], ends=Ends(case["epochs"]))
+        shape = BatchSize(case["batch"], case["accumulation"], rank, case["ranks"])
+        loader = RolloutLoader(
+            samples, shape, seed=case["seed"], linear=case["linear"], ends=StopCondition(case["epochs"])
+        )
         for epoch in range(case["epochs"]):
-            assert feed.epoch == epoch
+            assert loader.epoch == epoch
             for step in range(per_epoch):
                 samples.taken.clear()
-                micro = feed.offer([], step)
+                micro = loader.next_batch([], step)
                 assert [len(columns["active"]) for columns in micro] == [case["batch"]] * case["accumulation"]
                 seen[epoch * per_epoch + step] += samples.taken
-            assert not any(columns["active"].any() for columns in feed.offer([], 0))
-            place = feed.position()["taken"].copy()
-            assert feed.roll(True) == (epoch + 1 < case["epochs"])
-        assert (feed.position()["taken"] == place).all(), "past the last epoch the place stays"
+            assert not any(columns["active"].any() for columns in loader.next_batch([], 0))
+            place = loader.state_dict()["taken"].copy()
+            assert loader.start_epoch(True) == (epoch + 1 < case["epochs"])
+        assert (loader.state_dict()["taken"] == place).all(), "past the last epoch the place stays"
     for epoch in range(case["epochs"]):
         steps = seen[epoch * per_epoch : (epoch + 1) * per_epoch]
         whole = [index for step in steps for index in step]
@@ -87,16 +89,21 @@ def test_carried(case: dict[str, Any], halt_max_steps: int, chance: float, draw:
     taken: list[Counter[int]] = [Counter() for _ in range(case["epochs"])]
     for rank in range(case["ranks"]):
         samples = Recording(case["count"])
-        shape = BatchShape(case["batch"], case["accumulation"], rank, case["ranks"])
-        feed = SlotFeed(
-            samples, shape, seed=case["seed"], linear=case["linear"], ends=Ends(case["epochs"]), explore=explore
+        shape = BatchSize(case["batch"], case["accumulation"], rank, case["ranks"])
+        loader = SlotLoader(
+            samples,
+            shape,
+            seed=case["seed"],
+            linear=case["linear"],
+            ends=StopCondition(case["epochs"]),
+            explore=explore,
         )
         halted = [np.ones(case["batch"], dtype=np.bool_) for _ in range(case["accumulation"])]
         for epoch in range(case["epochs"]):
             samples.taken.clear()
             idle = 0
             for step in range(10_000):
-                micro = feed.offer(halted, step)
+                micro = loader.next_batch(halted, step)
                 for number, columns in enumerate(micro):
                     offered = columns["active"] & halted[number]
                     if case["linear"]:
@@ -109,7 +116,7 @@ def test_carried(case: dict[str, Any], halt_max_steps: int, chance: float, draw:
                     break
             taken[epoch] += Counter(samples.taken)
             halted = [np.ones(case["batch"], dtype=np.bool_) for _ in range(case["accumulation"])]
-            assert feed.roll(True) == (epoch + 1 < case["epochs"])
+            assert loader.start_epoch(True) == (epoch + 1 < case["epochs"])
     for counted in taken:
         assert counted == Counter(range(case["count"]))
 

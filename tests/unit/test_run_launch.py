@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from hrm_ray.errors import ResourceFault
+from hrm_ray.errors import ResourceError
 from hrm_ray.launch.devices import choose_devices
-from hrm_ray.orchestration import gang
+from hrm_ray.orchestration import worker_group
 from hrm_ray.orchestration.failures import StoppedBeforeStart, WorkerCrash
 from hrm_ray.rundir import RunDir
 from hrm_ray.settings.cluster import ClusterSettings
 from hrm_ray.train.bundle import step_of_best
-from hrm_ray.values import StopReason
+from hrm_ray.types import StopReason
 from tests.support.runs import (
     PUZZLE,
     TEXT,
@@ -101,7 +101,7 @@ def test_what_ray_cannot_hold_is_refused_before_anything_is_made(tmp_path: Path)
     "error",
     [
         StoppedBeforeStart(StopReason.SIGTERM),
-        ResourceFault([]),
+        ResourceError([]),
         KeyboardInterrupt(),
     ],
     ids=["stopped", "busy cluster", "interrupt"],
@@ -118,7 +118,7 @@ def test_a_launch_that_ends_before_the_first_step_leaves_no_bundle(
 
     words = ("train", "--dataset-file", data, "--bundle-dir", bundle, *NO_LAUNCHER, "--launcher", "ray")
     with monkeypatch.context() as patch:
-        patch.setattr(gang, "run", failing)
+        patch.setattr(worker_group, "run", failing)
         assert hrm(*words).code != 0
         assert not bundle.exists()
     train(data, bundle, *TEXT, "--steps", "1")
@@ -149,7 +149,7 @@ def test_a_resume_that_is_refused_changes_nothing(where: str, tmp_path: Path, mo
         def crashing(plan: dict[str, Any], **named: Any) -> None:
             raise WorkerCrash([], "no room on the cluster")
 
-        monkeypatch.setattr(gang, "run", crashing)
+        monkeypatch.setattr(worker_group, "run", crashing)
         assert hrm(*back).code == 1
     assert files_below(bundle) == before
 

@@ -15,9 +15,9 @@ import pytest
 from hrm_ray.ledger import read_ledger
 from hrm_ray.ledger.verify import violations
 from hrm_ray.rundir import RunDir
-from hrm_ray.train.feed import HaltedSlots
-from hrm_ray.train.stream_feed import StreamFeed
-from hrm_ray.values import Columns
+from hrm_ray.train.loaders import HaltedSlots
+from hrm_ray.train.stream_loader import StreamLoader
+from hrm_ray.types import Columns
 from tests.support.numbered_corpora import TOKENIZER, texts_of, write_corpus
 from tests.support.runs import TINY, hrm, puzzle_file, records, refused, train
 
@@ -42,10 +42,10 @@ Seen = Callable[[], list[str]]
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
     """What runs in this test were given to train on since the last call, as texts."""
     rows: list[str] = []
-    real = StreamFeed.offer
+    real = StreamLoader.next_batch
 
-    def offering(feed: StreamFeed, halted: HaltedSlots, step: int) -> list[Columns]:
-        micro_batches = real(feed, halted, step)
+    def offering(loader: StreamLoader, halted: HaltedSlots, step: int) -> list[Columns]:
+        micro_batches = real(loader, halted, step)
         for columns in micro_batches:
             for tokens, active in zip(columns["inputs"].tolist(), columns["active"].tolist(), strict=True):
                 if active:
@@ -53,7 +53,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
                     rows.append(text)
         return micro_batches
 
-    monkeypatch.setattr(StreamFeed, "offer", offering)
+    monkeypatch.setattr(StreamLoader, "offer", offering)
 
     def taken() -> list[str]:
         found = rows.copy()
@@ -276,8 +276,8 @@ def test_a_refused_launch_leaves_the_held_out_data(corpus: Path, seen: Seen) -> 
 def test_the_schedule_is_that_of_the_rest(corpus: Path, seen: Seen) -> None:
     words = ("--samples-per-block", "10", "--epochs", "1", "--lr-schedule", "linear", "--lr-min-ratio", "0")
     bundle = run(corpus, *words, "--start-block-id", "1")
-    rates = [record["lr"] for record in records(bundle)]
-    assert len(rates) == 4 and rates[-1] < 0.3 * rates[0]
+    lr_schedule = [record["lr"] for record in records(bundle)]
+    assert len(lr_schedule) == 4 and lr_schedule[-1] < 0.3 * lr_schedule[0]
 
 
 def test_a_stream_is_shuffled_within_its_buffer(corpus: Path, seen: Seen) -> None:
@@ -314,14 +314,14 @@ def test_a_changed_corpus_is_not_gone_on_with(corpus: Path, seen: Seen) -> None:
 
 
 def test_a_file_that_vanishes_while_it_is_trained_on(corpus: Path, seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = StreamFeed.offer
+    real = StreamLoader.next_batch
 
-    def vanishing(feed: StreamFeed, halted: Any, step: int) -> list[Columns]:
+    def vanishing(loader: StreamLoader, halted: Any, step: int) -> list[Columns]:
         if step == 2:
             (corpus / "0002.jsonl").unlink(missing_ok=True)
-        return real(feed, halted, step)
+        return real(loader, halted, step)
 
-    monkeypatch.setattr(StreamFeed, "offer", vanishing)
+    monkeypatch.setattr(StreamLoader, "offer", vanishing)
     words = ("--epochs", "1", "--steps", "9", "--dataset-chunk-size", "1", "--cache-gb", "0", "--tokenizer-path")
     start = ("train", "--dataset-file", corpus, "--bundle-dir", corpus.parent / "b", *WORDS, *words)
     refused(5, *start, corpus.parent / "tokenizer", naming=("0002.jsonl",))

@@ -13,14 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hrm_ray.errors import EnvironmentFault, SettingsError
+from hrm_ray.errors import SettingsError, UnavailableError
 from hrm_ray.launch.fallbacks import settle_memory_options
 from hrm_ray.launch.memory_bounds import checkpoint_bytes, state_bytes
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble
-from hrm_ray.train.live_bytes import storage_bytes
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.optimizer_state import optimizer_bytes
+from hrm_ray.train.storage_tracker import storage_bytes
 from hrm_ray.train.strategies.single import SingleStrategy
 from hrm_ray.train.world import World
 from tests.support.runs import (
@@ -133,7 +133,7 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 @pytest.mark.parametrize("dtype", BYTES)
 def test_bytes_of_weights_gradients_and_state(dtype: str, eight: bool) -> None:
     """Measured on the tensors themselves, gradients just before the update."""
-    loop = workplace(dtype, eight)
+    loop = components(dtype, eight)
     strategy = loop.parts.strategy
     assert isinstance(strategy, SingleStrategy)
     named = dict(loop.parts.objective.named_parameters())
@@ -176,7 +176,7 @@ FROZEN = {"use_peft": True, "lora_r": 2}
 )
 def test_the_preflight_asks_for_no_more_than_is_taken(dtype: str, more: dict[str, Any], near: bool) -> None:
     """And for most of it where everything is trained; a checkpoint takes at least what is asked for too."""
-    loop = workplace(dtype, False, more)
+    loop = components(dtype, False, more)
     strategy = loop.parts.strategy
     assert isinstance(strategy, SingleStrategy)
     report = loop.step()
@@ -232,7 +232,7 @@ def test_importance_goes_by_the_gradients_of_the_update(dtype: str, rel: float) 
     weights is that under wide ones to the rounding of the passes (8 and 11 bits; measured 4 % and 0.6 %)."""
     found = []
     for each in ("fp32", dtype):
-        loop = workplace(each, False, {"adapt": ADALORA, "optimizer": {"grad_clip": 0.01}})
+        loop = components(each, False, {"adapt": ADALORA, "optimizer": {"grad_clip": 0.01}})
         for _ in range(3):
             report = loop.step()
             assert report is not None and report.applied and report.norm > 0.5
@@ -254,7 +254,7 @@ def settings_of(dtype: str, eight: bool, more: dict[str, Any] | None = None) -> 
     return RunSettings.model_validate(plain)
 
 
-def workplace(dtype: str, eight: bool, more: dict[str, Any] | None = None) -> TrainingLoop:
+def components(dtype: str, eight: bool, more: dict[str, Any] | None = None) -> TrainingLoop:
     settings = settings_of(dtype, eight, more)
     return assemble(settings, config_for(settings), Rows("lm"), None, World.here("cpu", 1), 20, lambda: None).loop
 
@@ -320,7 +320,7 @@ def test_a_bitsandbytes_that_cannot_do_it_here(monkeypatch: pytest.MonkeyPatch) 
     settled, notes = settle_memory_options(eight, "cpu")
     assert not settled.optimizer.use_8bit_optimizer
     assert len(notes) == 1 and "no kernel for this device)" in notes[0]
-    with pytest.raises(EnvironmentFault, match="no 8-bit AdamW on cpu"):
+    with pytest.raises(UnavailableError, match="no 8-bit AdamW on cpu"):
         settle_memory_options(chosen(optimizer={"use_8bit_optimizer": True}, strict=True), "cpu")
     assert settle_memory_options(eight, "cuda") == (eight, []), "nothing is tried on a GPU by the driver"
 

@@ -347,6 +347,6 @@ def test_two_writers_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(waited) == 2 and set(expert_store.read_registry(tmp_path)) == {"one", "two"}
     lock.touch()
     monkeypatch.setattr(expert_store, "_LOCK_TIMEOUT_S", -1.0)
-    with pytest.raises(expert_store.ResourceFault, match=r"registry\.json\.lock"):
+    with pytest.raises(expert_store.ResourceError, match=r"registry\.json\.lock"):
         expert_store.store_expert(tmp_path, "three", entry, tensors)
     assert set(expert_store.read_registry(tmp_path)) == {"one", "two"}

@@ -16,7 +16,7 @@ import pytest
 
 from hrm_ray.launch.stopping import StopWatch
 from hrm_ray.rundir import RunDir, verify_checkpoint
-from hrm_ray.values import StopReason
+from hrm_ray.types import StopReason
 from tests.support.runs import TEXT, computed, files_below, hrm, last_said, records, refused, text_file, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,7 +101,7 @@ def test_the_stop_file(tmp_path: Path) -> None:
 SLOW_END = """
 import sys, time
 from hrm_ray.cli.main import main
-from hrm_ray.train.runner import Runner
+from hrm_ray.train.trainer import Runner
 
 def slowly(self, reason):
     print("ending", file=sys.stderr, flush=True)

@@ -7,8 +7,8 @@ from typing import Any, cast
 import pytest
 
 from hrm_ray.errors import SettingsError
-from hrm_ray.settings.idle import IDLE_LEAVES
 from hrm_ray.settings.load import load_settings, read_options
+from hrm_ray.settings.no_effect import IDLE_LEAVES
 from hrm_ray.settings.rules import RULES, broken_rules
 from hrm_ray.settings.tree import SECTIONS, RunSettings, leaf_keys
 

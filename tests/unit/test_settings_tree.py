@@ -121,7 +121,7 @@ def test_values_out_of_range(option: str, value: str) -> None:
         load_settings({option: value})
     (fault,) = caught.value.faults
     assert fault.value == f"{option} {value or repr(value)}"
-    assert fault.reason and fault.mend and "pydantic" not in str(fault) and "Input should" not in str(fault)
+    assert fault.reason and fault.hint and "pydantic" not in str(fault) and "Input should" not in str(fault)
 
 
 def test_frozen_and_closed() -> None:

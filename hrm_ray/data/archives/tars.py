@@ -219,8 +219,8 @@ def tar_rows(stream: BinaryIO, cursor: Cursor, selection: Selection, *, undecide
             selection = Selection(None, selection.apart) if whole else selection
         if whole and split == WHOLE:
             reason = f"its first member is of no split, but {member.name} is of the split `{WHOLE}`"
-            mend = f"Put the members of the split `{WHOLE}` first, or unpack the archive, and give the folder"
-            raise ContainerUnreadable(Fault(where, reason, mend))
+            hint = f"Put the members of the split `{WHOLE}` first, or unpack the archive, and give the folder"
+            raise ContainerUnreadable(Fault(where, reason, hint))
         if selection.wants(member.name):
             read = True
             yield from member_rows(member, cursor, where, tar.whole, tar.open)

@@ -58,8 +58,8 @@ def open_zip(file: BinaryIO, where: str, archive_bytes: int) -> ZipDirectory:
     try:
         entries = read_directory(file, MEMBERS)
     except BadDirectory as error:
-        mend = "It may be cut short, or no .zip archive: copy it again"
-        raise ContainerUnreadable(Fault(where, f"its directory cannot be read: {error}", mend)) from error
+        hint = "It may be cut short, or no .zip archive: copy it again"
+        raise ContainerUnreadable(Fault(where, f"its directory cannot be read: {error}", hint)) from error
     except OSError as error:
         raise ContainerUnreadable(damage(error, where).fault) from error
     total = sum(entry.size for entry in entries)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hrm_ray.data.folders import check_vacant, whole_folder
+from hrm_ray.data.atomic_directory import atomic_directory, check_vacant
 from hrm_ray.data.puzzles import arc
 from hrm_ray.data.puzzles.format import BUILT_FILES, Description, SplitEntry, write_description, write_split
 from hrm_ray.errors import Fault, SettingsError
@@ -60,7 +60,7 @@ def build_arc(tasks: Path, out: Path, *, augment: int = 0, seed: int = 0, overwr
     Every task has a puzzle identifier from 1 on, and so has every one of up to `augment` different copies of it (one
     of eight symmetries, colours but black exchanged): a model learns a task's rule by its identifier. Train pairs of
     tasks and copies are the split "train", test pairs of the tasks themselves the split "test". A training pair that
-    is also a test pair is left out. Raises SettingsError for values and paths that cannot be used, DataFault for a file
+    is also a test pair is left out. Raises SettingsError for values and paths that cannot be used, DataError for a file
     that is no task.
     """
     if augment < 0:
@@ -74,15 +74,15 @@ def build_arc(tasks: Path, out: Path, *, augment: int = 0, seed: int = 0, overwr
     names = [BLANK, *(f"{task.name}_{change.name}" if change else task.name for task, change in changes)]
     test = _samples([(task.test if change is None else (), None) for task, change in changes], frozenset())
     if not len(test.inputs):
-        mend = "Give tasks whose test pairs have an output"
-        raise SettingsError(Fault(str(tasks), "the output of every test pair is kept back: none can be held out", mend))
+        hint = "Give tasks whose test pairs have an output"
+        raise SettingsError(Fault(str(tasks), "the output of every test pair is kept back: none can be held out", hint))
     held_out = {_key(shown, wanted) for shown, wanted in zip(test.inputs, test.labels, strict=True)}
     train = _samples([(task.train, change) for task, change in changes], held_out)
     if not len(train.inputs):
-        mend = "Give tasks whose train pairs are not their test pairs"
-        raise SettingsError(Fault(str(tasks), "every training pair is also held out: none is left", mend))
+        hint = "Give tasks whose train pairs are not their test pairs"
+        raise SettingsError(Fault(str(tasks), "every training pair is also held out: none is left", hint))
     built = {"augment": augment, "seed": seed, "tasks": len(read), "copies": len(changes) - len(read)}
-    with whole_folder(out, overwrite=overwrite, owned=_OWNED) as building:
+    with atomic_directory(out, overwrite=overwrite, owned=_OWNED) as building:
         splits: dict[str, SplitEntry] = {
             name: write_split(building, name, split.inputs, split.labels, split.identifiers)
             for name, split in (("train", train), ("test", test))

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hrm_ray.data.folders import check_vacant, whole_folder
+from hrm_ray.data.atomic_directory import atomic_directory, check_vacant
 from hrm_ray.data.puzzles import dihedral, mazes
 from hrm_ray.data.puzzles.format import BUILT_FILES, Description, SplitEntry, write_description, write_split
 from hrm_ray.errors import Fault, SettingsError
@@ -74,7 +74,7 @@ def build_maze(
     held_out, base = maker.draw(test, "test"), maker.draw(train, "train")
     copies = _augmented(base, augment, seed)
     built = {"min_path": min_path, "openings": openings, "augment": augment, "seed": seed, "base_puzzles": train}
-    with whole_folder(out, overwrite=overwrite, owned=BUILT_FILES) as building:
+    with atomic_directory(out, overwrite=overwrite, owned=BUILT_FILES) as building:
         splits: dict[str, SplitEntry] = {
             "train": write_split(building, "train", _inputs(copies), copies.reshape(len(copies), -1)),
             "test": write_split(building, "test", _inputs(held_out), held_out.reshape(len(held_out), -1)),
@@ -154,8 +154,8 @@ class _MazeMaker:
     def _exhausted(self, count: int, found: int, split: str) -> SettingsError:
         kind = f"{self._size}x{self._size} mazes with a shortest path of {self._min_path} moves or more"
         reason = f"only {found} different {kind} were found, {_PATIENCE} in a row gave no new one"
-        mend = f"Give a smaller --{split}, a smaller --min-path, fewer --openings, or a larger --size"
-        return SettingsError(Fault(f"{split} {count}", reason, mend))
+        hint = f"Give a smaller --{split}, a smaller --min-path, fewer --openings, or a larger --size"
+        return SettingsError(Fault(f"{split} {count}", reason, hint))
 
 
 def _marked(walk: mazes.Open, start: int, goal: int) -> Grids:

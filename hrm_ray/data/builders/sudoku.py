@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from hrm_ray.data.folders import check_vacant, whole_folder
+from hrm_ray.data.atomic_directory import atomic_directory, check_vacant
 from hrm_ray.data.puzzles import sudoku, symmetry
 from hrm_ray.data.puzzles.format import BUILT_FILES, Description, SplitEntry, write_description, write_split
 from hrm_ray.errors import Fault, SettingsError
@@ -76,7 +76,7 @@ def build_sudoku(
     test_puzzles, test_grids = maker.draw(test, "test")
     base_puzzles, base_grids = maker.draw(train, "train")
     train_puzzles, train_grids = _augmented(size, base_puzzles, base_grids, test_grids, augment, seed)
-    with whole_folder(out, overwrite=overwrite, owned=BUILT_FILES) as building:
+    with atomic_directory(out, overwrite=overwrite, owned=BUILT_FILES) as building:
         splits: dict[str, SplitEntry] = {
             "train": write_split(building, "train", train_puzzles + 1, train_grids + 1),
             "test": write_split(building, "test", test_puzzles + 1, test_grids + 1),

@@ -11,9 +11,9 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from hrm_ray.data.folders import check_vacant, whole_folder
+from hrm_ray.data.atomic_directory import atomic_directory, check_vacant
 from hrm_ray.data.pydocs import python_documents
-from hrm_ray.errors import EnvironmentFault, Fault, SettingsError
+from hrm_ray.errors import Fault, SettingsError, UnavailableError
 
 _TEST_SHARE = 25  # one document in so many is held out
 _TEXT_FILES = frozenset({"train.jsonl", "test.jsonl"})
@@ -45,7 +45,7 @@ def build_text(out: Path, *, max_bytes: int | None = None, seed: int = 0, overwr
         documents += 1
         unique.setdefault(hashlib.sha256(f"{seed} {text}".encode()).hexdigest(), (source, text))
     if not unique:
-        raise EnvironmentFault(
+        raise UnavailableError(
             Fault(
                 f"Python {platform.python_version()}",
                 "it comes without its library's sources",
@@ -70,7 +70,7 @@ def build_text(out: Path, *, max_bytes: int | None = None, seed: int = 0, overwr
                 "Give --max-bytes 1000000 or more",
             )
         )
-    with whole_folder(out, overwrite=overwrite, owned=_TEXT_FILES) as building:
+    with atomic_directory(out, overwrite=overwrite, owned=_TEXT_FILES) as building:
         for split, rows in splits.items():
             (building / f"{split}.jsonl").write_bytes(("\n".join(rows) + "\n").encode("utf-8"))
     return TextSummary(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from hrm_ray.data.rows import ROW_BYTES, BadRow, Columns, Cursor, Row, kind_name, not_utf8
-from hrm_ray.errors import DataFault, Fault
+from hrm_ray.errors import DataError, Fault
 
 _BOM = b"\xef\xbb\xbf"
 _SKIPPED_AT_ONCE = 1 << 20
@@ -41,7 +41,7 @@ def _row(line: bytes, where: str, begins: int, columns: Columns, row: int, mark:
         return BadRow(too_long(where), where, row, mark)
     try:
         values = parse_line(line, where, begins)
-    except DataFault as error:
+    except DataError as error:
         return BadRow(error.faults[0], where, row, mark)
     return columns.document(values or {}, where, row, mark)
 
@@ -67,18 +67,18 @@ def is_blank(line: bytes) -> bool:
 
 def parse_line(line: bytes, where: str, offset: int) -> dict[str, object] | None:
     """The object on one line, None for a blank line. `where` is file:line, `offset` the line's first byte in the file,
-    both for the DataFault that is raised for anything else."""
+    both for the DataError that is raised for anything else."""
     try:
         text = line.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise DataFault(not_utf8(where, error, offset + error.start)) from error
+        raise DataError(not_utf8(where, error, offset + error.start)) from error
     if is_blank(line):
         return None
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataFault(Fault(where, f"this line is not JSON ({error})", "Put one JSON object on each line")) from error
+        raise DataError(Fault(where, f"this line is not JSON ({error})", "Put one JSON object on each line")) from error
     if not isinstance(row, dict):
         reason = f"this row is {kind_name(row)}, not an object"
-        raise DataFault(Fault(where, reason, "Put one JSON object on each line"))
+        raise DataError(Fault(where, reason, "Put one JSON object on each line"))
     return row

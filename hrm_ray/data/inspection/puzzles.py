@@ -20,7 +20,7 @@ from hrm_ray.data.inspection.figures import Certainty, Figure, Lengths, Spread
 from hrm_ray.data.parts import PartList, TextSource
 from hrm_ray.data.puzzles.format import DESCRIPTION, PuzzleFacts
 from hrm_ray.data.puzzles.samples import PuzzleSamples, open_puzzles, puzzle_splits
-from hrm_ray.values import IGNORE_LABEL, Columns
+from hrm_ray.types import IGNORE_LABEL, Columns
 
 _WHOLE_TENSOR_BYTES, _WHOLE_ROWS_BYTES = 256 << 20, 16 << 20
 """Files up to this size are read whole within a second or two."""
@@ -65,7 +65,7 @@ def inspect_puzzles(
 ) -> PuzzleSetFacts:
     """The facts of the puzzle set at `source`: the file `puzzle_tensors(source)`, or the .jsonl parts `found`.
 
-    Raises SettingsError for a path that is not there, DataFault for puzzles that cannot be used.
+    Raises SettingsError for a path that is not there, DataError for puzzles that cannot be used.
     """
     path, file = Path(source.path), puzzle_tensors(source)
     size = _bytes(file) if found is None else sum(part.bytes for part in found.parts)

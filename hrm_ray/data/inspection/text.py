@@ -99,8 +99,8 @@ class TextFacts:
 def inspect_text(
     corpus: Corpus, found: PartList, timer: Timer, *, tokenizer: TextTokenizer | None = None, samples: int = 3
 ) -> TextFacts:
-    """Reads `corpus`, whose parts are those `found`, until `timer` runs out. Raises DataFault for a bad row where those
-    are not skipped, EnvironmentFault where a cloud or the Hub cannot be reached."""
+    """Reads `corpus`, whose parts are those `found`, until `timer` runs out. Raises DataError for a bad row where those
+    are not skipped, UnavailableError where a cloud or the Hub cannot be reached."""
     table = read_columns(corpus.parts, corpus.source, timer.part(_COLUMNS_UNTIL))
     reading = TimedReading(corpus, timer.part(_ROWS_UNTIL))
     seen = _Seen(corpus, samples, _Tokeniser(tokenizer, corpus.source.pairs, timer))

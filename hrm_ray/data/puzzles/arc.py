@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hrm_ray.data.puzzles import dihedral
-from hrm_ray.errors import DataFault, Fault, SettingsError
+from hrm_ray.errors import DataError, Fault, SettingsError
 
 MOST_SIDE = 30
 COLOURS = 10
@@ -83,7 +83,7 @@ def tokens(grid: Grid) -> npt.NDArray[np.uint8]:
 def read_tasks(folder: Path) -> list[Task]:
     """Every .json file of the folder and those below it, as a task named after it; in the order of the names.
 
-    Raises SettingsError for a path without such files, DataFault for a file that is no task.
+    Raises SettingsError for a path without such files, DataError for a file that is no task.
     """
     if not folder.is_dir():
         reason = "there is a file of this name, not a folder" if folder.exists() else "nothing is at this path"
@@ -95,16 +95,16 @@ def read_tasks(folder: Path) -> list[Task]:
 
 
 def _read_task(file: Path, name: str) -> Task:
-    mend = 'A task is {"train": [...], "test": [...]}, each a list of {"input": grid, "output": grid}'
+    hint = 'A task is {"train": [...], "test": [...]}, each a list of {"input": grid, "output": grid}'
     try:
         raw = json.loads(file.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DataFault(Fault(str(file), f"this is not JSON ({error})", "Mend the file, or take it away")) from error
+        raise DataError(Fault(str(file), f"this is not JSON ({error})", "Mend the file, or take it away")) from error
     parts: dict[str, tuple[Pair, ...]] = {}
     for part in ("train", "test"):
         pairs = raw.get(part) if isinstance(raw, dict) else None
         if not isinstance(pairs, list) or not pairs or not all(isinstance(pair, dict) for pair in pairs):
-            raise DataFault(Fault(str(file), f"it is no ARC task: there is no list `{part}` of pairs in it", mend))
+            raise DataError(Fault(str(file), f"it is no ARC task: there is no list `{part}` of pairs in it", hint))
         where = (f"{file}, {part} pair {number}" for number in range(len(pairs)))
         parts[part] = tuple(_pair(pair, at, part == "test") for pair, at in zip(pairs, where, strict=True))
     return Task(name, parts["train"], parts["test"])
@@ -112,7 +112,7 @@ def _read_task(file: Path, name: str) -> Task:
 
 def _pair(raw: dict[str, Any], where: str, may_lack: bool) -> Pair:
     if "input" not in raw:
-        raise DataFault(Fault(where, "it has no `input`", "Give each pair an input and an output"))
+        raise DataError(Fault(where, "it has no `input`", "Give each pair an input and an output"))
     shown = _grid(raw["input"], f"{where}, input")
     if "output" not in raw and may_lack:
         return Pair(shown, None)
@@ -120,17 +120,17 @@ def _pair(raw: dict[str, Any], where: str, may_lack: bool) -> Pair:
 
 
 def _grid(raw: Any, where: str) -> Grid:
-    """A grid out of JSON. Raises DataFault for what is none, ragged, too large, or holds other than colours."""
-    mend = f"A grid is 1 to {MOST_SIDE} rows of 1 to {MOST_SIDE} colours each, 0 to {COLOURS - 1}"
+    """A grid out of JSON. Raises DataError for what is none, ragged, too large, or holds other than colours."""
+    hint = f"A grid is 1 to {MOST_SIDE} rows of 1 to {MOST_SIDE} colours each, 0 to {COLOURS - 1}"
     if not isinstance(raw, list) or not raw or not all(isinstance(row, list) and row for row in raw):
-        raise DataFault(Fault(where, "it is not a list of rows", mend))
+        raise DataError(Fault(where, "it is not a list of rows", hint))
     for number, row in enumerate(raw):
         if len(row) != len(raw[0]):
             reason = f"row {number} has {len(row)} cells, the first one {len(raw[0])}"
-            raise DataFault(Fault(where, reason, mend))
+            raise DataError(Fault(where, reason, hint))
         for colour in row:
             if type(colour) is not int or not 0 <= colour < COLOURS:
-                raise DataFault(Fault(where, f"row {number} holds {json.dumps(colour)}, which is no colour", mend))
+                raise DataError(Fault(where, f"row {number} holds {json.dumps(colour)}, which is no colour", hint))
     if len(raw) > MOST_SIDE or len(raw[0]) > MOST_SIDE:
-        raise DataFault(Fault(where, f"it has {len(raw)} rows of {len(raw[0])} cells", mend))
+        raise DataError(Fault(where, f"it has {len(raw)} rows of {len(raw[0])} cells", hint))
     return np.array(raw, dtype=np.uint8)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.numpy import save
 
-from hrm_ray.errors import DataFault, Fault, SettingsError
+from hrm_ray.errors import DataError, Fault, SettingsError
 from hrm_ray.rundir import file_sha256
 
 DESCRIPTION = "dataset.json"
@@ -154,16 +154,16 @@ def write_description(folder: Path, description: Description) -> None:
 
 
 def read_description(folder: Path) -> Description:
-    """Reads and checks dataset.json. Raises DataFault where it is damaged or of another kind or format."""
+    """Reads and checks dataset.json. Raises DataError where it is damaged or of another kind or format."""
     path = folder / DESCRIPTION
     try:
         raw = json.loads(path.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DataFault(Fault(str(path), f"this is not JSON ({error})", REBUILD)) from error
+        raise DataError(Fault(str(path), f"this is not JSON ({error})", REBUILD)) from error
     if not isinstance(raw, dict) or raw.get("kind") != "puzzle" or raw.get("format") != 1:
-        raise DataFault(Fault(str(path), 'it does not say "kind": "puzzle", "format": 1', REBUILD))
+        raise DataError(Fault(str(path), 'it does not say "kind": "puzzle", "format": 1', REBUILD))
     try:
         return Description.model_validate(raw)
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise DataFault(Fault(str(path), f"the description is not complete ({wrong})", REBUILD)) from error
+        raise DataError(Fault(str(path), f"the description is not complete ({wrong})", REBUILD)) from error

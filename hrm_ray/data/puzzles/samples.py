@@ -25,13 +25,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from hrm_ray.data.file_kinds import FileKind
+from hrm_ray.data.file_systems import require_path
 from hrm_ray.data.parts import TextSource, list_parts
-from hrm_ray.data.places import require_path
 from hrm_ray.data.puzzles.format import DESCRIPTION, REBUILD, PuzzleFacts, read_description
 from hrm_ray.data.splits import missing_split
-from hrm_ray.errors import DataFault, Fault
+from hrm_ray.errors import DataError, Fault
 from hrm_ray.rundir import file_sha256
-from hrm_ray.values import IGNORE_LABEL, Columns
+from hrm_ray.types import IGNORE_LABEL, Columns
 
 Tensors = dict[str, npt.NDArray[Any]]
 _FINGERPRINT_ROWS = 4096
@@ -42,7 +42,7 @@ class PuzzleSamples:
 
     def __init__(self, facts: PuzzleFacts, tensors: Tensors, source: Path, pad_labels_count: bool) -> None:
         """`tensors`: inputs and labels [N, S], optional puzzle_identifiers [N]; integers of any width. Raises
-        DataFault where they do not fit each other or `facts`."""
+        DataError where they do not fit each other or `facts`."""
         self.facts = facts
         self._inputs, self._labels = tensors["inputs"], tensors["labels"]
         self._identifiers = tensors.get(
@@ -57,7 +57,7 @@ class PuzzleSamples:
         _check_ids(self._labels[counted], 0, facts.vocab_size, source, "labels", "the vocabulary")
         unlabelled = np.flatnonzero(~counted.any(axis=1))
         if unlabelled.size:
-            raise DataFault(
+            raise DataError(
                 Fault(f"{source}, sample {unlabelled[0]}", "it has no label at all", "Give it labels or leave it out")
             )
 
@@ -101,7 +101,7 @@ class PuzzleSamples:
         the count.
 
         Plain files do not say their vocabulary; an evaluation file may hold fewer tokens, but none that training does
-        not know. Raises DataFault where it does not fit.
+        not know. Raises DataError where it does not fit.
         """
         own = self.facts
         for what, fits, there, known in (
@@ -116,13 +116,13 @@ class PuzzleSamples:
         ):
             if not fits:
                 reason = f"it has {there} {what}, the training data {known}"
-                raise DataFault(Fault(own.name, reason, "Evaluate on data of the same kind as the training data"))
+                raise DataError(Fault(own.name, reason, "Evaluate on data of the same kind as the training data"))
         self.facts = replace(facts, count=own.count)
 
 
 def open_puzzles(path: Path, split: str = "train", first: int | None = None) -> PuzzleSamples:
     """The split of the puzzle set at `path`; with `first` at most so many of its puzzles, and no more than those is
-    read and checked. Raises DataFault for what is no puzzle set, a missing split or damaged data."""
+    read and checked. Raises DataError for what is no puzzle set, a missing split or damaged data."""
     require_path(path)
     if path.is_dir() and (path / DESCRIPTION).is_file():
         return _open_built(path, split, first)
@@ -148,17 +148,17 @@ def _open_built(folder: Path, split: str, first: int | None) -> PuzzleSamples:
         raise missing_split(str(folder), split, sorted(description.splits))
     path = folder / f"{split}.safetensors"
     if not path.is_file():
-        raise DataFault(Fault(str(path), f"{DESCRIPTION} names this file, but it is not there", REBUILD))
+        raise DataError(Fault(str(path), f"{DESCRIPTION} names this file, but it is not there", REBUILD))
     entry = description.splits[split]
     tensors = _read_tensors(path, first)
     if first is None and file_sha256(path) != entry.sha256:
-        raise DataFault(Fault(str(path), f"its checksum is not the one in {DESCRIPTION}", REBUILD))
+        raise DataError(Fault(str(path), f"its checksum is not the one in {DESCRIPTION}", REBUILD))
     given = description.model_dump(include=set(PuzzleFacts.__dataclass_fields__) - {"count", "symbols"})
     facts = PuzzleFacts(**given, count=entry.count, symbols=tuple(description.symbols))
     _check_shapes(tensors, path, "")
     wanted = [entry.count if first is None else min(entry.count, first), facts.seq_len]
     if list(tensors["inputs"].shape) != wanted:
-        raise DataFault(
+        raise DataError(
             Fault(str(path), f"inputs are {list(tensors['inputs'].shape)}, {DESCRIPTION} says {wanted}", REBUILD)
         )
     return PuzzleSamples(facts, tensors, path, pad_labels_count=False)
@@ -170,7 +170,7 @@ def _open_safetensors(path: Path, split: str, first: int | None) -> PuzzleSample
     splits = safetensors_splits(list(tensors))
     if not splits:
         held = ", ".join(sorted(tensors)) or "nothing"
-        raise DataFault(
+        raise DataError(
             Fault(
                 str(path),
                 f"it holds no puzzles but {held}",
@@ -213,7 +213,7 @@ def open_puzzle_rows(paths: Sequence[Path], first: int | None = None) -> PuzzleS
                     labels.append(row[1])
                     identifiers.append(row[2])
     if not inputs:
-        raise DataFault(
+        raise DataError(
             Fault(
                 ", ".join(map(str, paths[:1])) or "no .jsonl file",
                 "there is no row in it",
@@ -233,37 +233,37 @@ def open_puzzle_rows(paths: Sequence[Path], first: int | None = None) -> PuzzleS
 
 
 def _parse_row(line: bytes, where: str, seq_len: int | None) -> tuple[list[int], list[int], int]:
-    mend = 'Give rows like {"inputs": [1, 2], "labels": [3, 2]}, lists of equal length'
+    hint = 'Give rows like {"inputs": [1, 2], "labels": [3, 2]}, lists of equal length'
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataFault(Fault(where, f"this line is not JSON ({error})", mend)) from error
+        raise DataError(Fault(where, f"this line is not JSON ({error})", hint)) from error
     if not isinstance(row, dict):
-        raise DataFault(Fault(where, "this row is not an object", mend))
+        raise DataError(Fault(where, "this row is not an object", hint))
     for name, least in (("inputs", 0), ("labels", IGNORE_LABEL)):
         if name not in row:
-            raise DataFault(
-                Fault(where, f"there is no `{name}`; the row has {', '.join(sorted(row)) or 'nothing'}", mend)
+            raise DataError(
+                Fault(where, f"there is no `{name}`; the row has {', '.join(sorted(row)) or 'nothing'}", hint)
             )
         values = row[name]
         if not isinstance(values, list) or not values or not all(type(value) is int for value in values):
-            raise DataFault(Fault(where, f"`{name}` is not a list of whole numbers", mend))
+            raise DataError(Fault(where, f"`{name}` is not a list of whole numbers", hint))
         wrong = [value for value in values if not (0 <= value < 2**31 or value == least)]
         if wrong:
-            raise DataFault(
+            raise DataError(
                 Fault(where, f"`{name}` holds {wrong[0]}", f"Ids are 0 or more (labels: or {IGNORE_LABEL} for none)")
             )
     if "puzzle_identifiers" in row:
-        raise DataFault(Fault(where, "a row has one puzzle, not `puzzle_identifiers`", "Name it `puzzle_identifier`"))
+        raise DataError(Fault(where, "a row has one puzzle, not `puzzle_identifiers`", "Name it `puzzle_identifier`"))
     inputs, labels, identifier = row["inputs"], row["labels"], row.get("puzzle_identifier", 0)
     if len(inputs) != len(labels):
-        raise DataFault(Fault(where, f"{len(inputs)} inputs but {len(labels)} labels", mend))
+        raise DataError(Fault(where, f"{len(inputs)} inputs but {len(labels)} labels", hint))
     if seq_len is not None and len(inputs) != seq_len:
-        raise DataFault(
+        raise DataError(
             Fault(where, f"this row is {len(inputs)} long, the first one {seq_len}", "Pad all rows to one length")
         )
     if type(identifier) is not int or not 0 <= identifier < 2**31:
-        raise DataFault(Fault(where, f"`puzzle_identifier` is {identifier!r}", "It is a whole number, 0 or more"))
+        raise DataError(Fault(where, f"`puzzle_identifier` is {identifier!r}", "It is a whole number, 0 or more"))
     return inputs, labels, identifier
 
 
@@ -293,7 +293,7 @@ def _read_tensors(path: Path, first: int | None = None) -> Tensors:
         tensors: Tensors = load_file(path)
     except (SafetensorError, ValueError) as error:
         size = path.stat().st_size
-        raise DataFault(
+        raise DataError(
             Fault(
                 str(path),
                 f"these {size} bytes are no whole safetensors file ({error})",
@@ -304,26 +304,26 @@ def _read_tensors(path: Path, first: int | None = None) -> Tensors:
 
 
 def _check_shapes(tensors: Tensors, path: Path, prefix: str) -> None:
-    """Raises DataFault unless inputs, labels and identifiers are integers of matching, non-empty shapes."""
-    mend = "Inputs and labels are integers [N, S], puzzle_identifiers [N]"
+    """Raises DataError unless inputs, labels and identifiers are integers of matching, non-empty shapes."""
+    hint = "Inputs and labels are integers [N, S], puzzle_identifiers [N]"
     for name in ("inputs", "labels"):
         if prefix + name not in tensors:
             held = ", ".join(sorted(tensors)) or "nothing"
-            raise DataFault(Fault(str(path), f"there is no tensor `{prefix}{name}`; it holds {held}", mend))
+            raise DataError(Fault(str(path), f"there is no tensor `{prefix}{name}`; it holds {held}", hint))
     inputs = tensors[f"{prefix}inputs"]
     if inputs.ndim != 2 or inputs.size == 0:
-        raise DataFault(Fault(str(path), f"`{prefix}inputs` has the shape {list(inputs.shape)}", mend))
+        raise DataError(Fault(str(path), f"`{prefix}inputs` has the shape {list(inputs.shape)}", hint))
     for name, shape in (("inputs", inputs.shape), ("labels", inputs.shape), ("puzzle_identifiers", inputs.shape[:1])):
         tensor = tensors.get(prefix + name)
         if tensor is None:
             continue
         if tensor.shape != shape:
-            raise DataFault(Fault(str(path), f"`{prefix}{name}` is {list(tensor.shape)}, expected {list(shape)}", mend))
+            raise DataError(Fault(str(path), f"`{prefix}{name}` is {list(tensor.shape)}, expected {list(shape)}", hint))
         if tensor.dtype.kind not in "iu":
-            raise DataFault(Fault(str(path), f"`{prefix}{name}` is {tensor.dtype}, not integers", mend))
+            raise DataError(Fault(str(path), f"`{prefix}{name}` is {tensor.dtype}, not integers", hint))
 
 
 def _check_ids(ids: npt.NDArray[Any], least: int, bound: int, source: Path, name: str, what: str) -> None:
     if ids.size and (int(ids.min()) < least or int(ids.max()) >= bound):
         wrong = int(ids.min()) if int(ids.min()) < least else int(ids.max())
-        raise DataFault(Fault(f"{source}, `{name}`", f"it holds {wrong}, {what} is 0..{bound - 1}", REBUILD))
+        raise DataError(Fault(f"{source}, `{name}`", f"it holds {wrong}, {what} is 0..{bound - 1}", REBUILD))

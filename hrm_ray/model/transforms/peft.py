@@ -94,7 +94,7 @@ class Adapters:
         return plain, tensors
 
 
-def lay_adapters(model: nn.Module, chosen: AdaptSettings, *, seed: int, total_steps: int) -> Adapters:
+def apply_peft(model: nn.Module, chosen: AdaptSettings, *, seed: int, total_steps: int) -> Adapters:
     """Put adapters into `model` in place and freeze everything else but the heads.
 
     Adapters are float32 whatever the weights' type. Their starting values follow from `seed` alone. `total_steps` is

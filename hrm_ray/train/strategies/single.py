@@ -17,7 +17,7 @@ from hrm_ray.model.objective import AnyObjective, Batch, SegmentOutput
 from hrm_ray.train.clipping import clip_factor, total_norm
 from hrm_ray.train.optimizer_state import load_optimizer, save_optimizer
 from hrm_ray.train.optimizers import BuildOptimizer
-from hrm_ray.train.parameterwise import Parameterwise, multiply_gradients
+from hrm_ray.train.per_parameter_optimizer import PerParameterOptimizer, multiply_gradients
 from hrm_ray.train.precision import Precision
 from hrm_ray.train.world import World
 
@@ -80,7 +80,7 @@ class SingleStrategy:
         return self._non_finite
 
     def overflowed_parameters(self) -> list[str]:
-        if not isinstance(self.optimizer, Parameterwise) or not self.optimizer.overflowed:
+        if not isinstance(self.optimizer, PerParameterOptimizer) or not self.optimizer.overflowed:
             return []
         overflowed = {id(parameter) for parameter in self.optimizer.overflowed}
         return [name for name, parameter in self.objective.named_parameters() if id(parameter) in overflowed]

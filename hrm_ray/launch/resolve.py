@@ -1,0 +1,247 @@
+"""What a run will be, found out without writing anything.
+
+One job: settings against data, devices, names and resources, into one Draft. `plan` makes it ready to train.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hrm_ray.data.detect import DataFacts, detect
+from hrm_ray.data.file_systems import absolute, real
+from hrm_ray.data.named_tokenizer import absolute_name, load_named
+from hrm_ray.data.packing import RowForm
+from hrm_ray.data.parts import shared_part
+from hrm_ray.data.puzzles.samples import open_puzzles
+from hrm_ray.data.tokenizer import TextTokenizer
+from hrm_ray.errors import DataError, Fault, SettingsError
+from hrm_ray.launch.data_sources import has_evaluation, source_of
+from hrm_ray.launch.devices import Devices, choose_devices
+from hrm_ray.launch.fallbacks import settle_memory_options
+from hrm_ray.launch.preflight import check_launch, check_resources
+from hrm_ray.launch.run_directory import RunLocation, check_effective_batch, check_own_files, locate_run, trained_with
+from hrm_ray.model.config import ModelConfig
+from hrm_ray.rundir import MANIFEST, RunDir, read_json
+from hrm_ray.settings.adaptive_lr import AdaptiveLrSettings, read_adaptive_lr
+from hrm_ray.settings.resolve import moderate_lr, resolve_task
+from hrm_ray.settings.tree import RunSettings
+from hrm_ray.train.assemble import model_config
+from hrm_ray.train.attention_choice import flash_notes
+from hrm_ray.train.expert_run import check_expert_run
+from hrm_ray.train.start_weights import check_start_weights, start_weights
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """What is known of a run before anything is written: resolved settings, data, devices, bundle, architecture."""
+
+    settings: RunSettings
+    facts: DataFacts
+    evaluation: DataFacts | None
+    devices: Devices
+    location: RunLocation
+    config: ModelConfig
+    vocab_is_certain: bool
+    """False where the vocabulary is still to be trained: it may come out smaller, or under --auto-vocab-size larger."""
+    notes: tuple[str, ...]
+    """Fallbacks and doubts that a person must see."""
+    adaptive_lr: AdaptiveLrSettings | None
+    """What the file of --adaptive-lr-config says."""
+    keep_freed_memory: bool
+    """Whether workers on CPUs keep freed memory for the next tensor."""
+
+
+def resolve(settings: RunSettings) -> ResolvedRun:
+    """Check everything that can be checked without writing: data, devices, names, resources. Raises HrmRayError."""
+    if settings.data.training_data is None:
+        hint = (
+            "Give --dataset-file or --dataset-id; `hrm-ray data build text --out corpus` makes one without a download"
+        )
+        raise SettingsError(Fault("--dataset-file", "there is nothing to train on", hint))
+    settings = _absolute(settings)
+    on_bad_row = settings.data.on_bad_row
+    facts = detect(source_of(settings, evaluation=False), on_bad_row)
+    evaluation = detect(source_of(settings, evaluation=True), on_bad_row) if has_evaluation(settings) else None
+    puzzle_len = facts.puzzle.seq_len if facts.puzzle is not None else None
+    settings = resolve_task(settings, facts.task, puzzle_len)
+    if "data.text_column" in settings.given and not any(each.columns for each in (facts, evaluation) if each):
+        reason = "it would change nothing: plain texts have no columns"
+        raise SettingsError(Fault(f"--text-column {settings.data.text_column}", reason, "Leave it out"))
+    if evaluation is not None and evaluation.task != facts.task:
+        reason = f"it holds {evaluation.task} data, the training data is {facts.task}"
+        raise DataError(Fault(evaluation.path, reason, "Give held-out data of the same kind"))
+    notes = _overlap(settings, facts) if evaluation is not None else []
+    if evaluation is not None and facts.puzzle is not None:
+        open_puzzles(Path(evaluation.path), evaluation.split).fit_to(facts.puzzle)
+    devices = choose_devices(settings.cluster)
+    if devices.device == "mps" and settings.model.loss == "stablemax":
+        reason = "it is computed in float64, which this device does not have"
+        raise SettingsError(Fault("--loss stablemax on mps", reason, "Give --loss softmax, or --device cpu"))
+    settings, lowered = moderate_lr(settings)
+    notes += lowered
+    settings, fallbacks = settle_memory_options(settings, devices.device, trained_with(settings))
+    notes += fallbacks
+    check_launch(devices)
+    location = locate_run(settings)
+    notes += _already_there(settings, location)
+    check_effective_batch(location, effective_batch(settings, devices))
+    check_own_files(settings, location)
+    if facts.puzzle is not None:
+        config = _puzzle_config(settings, facts)
+        certain = True
+    else:
+        vocab_size, certain = _expected_vocabulary(settings, location)
+        config = model_config(settings, vocab_size)
+    if not devices.ray_address:
+        notes += flash_notes(settings, config, torch.device(devices.device))
+    notes += _chunk_notes(settings)
+    keep_freed = check_resources(settings, config, devices, location.run_dir.root)
+    resumes = location.checkpoint is not None
+    check_expert_run(settings, config, location.run_dir.root, resumes=resumes, vocab_is_certain=certain)
+    if settings.model.student_init is not None and not resumes:
+        if certain:
+            check_start_weights(settings.model.student_init, config)
+        else:
+            start_weights(settings.model.student_init, config)
+    return ResolvedRun(
+        settings,
+        facts,
+        evaluation,
+        devices,
+        location,
+        config,
+        certain,
+        (*devices.notes, *notes),
+        _adaptive_lr(settings),
+        keep_freed,
+    )
+
+
+def effective_batch(settings: RunSettings, devices: Devices) -> int:
+    """Rows of one weight update over all workers."""
+    chosen = settings.optimizer
+    return chosen.batch_size * chosen.gradient_accumulation_steps * devices.world_size
+
+
+def row_form(settings: RunSettings) -> RowForm:
+    """How tokens become sequences."""
+    data = settings.data
+    return RowForm(data.max_seq_len or 0, data.packing, prefix=settings.model.lm_mask == "prefix", stride=data.stride)
+
+
+def start_tokenizer(settings: RunSettings) -> Path | None:
+    """The bundle whose weights are started from, where it has a tokenizer: its embeddings belong to those tokens."""
+    start = settings.model.student_init
+    return start if start is not None and RunDir(start).tokenizer.is_file() else None
+
+
+def asks_for_tokenizer(settings: RunSettings) -> bool:
+    """Whether the user chose a tokenizer, or how one is to be trained."""
+    own = {
+        *("data.vocab_size", "data.auto_vocab_size", "data.min_vocab_size", "data.max_vocab_size"),
+        *("data.tokenizer_train_examples", "data.retrain_tokenizer"),
+    }
+    return settings.data.tokenizer_path is not None or bool(own & settings.given)
+
+
+def _already_there(settings: RunSettings, location: RunLocation) -> list[str]:
+    """What to say where a resumed run has no step left to take."""
+    limit = settings.run.step_limit
+    if location.checkpoint is None or limit is None:
+        return []
+    step: int = read_json(location.checkpoint / MANIFEST)["step"]
+    if step < limit:
+        return []
+    return [f"The run is at step {step} already and --steps is {limit}: give more steps for it to train on."]
+
+
+def _chunk_notes(settings: RunSettings) -> list[str]:
+    """What truncated gradients leave out."""
+    memory = settings.memory
+    if not memory.use_chunked_training or memory.chunk_gradients == "exact":
+        return []
+    return [
+        f"--use-chunked-training: gradients stop at the borders of chunks of {memory.chunk_size} tokens; the loss is "
+        "that of the whole sequence. --chunk-gradients exact lets them through."
+    ]
+
+
+def _adaptive_lr(settings: RunSettings) -> AdaptiveLrSettings | None:
+    """The thresholds of the learning-rate control; two windows at least must fit into a run. Raises SettingsError."""
+    path, limit = settings.optimizer.adaptive_lr_config, settings.run.step_limit
+    if path is None:
+        return None
+    rule = read_adaptive_lr(path)
+    needed = settings.optimizer.warmup_steps + 2 * rule.window_steps
+    if limit is not None and needed > limit:
+        reason = (
+            f"with windows of {rule.window_steps} steps it cannot act before step {needed}, and the run ends at {limit}"
+        )
+        raise SettingsError(Fault(f"--adaptive-lr-config {path}", reason, "Lower window_steps, or give more --steps"))
+    return rule
+
+
+def _puzzle_config(settings: RunSettings, facts: DataFacts) -> ModelConfig:
+    puzzle = facts.puzzle
+    assert puzzle is not None
+    return model_config(
+        settings, puzzle.vocab_size, seq_len=puzzle.seq_len, puzzle_identifiers=puzzle.num_puzzle_identifiers
+    )
+
+
+def _expected_vocabulary(settings: RunSettings, location: RunLocation) -> tuple[int, bool]:
+    """Tokens of the vocabulary as far as it is known before the data is read, and whether that is certain.
+
+    Of a range that the data chooses from it is the smallest: a run must not be refused for a size it may never have;
+    the plan asks for the resources again when the size is known.
+    """
+    if location.source is not None:
+        return TextTokenizer.load(location.source.root).vocab_size, True
+    if settings.data.tokenizer_path is not None:
+        return load_named(settings.data.tokenizer_path).vocab_size, True
+    start = start_tokenizer(settings)
+    if start is not None and not asks_for_tokenizer(settings):
+        return TextTokenizer.load(start).vocab_size, True
+    bundle = location.run_dir
+    if bundle.tokenizer.is_file() and not settings.data.retrain_tokenizer:
+        return TextTokenizer.load(bundle.root).vocab_size, True
+    return (settings.data.min_vocab_size if settings.data.auto_vocab_size else settings.data.vocab_size), False
+
+
+def _overlap(settings: RunSettings, facts: DataFacts) -> list[str]:
+    """What to say where a file is trained on and evaluated on. Raises SettingsError under --strict."""
+    train, held_out = source_of(settings, evaluation=False), source_of(settings, evaluation=True)
+    both: str | None = None
+    if real(train.path) == real(held_out.path) and train.split == held_out.split:
+        both = train.path
+    elif facts.task == "lm":
+        both = shared_part(train, held_out)
+    if both is None:
+        return []
+    reason = "it is in the training data and in the held-out data, so the figures do not tell what was learned"
+    if settings.cluster.strict:
+        hint = "Give --eval-file data that is not in --dataset-file, or --val-split another split"
+        raise SettingsError(Fault(both, reason, hint))
+    return [f"{both}: {reason}."]
+
+
+def _absolute(settings: RunSettings) -> RunSettings:
+    """Every path absolute: workers and later runs may stand in other folders."""
+    changed: dict[str, Any] = {}
+    for section in ("model", "data", "optimizer", "run"):
+        values = getattr(settings, section)
+        paths = {name: value.absolute() for name, value in values if isinstance(value, Path)}
+        changed[section] = values.model_copy(update=paths)
+    data = changed["data"]
+    addresses = {"dataset_file": data.dataset_file, "eval_file": data.eval_file}
+    moved = {leaf: absolute(address) for leaf, address in addresses.items() if address is not None}
+    if data.dataset_id is not None and Path(data.dataset_id).is_dir():
+        moved["dataset_id"] = absolute(data.dataset_id)
+    if data.tokenizer_path is not None:
+        moved["tokenizer_path"] = absolute_name(data.tokenizer_path)
+    changed["data"] = data.model_copy(update=moved)
+    return settings.model_copy(update=changed)

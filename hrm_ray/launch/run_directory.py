@@ -1,0 +1,297 @@
+"""Which bundle a run writes, and which checkpoint it goes on from.
+
+One job: a new run gets a fresh folder, a resumed one its own, and nothing of anybody else's is touched. It reads
+settings and manifests; it trains nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hrm_ray.data.file_systems import name_for_runs
+from hrm_ray.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
+from hrm_ray.errors import DataError, Fault, SettingsError
+from hrm_ray.metrics.jsonl import read_records
+from hrm_ray.rundir import RunDir, read_json, verify_checkpoint
+from hrm_ray.settings.options import options
+from hrm_ray.settings.run import DEFAULT_BUNDLE_DIR
+from hrm_ray.settings.tree import RunSettings, from_plain, to_dotted
+
+REUSABLE = frozenset({TOKENIZER_FILE, CONFIG_FILE})
+"""Files that may lie in a new run's folder: a tokenizer of an earlier one is used again."""
+
+PREPARED = REUSABLE | {
+    "config.json",
+    "training_args.json",
+    "puzzle.json",
+    "data",
+    "metrics.jsonl",
+    "tensorboard",
+    "ledger.sqlite",
+    "ledger.sqlite-wal",
+    "ledger.sqlite-shm",
+    "chunk_tracker_state.json",
+    ".in_use.json",
+}
+"""Files of a bundle that exist before the first step."""
+
+FIXED = (
+    "model.",
+    "data.split",
+    "data.text_column",
+    "data.prompt_column",
+    "data.response_column",
+    "data.tokenizer_path",
+    "data.vocab_size",
+    "data.auto_vocab_size",
+    "data.min_vocab_size",
+    "data.max_vocab_size",
+    "data.tokenizer_train_examples",
+    "data.retrain_tokenizer",
+    "data.max_seq_len",
+    "data.packing",
+    "data.stride",
+    "data.samples_per_block",
+    "data.dataset_chunk_size",
+    "data.dataset_start_offset",
+    "data.start_",
+    "data.max_train_examples",
+    "data.ascii_only",
+    "data.dataset_config",
+    "data.shuffle_buffer_size",
+    "data.linear_dataset",
+    "optimizer.optimizer",
+    "optimizer.use_8bit_optimizer",
+    "memory.model_dtype",
+    "memory.load_in_",
+    "adapt.",
+    "run.profile",
+    "run.seed",
+)
+"""Leaves (or sections) that a resumed run must share with its checkpoint: they decide tensors or the order of data.
+
+The data may have moved: what counts is its fingerprint."""
+
+LEGACY_DEFAULTS: dict[tuple[str, str], Any] = {("model", "use_moe"): False, ("memory", "amp"): False}
+"""Section and leaf -> what a run was trained with whose stored settings are older than the leaf."""
+
+
+@dataclass(frozen=True)
+class RunLocation:
+    """The bundle's folder, the checkpoint to go on from, and the bundle that this one belongs to."""
+
+    run_dir: RunDir
+    checkpoint: Path | None
+    source: RunDir | None
+
+    @property
+    def continues(self) -> bool:
+        """Whether the run goes on in the bundle of its checkpoint (else it is new, or a branch in a new folder)."""
+        return self.source is not None and self.source.root.resolve() == self.run_dir.root.resolve()
+
+
+def find_stored(resume_from: Path | None, where: Mapping[str, Any]) -> RunDir:
+    """The bundle whose settings a resumed run starts from. `where` holds the leaves that name a bundle."""
+    if resume_from is not None:
+        source = RunDir(resume_from.absolute().parent.parent)
+        if not source.training_args.is_file():
+            hint = "Give a checkpoint's folder, BUNDLE/checkpoints/step_N, or --bundle-dir BUNDLE --resume"
+            raise SettingsError(Fault(f"--resume-from {resume_from}", "there is no checkpoint of a bundle here", hint))
+        return source
+    data = where["data.dataset_file"] or where["data.dataset_id"]
+    if where["run.brain_name"] is None and where["run.bundle_dir"] is None and data is None:
+        raise SettingsError(
+            Fault("--resume", "nothing says which run", "Give --bundle-dir (or --brain-name) of the run to go on with")
+        )
+    return RunDir(_folder(where["run.brain_name"], where["run.bundle_dir"], data))
+
+
+def stored_settings(run_dir: RunDir, where: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a bundle by dotted key, to lie under those given now. Raises SettingsError or DataError.
+
+    The bundle's place is what `where` says, or else the folder the settings were found in, wherever it has been moved.
+    """
+    if not run_dir.training_args.is_file():
+        reason = f"there is no run in it ({run_dir.training_args.name} is missing)"
+        hint = "Give --bundle-dir (or --brain-name) of an earlier run, or leave out --resume"
+        raise SettingsError(Fault(str(run_dir.root), reason, hint))
+    dotted = _stored_leaves(run_dir)
+    named = where["run.brain_name"] is not None or where["run.bundle_dir"] is not None
+    return dotted | {"run.brain_name": None, "run.bundle_dir": None if named else str(run_dir.root)}
+
+
+def stored_args(run_dir: RunDir) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings and data of a bundle as training_args.json holds them. Raises DataError for another content."""
+    plain = read_json(run_dir.training_args)
+    if not isinstance(plain, dict) or not all(isinstance(plain.get(part), dict) for part in ("settings", "data")):
+        raise _not_as_written(run_dir, "settings and data are not both in it")
+    return plain["settings"], plain["data"]
+
+
+def _stored_leaves(run_dir: RunDir) -> dict[str, Any]:
+    plain = stored_args(run_dir)[0]
+    for (section, leaf), value in LEGACY_DEFAULTS.items():
+        if isinstance(plain.get(section, {}), dict):
+            plain.setdefault(section, {}).setdefault(leaf, value)
+    try:
+        return to_dotted(from_plain(plain))
+    except SettingsError as error:
+        raise _not_as_written(run_dir, "; ".join(f"{f.value}: {f.reason}" for f in error.faults)) from error
+
+
+def _not_as_written(run_dir: RunDir, what: str) -> DataError:
+    hint = "Restore the file from a copy of the bundle, or use the version of hrm_ray that wrote it"
+    return DataError(Fault(str(run_dir.training_args), f"it is not what hrm-ray train wrote ({what})", hint))
+
+
+def trained_with(settings: RunSettings) -> dict[str, Any]:
+    """The leaves, by dotted key, that the run to resume was really trained with; none for a new run.
+
+    What fell back when it began is in them as it fell back. Raises DataError.
+    """
+    run = settings.run
+    if run.resume_from is not None:
+        source = RunDir(run.resume_from.absolute().parent.parent)
+    elif run.resume:
+        source = RunDir(_folder(run.brain_name, run.bundle_dir, settings.data.training_data))
+    else:
+        return {}
+    return _stored_leaves(source) if source.training_args.is_file() else {}
+
+
+def locate_run(settings: RunSettings) -> RunLocation:
+    """Bundle and checkpoint of this run; checks that the folder is free, or the checkpoint whole.
+
+    Raises SettingsError for a used name or settings that the checkpoint cannot go on with, DataError for a damaged one.
+    """
+    run = settings.run
+    run_dir = RunDir(_folder(run.brain_name, run.bundle_dir, settings.data.training_data).absolute())
+    if run.resume_from is not None:
+        source = RunDir(run.resume_from.absolute().parent.parent)
+        return _resumed(settings, run_dir, run.resume_from.absolute(), source)
+    if run.resume:
+        run_dir.recover()
+        steps = run_dir.checkpoint_steps()
+        if not steps:
+            hint = "Leave out --resume and give another --brain-name, or --resume-from a checkpoint"
+            raise SettingsError(Fault(str(run_dir.root), "there is no checkpoint to resume from", hint))
+        return _resumed(settings, run_dir, run_dir.checkpoint(steps[-1]), run_dir)
+    _check_free(run_dir)
+    return RunLocation(run_dir, None, None)
+
+
+def never_trained(run_dir: RunDir) -> bool:
+    """Whether a bundle was only prepared: no record, no checkpoint, no weights, and nothing in it but our own files.
+
+    A launch that was killed before its first step leaves such a one; a new run may take its place.
+    """
+    if not run_dir.training_args.is_file() or run_dir.weights.is_file() or run_dir.checkpoints.exists():
+        return False
+    if any(path.name not in PREPARED for path in run_dir.root.iterdir()):
+        return False
+    return not run_dir.metrics.is_file() or run_dir.metrics.stat().st_size == 0
+
+
+def check_effective_batch(location: RunLocation, effective: int) -> None:
+    """A checkpoint goes on with the effective batch it was trained with, since slots and the place in the data are
+    counted in it. Raises SettingsError."""
+    if location.checkpoint is None:
+        return
+    trained: int = read_json(location.checkpoint / "state.json")["effective_batch_size"]
+    if trained != effective:
+        reason = f"the checkpoint {location.checkpoint} was trained with {trained}"
+        hint = f"Choose --batch-size, --gradient-accumulation-steps and --world-size whose product is {trained}"
+        raise SettingsError(Fault(f"effective batch {effective}", reason, hint))
+
+
+def check_own_files(settings: RunSettings, location: RunLocation) -> None:
+    """The stop file must not be there yet, and the log file must be new, or this run's own. Raises SettingsError, or
+    DataError for a log file that a resumed run cannot have written."""
+    stop, log = settings.run.stop_file, settings.run.log_file
+    if stop is not None and stop.exists():
+        reason = "it is there already, so the run would stop at its first step"
+        raise SettingsError(Fault(f"--stop-file {stop}", reason, "Remove it, or name another"))
+    if log is None:
+        return
+    if log == location.run_dir.metrics:
+        reason = "the run writes its metrics there anyway"
+        raise SettingsError(Fault(f"--log-file {log}", reason, "Leave it out, or name another file"))
+    if log.is_dir() or _behind_a_file(log):
+        reason = "a folder has this name" if log.is_dir() else "part of the path is a file, not a folder"
+        raise SettingsError(Fault(f"--log-file {log}", reason, "Name another file"))
+    if not log.exists() or not log.stat().st_size:
+        return
+    if not location.continues or not read_records(log):
+        reason = "there is something in it already that this run has not written"
+        raise SettingsError(Fault(f"--log-file {log}", reason, "Name another file, or move this one away"))
+
+
+def _behind_a_file(path: Path) -> bool:
+    return any(parent.is_file() for parent in path.parents)
+
+
+def _folder(brain_name: str | None, bundle_dir: Path | None, data: str | None) -> Path:
+    if brain_name is not None:
+        return (bundle_dir or DEFAULT_BUNDLE_DIR) / brain_name
+    if bundle_dir is not None:
+        return bundle_dir
+    assert data is not None
+    return DEFAULT_BUNDLE_DIR / name_for_runs(data)
+
+
+def _resumed(settings: RunSettings, run_dir: RunDir, checkpoint: Path, source: RunDir) -> RunLocation:
+    verify_checkpoint(checkpoint)
+    if not source.training_args.is_file():
+        reason = "it does not lie in a bundle, as checkpoints/step_N of it"
+        raise DataError(Fault(str(checkpoint), reason, "Give the path of a checkpoint inside its bundle"))
+    _check_same(settings, source)
+    location = RunLocation(run_dir, checkpoint, source)
+    if not location.continues:
+        _check_free(run_dir)
+    return location
+
+
+def _check_free(run_dir: RunDir) -> None:
+    root = run_dir.root
+    if root.is_file():
+        raise SettingsError(Fault(str(root), "there is a file of this name", "Give another --brain-name"))
+    if _behind_a_file(root):
+        hint = "Give another --bundle-dir"
+        raise SettingsError(Fault(str(root), "part of the path is a file, not a folder", hint))
+    if not root.is_dir():
+        return
+    inside = sorted(path.name for path in root.iterdir() if path.name not in REUSABLE)
+    if not inside:
+        return
+    if never_trained(run_dir):
+        return
+    if run_dir.training_args.is_file():
+        steps = run_dir.checkpoint_steps()
+        reached = f"a checkpoint at step {steps[-1]}" if steps else "no checkpoint yet"
+        hint = "Give --resume to go on with it, or another --brain-name"
+        if not steps:
+            hint = "Nothing of it can be resumed: delete the folder, or give another --brain-name"
+        raise SettingsError(Fault(str(root), f"there is a run in it already, with {reached}", hint))
+    hint = "Give another --brain-name or --bundle-dir"
+    raise SettingsError(Fault(str(root), f"the folder is not empty (it holds {inside[0]})", hint))
+
+
+def _check_same(settings: RunSettings, source: RunDir) -> None:
+    """Refuse settings that would make the checkpoint's tensors or its place in the data mean something else."""
+    stored = _stored_leaves(source)
+    now = to_dotted(settings)
+    faults = []
+    for key, value in now.items():
+        if key.startswith(FIXED) and stored[key] != value:
+            hint = "Leave it out to go on with the run, or start a new one under another --brain-name"
+            faults.append(
+                Fault(options()[key].written(value), f"the run to resume was trained with {stored[key]}", hint)
+            )
+    if (stored["optimizer.ema"] is None) != (now["optimizer.ema"] is None):
+        reason = f"the run to resume was trained with {stored['optimizer.ema']}"
+        faults.append(Fault(f"--ema {now['optimizer.ema']}", reason, "Leave it as it was"))
+    if faults:
+        raise SettingsError(faults)

@@ -1,0 +1,53 @@
+"""Reading the data before a run, for `--dry-run`.
+
+One job: find bad rows while nothing has been started, in a bounded time, and say how much was read.
+"""
+
+from __future__ import annotations
+
+import shlex
+
+from hrm_ray.data.chunks import read_chunks
+from hrm_ray.data.parts import list_parts
+from hrm_ray.data.timed_reading import TimedReading, Timer
+from hrm_ray.launch.data_sources import corpus_to_read, source_of
+from hrm_ray.launch.resolve import ResolvedRun
+
+READ_S = 10.0
+"""Seconds that reading may take, the held-out data included."""
+
+
+def scan_data(resolved: ResolvedRun, timer: Timer | None = None) -> str:
+    """Read the data once, keeping nothing, for as long as `timer` allows (READ_S); a sentence of what there is.
+
+    Puzzles were read whole when they were detected. Raises DataError for a bad row, unless such rows are skipped.
+    """
+    if resolved.facts.task == "puzzle":
+        return f"data: all {resolved.facts.puzzle.count if resolved.facts.puzzle else 0} puzzles are sound"
+    timer = timer or Timer(READ_S)
+    if resolved.evaluation is None:
+        return f"data: {_read(resolved, timer, evaluation=False)}"
+    training = _read(resolved, timer.part(0.7), evaluation=False)
+    return f"data: {training}; held out: {_read(resolved, timer, evaluation=True)}"
+
+
+def _read(resolved: ResolvedRun, timer: Timer, *, evaluation: bool) -> str:
+    source = source_of(resolved.settings, evaluation=evaluation)
+    corpus = corpus_to_read(resolved.settings, source, list_parts(source).parts, evaluation=evaluation)
+    reading = TimedReading(corpus, timer)
+    documents = bad = left_out = 0
+    whole = False
+    for chunk in read_chunks(corpus, rows=reading):
+        documents += len(chunk.documents)
+        bad += chunk.entry.bad
+        left_out += chunk.entry.left_out
+    whole = reading.ended or (corpus.max_rows is not None and documents + bad + left_out >= corpus.max_rows)
+    others = f", {left_out} left out by --ascii-only" if left_out else ""
+    others += f", {bad} bad rows skipped" if bad else ""
+    if whole:
+        return f"{documents} documents are readable{others}"
+    share = "" if reading.share is None else f", about {100 * reading.share:.3g} % of the data"
+    return (
+        f"the first {documents} documents are readable{others}{share}; the time for it ended there, and what follows "
+        f"was not read (`hrm-ray data inspect {shlex.quote(source.path)} --all` reads all)"
+    )

@@ -1,0 +1,281 @@
+"""Which samples each micro-batch of each rank gets, step by step, and where that stands.
+
+One job: the cursor through the epochs' orders. Sample choice depends on the effective batch, the seed and the epoch,
+never on how the effective batch is split over ranks and micro-batches. It does not read samples' content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from hrm_ray.data.order import epoch_order
+from hrm_ray.data.stream import ConsumedRange
+from hrm_ray.types import Columns, SampleSet
+
+HaltedSlots = Sequence["npt.NDArray[np.bool_]"]
+"""Per micro-batch of this rank: which slots take a new row now."""
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """How an effective batch is cut: `batch_size` rows a micro-batch, `accumulation` of them a rank, `size` ranks."""
+
+    batch_size: int
+    accumulation: int
+    rank: int
+    size: int
+
+    @property
+    def effective(self) -> int:
+        return self.batch_size * self.accumulation * self.size
+
+    @property
+    def per_rank(self) -> int:
+        return self.batch_size * self.accumulation
+
+    @property
+    def first_slot(self) -> int:
+        """Number, in the effective batch, of this rank's first row."""
+        return self.rank * self.per_rank
+
+    def with_batch(self, batch_size: int) -> BatchSize:
+        """The same rows of each rank in micro-batches of `batch_size`, which divides them."""
+        assert self.per_rank % batch_size == 0
+        return replace(self, batch_size=batch_size, accumulation=self.per_rank // batch_size)
+
+    def slots(self) -> npt.NDArray[np.int64]:
+        """This rank's places in the effective batch, micro-batch by micro-batch [accumulation, batch_size]."""
+        own = np.arange(self.per_rank, dtype=np.int64) + self.first_slot
+        return own.reshape(self.accumulation, self.batch_size)
+
+
+@dataclass(frozen=True)
+class StopCondition:
+    """When a loader ends: after so many epochs (None: never), at the end of the first epoch or block that this run has
+    trained on."""
+
+    epochs: int | None = None
+    after_epoch: bool = False
+    after_block: bool = False
+
+    def with_one_more(self) -> StopCondition:
+        """The same with one epoch more."""
+        return self if self.epochs is None else replace(self, epochs=self.epochs + 1)
+
+    def at_epoch_end(self, epoch: int, trained: bool) -> bool:
+        """Whether there is no epoch after `epoch`; see Feed.roll for `trained`."""
+        return (trained and self.after_epoch) or (self.epochs is not None and epoch + 1 >= self.epochs)
+
+
+class BatchLoader(Protocol):
+    """Offers rows for one step at a time."""
+
+    epoch: int
+
+    def next_batch(self, halted: HaltedSlots, step: int) -> list[Columns]:
+        """This rank's micro-batches for update number `step`; rows without a sample are inactive."""
+
+    def start_epoch(self, trained: bool) -> bool:
+        """Begin the next epoch; False when there is none. Called when no rank had a row left.
+
+        `trained`: the run has trained on rows since it was started or resumed; alike on all ranks.
+        """
+
+    def set_microbatch(self, shape: BatchSize) -> None:
+        """Cut this rank's rows into other micro-batches from now on."""
+
+    def state_dict(self) -> dict[str, npt.NDArray[np.int64]]:
+        """Where this rank stands, for a checkpoint."""
+
+    def load_state_dict(self, epoch: int, state_dict: dict[str, npt.NDArray[np.int64]]) -> None:
+        """Go to a stored place; `state_dict` is that of this rank's slots."""
+
+    @property
+    def fails_alike(self) -> bool:
+        """Whether data that cannot be read fails on every rank at the same step."""
+
+    def take_notes(self) -> list[str]:
+        """What a person should know of the data that came since the last call."""
+
+    def take_trained(self) -> list[ConsumedRange]:
+        """What was given out since the last call, chunk by chunk in order; nothing where the data has no chunks."""
+
+    @property
+    def data_ended(self) -> bool:
+        """Whether the end of the data has been seen."""
+
+    def counts(self) -> dict[str, int]:
+        """What was left out of this epoch so far, by name; nothing where nothing was."""
+
+    def one_epoch_more(self) -> None:
+        """Let a loader that is at the end of its last epoch have another one."""
+
+    def close(self) -> None:
+        """Release what reads ahead."""
+
+
+class _Epochs:
+    """What both feeds share: the order of the current epoch and the limit."""
+
+    def __init__(self, samples: SampleSet, shape: BatchSize, *, seed: int, linear: bool, ends: StopCondition) -> None:
+        self.samples = samples
+        self.shape = shape
+        self.seed = seed
+        self.linear = linear
+        self.ends = ends
+        self._enter(0)
+
+    fails_alike = False
+
+    def take_notes(self) -> list[str]:
+        return []
+
+    def take_trained(self) -> list[ConsumedRange]:
+        return []
+
+    @property
+    def data_ended(self) -> bool:
+        return True
+
+    def counts(self) -> dict[str, int]:
+        return {}
+
+    def one_epoch_more(self) -> None:
+        self.ends = self.ends.with_one_more()
+
+    def close(self) -> None:
+        """Nothing is read ahead."""
+
+    def set_microbatch(self, shape: BatchSize) -> None:
+        assert (shape.first_slot, shape.effective) == (self.shape.first_slot, self.shape.effective)
+        self.shape = shape
+
+    def _enter(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.order = epoch_order(self.seed, epoch, len(self.samples), self.linear)
+
+    def _indices(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Sample numbers at `positions` of the epoch's order; -1 past its end (and for -1)."""
+        inside = (positions >= 0) & (positions < len(self.samples))
+        return np.where(inside, self.order.at(np.where(inside, positions, 0)), -1)
+
+    def _next_epoch(self, trained: bool) -> bool:
+        if self.ends.at_epoch_end(self.epoch, trained):
+            return False
+        self._enter(self.epoch + 1)
+        return True
+
+
+class RolloutLoader(_Epochs):
+    """Whole batches: every step takes the next `effective` samples; the last of an epoch may be smaller."""
+
+    def __init__(self, samples: SampleSet, shape: BatchSize, *, seed: int, linear: bool, ends: StopCondition) -> None:
+        super().__init__(samples, shape, seed=seed, linear=linear, ends=ends)
+        self.taken = 0
+
+    def next_batch(self, halted: HaltedSlots, step: int) -> list[Columns]:
+        positions = self.taken + self.shape.slots()
+        self.taken = min(self.taken + self.shape.effective, len(self.samples))
+        return [self.samples.rows(self._indices(micro)) for micro in positions]
+
+    def start_epoch(self, trained: bool) -> bool:
+        # Past the last epoch the place stays, so that a checkpoint of the end does not begin that epoch again.
+        if not self._next_epoch(trained):
+            return False
+        self.taken = 0
+        return True
+
+    def state_dict(self) -> dict[str, npt.NDArray[np.int64]]:
+        return {"taken": np.array([self.taken], dtype=np.int64)}
+
+    def load_state_dict(self, epoch: int, state_dict: dict[str, npt.NDArray[np.int64]]) -> None:
+        self._enter(epoch)
+        self.taken = int(state_dict["taken"][0])
+
+
+class SlotLoader(_Epochs):
+    """Carried supervision: slot g of the effective batch B owns samples g, g + B, g + 2B, ... of the epoch's order.
+
+    A slot takes its next sample when its row has halted; one that has run out idles until the next epoch (ACTV1_SPEC,
+    section 16). `min_steps` carries the exploration draw, keyed by (seed, step, slot).
+    """
+
+    def __init__(
+        self,
+        samples: SampleSet,
+        shape: BatchSize,
+        *,
+        seed: int,
+        linear: bool,
+        ends: StopCondition,
+        explore: Callable[[int, npt.NDArray[np.int64]], npt.NDArray[np.int32]],
+    ) -> None:
+        super().__init__(samples, shape, seed=seed, linear=linear, ends=ends)
+        self.explore = explore
+        self.taken = np.zeros((shape.accumulation, shape.batch_size), dtype=np.int64)
+
+    def next_batch(self, halted: HaltedSlots, step: int) -> list[Columns]:
+        micro_batches = []
+        for number, slots in enumerate(self.shape.slots()):
+            positions = slots + self.taken[number] * self.shape.effective
+            wanted = np.where(halted[number], positions, -1)
+            self.taken[number] += (wanted >= 0) & (wanted < len(self.samples))
+            columns = self.samples.rows(self._indices(wanted))
+            micro_batches.append(columns | {"min_steps": self.explore(step, slots)})
+        return micro_batches
+
+    def set_microbatch(self, shape: BatchSize) -> None:
+        super().set_microbatch(shape)
+        self.taken = self.taken.reshape(shape.accumulation, shape.batch_size)
+
+    def start_epoch(self, trained: bool) -> bool:
+        if not self._next_epoch(trained):
+            return False
+        self.taken[:] = 0
+        return True
+
+    def state_dict(self) -> dict[str, npt.NDArray[np.int64]]:
+        return {"taken": self.taken.reshape(-1).copy()}
+
+    def load_state_dict(self, epoch: int, state_dict: dict[str, npt.NDArray[np.int64]]) -> None:
+        self._enter(epoch)
+        self.taken = state_dict["taken"].astype(np.int64).reshape(self.shape.accumulation, self.shape.batch_size)
+
+
+def exploration(
+    seed: int, probability: float, halt_max_steps: int
+) -> Callable[[int, npt.NDArray[np.int64]], npt.NDArray[np.int32]]:
+    """The draw of ACTV1_SPEC section 6.4 for (step, slots): 0, or with `probability` uniform in 2..halt_max_steps.
+
+    A counter-based hash of (seed, step, slot), so that it needs no state and no rank sees another's numbers.
+    """
+
+    def draw(step: int, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        if probability <= 0 or halt_max_steps < 2:
+            return np.zeros(len(slots), dtype=np.int32)
+        chance = _uniform(seed, step, slots, stream=0)
+        length = 2 + np.floor(_uniform(seed, step, slots, stream=1) * (halt_max_steps - 1))
+        return np.where(chance < probability, length, 0).astype(np.int32)
+
+    return draw
+
+
+def _uniform(seed: int, step: int, slots: npt.NDArray[np.int64], stream: int) -> npt.NDArray[np.float64]:
+    """Uniform numbers in [0, 1) by chained SplitMix64 finalisers (Steele et al. 2014)."""
+    with np.errstate(over="ignore"):
+        state = _mix(np.uint64(seed) + np.uint64(0x9E3779B97F4A7C15) * np.uint64(stream + 1))
+        state = _mix(state ^ np.uint64(step))
+        mixed = _mix(state + slots.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(value: np.uint64 | npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    mixed = np.asarray(value, dtype=np.uint64)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))

@@ -1,0 +1,36 @@
+"""Writing down what a run is, and taking a bundle back to the checkpoint that a run goes on from.
+
+One job: the changes to a bundle that must wait until the run really starts. A launch that is refused before that leaves
+the bundle as it was.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from hrm_ray.metrics.jsonl import truncate_after
+from hrm_ray.rundir import RunDir, write_json
+
+
+def write_description(run_dir: RunDir, plan: dict[str, Any]) -> None:
+    """config.json and training_args.json of the run that the plan describes."""
+    write_json(run_dir.config, plan["model_config"])
+    write_json(run_dir.training_args, {"settings": plan["settings"], "data": plan["data"]})
+    # Held-out documents of an earlier part of the run, where others are asked for now.
+    for other in run_dir.data.glob("eval-*.safetensors"):
+        if other.name != plan["data"].get("evaluation"):
+            other.unlink()
+
+
+def rewind_to(run_dir: RunDir, step: int, log_file: Path | None) -> None:
+    """Take the bundle back to `step`: records after it go, checkpoints after it step aside (`.superseded-N`)."""
+    for records in (run_dir.metrics, log_file):
+        if records is not None:
+            truncate_after(records, step)
+    for later in run_dir.checkpoint_steps():
+        if later > step:
+            folder = run_dir.checkpoint(later)
+            aside = (run_dir.checkpoints / f"{folder.name}.superseded-{number}" for number in count(1))
+            folder.rename(next(place for place in aside if not place.exists()))

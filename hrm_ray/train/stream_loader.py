@@ -1,0 +1,138 @@
+"""Rows of text for each step of each rank, out of the stream of an epoch.
+
+One job: cut the stream into effective batches and give this rank its slots of them. All ranks take the same steps
+through the same stream, so the rows of a step depend on the effective batch and never on how it is split. It reads
+nothing itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hrm_ray.data.chunk_source import ChunkSource
+from hrm_ray.data.packing import RowForm, padding_rows
+from hrm_ray.data.stream import ConsumedRange, RowSlice, SequenceStream, Shuffle, StreamState
+from hrm_ray.errors import DataError, Fault
+from hrm_ray.train.loaders import BatchSize, HaltedSlots, StopCondition
+from hrm_ray.types import Columns
+
+
+@dataclass(frozen=True)
+class TextStream:
+    """What a loader of text is made of: where chunks come from, the form of rows, what fills them up, and how many
+    samples a shuffle buffer holds (0: none)."""
+
+    source: ChunkSource
+    form: RowForm
+    pad_id: int
+    shuffle_rows: int = 0
+
+
+class StreamLoader:
+    """Feed over a TextStream: every step takes the next `effective` sequences; the last of an epoch may be smaller."""
+
+    def __init__(self, text: TextStream, shape: BatchSize, *, seed: int, ends: StopCondition) -> None:
+        self.text, self.shape, self.seed, self.ends = text, shape, seed, ends
+        self._notes: list[str] = []
+        self._trained: list[ConsumedRange] = []
+        self.epoch = 0
+        self.stream = self._stream(StreamState())
+
+    def next_batch(self, halted: HaltedSlots, step: int) -> list[Columns]:
+        """See Feed; every slot of text is free at every step."""
+        row_slices = self.stream.take(self.shape.effective, within_block=self.ends.after_block)
+        rows = self._own(row_slices)
+        size = self.shape.batch_size
+        return [
+            {name: values[first : first + size] for name, values in rows.items()}
+            for first in range(0, self.shape.per_rank, size)
+        ]
+
+    def start_epoch(self, trained: bool) -> bool:
+        """See Feed. Raises DataError for an epoch without a single sequence, which would roll on for ever."""
+        if (trained and self.ends.after_block) or self.ends.at_epoch_end(self.epoch, trained):
+            return False
+        if not self.stream.place.sequences:
+            reason = "no row of it was left to train on"
+            raise DataError(Fault("the training data", reason, "Give other data, or leave out --ascii-only"))
+        self._enter(self.epoch + 1, StreamState())
+        return True
+
+    def set_microbatch(self, shape: BatchSize) -> None:
+        """See Feed."""
+        assert (shape.first_slot, shape.effective) == (self.shape.first_slot, self.shape.effective)
+        self.shape = shape
+
+    def state_dict(self) -> dict[str, npt.NDArray[np.int64]]:
+        """The place in the stream; the same on every rank."""
+        place = asdict(self.stream.place)
+        return {name: np.array([value], dtype=np.int64) for name, value in place.items()}
+
+    def load_state_dict(self, epoch: int, state_dict: dict[str, npt.NDArray[np.int64]]) -> None:
+        """See Feed."""
+        if state_dict and state_dict.keys() != asdict(StreamState()).keys():
+            reason = "its place in the data was written by an earlier version, which counted otherwise"
+            raise DataError(Fault("the checkpoint", reason, "Train anew, with --student-init from this bundle"))
+        self._enter(epoch, StreamState(**{name: int(values[0]) for name, values in state_dict.items()}))
+
+    @property
+    def fails_alike(self) -> bool:
+        """See Feed."""
+        return self.text.source.shared or self.shape.size == 1
+
+    def take_notes(self) -> list[str]:
+        """See Feed."""
+        notes, self._notes = self._notes + self.stream.take_notes(), []
+        return notes
+
+    def take_trained(self) -> list[ConsumedRange]:
+        """See Feed."""
+        trained, self._trained = self._trained + self.stream.take_trained(), []
+        return trained
+
+    @property
+    def data_ended(self) -> bool:
+        """See Feed."""
+        return self.epoch > 0 or self.stream.data_ended
+
+    def counts(self) -> dict[str, int]:
+        """See Feed: rows that were bad, and rows left out by --ascii-only."""
+        return {name: count for name, count in self.stream.left_out.items() if count}
+
+    def one_epoch_more(self) -> None:
+        """See Feed."""
+        self.ends = self.ends.with_one_more()
+
+    def close(self) -> None:
+        """See Feed."""
+        self.stream.close()
+
+    def _enter(self, epoch: int, place: StreamState) -> None:
+        self._notes += self.stream.take_notes()
+        self._trained += self.stream.take_trained()
+        self.stream.close()
+        self.epoch = epoch
+        self.stream = self._stream(place)
+
+    def _stream(self, place: StreamState) -> SequenceStream:
+        rows = self.text.shuffle_rows
+        shuffle = Shuffle(self.seed, self.epoch, rows) if rows else None
+        return SequenceStream(self.text.source, self.text.form, self.epoch, place, shuffle)
+
+    def _own(self, row_slices: list[RowSlice]) -> Columns:
+        """This rank's rows of the batch that `row_slices` make up, filled up with inactive ones."""
+        begin, end = self.shape.first_slot, self.shape.first_slot + self.shape.per_rank
+        pieces: list[Columns] = []
+        slot = 0
+        for row_slice in row_slices:
+            first, last = max(begin - slot, 0), min(end - slot, row_slice.count)
+            if first < last:
+                pieces.append(row_slice.window.rows(row_slice.first + np.arange(first, last, dtype=np.int64)))
+            slot += row_slice.count
+        missing = self.shape.per_rank - sum(len(piece["active"]) for piece in pieces)
+        if missing:
+            pieces.append(padding_rows(self.text.form.seq_len, missing, self.text.pad_id))
+        return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}

@@ -1,0 +1,100 @@
+"""Plain values that travel between layers and processes: records, outcomes, columns of samples.
+
+One job: define them. Nothing here computes, reads files, or imports torch or Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+IGNORE_LABEL = -100
+"""Label of a position that carries no loss (reference: sapientinc/HRM, IGNORE_LABEL_ID)."""
+
+Columns: TypeAlias = dict[str, npt.NDArray[Any]]
+"""Rows of samples as arrays by name; the first dimension of each is the row.
+
+Puzzle rows: `inputs` int32 [B,S], `labels` int32 [B,S], `puzzle_identifiers` int32 [B], `active` bool [B].
+Text rows: `inputs` int32 [B,S], `labels` int32 [B,S], `label_bytes` int32 [B,S] (UTF-8 bytes of the label
+token), `documents` int32 [B,S] (which document of the row a position belongs to, from 0), `positions` int32
+[B,S] (offset inside the document), `prompt` bool [B,S] (True inside a prompt), `active` bool [B].
+An inactive row is padding: all its labels are IGNORE_LABEL and it weighs nothing.
+"""
+
+RecordKind: TypeAlias = Literal["train", "eval", "event"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of metrics: what kind, at which step (weight updates so far), and the values by name.
+
+    `time_s` is seconds since the epoch. Kind "event" carries a `message` and a `level` (INFO, WARNING, ERROR).
+    """
+
+    kind: RecordKind
+    step: int
+    time_s: float
+    values: dict[str, float | int | str | bool | list[float]] = field(default_factory=dict)
+
+
+class MetricSink(Protocol):
+    """Takes records: a file, TensorBoard, a display, or the channel to the driver."""
+
+    def write(self, record: Record) -> None:
+        """Take one record; must not raise for a full queue and must not block for long."""
+
+    def close(self) -> None:
+        """Flush and release."""
+
+
+class StopReason(str, Enum):
+    """Why a run ended, and with which exit code."""
+
+    FINISHED = "finished"
+    STOP_FILE = "stop_file"
+    SIGTERM = "sigterm"
+    INTERRUPT = "interrupt"
+
+    @property
+    def exit_code(self) -> int:
+        return {"finished": 0, "stop_file": 0, "sigterm": 75, "interrupt": 130}[self.value]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended: the reason, the last step, the epoch reached, final figures and the bundle's folder."""
+
+    reason: StopReason
+    step: int
+    epoch: int
+    bundle: str
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+StopPoll: TypeAlias = Callable[[], "StopReason | None"]
+"""Asked once per step on the leading rank; a reason means: finish the step, save, end."""
+
+
+class DriverLink(Protocol):
+    """What a training worker knows of the driver, whatever launcher started it."""
+
+    def sink(self) -> MetricSink:
+        """Where the leading rank's records go, besides its files (the driver's display)."""
+
+    def stop_requested(self) -> StopReason | None:
+        """A stop that the driver asked for; cheap, called once per step."""
+
+
+class SampleSet(Protocol):
+    """A finite set of samples with random access; what both the text and the puzzle side offer the loop."""
+
+    def __len__(self) -> int:
+        """Number of samples (packed sequences or puzzles)."""
+
+    def rows(self, indices: npt.NDArray[np.int64]) -> Columns:
+        """The samples at `indices` as Columns; index -1 gives an inactive padding row."""
