@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hrm_ray.model.architecture import model_config
 from hrm_ray.settings.tree import RunSettings
-from hrm_ray.train.assemble import assemble, model_config
+from hrm_ray.train.assemble import assemble
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.world import World
 from hrm_ray.types import Columns

@@ -21,8 +21,9 @@ import psutil
 from bench_memory import peak_bytes
 from timing import Spent, machine, spent, table
 
+from hrm_ray.model.architecture import model_config
 from hrm_ray.settings.tree import RunSettings
-from hrm_ray.train.assemble import assemble, model_config
+from hrm_ray.train.assemble import assemble
 from hrm_ray.train.world import World
 from hrm_ray.types import Columns
 

@@ -16,9 +16,9 @@ from typing import Any
 from bench_options import options_of
 from timing import machine, run_quietly, table
 
+from hrm_ray.model.architecture import model_config
 from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.resolve import resolve_task
-from hrm_ray.train.assemble import model_config
 from hrm_ray.train.memory_estimate import MemoryAccount, memory_estimate
 
 _SIZE = ("--task", "lm", "--hidden-size", "256", "--num-heads", "4", "--num-layers", "4", "--max-seq-len", "256")

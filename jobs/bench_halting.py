@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hrm_ray.bundle.store import open_bundle
 from hrm_ray.data.packing import TextSamples
 from hrm_ray.data.text_data import TextDataDir, TextPlan
 from hrm_ray.errors import Fault, SettingsError
@@ -25,7 +26,6 @@ from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.layers import Context
 from hrm_ray.model.losses import softmax_cross_entropy
 from hrm_ray.model.scope import text_scope
-from hrm_ray.train.bundle import open_bundle
 from hrm_ray.train.microbatch import to_batch, wanted_columns
 from hrm_ray.types import IGNORE_LABEL
 

@@ -25,11 +25,12 @@ from hrm_ray.data.packing import TextSamples
 from hrm_ray.data.text_data import TextDataDir, TextPlan
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import HrmRayError
+from hrm_ray.model.architecture import model_config
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import RunDir, read_json
 from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.resolve import resolve_task
-from hrm_ray.train.assemble import assemble, model_config
+from hrm_ray.train.assemble import assemble
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.optimizer_state import optimizer_bytes
 from hrm_ray.train.storage_tracker import StorageTracker, storage_bytes

@@ -16,19 +16,21 @@ from hrm_ray.settings.tree import SECTIONS, leaf_keys
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hrm_ray"
 
+_LOW = frozenset({"foundation", "settings"})
+_MIDDLE = _LOW | {"model", "data", "metrics", "ledger"}
 MAY_IMPORT: dict[str, frozenset[str]] = {
     "foundation": frozenset(),
     "settings": frozenset({"foundation"}),
-    "model": frozenset({"foundation", "settings"}),
-    "data": frozenset({"foundation", "settings"}),
-    "metrics": frozenset({"foundation", "settings"}),
+    "model": _LOW,
+    "data": _LOW,
+    "metrics": _LOW,
     "ledger": frozenset({"foundation"}),
-    "train": frozenset({"foundation", "settings", "model", "data", "metrics", "ledger"}),
-    "launch": frozenset({"foundation", "settings", "model", "data", "metrics", "ledger", "train"}),
-    "orchestration": frozenset({"foundation", "settings", "model", "data", "metrics", "ledger", "train", "launch"}),
-    "cli": frozenset(
-        {"foundation", "settings", "model", "data", "metrics", "ledger", "train", "launch", "orchestration"}
-    ),
+    "bundle": _LOW | {"model", "data"},
+    "inference": _LOW | {"model", "data", "bundle"},
+    "train": _MIDDLE | {"bundle"},
+    "launch": _MIDDLE | {"bundle", "train"},
+    "orchestration": _MIDDLE | {"bundle", "train", "launch"},
+    "cli": _MIDDLE | {"bundle", "inference", "train", "launch", "orchestration"},
 }
 """Layer -> layers below it that it may import (its own is always allowed)."""
 

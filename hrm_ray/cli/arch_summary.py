@@ -66,8 +66,8 @@ def arch_summary_command(words: Sequence[str]) -> int:
 
 def _print_summary(settings: RunSettings, vocab_size: int, as_json: bool) -> None:
     from hrm_ray.launch.fallbacks import settle_memory_options
+    from hrm_ray.model.architecture import model_config
     from hrm_ray.model.describe import summarise
-    from hrm_ray.train.assemble import model_config
     from hrm_ray.train.memory_estimate import memory_estimate
 
     # Nothing is computed: the device need not be here, and what it has of its own is only what offloading leaves it.

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from hrm_ray.bundle.expert_store import StoredExpert, put_expert, read_registry
 from hrm_ray.settings.run import DEFAULT_EXPERTS_DIR
-from hrm_ray.train.expert_store import StoredExpert, put_expert, read_registry
 
 _FIGURES = ("exact_accuracy", "loss")
 """The held-out figure that is shown, the first that there is."""

@@ -13,7 +13,7 @@ import torch
 from hrm_ray.cli.used_model import opened
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataError, Fault, SettingsError
-from hrm_ray.model.generate import Sampling, generate
+from hrm_ray.inference.text import Sampling, generate
 from hrm_ray.rundir import RunDir
 
 

@@ -17,8 +17,8 @@ from hrm_ray.cli.used_model import opened
 from hrm_ray.data.puzzles.format import PuzzleFacts
 from hrm_ray.data.puzzles.samples import open_puzzles, puzzle_splits
 from hrm_ray.errors import DataError, Fault, SettingsError
+from hrm_ray.inference.puzzle import Answers, solve
 from hrm_ray.model.actv1 import ActV1
-from hrm_ray.model.solve import Answers, solve
 from hrm_ray.rundir import RunDir, read_json
 from hrm_ray.types import IGNORE_LABEL, Columns
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
+from hrm_ray.bundle.store import open_bundle
 from hrm_ray.launch.devices import choose_device
 from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.transformer import Transformer
-from hrm_ray.train.bundle import open_bundle
 
 
 def opened(bundle: Path, device: str) -> ActV1 | Transformer:

@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hrm_ray.data.atomic_directory import atomic_directory
+from hrm_ray.atomic_files import atomic_directory
+from hrm_ray.bundle.start_weights import check_start_weights
 from hrm_ray.data.bpe import SizeBounds
 from hrm_ray.data.catalog import CHANGED
 from hrm_ray.data.prepare import PreparedText, PrepareRequest, TokenizerChoice, prepare_puzzles, prepare_text
@@ -27,10 +28,9 @@ from hrm_ray.launch.run_directory import PREPARED, RunLocation, stored_args
 from hrm_ray.ledger import copy_ledger
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import RunDir, write_json
+from hrm_ray.settings.schedule_length import schedule_length
 from hrm_ray.settings.tree import RunSettings, to_plain
-from hrm_ray.train.assemble import schedule_length
 from hrm_ray.train.resume import write_description
-from hrm_ray.train.start_weights import check_start_weights
 
 
 def make_plan(resolved: ResolvedRun) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from hrm_ray.bundle.start_weights import check_start_weights, start_weights
 from hrm_ray.data.detect import DataFacts, detect
 from hrm_ray.data.file_systems import absolute, real
 from hrm_ray.data.named_tokenizer import absolute_name, load_named
@@ -24,15 +25,14 @@ from hrm_ray.launch.devices import Devices, choose_devices
 from hrm_ray.launch.fallbacks import settle_memory_options
 from hrm_ray.launch.preflight import check_launch, check_resources
 from hrm_ray.launch.run_directory import RunLocation, check_effective_batch, check_own_files, locate_run, trained_with
+from hrm_ray.model.architecture import model_config
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import MANIFEST, RunDir, read_json
 from hrm_ray.settings.adaptive_lr import AdaptiveLrSettings, read_adaptive_lr
 from hrm_ray.settings.resolve import moderate_lr, resolve_task
 from hrm_ray.settings.tree import RunSettings
-from hrm_ray.train.assemble import model_config
 from hrm_ray.train.attention_choice import flash_notes
 from hrm_ray.train.expert_run import check_expert_run
-from hrm_ray.train.start_weights import check_start_weights, start_weights
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+from hrm_ray.atomic_files import atomic_write
 from hrm_ray.errors import DataError, Fault
-from hrm_ray.metrics.atomic_write import atomic_write
 from hrm_ray.types import Record, RecordKind
 
 _LOG = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from hrm_ray.atomic_files import atomic_write
 from hrm_ray.errors import DataError, Fault, SettingsError, UnavailableError
-from hrm_ray.metrics.atomic_write import atomic_write
 from hrm_ray.metrics.jsonl import read_records
 from hrm_ray.rundir import RunDir
 from hrm_ray.types import Record, RecordKind

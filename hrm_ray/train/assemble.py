@@ -11,11 +11,13 @@ from typing import cast
 
 from torch import nn
 
+from hrm_ray.bundle.start_weights import start_weights
+from hrm_ray.bundle.weights_file import fill_module
 from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.attention_backends import load_kernel
 from hrm_ray.model.build import build_model, build_objective
 from hrm_ray.model.chunked import Chunking
-from hrm_ray.model.config import FORWARD_DTYPES, ModelConfig, swiglu_width
+from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.regularise import regularise
 from hrm_ray.model.router_losses import RouterLosses
 from hrm_ray.model.transforms.activation_checkpointing import apply_activation_checkpointing
@@ -39,10 +41,8 @@ from hrm_ray.train.optimizers import BuildOptimizer, SparseSignSGD, builder, fol
 from hrm_ray.train.per_parameter_optimizer import DeviceStorage, PinnedHostStorage, per_parameter
 from hrm_ray.train.precision import NARROW, LossScaler, choose_precision
 from hrm_ray.train.schedules import Schedule
-from hrm_ray.train.start_weights import start_weights
 from hrm_ray.train.strategies import STRATEGIES
 from hrm_ray.train.stream_loader import StreamLoader, TextStream
-from hrm_ray.train.weights_file import fill_module
 from hrm_ray.train.world import World
 from hrm_ray.types import SampleSet, StopReason
 
@@ -179,63 +179,3 @@ def _loader(
 def _schedule(settings: RunSettings, steps: int) -> Schedule:
     chosen = settings.optimizer
     return Schedule(chosen.lr_schedule, chosen.warmup_steps, steps, chosen.lr_min_ratio, chosen.wsd_decay_ratio)
-
-
-def schedule_length(
-    settings: RunSettings, samples: int, effective_batch: int, halt_max_steps: int, *, first_samples: int | None = None
-) -> int:
-    """Weight updates the learning-rate schedule is laid out for.
-
-    With --steps that many (or what the epochs need, if fewer). With --epochs alone: batches in all epochs; in carried
-    supervision a row stays for up to `halt_max_steps` updates, so that is an upper bound, and the schedule may not
-    reach its end. The first epoch may have fewer samples than the others; --force-train adds one.
-    """
-    limit = settings.run.step_limit
-    if settings.run.epochs is None:
-        return limit or 0
-    longest = halt_max_steps if settings.model.supervision == "segment" else 1
-    later = settings.run.epochs - 1 + settings.data.force_train
-    first = samples if first_samples is None else first_samples
-    needed = (-(-first // effective_batch) - later * (-samples // effective_batch)) * longest
-    return needed if limit is None else min(limit, needed)
-
-
-def model_config(
-    settings: RunSettings, vocab_size: int, *, seq_len: int | None = None, puzzle_identifiers: int = 1
-) -> ModelConfig:
-    """The architecture that resolved settings ask for, given what the data decides."""
-    chosen = settings.model
-    transformer = chosen.arch == "transformer"
-    width = chosen.d_ff if chosen.d_ff is not None else swiglu_width(chosen.hidden_size, chosen.expansion)
-    assert chosen.task is not None
-    return ModelConfig(
-        task=chosen.task,
-        vocab_size=vocab_size,
-        seq_len=seq_len or settings.data.max_seq_len or 0,
-        hidden_size=chosen.hidden_size,
-        num_heads=chosen.num_heads,
-        intermediate_size=width,
-        h_layers=chosen.h_layers,
-        l_layers=chosen.l_layers,
-        h_cycles=1 if transformer else chosen.h_cycles,
-        l_cycles=1 if transformer else chosen.l_cycles,
-        halt_max_steps=1 if transformer else chosen.halt_max_steps,
-        arch=chosen.arch,
-        pos_encodings=chosen.pos_encodings,
-        rope_theta=chosen.rope_theta,
-        rms_norm_eps=chosen.rms_norm_eps,
-        lm_mask=chosen.lm_mask,
-        window_size=chosen.window_size,
-        bp_steps=1 if transformer else chosen.bp_steps,
-        halt_rule="none" if transformer else chosen.halt_rule,
-        puzzle_emb_ndim=chosen.puzzle_emb_ndim,
-        forward_dtype=FORWARD_DTYPES[settings.memory.model_dtype],
-        num_puzzle_identifiers=puzzle_identifiers,
-        activation=chosen.activation,
-        swiglu=chosen.swiglu,
-        rmsnorm=chosen.rmsnorm,
-        dropout_rate=chosen.dropout_rate,
-        num_experts=chosen.num_experts if chosen.use_moe else 0,
-        num_experts_per_tok=chosen.num_experts_per_tok,
-        moe_capacity_factor=chosen.moe_capacity_factor,
-    )

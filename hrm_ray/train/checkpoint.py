@@ -16,13 +16,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from hrm_ray.bundle.progress import Progress
+from hrm_ray.bundle.weights_file import fill_module, read_tensors, save_tensors, unwritable
 from hrm_ray.errors import DataError, Fault
 from hrm_ray.model.actv1 import States
 from hrm_ray.model.puzzle_objective import ROW_FIELDS, PuzzleCarry
 from hrm_ray.rundir import RunDir, read_json, write_json
-from hrm_ray.train.loop import Progress, TrainingLoop
+from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.precision import LossScaler
-from hrm_ray.train.weights_file import fill_module, read_tensors, save_tensors, unwritable
 
 WEIGHTS, AVERAGE, RANKS = "model.safetensors", "ema.safetensors", "ranks.safetensors"
 STATE = "state.json"

@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hrm_ray.bundle.expert_store import check_place, differences, expert_tensors, store_expert
+from hrm_ray.bundle.store import read_description
+from hrm_ray.bundle.weights_file import read_tensors
 from hrm_ray.errors import DataError, Fault
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import RunDir, read_json
 from hrm_ray.settings.tree import RunSettings
-from hrm_ray.train.bundle import read_description
-from hrm_ray.train.expert_store import check_place, differences, expert_tensors, store_expert
-from hrm_ray.train.weights_file import read_tensors
 
 
 @dataclass

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hrm_ray.bundle.progress import Progress
 from hrm_ray.errors import DivergedError, Fault
 from hrm_ray.model.objective import AnyObjective, Batch, SegmentOutput
 from hrm_ray.model.transforms.peft import Adapters
@@ -33,16 +34,6 @@ from hrm_ray.train.strategies.base import Strategy
 from hrm_ray.types import Columns, StopReason
 
 STOP_REASONS = tuple(StopReason)
-
-
-@dataclass
-class Progress:
-    """What has been done: weight updates, batches offered (skipped ones too), updates skipped, in a row and in all."""
-
-    step: int = 0
-    batch_idx: int = 0
-    bad_steps: int = 0
-    skipped_steps: int = 0
 
 
 @dataclass(frozen=True)

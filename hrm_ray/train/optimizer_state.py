@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hrm_ray.bundle.weights_file import read_tensors, save_tensors
 from hrm_ray.errors import DataError, Fault
 from hrm_ray.train.per_parameter_optimizer import PerParameterOptimizer
 from hrm_ray.train.storage_tracker import storage_bytes
-from hrm_ray.train.weights_file import read_tensors, save_tensors
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 _SEPARATOR = "|"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from hrm_ray.bundle.weights_file import unwritable
 from hrm_ray.data.catalog import Catalog
 from hrm_ray.data.chunk_source import ChunkPipeline, ChunkSource, EpochOrder, InMemoryChunks
 from hrm_ray.data.packing import TextSamples
@@ -35,7 +36,6 @@ from hrm_ray.train.precision import slow_bfloat16
 from hrm_ray.train.resume import rewind_to, write_description
 from hrm_ray.train.stream_loader import TextStream
 from hrm_ray.train.trainer import Trainer
-from hrm_ray.train.weights_file import unwritable
 from hrm_ray.train.world import World
 from hrm_ray.types import DriverLink, MetricSink, RunResult, SampleSet
 

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import astuple, replace
 from typing import Any
 
+from hrm_ray.bundle.store import BundleWeights, save_best, save_final, step_of_best
 from hrm_ray.data.stream import ConsumedRange
 from hrm_ray.errors import DataError
 from hrm_ray.metrics.meters import MemoryMeter, Throughput
@@ -17,7 +18,6 @@ from hrm_ray.rundir import RunDir
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.adaptive_lr import Action
 from hrm_ray.train.assemble import TrainerComponents
-from hrm_ray.train.bundle import BundleWeights, save_best, save_final, step_of_best
 from hrm_ray.train.checkpoint import save_checkpoint
 from hrm_ray.train.device_memory import accelerator_memory
 from hrm_ray.train.evaluate import better, evaluate

@@ -14,14 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hrm_ray.bundle.weights_file import save_tensors
+from hrm_ray.model.architecture import model_config
 from hrm_ray.model.build import build_model
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.settings.adaptive_lr import read_adaptive_lr
 from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.resolve import resolve_task
 from hrm_ray.settings.tree import RunSettings
-from hrm_ray.train.assemble import assemble, model_config
-from hrm_ray.train.weights_file import save_tensors
+from hrm_ray.train.assemble import assemble
 from hrm_ray.train.world import World
 from tests.support.fail_at import script
 from tests.support.features import FEATURES, base_of, words_of

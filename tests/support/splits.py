@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hrm_ray.model.architecture import model_config
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.settings.tree import RunSettings
-from hrm_ray.train.assemble import assemble, model_config
+from hrm_ray.train.assemble import assemble
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.world import World
 from hrm_ray.types import IGNORE_LABEL, Columns

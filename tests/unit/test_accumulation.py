@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hrm_ray.model.architecture import model_config
 from hrm_ray.settings.tree import RunSettings
-from hrm_ray.train.assemble import assemble, model_config
+from hrm_ray.train.assemble import assemble
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.storage_tracker import StorageTracker
 from hrm_ray.train.world import World

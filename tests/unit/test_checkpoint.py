@@ -17,11 +17,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from hrm_ray.bundle.store import open_bundle
 from hrm_ray.errors import DataError
 from hrm_ray.metrics import jsonl
 from hrm_ray.rundir import MANIFEST, RunDir, verify_checkpoint
 from hrm_ray.train import weights_file
-from hrm_ray.train.bundle import open_bundle
 from tests.support.runs import PUZZLE, TEXT, failing_at, files_below, hrm, puzzle_file, refused, text_file, train
 
 PACKAGE = Path(__file__).resolve().parents[2] / "hrm_ray"

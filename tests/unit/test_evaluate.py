@@ -16,12 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from hrm_ray.inference.puzzle import solve
 from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.build import build_objective
 from hrm_ray.model.layers import Context
 from hrm_ray.model.objective import AnyObjective, Batch
 from hrm_ray.model.scope import CAUSAL
-from hrm_ray.model.solve import solve
 from hrm_ray.train.evaluate import EvalSet, better, evaluate
 from hrm_ray.train.world import World
 from hrm_ray.types import IGNORE_LABEL, Columns

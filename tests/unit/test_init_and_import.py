@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from hrm_ray.bundle.start_weights import start_weights
+from hrm_ray.bundle.weights_file import fill_module, save_tensors
 from hrm_ray.errors import DataError
 from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.build import build_model
 from hrm_ray.model.import_reference import bare_name, from_reference, looks_like_reference, split_fused
 from hrm_ray.model.initialise import truncated_normal_
 from hrm_ray.model.puzzle_objective import PuzzleObjective
-from hrm_ray.train.start_weights import start_weights
-from hrm_ray.train.weights_file import fill_module, save_tensors
 from tests.support.fixtures import DEFAULT_FOLDER, Fixture
 from tests.support.tiny_models import tiny_config
 

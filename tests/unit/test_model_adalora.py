@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from hrm_ray.bundle.weights_file import read_tensors, save_tensors
 from hrm_ray.model.build import build_objective
 from hrm_ray.model.objective import AnyObjective, Batch
 from hrm_ray.model.regularise import Regulariser, regularise
@@ -18,7 +19,6 @@ from hrm_ray.model.transforms.adalora import RankPlan, RankSchedule
 from hrm_ray.model.transforms.peft import Adapters, apply_peft
 from hrm_ray.settings.adapt import AdaptSettings
 from hrm_ray.train.loop import weighed
-from hrm_ray.train.weights_file import read_tensors, save_tensors
 from tests.support.tiny_models import backward_all, puzzle_batch, text_batch, tiny_config, tiny_model
 
 STEPS = 20

@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from hrm_ray.inference.text import DecodingSession
 from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.adaptive import adaptive_segments
 from hrm_ray.model.attention import AttentionScope
 from hrm_ray.model.chunked_offload import NoOffload
 from hrm_ray.model.chunked_rows import ChunkedRows
 from hrm_ray.model.config import ModelConfig
-from hrm_ray.model.generate import DecodingSession
 from hrm_ray.model.layers import Context
 from hrm_ray.model.scope import CAUSAL, text_scope
 from hrm_ray.model.transformer import Transformer

@@ -14,6 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from hrm_ray.model.architecture import model_config
 from hrm_ray.model.build import build_model, build_objective
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.describe import count_parameters, segment_flops, summarise, training_flops
@@ -21,7 +22,6 @@ from hrm_ray.model.objective import AnyObjective, Batch
 from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.presets import PRESETS
 from hrm_ray.settings.resolve import resolve_task
-from hrm_ray.train.assemble import model_config
 from hrm_ray.train.loop import weighed
 from tests.support.tiny_models import puzzle_batch, text_batch, tiny_config, tiny_model
 

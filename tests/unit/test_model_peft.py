@@ -13,6 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from hrm_ray.bundle.weights_file import fill_module, save_tensors
 from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.build import build_model, build_objective
 from hrm_ray.model.config import ModelConfig
@@ -23,7 +24,6 @@ from hrm_ray.model.transforms.quantise import quantise_projections
 from hrm_ray.rundir import write_json
 from hrm_ray.settings.adapt import AdaptSettings, PeftMethod
 from hrm_ray.train.storage_tracker import storage_bytes
-from hrm_ray.train.weights_file import fill_module, save_tensors
 from tests.support.tiny_models import backward_all, logits_of_segments, text_batch, tiny_config, tiny_model
 
 METHODS: list[PeftMethod] = ["lora", "adalora", "ia3", "loha", "lokr"]

@@ -14,17 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hrm_ray.inference.puzzle import solve
+from hrm_ray.inference.text import DecodingSession
+from hrm_ray.model.architecture import model_config
 from hrm_ray.model.build import build_model, build_objective
 from hrm_ray.model.config import ModelConfig
-from hrm_ray.model.generate import DecodingSession
 from hrm_ray.model.layers import Block, Context, LayerNorm
 from hrm_ray.model.objective import AnyObjective
 from hrm_ray.model.scope import CAUSAL, FULL
-from hrm_ray.model.solve import solve
 from hrm_ray.model.transforms.activation_checkpointing import apply_activation_checkpointing
 from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.resolve import resolve_task
-from hrm_ray.train.assemble import assemble, model_config
+from hrm_ray.train.assemble import assemble
 from hrm_ray.train.evaluate import EvalSet, evaluate
 from hrm_ray.train.randomness import seed_step
 from hrm_ray.train.world import World

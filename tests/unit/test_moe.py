@@ -464,7 +464,7 @@ def test_sorting(choices: list[list[int]]) -> None:
 
 def test_generation_reads_what_evaluation_reads() -> None:
     """Token by token with caches, and the whole sequence at once: no capacity in either."""
-    from hrm_ray.model.generate import Reader
+    from hrm_ray.inference.text import Reader
 
     config = tiny_config(**CROWDED)
     model = tiny_model(config).eval()

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from hrm_ray.train.bundle import open_bundle
+from hrm_ray.bundle.store import open_bundle
 from hrm_ray.train.memory_estimate import MemoryAccount
 from tests.support.runs import (
     MEASURED,

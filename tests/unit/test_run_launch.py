@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
+from hrm_ray.bundle.store import step_of_best
 from hrm_ray.errors import ResourceError
 from hrm_ray.launch.devices import choose_devices
 from hrm_ray.orchestration import worker_group
 from hrm_ray.orchestration.failures import StoppedBeforeStart, WorkerCrash
 from hrm_ray.rundir import RunDir
 from hrm_ray.settings.cluster import ClusterSettings
-from hrm_ray.train.bundle import step_of_best
 from hrm_ray.types import StopReason
 from tests.support.runs import (
     PUZZLE,

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hrm_ray.data.atomic_directory import atomic_directory, check_vacant
+from hrm_ray.atomic_files import atomic_directory, check_vacant
 from hrm_ray.data.puzzles import dihedral, mazes
 from hrm_ray.data.puzzles.format import BUILT_FILES, Description, SplitEntry, write_description, write_split
 from hrm_ray.errors import Fault, SettingsError

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from hrm_ray.data.atomic_directory import atomic_directory, check_vacant
+from hrm_ray.atomic_files import atomic_directory, check_vacant
 from hrm_ray.data.puzzles import sudoku, symmetry
 from hrm_ray.data.puzzles.format import BUILT_FILES, Description, SplitEntry, write_description, write_split
 from hrm_ray.errors import Fault, SettingsError

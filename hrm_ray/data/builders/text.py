@@ -11,7 +11,7 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from hrm_ray.data.atomic_directory import atomic_directory, check_vacant
+from hrm_ray.atomic_files import atomic_directory, check_vacant
 from hrm_ray.data.pydocs import python_documents
 from hrm_ray.errors import Fault, SettingsError, UnavailableError
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hrm_ray.bundle.weights_file import check_fit, read_tensors
 from hrm_ray.errors import DataError, Fault
 from hrm_ray.model.build import build_model
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.import_reference import from_reference, looks_like_reference
 from hrm_ray.rundir import RunDir
-from hrm_ray.train.weights_file import check_fit, read_tensors
 
 _PUZZLE_TABLE = "embedding.puzzle_emb.weights"
 

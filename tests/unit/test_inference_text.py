@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hrm_ray.inference.text import DecodingSession, SampledToken, Sampling, draw, generate
 from hrm_ray.model.attention import AttentionScope
-from hrm_ray.model.generate import DecodingSession, SampledToken, Sampling, draw, generate
 from hrm_ray.model.layers import Context
 from tests.support.tiny_models import VOCAB, between, tiny_actv1, tiny_config, tiny_model
 

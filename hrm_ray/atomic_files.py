@@ -1,8 +1,4 @@
-"""Building a folder whole or not at all.
-
-One job: a folder is made beside its final place and renamed when complete, so that an error or Ctrl-C leaves nothing
-half made. It knows nothing of what is inside.
-"""
+"""Files and folders that appear whole or not at all: written beside their place and renamed."""
 
 from __future__ import annotations
 
@@ -12,8 +8,27 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from hrm_ray.errors import Fault, SettingsError
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that takes `path`'s place at the end of the block; on any error `path` stays as it was.
+
+    The neighbour lies in the same folder, because a rename is atomic only within one file system. On Windows the
+    replacement fails with PermissionError while another handle holds `path` open: close the sink first.
+    """
+    neighbour = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with neighbour.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(neighbour, path)
+    finally:
+        neighbour.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -16,12 +16,12 @@ from typing import Any
 
 from torch import Tensor
 
+from hrm_ray.bundle.store import read_description, save_copy
+from hrm_ray.bundle.weights_file import read_tensors, save_tensors
 from hrm_ray.errors import DataError, Fault, ResourceError, SettingsError
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import RunDir, file_sha256, read_json, write_json
 from hrm_ray.settings.faults import hint_of_name
-from hrm_ray.train.bundle import read_description, save_copy
-from hrm_ray.train.weights_file import read_tensors, save_tensors
 
 EXPERT_FILE, REGISTRY_FILE = "expert.safetensors", "registry.json"
 _LOCK_FILE = f"{REGISTRY_FILE}.lock"

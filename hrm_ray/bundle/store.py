@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 import hrm_ray
-from hrm_ray.data.atomic_directory import atomic_directory
+from hrm_ray.atomic_files import atomic_directory
+from hrm_ray.bundle.progress import Progress
+from hrm_ray.bundle.weights_file import fill_module, read_tensors, save_tensors
 from hrm_ray.data.tokenizer import CONFIG_FILE
 from hrm_ray.errors import DataError, Fault
 from hrm_ray.model.actv1 import ActV1
@@ -27,8 +29,6 @@ from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.describe import count_parameters
 from hrm_ray.model.transformer import Transformer
 from hrm_ray.rundir import RunDir, file_sha256, read_json, write_json
-from hrm_ray.train.loop import Progress
-from hrm_ray.train.weights_file import fill_module, read_tensors, save_tensors
 from hrm_ray.types import StopReason
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
