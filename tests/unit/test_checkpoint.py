@@ -17,11 +17,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from hrm_ray.bundle import weights_file
 from hrm_ray.bundle.store import open_bundle
 from hrm_ray.errors import DataError
 from hrm_ray.metrics import jsonl
 from hrm_ray.rundir import MANIFEST, RunDir, verify_checkpoint
-from hrm_ray.train import weights_file
 from tests.support.runs import PUZZLE, TEXT, failing_at, files_below, hrm, puzzle_file, refused, text_file, train
 
 PACKAGE = Path(__file__).resolve().parents[2] / "hrm_ray"
@@ -155,8 +155,7 @@ def test_a_power_cut_at_every_write(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         patch.setattr(os, "rename", copy_first(os.rename))
         patch.setattr(Path, "rename", copy_first(Path.rename))
         patch.setattr(shutil, "rmtree", deleting)
-        for module in ("weights_file",):
-            patch.setattr(f"hrm_ray.train.{module}.save_file", copy_first(save_file))
+        patch.setattr("hrm_ray.bundle.weights_file.save_file", copy_first(save_file))
         train(data, bundle, *words, "--eval-every", "2", "--eval-file", held_out)
     last = RunDir(bundle).checkpoint_steps()[-1]
     assert last == 3 and len(copies) > 25

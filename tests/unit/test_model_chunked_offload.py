@@ -79,7 +79,7 @@ def test_numbers_do_not_change(arch: str, exact: bool, window: int | None, monke
     model = tiny_model(shape.config)
     want = trained(in_chunks(model, 5, exact=exact), shape.batch())
     copy_stream = PlayedLane()
-    monkeypatch.setattr(chunked, "keeper_on", lambda device, offload: OffloadToHost(copy_stream))
+    monkeypatch.setattr(chunked, "offload_policy", lambda device, offload: OffloadToHost(copy_stream))
     got = trained(in_chunks(model, 5, exact=exact), shape.batch())
     moved = copy_stream.hosts
     assert moved > 10

@@ -464,14 +464,14 @@ def test_sorting(choices: list[list[int]]) -> None:
 
 def test_generation_reads_what_evaluation_reads() -> None:
     """Token by token with caches, and the whole sequence at once: no capacity in either."""
-    from hrm_ray.inference.text import Reader
+    from hrm_ray.inference.text import DecodingSession
 
     config = tiny_config(**CROWDED)
     model = tiny_model(config).eval()
     objective = build_objective(model, "softmax", supervision="rollout", halt_margin=0.01).eval()
     batch = text_batch(0, [[12]])
     with recorded_logits(model) as seen, torch.no_grad():
-        reader = Reader(model, adaptive=False)
+        reader = DecodingSession(model, adaptive=False)
         first = reader.read(batch["inputs"][0, :5].tolist())[0]
         rest = [reader.read([int(token)])[0] for token in batch["inputs"][0, 5:]]
         carry = objective.initial_carry(batch)

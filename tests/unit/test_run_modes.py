@@ -53,7 +53,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
                     rows.append(text)
         return micro_batches
 
-    monkeypatch.setattr(StreamLoader, "offer", offering)
+    monkeypatch.setattr(StreamLoader, "next_batch", offering)
 
     def taken() -> list[str]:
         found = rows.copy()
@@ -321,7 +321,7 @@ def test_a_file_that_vanishes_while_it_is_trained_on(corpus: Path, seen: Seen, m
             (corpus / "0002.jsonl").unlink(missing_ok=True)
         return real(loader, halted, step)
 
-    monkeypatch.setattr(StreamLoader, "offer", vanishing)
+    monkeypatch.setattr(StreamLoader, "next_batch", vanishing)
     words = ("--epochs", "1", "--steps", "9", "--dataset-chunk-size", "1", "--cache-gb", "0", "--tokenizer-path")
     start = ("train", "--dataset-file", corpus, "--bundle-dir", corpus.parent / "b", *WORDS, *words)
     refused(5, *start, corpus.parent / "tokenizer", naming=("0002.jsonl",))

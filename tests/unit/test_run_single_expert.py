@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hrm_ray.bundle import expert_store
 from hrm_ray.model.build import build_objective
 from hrm_ray.model.transforms.single_expert import train_single_expert
-from hrm_ray.train import expert_store
 from hrm_ray.train.loop import TrainingLoop
 from tests.support.runs import (
     EXPERTS,
