@@ -1,6 +1,6 @@
 """What a run will be, found out without writing anything.
 
-One job: settings against data, devices, names and resources, into one Draft. `plan` makes it ready to train.
+One job: settings against data, devices, names and resources, into one ResolvedRun. `plan` makes it ready to train.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Runs a plan on Ray Train workers and gives back how it ended: the driver's side of a distributed run.
 
 Start the worker group, pass records to the display and stops to the workers, and turn every end into
-one Outcome or one error. What the workers do is the body's business; what resources are needed is checked in
+one RunResult or one error. What the workers do is the body's business; what resources are needed is checked in
 `resources`; how Ray is opened and closed is `session`'s.
 
 `TorchTrainer.fit` runs in a thread: called from the main thread it installs a SIGINT handler of its own, which
@@ -10,7 +10,7 @@ and the main thread, where Python runs them, never waits longer than a fraction 
 `ray.init` (see `session`), except for a native SIGTERM handler, which `_put_handlers_back` undoes.
 
 How it ends:
-  * every rank returns: the Outcome of rank 0, whose reason may be a stop;
+  * every rank returns: the RunResult of rank 0, whose reason may be a stop;
   * a rank raises: the driver raises one error of the same kind with the same faults, or WorkerCrash with the
     traceback of the first cause;
   * a rank dies without a word: WorkerCrash (exit code 1) that names the rank. Nothing is retried;

@@ -101,13 +101,13 @@ def test_the_stop_file(tmp_path: Path) -> None:
 SLOW_END = """
 import sys, time
 from hrm_ray.cli.main import main
-from hrm_ray.train.trainer import Runner
+from hrm_ray.train.trainer import Trainer
 
 def slowly(self, reason):
     print("ending", file=sys.stderr, flush=True)
     time.sleep(60)
 
-Runner._end = slowly
+Trainer._end = slowly
 main(sys.argv[1:])
 """
 
