@@ -1,7 +1,7 @@
-"""The ledger's speed: `python jobs/bench_ledger.py` prints claims per second, and a claim's cost as chunks grow.
+"""The ledger's speed: `python -m tests.benchmarks.bench_ledger` prints claims per second and a claim's cost by size.
 
-One job: time the calls of a run at its start and far into an epoch, for data of different sizes in turn in one process.
-What a call costs must not grow with the data. Files lie in the given folder: its disk counts.
+The calls of a run are timed at its start and far into an epoch, for data of different sizes in turn, in one process.
+The cost of a call must not grow with the data. Files lie in the given folder: the speed of its disk counts.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from timing import Summary, in_turn, machine, plain, spent, summary, table
 
 from hrm_ray.data.order import epoch_order
 from hrm_ray.ledger import BlockLength, ClaimOrder, Lease, Ledger, Span, SynchronousRun, open_ledger
 from hrm_ray.ledger.export import document
 from hrm_ray.ledger.verify import violations
+from tests.benchmarks.timing import Summary, in_turn, machine, plain, spent, summary, table
 
 CHUNKS_PER_BLOCK = 25
 """100,000 samples to a block and 4,000 to a chunk."""

@@ -1,6 +1,6 @@
 """Peak memory of a text step by its number of segments, each in a process of its own.
 
-One job: show that memory is flat in the segments. tests/unit/test_memory_flat.py proves the same to the byte.
+It must not grow with the segments. tests/unit/test_memory_flat.py proves the same to the byte.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 import psutil
-from bench_cases import CASES, build_loop
-from timing import run_quietly, table
+
+from tests.benchmarks.bench_cases import CASES, build_loop
+from tests.benchmarks.timing import run_quietly, table
 
 SEGMENTS = (2, 4, 8, 16)
 STEPS = 3
@@ -47,7 +48,7 @@ def memory_by_segments(threads: int) -> dict[str, Any]:
     settings = [(segments, 1) for segments in SEGMENTS] + [(SEGMENTS[0], CONTROL)]
     measured = []
     for segments, batches in settings:
-        words = [sys.executable, __file__, str(segments), str(batches), str(threads)]
+        words = [sys.executable, "-m", "tests.benchmarks.bench_memory", str(segments), str(batches), str(threads)]
         resting, peak = map(int, run_quietly(words)[1].split())
         measured.append({"segments": segments, "batches": batches, "resting_bytes": resting, "peak_bytes": peak})
     rows = [

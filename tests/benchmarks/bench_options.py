@@ -1,8 +1,8 @@
-"""What each memory option costs and saves: `python jobs/bench_options.py` prints one table and writes JSON.
+"""What each memory option costs and saves: `python -m tests.benchmarks.bench_options` prints one table and writes JSON.
 
-One job: run every case of option_cases.py on real text beside the plain run, in one process, and measure bytes of
-weights, gradients, optimizer state and activations, the time of a step as a ratio to the plain run's, and the loss
-after some steps. Bytes are those of the tensors themselves, counted at every operation of one step.
+Every case of option_cases.py runs on real text beside the plain run, in one process. Measured are the bytes of weights,
+gradients, optimizer state and activations, the time of a step as a ratio to the plain run's, and the loss after some
+steps. Bytes are those of the tensors themselves, counted at every operation of one step.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from option_cases import CASES, PLAIN, OptionCase
-from timing import Summary, hrm_ray_command, in_turn, machine, plain, summary, table
 from torch import Tensor
 
 from hrm_ray.data.packing import TextSamples
@@ -37,6 +35,8 @@ from hrm_ray.train.storage_tracker import StorageTracker, storage_bytes
 from hrm_ray.train.strategies.single import SingleStrategy
 from hrm_ray.train.world import World
 from hrm_ray.types import SampleSet
+from tests.benchmarks.option_cases import CASES, PLAIN, OptionCase
+from tests.benchmarks.timing import Summary, hrm_ray_command, in_turn, machine, plain, summary, table
 
 SIZE = ("--hidden-size", "128", "--num-heads", "4", "--max-seq-len", "128", "--batch-size", "8")
 """The model and the micro-batch that are measured, unless told otherwise."""

@@ -1,7 +1,7 @@
-"""The loss over a large vocabulary, in pieces and whole: `python jobs/bench_loss.py` prints bytes and times.
+"""The loss over a large vocabulary, whole and in pieces: `python -m tests.benchmarks.bench_loss` prints bytes, times.
 
-One job: forward and backward of the output head and its cross entropy, for a growing number of tokens. Bytes are those
-of the tensors that are alive at once besides the head's weight and its gradient.
+It runs forward and backward of the output head and its cross entropy for a growing number of tokens. Bytes are those of
+the tensors that are alive at once, without the head's weight and its gradient.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import in_turn, machine, plain, summary, table
 from torch import Tensor
 
 from hrm_ray.model.scoring import SCORES_BYTES, score_tokens
 from hrm_ray.train.storage_tracker import StorageTracker
+from tests.benchmarks.timing import in_turn, machine, plain, summary, table
 
 WHOLE = 2**62
 """Bytes of scores that no sequence reaches."""

@@ -1,7 +1,7 @@
 """A mixture of experts against a dense FFN of equal active size, and against a loop over masks.
 
-One job: the time of forward and backward of one layer, in interleaved rounds, as a table and as JSON. The dense FFN is
-k times as wide as an expert, so that a token meets as many weights in both.
+`python -m tests.benchmarks.bench_moe` times forward and backward of one layer in interleaved rounds and prints a table
+and JSON. The dense FFN is k times as wide as an expert, so that a token meets as many weights in both.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import Spent, Summary, in_turn, machine, plain, summary, table
 from torch import Tensor, nn
 
 from hrm_ray.model.config import ModelConfig
@@ -27,6 +26,7 @@ from hrm_ray.model.router_losses import RouterLosses, router_terms
 from hrm_ray.model.routing import Routing
 from hrm_ray.openmp import limit_openmp_spin
 from hrm_ray.train.world import World
+from tests.benchmarks.timing import Spent, Summary, in_turn, machine, plain, summary, table
 
 MARK = 1.5
 """What the issue asks of the ratio to the dense FFN on a CPU."""
@@ -184,7 +184,7 @@ def main() -> None:
     limit_openmp_spin(as_the_command)
     if as_the_command != dict(os.environ):
         # How OpenMP's threads wait is read when torch is loaded: begin again as the command hrm-ray would.
-        sys.exit(subprocess.run([sys.executable, *sys.argv], env=as_the_command, check=False).returncode)
+        sys.exit(subprocess.run([sys.executable, *sys.orig_argv[1:]], env=as_the_command, check=False).returncode)
     about = machine(said.threads)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     figures = measure(said)

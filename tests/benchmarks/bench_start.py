@@ -1,6 +1,6 @@
 """What a launcher costs: time per step with and without Ray, seconds to the first step, and of `hrm-ray --help`.
 
-One job: run the command line in fresh processes and read the clock of its records.
+The command line runs in fresh processes; times come from the clock of its records.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from timing import Summary, hrm_ray_command, plain, summary, table
-
 from hrm_ray.metrics.jsonl import read_records
+from tests.benchmarks.timing import Summary, hrm_ray_command, plain, summary, table
 
 STEPS = 60
 FIRST_STEPS = 10

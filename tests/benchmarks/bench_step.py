@@ -1,8 +1,7 @@
 """Time per training step against the matrix products alone and the reference's figures; then launchers and memory.
 
-One job: the figures of issue "Speed" in one table and one JSON file. `python jobs/bench_step.py --help` lists the
-options; parts are chosen with --only. Steps are timed as CPU time of this process, which foreign load disturbs least,
-and always in turn with what they are compared with.
+`python -m tests.benchmarks.bench_step --help` lists the options; `--only` chooses parts. Steps are timed as CPU time of
+this process, which other load disturbs least, and always in turn with what they are compared with.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_cases import CASES, Case, build_loop
-from bench_floor import Floor, recorded_products
-from bench_memory import memory_by_segments
-from bench_start import compare_launchers, help_time
-from timing import Summary, in_turn, machine, plain, summary, table
+from tests.benchmarks.bench_cases import CASES, Case, build_loop
+from tests.benchmarks.bench_floor import Floor, recorded_products
+from tests.benchmarks.bench_memory import memory_by_segments
+from tests.benchmarks.bench_start import compare_launchers, help_time
+from tests.benchmarks.timing import Summary, in_turn, machine, plain, summary, table
 
 WARM_UP_STEPS = 3
 OTHER_PARTS = ("ray", "help", "memory")

@@ -1,9 +1,9 @@
 """How much one-segment foresight costs: the halting target `gain` against the best of all later segments.
 
-One job: on a trained language model, read every held-out token out by four rules and print loss and mean segments:
-at the last segment; where the trained head says stop; where the target it is trained on would stop (the next segment
-does not lower the token's loss by more than the margin); and where the best of all later segments would not either.
-The last two know the labels: they bound what a head can learn, they are no reading rule.
+`python -m tests.benchmarks.bench_halting BUNDLE` reads every held-out token out by four rules and prints loss and mean
+segments: at the last segment; where the trained head halts; where the target it is trained on would halt (the next
+segment does not lower the token's loss by more than the margin); and where the best of all later segments would not
+either. The last two use the labels: they bound what a head can learn and are no way to generate.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The matrix products of a training step, executed alone: the floor below which no step of the same model can go.
+"""The matrix products of a training step, executed alone: the lower bound of a step's time.
 
-One job: record the products of one step with shapes and strides, and execute exactly those on random numbers.
+The products of one step are recorded with shapes and strides, and exactly those are executed on random numbers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The options that the table of jobs/bench_options.py compares, each as a user would type it.
-
-One job: the literal list. What is measured of them is in bench_options.py.
-"""
+"""The options that bench_options.py compares, each as a user would type it."""
 
 from __future__ import annotations
 

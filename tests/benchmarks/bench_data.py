@@ -1,8 +1,9 @@
-"""What the data plane costs: `python jobs/bench_data.py` prints ratios, `--memory` and `--files` measure those.
+"""What reading data costs, from files to packed batches.
 
-One job: tokens a second from a file to packed batches against the tokenizer's own `encode_batch` on the same threads;
-the share of training that waits for data; the peak memory of a small and a large input; and the speed of many small
-files and members against one file of the same bytes. Everything is measured in one run, in turn.
+`python -m tests.benchmarks.bench_data` prints tokens per second from a file to packed batches as a ratio to the
+tokenizer's own `encode_batch` on the same threads, and the share of training that waits for data. `--memory` compares
+the peak memory of a small and a large input, `--files` the speed of many small files and archive members with that of
+one file of the same bytes. Everything is measured in one run, in turn.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from timing import Summary, hrm_ray_command, in_turn, machine, plain, summary, table
-
 from hrm_ray.data.bpe import train_bpe
 from hrm_ray.data.catalog import Catalog
 from hrm_ray.data.chunk_cache import ChunkCache
@@ -33,12 +32,13 @@ from hrm_ray.data.readers import read_documents
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.train.loaders import BatchSize, StopCondition
 from hrm_ray.train.stream_loader import StreamLoader, TextStream
+from tests.benchmarks.timing import Summary, hrm_ray_command, in_turn, machine, plain, summary, table
 
 SEQ_LEN = 512
 ROWS = 16
 VOCABULARY = 8192
 PROBE = (
-    "import resource, sys; sys.path.insert(0, sys.argv[3]); import bench_data as bench;"
+    "import resource, sys; from tests.benchmarks import bench_data as bench;"
     "bench.drain(bench.feed_of(sys.argv[1], bench.TextTokenizer.load(bench.Path(sys.argv[2]))));"
     "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
 )
@@ -147,7 +147,7 @@ def memory(folder: Path, texts: list[str], sizes_mb: list[int]) -> dict[str, Any
     for size_mb in sizes_mb:
         file = write_lines(folder / "large.jsonl", texts, size_mb * 1_000_000)
         began = time.perf_counter()
-        words = [sys.executable, "-c", PROBE, str(file), str(folder / "tokenizer"), str(Path(__file__).parent)]
+        words = [sys.executable, "-c", PROBE, str(file), str(folder / "tokenizer")]
         done = subprocess.run(words, capture_output=True, text=True, check=True)
         found[size_mb] = int(done.stdout) * 1024
         rows.append([f"{size_mb} MB", f"{found[size_mb] / 1e6:.0f}", f"{time.perf_counter() - began:.0f}"])

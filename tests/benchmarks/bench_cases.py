@@ -1,7 +1,4 @@
-"""The configurations that are timed, and training loops on random rows for them.
-
-One job: build a loop the way a run does. Nothing is timed here.
-"""
+"""The configurations that are timed, and training loops on random rows for them, built as a run builds them."""
 
 from __future__ import annotations
 

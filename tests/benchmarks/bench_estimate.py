@@ -1,7 +1,7 @@
-"""Memory of training as it is estimated, and as it is: `python jobs/bench_estimate.py` prints one table.
+"""The memory estimate against what training takes: `python -m tests.benchmarks.bench_estimate` prints one table.
 
-One job: for some settings, hold the estimate that `hrm-ray arch-summary` and `train --dry-run` print against what
-resident memory rises by in a process that trains with them. tests/unit/test_memory_estimate.py covers a larger grid.
+Each case compares the estimate that `hrm-ray arch-summary` and `train --dry-run` print with the rise of resident memory
+in a process that trains with the same settings. tests/unit/test_memory_estimate.py covers a larger grid.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_options import options_of
-from timing import machine, run_quietly, table
-
 from hrm_ray.model.architecture import model_config
 from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.resolve import resolve_task
 from hrm_ray.train.memory_estimate import MemoryAccount, memory_estimate
+from tests.benchmarks.bench_options import options_of
+from tests.benchmarks.timing import machine, run_quietly, table
 
 _SIZE = ("--task", "lm", "--hidden-size", "256", "--num-heads", "4", "--num-layers", "4", "--max-seq-len", "256")
 _TEXT = (*_SIZE, "--batch-size", "16", "--no-moe", "--no-amp", "--no-gradient-checkpointing")
@@ -71,7 +70,7 @@ def estimated(case: Case) -> MemoryAccount:
 def measured_bytes(case: Case) -> int:
     """What a process of its own takes for two steps, over what it takes before; Linux only."""
     words = [sys.executable, "-m", "tests.support.measured_memory", json.dumps([case.options, case.vocab_size])]
-    return int(run_quietly(words, folder=Path(__file__).resolve().parent.parent)[1].splitlines()[-1])
+    return int(run_quietly(words)[1].splitlines()[-1])
 
 
 def main() -> None:

@@ -1,7 +1,4 @@
-"""What the benchmarks share: clocks, a median with its interval, commands, tables.
-
-One job: measure and sum up. What is measured is in the bench_*.py files.
-"""
+"""What the benchmarks share: clocks, a median with its interval, commands, tables."""
 
 from __future__ import annotations
 
@@ -107,11 +104,10 @@ def hrm_ray_command(words: Sequence[str | Path]) -> float:
     return run_quietly([sys.executable, "-m", "hrm_ray", *map(str, words)])[0]
 
 
-def run_quietly(words: Sequence[str], folder: Path | None = None) -> tuple[float, str]:
-    """Run a command in `folder`; seconds on the wall, and what it wrote to its standard output. RuntimeError if it
-    fails."""
+def run_quietly(words: Sequence[str]) -> tuple[float, str]:
+    """Run a command; seconds on the wall, and what it wrote to standard output. RuntimeError if it fails."""
     began = time.perf_counter()
-    done = subprocess.run(words, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False, cwd=folder)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
     taken = time.perf_counter() - began
     if done.returncode:
         said = "\n".join((done.stdout + done.stderr).splitlines()[-20:])

@@ -1,8 +1,8 @@
-"""Memory and time of a step on long texts, whole rows against chunks: `python jobs/bench_context.py --help`.
+"""Memory and time of a step on long texts, whole rows against chunks.
 
-One job: train some steps on rows of random tokens of every length, each case in a process of its own, and print peak
-memory above what was resident when the model stood, seconds per step (by the clock, and of CPU time, which a machine's
-other work disturbs less) and the loss, as a table and as JSON.
+`python -m tests.benchmarks.bench_context` trains some steps on rows of random tokens of every length, each case in a
+process of its own. It prints the peak memory above what was resident when the model stood, seconds per step (by the
+clock, and of CPU time, which other load disturbs less) and the loss, as a table and as JSON.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import psutil
-from bench_memory import peak_bytes
-from timing import Spent, machine, spent, table
 
 from hrm_ray.model.architecture import model_config
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.world import World
 from hrm_ray.types import Columns
+from tests.benchmarks.bench_memory import peak_bytes
+from tests.benchmarks.timing import Spent, machine, spent, table
 
 VOCABULARY = 8192
 LENGTHS = (4096, 16384, 65536)
@@ -104,7 +104,8 @@ def measure(way: str, length: int, steps: int, threads: int, amp: bool) -> None:
 
 def measured(way: str, length: int, steps: int, threads: int, amp: bool) -> dict[str, Any]:
     """`measure` in a process of its own; why there are no figures where it did not end well."""
-    words = [sys.executable, __file__, "--measure", way, str(length), str(steps), str(threads), str(int(amp))]
+    words = [sys.executable, "-m", "tests.benchmarks.bench_context", "--measure"]
+    words += [way, str(length), str(steps), str(threads), str(int(amp))]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
