@@ -1,7 +1,8 @@
-"""Files and folders that appear whole or not at all: written beside their place and renamed."""
+"""Atomic writing: a file or folder is written under a temporary name beside its path, synced, and renamed."""
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -15,29 +16,53 @@ from hrm_ray.errors import Fault, SettingsError
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that takes `path`'s place at the end of the block; on any error `path` stays as it was.
+    """A binary file that replaces `path` when the block ends; on any error `path` is unchanged. Raises OSError.
 
-    The neighbour lies in the same folder, because a rename is atomic only within one file system. On Windows the
-    replacement fails with PermissionError while another handle holds `path` open: close the sink first.
+    On Windows the replacement fails with PermissionError while another handle has `path` open.
     """
-    neighbour = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        yield file
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """As `atomic_write`, for libraries that write a file by its name: write the path that this gives."""
+    # In the same folder, because a rename is atomic only within one file system. A random name, because a process
+    # number is unique on one machine only and the folder may be shared by several.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with neighbour.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(neighbour, path)
+        yield temporary
+        # "r+b": Windows syncs only files that are open for writing.
+        with temporary.open("r+b") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
     finally:
-        neighbour.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in `folder` are on the disk: a rename is lost in a power cut until then."""
+    if os.name == "nt":
+        return  # Windows cannot open a folder as a file.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync folders; theirs are durable when the rename returns, or never.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
 def atomic_directory(out: Path, *, overwrite: bool, owned: frozenset[str], option: str = "--out") -> Iterator[Path]:
     """A temporary sibling of `out` to write into; it becomes `out` when the block ends without an exception.
 
-    `owned` names the files such a folder may hold. With `overwrite` an existing folder is replaced, but only if
-    everything in it bears such a name: a wrong path must not cost somebody else's files. Raises SettingsError where
-    `out` cannot be used.
+    `owned` names the files that such a folder may contain. With `overwrite` an existing folder is replaced, but only if
+    every file in it has one of these names: a wrong path must not delete somebody else's files. Raises SettingsError
+    where `out` cannot be used.
     """
     out = out.absolute()
     check_vacant(out, overwrite=overwrite, owned=owned, option=option)
@@ -48,30 +73,31 @@ def atomic_directory(out: Path, *, overwrite: bool, owned: frozenset[str], optio
         raise SettingsError(
             Fault(
                 str(out),
-                f"this folder cannot be made ({error.strerror})",
+                f"the folder cannot be created ({error.strerror})",
                 f"Give {option} a folder that can be written",
             )
         ) from error
     try:
         yield building
         _put_in_place(building, out)
+        sync_folder(out.parent)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
 def check_vacant(out: Path, *, overwrite: bool, owned: frozenset[str], option: str) -> None:
-    """Raises SettingsError unless `out` is absent, empty, or a folder of ours that may be replaced."""
+    """Raises SettingsError unless `out` is absent, empty, or an earlier output that may be replaced."""
     if not out.exists():
         return
     if not out.is_dir():
-        raise SettingsError(Fault(str(out), "there is a file of this name", f"Give {option} another folder"))
+        raise SettingsError(Fault(str(out), "a file has this name", f"Give {option} another folder"))
     inside = sorted(entry.name for entry in out.iterdir())
     foreign = [name for name in inside if name not in owned]
     if inside and not overwrite:
         raise SettingsError(
             Fault(
                 str(out),
-                f"the folder is not empty (it holds {inside[0]})",
+                f"the folder is not empty (it contains {inside[0]})",
                 f"Give {option} another folder, or --overwrite",
             )
         )
@@ -79,7 +105,7 @@ def check_vacant(out: Path, *, overwrite: bool, owned: frozenset[str], option: s
         raise SettingsError(
             Fault(
                 str(out),
-                f"the folder holds {foreign[0]}, which is none of ours to replace",
+                f"the folder contains {foreign[0]}, which --overwrite does not replace",
                 f"Give {option} another folder",
             )
         )

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hrm_ray.atomic_files import atomic_write, sync_folder
 from hrm_ray.errors import DataError, Fault
 
 _STEP = re.compile(r"step_(\d+)")
@@ -116,8 +116,6 @@ class RunDir:
         partial = self.partial_checkpoint(step)
         files = sorted(path for path in partial.iterdir() if path.name != MANIFEST)
         entries = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
-        for path in files:
-            sync_file(path)
         write_json(partial / MANIFEST, {"step": step, "files": entries})
         return file_sha256(partial / MANIFEST)
 
@@ -130,6 +128,7 @@ class RunDir:
             shutil.rmtree(aside)
         else:
             partial.rename(whole)
+        sync_folder(self.checkpoints)
         return whole
 
     def recover(self) -> None:
@@ -196,13 +195,9 @@ def file_sha256(path: Path) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that `path` holds either the old content or the new, never half."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=False) + "\n", encoding="utf-8")
-        sync_file(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = json.dumps(value, indent=1) + "\n"
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 def read_json(path: Path) -> Any:
@@ -217,12 +212,3 @@ def read_json(path: Path) -> Any:
         raise DataError(
             Fault(str(path), f"it cannot be read as JSON ({error})", "Restore the file or train anew")
         ) from None
-
-
-def sync_file(path: Path) -> None:
-    """Wait until a file's content is on the disk."""
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,7 +5,6 @@ One job: names, shapes and files of weights. Optimizer state is elsewhere.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,25 +13,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hrm_ray.atomic_files import atomic_path
 from hrm_ray.errors import DataError, Fault, ResourceError
-from hrm_ray.rundir import sync_file
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write `tensors` so that `path` is whole or unchanged. Raises ResourceError where they cannot be written."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        # safetensors makes files for their owner alone; a bundle's files are as readable as any other of the user's.
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary)
-        temporary.chmod(mode)
-        sync_file(temporary)
-        os.replace(temporary, path)
+        with atomic_path(path) as temporary:
+            # safetensors makes files that only their owner may read; a bundle's files have the user's usual mode.
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary)
+            temporary.chmod(mode)
     except (SafetensorError, OSError) as error:
         raise unwritable(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def unwritable(path: Path, error: Exception) -> ResourceError:

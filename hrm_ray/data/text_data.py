@@ -7,12 +7,12 @@ chunks, on the driver and in every worker. It decides nothing about the corpus.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hrm_ray.atomic_files import atomic_write
 from hrm_ray.data.catalog import Catalog
 from hrm_ray.data.chunk_cache import ChunkCache
 from hrm_ray.data.chunk_source import ChunkPipeline, EpochOrder
@@ -112,14 +112,9 @@ class TextDataDir:
 
     def write_parts(self, parts: tuple[Part, ...]) -> None:
         """Write down which parts the corpus has."""
-        beside = self.parts.with_name(f".{self.parts.name}.writing-{os.getpid()}")
-        try:
-            with beside.open("w", encoding="utf-8", newline="\n") as file:
-                # In ASCII, since a file's name may be bytes that are no text.
-                file.writelines(json.dumps(asdict(part)) + "\n" for part in parts)
-            os.replace(beside, self.parts)
-        finally:
-            beside.unlink(missing_ok=True)
+        with atomic_write(self.parts) as file:
+            # In ASCII, since a file's name may be bytes that are no text.
+            file.writelines(json.dumps(asdict(part)).encode("ascii") + b"\n" for part in parts)
 
     def read_parts(self) -> tuple[Part, ...]:
         """The parts as they were written down. Raises DataError."""

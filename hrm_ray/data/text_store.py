@@ -8,7 +8,6 @@ in packing.py.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,9 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from hrm_ray.atomic_files import atomic_write
 from hrm_ray.data.rows import Document
 from hrm_ray.data.tokenizer import Encoded, TextTokenizer
-from hrm_ray.rundir import sync_file
 
 FORMAT = "1"
 
@@ -139,14 +138,9 @@ def save_store(store: TextStore, path: Path) -> None:
         "empty_documents": str(store.empty_documents),
         "digest": _digest(arrays),
     }
-    beside = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    try:
-        # Not by the library's own writing, which makes files that only their owner may read.
-        beside.write_bytes(save(arrays, metadata=about))
-        sync_file(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    # Not by the library's own writing, which makes files that only their owner may read.
+    with atomic_write(path) as file:
+        file.write(save(arrays, metadata=about))
 
 
 def load_store(path: Path) -> TextStore | None:

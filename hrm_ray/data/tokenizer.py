@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 
+from hrm_ray.atomic_files import atomic_write
 from hrm_ray.errors import DataError, Fault, SettingsError, UnavailableError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -105,8 +105,10 @@ class TextTokenizer:
         """Writes tokenizer.json and tokenizer_config.json (which names the marks; Transformers reads both)."""
         folder.mkdir(parents=True, exist_ok=True)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._end_of_text, "pad_token": self._pad}
-        _replace_file(folder / CONFIG_FILE, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-        _replace_file(folder / TOKENIZER_FILE, self._backend.to_str(pretty=True))
+        with atomic_write(folder / CONFIG_FILE) as file:
+            file.write(json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n")
+        with atomic_write(folder / TOKENIZER_FILE) as file:
+            file.write(self._backend.to_str(pretty=True).encode())
 
     def _encode(self, texts: Sequence[str]) -> list[Encoded]:
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
@@ -269,13 +271,3 @@ def _no_end_of_text(path: Path) -> DataError:
             f'Add "eos_token" to {CONFIG_FILE} beside it',
         )
     )
-
-
-def _replace_file(path: Path, content: str) -> None:
-    """Writes a small file whole or not at all."""
-    beside = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    try:
-        beside.write_bytes(content.encode("utf-8"))
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -315,10 +315,10 @@ def test_a_failed_save_leaves_the_older_file_and_no_debris(tmp_path: Path, monke
     store = tokenise(plain("abc"), TOKENIZER)
     save_store(store, tmp_path / "s")
 
-    def full(path: Path) -> None:
+    def full(descriptor: int) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("hrm_ray.data.text_store.sync_file", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         save_store(tokenise(plain("xyz"), TOKENIZER), tmp_path / "s")
     assert same(store, load_store(tmp_path / "s")) and len(list(tmp_path.iterdir())) == 1
