@@ -56,11 +56,11 @@ class ChunkPipeline:
         self.corpus, self.tokenizer, self.catalog, self.cache, self.pairs = corpus, tokenizer, catalog, cache, pairs
         self._reading: Iterator[RawChunk] | None = None
         self._next = 0
-        self._told = False
-        self.told: list[str] = []
+        self._cache_reported = False
+        self.warnings: list[str] = []
         """What was said of the chunks that were made here."""
 
-    def made(self, number: int) -> Chunk | None:
+    def get(self, number: int) -> Chunk | None:
         """Chunk `number`, None where the corpus has no such chunk; what lies before it and is not known is read.
 
         Raises DataError for a bad row, or a corpus that has changed.
@@ -71,26 +71,26 @@ class ChunkPipeline:
             if kept is not None:
                 return Chunk(entry, kept)
         raw = self.read(number)
-        return None if raw is None else self.taken(self.tokenised(raw))
+        return None if raw is None else self.commit(self.tokenise(raw))
 
-    def tokenised(self, raw: RawChunk) -> Chunk:
+    def tokenise(self, raw: RawChunk) -> Chunk:
         """A chunk of these documents; nothing is kept of it."""
         return Chunk(raw.entry, tokenise(raw.documents, self.tokenizer, self.pairs), notes=raw.notes)
 
-    def taken(self, chunk: Chunk) -> Chunk:
+    def commit(self, chunk: Chunk) -> Chunk:
         """A chunk that was made, here or elsewhere: known to the catalog now, and kept if there is room."""
         self.catalog.add(chunk.entry)
         self.cache.keep(self._key(chunk.entry), chunk.store)
         notes = (*chunk.notes, *self._about_cache())
-        self.told += notes
+        self.warnings += notes
         return replace(chunk, notes=notes)
 
-    def keeps(self, number: int) -> bool:
+    def is_cached(self, number: int) -> bool:
         """Whether a chunk that is known lies in the cache."""
         entry = self.catalog.get(number)
         return entry is not None and self.cache.holds(self._key(entry))
 
-    def survey(self, before: int | None = None) -> None:
+    def scan(self, before: int | None = None) -> None:
         """Read what the catalog does not know yet, without tokenising: to chunk `before`, or to the corpus' end."""
         while not self.catalog.ended and (before is None or len(self.catalog) < before):
             self.read(len(self.catalog))
@@ -111,7 +111,7 @@ class ChunkPipeline:
     def read(self, number: int) -> RawChunk | None:
         """Chunk `number` as documents, None where the corpus has no such chunk.
 
-        Where it follows the one that was read last, reading just goes on. Raises as `made`.
+        Where it follows the one that was read last, reading just goes on. Raises as `get`.
         """
         if self.catalog.ended and number >= len(self.catalog):
             return None
@@ -152,9 +152,9 @@ class ChunkPipeline:
         return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
 
     def _about_cache(self) -> tuple[str, ...]:
-        if self.cache.refusal is None or self._told:
+        if self.cache.refusal is None or self._cache_reported:
             return ()
-        self._told = True
+        self._cache_reported = True
         return (f"{self.cache.refusal}.",)
 
 
@@ -166,7 +166,7 @@ class ChunkSlot:
     number: int
     ends_block: bool | None
 
-    def of(self, chunk: Chunk) -> Chunk:
+    def assign(self, chunk: Chunk) -> Chunk:
         """The chunk at this place."""
         ends_block = chunk.entry.ends_block if self.ends_block is None else self.ends_block
         return replace(chunk, position=self.position, ends_block=ends_block)
@@ -210,8 +210,8 @@ class LocalChunks:
 
     shared = False
 
-    def __init__(self, maker: ChunkPipeline, rule: EpochOrder) -> None:
-        self._maker, self._rule = maker, rule
+    def __init__(self, pipeline: ChunkPipeline, order: EpochOrder) -> None:
+        self._pipeline, self._order = pipeline, order
 
     def chunks(self, epoch: int, position: int) -> Generator[Chunk, None, None]:
         """See ChunkSource. What the making raises is raised here, when its chunk is asked for."""
@@ -222,11 +222,11 @@ class LocalChunks:
             ahead.close()
 
     def _made(self, epoch: int, position: int) -> Iterator[Chunk]:
-        for slot in self._rule.slots(self._maker.catalog, epoch, position):
-            chunk = self._maker.made(slot.number)
+        for slot in self._order.slots(self._pipeline.catalog, epoch, position):
+            chunk = self._pipeline.get(slot.number)
             if chunk is None:
                 return
-            yield slot.of(chunk)
+            yield slot.assign(chunk)
 
 
 class InMemoryChunks:
@@ -234,18 +234,18 @@ class InMemoryChunks:
 
     shared = False
 
-    def __init__(self, maker: ChunkPipeline, rule: EpochOrder) -> None:
-        self._rule, self._catalog = rule, maker.catalog
+    def __init__(self, pipeline: ChunkPipeline, order: EpochOrder) -> None:
+        self._order, self._catalog = order, pipeline.catalog
         self._chunks: list[Chunk] = []
-        while (chunk := maker.made(len(self._chunks))) is not None:
+        while (chunk := pipeline.get(len(self._chunks))) is not None:
             self._chunks.append(chunk)
 
     def chunks(self, epoch: int, position: int) -> Generator[Chunk, None, None]:
         """See ChunkSource."""
-        for slot in self._rule.slots(self._catalog, epoch, position):
+        for slot in self._order.slots(self._catalog, epoch, position):
             if slot.number >= len(self._chunks):
                 return
-            yield slot.of(self._chunks[slot.number])
+            yield slot.assign(self._chunks[slot.number])
 
 
 class _Prefetcher:

@@ -1,7 +1,7 @@
 """What must be known of a corpus before the first step.
 
 One job: its first chunk, how many sequences an epoch has, and the held-out documents; each reads as little as it can.
-It writes nothing but what the maker keeps.
+It writes nothing but what the pipeline keeps.
 """
 
 from __future__ import annotations
@@ -55,27 +55,27 @@ def check_usable(corpus: Corpus) -> None:
     raise DataError(Fault(name, "it is empty, there is no text in it", _OTHER_DATA))
 
 
-def begin_corpus(maker: ChunkPipeline, cut: ChunkingConfig, form: RowForm) -> Chunk:
+def begin_corpus(pipeline: ChunkPipeline, cut: ChunkingConfig, form: RowForm) -> Chunk:
     """The first chunk that an epoch begins with and that has a document.
 
     Raises SettingsError for a start that is not there, or where all of the corpus is shorter than one row; DataError
     where no row can be trained on.
     """
-    chunk = _started(maker, cut)
+    chunk = _started(pipeline, cut)
     while chunk is not None and not chunk.store.documents:
-        chunk = maker.made(chunk.entry.number + 1)
+        chunk = pipeline.get(chunk.entry.number + 1)
     if chunk is None:
-        raise DataError(Fault(str(maker.corpus.source.path), "no document has a single token", _OTHER_DATA))
-    _check_length(maker, chunk, form)
+        raise DataError(Fault(str(pipeline.corpus.source.path), "no document has a single token", _OTHER_DATA))
+    _check_length(pipeline, chunk, form)
     return chunk
 
 
-def _check_length(maker: ChunkPipeline, chunk: Chunk, form: RowForm) -> None:
+def _check_length(pipeline: ChunkPipeline, chunk: Chunk, form: RowForm) -> None:
     """A first chunk that does not fill one row is all there is, or too small to be packed without waste."""
     tokens = len(chunk.store.tokens)
     if tokens >= form.seq_len or chunk.entry.number:
         return
-    if maker.made(1) is None:
+    if pipeline.get(1) is None:
         reason = f"the data has only {tokens} tokens, not one row of {form.seq_len}"
         hint = f"Give --max-seq-len {tokens} or less, or more data"
         raise SettingsError(Fault(f"max_seq_len {form.seq_len}", reason, hint))
@@ -87,54 +87,54 @@ def _check_length(maker: ChunkPipeline, chunk: Chunk, form: RowForm) -> None:
         raise SettingsError(Fault(f"max_seq_len {form.seq_len}", reason, hint))
 
 
-def _started(maker: ChunkPipeline, cut: ChunkingConfig) -> Chunk | None:
+def _started(pipeline: ChunkPipeline, cut: ChunkingConfig) -> Chunk | None:
     if cut.start_block is None and cut.start_chunk is None:
-        return maker.made(0)
+        return pipeline.get(0)
     block, chunk = cut.start_block or 0, cut.start_chunk or 0
-    entry = maker.find(block, chunk)
+    entry = pipeline.find(block, chunk)
     if entry is not None:
-        return maker.made(entry.number)
-    of_block = sum(known.start.block == block for known in maker.catalog.entries)
+        return pipeline.get(entry.number)
+    of_block = sum(known.start.block == block for known in pipeline.catalog.entries)
     if of_block:
         reason = f"block {block} has {of_block} chunks, numbered from 0"
         raise SettingsError(Fault(f"--start-chunk-id {chunk}", reason, f"Give {of_block - 1} or less"))
-    blocks = maker.catalog.entries[-1].start.block + 1 if len(maker.catalog) else 0
+    blocks = pipeline.catalog.entries[-1].start.block + 1 if len(pipeline.catalog) else 0
     reason = f"the data has {blocks} blocks, numbered from 0"
     raise SettingsError(Fault(f"--start-block-id {block}", reason, f"Give {max(blocks - 1, 0)} or less"))
 
 
-def count_sequences(maker: ChunkPipeline, first: Chunk, form: RowForm, *, start: int, all_of_it: bool) -> Sequences:
+def count_sequences(pipeline: ChunkPipeline, first: Chunk, form: RowForm, *, start: int, all_of_it: bool) -> Sequences:
     """Sequences of a whole epoch, and of one that begins with chunk `start`.
 
     They are counted where the corpus is small or `all_of_it` is to be tokenised anyway, else estimated from its bytes
     of text and the first chunk, which means reading all of it once.
     """
     if not all_of_it:
-        small = sum(part.bytes for part in maker.corpus.parts) <= COUNTED_BYTES
+        small = sum(part.bytes for part in pipeline.corpus.parts) <= COUNTED_BYTES
         if small:
-            maker.survey()
+            pipeline.scan()
         # What is compressed may be larger than it looked.
-        all_of_it = small and _text_bytes(maker) <= COUNTED_BYTES
+        all_of_it = small and _text_bytes(pipeline) <= COUNTED_BYTES
     if all_of_it:
         counts: list[int] = []
-        while (chunk := maker.made(len(counts))) is not None:
+        while (chunk := pipeline.get(len(counts))) is not None:
             counts.append(len(TextSamples(chunk.store, form)))
         return Sequences(sum(counts), sum(counts[start:]), estimated=False)
-    maker.survey()
+    pipeline.scan()
     of_first = len(TextSamples(first.store, form)) / max(1, first.entry.text_bytes)
-    whole, rest = (max(1, round(of_first * _text_bytes(maker, begin))) for begin in (0, start))
+    whole, rest = (max(1, round(of_first * _text_bytes(pipeline, begin))) for begin in (0, start))
     return Sequences(whole, rest, estimated=True)
 
 
-def cached_whole(maker: ChunkPipeline) -> bool:
+def cached_whole(pipeline: ChunkPipeline) -> bool:
     """Whether all chunks of the corpus lie in the cache, so that a run has nothing to tokenise. Reads one chunk more
     than is known, to see whether there is one."""
-    maker.read(len(maker.catalog))
-    return maker.catalog.ended and all(maker.keeps(number) for number in range(len(maker.catalog)))
+    pipeline.read(len(pipeline.catalog))
+    return pipeline.catalog.ended and all(pipeline.is_cached(number) for number in range(len(pipeline.catalog)))
 
 
-def _text_bytes(maker: ChunkPipeline, start: int = 0) -> int:
-    return sum(entry.text_bytes for entry in maker.catalog.entries[start:])
+def _text_bytes(pipeline: ChunkPipeline, start: int = 0) -> int:
+    return sum(entry.text_bytes for entry in pipeline.catalog.entries[start:])
 
 
 def read_held_out(corpus: Corpus, tokenizer: TextTokenizer, form: RowForm, rows: int) -> tuple[TextStore, list[str]]:

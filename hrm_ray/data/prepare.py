@@ -122,25 +122,25 @@ def prepare_text(
     _take_up(folder, corpus)
     check_usable(corpus)
     tokenizer, origin, account = _choose(corpus, bundle, choice, notes)
-    maker = folder.maker(cut, train, tokenizer, pairs=form.prefix, writes=True)
+    pipeline = folder.pipeline(cut, train, tokenizer, pairs=form.prefix, writes=True)
     try:
-        first = begin_corpus(maker, cut, form)
-        in_order = not cut.shuffled or not maker.corpus.random_access
+        first = begin_corpus(pipeline, cut, form)
+        in_order = not cut.shuffled or not pipeline.corpus.random_access
         if cut.shuffled and in_order:
             notes.append(
                 "The data can only be read in its order (it is compressed, an archive or a stream): sequences are "
                 f"shuffled within the buffer of {cut.shuffle_rows} samples, blocks and chunks are not."
             )
         if not in_order:
-            maker.survey()
+            pipeline.scan()
         counted = None
         start = 0 if cut.start_block is None and cut.start_chunk is None else first.entry.number
         if wanted.count or not cut.streaming:
-            counted = count_sequences(maker, first, form, start=start, all_of_it=not cut.streaming)
-        if not cut.streaming and maker.cache.refusal is not None:
+            counted = count_sequences(pipeline, first, form, start=start, all_of_it=not cut.streaming)
+        if not cut.streaming and pipeline.cache.refusal is not None:
             hint = "Give a larger --cache-gb (0 keeps nothing on the disk), or leave out --no-streaming"
-            raise ResourceError(Fault("--no-streaming", maker.cache.refusal, hint))
-        kept = cached_whole(maker)
+            raise ResourceError(Fault("--no-streaming", pipeline.cache.refusal, hint))
+        kept = cached_whole(pipeline)
         held_out = None
         name = None if evaluation is None else evaluation_file(evaluation, wanted)
         if name is not None and wanted.keep_evaluation and folder.evaluation(name).is_file():
@@ -150,12 +150,12 @@ def prepare_text(
             notes += told
             save_store(held_out, folder.evaluation(evaluation_file(evaluation, wanted)))
     finally:
-        maker.catalog.close()
+        pipeline.catalog.close()
     # Last, so that data that cannot be used leaves the bundle's tokenizer as it was.
     if origin != "reused":
         tokenizer.save(bundle)
-    notes += maker.told
-    notes.extend(_losses(_documents(maker.corpus), tokenizer))
+    notes += pipeline.warnings
+    notes.extend(_losses(_documents(pipeline.corpus), tokenizer))
     plan = TextPlan(cut, form, train, name, start, in_order, kept)
     return PreparedText(tokenizer, origin, plan, first, counted, held_out, tuple(notes), account)
 

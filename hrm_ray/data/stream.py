@@ -84,7 +84,7 @@ class Window:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def trained(self, epoch: int, first: int, beyond: int) -> list[ConsumedRange]:
+    def consumed(self, epoch: int, first: int, beyond: int) -> list[ConsumedRange]:
         """What the places first..beyond-1 of the window are of its chunks. One without a sequence is done once all
         before it is; `first` is -1 where nothing was told of the window yet."""
         found = []
@@ -126,18 +126,18 @@ class SequenceStream:
     """The sequences of one epoch, taken in order."""
 
     def __init__(
-        self, source: ChunkSource, form: RowForm, epoch: int, place: StreamState, shuffle: Shuffle | None
+        self, source: ChunkSource, form: RowForm, epoch: int, state: StreamState, shuffle: Shuffle | None
     ) -> None:
         """Without `shuffle` the order is that of the chunks."""
         self._form, self._shuffle = form, shuffle
-        self._chunks = source.chunks(epoch, place.position)
+        self._chunks = source.chunks(epoch, state.position)
         self._window: Window | None = None
-        self._begin = place
-        self._taken, self._sequences = place.taken, place.sequences
-        self._bad, self._left_out = place.bad_rows, place.left_out_rows
+        self._begin = state
+        self._taken, self._sequences = state.taken, state.sequences
+        self._bad, self._left_out = state.bad_rows, state.left_out_rows
         self._in_block = False
-        self._epoch, self._told = epoch, place.taken or -1
-        self._trained: list[ConsumedRange] = []
+        self._epoch, self._shown = epoch, state.taken or -1
+        self._consumed: list[ConsumedRange] = []
         self.data_ended = False
         """Whether the epoch's last chunk has come."""
         self._notes: list[str] = []
@@ -145,13 +145,13 @@ class SequenceStream:
     def take(self, count: int, *, within_block: bool = False) -> list[RowSlice]:
         """The next `count` sequences; fewer at the end of the epoch, or `within_block` at the end of the block that was
         taken from last. Where the data cannot be read on, that is raised and nothing has been taken."""
-        before = (self._window, self._taken, self._sequences, self._bad, self._left_out, self._told, self._in_block)
-        told = len(self._trained)
+        before = (self._window, self._taken, self._sequences, self._bad, self._left_out, self._shown, self._in_block)
+        reported = len(self._consumed)
         try:
             return self._row_slices(count, within_block)
         except BaseException:
-            self._window, self._taken, self._sequences, self._bad, self._left_out, self._told, self._in_block = before
-            del self._trained[told:]
+            self._window, self._taken, self._sequences, self._bad, self._left_out, self._shown, self._in_block = before
+            del self._consumed[reported:]
             raise
 
     def _row_slices(self, count: int, within_block: bool) -> list[RowSlice]:
@@ -171,7 +171,7 @@ class SequenceStream:
         return row_slices
 
     @property
-    def place(self) -> StreamState:
+    def state(self) -> StreamState:
         """Where the next sequence stands."""
         window = self._window
         if window is None:
@@ -187,17 +187,17 @@ class SequenceStream:
         bad, left_out = (self._window.bad_rows, self._window.left_out_rows) if self._window else (0, 0)
         return {"bad_rows": self._bad + bad, "left_out_rows": self._left_out + left_out}
 
-    def take_trained(self) -> list[ConsumedRange]:
+    def take_consumed(self) -> list[ConsumedRange]:
         """What was taken since the last call, chunk by chunk in the epoch's order."""
-        self._tell()
-        trained, self._trained = self._trained, []
-        return trained
+        self._report()
+        consumed, self._consumed = self._consumed, []
+        return consumed
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         """Write down what was taken of the present window."""
         if self._window is not None:
-            self._trained += self._window.trained(self._epoch, self._told, self._taken)
-            self._told = self._taken
+            self._consumed += self._window.consumed(self._epoch, self._shown, self._taken)
+            self._shown = self._taken
 
     def take_notes(self) -> list[str]:
         """What is to be said of the chunks that came since the last call."""
@@ -220,8 +220,8 @@ class SequenceStream:
                 self.data_ended = True
                 return None
             if self._window is not None:
-                self._tell()
-                self._taken, self._told = 0, -1
+                self._report()
+                self._taken, self._shown = 0, -1
                 self._bad += self._window.bad_rows
                 self._left_out += self._window.left_out_rows
             self._window = opened

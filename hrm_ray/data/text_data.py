@@ -1,6 +1,6 @@
 """The folder in which a run keeps what it knows of its corpus.
 
-One job: its files (parts.jsonl, catalog.jsonl, chunks/, eval.safetensors) and what is opened from them: the maker of
+One job: its files (parts.jsonl, catalog.jsonl, chunks/, eval.safetensors) and what is opened from them: the pipeline of
 chunks, on the driver and in every worker. It decides nothing about the corpus.
 """
 
@@ -66,7 +66,7 @@ class TextPlan:
         return self.cut.shuffle_rows if self.cut.shuffled else 0
 
     @property
-    def rule(self) -> EpochOrder:
+    def epoch_order(self) -> EpochOrder:
         """The order in which epochs take chunks."""
         return EpochOrder(self.cut.seed, shuffled=not self.in_order, start=self.start)
 
@@ -124,7 +124,7 @@ class TextDataDir:
         except (OSError, ValueError, TypeError) as error:
             raise DataError(Fault(str(self.parts), f"it is no list of parts ({error})", AGAIN)) from error
 
-    def maker(
+    def pipeline(
         self, cut: ChunkingConfig, source: TextSource, tokenizer: TextTokenizer, *, pairs: bool, writes: bool
     ) -> ChunkPipeline:
         """What makes the corpus' chunks; one process `writes` catalog and cache."""

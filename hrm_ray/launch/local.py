@@ -24,8 +24,8 @@ class LocalLink:
     def sink(self) -> MetricSink:
         return self.display
 
-    def chunks(self, maker: Callable[[bool], ChunkPipeline], rule: EpochOrder) -> ChunkSource:
-        return LocalChunks(maker(True), rule)
+    def chunks(self, pipeline: Callable[[bool], ChunkPipeline], order: EpochOrder) -> ChunkSource:
+        return LocalChunks(pipeline(True), order)
 
     def stop_requested(self) -> StopReason | None:
         return self.stop()

@@ -51,8 +51,8 @@ class ChunkServer:
 
     def __init__(self, place: ChunkTaskContext, world_size: int) -> None:
         self._place, self._world_size = place, world_size
-        self._maker: ChunkPipeline = place.maker(writes=True)
-        self._rule: EpochOrder = place.text.rule
+        self._pipeline: ChunkPipeline = place.pipeline(writes=True)
+        self._order: EpochOrder = place.text.epoch_order
         self._in_order = place.text.in_order
         self._streams: dict[Key, _Stream] = {}
         self._changed = threading.Condition()
@@ -120,32 +120,32 @@ class ChunkServer:
 
     def _chunks(self, key: Key) -> Iterator[Chunk]:
         """The chunks of a stream: out of the cache where all of them are there, else made by Ray Data."""
-        maker, slots = self._maker, self._rule.slots(self._maker.catalog, *key)
-        if maker.catalog.ended and all(maker.keeps(number) for number in range(len(maker.catalog))):
+        pipeline, slots = self._pipeline, self._order.slots(self._pipeline.catalog, *key)
+        if pipeline.catalog.ended and all(pipeline.is_cached(number) for number in range(len(pipeline.catalog))):
             for slot in slots:
-                chunk = maker.made(slot.number)
+                chunk = pipeline.get(slot.number)
                 if chunk is None:
                     return
-                yield slot.of(chunk)
+                yield slot.assign(chunk)
             return
         if self._in_order:
             first = next(slots)
-            maker.survey(first.number)
+            pipeline.scan(first.number)
             yield from self._taken(chain([first], slots), read_on(self._place, first.number))
-            maker.catalog.end()
+            pipeline.catalog.end()
             return
         wanted = list(slots)
-        missing = [slot for slot in wanted if not maker.keeps(slot.number)]
-        entries = [maker.catalog.entries[slot.number] for slot in missing]
+        missing = [slot for slot in wanted if not pipeline.is_cached(slot.number)]
+        entries = [pipeline.catalog.entries[slot.number] for slot in missing]
         made = self._taken(iter(missing), each_of(self._place, entries))
         of_missing = {slot.number for slot in missing}
         for slot in wanted:
             if slot.number in of_missing:
                 yield next(made)
             else:
-                kept = maker.made(slot.number)
+                kept = pipeline.get(slot.number)
                 assert kept is not None, "it is known"
-                yield slot.of(kept)
+                yield slot.assign(kept)
 
     def _taken(self, slots: Iterator[ChunkSlot], made: Iterator[tuple[int, Any]]) -> Iterator[Chunk]:
         """What the tasks have made, entered into catalog and cache."""
@@ -154,9 +154,9 @@ class ChunkServer:
             assert slot.number == number, "Ray Data keeps the order"
             if isinstance(content, HrmRayError):
                 raise content
-            chunk = self._maker.made(number) if content is None else self._maker.taken(content)
+            chunk = self._pipeline.get(number) if content is None else self._pipeline.commit(content)
             assert chunk is not None, "it is known"
-            yield slot.of(chunk)
+            yield slot.assign(chunk)
 
 
 class RemoteChunks:

@@ -64,10 +64,12 @@ class ChunkTaskContext:
     def folder(self) -> TextDataDir:
         return TextDataDir(RunDir(Path(self.bundle)).data)
 
-    def maker(self, *, writes: bool) -> ChunkPipeline:
+    def pipeline(self, *, writes: bool) -> ChunkPipeline:
         """What makes chunks in this process, with the catalog as it is now."""
         text = self.text
-        return self.folder.maker(text.cut, text.source, _tokenizer(self.bundle), pairs=text.form.prefix, writes=writes)
+        return self.folder.pipeline(
+            text.cut, text.source, _tokenizer(self.bundle), pairs=text.form.prefix, writes=writes
+        )
 
 
 @lru_cache(maxsize=2)
@@ -84,11 +86,11 @@ def read_on(place: ChunkTaskContext, first: int) -> Iterator[tuple[int, Made]]:
     """Chunks from number `first` on to the end of the corpus: one task reads, several tokenise."""
 
     def read(batch: Batch) -> Iterator[Batch]:
-        maker = place.maker(writes=False)
+        pipeline = place.pipeline(writes=False)
         for number in count(int(batch["first"][0])):
             try:
-                raw = None if maker.keeps(number) else maker.read(number)
-                if raw is None and not maker.keeps(number):
+                raw = None if pipeline.is_cached(number) else pipeline.read(number)
+                if raw is None and not pipeline.is_cached(number):
                     return
             except HrmRayError as error:
                 yield _row(number, error)

@@ -174,11 +174,11 @@ class WorkerChannel:
                 self._reason = ray.get(self._promise)
         return self._reason
 
-    def chunks(self, maker: Callable[[bool], ChunkPipeline], rule: EpochOrder) -> ChunkSource:
+    def chunks(self, pipeline: Callable[[bool], ChunkPipeline], order: EpochOrder) -> ChunkSource:
         """The chunks that the ChunkServer hands out; where there is none, this worker makes its own."""
         if self._chunk_server is not None:
             return RemoteChunks(self._chunk_server, self._rank)
-        return LocalChunks(maker(True), rule)
+        return LocalChunks(pipeline(True), order)
 
     def announce(self, place: WorkerPlace) -> bool:
         """Say that this worker is there; False means: do not begin."""

@@ -102,7 +102,7 @@ class BatchLoader(Protocol):
     def take_notes(self) -> list[str]:
         """What a person should know of the data that came since the last call."""
 
-    def take_trained(self) -> list[ConsumedRange]:
+    def take_consumed(self) -> list[ConsumedRange]:
         """What was given out since the last call, chunk by chunk in order; nothing where the data has no chunks."""
 
     @property
@@ -135,7 +135,7 @@ class _Epochs:
     def take_notes(self) -> list[str]:
         return []
 
-    def take_trained(self) -> list[ConsumedRange]:
+    def take_consumed(self) -> list[ConsumedRange]:
         return []
 
     @property

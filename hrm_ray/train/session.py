@@ -43,10 +43,10 @@ from hrm_ray.types import DriverLink, MetricSink, RunResult, SampleSet
 class WorkerLink(DriverLink, Protocol):
     """What the launcher gives a worker: the driver, and where chunks of text come from."""
 
-    def chunks(self, maker: Callable[[bool], ChunkPipeline], rule: EpochOrder) -> ChunkSource:
-        """Where this worker's chunks come from, in the order of `rule`.
+    def chunks(self, pipeline: Callable[[bool], ChunkPipeline], order: EpochOrder) -> ChunkSource:
+        """Where this worker's chunks come from, in `order`.
 
-        `maker` opens what makes them in this process; it is told whether catalog and cache are written here.
+        `pipeline` opens what makes them in this process; it is told whether catalog and cache are written here.
         """
 
 
@@ -136,10 +136,14 @@ def _data(
     text, folder = TextPlan.from_plain(plan), TextDataDir(run_dir.data)
     tokenizer = TextTokenizer.load(run_dir.root)
 
-    def maker(writes: bool) -> ChunkPipeline:
-        return folder.maker(text.cut, text.source, tokenizer, pairs=text.form.prefix, writes=writes and world.leads)
+    def pipeline(writes: bool) -> ChunkPipeline:
+        return folder.pipeline(text.cut, text.source, tokenizer, pairs=text.form.prefix, writes=writes and world.leads)
 
-    source = link.chunks(maker, text.rule) if text.cut.streaming else InMemoryChunks(maker(False), text.rule)
+    source = (
+        link.chunks(pipeline, text.epoch_order)
+        if text.cut.streaming
+        else InMemoryChunks(pipeline(False), text.epoch_order)
+    )
     held_out = TextSamples(folder.read_evaluation(text.evaluation), text.form) if text.evaluation else None
     return TextStream(source, text.form, tokenizer.pad_id, text.shuffle_rows), held_out
 

@@ -55,7 +55,7 @@ class StreamLoader:
         """See Feed. Raises DataError for an epoch without a single sequence, which would roll on for ever."""
         if (trained and self.ends.after_block) or self.ends.at_epoch_end(self.epoch, trained):
             return False
-        if not self.stream.place.sequences:
+        if not self.stream.state.sequences:
             reason = "no row of it was left to train on"
             raise DataError(Fault("the training data", reason, "Give other data, or leave out --ascii-only"))
         self._enter(self.epoch + 1, StreamState())
@@ -68,7 +68,7 @@ class StreamLoader:
 
     def state_dict(self) -> dict[str, npt.NDArray[np.int64]]:
         """The place in the stream; the same on every rank."""
-        place = asdict(self.stream.place)
+        place = asdict(self.stream.state)
         return {name: np.array([value], dtype=np.int64) for name, value in place.items()}
 
     def load_state_dict(self, epoch: int, state_dict: dict[str, npt.NDArray[np.int64]]) -> None:
@@ -88,9 +88,9 @@ class StreamLoader:
         notes, self._notes = self._notes + self.stream.take_notes(), []
         return notes
 
-    def take_trained(self) -> list[ConsumedRange]:
+    def take_consumed(self) -> list[ConsumedRange]:
         """See Feed."""
-        trained, self._trained = self._trained + self.stream.take_trained(), []
+        trained, self._trained = self._trained + self.stream.take_consumed(), []
         return trained
 
     @property
@@ -112,7 +112,7 @@ class StreamLoader:
 
     def _enter(self, epoch: int, place: StreamState) -> None:
         self._notes += self.stream.take_notes()
-        self._trained += self.stream.take_trained()
+        self._trained += self.stream.take_consumed()
         self.stream.close()
         self.epoch = epoch
         self.stream = self._stream(place)

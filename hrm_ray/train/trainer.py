@@ -217,7 +217,7 @@ class Trainer:
         extra: dict[str, Any] = {"best": self.best, "figures": self.figures, "evaluated_at": self._evaluated_at}
         extra["evaluated_on"] = self._evaluated_on
         extra["expert"] = self.expert.plain() if self.expert is not None else None
-        self._trained += self.loop.parts.loader.take_trained()
+        self._trained += self.loop.parts.loader.take_consumed()
         covered = self._trained
         if self.ledger_writer is not None:
             covered = self.ledger_writer.covered(self.loop.progress.step, covered)

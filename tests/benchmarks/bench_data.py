@@ -50,10 +50,10 @@ def feed_of(path: str, tokenizer: TextTokenizer) -> StreamLoader:
     source = TextSource(path)
     corpus = Corpus(source, list_parts(source).parts, samples_per_block=100_000, chunk_size=4000)
     nowhere = Path(path).with_name("not-written")
-    maker = ChunkPipeline(
+    pipeline = ChunkPipeline(
         corpus, tokenizer, Catalog(nowhere, writes=False), ChunkCache(nowhere, 0, writes=False), pairs=False
     )
-    text = TextStream(LocalChunks(maker, EpochOrder(0, shuffled=False)), RowForm(SEQ_LEN), tokenizer.pad_id)
+    text = TextStream(LocalChunks(pipeline, EpochOrder(0, shuffled=False)), RowForm(SEQ_LEN), tokenizer.pad_id)
     return StreamLoader(text, BatchSize(ROWS, 1, 0, 1), seed=0, ends=StopCondition(1))
 
 

@@ -168,10 +168,10 @@ def prepare(folder: Path, corpus: Path | None, size: tuple[str, ...], device: st
     data = read_json(run_dir.training_args)["data"]
     config = ModelConfig.from_plain(read_json(run_dir.config), str(run_dir.config))
     plan = TextPlan.from_plain(data)
-    maker = TextDataDir(run_dir.data).maker(
+    pipeline = TextDataDir(run_dir.data).pipeline(
         plan.cut, plan.source, TextTokenizer.load(run_dir.root), pairs=False, writes=False
     )
-    chunk = maker.made(0)
+    chunk = pipeline.get(0)
     assert chunk is not None, "the base was trained on it"
     samples = TextSamples(chunk.store, plan.form)
     size = (*size, "--lr", "1e-3", "--no-linear-dataset")

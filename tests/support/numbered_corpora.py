@@ -93,7 +93,7 @@ class Opened:
         parts = list_parts(source).parts
         cut = (shape.samples_per_block, shape.chunk_size, shape.offset, shape.max_rows)
         known = self.catalog or self.corpus / "none.catalog"
-        maker = ChunkPipeline(
+        pipeline = ChunkPipeline(
             Corpus(source, parts, *cut),
             TOKENIZER,
             Catalog(known, writes=self.catalog is not None),
@@ -101,9 +101,9 @@ class Opened:
             pairs=False,
         )
         if shape.shuffle_rows:
-            maker.survey()
-        rule = EpochOrder(shape.seed, shuffled=bool(shape.shuffle_rows), start=self.start)
-        text = TextStream(LocalChunks(maker, rule), RowForm(shape.seq_len), TOKENIZER.pad_id, shape.shuffle_rows)
+            pipeline.scan()
+        order = EpochOrder(shape.seed, shuffled=bool(shape.shuffle_rows), start=self.start)
+        text = TextStream(LocalChunks(pipeline, order), RowForm(shape.seq_len), TOKENIZER.pad_id, shape.shuffle_rows)
         return StreamLoader(text, batch, seed=shape.seed, ends=self.ends)
 
     def step(self) -> list[Row] | None:

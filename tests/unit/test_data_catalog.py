@@ -117,7 +117,7 @@ def test_other_members_held_out_of_an_archive_are_noticed(tmp_path: Path) -> Non
         check_parts([replace(part, apart="a")], [replace(part, apart="b")])
 
 
-def maker_of(folder: Path, corpus: Corpus, limit_bytes: int = 10**9) -> ChunkPipeline:
+def pipeline_of(folder: Path, corpus: Corpus, limit_bytes: int = 10**9) -> ChunkPipeline:
     catalog = Catalog(folder / "catalog.jsonl", writes=True)
     return ChunkPipeline(
         corpus, TOKENIZER, catalog, ChunkCache(folder / "chunks", limit_bytes, writes=True), pairs=False
@@ -126,11 +126,11 @@ def maker_of(folder: Path, corpus: Corpus, limit_bytes: int = 10**9) -> ChunkPip
 
 def test_a_damaged_chunk_is_made_anew(tmp_path: Path) -> None:
     corpus = corpus_of(write_corpus(tmp_path / "c", texts_of([3] * 5)))
-    first = maker_of(tmp_path, corpus).made(0)
+    first = pipeline_of(tmp_path, corpus).get(0)
     (file,) = (tmp_path / "chunks").iterdir()
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
-    again = maker_of(tmp_path, corpus).made(0)
+    again = pipeline_of(tmp_path, corpus).get(0)
     assert first is not None and again is not None
     assert first.store.tokens.tolist() == again.store.tokens.tolist()
     assert load_store(file) is not None
@@ -138,22 +138,22 @@ def test_a_damaged_chunk_is_made_anew(tmp_path: Path) -> None:
 
 def test_a_full_cache_keeps_what_it_has_and_says_so_once(tmp_path: Path) -> None:
     corpus = corpus_of(write_corpus(tmp_path / "c", texts_of([30] * 25)))
-    maker = maker_of(tmp_path, corpus, limit_bytes=2500)
-    chunks = [chunk for number in range(5) if (chunk := maker.made(number)) is not None]
+    pipeline = pipeline_of(tmp_path, corpus, limit_bytes=2500)
+    chunks = [chunk for number in range(5) if (chunk := pipeline.get(number)) is not None]
     notes = [note for chunk in chunks for note in chunk.notes]
     assert len(chunks) == 5 and len(notes) == 1 and "--cache-gb" in notes[0]
     kept = sum(file.stat().st_size for file in (tmp_path / "chunks").iterdir())
     assert 0 < kept <= 2500
-    again = maker_of(tmp_path, corpus, limit_bytes=2500)
-    assert again.keeps(0) and not again.keeps(4)
+    again = pipeline_of(tmp_path, corpus, limit_bytes=2500)
+    assert again.is_cached(0) and not again.is_cached(4)
 
 
 def test_a_corpus_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
     corpus = corpus_of(write_corpus(tmp_path / "c", texts_of([3] * 20)))
-    maker_of(tmp_path, corpus, limit_bytes=0).survey()
+    pipeline_of(tmp_path, corpus, limit_bytes=0).scan()
     file = tmp_path / "c" / "0000.jsonl"
     file.write_text(file.read_text().replace("7:xxx", "7:yyy"))
-    again = maker_of(tmp_path, corpus, limit_bytes=0)
-    assert again.made(0) is not None
+    again = pipeline_of(tmp_path, corpus, limit_bytes=0)
+    assert again.get(0) is not None
     with pytest.raises(DataError, match="not what the run was trained on"):
-        again.made(1)
+        again.get(1)

@@ -83,9 +83,11 @@ def test_a_worker_opens_what_was_prepared(corpus: Path) -> None:
     plan = TextPlan.from_plain(json.loads(json.dumps(result.plan.plain())))
     assert plan == result.plan
     folder = TextDataDir(corpus.parent / "bundle" / "data")
-    maker = folder.maker(plan.cut, plan.source, TextTokenizer.load(corpus.parent / "bundle"), pairs=False, writes=False)
+    pipeline = folder.pipeline(
+        plan.cut, plan.source, TextTokenizer.load(corpus.parent / "bundle"), pairs=False, writes=False
+    )
     chunks = []
-    while (chunk := maker.made(len(chunks))) is not None:
+    while (chunk := pipeline.get(len(chunks))) is not None:
         chunks.append(chunk)
     assert [(c.entry.start.block, c.entry.start.chunk, c.entry.rows) for c in chunks] == [
         *((0, 0, 8), (0, 1, 8), (0, 2, 4)),

@@ -185,7 +185,7 @@ class FixtureFeed:
     data_ended = True
     fails_alike = False
 
-    def take_trained(self) -> list[ConsumedRange]:
+    def take_consumed(self) -> list[ConsumedRange]:
         return []
 
     def one_epoch_more(self) -> None:
