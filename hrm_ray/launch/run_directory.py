@@ -33,6 +33,7 @@ PREPARED = REUSABLE | {
     "ledger.sqlite",
     "ledger.sqlite-wal",
     "ledger.sqlite-shm",
+    "ledger.sqlite-journal",
     "chunk_tracker_state.json",
     ".in_use.json",
 }

@@ -1,12 +1,13 @@
-"""The ledger's SQLite file: its tables, who may write it, and what a commit outlives.
+"""The ledger's SQLite file: its tables, its single owner, its readers, and how durable a commit is.
 
-One job: open the file as its one owner or for reading, and make transactions. It does not know what the rows mean.
+A commit survives the death of the process. Only a `durable` commit waits for the disk and survives power loss too: a
+round (checkpoints and anchors refer to it), a rollback, a worker's generation. A claim or report that power loss takes
+is trained again; the order of commits is kept.
 
-Every commit outlives the death of the process: WAL keeps it in the operating system's hands. Only a `durable` one waits
-for the disk (synchronous=FULL) and so outlives power loss too. Those are the commits on which something outside the
-file rests: a round (checkpoints and anchors refer to it), a rollback, the generation of a worker (an older one may live
-on elsewhere). A claim or a report that power loss takes is trained again. WAL keeps the order: what came before a
-durable commit is durable with it.
+On a local disk the journal is a write-ahead log (WAL), in which a commit that is not durable waits for nothing. WAL
+needs memory shared by all processes that have the file open, which a network file system cannot give: there the
+journal is SQLite's rollback journal, and each commit waits for the disk. A reader copies the file into memory and
+closes it, so that it never keeps the owner waiting.
 """
 
 from __future__ import annotations
@@ -18,16 +19,24 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from hrm_ray.errors import DataError, Fault, HrmRayError, ResourceError, SettingsError, UnavailableError
+import psutil
+
+from hrm_ray.errors import DataError, Fault, HrmRayError, ResourceError, SettingsError
 
 Row: TypeAlias = tuple[Any, ...]
 
 FORMAT = 1
 _APPLICATION_ID = 0x48524C47
-"""Marks the file as a ledger of ours ("HRLG")."""
+"""Marks the file as a ledger ("HRLG")."""
 _BUSY_TIMEOUT_S = 30.0
-_BESIDE = ("-wal", "-shm")
-"""SQLite's own files beside the ledger while it is open, and after a kill."""
+SIDE_FILES = ("-wal", "-shm", "-journal")
+"""Endings of SQLite's own files beside the ledger, while it is open and after a kill."""
+_WAL_VERSION = 2
+"""Byte 18 of a SQLite file whose journal is a write-ahead log."""
+_LOCAL_FILE_SYSTEMS = (
+    *("apfs", "bcachefs", "btrfs", "exfat", "ext2", "ext3", "ext4", "f2fs", "hfs", "jfs", "ntfs", "overlay"),
+    *("ramfs", "refs", "reiserfs", "tmpfs", "ufs", "vfat", "xfs", "zfs"),
+)
 
 _SCHEMA = (
     "CREATE TABLE facts (name TEXT PRIMARY KEY, value INTEGER) WITHOUT ROWID",
@@ -68,16 +77,16 @@ _SCHEMA = (
 
 
 class Database:
-    """An open ledger file. Its methods may be called from several threads: they take turns."""
+    """An open ledger file, or a copy of one in memory. Safe to call from several threads."""
 
     def __init__(self, path: Path, connection: sqlite3.Connection, owner: int | None, durable: bool) -> None:
         self.path = path
         self._connection = connection
         self._owner = owner
-        self._may_wait = durable
+        self._durable = durable
         self._lock = threading.RLock()
-        self._open = False
-        self._waits = False
+        self._in_transaction = False
+        self._waits_for_disk = False
 
     def rows(self, statement: str, values: Sequence[Any] = ()) -> list[Row]:
         """All rows of one statement. Raises an HrmRayError where the file fails."""
@@ -112,21 +121,21 @@ class Database:
 
     @contextmanager
     def transaction(self, durable: bool = False) -> Iterator[None]:
-        """All or nothing of what is done inside; one inside another joins it.
+        """A transaction: all of what is done inside, or nothing; one inside another joins it.
 
-        Raises DataError where another owner has opened the file since: this one is then too old to write.
+        Raises DataError where another owner has opened the file since.
         """
         with self._lock:
-            if self._open:
-                if durable and not self._waits:
+            if self._in_transaction:
+                if durable and not self._waits_for_disk:
                     raise RuntimeError("a durable transaction cannot join one that is not")
                 yield
                 return
-            self._waits = durable
-            if self._may_wait:
-                self.rows(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._waits_for_disk = durable
+            if self._durable:
+                self.rows(f"PRAGMA synchronous = {'EXTRA' if durable else 'NORMAL'}")
             self.rows("BEGIN IMMEDIATE")
-            self._open = True
+            self._in_transaction = True
             try:
                 self._check_owner()
                 yield
@@ -136,10 +145,10 @@ class Database:
                     self._connection.execute("ROLLBACK")
                 raise
             finally:
-                self._open = False
+                self._in_transaction = False
 
     def copy_to(self, path: Path) -> None:
-        """Copy all of it, as it is seen now, into the new file `path`."""
+        """Copy all of it into the new file `path`."""
         with self._lock, closing(sqlite3.connect(path)) as target:
             try:
                 self._connection.backup(target)
@@ -147,27 +156,24 @@ class Database:
                 raise fault_of(error, path) from error
 
     def close(self) -> None:
-        """Give the file back; what was committed is in it."""
+        """Close the file."""
         with self._lock:
             self._connection.close()
 
     def _check_owner(self) -> None:
         found = self.row("SELECT value FROM facts WHERE name = 'owner'")
         if found is None or found[0] != self._owner:
-            reason = "another process has opened this run's ledger since, and is its owner now"
+            reason = "another process has opened this run's ledger for writing since"
             raise DataError(Fault(str(self.path), reason, "End one of the two runs of this bundle"))
 
 
 def own(path: Path, durable: bool = True) -> Database:
-    """Open the file at `path` for writing, made anew where there is none; whoever had it may write no more.
+    """Open the file for writing, created where it is missing; an earlier owner can no longer write.
 
-    That is a fence, not a lock: one left by a process that hangs or died would be in the way of the next. Without
-    `durable` no commit waits for the disk: for what need not outlive power loss.
+    This is a fence, not a lock: a lock of a hung process would keep the next run out. Without `durable` no commit waits
+    for the disk.
     """
-    try:
-        connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-    except sqlite3.Error as error:
-        raise fault_of(error, path) from error
+    connection = _connect(path, "rwc")
     try:
         owner = _take_over(path, connection, durable)
     except sqlite3.Error as error:
@@ -179,14 +185,34 @@ def own(path: Path, durable: bool = True) -> Database:
     return Database(path, connection, owner, durable)
 
 
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    """Open the file with a mode of SQLite's addresses: ro, rw or rwc (create)."""
+    try:
+        return sqlite3.connect(
+            f"{path.absolute().as_uri()}?mode={mode}",
+            uri=True,
+            timeout=_BUSY_TIMEOUT_S,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+    except sqlite3.Error as error:
+        raise fault_of(error, path) from error
+
+
 def _take_over(path: Path, connection: sqlite3.Connection, durable: bool) -> int:
-    """Make the tables where there are none, and count the owner; gives its number."""
+    """Create missing tables, set the journal mode and return the new owner's number."""
+    wanted = "wal" if _on_local_disk(path) else "delete"
+    if wanted == "delete" and _is_wal(path):
+        # A ledger from a local disk. In this mode SQLite reads a write-ahead log without shared memory.
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
     _check_kind(path, connection, empty_allowed=True)
-    (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
-    if mode != "wal":
-        reason = f"its file system does not allow SQLite's write-ahead log (it gives {mode!r})"
-        raise UnavailableError(Fault(str(path), reason, "Put the bundle on a local disk"))
-    connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
+    # Where WAL is not possible after all SQLite stays with the rollback journal, which is right too.
+    (mode,) = connection.execute(f"PRAGMA journal_mode = {wanted}").fetchone()
+    if wanted == "delete" and mode != wanted:
+        reason = "another process has it open, so its write-ahead log cannot be ended"
+        raise ResourceError(Fault(str(path), reason, "End the other run of this bundle, then use --resume"))
+    connection.execute("PRAGMA locking_mode = NORMAL")
+    connection.execute(f"PRAGMA synchronous = {'EXTRA' if durable else 'OFF'}")
     connection.execute("PRAGMA fullfsync = ON")  # macOS: fsync alone does not reach the disk there
     connection.execute("BEGIN IMMEDIATE")
     if _check_kind(path, connection, empty_allowed=True):
@@ -198,49 +224,69 @@ def _take_over(path: Path, connection: sqlite3.Connection, durable: bool) -> int
     return int(owner)
 
 
-def read(path: Path) -> Database:
-    """Open the file for reading, as of now; neither it nor its owner notices.
+def _on_local_disk(path: Path) -> bool:
+    """Whether the file system is known to be local; one that is not known counts as a network's."""
+    folder = path.parent.resolve()
+    # The deepest mount point counts, and of several mounts on one point the last.
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if folder.is_relative_to(mount.mountpoint)]
+    deepest = max(reversed(mounts), key=lambda mount: len(mount.mountpoint), default=None)
+    return deepest is not None and "remote" not in deepest.opts and deepest.fstype.lower() in _LOCAL_FILE_SYSTEMS
 
-    Where nothing lies beside the file nobody has it open, and it is read as if on a read-only medium: else SQLite would
-    leave files beside it. Raises SettingsError where there is none, DataError for another file.
+
+def _is_wal(path: Path) -> bool:
+    """Whether the file's journal is a write-ahead log."""
+    try:
+        with path.open("rb") as file:
+            return file.read(19)[18:] == bytes([_WAL_VERSION])
+    except OSError:
+        return False  # SQLite says what is wrong with the file
+
+
+def read(path: Path) -> Database:
+    """Open a copy in memory of the file as it is now; its owner goes on.
+
+    Raises SettingsError where there is none, DataError for another file.
     """
     if not path.is_file():
         hint = "Give the folder of a run that hrm-ray train wrote"
         raise SettingsError(Fault(str(path), "there is no ledger of chunks", hint))
-    idle = not path.with_name(path.name + _BESIDE[0]).exists()
-    place = f"{path.absolute().as_uri()}?mode=ro{'&immutable=1' if idle else ''}"
+    # Without a log beside it nobody has a WAL file open; a plain read would leave SQLite's files beside it.
+    closed = _is_wal(path) and not path.with_name(path.name + "-wal").exists()
     try:
-        connection = sqlite3.connect(
-            place, uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
-        )
+        return _copy_in_memory(path, "ro&immutable=1" if closed else "ro")
+    except sqlite3.OperationalError as error:
+        if "readonly" not in str(error):
+            raise fault_of(error, path) from error
     except sqlite3.Error as error:
         raise fault_of(error, path) from error
+    # The owner was killed inside a commit: SQLite must undo it from the rollback journal, so it needs to write.
     try:
-        connection.execute("BEGIN")  # all that is read is of one moment
-        _check_kind(path, connection, empty_allowed=False)
+        return _copy_in_memory(path, "rw")
     except sqlite3.Error as error:
-        connection.close()
         raise fault_of(error, path) from error
-    except BaseException:
-        connection.close()
-        raise
-    return Database(path, connection, None, durable=False)
+
+
+def _copy_in_memory(path: Path, mode: str) -> Database:
+    with closing(_connect(path, mode)) as source:
+        source.execute("BEGIN")  # what is copied is of one moment
+        _check_kind(path, source, empty_allowed=False)
+        memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        source.backup(memory)
+    memory.execute("PRAGMA query_only = ON")
+    return Database(path, memory, None, durable=False)
 
 
 def copy(path: Path, to: Path) -> None:
-    """Copy a ledger, where there is one, as it stands now; `to` is a new file. Its owner is not disturbed."""
+    """Copy a ledger, where there is one, into the new file `to`; its owner goes on."""
     if path.is_file():
-        source = read(path)
-        try:
+        with closing(read(path)) as source:
             source.copy_to(to)
-        finally:
-            source.close()
 
 
 def delete(path: Path) -> None:
-    """Delete a ledger that nobody has open, with what SQLite may have left beside it: a log left behind would be
-    played into the next file of that name."""
-    for name in (*(path.name + ending for ending in _BESIDE), path.name):
+    """Delete a ledger that nobody has open, with SQLite's files beside it: the next file of that name would take a
+    leftover journal for its own."""
+    for name in (*(path.name + ending for ending in SIDE_FILES), path.name):
         path.with_name(name).unlink(missing_ok=True)
 
 
@@ -252,23 +298,23 @@ def _check_kind(path: Path, connection: sqlite3.Connection, *, empty_allowed: bo
     if empty_allowed and not tables and not kind:
         return True
     if kind != _APPLICATION_ID or not tables:
-        raise DataError(Fault(str(path), "it is no ledger of chunks", "Restore it, or delete it and train anew"))
+        raise DataError(Fault(str(path), "is not a ledger of chunks", "Restore it, or delete it and train again"))
     if version != FORMAT:
-        reason = f"it is a ledger of format {version}, and this version reads {FORMAT}"
+        reason = f"has ledger format {version}; this version reads format {FORMAT}"
         raise DataError(Fault(str(path), reason, "Use the version of hrm_ray that wrote it"))
     return False
 
 
 def fault_of(error: sqlite3.Error, path: Path) -> HrmRayError:
-    """What a failure of SQLite means for a person."""
-    said = str(error)
-    if "is full" in said or "disk I/O" in said:
-        return ResourceError(
-            Fault(str(path), f"the ledger cannot be written ({said})", "Check the disk and its free space")
-        )
-    if "locked" in said or "busy" in said:
+    """The error for a person that stands for an error of SQLite."""
+    text = str(error)
+    if "is full" in text or "disk I/O" in text or "locking protocol" in text:
+        hint = "Check the disk's free space and, on a network file system, that it supports file locks"
+        return ResourceError(Fault(str(path), f"the ledger cannot be written ({text})", hint))
+    if "locked" in text or "busy" in text:
         reason = f"another process has kept it locked for {_BUSY_TIMEOUT_S:g} s"
-        return ResourceError(Fault(str(path), reason, "End the other run of this bundle, then go on with --resume"))
-    if "unable to open" in said or "readonly" in said:
-        return ResourceError(Fault(str(path), f"it cannot be opened ({said})", "Check the folder and its permissions"))
-    return DataError(Fault(str(path), f"it cannot be read as a ledger ({said})", "Restore it, or train anew"))
+        return ResourceError(Fault(str(path), reason, "End the other run of this bundle, then use --resume"))
+    if "unable to open" in text or "readonly" in text:
+        hint = "Check the folder and its permissions"
+        return ResourceError(Fault(str(path), f"the ledger cannot be opened ({text})", hint))
+    return DataError(Fault(str(path), f"cannot be read as a ledger ({text})", "Restore it, or train again"))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from hrm_ray.errors import DataError, HrmRayError, ResourceError, SettingsError
 from hrm_ray.ledger import BlockLength, Ledger, Refused, State, delete_ledger, open_ledger, read_ledger
+from hrm_ray.ledger import database as ledger_database
 from hrm_ray.ledger.database import Database, fault_of
 from hrm_ray.ledger.verify import violations
 from tests.support.ledgers import claimed, ledger_of, linear, reported, states
@@ -21,8 +25,15 @@ from tests.support.ledgers import claimed, ledger_of, linear, reported, states
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture(params=["local disk", "network"])
+def disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The kind of file system that the ledger takes its folder for; it decides the journal."""
+    monkeypatch.setattr(ledger_database, "_on_local_disk", lambda path: request.param == "local disk")
+    return str(request.param)
+
+
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
+def path(tmp_path: Path, disk: str) -> Path:
     return tmp_path / "ledger.sqlite"
 
 
@@ -33,6 +44,83 @@ def contents(path: Path) -> dict[str, str]:
         for found in path.parent.iterdir()
         if not found.name.endswith("-shm")
     }
+
+
+FIXTURE = ROOT / "tests" / "fixtures" / "bundles_0_1" / "text" / "ledger.sqlite"
+WITHOUT_SHARED_MEMORY = "unix-dotfile"
+"""SQLite's file access that gives a write-ahead log no shared memory, as network file systems do."""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SQLite has that file access on POSIX only")
+@pytest.mark.parametrize(("taken_for_local", "older"), [(True, False), (False, False), (False, True)])
+def test_a_file_system_without_shared_memory_holds_a_ledger(
+    tmp_path: Path, taken_for_local: bool, older: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is taken for a local disk. An `older` ledger, with a write-ahead log, is converted."""
+    path = tmp_path / "ledger.sqlite"
+    monkeypatch.setattr(ledger_database, "_on_local_disk", lambda path: taken_for_local)
+    if older:
+        shutil.copy(FIXTURE, path)
+    genuine = ledger_database.sqlite3.connect
+
+    def connect(place: str, **options: object) -> sqlite3.Connection:
+        return genuine(place if place == ":memory:" else f"{place}&vfs={WITHOUT_SHARED_MEMORY}", **options)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(ledger_database.sqlite3, "connect", connect)
+    with open_ledger(path) as ledger:
+        ((mode,),) = ledger.database.rows("PRAGMA journal_mode")
+        assert mode == "delete"
+        if not older:
+            ledger.add_blocks([BlockLength(0, 3)])
+            claimed(ledger, "w", ledger.start_worker("w"))
+        with read_ledger(path) as reader:
+            assert list(violations(reader)) == [] and states(reader) == states(ledger) != []
+            if older:
+                assert reader.head is not None and reader.head.round == 6
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_ledger_changes_its_journal_with_its_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "ledger.sqlite"
+    shutil.copy(FIXTURE, path)
+    for local, mode in ((False, "delete"), (True, "wal"), (False, "delete")):
+        monkeypatch.setattr(ledger_database, "_on_local_disk", lambda path, local=local: local)
+        with open_ledger(path) as ledger:
+            assert ledger.database.rows("PRAGMA journal_mode") == [(mode,)]
+            ledger.start_worker("w")
+            with read_ledger(path) as reader:
+                assert reader.head is not None and reader.head.round == 6
+        assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_run_that_still_writes_a_write_ahead_log_is_not_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ledger.sqlite"
+    with ledger_of(path, [3]) as running:
+        monkeypatch.setattr(ledger_database, "_on_local_disk", lambda path: False)
+        monkeypatch.setattr(ledger_database, "_BUSY_TIMEOUT_S", 0.0)
+        with pytest.raises(ResourceError, match="another process"):
+            open_ledger(path)
+        assert claimed(running, "w", running.start_worker("w")).chunk == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "local"),
+    [
+        *[("ext4", "rw", True), ("xfs", "rw", True), ("NTFS", "rw,fixed", True), ("NTFS", "rw,remote", False)],
+        *[("nfs4", "rw", False), ("cifs", "rw", False), ("fuse.sshfs", "rw", False), ("lustre", "rw", False)],
+    ],
+)
+def test_the_deepest_mount_says_whether_a_disk_is_local(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, options: str, local: bool
+) -> None:
+    def mounts(all: bool) -> list[object]:
+        places = {tmp_path.anchor: ("ext4", "rw"), str(tmp_path): (kind, options)}
+        return [SimpleNamespace(mountpoint=place, fstype=one[0], opts=one[1]) for place, one in places.items()]
+
+    monkeypatch.setattr(psutil, "disk_partitions", mounts)
+    assert ledger_database._on_local_disk(tmp_path / "runs" / "ledger.sqlite") is local
 
 
 def test_what_was_committed_is_there_after_a_reopen(path: Path) -> None:
@@ -89,6 +177,7 @@ from hrm_ray.ledger import database
 from tests.support.ledgers import claimed, ledger_of, reported
 
 left = int(sys.argv[2])
+database._on_local_disk = lambda path: sys.argv[3] == "local disk"
 ledger = ledger_of(Path(sys.argv[1]), [3, 3])
 generation = ledger.start_worker("w")
 reported(ledger, "one", claimed(ledger, "w", generation), claimed(ledger, "w", generation))
@@ -109,15 +198,19 @@ os._exit(8)
 
 
 @pytest.mark.parametrize("statements", [0, 5, 9, 12, 13, 99])
-def test_a_process_that_is_killed_in_a_commit_leaves_all_of_it_or_nothing(path: Path, statements: int) -> None:
-    words = [sys.executable, "-c", KILLED, str(path), str(statements)]
+def test_a_process_that_is_killed_in_a_commit_leaves_all_of_it_or_nothing(
+    path: Path, disk: str, statements: int
+) -> None:
+    words = [sys.executable, "-c", KILLED, str(path), str(statements), disk]
     done = subprocess.run(words, cwd=ROOT, timeout=60, check=False)
     assert done.returncode == (8 if statements == 99 else 9)
     before = contents(path)
-    assert f"{path.name}-wal" in before
+    assert (f"{path.name}-wal" in before) == (disk == "local disk")
     with read_ledger(path) as reader:
         found = (states(reader), reader.head, reader.staged())
         assert list(violations(reader)) == []
+    # An interrupted commit in the rollback journal is undone by whoever reads first.
+    before.pop(f"{path.name}-journal", None)
     assert contents(path) == before
     with open_ledger(path) as ledger:
         assert (states(ledger), ledger.head, ledger.staged()) == found
@@ -169,8 +262,8 @@ def test_only_what_others_rest_on_waits_for_the_disk(path: Path, monkeypatch: py
         call("commit", lambda: ledger.commit(1, parent=None, accepted=["r"], anchor="a", checksum="c"))
         call("rollback", lambda: ledger.rollback(None))
         ((level,),) = genuine(ledger.database, "PRAGMA synchronous")
-        assert level == 2  # FULL, as SQLite names it
-    full = {name for name, levels in said.items() if levels == ["FULL"]}
+        assert level == 3  # EXTRA, as SQLite names it
+    full = {name for name, levels in said.items() if levels == ["EXTRA"]}
     assert full == {"start", "commit", "rollback"} and said["claim"] == said["report"] == ["NORMAL"]
 
 
@@ -239,7 +332,7 @@ def test_what_is_no_ledger_is_refused_and_left_as_it_is(
 
 def test_an_empty_file_is_no_ledger_to_read(path: Path) -> None:
     path.touch()
-    with pytest.raises(DataError, match="no ledger"):
+    with pytest.raises(DataError, match="not a ledger"):
         read_ledger(path)
     with pytest.raises(SettingsError, match="no ledger"):
         read_ledger(path.with_name("other.sqlite"))
