@@ -1,7 +1,4 @@
-"""Optimizers: the table of choices, AdamATan2, and the sparse rule of the puzzle table.
-
-One job: turn gradients into weight updates. Learning rates come from schedules.py, clipping from the strategy.
-"""
+"""Optimizers: the table of choices, AdamATan2, and sign-SGD for the rows of the puzzle table."""
 
 from __future__ import annotations
 
@@ -124,6 +121,26 @@ def followed_by(build: BuildOptimizer, after: Callable[[], None]) -> BuildOptimi
     return built
 
 
+def sum_by_identifier(identifiers: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(the different identifiers [D] in order, the sum [D, E] of each one's `rows`), for identifiers [K], rows [K, E].
+
+    The additions are made in an order that depends on the order of the rows alone. `index_add_` on CUDA adds in the
+    order in which its threads arrive, so ranks would differ in the last bit of a sum, and then in its sign.
+    """
+    identifiers, order = identifiers.sort(stable=True)
+    rows = rows[order]
+    while True:
+        different, counts = identifiers.unique_consecutive(return_counts=True)
+        if different.shape[0] == identifiers.shape[0]:
+            return different, rows
+        # Every second row of an identifier is added to the one before it, which halves their number.
+        first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+        second = (torch.arange(rows.shape[0], device=rows.device) - first) % 2 == 1
+        at = second.nonzero().squeeze(1)
+        rows[at - 1] += rows[at]
+        identifiers, rows = identifiers[~second], rows[~second]
+
+
 class SparseSignSGD:
     """Updates the rows of a puzzle table that a step used, by the sign of their summed gradient.
 
@@ -136,26 +153,22 @@ class SparseSignSGD:
         self.weight_decay = weight_decay
 
     def gradients(self, world: World) -> tuple[Tensor, Tensor]:
-        """(identifiers [K], their gradients [K, E]) of everything taken since the last update, over all ranks.
+        """(identifiers [K], their gradients [K, E]) of all rows used since the last update, on any rank.
 
-        The loop scales losses by the number of ranks, for strategies that average; rows are summed, so it is undone.
+        Every rank gets the same bits. The loop scales losses by the number of ranks, for strategies that average; rows
+        are summed, so the scale is divided out.
         """
         taken = [used for rows in self.table.taken if (used := rows.used()) is not None]
         self.table.taken.clear()
-        ndim = self.table.weights.shape[1]
-        if taken:
-            identifiers = torch.cat([i for i, _ in taken]).long()
-            gradients = torch.cat([g for _, g in taken])
-        else:
-            identifiers = torch.zeros(0, dtype=torch.long, device=self.table.weights.device)
-            gradients = self.table.weights.new_zeros(0, ndim)
-        identifiers, gradients = world.gather_rows(identifiers), world.gather_rows(gradients)
-        present, place = identifiers.unique(return_inverse=True)
-        summed = gradients.new_zeros(present.shape[0], ndim).index_add_(0, place, gradients)
+        weights = self.table.weights
+        # A rank whose slots are all idle has no rows, but takes part in gathering those of the others.
+        identifiers = torch.cat([weights.new_zeros(0, dtype=torch.long), *(i.long() for i, _ in taken)])
+        gradients = torch.cat([weights.new_zeros(0, weights.shape[1]), *(g for _, g in taken)])
+        present, summed = sum_by_identifier(world.gather_rows(identifiers), world.gather_rows(gradients))
         return present, summed / world.size
 
     def forget(self) -> None:
-        """Drop what the passes of an abandoned step have taken."""
+        """Drop the rows that the passes of an abandoned step used."""
         self.table.taken.clear()
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hrm_ray.train.optimizers import sum_by_identifier
 from tests.support.feature_loops import run_feature, write_bases
 from tests.support.features import FEATURES
 from tests.support.splits import CUTS, SCENARIOS, run
@@ -38,3 +39,14 @@ def test_every_feature_trains_as_on_the_cpu(name: str, tmp_path: Path) -> None:
     cpu = run_feature(name, 1, tmp_path)
     gpu = run_feature(name, 1, tmp_path, device="cuda")
     assert gpu.losses == pytest.approx(cpu.losses, rel=0.1, nan_ok=True)
+
+
+def test_rows_of_the_puzzle_table_are_summed_to_the_same_bits() -> None:
+    """Ranks take the sign of sums that each makes itself: every run, and the CPU, gives the same."""
+    draw = torch.Generator().manual_seed(1)
+    # Of few identifiers, whose atomic additions would meet.
+    identifiers, rows = torch.randint(0, 7, (20_000,), generator=draw), torch.randn(20_000, 64, generator=draw)
+    want = sum_by_identifier(identifiers, rows)
+    for _ in range(5):
+        got = sum_by_identifier(identifiers.cuda(), rows.cuda())
+        assert all(torch.equal(one.cpu(), other) for one, other in zip(got, want, strict=True))

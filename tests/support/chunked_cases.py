@@ -101,7 +101,7 @@ def trained(objective: AnyObjective, batch: Batch) -> RunResult:
             terms[term.name] = terms.get(term.name, 0.0) + float(term.total.detach())
         for name, (total, _) in output.metrics.items():
             # Of a metric with several values every value counts, each in its own measure.
-            measures = torch.arange(1, total.numel() + 1)
+            measures = torch.arange(1, total.numel() + 1, device=total.device)
             metrics[name] = metrics.get(name, 0.0) + float((total.flatten() * measures).sum())
         carry = output.carry
     gradients = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}

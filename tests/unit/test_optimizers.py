@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hrm_ray.model.embedding import PuzzleTable
 from hrm_ray.settings.optimizer import OptimizerSettings
-from hrm_ray.train.optimizers import OPTIMIZERS, AdamATan2, SparseSignSGD, builder
+from hrm_ray.train.optimizers import OPTIMIZERS, AdamATan2, SparseSignSGD, builder, sum_by_identifier
 from hrm_ray.train.world import World
 
 ALONE = World(0, 1, torch.device("cpu"), False)
@@ -132,6 +134,37 @@ def take(table: PuzzleTable, identifiers: list[int], gradient: Tensor, active: l
     mask = None if active is None else torch.tensor(active)
     rows = table(torch.tensor(identifiers, dtype=torch.int32), mask)
     (rows * gradient).sum().backward()
+
+
+class Operations(TorchDispatchMode):
+    """Names of all operations inside the context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_rows_are_added_in_an_order_of_their_own() -> None:
+    """Operations whose order of additions is not fixed on CUDA would give every rank other last bits."""
+    table = table_of(6, 4)
+    take(table, [3, 1, 3, 3, 1], torch.randn(5, 4))
+    with Operations() as operations:
+        SparseSignSGD(table, 0.0).gradients(ALONE)
+    assert not operations.names & {"index_add", "index_add_", "scatter_add_", "index_reduce_", "cumsum_", "put_"}
+    # What lies between the rows of one identifier changes nothing, to the bit.
+    identifiers, rows = torch.tensor([1] * 7 + [3] * 9 + [4]), torch.randn(17, 4)
+    mixed = torch.tensor([7, 16, 0, 1, 8, 9, 10, 2, 3, 11, 12, 4, 5, 6, 13, 14, 15])
+    (want, sums), (got, others) = (
+        sum_by_identifier(identifiers, rows),
+        sum_by_identifier(identifiers[mixed], rows[mixed]),
+    )
+    assert want.tolist() == got.tolist() == [1, 3, 4] and torch.equal(sums, others)
+    exact = torch.stack([rows[identifiers == one].double().sum(0) for one in (1, 3, 4)])
+    assert float((sums - exact).abs().max()) < 1e-6
 
 
 def update(optimizer: SparseSignSGD, lr: float, world: World) -> None:
