@@ -112,10 +112,14 @@ class RunDir:
         return sorted(int(match.group(1)) for match in matches if match)
 
     def describe_checkpoint(self, step: int) -> str:
-        """Write the manifest of the partial checkpoint of `step`, all of which is on the disk then; give its sha256."""
+        """Write the manifest of the partial checkpoint of `step` over all its files, those in subfolders
+        too, each of which has reached the disk; give its sha256."""
         partial = self.partial_checkpoint(step)
-        files = sorted(path for path in partial.iterdir() if path.name != MANIFEST)
-        entries = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
+        files = [path for path in _files(partial) if path != partial / MANIFEST]
+        entries = {
+            path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            for path in files
+        }
         write_json(partial / MANIFEST, {"step": step, "files": entries})
         return file_sha256(partial / MANIFEST)
 
@@ -151,6 +155,11 @@ class RunDir:
             shutil.rmtree(leftover)
 
 
+def _files(folder: Path) -> list[Path]:
+    """All files below a folder, in order."""
+    return sorted(path for path in folder.rglob("*") if not path.is_dir())
+
+
 def _step_aside(checkpoint: Path) -> Path:
     """Rename a checkpoint that is to go, so that a deletion that is interrupted leaves none that looks whole."""
     aside = checkpoint.with_name(f"{checkpoint.name}{_OLD}")
@@ -170,7 +179,7 @@ def verify_checkpoint(folder: Path) -> None:
         files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in read_json(manifest)["files"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(Fault(str(manifest), f"it is not what was saved ({error!r} is wrong in it)", hint)) from None
-    unknown = sorted(path.name for path in folder.iterdir() if path.name not in {*files, MANIFEST})
+    unknown = sorted({path.relative_to(folder).as_posix() for path in _files(folder)} - {*files, MANIFEST})
     if unknown:
         raise DataError(Fault(str(folder / unknown[0]), "the checkpoint's manifest does not name it", hint))
     for name, (size, sha256) in files.items():

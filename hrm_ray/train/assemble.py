@@ -32,7 +32,6 @@ from hrm_ray.settings.model import LossKind
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.adaptive_lr import AdaptiveLr
 from hrm_ray.train.attention_choice import kernel_of
-from hrm_ray.train.ema import Ema
 from hrm_ray.train.evaluate import EvalSet
 from hrm_ray.train.loaders import BatchLoader, BatchSize, RolloutLoader, SlotLoader, StopCondition, exploration
 from hrm_ray.train.loop import LrSchedule, TrainingLoop, TrainState
@@ -94,7 +93,7 @@ def assemble(
     strategy = STRATEGIES["ddp" if world.size > 1 or (world.grouped and settings.cluster.ddp) else "single"](
         world, precision
     )
-    strategy.prepare(objective, _build_optimizer(settings, world, adapters))
+    strategy.prepare(objective, _build_optimizer(settings, world, adapters), settings.optimizer.ema)
     shape = BatchSize(
         settings.optimizer.batch_size, settings.optimizer.gradient_accumulation_steps, world.rank, world.size
     )
@@ -119,7 +118,6 @@ def assemble(
         sparse=SparseSignSGD(table, settings.optimizer.puzzle_emb_weight_decay)
         if table is not None and table.trained
         else None,
-        ema=Ema(model, settings.optimizer.ema) if settings.optimizer.ema is not None else None,
         scaler=LossScaler() if precision.scaled else None,
         adapters=adapters,
     )

@@ -1,7 +1,7 @@
 """Saving and restoring the state of a run, whole or not at all.
 
-One job: what a checkpoint holds and how it is laid back. Weights, optimizer, average, carries and data position go in
-as safetensors, counters as JSON; nothing is pickled. The folder counts only once its manifest is there (RunDir).
+The strategy writes weights, optimizer state and moving average; each rank writes its slots (carries and place in the
+data); rank 0 writes counters as JSON. Nothing is pickled. A checkpoint's folder counts once its manifest is there.
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from hrm_ray.bundle.progress import Progress
-from hrm_ray.bundle.weights_file import fill_module, read_tensors, save_tensors, unwritable
-from hrm_ray.errors import DataError, Fault
+from hrm_ray.bundle.weights_file import read_tensors, save_tensors, unwritable
+from hrm_ray.errors import DataError, Fault, HrmRayError
 from hrm_ray.model.actv1 import States
 from hrm_ray.model.puzzle_objective import ROW_FIELDS, PuzzleCarry
 from hrm_ray.rundir import RunDir, read_json, write_json
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.precision import LossScaler
 
-WEIGHTS, AVERAGE, RANKS = "model.safetensors", "ema.safetensors", "ranks.safetensors"
-STATE = "state.json"
+RANKS, STATE = "ranks.safetensors", "state.json"
 
 
 def save_checkpoint(
@@ -38,67 +37,72 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint of the present step; called on all ranks, returns when it is whole.
 
-    `extra` is the runner's own JSON-able state. `enter` is called on the leading rank when all files are written and
-    the checkpoint is not yet in its place, with the sha256 of its manifest. Ranks write their slots, the leading rank
-    everything else. Raises ResourceError where the disk takes no more; then no part of this checkpoint is left, and the
-    earlier ones are.
+    `extra` is the trainer's own JSON-able state. `enter` is called on rank 0 with the sha256 of the manifest when all
+    files are written, before the rename that makes the checkpoint whole. Raises ResourceError on every rank where one
+    of them cannot write; then nothing of this checkpoint is left, and the earlier checkpoints are.
     """
-    partial = run_dir.partial_checkpoint(loop.progress.step)
+    world, step = loop.world, loop.progress.step
+    partial = run_dir.partial_checkpoint(step)
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def finish() -> None:
+        enter(run_dir.describe_checkpoint(step))
+        run_dir.seal_checkpoint(step)
+        run_dir.prune(keep)
+
     try:
-        _write(loop, partial, extra)
-        if loop.world.leads:
-            enter(run_dir.describe_checkpoint(loop.progress.step))
-            run_dir.seal_checkpoint(loop.progress.step)
-            run_dir.prune(keep)
+        world.from_leader(begin)
+        # The trend is a sum over ranks: before any write, which may fail on one rank alone.
+        adaptive = loop.parts.lr_schedule.adaptive
+        trend = None if adaptive is None else adaptive.state(loop.parts.strategy.sum_over_ranks, world.leads)
+        failed: Exception | None = None
+        try:
+            _write(loop, partial, trend, extra)
+        except (HrmRayError, OSError, SafetensorError) as error:
+            failed = error
+        world.raise_together(failed)
+        world.from_leader(finish)
     except (OSError, SafetensorError) as error:
         raise unwritable(partial, error) from error
     finally:
-        if loop.world.leads:
+        if world.leads:
             shutil.rmtree(partial, ignore_errors=True)
-    loop.world.barrier()
-    return run_dir.checkpoint(loop.progress.step)
+    return run_dir.checkpoint(step)
 
 
-def _write(loop: TrainingLoop, folder: Path, extra: dict[str, Any]) -> None:
-    """All files of a checkpoint but its manifest; when it returns, every rank's are there."""
-    parts, world = loop.parts, loop.world
-    if world.leads:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    world.barrier()
-    weights = parts.strategy.full_weights()
-    adaptive = parts.lr_schedule.adaptive
-    trend = None if adaptive is None else adaptive.state(parts.strategy.sum_over_ranks, world.leads)
+def _write(loop: TrainingLoop, folder: Path, trend: dict[str, Any] | None, extra: dict[str, Any]) -> None:
+    """This rank's files of a checkpoint."""
+    parts = loop.parts
     parts.strategy.save(folder)
     save_tensors(_slots(loop), folder / f"slots_{parts.shape.first_slot:08d}.safetensors")
-    if world.leads:
-        save_tensors(weights, folder / WEIGHTS)
-        if parts.ema is not None:
-            save_tensors(parts.ema.average, folder / AVERAGE)
-        if parts.adapters is not None and parts.adapters.ranks is not None:
-            save_tensors(parts.adapters.ranks.state(), folder / RANKS)
-        state = {
-            "progress": vars(loop.progress),
-            "epoch": parts.loader.epoch,
-            "effective_batch_size": parts.shape.effective,
-            "physical_batch_size": parts.shape.batch_size,
-            "asked_batch_size": loop.asked_batch_size,
-            "loss_scaler": None if parts.scaler is None else vars(parts.scaler),
-            "adaptive_lr": trend,
-            "extra": extra,
-        }
-        write_json(folder / STATE, state)
-    world.barrier()
+    if not loop.world.leads:
+        return
+    if parts.adapters is not None and parts.adapters.ranks is not None:
+        save_tensors(parts.adapters.ranks.state(), folder / RANKS)
+    state = {
+        "progress": vars(loop.progress),
+        "epoch": parts.loader.epoch,
+        "effective_batch_size": parts.shape.effective,
+        "physical_batch_size": parts.shape.batch_size,
+        "asked_batch_size": loop.asked_batch_size,
+        "loss_scaler": None if parts.scaler is None else vars(parts.scaler),
+        "adaptive_lr": trend,
+        "extra": extra,
+    }
+    write_json(folder / STATE, state)
 
 
 def load_checkpoint(loop: TrainingLoop, folder: Path) -> dict[str, Any]:
-    """Lay a whole checkpoint back into the loop, on any number of ranks with the same effective batch.
+    """Restore the loop from a verified checkpoint, on any number of ranks with the same effective batch.
 
-    Micro-batches that had become smaller for lack of memory stay so, unless another size is asked for than then. Called
-    on all ranks, after the folder was verified; returns the runner's `extra`. Raises DataError.
+    Micro-batches that were made smaller after out of memory stay so, unless another size is asked for now. Called on
+    all ranks; returns the trainer's `extra`. Raises DataError.
     """
     parts = loop.parts
-    state = read_json(folder / STATE)
+    state = loop.world.from_leader(lambda: read_json(folder / STATE))
     if state["effective_batch_size"] != parts.shape.effective:
         raise DataError(
             Fault(
@@ -107,10 +111,7 @@ def load_checkpoint(loop: TrainingLoop, folder: Path) -> dict[str, Any]:
                 "Choose --batch-size, --gradient-accumulation-steps and --world-size with that product",
             )
         )
-    fill_module(parts.objective.model, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
     parts.strategy.load(folder)
-    if parts.ema is not None:
-        parts.ema.load(read_tensors(folder / AVERAGE))
     if parts.adapters is not None and parts.adapters.ranks is not None:
         parts.adapters.ranks.load(read_tensors(folder / RANKS))
     loop.progress = Progress(**state["progress"])
@@ -136,7 +137,7 @@ def load_checkpoint(loop: TrainingLoop, folder: Path) -> dict[str, Any]:
 
 
 def _slots(loop: TrainingLoop) -> dict[str, Tensor]:
-    """This rank's carries, slot by slot, and its place in the data."""
+    """This rank's carries, slot by slot, and the state of its loader."""
     tensors = {
         f"feed.{n}": torch.from_numpy(np.ascontiguousarray(v)) for n, v in loop.parts.loader.state_dict().items()
     }
@@ -150,7 +151,7 @@ def _slots(loop: TrainingLoop) -> dict[str, Tensor]:
 
 
 def _own_slots(loop: TrainingLoop, folder: Path) -> dict[str, Tensor]:
-    """The slots of this rank out of all ranks' files; what does not go by slots comes from the first file."""
+    """This rank's slots out of all ranks' files. Without carries every rank stores the same: the first file has it."""
     shape = loop.parts.shape
     files = [read_tensors(path) for path in sorted(folder.glob("slots_*.safetensors"))]
     if not loop.parts.carried:

@@ -1,8 +1,4 @@
-"""A moving average of the weights, for evaluation and for the final model.
-
-One job: keep it, swap it in and out. It is kept in float32, whatever the weights' type, since what one step adds is
-too small for a narrow one. Averages what is trained; frozen parameters and buffers are read from the model.
-"""
+"""An exponential moving average of the trained parameters, for evaluation and for the final model."""
 
 from __future__ import annotations
 
@@ -19,16 +15,17 @@ class Ema:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.decay = decay
+        # float32 whatever the weights' type: what one update adds is too small for bfloat16.
         self.average = {name: p.detach().to(torch.float32, copy=True) for name, p in self.trained.items()}
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights as they are now."""
+        """Move the average towards the present weights."""
         pairs = [(average, self.trained[name].detach()) for name, average in self.average.items()]
         wide = [(average, weight) for average, weight in pairs if weight.dtype == torch.float32]
         if wide:
             torch._foreach_lerp_([average for average, _ in wide], [weight for _, weight in wide], 1 - self.decay)
-        # One after the other, so that only one narrow weight is widened at a time.
+        # One by one: only one float32 copy of a narrow weight exists at a time.
         for average, weight in pairs:
             if weight.dtype != torch.float32:
                 average.lerp_(weight.float(), 1 - self.decay)

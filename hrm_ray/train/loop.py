@@ -22,7 +22,6 @@ from hrm_ray.errors import DivergedError, Fault
 from hrm_ray.model.objective import AnyObjective, Batch, SegmentOutput
 from hrm_ray.model.transforms.peft import Adapters
 from hrm_ray.train.adaptive_lr import Action, AdaptiveLr
-from hrm_ray.train.ema import Ema
 from hrm_ray.train.loaders import BatchLoader, BatchSize
 from hrm_ray.train.microbatch import to_batch
 from hrm_ray.train.optimizers import SparseSignSGD
@@ -80,7 +79,6 @@ class TrainState:
     grad_clip: float
     max_bad_steps: int
     sparse: SparseSignSGD | None = None
-    ema: Ema | None = None
     scaler: LossScaler | None = None
     adapters: Adapters | None = None
     seed: int = 0
@@ -278,8 +276,6 @@ class TrainingLoop:
         parts = self.parts
         if parts.sparse is not None and rows is not None:
             parts.sparse.apply(*rows, puzzle_emb_lr)
-        if parts.ema is not None:
-            parts.ema.update()
         if parts.scaler is not None:
             parts.scaler.stepped()
         self.progress.step += 1

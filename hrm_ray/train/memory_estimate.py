@@ -236,7 +236,8 @@ def _watch(loop: TrainingLoop, batches: list[Batch]) -> _Watched:
     begun: list[int] = []
     live.name("weights", (*parts.objective.parameters(), *parts.objective.buffers()))
     live.name("batch", _tensors(batches))
-    live.name("average", parts.ema.average.values() if parts.ema is not None else ())
+    average = _whole(loop).average
+    live.name("average", average.average.values() if average is not None else ())
     with live, _noting(parts.objective, live, begun):
         # An update with gradients of nothing makes the state that the next one finds.
         for parameter in parts.objective.parameters():
@@ -258,15 +259,19 @@ def _watch(loop: TrainingLoop, batches: list[Batch]) -> _Watched:
 
 def _update(loop: TrainingLoop, live: StorageTracker) -> list[int]:
     """A weight update with what follows it; gives the bytes that the optimizer keeps of each parameter."""
-    strategy, parts = loop.parts.strategy, loop.parts
-    assert isinstance(strategy, SingleStrategy)
+    strategy, parts = _whole(loop), loop.parts
     if parts.sparse is not None:
         parts.sparse.forget()
     strategy.step(parts.grad_clip, 1.0)
-    if parts.ema is not None:
-        parts.ema.update()
     live.name("optimizer", state_tensors(strategy.optimizer))
     return [storage_bytes(state_tensors_of(state)) for state in strategy.optimizer.state.values()]
+
+
+def _whole(loop: TrainingLoop) -> SingleStrategy:
+    """The loop's strategy, which must keep everything on this worker."""
+    if not isinstance(loop.parts.strategy, SingleStrategy):
+        raise TypeError(f"no estimate for {type(loop.parts.strategy).__name__}")
+    return loop.parts.strategy
 
 
 @contextmanager

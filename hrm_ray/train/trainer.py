@@ -6,7 +6,6 @@ One job: what happens when. The step itself is the loop's; files are named by Ru
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
 from dataclasses import astuple, replace
 from typing import Any
 
@@ -195,10 +194,10 @@ class Trainer:
         if self.held_out is None or self._evaluated_at == self.loop.progress.step:
             return
         self._throughput.pause()
-        ema = self.loop.parts.ema
-        with ema.in_place() if ema is not None else nullcontext():
-            with self.loop.parts.strategy.precision.computing(self.loop.world.device):
-                self.figures = evaluate(self.loop.parts.objective, self.held_out, self.loop.world)
+        strategy = self.loop.parts.strategy
+        with strategy.evaluating() as objective:
+            with strategy.precision.computing(self.loop.world.device):
+                self.figures = evaluate(objective, self.held_out, self.loop.world)
             improved = better(self.figures, self.best)
             if improved:
                 weights = self._weights()
@@ -244,8 +243,7 @@ class Trainer:
         if reason is StopReason.FINISHED:
             self._evaluate()
         self._save()
-        ema = self.loop.parts.ema
-        with ema.in_place() if ema is not None else nullcontext():
+        with self.loop.parts.strategy.evaluating():
             weights = self._weights()
             if self.loop.world.leads:
                 save_final(self.run_dir, weights, reason, progress, epoch, self.figures, self.best)

@@ -1,22 +1,24 @@
-"""Which worker this process is among how many, and on what device.
-
-One job: rank, size, device, threads, and the few collectives that need no model. Strategies build on it.
-"""
+"""A worker's rank, world size and device, and the collectives that need no model."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hrm_ray.errors import HrmRayError
 from hrm_ray.train.host_memory import keep_freed_memory
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class World:
-    """One worker's place. `grouped` says whether a process group exists (a group of one counts)."""
+    """One worker of a group. `grouped` says whether a process group exists (a group of one counts)."""
 
     rank: int
     size: int
@@ -38,7 +40,7 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether this worker writes the files."""
+        """Whether this worker decides for its group and writes the group's shared files."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -52,6 +54,42 @@ class World:
         if self.grouped and self.size > 1:
             dist.barrier()
 
+    def from_leader(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, on every rank; an error that it raises is raised on every rank. A collective.
+
+        For what must be decided once, such as what a file on the disk says, and for writing that others wait for.
+        """
+        made: T | None = None
+        error: Exception | None = None
+        if self.leads:
+            try:
+                made = make()
+            except Exception as raised:  # noqa: BLE001 - the other ranks wait for the answer, whatever it is
+                error = raised
+        if self.grouped and self.size > 1:
+            sent: list[object] = [(made, _portable(error))]
+            dist.broadcast_object_list(sent, 0)
+            if not self.leads:
+                made, error = cast("tuple[T | None, Exception | None]", sent[0])
+        if error is not None:
+            raise error
+        return cast(T, made)
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise on every rank the error that any rank has: its own, or that of the lowest rank with one. A collective.
+
+        Called before a barrier, so that a rank that has failed leaves no other waiting there.
+        """
+        errors: list[Exception | None] = [error]
+        if self.grouped and self.size > 1:
+            errors = [None] * self.size
+            dist.all_gather_object(errors, _portable(error))
+        if error is not None:
+            raise error
+        for other in errors:
+            if other is not None:
+                raise other
+
     def gather_rows(self, tensor: Tensor) -> Tensor:
         """Rows of all ranks one after the other, rank by rank; ranks may bring different numbers of rows."""
         if not self.grouped or self.size == 1:
@@ -64,6 +102,13 @@ class World:
         pieces = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(pieces, padded)
         return torch.cat([piece[: int(count)] for piece, count in zip(pieces, counts, strict=True)])
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    """An error that other ranks can unpickle; libraries have some that they cannot."""
+    if error is None or isinstance(error, HrmRayError) or type(error) in (OSError, MemoryError):
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def _local_device(device: str) -> torch.device:

@@ -237,3 +237,23 @@ def test_the_only_torch_load_admits_tensors_alone() -> None:
                 loads.append((path.name, {word.arg: ast.unparse(word.value) for word in node.keywords}))
     assert [name for name, _ in loads] == ["start_weights.py"]
     assert loads[0][1]["weights_only"] == "True"
+
+
+def test_files_in_subfolders_belong_to_a_checkpoint(tmp_path: Path) -> None:
+    """A strategy may write into a folder of its own: its files are described and verified like all others."""
+    run_dir = RunDir(tmp_path)
+    shard = run_dir.partial_checkpoint(3) / "shards" / "rank_0.bin"
+    shard.parent.mkdir(parents=True)
+    shard.write_bytes(b"half of the weights")
+    run_dir.describe_checkpoint(3)
+    whole = run_dir.seal_checkpoint(3)
+    assert json.loads((whole / MANIFEST).read_text())["files"].keys() == {"shards/rank_0.bin"}
+    verify_checkpoint(whole)
+    sealed = whole / "shards" / "rank_0.bin"
+    sealed.write_bytes(b"half of the Weights")
+    with pytest.raises(DataError, match=r"rank_0\.bin.*sha256"):
+        verify_checkpoint(whole)
+    sealed.write_bytes(b"half of the weights")
+    (whole / "shards" / "rank_1.bin").write_bytes(b"of another run")
+    with pytest.raises(DataError, match=r"rank_1\.bin.*manifest does not name it"):
+        verify_checkpoint(whole)

@@ -181,7 +181,7 @@ def test_the_preflight_asks_for_no_more_than_is_taken(dtype: str, more: dict[str
     assert isinstance(strategy, SingleStrategy)
     report = loop.step()
     assert report is not None
-    objective, ema = loop.parts.objective, loop.parts.ema
+    objective, ema = loop.parts.objective, strategy.average
     trained = [p for p in objective.parameters() if p.requires_grad]
     assert [id(p) for p in strategy.optimizer.param_groups[0]["params"]] == [id(p) for p in trained]
     kept = optimizer_bytes(strategy.optimizer) + (storage_bytes(ema.average.values()) if ema is not None else 0)

@@ -73,7 +73,7 @@ def state_of(loop: TrainingLoop) -> dict[str, Any]:
         {
             "weights": strategy.objective.model.state_dict(),
             "optimizer": {names[id(p)]: dict(s) for p, s in strategy.optimizer.state.items()},
-            "average": loop.parts.ema.average if loop.parts.ema is not None else {},
+            "average": strategy.average.average if strategy.average is not None else {},
             "step": loop.progress.step,
         }
     )

@@ -16,6 +16,7 @@ from hrm_ray.bundle import expert_store
 from hrm_ray.model.build import build_objective
 from hrm_ray.model.transforms.single_expert import train_single_expert
 from hrm_ray.train.loop import TrainingLoop
+from hrm_ray.train.strategies.single import SingleStrategy
 from tests.support.runs import (
     EXPERTS,
     PUZZLE,
@@ -318,7 +319,9 @@ def test_an_average_of_the_expert_alone(made: tuple[str, Path], monkeypatch: pyt
 
     monkeypatch.setattr(TrainingLoop, "__init__", listening)
     run_expert(kind, folder, "averaged", "--steps", "3", "--ema", "0.5")
-    ema = loops[-1].parts.ema
+    strategy = loops[-1].parts.strategy
+    assert isinstance(strategy, SingleStrategy)
+    ema = strategy.average
     assert ema is not None and len(ema.average) == 6
     final = load_file(folder / "averaged" / "model.safetensors")
     assert_only_the_expert_moved(load_file(folder / "base" / "model.safetensors"), final)

@@ -1,4 +1,4 @@
-"""Ways to train on one or several devices, by name."""
+"""The strategies by name."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The seam between the loop and how gradients become weight updates on one or many devices.
+"""What a training strategy is: it owns the parameters and turns gradients into weight updates.
 
-One job: say what a strategy is. The loop owns accumulation and never counts on a strategy to do it.
+A strategy holds the objective, the optimizer and the moving average, whole or as shards; nothing else in the package
+reads or writes parameters while a run trains. The loop owns accumulation.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ from hrm_ray.train.world import World
 
 
 class Strategy(Protocol):
-    """What the loop needs of one way to train."""
+    """One way to train on one or several devices."""
 
     world: World
     precision: Precision
+    retries_passes: bool
+    """Whether a step's passes may be repeated after one of them ran out of memory: not where a pass contains
+    collectives, which would leave other ranks waiting."""
 
-    def prepare(self, objective: AnyObjective, build_optimizer: BuildOptimizer) -> None:
-        """Move the objective to the device, wrap it, build the optimizer over its parameters. Called once."""
+    def prepare(self, objective: AnyObjective, build_optimizer: BuildOptimizer, ema_decay: float | None = None) -> None:
+        """Move the objective to the device, wrap it, build the optimizer over its parameters and, with `ema_decay`,
+        their moving average. Called once, when the objective has its first weights."""
 
     def segment(self, batch: Batch, carry: Any) -> SegmentOutput[Any]:
         """One forward pass of the wrapped objective."""
@@ -39,12 +44,13 @@ class Strategy(Protocol):
         """Whether `flag` holds on any rank; a collective."""
 
     def reduce(self) -> None:
-        """Make the gradients common to all ranks, averaged; called once per step, after every rank's last pass."""
+        """Average the gradients over ranks; called once per step, after every rank's last pass."""
 
     def step(self, max_norm: float, scale: float) -> float:
-        """Take `scale` off the gradients, clip them to `max_norm` (0: not), update if their norm is finite, clear them.
+        """Divide the gradients by `scale`, clip them to `max_norm` (0: no clipping), update weights and moving average
+        if their norm is finite, clear the gradients.
 
-        Returns the norm before clipping. It is the same on every rank, so all update or none does.
+        Returns the norm before clipping. The norm is the same on every rank, so all ranks update or none does.
         """
 
     def discard(self) -> None:
@@ -57,16 +63,23 @@ class Strategy(Protocol):
         """Names of the parameters whose gradient was not finite at the last skipped step."""
 
     def overflowed_parameters(self) -> list[str]:
-        """Names of the parameters that the last update took beyond the range of their type."""
+        """Names of the parameters that the last update made infinite in their type."""
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """Added over ranks, in place; a collective."""
+
+    def evaluating(self) -> AbstractContextManager[AnyObjective]:
+        """The objective to evaluate, with the moving average as its weights where one is kept; a collective.
+
+        Inside the context `full_weights` gives those weights. After it the weights are the trained ones, to the bit.
+        """
 
     def full_weights(self) -> dict[str, Tensor]:
         """All weights and buffers by name, on the leading rank (elsewhere possibly empty); a collective."""
 
     def save(self, folder: Path) -> None:
-        """Write the optimizer's state into a checkpoint folder; called on all ranks."""
+        """Write weights, optimizer state and moving average into a checkpoint's folder, or into a folder of the
+        strategy's own in it. Called on all ranks; collectives come before the first write."""
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote; called on all ranks."""

@@ -1,10 +1,4 @@
-"""Data parallel: whole weights on every rank, gradients averaged once per weight update.
-
-One job: make the gradients common after all passes of a step. The passes themselves run without any collective, so
-that a rank that runs out of memory in one of them leaves no other rank waiting; PyTorch's own wrapper reduces inside
-the last backward pass and cannot be left there. That overlap is worth little here: a step uses the weights in many
-passes and reduces once.
-"""
+"""Data parallel training: whole weights on every rank, gradients averaged once per weight update."""
 
 from __future__ import annotations
 
@@ -23,23 +17,30 @@ BUCKET_BYTES = 32 * 2**20
 
 
 class DdpStrategy(SingleStrategy):
-    """Every parameter that one rank has a gradient for, all have: the objective touches them all."""
+    """Gradients are averaged by an all-reduce of its own after the last pass, not by torch's DistributedDataParallel.
 
-    def prepare(self, objective: AnyObjective, build_optimizer: BuildOptimizer) -> None:
-        super().prepare(objective, build_optimizer)
+    The passes contain no collective, so a rank that runs out of memory in one of them leaves no other rank waiting and
+    all can repeat the passes with smaller micro-batches. torch's wrapper reduces inside the last backward pass, which
+    cannot be left and repeated. Its overlap of communication and backward is worth little here: a step uses the weights
+    in many passes and reduces once.
+    """
+
+    def prepare(self, objective: AnyObjective, build_optimizer: BuildOptimizer, ema_decay: float | None = None) -> None:
         with torch.no_grad():
-            for tensor in (*self.objective.parameters(), *self.objective.buffers()):
+            for tensor in (*objective.to(self.world.device).parameters(), *objective.buffers()):
                 dist.broadcast(tensor.data, 0)
+        super().prepare(objective, build_optimizer, ema_decay)
 
     def any_rank(self, flag: bool) -> bool:
         raised = torch.tensor(float(flag), device=self.world.device)
         return bool(self.world.sum(raised) > 0)
 
     def reduce(self) -> None:
+        # Every rank has a gradient for the same parameters: the objective touches all of them in every pass.
         gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
         for bucket in buckets(gradients):
             if len(bucket) == 1 and bucket[0].is_contiguous():
-                # A large one, such as a vocabulary's, is sent from where it is: a copy of it might not fit any more.
+                # A large gradient, such as an embedding's, is reduced in place: a copy of it might not fit.
                 dist.all_reduce(bucket[0])
                 bucket[0].div_(self.world.size)
                 continue
@@ -52,7 +53,7 @@ class DdpStrategy(SingleStrategy):
 
 
 def buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one type, together no more than BUCKET_BYTES unless one alone is; the same on every rank."""
+    """Consecutive gradients of one dtype, up to BUCKET_BYTES together unless a single one is larger."""
     bucket: list[Tensor] = []
     size_bytes = 0
     for gradient in gradients:

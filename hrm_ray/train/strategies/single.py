@@ -1,38 +1,46 @@
-"""One device, no synchronisation; also the common part of every strategy that keeps whole weights on each rank.
-
-One job: plain PyTorch training behind the strategy seam.
-"""
+"""Training on one device; also the base of strategies that keep whole weights on each rank."""
 
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hrm_ray.bundle.weights_file import fill_module, read_tensors, save_tensors
 from hrm_ray.model.objective import AnyObjective, Batch, SegmentOutput
 from hrm_ray.train.clipping import clip_factor, total_norm
+from hrm_ray.train.ema import Ema
 from hrm_ray.train.optimizer_state import load_optimizer, save_optimizer
 from hrm_ray.train.optimizers import BuildOptimizer
 from hrm_ray.train.per_parameter_optimizer import PerParameterOptimizer, multiply_gradients
 from hrm_ray.train.precision import Precision
 from hrm_ray.train.world import World
 
+WEIGHTS, AVERAGE = "model.safetensors", "ema.safetensors"
+"""Files of a checkpoint."""
+
 
 class SingleStrategy:
-    """One worker with the whole model and the whole optimizer."""
+    """One worker with the whole model, the whole optimizer and, as `average`, the whole moving average."""
+
+    retries_passes = True
 
     def __init__(self, world: World, precision: Precision) -> None:
         self.world = world
         self.precision = precision
+        self.average: Ema | None = None
         self._non_finite: list[str] = []
 
-    def prepare(self, objective: AnyObjective, build_optimizer: BuildOptimizer) -> None:
+    def prepare(self, objective: AnyObjective, build_optimizer: BuildOptimizer, ema_decay: float | None = None) -> None:
         self.objective = objective.to(self.world.device)
         self.optimizer = build_optimizer(p for p in self.objective.parameters() if p.requires_grad)
+        if ema_decay is not None:
+            self.average = Ema(self.objective.model, ema_decay)
 
     def segment(self, batch: Batch, carry: Any) -> SegmentOutput[Any]:
         with self.precision.computing(self.world.device):
@@ -59,6 +67,8 @@ class SingleStrategy:
         if math.isfinite(norm):
             multiply_gradients(self.optimizer, gradients, clip_factor(norm_tensor, max_norm) / scale)
             self.optimizer.step()
+            if self.average is not None:
+                self.average.update()
         else:
             self._non_finite = [
                 name
@@ -88,12 +98,23 @@ class SingleStrategy:
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         return self.world.sum(tensor)
 
+    @contextmanager
+    def evaluating(self) -> Iterator[AnyObjective]:
+        with self.average.in_place() if self.average is not None else nullcontext():
+            yield self.objective
+
     def full_weights(self) -> dict[str, Tensor]:
         return dict(self.objective.model.state_dict())
 
     def save(self, folder: Path) -> None:
         if self.world.leads:
+            save_tensors(self.full_weights(), folder / WEIGHTS)
             save_optimizer(self.optimizer, dict(self.objective.named_parameters()), folder)
+            if self.average is not None:
+                save_tensors(self.average.average, folder / AVERAGE)
 
     def load(self, folder: Path) -> None:
+        fill_module(self.objective.model, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
         load_optimizer(self.optimizer, dict(self.objective.named_parameters()), folder)
+        if self.average is not None:
+            self.average.load(read_tensors(folder / AVERAGE))

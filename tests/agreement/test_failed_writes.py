@@ -1,0 +1,93 @@
+"""A rank that cannot write its part of a checkpoint, or a leader that fails: all ranks end with the same error."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from hrm_ray.bundle.weights_file import unwritable
+from hrm_ray.errors import DataError, Fault, HrmRayError
+from hrm_ray.rundir import RunDir
+from hrm_ray.train import checkpoint
+from hrm_ray.train.assemble import assemble
+from hrm_ray.train.loop import TrainingLoop
+from hrm_ray.train.world import World
+from tests.support.splits import Cut, Rows, config_for, settings_for
+
+pytestmark = pytest.mark.agreement
+
+STARTED_S = 20
+"""How long a collective may wait for a rank that never comes."""
+
+
+def loop_for(cut: Cut) -> TrainingLoop:
+    settings = settings_for("puzzle-carried", "sgd", cut)
+    config = config_for(settings)
+    return assemble(settings, config, Rows(config.task), None, World.here("cpu", 1), 4, lambda: None).loop
+
+
+def error_of(saved_by: TrainingLoop, run_dir: RunDir, keep: int = 1) -> str:
+    try:
+        checkpoint.save_checkpoint(saved_by, run_dir, {}, keep)
+    except (HrmRayError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def spawned(rank: int, folder: str) -> None:
+    """The first checkpoint is whole; at the second the disk takes nothing of rank 1; at the third rank 0's manifest."""
+    os.environ["USE_LIBUV"] = "0"
+    torch.set_num_threads(1)
+    rendezvous = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", rendezvous, timedelta(seconds=STARTED_S), rank=rank, world_size=2)
+    loop, run_dir, real = loop_for(Cut(2, 1, 4)), RunDir(Path(folder) / "run"), checkpoint.save_tensors
+    found: list[str | list[int]] = []
+    loop.step()
+    found += [error_of(loop, run_dir), run_dir.checkpoint_steps()]
+    loop.step()
+
+    def full(tensors: Mapping[str, Tensor], path: Path) -> None:
+        if rank == 1:
+            raise unwritable(path, OSError(errno.ENOSPC, "No space left on device"))
+        real(tensors, path)
+
+    checkpoint.save_tensors = full  # type: ignore[assignment]
+    found += [error_of(loop, run_dir), run_dir.checkpoint_steps()]
+    checkpoint.save_tensors = real  # type: ignore[assignment]
+
+    def unknown(run_dir: RunDir, step: int) -> str:
+        raise DataError(Fault("the ledger", "its head has moved", "Resume"))
+
+    described = RunDir.describe_checkpoint
+    RunDir.describe_checkpoint = unknown  # type: ignore[method-assign]
+    found += [error_of(loop, run_dir), run_dir.checkpoint_steps()]
+    RunDir.describe_checkpoint = described  # type: ignore[method-assign]
+    found += [error_of(loop, run_dir), run_dir.checkpoint_steps()]
+    (Path(folder) / f"rank{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads now and then abort the interpreter's own tear-down
+
+
+def test_all_ranks_end_with_the_error_of_one(tmp_path: Path) -> None:
+    mp.spawn(spawned, (str(tmp_path),), nprocs=2)
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert ranks[0] == ranks[1]
+    whole, steps, full, after_full, unknown, after_unknown, again, at_last = ranks[0]
+    assert (whole, steps, again, at_last) == ("nothing", [1], "nothing", [2])
+    assert full.startswith("ResourceError") and "slots_00000004" in full and "No space left" in full
+    assert unknown.startswith("DataError: the ledger")
+    assert after_full == after_unknown == [1], "the earlier checkpoint stays, and nothing of the other is left"
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
