@@ -28,6 +28,7 @@ from hrm_ray.launch.stopping import StopWatch
 from hrm_ray.metrics.console import ConsoleSink
 from hrm_ray.model.describe import count_parameters
 from hrm_ray.settings.tree import RunSettings, to_dotted
+from hrm_ray.train.plan import RunPlan
 from hrm_ray.types import MetricSink, RunResult, StopPoll, StopReason
 
 
@@ -70,7 +71,7 @@ def _trained(resolved: ResolvedRun, watch: StopWatch) -> RunResult:
             sink.close()
             held.close()
             # A launch that was refused or stopped before its first step leaves no bundle behind.
-            if not plan["continues"] and never_trained(run_dir):
+            if not plan.continues and never_trained(run_dir):
                 shutil.rmtree(run_dir.root)
 
 
@@ -83,7 +84,7 @@ def _say(text: str) -> None:
             raise
 
 
-def _launch(launcher: str, plan: dict[str, Any], sink: MetricSink, stop: StopPoll) -> RunResult:
+def _launch(launcher: str, plan: RunPlan, sink: MetricSink, stop: StopPoll) -> RunResult:
     if launcher == "local":
         return local.run(plan, sink=sink, stop=stop)
     from hrm_ray.orchestration import worker_group

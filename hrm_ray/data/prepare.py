@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -44,8 +44,31 @@ _EVAL_CHUNK = 256
 
 TokenizerOrigin: TypeAlias = Literal["loaded", "reused", "trained"]
 
-DataPlan: TypeAlias = dict[str, "str | bool | int | None"]
-"""What a worker needs to open puzzles: JSON values only."""
+
+@dataclass(frozen=True)
+class PuzzlePlan:
+    """The puzzles of a run: where both splits lie, how many of each are used, and what was found there.
+
+    `rows` is the number of puzzles trained on, `fingerprint` that of the whole training set.
+    """
+
+    path: str
+    split: str
+    eval_path: str | None
+    eval_split: str | None
+    max_train_examples: int | None
+    max_val_examples: int | None
+    rows: int
+    fingerprint: str
+
+    def to_plain(self) -> dict[str, Any]:
+        """JSON values, as training_args.json holds them."""
+        return {"task": "puzzle", **asdict(self), "first_rows": self.rows}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> PuzzlePlan:
+        """What `to_plain` gave."""
+        return cls(**{field.name: plain[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -89,12 +112,11 @@ class PreparedText:
 
 @dataclass(frozen=True)
 class PreparedPuzzles:
-    """What prepare_puzzles checked: facts of both splits, how many puzzles are trained on, and the plan."""
+    """What prepare_puzzles checked: facts of both splits, and the plan."""
 
     train: PuzzleFacts
     evaluation: PuzzleFacts | None
-    rows: int
-    plan: DataPlan
+    plan: PuzzlePlan
 
 
 def prepare_text(
@@ -252,25 +274,28 @@ def prepare_puzzles(
 
     Raises SettingsError for a path, DataError for data that cannot be used.
     """
-    plan: DataPlan = {
-        "task": "puzzle",
-        "path": absolute(train.path),
-        "split": train.split,
-        "eval_path": None if evaluation is None else absolute(evaluation.path),
-        "eval_split": None if evaluation is None else evaluation.split,
-        "max_train_examples": max_train_examples,
-        "max_val_examples": max_val_examples,
-    }
-    samples, held_out = open_puzzle_sets(plan)
-    return PreparedPuzzles(samples.facts, held_out.facts if held_out is not None else None, len(samples), plan)
+    path = absolute(train.path)
+    asked = PuzzlePlan(
+        path=path,
+        split=train.split,
+        eval_path=None if evaluation is None else absolute(evaluation.path),
+        eval_split=None if evaluation is None else evaluation.split,
+        max_train_examples=max_train_examples,
+        max_val_examples=max_val_examples,
+        rows=0,
+        fingerprint=open_puzzles(Path(path), train.split).fingerprint(),
+    )
+    samples, held_out = open_puzzle_sets(asked)
+    plan = replace(asked, rows=len(samples))
+    return PreparedPuzzles(samples.facts, held_out.facts if held_out is not None else None, plan)
 
 
-def open_puzzle_sets(plan: Mapping[str, Any]) -> tuple[PuzzleSamples, PuzzleSamples | None]:
+def open_puzzle_sets(plan: PuzzlePlan) -> tuple[PuzzleSamples, PuzzleSamples | None]:
     """The training and the held-out puzzles of a plan. Raises DataError where they have gone or changed."""
-    samples = open_puzzles(Path(plan["path"]), plan["split"])
-    used = samples.first(plan["max_train_examples"])
-    if plan["eval_path"] is None:
+    samples = open_puzzles(Path(plan.path), plan.split)
+    used = samples.first(plan.max_train_examples)
+    if plan.eval_path is None or plan.eval_split is None:
         return used, None
-    held_out = open_puzzles(Path(plan["eval_path"]), plan["eval_split"])
+    held_out = open_puzzles(Path(plan.eval_path), plan.eval_split)
     held_out.fit_to(samples.facts)
-    return used, held_out.first(plan["max_val_examples"])
+    return used, held_out.first(plan.max_val_examples)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from hrm_ray.data.chunk_source import ChunkPipeline, ChunkSource, EpochOrder, LocalChunks
+from hrm_ray.train.plan import RunPlan
 from hrm_ray.train.session import train
 from hrm_ray.types import MetricSink, RunResult, StopPoll, StopReason
 
@@ -31,6 +31,6 @@ class LocalLink:
         return self.stop()
 
 
-def run(plan: dict[str, Any], *, sink: MetricSink, stop: StopPoll) -> RunResult:
+def run(plan: RunPlan, *, sink: MetricSink, stop: StopPoll) -> RunResult:
     """Train as the plan says, here and now; the plan's world size is 1."""
     return train(plan, LocalLink(sink, stop))

@@ -1,7 +1,4 @@
-"""From settings to a plan that any launcher can carry out: data prepared, bundle made, everything decided.
-
-One job: the driver's part before workers start. The plan is JSON values only, since it travels to other processes.
-"""
+"""The driver's part of a run before workers start: the bundle and the data are made ready, and the plan is made."""
 
 from __future__ import annotations
 
@@ -9,15 +6,20 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from hrm_ray.atomic_files import atomic_directory
 from hrm_ray.bundle.start_weights import check_start_weights
 from hrm_ray.data.bpe import SizeBounds
 from hrm_ray.data.catalog import CHANGED
-from hrm_ray.data.prepare import PreparedText, PrepareRequest, TokenizerChoice, prepare_puzzles, prepare_text
-from hrm_ray.data.puzzles.samples import open_puzzles
+from hrm_ray.data.prepare import (
+    PreparedText,
+    PrepareRequest,
+    PuzzlePlan,
+    TokenizerChoice,
+    prepare_puzzles,
+    prepare_text,
+)
 from hrm_ray.data.text_data import TextDataDir
 from hrm_ray.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, TextTokenizer
 from hrm_ray.errors import DISK_FULL_ERRNOS, DataError, Fault, ResourceError, SettingsError
@@ -29,11 +31,12 @@ from hrm_ray.ledger import copy_ledger
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import RunDir, write_json
 from hrm_ray.settings.schedule_length import schedule_length
-from hrm_ray.settings.tree import RunSettings, to_plain
+from hrm_ray.settings.tree import RunSettings
+from hrm_ray.train.plan import RunPlan, TextData
 from hrm_ray.train.resume import write_description
 
 
-def make_plan(resolved: ResolvedRun) -> dict[str, Any]:
+def make_plan(resolved: ResolvedRun) -> RunPlan:
     """Make the bundle's folder and the data ready, and write the plan down.
 
     A new bundle appears whole or not at all: it is prepared beside its place and renamed. Raises ResourceError where
@@ -49,11 +52,12 @@ def make_plan(resolved: ResolvedRun) -> dict[str, Any]:
         raise ResourceError(Fault(str(root), f"it cannot be written ({error})", hint)) from error
 
 
-def _made_plan(resolved: ResolvedRun) -> dict[str, Any]:
+def _made_plan(resolved: ResolvedRun) -> RunPlan:
     with _bundle(resolved.location) as run_dir:
         notes, remarks = list(resolved.notes), list[str]()
+        data: TextData | PuzzlePlan
         if resolved.facts.task == "puzzle":
-            config, data = _prepare_puzzles(resolved, run_dir)
+            config, data = resolved.config, _prepare_puzzles(resolved, run_dir)
         else:
             config, data = _prepare_text(resolved, run_dir, notes, remarks)
         keep_freed = check_resources(resolved.settings, config, resolved.devices, run_dir.root)
@@ -62,22 +66,29 @@ def _made_plan(resolved: ResolvedRun) -> dict[str, Any]:
             check_start_weights(start, config)
         if resolved.facts.task == "lm" and resolved.location.source is None:
             _check_start_tokenizer(resolved.settings, TextTokenizer.load(run_dir.root))
-        plan = _plan(resolved, run_dir, config, data, notes) | {"remarks": remarks, "keep_freed_memory": keep_freed}
+        plan = _plan(resolved, config, data, notes, tuple(remarks), keep_freed_memory=keep_freed)
         if not resolved.location.continues:
             write_description(run_dir, plan)
     return plan
 
 
 def _plan(
-    resolved: ResolvedRun, run_dir: RunDir, config: ModelConfig, data: dict[str, Any], notes: list[str]
-) -> dict[str, Any]:
+    resolved: ResolvedRun,
+    config: ModelConfig,
+    data: TextData | PuzzlePlan,
+    notes: list[str],
+    remarks: tuple[str, ...],
+    *,
+    keep_freed_memory: bool,
+) -> RunPlan:
     settings, devices = resolved.settings, resolved.devices
     effective = effective_batch(settings, devices)
+    first_rows = data.first_rows if isinstance(data, TextData) else data.rows
     schedule_steps = schedule_length(
-        settings, data["rows"] or 0, effective, config.halt_max_steps, first_samples=data["first_rows"]
+        settings, data.rows or 0, effective, config.halt_max_steps, first_samples=first_rows
     )
     constant = settings.optimizer.lr_schedule == "constant"
-    if data["task"] == "lm" and data["rows_estimated"] and settings.run.step_limit is None and not constant:
+    if isinstance(data, TextData) and data.rows_estimated and settings.run.step_limit is None and not constant:
         notes.append(
             f"The learning-rate schedule is laid out for about {schedule_steps} steps, estimated from the first chunk; "
             "give --steps for a schedule that reaches its end exactly."
@@ -92,23 +103,23 @@ def _plan(
         reason = f"the run has {schedule_steps} steps, so the warm-up would last to its end"
         hint = f"Give at most --warmup-steps {max(0, schedule_steps - 1)}, or more --epochs"
         raise SettingsError(Fault(f"--warmup-steps {warmup}", reason, hint))
-    checkpoint = resolved.location.checkpoint
-    return {
-        "settings": to_plain(settings),
-        "model_config": config.to_plain(),
-        "bundle": str(resolved.location.run_dir.root),
-        "run_name": resolved.location.run_dir.root.name,
-        "resume": None if checkpoint is None else str(checkpoint),
-        "continues": resolved.location.continues,
-        "data": data,
-        "schedule_steps": schedule_steps,
-        "adaptive_lr": None if resolved.adaptive_lr is None else resolved.adaptive_lr.model_dump(mode="json"),
-        "world_size": devices.world_size,
-        "threads": devices.threads,
-        "device": devices.device,
-        "ray_address": devices.ray_address,
-        "notes": notes,
-    }
+    return RunPlan(
+        settings=settings,
+        config=config,
+        data=data,
+        bundle=resolved.location.run_dir.root,
+        checkpoint=resolved.location.checkpoint,
+        continues=resolved.location.continues,
+        schedule_steps=schedule_steps,
+        adaptive_lr=resolved.adaptive_lr,
+        device=devices.device,
+        world_size=devices.world_size,
+        threads=devices.threads,
+        ray_address=devices.ray_address,
+        keep_freed_memory=keep_freed_memory,
+        notes=tuple(notes),
+        remarks=remarks,
+    )
 
 
 @contextmanager
@@ -129,7 +140,7 @@ def _bundle(location: RunLocation) -> Iterator[RunDir]:
 
 def _prepare_text(
     resolved: ResolvedRun, run_dir: RunDir, notes: list[str], remarks: list[str]
-) -> tuple[ModelConfig, dict[str, Any]]:
+) -> tuple[ModelConfig, TextData]:
     settings = resolved.settings
     source = resolved.location.source
     if source is not None and not resolved.location.continues:
@@ -165,8 +176,8 @@ def _prepare_text(
     stored = _stored_data(resolved.location)
     if stored is not None:
         # Where the tokenizer came from when the run began.
-        data["tokenizer"] = stored["tokenizer"]
-    return replace(resolved.config, vocab_size=data["vocab_size"]), data
+        data = replace(data, tokenizer=stored["tokenizer"])
+    return replace(resolved.config, vocab_size=data.vocab_size), data
 
 
 def _same_evaluation(settings: RunSettings, location: RunLocation, run_dir: RunDir, rows: int) -> bool:
@@ -203,26 +214,25 @@ def _tokenizer_choice(resolved: ResolvedRun) -> TokenizerChoice:
     return TokenizerChoice(data.tokenizer_path, data.vocab_size, examples, retrain, bounds)
 
 
-def _text_data(settings: RunSettings, prepared: PreparedText, held_out_rows: int) -> dict[str, Any]:
+def _text_data(settings: RunSettings, prepared: PreparedText, held_out_rows: int) -> TextData:
     counted = prepared.sequences
-    return {
-        "task": "lm",
-        **prepared.plan.plain(),
-        "path": settings.data.training_data,
-        "split": settings.data.split,
-        "held_out": _held_out_name(settings),
-        "held_out_rows": held_out_rows,
-        "max_val_examples": settings.data.max_val_examples,
-        "vocab_size": prepared.tokenizer.vocab_size,
-        "pad_id": prepared.tokenizer.pad_id,
-        "tokenizer": prepared.tokenizer_origin,
-        "rows": counted.count if counted is not None else None,
-        "first_rows": counted.first_epoch if counted is not None else None,
-        "rows_estimated": counted is not None and counted.estimated,
-    }
+    return TextData(
+        text=prepared.plan,
+        path=settings.data.training_data,
+        split=settings.data.split,
+        held_out=_held_out_name(settings),
+        held_out_rows=held_out_rows,
+        max_val_examples=settings.data.max_val_examples,
+        vocab_size=prepared.tokenizer.vocab_size,
+        pad_id=prepared.tokenizer.pad_id,
+        tokenizer=prepared.tokenizer_origin,
+        rows=counted.count if counted is not None else None,
+        first_rows=counted.first_epoch if counted is not None else None,
+        rows_estimated=counted is not None and counted.estimated,
+    )
 
 
-def _prepare_puzzles(resolved: ResolvedRun, run_dir: RunDir) -> tuple[ModelConfig, dict[str, Any]]:
+def _prepare_puzzles(resolved: ResolvedRun, run_dir: RunDir) -> PuzzlePlan:
     settings = resolved.settings
     evaluation = source_of(settings, evaluation=True) if resolved.evaluation is not None else None
     prepared = prepare_puzzles(
@@ -231,12 +241,10 @@ def _prepare_puzzles(resolved: ResolvedRun, run_dir: RunDir) -> tuple[ModelConfi
         max_train_examples=settings.data.max_train_examples,
         max_val_examples=settings.data.max_val_examples,
     )
-    samples = open_puzzles(Path(resolved.facts.path), resolved.facts.split)
     if not resolved.location.continues:
         write_json(run_dir.puzzle, prepared.train.plain())
-    data = {**prepared.plan, "rows": prepared.rows, "first_rows": prepared.rows, "fingerprint": samples.fingerprint()}
-    _check_puzzles_unchanged(resolved.location, data)
-    return resolved.config, data
+    _check_puzzles_unchanged(resolved.location, prepared.plan)
+    return prepared.plan
 
 
 def _held_out_name(settings: RunSettings) -> str | None:
@@ -253,9 +261,9 @@ def _stored_data(location: RunLocation) -> dict[str, Any] | None:
     return stored_args(location.source)[1]
 
 
-def _check_puzzles_unchanged(location: RunLocation, data: dict[str, Any]) -> None:
+def _check_puzzles_unchanged(location: RunLocation, data: PuzzlePlan) -> None:
     """A resumed run must see the puzzles that its place in the data was counted in; text has its catalog for that."""
     stored = _stored_data(location)
-    if stored is not None and stored["fingerprint"] != data["fingerprint"]:
+    if stored is not None and stored["fingerprint"] != data.fingerprint:
         reason = "the data is not what the checkpoint was trained on (its fingerprint differs)"
-        raise DataError(Fault(str(data["path"]), reason, CHANGED))
+        raise DataError(Fault(data.path, reason, CHANGED))

@@ -7,7 +7,6 @@ what it has read. It keeps nothing and serves nobody: see chunk_server.py.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -45,24 +44,15 @@ Made = Chunk | HrmRayError | None
 
 @dataclass(frozen=True)
 class ChunkTaskContext:
-    """Where tasks find what they need: the bundle, and the plan of its text as JSON. Compared by value, so that a
-    process opens the same things once."""
+    """Where tasks find what they need: the bundle, and the plan of its text. Compared by value, so that a process opens
+    the same things once."""
 
-    bundle: str
-    plan: str
-
-    @classmethod
-    def of(cls, bundle: str, plan: dict[str, Any]) -> ChunkTaskContext:
-        """The place of a launch plan's `bundle` and `data`."""
-        return cls(bundle, json.dumps(plan, sort_keys=True))
-
-    @property
-    def text(self) -> TextPlan:
-        return TextPlan.from_plain(json.loads(self.plan))
+    bundle: Path
+    text: TextPlan
 
     @property
     def folder(self) -> TextDataDir:
-        return TextDataDir(RunDir(Path(self.bundle)).data)
+        return TextDataDir(RunDir(self.bundle).data)
 
     def pipeline(self, *, writes: bool) -> ChunkPipeline:
         """What makes chunks in this process, with the catalog as it is now."""
@@ -73,8 +63,8 @@ class ChunkTaskContext:
 
 
 @lru_cache(maxsize=2)
-def _tokenizer(bundle: str) -> TextTokenizer:
-    return TextTokenizer.load(Path(bundle))
+def _tokenizer(bundle: Path) -> TextTokenizer:
+    return TextTokenizer.load(bundle)
 
 
 @lru_cache(maxsize=2)

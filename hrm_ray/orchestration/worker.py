@@ -6,20 +6,23 @@ is printed for a person. Does not build models or read data: the body does, give
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import ray
 import ray.train
 
 from hrm_ray.orchestration.failures import Failure
 from hrm_ray.orchestration.run_monitor import WorkerChannel, WorkerPlace
-from hrm_ray.types import DriverLink, RunResult
+from hrm_ray.train.plan import RunPlan
+from hrm_ray.types import RunResult
+
+Body: TypeAlias = Callable[[RunPlan, WorkerChannel], RunResult]
+"""What each worker runs."""
 
 PEER_LOSS_WAIT_S = 5.0
 """A rank whose collective broke waits this long before it ends, so that the rank which is really gone is noticed
@@ -30,24 +33,21 @@ class WorkerEnded(Exception):
     """Tells Ray Train that this rank failed; the cause is with the driver already."""
 
 
-def find_body(name: str) -> Callable[[dict[str, Any], DriverLink], RunResult]:
-    """The function behind `package.module:function`."""
-    module, _, function = name.partition(":")
-    body: Callable[[dict[str, Any], DriverLink], RunResult] = importlib.import_module(module).__dict__[function]
-    return body
-
-
 def main(config: dict[str, Any]) -> None:
     """The training function of TorchTrainer; torch.distributed is set up when it is entered.
 
-    `config`: "body" (a dotted name), "plan", "monitor" and "chunk_server" (actor handles, the latter may be None).
+    `config`: "body" (None for training), "plan" (as `RunPlan.to_plain` gives it), "monitor" and "chunk_server" (actor
+    handles; the latter may be None).
     """
     rank = ray.train.get_context().get_world_rank()
     link = WorkerChannel(config["monitor"], rank, config["chunk_server"])
     if not link.announce(WorkerPlace(rank, os.getpid(), ray.util.get_node_ip_address())):
         return
     try:
-        link.finish(find_body(config["body"])(config["plan"], link))
+        from hrm_ray.train.session import train
+
+        body: Body = config["body"] or train
+        link.finish(body(RunPlan.from_plain(config["plan"]), link))
     except BaseException as error:  # noqa: BLE001 - the actor's edge: whatever it is, the driver tells it once
         failure = Failure.of(rank, error)
         traceback.print_exc(file=sys.stderr)

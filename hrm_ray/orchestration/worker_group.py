@@ -22,9 +22,9 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.exceptions
@@ -46,10 +46,13 @@ from hrm_ray.orchestration.failures import (
 )
 from hrm_ray.orchestration.run_monitor import RunMonitor, StatusUpdate
 from hrm_ray.orchestration.session import Session, worker_environment
-from hrm_ray.settings.tree import from_plain
+from hrm_ray.train.plan import RunPlan, TextData
 from hrm_ray.types import MetricSink, Record, RunResult, StopPoll, StopReason
 
-BODY = "hrm_ray.train.session:train"
+if TYPE_CHECKING:
+    # It loads ray.train, and with it torch, which the session loads while the cluster starts.
+    from hrm_ray.orchestration.worker import Body
+
 POLL_INTERVAL_S = 0.2
 HUB_TIMEOUT_S = 60.0
 FREE_WAIT_S = 10.0
@@ -58,10 +61,9 @@ END_WAIT_S = 15.0
 """How long Ray Train may take to notice that all ranks have ended, before it is ended from here."""
 
 
-def reads_text(plan: Mapping[str, Any]) -> bool:
-    """Whether the run has text to tokenise as it goes; other bodies than training have plans of their own."""
-    data = plan.get("data")
-    return data is not None and data["task"] == "lm" and data["cut"]["streaming"] and not data["kept"]
+def reads_text(plan: RunPlan) -> bool:
+    """Whether the run has text to tokenise as it goes."""
+    return isinstance(plan.data, TextData) and plan.data.text.cut.streaming and not plan.data.text.kept
 
 
 @dataclass(frozen=True)
@@ -72,26 +74,22 @@ class Request:
     device: str
     address: str | None
     name: str
-    body: str
 
     @classmethod
-    def of(cls, plan: Mapping[str, Any]) -> Request:
-        device = plan["device"]
+    def of(cls, plan: RunPlan) -> Request:
         return cls(
-            demand=ResourceRequest(plan["world_size"], plan["threads"], 1 if device == "cuda" else 0),
-            device=device,
-            address=plan["ray_address"],
-            name=plan["run_name"],
-            body=plan.get("body", BODY),
+            demand=ResourceRequest(plan.world_size, plan.threads, 1 if plan.device == "cuda" else 0),
+            device=plan.device,
+            address=plan.ray_address,
+            name=plan.bundle.name,
         )
 
 
-def run(plan: dict[str, Any], *, sink: MetricSink, stop: StopPoll) -> RunResult:
-    """Train on `plan["world_size"]` Ray workers and return how it ended.
+def run(plan: RunPlan, *, sink: MetricSink, stop: StopPoll, body: Body | None = None) -> RunResult:
+    """Train on the plan's number of Ray workers and return how it ended.
 
-    `plan` is a plain dict: world_size, threads (CPU threads per worker), device, ray_address, run_name, and what
-    the body reads; "body" names the function `(plan, link) -> RunResult` that each worker runs. Records of rank 0
-    reach `sink` in order and completely before this returns. `stop` is asked several times a second.
+    Records of rank 0 reach `sink` in order and completely before this returns. `stop` is asked several times a second.
+    Each worker runs `body`: `train.session.train`, unless another is given.
 
     Raises ResourceError or UnavailableError before anything has started, StoppedBeforeStart, the error of the
     worker that failed first, or WorkerCrash.
@@ -109,7 +107,7 @@ def run(plan: dict[str, Any], *, sink: MetricSink, stop: StopPoll) -> RunResult:
         opened = True
         _put_handlers_back()
         _check_cluster(session, request, sink)
-        return WorkerGroupRun(session, request, plan, sink, stop).run()
+        return WorkerGroupRun(session, request, plan, sink, stop, body).run()
     except (WorkerCrash, UnavailableError) as error:
         # Kept where the message names them: after a crash, and when the cluster did not start.
         keep_logs = session.is_local and (isinstance(error, WorkerCrash) or not opened)
@@ -174,7 +172,7 @@ def _event(message: str) -> Record:
 def _chunk_server(
     session: Session,
     request: Request,
-    plan: Mapping[str, Any],
+    plan: RunPlan,
     sink: MetricSink,
     here: NodeAffinitySchedulingStrategy,
     environment: dict[str, Any],
@@ -184,11 +182,11 @@ def _chunk_server(
     Its tasks need CPUs that the workers leave free. Where there are none they would wait for ever, so each worker reads
     for itself then.
     """
-    if not reads_text(plan):
+    if not isinstance(plan.data, TextData) or not reads_text(plan):
         return None
     if not session.is_local and ray.available_resources().get("CPU", 0.0) < request.demand.cpus + TASK_CPUS:
         reason = f"the cluster has less than {TASK_CPUS:g} CPU beside the workers'"
-        if from_plain(plan["settings"]).cluster.strict:
+        if plan.settings.cluster.strict:
             raise ResourceError(
                 Fault("--strict", f"no CPU for Ray Data: {reason}", "Leave --strict out, or free a CPU")
             )
@@ -200,7 +198,7 @@ def _chunk_server(
         scheduling_strategy=here,
         runtime_env=environment,
     )
-    return server.remote(ChunkTaskContext.of(plan["bundle"], plan["data"]), request.demand.world_size)
+    return server.remote(ChunkTaskContext(plan.bundle, plan.data.text), request.demand.world_size)
 
 
 class _Fit(threading.Thread):
@@ -252,7 +250,13 @@ class WorkerGroupRun:
     """One run's driver loop."""
 
     def __init__(
-        self, session: Session, request: Request, plan: dict[str, Any], sink: MetricSink, stop: StopPoll
+        self,
+        session: Session,
+        request: Request,
+        plan: RunPlan,
+        sink: MetricSink,
+        stop: StopPoll,
+        body: Body | None,
     ) -> None:
         self._session = session
         self._sink = sink
@@ -263,7 +267,7 @@ class WorkerGroupRun:
         monitor_class = ray.remote(RunMonitor).options(num_cpus=0, scheduling_strategy=here, runtime_env=environment)
         self._monitor: Any = monitor_class.remote()
         server = _chunk_server(session, request, plan, sink, here, environment)
-        config = {"body": request.body, "plan": plan, "monitor": self._monitor, "chunk_server": server}
+        config = {"body": body, "plan": plan.to_plain(), "monitor": self._monitor, "chunk_server": server}
         self._fit = _Fit(request, config, str(session.folder / "train"))
         self._seen = 0
         self._asked = False

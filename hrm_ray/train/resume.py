@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from hrm_ray.metrics.jsonl import truncate_after
 from hrm_ray.rundir import RunDir, write_json
+from hrm_ray.settings.tree import to_plain
+from hrm_ray.train.plan import RunPlan, TextData
 
 
-def write_description(run_dir: RunDir, plan: dict[str, Any]) -> None:
+def write_description(run_dir: RunDir, plan: RunPlan) -> None:
     """config.json and training_args.json of the run that the plan describes."""
-    write_json(run_dir.config, plan["model_config"])
-    write_json(run_dir.training_args, {"settings": plan["settings"], "data": plan["data"]})
+    write_json(run_dir.config, plan.config.to_plain())
+    write_json(run_dir.training_args, {"settings": to_plain(plan.settings), "data": plan.data.to_plain()})
     # Held-out documents of an earlier part of the run, where others are asked for now.
+    kept = plan.data.text.evaluation if isinstance(plan.data, TextData) else None
     for other in run_dir.data.glob("eval-*.safetensors"):
-        if other.name != plan["data"].get("evaluation"):
+        if other.name != kept:
             other.unlink()
 
 

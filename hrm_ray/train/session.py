@@ -1,7 +1,7 @@
 """What one worker does from start to end, whatever launcher started it.
 
-One job: read the plan, put the parts together, restore a checkpoint if one is named, run, close. The driver has
-prepared the bundle's folder and the data beforehand.
+The driver has prepared the bundle's folder and the data beforehand; a worker puts the parts together, restores the
+checkpoint if the plan names one, trains, and closes everything.
 """
 
 from __future__ import annotations
@@ -14,24 +14,23 @@ from hrm_ray.bundle.weights_file import unwritable
 from hrm_ray.data.catalog import Catalog
 from hrm_ray.data.chunk_source import ChunkPipeline, ChunkSource, EpochOrder, InMemoryChunks
 from hrm_ray.data.packing import TextSamples
-from hrm_ray.data.prepare import open_puzzle_sets
+from hrm_ray.data.prepare import PuzzlePlan, open_puzzle_sets
 from hrm_ray.data.stream import ConsumedRange
-from hrm_ray.data.text_data import TextDataDir, TextPlan
+from hrm_ray.data.text_data import TextDataDir
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DISK_FULL_ERRNOS, Fault, UnavailableError
 from hrm_ray.log_filters import silence_unused_kernels
 from hrm_ray.metrics.fanout import FanOut
 from hrm_ray.metrics.jsonl import JsonlSink
 from hrm_ray.metrics.tensorboard import TensorBoardSink
-from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import MANIFEST, RunDir, file_sha256
-from hrm_ray.settings.adaptive_lr import AdaptiveLrSettings
-from hrm_ray.settings.tree import RunSettings, from_plain
+from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.attention_choice import flash_notes
 from hrm_ray.train.checkpoint import load_checkpoint
 from hrm_ray.train.expert_run import ExpertRun
 from hrm_ray.train.ledger_writer import LedgerWriter, ResumePoint
+from hrm_ray.train.plan import RunPlan, TextData
 from hrm_ray.train.precision import slow_bfloat16
 from hrm_ray.train.resume import rewind_to, write_description
 from hrm_ray.train.stream_loader import TextStream
@@ -50,30 +49,25 @@ class WorkerLink(DriverLink, Protocol):
         """
 
 
-def train(plan: dict[str, Any], link: WorkerLink) -> RunResult:
-    """Run this worker's share of the plan; the process group, if there is to be one, already exists.
-
-    `plan` is what launch/plan.py wrote: JSON values only.
-    """
+def train(plan: RunPlan, link: WorkerLink) -> RunResult:
+    """Run this worker's share of the plan; the process group, if there is to be one, already exists."""
     try:
         return _train(plan, link)
     except OSError as error:
         if error.errno not in DISK_FULL_ERRNOS:
             raise
-        raise unwritable(Path(error.filename or plan["bundle"]), error) from error
+        raise unwritable(Path(error.filename or plan.bundle), error) from error
 
 
-def _train(plan: dict[str, Any], link: WorkerLink) -> RunResult:
+def _train(plan: RunPlan, link: WorkerLink) -> RunResult:
     silence_unused_kernels()
-    settings = from_plain(plan["settings"])
-    config = ModelConfig.from_plain(plan["model_config"], "the launch plan")
-    run_dir = RunDir(Path(plan["bundle"]))
-    world = World.here(plan["device"], plan["threads"], keep_freed=plan["keep_freed_memory"])
+    settings, config, run_dir = plan.settings, plan.config, RunDir(plan.bundle)
+    world = World.here(plan.device, plan.threads, keep_freed=plan.keep_freed_memory)
     if not run_dir.root.is_dir():
         reason = f"rank {world.rank} does not see the bundle that the driver made"
         hint = "Give --bundle-dir a folder that all nodes of the cluster share"
         raise UnavailableError(Fault(str(run_dir.root), reason, hint))
-    data, held_out = _data(plan["data"], run_dir, world, link)
+    data, held_out = _data(plan.data, run_dir, world, link)
     stop_poll = link.stop_requested if world.leads else lambda: None
     components = assemble(
         settings,
@@ -81,21 +75,21 @@ def _train(plan: dict[str, Any], link: WorkerLink) -> RunResult:
         data,
         held_out,
         world,
-        plan["schedule_steps"],
+        plan.schedule_steps,
         stop_poll,
-        resumes=plan["resume"] is not None,
-        adaptive_lr=None if plan["adaptive_lr"] is None else AdaptiveLrSettings(**plan["adaptive_lr"]),
+        resumes=plan.checkpoint is not None,
+        adaptive_lr=plan.adaptive_lr,
     )
     resumed_step: int | None = None
     extra: dict[str, Any] = {}
-    if plan["resume"] is not None:
-        extra = load_checkpoint(components.loop, Path(plan["resume"]))
+    if plan.checkpoint is not None:
+        extra = load_checkpoint(components.loop, plan.checkpoint)
         if settings.data.force_train:
             components.loop.parts.loader.one_epoch_more()
         resumed_step = components.loop.progress.step
         # Every rank has the checkpoint: only now is the bundle taken back to it.
         world.barrier()
-        if world.leads and plan["continues"]:
+        if world.leads and plan.continues:
             write_description(run_dir, plan)
             rewind_to(run_dir, resumed_step, settings.run.log_file)
     sink = _sinks(settings, run_dir, resumed_step, link) if world.leads else FanOut([])
@@ -104,19 +98,19 @@ def _train(plan: dict[str, Any], link: WorkerLink) -> RunResult:
         ledger_writer = _accounts(plan, run_dir, resumed_step, extra) if world.leads else None
         trainer = Trainer(settings, components, run_dir, sink, expert, ledger_writer)
         # On a running cluster the driver's machine says nothing of the workers'.
-        own = flash_notes(settings, config, world.device) if plan["ray_address"] else []
-        for note in (*plan["notes"], *own):
+        own = flash_notes(settings, config, world.device) if plan.ray_address else []
+        for note in (*plan.notes, *own):
             trainer.log_event("WARNING", note)
-        for remark in plan["remarks"]:
+        for remark in plan.remarks:
             trainer.log_event("INFO", remark)
         if components.loop.parts.strategy.precision.autocast is not None and slow_bfloat16(world.device):
             trainer.log_event(
                 "INFO", "This CPU has no 16-bit units: --amp saves memory and costs time, --no-amp is faster."
             )
-        if plan["resume"] is not None:
+        if plan.checkpoint is not None:
             trainer.resume(extra)
-            trainer.log_event("INFO", f"going on from {plan['resume']}")
-            _tell_of_ranks(trainer, plan["schedule_steps"])
+            trainer.log_event("INFO", f"resumed from {plan.checkpoint}")
+            _tell_of_ranks(trainer, plan.schedule_steps)
         try:
             return trainer.run()
         finally:
@@ -128,12 +122,12 @@ def _train(plan: dict[str, Any], link: WorkerLink) -> RunResult:
 
 
 def _data(
-    plan: dict[str, Any], run_dir: RunDir, world: World, link: WorkerLink
+    data: TextData | PuzzlePlan, run_dir: RunDir, world: World, link: WorkerLink
 ) -> tuple[SampleSet | TextStream, SampleSet | None]:
     """What is trained on, and what is held out."""
-    if plan["task"] == "puzzle":
-        return open_puzzle_sets(plan)
-    text, folder = TextPlan.from_plain(plan), TextDataDir(run_dir.data)
+    if isinstance(data, PuzzlePlan):
+        return open_puzzle_sets(data)
+    text, folder = data.text, TextDataDir(run_dir.data)
     tokenizer = TextTokenizer.load(run_dir.root)
 
     def pipeline(writes: bool) -> ChunkPipeline:
@@ -148,18 +142,17 @@ def _data(
     return TextStream(source, text.form, tokenizer.pad_id, text.shuffle_rows), held_out
 
 
-def _accounts(
-    plan: dict[str, Any], run_dir: RunDir, resumed_step: int | None, extra: dict[str, Any]
-) -> LedgerWriter | None:
+def _accounts(plan: RunPlan, run_dir: RunDir, resumed_step: int | None, extra: dict[str, Any]) -> LedgerWriter | None:
     """The ledger of a run on text, gone back to the checkpoint that the run goes on from."""
-    if plan["data"]["task"] == "puzzle":
+    if isinstance(plan.data, PuzzlePlan):
         return None
-    text = TextPlan.from_plain(plan["data"])
     resume_point = None
-    if resumed_step is not None:
+    if resumed_step is not None and plan.checkpoint is not None:
         trained = tuple(ConsumedRange(*item) for item in extra["trained"])
-        resume_point = ResumePoint(resumed_step, file_sha256(Path(plan["resume"]) / MANIFEST), trained)
-    return LedgerWriter(run_dir, Catalog(TextDataDir(run_dir.data).catalog, writes=False), text.start, resume_point)
+        resume_point = ResumePoint(resumed_step, file_sha256(plan.checkpoint / MANIFEST), trained)
+    return LedgerWriter(
+        run_dir, Catalog(TextDataDir(run_dir.data).catalog, writes=False), plan.data.text.start, resume_point
+    )
 
 
 def _tell_of_ranks(trainer: Trainer, schedule_steps: int) -> None:

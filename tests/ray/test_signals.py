@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import psutil
 import pytest
 
 from hrm_ray.launch.cluster_address import EMPTY_SETTINGS
+from tests.support.ray_bodies import plan_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,11 +36,8 @@ class Driver:
         self.temp = temp
         self.bundle = temp / "bundle"
         self.bundle.mkdir()
-        plan = {
-            "world_size": 1, "threads": 1, "device": "cpu", "ray_address": None, "bundle": str(self.bundle),
-            "run_name": "trial", "body": "tests.support.ray_bodies:until_stopped", "steps": 20, **changes,
-        }  # fmt: skip
-        (temp / "plan.json").write_text(json.dumps(plan))
+        plan = replace(plan_of(self.bundle, steps=20), **changes)
+        (temp / "plan.json").write_text(json.dumps(plan.to_plain()))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.ray.worker_group_driver", str(temp / "plan.json")],
             # Unbuffered: `communicate` reads past a buffer, so what a line-wise read had taken ahead would be lost.

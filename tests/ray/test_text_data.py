@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,6 +18,7 @@ from hrm_ray.orchestration import worker_group
 from hrm_ray.orchestration.failures import WorkerCrash
 from hrm_ray.rundir import RunDir
 from hrm_ray.settings.load import load_settings
+from hrm_ray.train.plan import RunPlan
 from tests.ray.test_worker_group import Received, never
 from tests.support.numbered_corpora import TOKENIZER, Row, Shape, rows_of_corpus, texts_of, write_corpus
 from tests.support.recorded_training import recorded, rows_by_step
@@ -39,8 +40,8 @@ def corpus(tmp_path: Path) -> Path:
     return write_corpus(tmp_path / "corpus", TEXTS, files=3)
 
 
-def plan_of(corpus: Path, bundle: Path, ranks: int, record: Path, **said: str | bool) -> dict[str, Any]:
-    """A plan whose workers write down their rows. Nothing is counted beforehand, so chunks are made as the run goes."""
+def plan_of(corpus: Path, bundle: Path, ranks: int, **said: str | bool) -> RunPlan:
+    """A plan of training. Nothing is counted beforehand, so chunks are made as the run goes."""
     options: dict[str, str | bool] = {
         **{"--dataset-file": str(corpus), "--bundle-dir": str(bundle), "--lr-schedule": "constant"},
         **{"--tokenizer-path": str(corpus.parent / "tokenizer"), "--max-seq-len": str(SHAPE.seq_len)},
@@ -49,8 +50,7 @@ def plan_of(corpus: Path, bundle: Path, ranks: int, record: Path, **said: str | 
         **{"--launcher": "ray" if ranks > 1 else "local", "--world-size": str(ranks), "--threads": "1"},
         **{"--batch-size": str(EFFECTIVE // ranks), "--log-every": "1", "--stop-after-epoch": True},
     }
-    plan = make_plan(resolve(load_settings({**options, **said})))
-    return {**plan, "body": "tests.support.recorded_training:recorded", "record": str(record), "die_at": None}
+    return make_plan(resolve(load_settings({**options, **said})))
 
 
 def total(rows: dict[int, list[Row]]) -> Counter[Row]:
@@ -66,11 +66,11 @@ def test_ray_data_gives_the_rows_of_one_process(corpus: Path, tmp_path: Path, or
     said: dict[str, str | bool] = {}
     if order == "shuffled":
         said = {"--no-linear-dataset": True, "--shuffle-buffer-size": "30"}
-    alone = plan_of(corpus, tmp_path / "one", 1, tmp_path / "rows1", **said)
-    recorded(alone, local.LocalLink(Received(), never))
-    plan = plan_of(corpus, tmp_path / "two", 2, tmp_path / "rows2", **said)
+    alone = plan_of(corpus, tmp_path / "one", 1, **said)
+    recorded(alone, local.LocalLink(Received(), never), folder=tmp_path / "rows1")
+    plan = plan_of(corpus, tmp_path / "two", 2, **said)
     assert worker_group.reads_text(plan), "there should be something left for Ray Data to make"
-    outcome = worker_group.run(plan, sink=Received(), stop=never)
+    outcome = worker_group.run(plan, sink=Received(), stop=never, body=partial(recorded, folder=tmp_path / "rows2"))
     one, two = rows_by_step(tmp_path / "rows1", [0]), rows_by_step(tmp_path / "rows2", [0, 1])
     assert one == two
     assert total(two) == EXPECTED and outcome.step == len(two)
@@ -87,13 +87,14 @@ def test_a_killed_worker_costs_no_row_and_doubles_none(corpus: Path, tmp_path: P
     """Killed after the checkpoint of step 6; the run goes on in one process from there. What survives in the weights is
     what was trained up to step 6 and what was trained after going on: together every row once."""
     bundle = tmp_path / "b"
-    plan = plan_of(corpus, bundle, 2, tmp_path / "rows1", **{"--save-every": "3"})
+    plan = plan_of(corpus, bundle, 2, **{"--save-every": "3"})
     with pytest.raises(WorkerCrash):
-        worker_group.run({**plan, "die_at": [rank, 9]}, sink=Received(), stop=never)
+        body = partial(recorded, folder=tmp_path / "rows1", die_at=(rank, 9))
+        worker_group.run(plan, sink=Received(), stop=never, body=body)
     steps = RunDir(bundle).checkpoint_steps()
     assert steps == [3, 6]
-    again = plan_of(corpus, bundle, 1, tmp_path / "rows2", **{"--resume": True})
-    recorded(again, local.LocalLink(Received(), never))
+    again = plan_of(corpus, bundle, 1, **{"--resume": True})
+    recorded(again, local.LocalLink(Received(), never), folder=tmp_path / "rows2")
     before, after = rows_by_step(tmp_path / "rows1", [0, 1]), rows_by_step(tmp_path / "rows2", [0])
     survived = {step: rows for step, rows in before.items() if step <= 6}
     assert min(after) == 7 and max(before) >= 8

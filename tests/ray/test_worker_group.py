@@ -1,4 +1,4 @@
-"""The gang on a real local cluster: every way a run can end. Each of these starts and ends Ray."""
+"""The worker group on a real local cluster: every way a run can end. Each of these starts and ends Ray."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -17,8 +16,10 @@ from hrm_ray.errors import DataError, ResourceError, UnavailableError
 from hrm_ray.launch.resources import ResourceRequest, usable_cpus
 from hrm_ray.orchestration import session, worker, worker_group
 from hrm_ray.orchestration.failures import StoppedBeforeStart, WorkerCrash
+from hrm_ray.orchestration.worker import Body
 from hrm_ray.types import Record, RunResult, StopReason
 from tests.support import ray_bodies
+from tests.support.ray_bodies import counts, plan_of, until_stopped
 
 needs_two_cpus = pytest.mark.skipif(usable_cpus() < 2, reason="two workers need two CPUs")
 
@@ -36,13 +37,6 @@ class Received:
 
     def close(self) -> None:
         pass
-
-
-def plan(body: str, bundle: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "world_size": 1, "threads": 1, "device": "cpu", "ray_address": None, "bundle": str(bundle), "run_name": "trial",
-        "body": f"tests.support.ray_bodies:{body}", "steps": 300, **changes,
-    }  # fmt: skip
 
 
 def never() -> StopReason | None:
@@ -77,10 +71,10 @@ def nothing_is_left() -> Iterator[None]:
     assert changed - {"PYTEST_CURRENT_TEST"} == set()
 
 
-def fail(body: str, tmp_path: Path, **changes: Any) -> tuple[Exception, Received]:
+def fail(body: Body, tmp_path: Path, world_size: int = 1) -> tuple[Exception, Received]:
     received = Received()
     with pytest.raises(Exception) as caught:
-        worker_group.run(plan(body, tmp_path, **changes), sink=received, stop=never)
+        worker_group.run(plan_of(tmp_path, world_size=world_size), sink=received, stop=never, body=body)
     return caught.value, received
 
 
@@ -90,7 +84,7 @@ def test_records_arrive_complete_in_order_and_soon(
     world_size: int, temp_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     received = Received()
-    outcome = worker_group.run(plan("counts", tmp_path, world_size=world_size), sink=received, stop=never)
+    outcome = worker_group.run(plan_of(tmp_path, world_size=world_size), sink=received, stop=never, body=counts)
     assert [record.step for record in received.records] == list(range(1, 301))
     assert received.records[3].values == {"loss": 0.25}
     # 0.5 s is what is promised; the machine of the tests may be busy with others.
@@ -107,7 +101,7 @@ def test_records_arrive_complete_in_order_and_soon(
 def test_an_expected_error_of_one_rank_is_the_one_error(
     temp_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    error, _ = fail("bad_data_on_rank_1", tmp_path, world_size=2)
+    error, _ = fail(ray_bodies.bad_data_on_rank_1, tmp_path, world_size=2)
     assert type(error) is DataError
     assert str(error) == "words.txt: is not UTF-8 at byte 17. Save it as UTF-8."
     assert capfd.readouterr() == ("", "")
@@ -119,7 +113,7 @@ def test_an_expected_error_of_one_rank_is_the_one_error(
 def test_an_unforeseen_error_of_all_ranks_is_one_traceback(
     temp_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    error, received = fail("value_error_after_records", tmp_path, world_size=2)
+    error, received = fail(ray_bodies.value_error_after_records, tmp_path, world_size=2)
     assert isinstance(error, WorkerCrash)
     assert str(error).count("Traceback") == 1
     assert str(error).count("ValueError: unforeseen in rank") == 2  # the headline and the traceback of one rank
@@ -134,7 +128,7 @@ def test_an_unforeseen_error_of_all_ranks_is_one_traceback(
 def test_a_killed_worker_is_named_and_its_logs_are_kept(
     temp_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    error, _ = fail("killed_on_rank_1", tmp_path, world_size=2)
+    error, _ = fail(ray_bodies.killed_on_rank_1, tmp_path, world_size=2)
     assert isinstance(error, WorkerCrash)
     assert str(error).startswith("worker 1: the process died")
     assert "checkpoint that was saved is kept" in str(error)
@@ -152,7 +146,7 @@ def test_a_worker_that_fails_before_it_can_report_is_told_too(
     temp_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "main", ray_bodies.fails_before_the_edge)
-    error, _ = fail("counts", tmp_path)
+    error, _ = fail(counts, tmp_path)
     assert isinstance(error, WorkerCrash)
     assert str(error).startswith("worker 0: ended with ImportError: an older copy stands in the way")
 
@@ -165,7 +159,7 @@ def test_a_gang_that_cannot_be_built_is_an_error_not_a_wait(
     # Each worker asks for more than there is, after the checks: as when somebody else has taken the CPUs meanwhile.
     monkeypatch.setattr(ResourceRequest, "per_worker", lambda demand: {"CPU": 2.0 * demand.threads})
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
-    error, _ = fail("counts", tmp_path)
+    error, _ = fail(counts, tmp_path)
     assert isinstance(error, ResourceError)
     assert "no room" in str(error)
     assert list(temp_root.iterdir()) == []
@@ -183,7 +177,9 @@ def test_a_stop_reaches_the_workers_within_a_second(temp_root: Path, tmp_path: P
         asked_s.append(time.time())
         return StopReason.SIGTERM
 
-    outcome = worker_group.run(plan("until_stopped", tmp_path, world_size=2), sink=received, stop=after_some_records)
+    outcome = worker_group.run(
+        plan_of(tmp_path, world_size=2), sink=received, stop=after_some_records, body=until_stopped
+    )
     assert outcome.reason is StopReason.SIGTERM
     assert outcome.figures["stop_seen_s"] - asked_s[0] < 1.0
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
@@ -195,7 +191,7 @@ def test_a_stop_reaches_the_workers_within_a_second(temp_root: Path, tmp_path: P
 @pytest.mark.ray
 def test_a_stop_before_the_workers_are_there_ends_at_once(temp_root: Path, tmp_path: Path) -> None:
     with pytest.raises(StoppedBeforeStart) as caught:
-        worker_group.run(plan("counts", tmp_path), sink=Received(), stop=lambda: StopReason.INTERRUPT)
+        worker_group.run(plan_of(tmp_path), sink=Received(), stop=lambda: StopReason.INTERRUPT, body=counts)
     assert caught.value.exit_code == 130
     assert list(temp_root.iterdir()) == []
 
@@ -212,7 +208,7 @@ def test_an_interrupt_in_the_driver_ends_everything_at_once(temp_root: Path, tmp
     started_s = 0.0
     with pytest.raises(KeyboardInterrupt):
         try:
-            worker_group.run(plan("until_stopped", tmp_path), sink=received, stop=interrupt)
+            worker_group.run(plan_of(tmp_path), sink=received, stop=interrupt, body=until_stopped)
         finally:
             started_s = time.time()
     assert time.time() - started_s < 10
@@ -229,7 +225,7 @@ def refuses(call: Callable[[], RunResult], kind: type[Exception], limit_s: float
 
 def test_too_many_workers_are_refused_before_ray_starts(temp_root: Path, tmp_path: Path) -> None:
     def run() -> RunResult:
-        return worker_group.run(plan("counts", tmp_path, world_size=4096), sink=Received(), stop=never)
+        return worker_group.run(plan_of(tmp_path, world_size=4096), sink=Received(), stop=never, body=counts)
 
     assert "4096" in refuses(run, ResourceError, 2.0)
     assert list(temp_root.iterdir()) == []
@@ -240,7 +236,7 @@ def test_an_address_where_something_else_listens_is_refused(temp_root: Path, tmp
         address = f"127.0.0.1:{server.getsockname()[1]}"
 
         def run() -> RunResult:
-            return worker_group.run(plan("counts", tmp_path, ray_address=address), sink=Received(), stop=never)
+            return worker_group.run(plan_of(tmp_path, ray_address=address), sink=Received(), stop=never, body=counts)
 
         assert address in refuses(run, UnavailableError, 10.0)
     assert list(temp_root.iterdir()) == []

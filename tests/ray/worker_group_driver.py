@@ -12,7 +12,9 @@ from pathlib import Path
 from hrm_ray.errors import HrmRayError
 from hrm_ray.launch.stopping import StopWatch
 from hrm_ray.orchestration import worker_group
+from hrm_ray.train.plan import RunPlan
 from hrm_ray.types import Record
+from tests.support.ray_bodies import until_stopped
 
 
 class PrintedRecords:
@@ -26,11 +28,11 @@ class PrintedRecords:
 
 
 def main() -> int:
-    plan = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    plan = RunPlan.from_plain(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     try:
         with StopWatch(None) as watch:
             watch.begin()
-            outcome = worker_group.run(plan, sink=PrintedRecords(), stop=watch.poll)
+            outcome = worker_group.run(plan, sink=PrintedRecords(), stop=watch.poll, body=until_stopped)
     except KeyboardInterrupt:
         print("error KeyboardInterrupt", flush=True)
         return 130

@@ -1,6 +1,6 @@
-"""Small training bodies for tests of the gang: each is `(plan, link) -> RunResult`, run inside a Ray Train worker.
+"""Small training bodies for tests of the worker group, and a plan for them.
 
-One job: behave in one known way. Each imports what it needs inside, as the worker does.
+Each body is `(plan, link) -> RunResult`, runs inside a Ray Train worker and behaves in one known way.
 """
 
 from __future__ import annotations
@@ -10,10 +10,36 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
+from hrm_ray.data.prepare import PuzzlePlan
 from hrm_ray.errors import DataError, Fault
+from hrm_ray.model.architecture import model_config
+from hrm_ray.settings.load import load_settings
+from hrm_ray.settings.resolve import resolve_task
+from hrm_ray.train.plan import RunPlan
 from hrm_ray.types import DriverLink, Record, RunResult, StopReason
+
+
+def plan_of(bundle: Path, *, steps: int = 300, world_size: int = 1, ray_address: str | None = None) -> RunPlan:
+    """A plan for `bundle` whose settings and data no body looks at."""
+    settings = resolve_task(load_settings({}), "lm", None)
+    return RunPlan(
+        settings=settings,
+        config=model_config(settings, 16),
+        data=PuzzlePlan("none", "all", None, None, None, None, rows=0, fingerprint=""),
+        bundle=bundle,
+        checkpoint=None,
+        continues=False,
+        schedule_steps=steps,
+        adaptive_lr=None,
+        device="cpu",
+        world_size=world_size,
+        threads=1,
+        ray_address=ray_address,
+        keep_freed_memory=False,
+        notes=(),
+        remarks=(),
+    )
 
 
 def _rank() -> int:
@@ -31,12 +57,12 @@ def _sum_of_ones() -> float:
     return float(ones.item())
 
 
-def counts(plan: dict[str, Any], link: DriverLink) -> RunResult:
-    """`plan["steps"]` steps, one record each from rank 0; figures say what the worker found around it."""
+def counts(plan: RunPlan, link: DriverLink) -> RunResult:
+    """The schedule's number of steps, one record each from rank 0; figures say what the worker found around it."""
     import torch
 
     entered_s = time.time()
-    for step in range(1, int(plan["steps"]) + 1):
+    for step in range(1, plan.schedule_steps + 1):
         if _rank() == 0:
             link.sink().write(Record("train", step, time.time(), {"loss": 1.0 / step}))
     if _rank() == 0:
@@ -47,18 +73,18 @@ def counts(plan: dict[str, Any], link: DriverLink) -> RunResult:
         "entered_s": entered_s,
         "omp": float(os.environ["OMP_NUM_THREADS"]),
     }
-    return RunResult(StopReason.FINISHED, int(plan["steps"]), 1, str(plan["bundle"]), figures)
+    return RunResult(StopReason.FINISHED, plan.schedule_steps, 1, str(plan.bundle), figures)
 
 
-def bad_data_on_rank_1(plan: dict[str, Any], link: DriverLink) -> RunResult:
+def bad_data_on_rank_1(plan: RunPlan, link: DriverLink) -> RunResult:
     """Rank 1 meets bad data; the others wait for it in a collective."""
     if _rank() == 1:
         raise DataError(Fault("words.txt", "is not UTF-8 at byte 17", "Save it as UTF-8"))
     _sum_of_ones()
-    return RunResult(StopReason.FINISHED, 0, 0, str(plan["bundle"]))
+    return RunResult(StopReason.FINISHED, 0, 0, str(plan.bundle))
 
 
-def value_error_after_records(plan: dict[str, Any], link: DriverLink) -> RunResult:
+def value_error_after_records(plan: RunPlan, link: DriverLink) -> RunResult:
     """Three records, then an unforeseen error on every rank."""
     if _rank() == 0:
         for step in range(1, 4):
@@ -66,16 +92,16 @@ def value_error_after_records(plan: dict[str, Any], link: DriverLink) -> RunResu
     raise ValueError(f"unforeseen in rank {_rank()}")
 
 
-def killed_on_rank_1(plan: dict[str, Any], link: DriverLink) -> RunResult:
+def killed_on_rank_1(plan: RunPlan, link: DriverLink) -> RunResult:
     """Rank 1 is killed as by the kernel; the others wait for it in a collective."""
     _sum_of_ones()
     if _rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     _sum_of_ones()
-    return RunResult(StopReason.FINISHED, 0, 0, str(plan["bundle"]))
+    return RunResult(StopReason.FINISHED, 0, 0, str(plan.bundle))
 
 
-def until_stopped(plan: dict[str, Any], link: DriverLink) -> RunResult:
+def until_stopped(plan: RunPlan, link: DriverLink) -> RunResult:
     """Steps of 20 ms until the driver asks to stop; every rank leaves at the same step."""
     import torch
     import torch.distributed as dist
@@ -91,11 +117,11 @@ def until_stopped(plan: dict[str, Any], link: DriverLink) -> RunResult:
             link.sink().write(Record("train", step, time.time(), {"loss": 1.0}))
         if int(flag.item()):
             agreed = list(StopReason)[int(flag.item()) - 1]
-            Path(plan["bundle"]).joinpath(f"saved_{_rank()}").write_text(str(step))
-            return RunResult(agreed, step, 0, str(plan["bundle"]), {"stop_seen_s": time.time()})
+            plan.bundle.joinpath(f"saved_{_rank()}").write_text(str(step))
+            return RunResult(agreed, step, 0, str(plan.bundle), {"stop_seen_s": time.time()})
         beat.wait(0.02)
 
 
-def fails_before_the_edge(config: dict[str, Any]) -> None:
+def fails_before_the_edge(config: object) -> None:
     """Stands in for the worker's entry: an error where the entry cannot catch and report it."""
     raise ImportError("an older copy stands in the way")

@@ -10,25 +10,24 @@ import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hrm_ray.train.loaders import HaltedSlots
+from hrm_ray.train.plan import RunPlan
 from hrm_ray.train.session import WorkerLink, train
 from hrm_ray.train.stream_loader import StreamLoader
 from hrm_ray.types import Columns, RunResult
 
 
-def recorded(plan: dict[str, Any], link: WorkerLink) -> RunResult:
-    """`train`, with the rows of each step in `plan["record"]`/{rank}.jsonl; rank and step of `plan["die_at"]` (a pair,
-    or None) are where a worker kills itself, before it trains on that step's rows."""
-    folder = Path(plan["record"])
+def recorded(plan: RunPlan, link: WorkerLink, *, folder: Path, die_at: tuple[int, int] | None = None) -> RunResult:
+    """`train`, with the rows of each step in `folder`/{rank}.jsonl; at rank and step of `die_at` a worker kills itself,
+    before it trains on that step's rows."""
     folder.mkdir(parents=True, exist_ok=True)
     real = StreamLoader.next_batch
 
     def offering(loader: StreamLoader, halted: HaltedSlots, step: int) -> list[Columns]:
         micro_batches = real(loader, halted, step)
         rank = loader.shape.rank
-        if plan["die_at"] is not None and [rank, step] == list(plan["die_at"]):
+        if (rank, step) == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
         rows = [tokens for micro in micro_batches for tokens in micro["inputs"][micro["active"]].tolist()]
         with (folder / f"{rank}.jsonl").open("a", encoding="utf-8") as file:

@@ -17,6 +17,7 @@ from hrm_ray.data.parts import TextSource
 from hrm_ray.data.prepare import (
     PreparedText,
     PrepareRequest,
+    PuzzlePlan,
     TokenizerChoice,
     open_puzzle_sets,
     prepare_puzzles,
@@ -249,7 +250,7 @@ def test_a_corpus_that_was_copied_is_the_same(corpus: Path, tmp_path: Path) -> N
 
 def test_puzzles_are_checked_and_opened() -> None:
     result = prepare_puzzles(TextSource(ANCHOR, "train"), TextSource(ANCHOR, "test"))
-    train, held_out = open_puzzle_sets(json.loads(json.dumps(result.plan)))
+    train, held_out = open_puzzle_sets(PuzzlePlan.from_plain(json.loads(json.dumps(result.plan.to_plain()))))
     assert held_out is not None and result.evaluation is not None
     assert (len(train), len(held_out)) == (result.train.count, result.evaluation.count) == (20_000, 1_000)
     assert prepare_puzzles(TextSource(ANCHOR), None).evaluation is None

@@ -172,7 +172,7 @@ def test_tensorboard(text: Path) -> None:
 
 def test_resume_says_from_where(text: Path) -> None:
     told = [event["message"] for event in records(text / "b", "event")]
-    assert told == [f"going on from {text / 'b' / 'checkpoints' / 'step_3'}"]
+    assert told == [f"resumed from {text / 'b' / 'checkpoints' / 'step_3'}"]
 
 
 def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

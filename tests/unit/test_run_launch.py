@@ -14,6 +14,7 @@ from hrm_ray.orchestration import worker_group
 from hrm_ray.orchestration.failures import StoppedBeforeStart, WorkerCrash
 from hrm_ray.rundir import RunDir
 from hrm_ray.settings.cluster import ClusterSettings
+from hrm_ray.train.plan import RunPlan
 from hrm_ray.types import StopReason
 from tests.support.runs import (
     PUZZLE,
@@ -112,7 +113,7 @@ def test_a_launch_that_ends_before_the_first_step_leaves_no_bundle(
     """And the same command can be given again."""
     data, bundle = text_folder(tmp_path / "data"), tmp_path / "b"
 
-    def failing(plan: dict[str, Any], **named: Any) -> None:
+    def failing(plan: RunPlan, **named: Any) -> None:
         assert bundle.is_dir(), "the bundle was there when the launch failed"
         raise error
 
@@ -146,7 +147,7 @@ def test_a_resume_that_is_refused_changes_nothing(where: str, tmp_path: Path, mo
         refused(4, *back, "--world-size", "4", "--threads", "500", "--batch-size", "1", naming=("2000 CPUs",))
     else:
 
-        def crashing(plan: dict[str, Any], **named: Any) -> None:
+        def crashing(plan: RunPlan, **named: Any) -> None:
             raise WorkerCrash([], "no room on the cluster")
 
         monkeypatch.setattr(worker_group, "run", crashing)

@@ -1,0 +1,108 @@
+"""The plan of a run: everything that is decided before workers start, and all that a worker is given.
+
+The launcher makes it once. It crosses to other processes as plain JSON values and is rebuilt there once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from hrm_ray.data.prepare import PuzzlePlan
+from hrm_ray.data.text_data import TextPlan
+from hrm_ray.model.config import ModelConfig
+from hrm_ray.settings import tree
+from hrm_ray.settings.adaptive_lr import AdaptiveLrSettings
+from hrm_ray.settings.tree import RunSettings
+
+
+@dataclass(frozen=True)
+class TextData:
+    """The text of a run: how it is read and cut (`text`), and what preparing it found out.
+
+    `held_out` names the held-out data, None where there is none. `rows` are the sequences of an epoch and `first_rows`
+    those of the first epoch, None where nothing had to be counted.
+    """
+
+    text: TextPlan
+    path: str | None
+    split: str
+    held_out: str | None
+    held_out_rows: int
+    max_val_examples: int | None
+    vocab_size: int
+    pad_id: int
+    tokenizer: str
+    rows: int | None
+    first_rows: int | None
+    rows_estimated: bool
+
+    def to_plain(self) -> dict[str, Any]:
+        """JSON values, as training_args.json holds them: those of the text plan lie beside the others."""
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "text"}
+        return {"task": "lm", **self.text.plain(), **own}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> TextData:
+        """What `to_plain` gave."""
+        own = {field.name: plain[field.name] for field in fields(cls) if field.name != "text"}
+        return cls(text=TextPlan.from_plain(plain), **own)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything that a worker needs beside the files of the bundle."""
+
+    settings: RunSettings
+    config: ModelConfig
+    data: TextData | PuzzlePlan
+    bundle: Path
+    """The bundle's folder; the driver has made it."""
+    checkpoint: Path | None
+    """The checkpoint to resume from; None for a new run."""
+    continues: bool
+    """Whether the checkpoint is the bundle's own. Otherwise the run is new, or branches off into a new bundle."""
+    schedule_steps: int
+    adaptive_lr: AdaptiveLrSettings | None
+    device: str
+    world_size: int
+    threads: int
+    """CPU threads of each worker."""
+    ray_address: str | None
+    keep_freed_memory: bool
+    notes: tuple[str, ...]
+    """Sentences to log as warnings."""
+    remarks: tuple[str, ...]
+    """Sentences to log as information."""
+
+    def to_plain(self) -> dict[str, Any]:
+        """JSON values."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return own | {
+            "settings": tree.to_plain(self.settings),
+            "config": self.config.to_plain(),
+            "data": self.data.to_plain(),
+            "bundle": str(self.bundle),
+            "checkpoint": None if self.checkpoint is None else str(self.checkpoint),
+            "adaptive_lr": None if self.adaptive_lr is None else self.adaptive_lr.model_dump(mode="json"),
+            "notes": list(self.notes),
+            "remarks": list(self.remarks),
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> RunPlan:
+        """What `to_plain` gave."""
+        data, checkpoint, adaptive_lr = plain["data"], plain["checkpoint"], plain["adaptive_lr"]
+        rebuilt = {
+            "settings": tree.from_plain(plain["settings"]),
+            "config": ModelConfig.from_plain(plain["config"], "the plan of the run"),
+            "data": PuzzlePlan.from_plain(data) if data["task"] == "puzzle" else TextData.from_plain(data),
+            "bundle": Path(plain["bundle"]),
+            "checkpoint": None if checkpoint is None else Path(checkpoint),
+            "adaptive_lr": None if adaptive_lr is None else AdaptiveLrSettings(**adaptive_lr),
+            "notes": tuple(plain["notes"]),
+            "remarks": tuple(plain["remarks"]),
+        }
+        return cls(**{**plain, **rebuilt})
