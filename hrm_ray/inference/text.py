@@ -54,7 +54,7 @@ class SegmentCaches:
         """The pass to come is that of `segment` (from 0) over new tokens; those `frozen` [new] had halted before it."""
         self._segment, self._frozen = segment, frozen
 
-    def exchange(self, site: Site, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, site: Site, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Take the new tokens' keys and values, a frozen token's replaced by its last ones; all there are come back."""
         if self._segment > 0:
             old_keys, old_values = self._newest(self._segment - 1, site)
@@ -113,7 +113,7 @@ class DecodingSession:
         ids = torch.tensor([tokens], device=device)
         places = torch.arange(start, start + new, device=device).unsqueeze(0)
         x = model.embedding(ids, None, places if config.pos_encodings == "learned" else None)
-        context = Context(self._scope(start, new, device), model.rotation(start, start + new), self.caches)
+        context = Context(self._scope(start, new, device), model.rotation(start, start + new), self.caches.update)
         self.length += new
         if isinstance(model, Transformer):
             self.caches.begin_segment(0, torch.zeros(new, dtype=torch.bool, device=device))

@@ -96,13 +96,17 @@ class ActV1(nn.Module):
             # Autocast keeps the weights' casts, and those made without a graph would cut the weights' gradients off.
             torch.clear_autocast_cache()
         for number in range(first, stop):
-            if number % (self.config.l_cycles + 1) < self.config.l_cycles:
+            if self.is_l_update(number):
                 z_l = self.L_level(z_l, z_h + x, context.at(number))
             else:
                 z_h = self.H_level(z_h, z_l, context.at(number))
         if torch.is_grad_enabled() and stop == self.config.updates_per_segment and self.config.bp_steps == 1:
             z_h = z_h + self._untrained(x)
         return States(z_h, z_l)
+
+    def is_l_update(self, number: int) -> bool:
+        """Whether update `number` of a segment is the L level's; after every `l_cycles` of them comes one of H."""
+        return number % (self.config.l_cycles + 1) < self.config.l_cycles
 
     def _untrained(self, x: Tensor) -> Tensor:
         """A zero through what only L updates use, so that neither DDP nor ZeRO waits for its gradient."""

@@ -1,70 +1,28 @@
-"""Reading each token out at the segment where it halts, exactly as generation with caches would.
+"""Adaptive reading of whole rows: each token is read out at the segment where it halts, as generation with caches does.
 
-One job: the rule of adaptive reading on whole sequences (ACTV1_SPEC, section 13). A token that halted after segment m
-leaves, for every later segment, its segment-m keys and values at the same cycle, level and layer. Token-by-token
-generation is in generate.py and gives the same numbers.
+A token that halted after segment m keeps its segment-m keys and values in every later segment, at the same cycle, level
+and layer (ACTV1_SPEC, section 13). inference/text.py decodes token by token and gives the same numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hrm_ray.model.actv1 import ActV1
-from hrm_ray.model.chunked_offload import Handle, OffloadPolicy
-from hrm_ray.model.chunked_rows import BufferedStates, ChunkedRows, run_without_grad, single_pass_cache
-from hrm_ray.model.layers import KVCache
+from hrm_ray.model.chunk_buffer import ChunkBuffer, CopyStream
+from hrm_ray.model.chunked_rows import BufferedStates, ChunkedRows, run_without_grad
+from hrm_ray.model.layers import KeysValues
 from hrm_ray.model.routing import Site
-
-
-class FrozenKeys:
-    """Keeps the keys and values of every attention of the last segment, by chunk; frozen tokens keep theirs."""
-
-    def __init__(self, rows: ChunkedRows, policy: OffloadPolicy) -> None:
-        self._rows = rows
-        self._keeper = policy
-        self._kept: dict[tuple[Site, int], tuple[Handle, Handle]] = {}
-        self._frozen: Tensor | None = None
-
-    def begin_segment(self, frozen: Tensor) -> None:
-        """`frozen` bool [B, T]: tokens that have halted before this segment."""
-        self._frozen = frozen
-
-    def of_site(self, site: Site) -> Callable[[int], KVCache]:
-        """What the chunks of one attention exchange with, see ExchangeOf."""
-        earlier = single_pass_cache(self._rows)(site)
-        return lambda chunk: _FrozenChunk(self, earlier(chunk), chunk)
-
-    def replaced(self, site: Site, chunk: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """A chunk's keys and values [B, heads, T, d], those of frozen tokens replaced by their kept ones."""
-        assert self._frozen is not None
-        place = (site, chunk)
-        if place in self._kept:
-            old = [rest.fetch() for rest in self._kept[place]]
-            frozen = self._frozen[:, None, self._rows.parts[chunk], None]
-            keys, values = torch.where(frozen, old[0], keys), torch.where(frozen, old[1], values)
-        self._kept[place] = (self._keeper.rest(keys), self._keeper.rest(values))
-        return keys, values
-
-
-class _FrozenChunk:
-    def __init__(self, frozen: FrozenKeys, earlier: KVCache | None, chunk: int) -> None:
-        self._frozen = frozen
-        self._earlier = earlier
-        self._chunk = chunk
-
-    def exchange(self, site: Site, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        own = self._frozen.replaced(site, self._chunk, keys, values)
-        return own if self._earlier is None else self._earlier.exchange(site, *own)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """After one segment of adaptive reading: states, until the next one begins, which tokens are read out now, and
-    which are now frozen [B, T]."""
+    """One segment of adaptive reading: the states (valid until the next segment), the tokens read out after it, and the
+    tokens frozen from now on, both bool [B, T]."""
 
     segment: int
     states: BufferedStates
@@ -72,19 +30,33 @@ class Reading:
     frozen: Tensor
 
 
-def adaptive_segments(model: ActV1, rows: ChunkedRows, policy: OffloadPolicy) -> Iterator[Reading]:
-    """Segment after segment over `rows`; a token is read out at the first segment (from 1) where q_halt > 0.
+def adaptive_segments(model: ActV1, rows: ChunkedRows, stream: CopyStream | None = None) -> Iterator[Reading]:
+    """Segment after segment over `rows`, without a graph. A token is read out at the first segment (from 1) where
+    q_halt > 0.
 
-    Tokens of a prompt think to the end: under a prefix mask they have no labels, so the head was never trained there.
-    Without a graph. Keys and values of every attention are kept, as generation keeps them; activations follow the
-    chunk.
+    Tokens of a prompt run all segments: under a prefix mask they have no labels, so the head was never trained on them.
+    Keys and values of every attention are kept, as generation keeps them (with a `stream` in host memory); activations
+    follow the chunk.
     """
-    states = BufferedStates.initial(rows, model).copied(rows, policy)
+    states = BufferedStates.initial(rows, model).copy(stream)
     frozen = torch.zeros(rows.rows, rows.length, dtype=torch.bool, device=rows.batch["inputs"].device)
-    keys = FrozenKeys(rows, policy)
+    kept: dict[Site, tuple[ChunkBuffer, ChunkBuffer]] = {}
+
+    def keys_of_halted(chunk: int, site: Site, keys: Tensor, values: Tensor) -> KeysValues:
+        """A chunk's own keys and values [B, heads, T, d]; frozen tokens keep those of the segment before."""
+        if site not in kept:
+            kept[site] = ChunkBuffer(rows.parts, stream, dim=2), ChunkBuffer(rows.parts, stream, dim=2)
+        kept_keys, kept_values = kept[site]
+        if segment > 1:
+            halted = frozen[:, None, rows.parts[chunk], None]
+            keys = torch.where(halted, kept_keys.get(chunk), keys)
+            values = torch.where(halted, kept_values.get(chunk), values)
+        kept_keys.put(chunk, keys)
+        kept_values.put(chunk, values)
+        return keys, values
+
     for segment in range(1, model.config.halt_max_steps + 1):
-        keys.begin_segment(frozen)
-        run_without_grad(model, rows, states, range(model.config.updates_per_segment), keys.of_site)
+        run_without_grad(model, rows, states, range(model.config.updates_per_segment), keys_of_halted)
         halts = torch.cat([model.halting_scores(states.z_h.get(chunk))[0] > 0 for chunk in range(len(rows))], dim=1)
         if rows.scope.prompt is not None:
             halts = halts & ~rows.scope.prompt

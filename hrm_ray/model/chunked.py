@@ -1,14 +1,12 @@
 """Training on long texts a chunk of positions at a time: a pass is one chunk of one segment.
 
-One job: which chunk is computed when, and what is carried from pass to pass. Memory for activations follows the chunk.
-
-In a segment the updates without gradient come first, over whole rows (chunked_rows.py). Then the updates that carry
-gradient go chunk by chunk, each pass with its own backward; a chunk attends to the keys and values that earlier chunks
-had in the same segment, update and layer (chunked_passes.py). Numbers are those of whole rows for every chunk size.
-Gradients:
+Memory for activations follows the chunk. In a segment the updates without gradient come first, over whole rows
+(chunked_rows.py). Then the updates with gradient go chunk by chunk, each pass with its own backward; a chunk attends to
+the keys and values of earlier chunks of the same segment, update and layer (chunked_passes.py). Losses and states are
+those of whole rows for every chunk size. Gradients:
 - truncated: none flows from a chunk to an earlier one. Passes run from the first chunk to the last.
-- exact: those of whole rows. The updates that carry gradient run over the chunks once without a graph, then passes run
-  from the last chunk to the first, each computed again, and hand the gradients of earlier keys and values on.
+- exact: those of whole rows. The updates with gradient run once over the chunks without a graph; then passes run from
+  the last chunk to the first, compute each again, and hand the gradients of earlier keys and values on.
 """
 
 from __future__ import annotations
@@ -18,16 +16,9 @@ from dataclasses import dataclass
 import torch
 
 from hrm_ray.model.actv1 import ActV1, States
-from hrm_ray.model.chunked_offload import (
-    ChunkBuffer,
-    HandleBuffer,
-    NoOffload,
-    OffloadPolicy,
-    empty_buffer,
-    offload_policy,
-)
+from hrm_ray.model.chunk_buffer import ChunkBuffer, CopyStream, copy_stream
 from hrm_ray.model.chunked_passes import GraphPasses
-from hrm_ray.model.chunked_rows import BufferedStates, ChunkedRows, copied, run_without_grad
+from hrm_ray.model.chunked_rows import BufferedStates, ChunkedRows, run_without_grad
 from hrm_ray.model.layers import Context
 from hrm_ray.model.losses import LossKind
 from hrm_ray.model.objective import Batch, SegmentOutput
@@ -38,8 +29,8 @@ from hrm_ray.model.transformer import Transformer
 
 @dataclass(frozen=True)
 class Chunking:
-    """How rows are cut: positions of a chunk, whether gradients are exact, and whether what is carried rests in host
-    memory."""
+    """How rows are cut: positions of a chunk, whether gradients are exact, and whether what passes hand to one another
+    is kept in host memory."""
 
     size: int
     exact: bool
@@ -50,34 +41,41 @@ class Chunking:
         return -(-length // self.size)
 
     def rows(self, model: ActV1 | Transformer, batch: Batch) -> ChunkedRows:
-        """The batch's rows in chunks; as long as the settings say, since those decide the number of passes."""
+        """The batch's rows in chunks."""
         rows = ChunkedRows(model, batch, self.size)
-        assert len(rows) == self.count(model.config.seq_len)
+        # Settings decide the number of passes, so that it is the same on every rank.
+        if len(rows) != self.count(model.config.seq_len):
+            raise ValueError(f"rows of {rows.length} positions for a model of {model.config.seq_len}")
         return rows
+
+    def stream(self, batch: Batch) -> CopyStream | None:
+        """The stream to host memory, if anything is kept there."""
+        return copy_stream(batch["inputs"].device, offload=self.offload)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A segment under way, by chunk: `previous_z_h` and `previous_loss` of the segment before, and the `states` and
+    token losses (nats) of this one. Until a chunk's pass, its states are those that the updates with gradient start
+    from."""
+
+    passes: GraphPasses
+    previous_z_h: ChunkBuffer
+    previous_loss: ChunkBuffer
+    states: BufferedStates
+    token_loss: ChunkBuffer
 
 
 @dataclass(frozen=True)
 class ChunkCarry:
-    """What goes from pass to pass: segments finished and passes done in the present one, and by chunk the states and
-    token losses (nats) that the last segment ended with; the present segment once it has begun."""
+    """Segments done and, in the present segment, passes done; the states and token losses that the last segment ended
+    with, or the present segment once it has begun."""
 
     segments: int = 0
     passes: int = 0
     states: BufferedStates | None = None
     token_loss: ChunkBuffer | None = None
-    present: Segment | None = None
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A segment under way. By chunk: `judged`, the z_H that came with the carry, and its `token_loss`; `states`, those
-    that enter the updates with gradient until their pass, and then those that it reached, with their `reached_loss`."""
-
-    graph: GraphPasses
-    judged: ChunkBuffer
-    token_loss: ChunkBuffer
-    states: BufferedStates
-    reached_loss: ChunkBuffer
+    segment: Segment | None = None
 
 
 class ChunkedTextObjective(RolloutOnText[ChunkCarry]):
@@ -93,7 +91,6 @@ class ChunkedTextObjective(RolloutOnText[ChunkCarry]):
     ) -> None:
         super().__init__(model, loss, halt_margin, router_losses)
         self.chunking = chunking
-        self._keeper: OffloadPolicy | None = None
 
     @property
     def passes_per_step(self) -> int:
@@ -104,55 +101,49 @@ class ChunkedTextObjective(RolloutOnText[ChunkCarry]):
 
     def forward(self, batch: Batch, carry: ChunkCarry) -> SegmentOutput[ChunkCarry]:
         """One chunk of a segment; sums over its valid tokens."""
-        present = carry.present if carry.present is not None else self._begun(batch, carry)
-        graph, rows = present.graph, present.graph.rows
-        chunk = graph.next_chunk(carry.passes)
-        context = graph.context(chunk)
-        # What is reached takes the place of what entered, before the backward pass: the states enter sums, which keep
-        # nothing of them, and autograd would refuse if something did.
-        entering = present.states.get(chunk)
-        present.states.ahead(graph.chunk_after(chunk))
-        with graph.random.again(chunk):
-            reached = self._updates_with_gradient(rows, chunk, entering, context)
-        came_with = TextCarry(self._came_with(present, chunk), present.token_loss.get(chunk), carry.segments)
-        routed = graph.routed(context.routing, chunk, batch["active"], self.router_losses)
-        output = self.supervised(came_with, reached, rows.column("labels", chunk), routed)
-        present.states.put(chunk, output.carry.states)
-        present.reached_loss.put(chunk, output.carry.token_loss)
-        return SegmentOutput(output.terms, self._passed(carry, present), output.metrics)
-
-    def _came_with(self, present: Segment, chunk: int) -> States:
-        """The states that are judged; only z_H is."""
-        z_h = present.judged.get(chunk)
-        return States(z_h, z_h)
-
-    def _passed(self, carry: ChunkCarry, present: Segment) -> ChunkCarry:
-        """The carry after a pass."""
-        if carry.passes + 1 < len(present.graph.rows):
-            return ChunkCarry(carry.segments, carry.passes + 1, present=present)
-        return ChunkCarry(carry.segments + 1, 0, present.states, present.reached_loss)
-
-    def _begun(self, batch: Batch, carry: ChunkCarry) -> Segment:
-        """The segment after the carry's: the updates without gradient done, and what exact gradients need."""
-        rows = self.chunking.rows(self.model, batch)
-        if self._keeper is None:
-            self._keeper = offload_policy(batch["inputs"].device, offload=self.chunking.offload)
-        policy = self._keeper
-        if carry.states is None or carry.token_loss is None:
-            came, token_loss = BufferedStates.initial(rows, self.model), _no_loss(rows)
-            states = came.copied(rows, policy)
+        segment = carry.segment or self._new_segment(batch, carry)
+        passes, rows = segment.passes, segment.passes.rows
+        chunk = passes.chunk_of(carry.passes)
+        context = passes.context(chunk)
+        start = segment.states.get(chunk)
+        segment.states.prefetch(passes.chunk_of(carry.passes + 1))
+        with passes.random_state(chunk):
+            end = self._updates_with_gradient(rows, chunk, start, context)
+        # Only z_H is judged.
+        z_h = segment.previous_z_h.get(chunk)
+        previous = TextCarry(States(z_h, z_h), segment.previous_loss.get(chunk), carry.segments)
+        routed = passes.router_terms(context.routing, chunk, batch["active"], self.router_losses)
+        output = self.supervised(previous, end, rows.column("labels", chunk), routed)
+        # The new states replace the old ones before the backward pass: the old ones enter sums only, of which autograd
+        # saves nothing, and it would refuse if one were saved.
+        segment.states.put(chunk, output.carry.states)
+        segment.token_loss.put(chunk, output.carry.token_loss)
+        if carry.passes + 1 < len(rows):
+            new_carry = ChunkCarry(carry.segments, carry.passes + 1, segment=segment)
         else:
-            came, token_loss = carry.states, carry.token_loss
-            # The z_H that came is judged; the z_L is not needed as it came, and the new one takes its place.
-            states = BufferedStates(copied(came.z_h, rows, policy), came.z_l)
+            new_carry = ChunkCarry(carry.segments + 1, 0, segment.states, segment.token_loss)
+        return SegmentOutput(output.terms, new_carry, output.metrics)
+
+    def _new_segment(self, batch: Batch, carry: ChunkCarry) -> Segment:
+        """The next segment: its updates without gradient done, and its chunks recorded where gradients are exact."""
+        rows, stream = self.chunking.rows(self.model, batch), self.chunking.stream(batch)
+        if carry.states is None or carry.token_loss is None:
+            previous_states = BufferedStates.initial(rows, self.model)
+            states = previous_states.copy(stream)
+            no_loss = torch.zeros((), device=batch["inputs"].device).expand(rows.rows, rows.length)
+            previous_loss = ChunkBuffer.of_row(no_loss, rows.parts)
+        else:
+            previous_states, previous_loss = carry.states, carry.token_loss
+            # z_H is judged as it was, so it is copied; z_L is not needed any more and changed in place.
+            states = BufferedStates(previous_states.z_h.copy(stream), previous_states.z_l)
         config = self.model.config
         run_without_grad(self.model, rows, states, range(config.updates_per_segment - config.bp_steps))
-        graph = GraphPasses.over(rows, self.chunking.exact, policy)
-        graph.record(
+        passes = GraphPasses(rows, self.chunking.exact, stream)
+        passes.record(
             lambda chunk, context: self._updates_with_gradient(rows, chunk, states.get(chunk), context),
-            ahead=states.ahead,
+            prefetch=states.prefetch,
         )
-        return Segment(graph, came.z_h, token_loss, states, empty_buffer(policy, rows.parts))
+        return Segment(passes, previous_states.z_h, previous_loss, states, ChunkBuffer(rows.parts, stream))
 
     def _updates_with_gradient(self, rows: ChunkedRows, chunk: int, states: States, context: Context) -> States:
         """The updates that carry gradient, over one chunk, in the present gradient mode."""
@@ -161,20 +152,12 @@ class ChunkedTextObjective(RolloutOnText[ChunkCarry]):
         return self.model.updates(states, rows.injection(chunk), context, first, config.updates_per_segment)
 
 
-def _no_loss(rows: ChunkedRows) -> ChunkBuffer:
-    """Before the first segment."""
-    shelf = HandleBuffer(NoOffload(), len(rows))
-    for chunk in range(len(rows)):
-        shelf.put(chunk, torch.zeros((), device=rows.batch["inputs"].device).expand(rows.column("inputs", chunk).shape))
-    return shelf
-
-
 @dataclass(frozen=True)
 class TransformerCarry:
-    """Passes done, and what they hand to one another once the first has begun."""
+    """Passes done, and what they share once the first has begun."""
 
-    passes: int
-    graph: GraphPasses | None
+    done: int = 0
+    passes: GraphPasses | None = None
 
 
 class ChunkedTransformerObjective(OnePassOnText[TransformerCarry]):
@@ -189,30 +172,27 @@ class ChunkedTransformerObjective(OnePassOnText[TransformerCarry]):
     ) -> None:
         super().__init__(model, loss, router_losses)
         self.chunking = chunking
-        self._keeper: OffloadPolicy | None = None
 
     @property
     def passes_per_step(self) -> int:
         return self.chunking.count(self.model.config.seq_len)
 
     def initial_carry(self, batch: Batch) -> TransformerCarry:
-        return TransformerCarry(0, None)
+        return TransformerCarry()
 
     def forward(self, batch: Batch, carry: TransformerCarry) -> SegmentOutput[TransformerCarry]:
         """One chunk; sums over its valid tokens."""
-        graph = carry.graph if carry.graph is not None else self._begun(batch)
-        chunk = graph.next_chunk(carry.passes)
-        context = graph.context(chunk)
-        with graph.random.again(chunk):
-            hidden = self.model(graph.rows.injection(chunk), context)
-        routed = graph.routed(context.routing, chunk, batch["active"], self.router_losses)
-        terms, metrics = self.supervised(hidden, graph.rows.column("labels", chunk), routed)
-        return SegmentOutput(terms, TransformerCarry(carry.passes + 1, graph), metrics)
-
-    def _begun(self, batch: Batch) -> GraphPasses:
-        rows = self.chunking.rows(self.model, batch)
-        if self._keeper is None:
-            self._keeper = offload_policy(batch["inputs"].device, offload=self.chunking.offload)
-        graph = GraphPasses.over(rows, self.chunking.exact, self._keeper)
-        graph.record(lambda chunk, context: self.model(rows.injection(chunk), context))
-        return graph
+        passes = carry.passes
+        if passes is None:
+            passes = GraphPasses(
+                self.chunking.rows(self.model, batch), self.chunking.exact, self.chunking.stream(batch)
+            )
+            rows = passes.rows
+            passes.record(lambda chunk, context: self.model(rows.injection(chunk), context))
+        chunk = passes.chunk_of(carry.done)
+        context = passes.context(chunk)
+        with passes.random_state(chunk):
+            hidden = self.model(passes.rows.injection(chunk), context)
+        routed = passes.router_terms(context.routing, chunk, batch["active"], self.router_losses)
+        terms, metrics = self.supervised(hidden, passes.rows.column("labels", chunk), routed)
+        return SegmentOutput(terms, TransformerCarry(carry.done + 1, passes), metrics)

@@ -1,22 +1,21 @@
-"""A batch of text rows cut into chunks, and passes over them that keep no graph.
+"""A batch of text rows cut into chunks, and passes over them without a graph.
 
-One job: what each chunk needs of the batch, and the network's updates over whole rows layer by layer, every layer chunk
-after chunk, so that one attention's keys and values live at a time. Numbers are those of the uncut rows, whatever the
-chunks. Passes with a graph are in chunked.py.
+Such a pass goes layer by layer, and in each layer chunk by chunk, so that only one attention's keys and values are held
+at a time. Its numbers are those of whole rows for every chunk size. Passes with a graph are in chunked_passes.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hrm_ray.model.actv1 import ActV1, States
-from hrm_ray.model.chunked_caches import RowKeys, first_seen
-from hrm_ray.model.chunked_offload import ChunkBuffer, HandleBuffer, NoOffload, OffloadPolicy, empty_buffer
-from hrm_ray.model.layers import Context, KVCache, Level
+from hrm_ray.model.chunk_buffer import ChunkBuffer, CopyStream, KVBuffer, first_seen
+from hrm_ray.model.layers import Context, KeysValues, KVCache, Level
 from hrm_ray.model.objective import Batch
 from hrm_ray.model.router_losses import text_routing
 from hrm_ray.model.routing import Routing, Site
@@ -34,7 +33,8 @@ class ChunkedRows:
         self.parts = [slice(at, min(at + size, self.length)) for at in range(0, self.length, size)]
         self.window = model.config.window_size
         self.scope = text_scope(batch.get("documents"), batch.get("prompt"), self.window)
-        assert len(self.parts) == 1 or self.scope.prompt is None, "a prompt cannot be read a part at a time"
+        if len(self.parts) > 1 and self.scope.prompt is not None:
+            raise ValueError("rows with a prompt, which sees itself fully, cannot be cut into chunks")
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -56,34 +56,21 @@ class ChunkedRows:
         return x
 
     def context(self, chunk: int, cache: KVCache | None, routing: Routing | None = None) -> Context:
-        """What the layers are told about this chunk; its keys begin where its first position's reach does."""
+        """The layers' context for this chunk. Its keys begin where the window of its first position does."""
         part = self.parts[chunk]
-        first = first_seen(part.start, self.window)
-        # Made anew each time: the masks that a scope remembers must not outlive the chunk.
-        scope = self.scope if len(self) == 1 else self.scope.part(first, part.stop)
+        # A new scope for each pass: the masks that a scope caches must not outlive the chunk.
+        scope = self.scope if len(self) == 1 else self.scope.part(first_seen(part.start, self.window), part.stop)
         return Context(scope, self.model.rotation(part.start, part.stop), cache, routing=routing)
 
     def routings(self) -> list[Routing | None]:
-        """Records for the routers, one for each chunk, each knowing what the chunks before it have chosen."""
-        found: list[Routing | None] = []
+        """A router record for each chunk, which continues the counts of the chunks before."""
         whole = text_routing(self.model.config, self.batch["labels"]) if self.model.config.num_experts else None
-        for part in self.parts:
-            counted = None if whole is None or whole.counted is None else whole.counted[:, part]
-            before = found[-1] if found else None
-            if whole is None:
-                found.append(None)
-            else:
-                found.append(Routing(self.length, counted) if before is None else before.next_chunk(counted))
-        return found
-
-
-def copied(shelf: ChunkBuffer, rows: ChunkedRows, policy: OffloadPolicy) -> ChunkBuffer:
-    """A shelf of its own with the same tensors."""
-    copy = empty_buffer(policy, rows.parts)
-    for chunk in range(len(rows)):
-        shelf.ahead(chunk + 1)
-        copy.put(chunk, shelf.get(chunk))
-    return copy
+        if whole is None or whole.counted is None:
+            return [None] * len(self)
+        records = [Routing(self.length, whole.counted[:, self.parts[0]])]
+        for part in self.parts[1:]:
+            records.append(records[-1].next_chunk(whole.counted[:, part]))
+        return list(records)
 
 
 @dataclass(frozen=True)
@@ -95,15 +82,13 @@ class BufferedStates:
 
     @classmethod
     def initial(cls, rows: ChunkedRows, model: ActV1) -> BufferedStates:
-        """The starting states; they take no room."""
-        shelves = cls(HandleBuffer(NoOffload(), len(rows)), HandleBuffer(NoOffload(), len(rows)))
-        for chunk, part in enumerate(rows.parts):
-            shelves.put(chunk, model.initial_states(rows.rows, part.stop - part.start))
-        return shelves
+        """The starting states, for reading only; they need no memory."""
+        states = model.initial_states(rows.rows, rows.length)
+        return cls(ChunkBuffer.of_row(states.z_h, rows.parts), ChunkBuffer.of_row(states.z_l, rows.parts))
 
-    def copied(self, rows: ChunkedRows, policy: OffloadPolicy) -> BufferedStates:
-        """Shelves of their own with the same tensors, which may then be changed."""
-        return BufferedStates(copied(self.z_h, rows, policy), copied(self.z_l, rows, policy))
+    def copy(self, stream: CopyStream | None) -> BufferedStates:
+        """Buffers with the same states, which may then be changed."""
+        return BufferedStates(self.z_h.copy(stream), self.z_l.copy(stream))
 
     def put(self, chunk: int, states: States) -> None:
         self.z_h.put(chunk, states.z_h)
@@ -112,87 +97,72 @@ class BufferedStates:
     def get(self, chunk: int) -> States:
         return States(self.z_h.get(chunk), self.z_l.get(chunk))
 
-    def ahead(self, chunk: int) -> None:
-        self.z_h.ahead(chunk)
-        self.z_l.ahead(chunk)
+    def prefetch(self, chunk: int) -> None:
+        """Begin to copy a chunk's states to the device, if there is such a chunk."""
+        self.z_h.prefetch(chunk)
+        self.z_l.prefetch(chunk)
 
 
-ExchangeOf = Callable[[Site], "Callable[[int], KVCache | None]"]
-"""For an attention, what its chunks exchange keys and values with, by chunk."""
-
-
-class ChunkExchange:
-    """One chunk's exchange with keys and values of its row that live as long as one attention is passed."""
-
-    def __init__(self, keys: RowKeys, chunk: int) -> None:
-        self._keys = keys
-        self._chunk = chunk
-
-    def exchange(self, site: Site, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """See KVCache."""
-        self._keys.put(self._chunk, keys, values)
-        return self._keys.seen(self._chunk, keys, values)
-
-
-def single_pass_cache(rows: ChunkedRows) -> ExchangeOf:
-    """One cache for all chunks of an attention, gone when the next attention begins."""
-
-    def of_site(site: Site) -> Callable[[int], KVCache | None]:
-        if len(rows) == 1:
-            return lambda chunk: None
-        keys = RowKeys(rows.parts, rows.window, slides=True)
-        return lambda chunk: ChunkExchange(keys, chunk)
-
-    return of_site
+ReplaceKeys = Callable[[int, Site, Tensor, Tensor], KeysValues]
+"""Takes a chunk's number, an attention and the chunk's own keys and values; gives those to use instead."""
 
 
 @torch.no_grad()
 def run_without_grad(
-    model: ActV1, rows: ChunkedRows, states: BufferedStates, updates: range, exchanges: ExchangeOf | None = None
+    model: ActV1, rows: ChunkedRows, states: BufferedStates, updates: range, replace: ReplaceKeys | None = None
 ) -> None:
-    """Take `states`, in place, through these `updates` of a segment, without a graph."""
+    """Run these `updates` of a segment on `states`, in place, without a graph."""
     z_h, z_l = states.z_h, states.z_l
     routings = rows.routings()
-    exchanges = single_pass_cache(rows) if exchanges is None else exchanges
 
-    def entering_l(chunk: int) -> Tensor:
-        states.ahead(chunk + 1)
+    def l_input(chunk: int) -> Tensor:
+        states.prefetch(chunk + 1)
         return z_l.get(chunk) + (z_h.get(chunk) + rows.injection(chunk))
 
-    def entering_h(chunk: int) -> Tensor:
-        states.ahead(chunk + 1)
+    def h_input(chunk: int) -> Tensor:
+        states.prefetch(chunk + 1)
         return z_h.get(chunk) + z_l.get(chunk)
 
     for number in updates:
-        if number % (model.config.l_cycles + 1) < model.config.l_cycles:
-            run_level(model.L_level, rows, entering_l, z_l, number, exchanges, routings)
+        if model.is_l_update(number):
+            run_level(model.L_level, rows, l_input, z_l, number, routings, replace)
         else:
-            run_level(model.H_level, rows, entering_h, z_h, number, exchanges, routings)
+            run_level(model.H_level, rows, h_input, z_h, number, routings, replace)
 
 
 @torch.no_grad()
 def run_level(
     level: Level,
     rows: ChunkedRows,
-    entering: Callable[[int], Tensor],
-    hidden: ChunkBuffer,
+    level_input: Callable[[int], Tensor],
+    output: ChunkBuffer,
     update: int,
-    exchanges: ExchangeOf,
     routings: list[Routing | None],
+    replace: ReplaceKeys | None = None,
 ) -> None:
-    """Fill `hidden` with what leaves a level, given the chunks of what enters it, its injection included.
+    """Write to `output` what a level makes of `level_input`, both by chunk; the injection is part of the input.
 
-    A chunk of `hidden` may be part of what enters: it is laid down after it was taken.
+    The input may read from `output`: a chunk is read before it is overwritten.
     """
 
-    def between(chunk: int) -> Tensor:
-        hidden.ahead(chunk + 1)
-        return hidden.get(chunk)
+    def between_layers(chunk: int) -> Tensor:
+        output.prefetch(chunk + 1)
+        return output.get(chunk)
 
-    source = entering
+    source = level_input
     for layer, block in enumerate(level.layers):
-        exchange = exchanges((update, layer))
+        buffer = KVBuffer(rows.parts, rows.window) if len(rows) > 1 else None
         for chunk in range(len(rows)):
-            context = rows.context(chunk, exchange(chunk), routings[chunk]).at(update)
-            hidden.put(chunk, block(source(chunk), context, layer))
-        source = between
+            cache = None if buffer is None and replace is None else partial(_cached, buffer, replace, chunk)
+            context = rows.context(chunk, cache, routings[chunk]).at(update)
+            output.put(chunk, block(source(chunk), context, layer))
+        source = between_layers
+
+
+def _cached(
+    buffer: KVBuffer | None, replace: ReplaceKeys | None, chunk: int, site: Site, keys: Tensor, values: Tensor
+) -> KeysValues:
+    """See KVCache."""
+    if replace is not None:
+        keys, values = replace(chunk, site, keys, values)
+    return (keys, values) if buffer is None else buffer.update(chunk, keys, values)

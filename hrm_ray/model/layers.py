@@ -5,8 +5,8 @@ One job: one layer's arithmetic (ACTV1_SPEC, section 4). It knows nothing of cyc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +20,14 @@ from hrm_ray.model.moe import MixtureOfExperts
 from hrm_ray.model.routing import Routing
 from hrm_ray.model.routing import Site as Site
 
+KeysValues = tuple[Tensor, Tensor]
+"""Keys and values [B, heads, T, d]."""
 
-class KVCache(Protocol):
-    """What a key/value cache does at one attention of a segment: takes the new keys and values, gives those to use."""
+KVCache = Callable[[Site, Tensor, Tensor], KeysValues]
+"""Takes the new keys and values of one attention of a segment, and gives all that the new positions attend to.
 
-    def exchange(self, site: Site, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """`keys`, `values` [B, heads, T_new, d] -> [B, heads, T_all, d].
-
-        Called in time order; once more with the same numbers where a block is recomputed in the backward pass.
-        """
+It is called in time order, and once more with the same numbers where a block is recomputed in the backward pass.
+"""
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ class Attention(nn.Module):
         if context.rotation is not None:
             query, keys = rotate(query, context.rotation), rotate(keys, context.rotation)
         if context.cache is not None:
-            keys, values = context.cache.exchange((context.update, layer), keys, values)
+            keys, values = context.cache((context.update, layer), keys, values)
         seen = self.kernel(query, keys, values, context.scope)
         return self.o_proj(seen.transpose(1, 2).reshape(batch, length, hidden))
 

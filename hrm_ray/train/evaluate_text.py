@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from hrm_ray.model.adaptive import adaptive_segments
+from hrm_ray.model.chunk_buffer import ChunkBuffer, CopyStream
 from hrm_ray.model.chunked import ChunkedTextObjective, ChunkedTransformerObjective
-from hrm_ray.model.chunked_offload import ChunkBuffer, NoOffload, OffloadPolicy, empty_buffer, offload_policy
-from hrm_ray.model.chunked_rows import BufferedStates, ChunkedRows, run_level, run_without_grad, single_pass_cache
+from hrm_ray.model.chunked_rows import BufferedStates, ChunkedRows, run_level, run_without_grad
 from hrm_ray.model.objective import Batch
 from hrm_ray.model.scoring import Scored, score_tokens
 from hrm_ray.model.text_objective import OnePassOnText, RolloutOnText
@@ -30,33 +30,32 @@ Sums = dict[str, Tensor]
 
 def rollout_sums(text: RolloutOnText[Any], batch: Batch) -> Sums:
     """Sums over the valid tokens of a batch at the last segment, and read adaptively where the head was trained."""
-    rows, keeper = _rows(text, batch)
-    states = BufferedStates.initial(rows, text.model).copied(rows, keeper)
+    rows, stream = _rows(text, batch)
+    states = BufferedStates.initial(rows, text.model).copy(stream)
     for _ in range(text.segments_per_step):
         run_without_grad(text.model, rows, states, range(text.model.config.updates_per_segment))
     sums = _token_sums(text, rows, states.z_h)
     if _reads_adaptively(text):
-        sums |= _adaptive_sums(text, rows, keeper)
+        sums |= _adaptive_sums(text, rows, stream)
     return sums
 
 
-def _rows(text: RolloutOnText[Any] | OnePassOnText[Any], batch: Batch) -> tuple[ChunkedRows, OffloadPolicy]:
-    """The rows in chunks, and where rests what is carried between them."""
+def _rows(text: RolloutOnText[Any] | OnePassOnText[Any], batch: Batch) -> tuple[ChunkedRows, CopyStream | None]:
+    """The rows in chunks, and the stream to host memory if states are kept there."""
     if isinstance(text, ChunkedTextObjective | ChunkedTransformerObjective):
-        keeper = offload_policy(batch["inputs"].device, offload=text.chunking.offload)
-        return text.chunking.rows(text.model, batch), keeper
+        return text.chunking.rows(text.model, batch), text.chunking.stream(batch)
     # A prompt sees itself fully, so rows that have one are read whole.
     size = batch["inputs"].shape[1] if "prompt" in batch else POSITIONS_AT_ONCE
-    return ChunkedRows(text.model, batch, size), NoOffload()
+    return ChunkedRows(text.model, batch, size), None
 
 
 def _reads_adaptively(text: RolloutOnText[Any]) -> bool:
     return text.model.config.halt_rule == "gain" and text.segments_per_step > 1
 
 
-def _adaptive_sums(text: RolloutOnText[Any], rows: ChunkedRows, keeper: OffloadPolicy) -> Sums:
+def _adaptive_sums(text: RolloutOnText[Any], rows: ChunkedRows, stream: CopyStream | None) -> Sums:
     loss, segments = torch.zeros(()), torch.zeros(())
-    for reading in adaptive_segments(text.model, rows, keeper):
+    for reading in adaptive_segments(text.model, rows, stream):
         for chunk, part in enumerate(rows.parts):
             now = reading.reads[:, part] & (rows.column("labels", chunk) != IGNORE_LABEL)
             scored = _scored(text, rows, reading.states.z_h, chunk)
@@ -67,9 +66,9 @@ def _adaptive_sums(text: RolloutOnText[Any], rows: ChunkedRows, keeper: OffloadP
 
 def one_pass_sums(text: OnePassOnText[Any], batch: Batch) -> Sums:
     """Sums over the valid tokens of a batch."""
-    rows, keeper = _rows(text, batch)
-    hidden = empty_buffer(keeper, rows.parts)
-    run_level(text.model.stack, rows, rows.injection, hidden, 0, single_pass_cache(rows), rows.routings())
+    rows, stream = _rows(text, batch)
+    hidden = ChunkBuffer(rows.parts, stream)
+    run_level(text.model.stack, rows, rows.injection, hidden, 0, rows.routings())
     return _token_sums(text, rows, hidden)
 
 

@@ -18,7 +18,6 @@ from hrm_ray.inference.text import DecodingSession
 from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.adaptive import adaptive_segments
 from hrm_ray.model.attention import AttentionScope
-from hrm_ray.model.chunked_offload import NoOffload
 from hrm_ray.model.chunked_rows import ChunkedRows
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.layers import Context
@@ -68,7 +67,7 @@ def whole(model: ActV1, prompt: Tensor | None) -> tuple[Tensor, list[int], float
     logits, segments = torch.zeros(LENGTH, model.config.vocab_size), [0] * LENGTH
     margin, frozen = float("inf"), torch.zeros(LENGTH, dtype=torch.bool)
     with torch.no_grad():
-        for reading in adaptive_segments(model, rows, NoOffload()):
+        for reading in adaptive_segments(model, rows):
             z_h = torch.cat([reading.states.z_h.get(chunk) for chunk in range(len(rows))], dim=1)
             scores = model.logits(z_h)[0].float()
             if reading.segment < model.config.halt_max_steps and not bool(frozen.all()):
