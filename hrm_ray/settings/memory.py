@@ -26,7 +26,8 @@ class MemorySettings(Section):
     amp_dtype: AmpDtype = "auto"
     """The 16-bit type of --amp: bf16, fp16 (with a loss scaler), or auto: bf16 where the device has it, else fp16."""
     model_dtype: ModelDtype = "fp32"
-    """Type of weights, gradients and activations; the updates of narrow weights are rounded stochastically."""
+    """Type of weights, activations and the gradients of a pass. The gradients of several passes or workers are added in
+    float32; the update of a narrow weight is rounded stochastically."""
     use_chunked_training: bool = False
     """Train a long text a chunk at a time: memory for activations follows the chunk, not the sequence."""
     chunk_size: int = Field(default=2048, ge=1)

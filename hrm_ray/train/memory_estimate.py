@@ -28,6 +28,7 @@ from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.optimizer_state import state_tensors, state_tensors_of
+from hrm_ray.train.precision import sum_gradients_in_float32
 from hrm_ray.train.storage_tracker import OTHER, Allocation, StorageTracker, storage_bytes
 from hrm_ray.train.strategies.single import SingleStrategy
 from hrm_ray.train.world import World
@@ -156,6 +157,8 @@ def _rehearsed(settings: RunSettings, config: ModelConfig) -> _Watched:
     world = World(0, 1, torch.device("cpu"), grouped=False)
     with torch.random.fork_rng(devices=()), FakeTensorMode(), _Answers(), _moving_fake_modules():
         loop = assemble(settings, config, _NoRows(), None, world, _STEPS, lambda: None, resumes=True).loop
+        if (settings.cluster.world_size or 1) > 1:
+            sum_gradients_in_float32(loop.parts.objective.parameters())
         use_kernel(loop.parts.objective.model, _attend)
         return _watch(loop, [_batch(loop, config, settings.data.packing) for _ in range(number)])
 
@@ -241,7 +244,8 @@ def _watch(loop: TrainingLoop, batches: list[Batch]) -> _Watched:
     with live, _noting(parts.objective, live, begun):
         # An update with gradients of nothing makes the state that the next one finds.
         for parameter in parts.objective.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
         states_bytes = _update(loop, live)
         if parts.carried and loop.carries is None:
             loop.carries = [parts.objective.initial_carry(batch) for batch in batches]

@@ -6,11 +6,12 @@ is in `per_parameter_optimizer`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from hrm_ray.settings.memory import AmpDtype, ModelDtype
 
@@ -47,6 +48,16 @@ def choose_precision(amp: bool, amp_dtype: AmpDtype, model_dtype: ModelDtype, de
         narrow = "bf16" if has_bfloat16(device) else "fp16"
     autocast = NARROW[narrow] if amp else None
     return Precision(autocast, scaled=autocast == torch.float16 or model_dtype == "fp16")
+
+
+def sum_gradients_in_float32(parameters: Iterable[nn.Parameter]) -> None:
+    """Make the gradients of bfloat16 and float16 parameters float32 from the next backward pass on.
+
+    A sum in bfloat16 keeps 8 bits at every addition: 64 gradients together have an error of about 0.8 %.
+    """
+    for parameter in parameters:
+        if parameter.requires_grad and parameter.grad_dtype != torch.float32:
+            parameter.grad_dtype = torch.float32
 
 
 def has_bfloat16(device: torch.device) -> bool:

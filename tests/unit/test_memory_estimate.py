@@ -70,6 +70,9 @@ MORE: dict[str, Case] = {
         TEXT, max_seq_len="300", use_chunked_training=True, chunk_size="50", chunk_gradients="exact", window_size="60"
     ),
     "prefix": case(TEXT, lm_mask="prefix", prompt_column="p", response_column="r"),
+    "transformer, bf16 weights": case(
+        {name: value for name, value in TEXT.items() if name != "--h-cycles"}, arch="transformer", model_dtype="bf16"
+    ),
     "learned positions, one segment": case(TEXT, no_rope=True, halt_max_steps="1", gradient_accumulation_steps="3"),
 }
 
@@ -158,6 +161,16 @@ def test_windows_over_many_chunks_add_up(gradients: str) -> None:
     told, real = memory_estimate(*case_of(options, vocab_size)), real_account((options, vocab_size))
     assert told.peak_bytes == pytest.approx(real.peak_bytes, rel=0.1)
     assert told.activations_bytes == pytest.approx(real.activations_bytes, rel=0.12)
+
+
+def test_gradients_of_several_workers_are_float32() -> None:
+    """A step of one pass keeps narrow gradients; those of several workers are added in float32."""
+    one, two = (
+        memory_estimate(*case_of(*small(case(MORE["transformer, bf16 weights"][0], world_size=number))))
+        for number in ("1", "2")
+    )
+    assert one.gradients_bytes == one.weights_bytes - 2 * 24 * 32 * 4  # without the rotary table, a float32 buffer
+    assert two.gradients_bytes == 2 * one.gradients_bytes
 
 
 def test_state_in_host_memory_is_not_in_the_peak() -> None:

@@ -150,7 +150,8 @@ def test_bytes_of_weights_gradients_and_state(dtype: str, eight: bool) -> None:
     assert report is not None and report.applied
     assert storage_bytes(named.values()) == BYTES[dtype] * numbers
     assert seen[0].keys() == named.keys()
-    assert storage_bytes(seen[0].values()) == BYTES[dtype] * numbers
+    # Those of the step's three segments are added in float32.
+    assert storage_bytes(seen[0].values()) == 4 * numbers
     scalars = 0 if eight else 4 * len(named)
     if not eight:
         assert optimizer_bytes(strategy.optimizer) == 8 * numbers + scalars
