@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from hrm_ray.model.activations import inner_values
@@ -49,7 +51,7 @@ class RotaryTable(nn.Module):
         self.cos: Tensor
         self.sin: Tensor
         self.register_buffer("cos", angles.cos(), persistent=False)
-        # The sign of the rotated half is kept in the table: x*cos + roll(x, d/2)*sin then needs no negation.
+        # The sign of the rotated half is kept in the table, so that the rotation needs no negation.
         sign = torch.ones(head_dim)
         sign[: head_dim // 2] = -1
         self.register_buffer("sin", angles.sin() * sign, persistent=False)
@@ -76,11 +78,34 @@ class Context:
         return replace(self, update=update)
 
 
+class _Rotate(torch.autograd.Function):
+    """The rotation of `rotate`, whose gradient is the rotation by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(gradient, cos, -sin), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    turned = x * cos  # in float32, the type of the tables, without a float32 copy of a bf16 `x`
+    # A product per half: no kernel that moves halves about, and addcmul would round once less on some CPUs.
+    turned[..., :half] += x[..., half:] * sin[..., :half]
+    turned[..., half:] += x[..., :half] * sin[..., half:]
+    return turned.to(x.dtype)
+
+
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn pairs (x_j, x_{j+d/2}) of `x` [B, heads, T, d] by their position's angle, in float32."""
-    wide = x.float()
-    turned = wide * rotation.cos + wide.roll(x.shape[-1] // 2, dims=-1) * rotation.sin
-    return turned.to(x.dtype)
+    turned: Tensor = _Rotate.apply(x, rotation.cos, rotation.sin)
+    return turned
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -100,8 +125,7 @@ class Projection(nn.Linear):
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension, in float32, without a weight."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
 class Attention(nn.Module):
