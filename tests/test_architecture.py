@@ -128,7 +128,7 @@ def test_a_wrong_import_is_found(source: str, module: str) -> None:
     ("source", "module"),
     [
         ("def f():\n    import torch", "hrm_ray.cli.train"),
-        ("import torch", "hrm_ray.cli.solve"),
+        ("import torch", "hrm_ray.cli.inference"),
         ("import ray", "hrm_ray.orchestration.worker_group"),
         ("from hrm_ray.settings.tree import RunSettings", "hrm_ray.model.config"),
         ("from hrm_ray.model import config", "hrm_ray.train.assemble"),

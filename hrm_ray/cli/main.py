@@ -87,25 +87,24 @@ def arch_summary(ctx: typer.Context) -> int:
 @command
 def generate(
     bundle: Annotated[Path, typer.Argument(help="Folder of a trained bundle.")],
-    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Spread of the draw; 0 takes the likeliest.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=0, help="Draw among this many likeliest tokens; 0 among all.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw among the likeliest up to this mass.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Where the draws come from.")] = 0,
-    adaptive: Annotated[bool, typer.Option(help="Let each token stop thinking when its halting head says so.")] = False,
-    device: Annotated[DeviceChoice, typer.Option(help="Where to compute.")] = "auto",
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Top-k sampling; 0 disables it.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Top-p (nucleus) sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
+    adaptive: Annotated[bool, typer.Option(help="Stop each token's segments when the halting head says so.")] = False,
+    device: Annotated[DeviceChoice, typer.Option(help="Device to run on.")] = "auto",
 ) -> int:
-    """Write text with a trained language model."""
-    from hrm_ray.cli.generate import run_generate
+    """Generate text with a trained language model."""
+    from hrm_ray.cli.inference import run_generate
+    from hrm_ray.inference.text import Sampling
 
     return run_generate(
         bundle,
         prompt=prompt,
+        sampling=Sampling(temperature, top_k, top_p),
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
         seed=seed,
         adaptive=adaptive,
         device=device,
@@ -117,17 +116,17 @@ def generate(
 def solve(
     bundle: Annotated[Path, typer.Argument(help="Folder of a trained bundle.")],
     puzzles: Annotated[
-        list[str] | None, typer.Argument(help="Puzzles, cell by cell in one word; 0 or . is empty.")
+        list[str] | None, typer.Argument(help="Puzzles, a word each with a symbol per cell; 0 or . is an empty cell.")
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="Puzzles to solve: a file, or a data folder.")] = None,
-    split: Annotated[str | None, typer.Option(help="Split of --file to solve; test where there is one.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Solve at most this many.")] = None,
-    stop_by_q: Annotated[bool, typer.Option(help="Stop each puzzle when its halting head says so.")] = False,
-    device: Annotated[DeviceChoice, typer.Option(help="Where to compute.")] = "auto",
+    file: Annotated[Path | None, typer.Option(help="Data set of puzzles to solve: a file or a folder.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of --file to solve; the test split if there is one.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Solve the first N puzzles only.", metavar="N")] = None,
+    stop_by_q: Annotated[bool, typer.Option(help="Stop a puzzle's segments when the halting head says so.")] = False,
+    device: Annotated[DeviceChoice, typer.Option(help="Device to run on.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object per puzzle.")] = False,
 ) -> int:
     """Solve puzzles with a trained model."""
-    from hrm_ray.cli.solve import run_solve
+    from hrm_ray.cli.inference import run_solve
 
     return run_solve(
         bundle,

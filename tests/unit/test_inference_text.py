@@ -13,8 +13,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hrm_ray.inference.text import DecodingSession, SampledToken, Sampling, draw, generate
+from hrm_ray.errors import SettingsError
+from hrm_ray.inference.text import (
+    Completion,
+    DecodingSession,
+    SampledToken,
+    Sampling,
+    TextModel,
+    draw,
+    generate,
+)
 from hrm_ray.model.attention import AttentionScope
 from hrm_ray.model.layers import Context
 from tests.support.tiny_models import VOCAB, between, tiny_actv1, tiny_config, tiny_model
@@ -199,3 +209,114 @@ def test_drawn_tells_the_segments_of_the_position_before() -> None:
 def test_scores_of_a_bfloat16_model_can_be_drawn() -> None:
     assert len(written([1, 2], 4, config=tiny_config(forward_dtype="bfloat16", seq_len=8))) == 4
     assert math.isclose(sum(counted(Sampling(1.0), LOGITS.bfloat16(), 50)), 1.0)
+
+
+class CopiedBytes(TorchDispatchMode):
+    """Counts the bytes that copies and concatenations write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.cat, torch.ops.aten.copy_, torch.ops.aten.clone):
+            self.total += result.numel() * result.element_size()
+        return result
+
+
+@pytest.mark.parametrize("window", [None, 32])
+def test_what_a_token_copies_does_not_grow_with_the_text(window: int | None) -> None:
+    """Eight times as many tokens copy about eight times as much: a token does not copy the earlier keys and values."""
+    config = tiny_config(seq_len=512, window_size=window, halt_max_steps=1, h_cycles=1, l_cycles=1)
+    totals = []
+    for count in (64, 512):
+        with CopiedBytes() as copied:
+            written([1], count - 1, config=config)
+        totals.append(copied.total)
+    assert totals[1] < 1.5 * 8 * totals[0]
+
+
+BYTES = "aé€😀 b\n"
+"""Characters of one to four bytes; the stub's tokens are single bytes."""
+
+
+class ByteTokenizer:
+    """Decodes bytes. A space at the beginning is left out, as decoders of word pieces do."""
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode("utf-8", errors="replace").removeprefix(" ")
+
+
+@pytest.mark.parametrize("text", [BYTES, " a b", "€"])
+def test_pieces_are_whole_characters_and_add_up_to_the_text(text: str) -> None:
+    tokens = [SampledToken(byte, 2) for byte in text.encode()]
+    completion = Completion(ByteTokenizer(), iter(tokens), [])  # type: ignore[arg-type]
+    pieces = list(completion)
+    assert "".join(pieces) == text.removeprefix(" ")
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert completion.segments == [2] * len(tokens)
+
+
+def test_a_character_cut_off_is_shown_at_the_end() -> None:
+    tokens = [SampledToken(byte, 1) for byte in "a€".encode()[:-1]]
+    assert "".join(Completion(ByteTokenizer(), iter(tokens), [])) == "a\ufffd"  # type: ignore[arg-type]
+
+
+def test_decoding_does_not_start_over_for_each_piece() -> None:
+    """Bytes decoded for 8 times the text are 8 times as many."""
+    decoded = []
+    for count in (64, 512):
+        tokenizer, total = ByteTokenizer(), 0
+
+        def decode(ids: list[int], original: Any = tokenizer.decode) -> str:
+            nonlocal total
+            total += len(ids)
+            return original(ids)
+
+        tokenizer.decode = decode  # type: ignore[method-assign]
+        list(Completion(tokenizer, iter([SampledToken(97, 1)] * count), []))  # type: ignore[arg-type]
+        decoded.append(total)
+    assert decoded[1] <= 8.5 * decoded[0]
+
+
+def completion(prompt: str = "abc", count: int = 4, adaptive: bool = False, **config: Any) -> Completion:
+    class Tokenizer(ByteTokenizer):
+        end_of_text_id = 0
+
+        def encode(self, text: str) -> list[int]:
+            return [1 + byte % 18 for byte in text.encode()]
+
+    model = TextModel(tiny_model(tiny_config(**({"seq_len": 4} | config))), Tokenizer())  # type: ignore[arg-type]
+    return model.complete(prompt, sampling=Sampling(0.0), max_new_tokens=count, seed=1, adaptive=adaptive)
+
+
+def test_what_the_context_cannot_hold_is_said() -> None:
+    assert completion("abcd").notes == []
+    assert completion("abcdefg").notes == ["the prompt has 7 tokens; only the last 4 are used"]
+    assert completion("abc", 2, lm_mask="prefix").notes == []
+    (note,) = completion("abc", 3, lm_mask="prefix").notes
+    assert "room for 2" in note
+
+
+def test_an_empty_prompt_starts_at_end_of_text() -> None:
+    assert len(list(completion("", 3))) >= 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"halt_max_steps": 1},
+        {"halt_rule": "none"},
+        {"arch": "transformer", "halt_rule": "none", "halt_max_steps": 1},
+    ],
+)
+def test_adaptive_decoding_needs_a_trained_halting_head(config: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="--adaptive"):
+        completion(adaptive=True, **config)
+    assert completion(adaptive=True).notes == []
+
+
+def test_a_prompt_that_is_no_text() -> None:
+    with pytest.raises(SettingsError, match="UTF-8"):
+        completion("\ud800")

@@ -109,14 +109,13 @@ def test_adaptive_reading_with_caches(shape: str, positions: str, mask: str, pro
     marked = torch.arange(LENGTH).unsqueeze(0) < prompt if mask == "prefix" else None
     logits, segments = spread_halting(model, scope_for(config, prompt), marked)
     if mask == "prefix":
-        assert segments[:prompt] == [config.halt_max_steps] * prompt, "a prompt without labels thinks to the end"
+        assert segments[:prompt] == [config.halt_max_steps] * prompt, "a prompt without labels runs all segments"
     got, read_segments, reader = by_token(model, prompt, adaptive=True)
     assert read_segments == segments
     assert float((got - logits).abs().max()) <= tolerance(config)
     per_segment = config.h_cycles * (config.l_cycles * config.l_layers + config.h_layers)
-    kept = reader.caches._kept
-    assert len(kept) == config.halt_max_steps * per_segment
-    assert {keys.shape[2] for pair in kept.values() for keys in pair} == {config.window_size or LENGTH}
+    assert len(reader.caches.caches) == config.halt_max_steps * per_segment
+    assert {len(cache) for cache in reader.caches.caches.values()} == {config.window_size or LENGTH}
 
 
 @pytest.mark.parametrize(("mask", "prompt"), [("causal", 1), ("causal", 5), ("prefix", 5), ("prefix", 12)])
@@ -149,7 +148,7 @@ def test_transformer_with_caches(positions: str, mask: str, prompt: int, window:
         x = model.embedding(torch.tensor([TOKENS]), None, None)
         want = model.logits(model(x, Context(scope_for(config, prompt), model.rotation(0, LENGTH))))[0]
     got, segments, reader = by_token(model, prompt, adaptive=False)
-    assert segments == [1] * LENGTH and len(reader.caches._kept) == 3
+    assert segments == [1] * LENGTH and len(reader.caches.caches) == 3
     assert float((got - want).abs().max()) <= tolerance(config)
 
 
@@ -163,8 +162,8 @@ def test_a_halted_token_leaves_its_last_keys_and_values() -> None:
     for token, halted_at in enumerate(segments):
         for segment in range(1, 4):
             for site in sites:
-                keys, values = reader.caches._kept[(segment, site)]
-                old_keys, old_values = reader.caches._kept[(segment - 1, site)]
+                keys, values = reader.caches.caches[segment, site].last(LENGTH)
+                old_keys, old_values = reader.caches.caches[segment - 1, site].last(LENGTH)
                 copied = segment + 1 > halted_at
                 assert torch.equal(keys[:, :, token], old_keys[:, :, token]) == copied
                 assert torch.equal(values[:, :, token], old_values[:, :, token]) == copied
@@ -173,7 +172,7 @@ def test_a_halted_token_leaves_its_last_keys_and_values() -> None:
 def test_what_a_window_cannot_show_any_more_is_dropped() -> None:
     model = tiny_actv1(tiny_config(window_size=4), seed=4)
     _, _, reader = by_token(model, 9, adaptive=False)
-    assert {keys.shape[2] for keys, _ in reader.caches._kept.values()} == {4}
+    assert {len(cache) for cache in reader.caches.caches.values()} == {4}
 
 
 def test_restart_forgets() -> None:
