@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hrm_ray.settings.options import ALIASES, options, spellings
-from hrm_ray.settings.tree import SECTIONS, leaf_keys
+from hrm_ray.settings.options import options, spellings
+from hrm_ray.settings.tree import SECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "hrm_ray"
@@ -199,6 +199,5 @@ def test_leaf_names_are_unique_in_the_tree() -> None:
 def test_spellings_do_not_collide() -> None:
     every = [option.flag for option in options().values()]
     every += [option.off_flag for option in options().values() if option.is_switch]
-    every += list(ALIASES)
+    every += [alias for option in options().values() for alias in option.traits.aliases]
     assert len(every) == len(set(every)) == len(spellings())
-    assert {alias.leaf for alias in ALIASES.values()} <= set(leaf_keys())

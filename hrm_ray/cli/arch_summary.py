@@ -13,14 +13,13 @@ from pathlib import Path
 from hrm_ray.cli.arguments import Arguments, parse_arguments
 from hrm_ray.errors import Fault
 from hrm_ray.settings.load import load_settings
+from hrm_ray.settings.options import Option
 from hrm_ray.settings.resolve import resolve_task
 from hrm_ray.settings.tree import RunSettings
 
 OWN_OPTIONS = {"--config": True, "--vocab-size": True, "--json": False, "--help": False}
 OWN_HELP = (
     ("--vocab-size N", "Tokens in the vocabulary [default: 16000]"),
-    ("--max-seq-len, --seq-len N", "Tokens in a sequence [default: 128]"),
-    ("--batch-size N and others", "What changes the memory of training is taken from the other sections too."),
     ("--config FILE", "YAML file of settings; options on the command line win over it."),
     ("--json", "Print JSON instead of a table."),
     ("--help", "Show this page."),
@@ -28,20 +27,7 @@ OWN_HELP = (
 ABOUT = "Counts the parameters of an architecture by part, its FLOPs per token, and what training it takes of memory."
 DEFAULT_SEQ_LEN = 128
 SECTIONS = ("model", "memory", "adapt")
-"""Sections of the settings that the account heeds whole."""
-SINGLE_LEAVES = (
-    "data.max_seq_len",
-    "data.packing",
-    "optimizer.batch_size",
-    "optimizer.gradient_accumulation_steps",
-    "optimizer.optimizer",
-    "optimizer.use_8bit_optimizer",
-    "optimizer.ema",
-    "cluster.device",
-    "run.expert_id",
-    "run.profile",
-)
-"""Leaves of other sections that decide how much memory an update takes."""
+"""Sections that the summary depends on whole; of the others, the options that affect memory."""
 
 
 def arch_summary_command(words: Sequence[str]) -> int:
@@ -50,7 +36,7 @@ def arch_summary_command(words: Sequence[str]) -> int:
     if "--help" in said.own:
         from hrm_ray.cli.option_help import print_option_help
 
-        print_option_help("hrm-ray arch-summary [OPTIONS]", ABOUT, OWN_HELP, SECTIONS)
+        print_option_help("hrm-ray arch-summary [OPTIONS]", ABOUT, OWN_HELP, _counts)
         return 0
     vocab_size = _vocab_size(said)
     _refuse_other_sections(said)
@@ -95,12 +81,16 @@ def _vocab_size(said: Arguments) -> int | None:
     return None
 
 
+def _counts(option: Option) -> bool:
+    return option.section in SECTIONS or "memory" in option.traits.affects
+
+
 def _refuse_other_sections(said: Arguments) -> None:
     from hrm_ray.settings.options import spellings
 
     for name in list(said.options):
         spelling = spellings().get(name)
-        if spelling is None or spelling.option.section in SECTIONS or spelling.option.key in SINGLE_LEAVES:
+        if spelling is None or _counts(spelling.option):
             continue
         said.faults.append(Fault(name, "changes neither an architecture nor what it takes of memory", "Leave it out"))
         del said.options[name]

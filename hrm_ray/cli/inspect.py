@@ -46,16 +46,6 @@ ABOUT = (
     "Shows what training would read of a data set. Without --on-bad-row bad rows are counted and told; with "
     "--on-bad-row fail the first one ends the reading. Without a tokenizer tokens are guessed from bytes."
 )
-LEAVES = frozenset(
-    f"data.{name}"
-    for name in (
-        *("dataset_file", "dataset_id", "dataset_config", "split", "val_split"),
-        *("text_column", "prompt_column", "response_column", "tokenizer_path"),
-        *("samples_per_block", "dataset_chunk_size", "dataset_start_offset", "max_train_examples"),
-        *("ascii_only", "on_bad_row"),
-    )
-)
-"""What changes what the reader sees."""
 DEFAULT_TIMEOUT_S, DEFAULT_SAMPLES = 5.0, 3
 
 
@@ -65,7 +55,9 @@ def inspect_command(words: Sequence[str]) -> int:
     if "--help" in said.own:
         from hrm_ray.cli.option_help import print_option_help
 
-        print_option_help("hrm-ray data inspect PATH [OPTIONS]", ABOUT, OWN_HELP, ("data",), LEAVES)
+        print_option_help(
+            "hrm-ray data inspect PATH [OPTIONS]", ABOUT, OWN_HELP, lambda option: "rows" in option.traits.affects
+        )
         return 0
     timeout_s = _number(said, "--timeout-s", DEFAULT_TIMEOUT_S, whole=False)
     samples = int(_number(said, "--samples", DEFAULT_SAMPLES, whole=True))
@@ -154,6 +146,6 @@ def _number(said: Arguments, name: str, default: float, *, whole: bool) -> float
 def _refuse_others(said: Arguments) -> None:
     for name in list(said.options):
         spelling = spellings().get(name)
-        if spelling is not None and spelling.option.key not in LEAVES:
+        if spelling is not None and "rows" not in spelling.option.traits.affects:
             said.faults.append(Fault(name, "changes nothing of what is read", "Leave it out"))
             del said.options[name]

@@ -5,7 +5,8 @@ One job: print the options by section, each with its spellings, values, meaning 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Iterable
+from itertools import groupby
 
 from rich.console import Console
 from rich.panel import Panel
@@ -13,29 +14,22 @@ from rich.table import Table
 from rich.text import Text
 
 from hrm_ray.settings.options import Option, options
-from hrm_ray.settings.tree import SECTIONS
 
 
 def print_option_help(
     usage: str,
     about: str,
     own: Iterable[tuple[str, str]],
-    sections: Iterable[str] = tuple(SECTIONS),
-    leaves: Container[str] | None = None,
+    shows: Callable[[Option], bool] = lambda option: True,
 ) -> None:
-    """Print the page: `own` are the command's own options as (spelling, help), then the tree's by section; with
-    `leaves` only those, by their dotted keys."""
+    """Print the page: `own` are the command's own options as (spelling, help), then those of the settings that it
+    `shows`, by section."""
     console = Console(highlight=False)
     console.print(Text(f"\n Usage: {usage}\n", style="bold"))
     console.print(Text(f" {about}\n"))
     console.print(_panel("options", own))
-    for section in sections:
-        shown = [
-            option
-            for option in options().values()
-            if option.section == section and (leaves is None or option.key in leaves)
-        ]
-        console.print(_panel(section, [(_spellings(option), _meaning(option)) for option in shown]))
+    for section, group in groupby(filter(shows, options().values()), key=lambda option: option.section):
+        console.print(_panel(section, [(_spellings(option), _meaning(option)) for option in group]))
 
 
 def _panel(title: str, rows: Iterable[tuple[str, str]]) -> Panel:
@@ -48,7 +42,7 @@ def _panel(title: str, rows: Iterable[tuple[str, str]]) -> Panel:
 
 
 def _spellings(option: Option) -> str:
-    aliases = "".join(f", {alias}" for alias in option.aliases)
+    aliases = "".join(f", {alias}" for alias in option.traits.aliases)
     if option.is_switch:
         return f"{option.flag}/{option.off_flag}{aliases}"
     value = "|".join(option.choices) if option.choices else "VALUE"
@@ -56,7 +50,5 @@ def _spellings(option: Option) -> str:
 
 
 def _meaning(option: Option) -> str:
-    if option.default is None:
-        return option.help
-    default = option.written(option.default) if option.is_switch else option.default
-    return f"{option.help} [default: {default}]"
+    default = option.written(option.default) if option.is_switch and option.default is not None else option.default
+    return f"{option.help} [default: {option.traits.unset if default is None else default}]"

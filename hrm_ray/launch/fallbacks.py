@@ -32,8 +32,7 @@ def settle_memory_options(
     notes: list[str] = []
     if settings.optimizer.use_8bit_optimizer:
         settings = _eight_bits(settings, device, notes, needed=trained.get("optimizer.use_8bit_optimizer") is True)
-    if device == "cpu":
-        notes += _offloads_to_where_it_is(settings)
+    notes += _offloads_without_effect(settings, device)
     notes += _nothing_to_keep(settings, device)
     if settings.memory.load_in_4bit:
         _check_library("bitsandbytes", "--load-in-4bit", needed=trained.get("memory.load_in_4bit") is True)
@@ -43,16 +42,19 @@ def settle_memory_options(
     return settings, notes
 
 
-def _offloads_to_where_it_is(settings: RunSettings) -> list[str]:
-    """What would be moved into host memory on a device whose memory that is."""
-    memory = settings.memory
-    wanted = {
-        "--optimizer-offload": (memory.optimizer_offload, "the optimizer's state"),
-        "--cpu-offload": (memory.cpu_offload, "what is kept between chunks"),
-    }
-    reasons = {option: f"on the CPU {what} is in host memory anyway" for option, (on, what) in wanted.items() if on}
-    if settings.cluster.strict and reasons:
-        hint = "Leave it out, or train on a GPU"
+def _offloads_without_effect(settings: RunSettings, device: str) -> list[str]:
+    """Offloading that changes nothing on this device: a note, and SettingsError under --strict."""
+    memory, reasons = settings.memory, dict[str, str]()
+    if memory.optimizer_offload and device == "cpu":
+        reasons["--optimizer-offload"] = "on the CPU the optimizer's state is in host memory anyway"
+    if memory.cpu_offload and device == "cpu":
+        reasons["--cpu-offload"] = "on the CPU what is kept between chunks is in host memory anyway"
+    elif memory.cpu_offload and device != "cuda":
+        reasons["--cpu-offload"] = f"chunks are moved to host memory from CUDA devices only, not from {device}"
+    # On the CPU it costs nothing. Elsewhere memory was to be saved and is not, unless an earlier run asked for it.
+    must_act = device != "cpu" and "memory.cpu_offload" in settings.given
+    if reasons and (settings.cluster.strict or must_act):
+        hint = "Leave it out, or train on a GPU with CUDA"
         raise SettingsError([Fault(option, reason, hint) for option, reason in reasons.items()])
     return [f"{option}: {reason}; it changes nothing." for option, reason in reasons.items()]
 

@@ -39,46 +39,6 @@ PREPARED = REUSABLE | {
 }
 """Files of a bundle that exist before the first step."""
 
-FIXED = (
-    "model.",
-    "data.split",
-    "data.text_column",
-    "data.prompt_column",
-    "data.response_column",
-    "data.tokenizer_path",
-    "data.vocab_size",
-    "data.auto_vocab_size",
-    "data.min_vocab_size",
-    "data.max_vocab_size",
-    "data.tokenizer_train_examples",
-    "data.retrain_tokenizer",
-    "data.max_seq_len",
-    "data.packing",
-    "data.stride",
-    "data.samples_per_block",
-    "data.dataset_chunk_size",
-    "data.dataset_start_offset",
-    "data.start_",
-    "data.max_train_examples",
-    "data.ascii_only",
-    "data.dataset_config",
-    "data.shuffle_buffer_size",
-    "data.linear_dataset",
-    "optimizer.optimizer",
-    "optimizer.use_8bit_optimizer",
-    "memory.model_dtype",
-    "memory.load_in_",
-    "adapt.",
-    "run.profile",
-    "run.seed",
-)
-"""Leaves (or sections) that a resumed run must share with its checkpoint: they decide tensors or the order of data.
-
-The data may have moved: what counts is its fingerprint."""
-
-LEGACY_DEFAULTS: dict[tuple[str, str], Any] = {("model", "use_moe"): False, ("memory", "amp"): False}
-"""Section and leaf -> what a run was trained with whose stored settings are older than the leaf."""
-
 
 @dataclass(frozen=True)
 class RunLocation:
@@ -134,9 +94,10 @@ def stored_args(run_dir: RunDir) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _stored_leaves(run_dir: RunDir) -> dict[str, Any]:
     plain = stored_args(run_dir)[0]
-    for (section, leaf), value in LEGACY_DEFAULTS.items():
-        if isinstance(plain.get(section, {}), dict):
-            plain.setdefault(section, {}).setdefault(leaf, value)
+    for option in options().values():
+        section = plain.setdefault(option.section, {})
+        if option.traits.before is not None and isinstance(section, dict):
+            section.setdefault(option.name, option.traits.before)
     try:
         return to_dotted(from_plain(plain))
     except SettingsError as error:
@@ -285,14 +246,12 @@ def _check_same(settings: RunSettings, source: RunDir) -> None:
     stored = _stored_leaves(source)
     now = to_dotted(settings)
     faults = []
-    for key, value in now.items():
-        if key.startswith(FIXED) and stored[key] != value:
-            hint = "Leave it out to go on with the run, or start a new one under another --brain-name"
-            faults.append(
-                Fault(options()[key].written(value), f"the run to resume was trained with {stored[key]}", hint)
-            )
-    if (stored["optimizer.ema"] is None) != (now["optimizer.ema"] is None):
-        reason = f"the run to resume was trained with {stored['optimizer.ema']}"
-        faults.append(Fault(f"--ema {now['optimizer.ema']}", reason, "Leave it as it was"))
+    for key, option in options().items():
+        then, value, on_resume = stored[key], now[key], option.traits.on_resume
+        one_is_absent = on_resume == "presence_fixed" and (then is None or value is None)
+        if then != value and (on_resume == "fixed" or one_is_absent):
+            hint = "Leave it out to resume the run, or start a new one under another --brain-name"
+            reason = f"the run to resume was trained with {option.described(then)}"
+            faults.append(Fault(option.written(value), reason, hint))
     if faults:
         raise SettingsError(faults)

@@ -1,15 +1,13 @@
-"""Settings of adapters: small trained parts beside frozen weights (PEFT).
-
-One job: the leaves of section `adapt`. What they do is in `hrm_ray.model.transforms.peft`.
-"""
+"""Settings of adapters: small trained layers beside frozen weights (PEFT)."""
 
 from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
-from hrm_ray.settings.base import Section, refusal
+from hrm_ray.settings.base import Section, option, refusal
+from hrm_ray.settings.needs import ADAPTERS, MATRIX_ADAPTERS
 
 PeftMethod: TypeAlias = Literal["lora", "adalora", "ia3", "loha", "lokr"]
 
@@ -22,19 +20,19 @@ PROJECTIONS = (*ATTENTION_PROJECTIONS, *FFN_PROJECTIONS)
 class AdaptSettings(Section):
     """Which adapters are trained in place of the weights."""
 
-    use_peft: bool = False
-    """Freeze the weights, heads apart, and train adapters beside them."""
-    peft_method: PeftMethod = "lora"
-    """Kind of adapter: products of two thin matrices (lora), the same with ranks shared out in training (adalora),
-    factors for outputs and inputs (ia3), Hadamard (loha) or Kronecker products (lokr)."""
-    lora_r: int = Field(default=16, ge=1)
-    """Rank of the adapters; of adalora the mean rank at the end, which begins half as large again."""
-    lora_alpha: int = Field(default=32, ge=1)
-    """An adapter's output is multiplied by this over its rank."""
-    lora_dropout: float = Field(default=0.05, ge=0, lt=1)
-    """Share of an adapter's inputs (loha and lokr: of its ranks) that dropout sets to 0 in training."""
-    lora_target_modules: str = "q_proj,v_proj"
-    """Layers that get an adapter, with commas between them."""
+    use_peft: bool = option(False, "fixed", aliases={"--use-lora": "true", "--no-use-lora": "false"})
+    """Freeze the weights, heads excepted, and train adapters."""
+    peft_method: PeftMethod = option("lora", "fixed", needs=(ADAPTERS,))
+    """Adapter method: low-rank products (lora), the same with ranks allotted during training (adalora), scaling
+    factors of outputs and inputs (ia3), Hadamard (loha) or Kronecker products (lokr)."""
+    lora_r: int = option(16, "fixed", ge=1, needs=(ADAPTERS, MATRIX_ADAPTERS), aliases={"--lora-rank": None})
+    """Rank of the adapters; for adalora the mean rank at the end, which starts half as large again."""
+    lora_alpha: int = option(32, "fixed", ge=1, needs=(ADAPTERS, MATRIX_ADAPTERS))
+    """Scale of the adapters: their output is multiplied by alpha / rank."""
+    lora_dropout: float = option(0.05, "free", ge=0, lt=1, needs=(ADAPTERS, MATRIX_ADAPTERS))
+    """Dropout of the adapters' inputs (for loha and lokr: of their ranks)."""
+    lora_target_modules: str = option("q_proj,v_proj", "fixed", needs=(ADAPTERS,))
+    """Layers that get an adapter, separated by commas."""
 
     @field_validator("lora_target_modules")
     @classmethod

@@ -1,19 +1,72 @@
-"""What every section of the settings has in common: frozen, closed, finite numbers, help from docstrings.
-
-One job: the base class. The leaves are in the section files, the rules between leaves in `rules`.
-"""
+"""The base class of the settings' sections, and `option`, which declares a field with all that is known of it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
+
+from hrm_ray.settings.needs import Needs
+
+OnResume: TypeAlias = Literal["fixed", "presence_fixed", "free", "dropped"]
+"""What a resumed run may do to an option: `fixed` must stay (tensors or the meaning of the saved state follow from it);
+`presence_fixed` may change its value, but not whether it is given; `free` may change; `dropped` is not taken from the
+stored run at all."""
+Effect: TypeAlias = Literal["rows", "memory"]
+"""What else an option changes: the rows that `data inspect` sees, the memory that `arch-summary` estimates."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What is known of an option besides its type, default and help. See `option`."""
+
+    on_resume: OnResume
+    needs: tuple[Needs, ...] = ()
+    affects: tuple[Effect, ...] = ()
+    aliases: Mapping[str, str | None] = field(default_factory=dict)
+    replaces: tuple[str, ...] = ()
+    replaces_stored: tuple[str, ...] = ()
+    unset: str | None = None
+    before: Any = None
+
+    def __call__(self, schema: dict[str, Any]) -> None:
+        """Pydantic calls this when it makes a JSON schema; traits add nothing to it."""
+
+
+def option(
+    default: Any,
+    on_resume: OnResume,
+    *,
+    needs: tuple[Needs, ...] = (),
+    affects: tuple[Effect, ...] = (),
+    aliases: Mapping[str, str | None] | None = None,
+    replaces: tuple[str, ...] = (),
+    replaces_stored: tuple[str, ...] = (),
+    unset: str | None = None,
+    before: Any = None,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+) -> Any:
+    """A field of the settings, which is an option of the command line. Its docstring is the help text.
+
+    `needs`: conditions without which it changes nothing. `aliases`: other spellings, each with the value that it sets
+    (None: a value follows). `replaces`: options that it overrides where they were given earlier (in the file, or in
+    the stored run); `replaces_stored`: only in the stored run. `unset`: what holds where the default is None.
+    `before`: the value of runs that are older than the option. `ge`, `gt`, `le` and `lt` are bounds, as in pydantic.
+    """
+    traits = Traits(on_resume, needs, affects, aliases or {}, replaces, replaces_stored, unset, before)
+    # A callable `json_schema_extra` is the only place where pydantic keeps a foreign object with the field.
+    return Field(default=default, json_schema_extra=traits, ge=ge, gt=gt, le=le, lt=lt)
 
 
 class Section(BaseModel):
-    """One section of the tree. Leaves take text as well as typed values, so that options and YAML meet here."""
+    """One section of the tree. Leaves take text as well as typed values: options and YAML are checked alike."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -28,22 +81,23 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _neither_switch_nor_nothing(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse true/false where a number or a text belongs (Python counts True as 1), and empty text."""
+        """Refuse empty text, and true/false for a number or text."""
         if isinstance(value, str) and not value.strip():
             raise refusal("is empty", "Give a value, or leave it out")
         name = info.field_name
+        # Python counts True as 1, so pydantic would take it for a number.
         if isinstance(value, bool) and name is not None and bool not in plain_types(cls.model_fields[name].annotation):
-            raise refusal("is the value of a switch, which this is not", "Give a number or text")
+            raise refusal("is a boolean; this option takes a number or text", "Give a number or text")
         return value
 
 
 def refusal(reason: str, hint: str) -> PydanticCustomError:
-    """What a section's own check raises; the message for the user is made of the same two parts."""
+    """What a section's own check raises: `fault_of_error` makes the message of the reason and the hint."""
     return PydanticCustomError("refused", "{reason}", {"reason": reason, "hint": hint})
 
 
 def plain_types(annotation: Any) -> tuple[Any, ...]:
-    """The types an annotation allows, with `Annotated` and `None` taken off: `Annotated[int, ...] | None` -> (int,)."""
+    """The types an annotation allows, without `Annotated` and `None`: `Annotated[int, ...] | None` -> (int,)."""
     if get_origin(annotation) is Annotated:
         return plain_types(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):

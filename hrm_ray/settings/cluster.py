@@ -1,15 +1,12 @@
-"""Settings of the machines: launcher, workers, devices.
-
-One job: the leaves of section `cluster`. Whether the devices are there is the preflight's question.
-"""
+"""Settings of the machines: launcher, workers and devices."""
 
 from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
-from hrm_ray.settings.base import Section, refusal
+from hrm_ray.settings.base import Section, option, refusal
 
 Launcher: TypeAlias = Literal["local", "ray"]
 Device: TypeAlias = Literal["auto", "cpu", "cuda", "xpu", "mps"]
@@ -18,22 +15,24 @@ Device: TypeAlias = Literal["auto", "cpu", "cuda", "xpu", "mps"]
 class ClusterSettings(Section):
     """Where the run takes place."""
 
-    launcher: Launcher | None = None
-    """local: in this process; ray: through Ray Train (if not said: local for one device without a cluster)."""
-    world_size: int | None = Field(default=None, ge=1)
-    """Workers that train together (if not said: one per visible GPU, else one on the CPU)."""
-    ddp: bool | None = None
-    """Average the gradients of the workers once per weight update (if not said: on with several workers)."""
-    ray_address: str | None = None
-    """Address of a running Ray cluster; without it one is started on this machine for the run."""
-    device: Device = "auto"
-    """Kind of device to train on; auto takes the best there is."""
-    cuda_ids: str | None = None
-    """Numbers of the GPUs to use, with commas between them: "0,1"."""
-    threads: int | None = Field(default=None, ge=1)
-    """CPU threads of each worker (if not said: the CPUs of the machine shared among its workers)."""
-    strict: bool = False
-    """Make every fallback an error."""
+    launcher: Launcher | None = option(
+        None, "free", replaces_stored=("cluster.ddp",), unset="local for one device without a cluster"
+    )
+    """local: in this process; ray: through Ray Train."""
+    world_size: int | None = option(None, "free", ge=1, unset="one per visible GPU, else one")
+    """Number of workers that train together."""
+    ddp: bool | None = option(None, "free", unset="on with several workers")
+    """Average the gradients of the workers once per weight update."""
+    ray_address: str | None = option(None, "free", unset="a cluster started on this machine for the run")
+    """Address of a running Ray cluster."""
+    device: Device = option("auto", "free", affects=("memory",))
+    """Device type to train on; auto takes the best one available."""
+    cuda_ids: str | None = option(None, "free", unset="all visible GPUs")
+    """Numbers of the GPUs to use, separated by commas: "0,1"."""
+    threads: int | None = option(None, "free", ge=1, unset="the machine's CPUs divided among its workers")
+    """CPU threads of each worker."""
+    strict: bool = option(False, "free")
+    """Treat every fallback as an error."""
 
     @field_validator("cuda_ids")
     @classmethod

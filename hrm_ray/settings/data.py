@@ -1,16 +1,23 @@
-"""Settings of the data: where it lies, how text becomes tokens, what is held out.
-
-One job: the leaves of section `data`. Reading is in `hrm_ray.data`.
-"""
+"""Settings of the data: training and evaluation data, tokenizer and sequence form."""
 
 from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from pydantic import Field
-
-from hrm_ray.settings.base import Section
+from hrm_ray.settings.base import Section, option
 from hrm_ray.settings.hub_name import HubName, hub_name
+from hrm_ray.settings.needs import (
+    AUTO_VOCABULARY,
+    EVALUATION,
+    FIXED_VOCABULARY,
+    HUB_DATA,
+    ONE_TEXT_COLUMN,
+    OVERLAP,
+    OWN_TOKENIZER,
+    SHUFFLED,
+    TEXT,
+    WHOLE_TEXTS,
+)
 
 OnBadRow: TypeAlias = Literal["fail", "skip"]
 
@@ -18,78 +25,101 @@ OnBadRow: TypeAlias = Literal["fail", "skip"]
 class DataSettings(Section):
     """Training data, tokenizer, sequence form and evaluation data."""
 
-    dataset_file: str | None = None
-    """The training data: a file, a folder, a pattern such as "logs/*.jsonl.gz", a cloud address (s3://, gs://, az://),
+    dataset_file: str | None = option(
+        None, "free", affects=("rows",), replaces=("data.dataset_id", "data.dataset_config"), unset="--dataset-id"
+    )
+    """Training data: a file, a folder, a pattern such as "logs/*.jsonl.gz", a cloud address (s3://, gs://, az://),
     or hf://id:config:split. Text: .txt, .md, .csv, .tsv, .json, .jsonl, .parquet or .arrow, also compressed or in
-    archives; puzzles: as `hrm-ray data build sudoku` writes."""
-    dataset_id: str | None = None
-    """The training data as a data set of the Hugging Face Hub, ORGANISATION/NAME, or a folder laid out as one."""
-    dataset_config: str | None = None
-    """Configuration of the data set of the Hub, where it has several."""
-    split: str = "train"
-    """Which split of a data folder to train on."""
-    text_column: str = "text"
-    """Column that holds the text."""
-    prompt_column: str | None = None
-    """Column that holds the prompt, for --lm-mask prefix."""
-    response_column: str | None = None
-    """Column that holds the response, for --lm-mask prefix."""
-    tokenizer_path: str | None = None
-    """A Hugging Face tokenizer: a folder, its tokenizer.json, or an id of the Hub; without it a byte-level BPE is
-    trained on the data."""
-    vocab_size: int = Field(default=16000, ge=300)
-    """Vocabulary of the byte-level BPE; the 256 bytes and the special tokens are part of it."""
-    auto_vocab_size: bool = False
-    """Let the data decide the vocabulary's size: pairs are merged that stand in it often enough to be learnt; the log
-    says how."""
-    min_vocab_size: int = Field(default=5000, ge=300)
+    archives. Puzzles: as `hrm-ray data build sudoku` writes."""
+    dataset_id: str | None = option(
+        None, "free", affects=("rows",), replaces=("data.dataset_file", "data.dataset_config"), unset="--dataset-file"
+    )
+    """Training data as a data set of the Hugging Face Hub, ORGANISATION/NAME, or a folder with the layout of one."""
+    dataset_config: str | None = option(
+        None, "fixed", affects=("rows",), needs=(HUB_DATA,), unset="the data set's only one"
+    )
+    """Configuration of the data set of the Hub, if it has several."""
+    split: str = option("train", "fixed", affects=("rows",))
+    """Split of a data folder to train on."""
+    text_column: str = option("text", "fixed", affects=("rows",), needs=(TEXT, ONE_TEXT_COLUMN))
+    """Column of the text."""
+    prompt_column: str | None = option(None, "fixed", affects=("rows",), needs=(TEXT,), unset="no column")
+    """Column of the prompt, for --lm-mask prefix."""
+    response_column: str | None = option(None, "fixed", affects=("rows",), needs=(TEXT,), unset="no column")
+    """Column of the response, for --lm-mask prefix."""
+    tokenizer_path: str | None = option(
+        None,
+        "fixed",
+        affects=("rows",),
+        needs=(TEXT,),
+        aliases={"--model": None},
+        unset="a byte-level BPE trained on the data",
+    )
+    """Hugging Face tokenizer: a folder, its tokenizer.json, or an id of the Hub."""
+    vocab_size: int = option(16000, "fixed", ge=300, needs=(TEXT, OWN_TOKENIZER, FIXED_VOCABULARY))
+    """Vocabulary size of the byte-level BPE, the 256 bytes and the special tokens included."""
+    auto_vocab_size: bool = option(False, "fixed", needs=(TEXT, OWN_TOKENIZER))
+    """Choose the vocabulary size from the data: only pairs frequent enough to be learnt are merged; the log says how
+    it was chosen."""
+    min_vocab_size: int = option(5000, "fixed", ge=300, needs=(TEXT, OWN_TOKENIZER, AUTO_VOCABULARY))
     """Smallest vocabulary that --auto-vocab-size may choose."""
-    max_vocab_size: int = Field(default=50000, ge=300)
+    max_vocab_size: int = option(50000, "fixed", ge=300, needs=(TEXT, OWN_TOKENIZER, AUTO_VOCABULARY))
     """Largest vocabulary that --auto-vocab-size may choose."""
-    tokenizer_train_examples: int = Field(default=10000, ge=1)
+    tokenizer_train_examples: int = option(10000, "fixed", ge=1, needs=(TEXT, OWN_TOKENIZER))
     """Documents that the byte-level BPE is trained on."""
-    retrain_tokenizer: bool = False
-    """Train the byte-level BPE anew although the bundle holds one."""
-    max_seq_len: int | None = Field(default=None, ge=2)
-    """Tokens in a sequence (if not said: 128 for text, the puzzle's own length for puzzles)."""
-    packing: bool = True
-    """Pack documents into full sequences with end-of-text marks, instead of one document per row."""
-    stride: int | None = Field(default=None, ge=2)
-    """Tokens between the beginnings of sequences; fewer than --max-seq-len makes them overlap (labels count once)."""
-    streaming: bool = True
-    """Tokenise just in time while training goes on; otherwise load and tokenise everything first."""
-    cache_gb: float = Field(default=8.0, ge=0)
-    """Gigabytes of tokenised chunks that are kept in the bundle, so that later epochs need not tokenise again."""
-    linear_dataset: bool = True
-    """Take the data in its order; otherwise in an order drawn from the seed and the epoch."""
-    shuffle_buffer_size: int = Field(default=10000, ge=1)
+    retrain_tokenizer: bool = option(False, "fixed", needs=(TEXT, OWN_TOKENIZER))
+    """Train a new byte-level BPE even if the bundle has one."""
+    max_seq_len: int | None = option(
+        None,
+        "fixed",
+        ge=2,
+        affects=("memory",),
+        aliases={"--seq-len": None},
+        unset="128 for text, the puzzle's own length for puzzles",
+    )
+    """Tokens in a sequence."""
+    packing: bool = option(True, "fixed", affects=("memory",), needs=(TEXT,))
+    """Pack several documents into a sequence, with end-of-text tokens between them."""
+    stride: int | None = option(
+        None, "fixed", ge=2, needs=(TEXT, WHOLE_TEXTS, OVERLAP), unset="--max-seq-len, no overlap"
+    )
+    """Tokens between the starts of two sequences; fewer than --max-seq-len makes them overlap (labels count once)."""
+    streaming: bool = option(True, "free", needs=(TEXT,))
+    """Tokenise just in time while training runs; otherwise load and tokenise everything first."""
+    cache_gb: float = option(8.0, "free", ge=0, needs=(TEXT,))
+    """Gigabytes of tokenised chunks to keep in the bundle, so that later epochs do not tokenise again."""
+    linear_dataset: bool = option(True, "fixed")
+    """Read the data in order; otherwise in an order drawn from the seed and the epoch."""
+    shuffle_buffer_size: int = option(10000, "fixed", ge=1, needs=(TEXT, SHUFFLED))
     """Samples whose sequences are shuffled together, for --no-linear-dataset."""
-    samples_per_block: int = Field(default=100000, ge=1)
+    samples_per_block: int = option(100000, "fixed", ge=1, affects=("rows",), needs=(TEXT,))
     """Samples (rows of the data) in a block; an epoch finishes one block before it begins another."""
-    dataset_chunk_size: int = Field(default=4000, ge=1)
-    """Samples in a chunk, the unit in which data is read, tokenised, packed and accounted for."""
-    start_block_id: int | None = Field(default=None, ge=0)
+    dataset_chunk_size: int = option(4000, "fixed", ge=1, affects=("rows",), needs=(TEXT,))
+    """Samples in a chunk, the unit in which data is read, tokenised, packed and entered in the ledger."""
+    start_block_id: int | None = option(None, "fixed", ge=0, needs=(TEXT,), unset="the first block")
     """Block that the first epoch begins with, counted from 0."""
-    start_chunk_id: int | None = Field(default=None, ge=0)
+    start_chunk_id: int | None = option(None, "fixed", ge=0, needs=(TEXT,), unset="the block's first chunk")
     """Chunk of that block that the first epoch begins with, counted from 0."""
-    force_train: bool = False
+    force_train: bool = option(False, "free")
     """On a resumed run: train one epoch more than --epochs, on chunks that have all been trained already."""
-    dataset_start_offset: int = Field(default=0, ge=0)
-    """Rows at the beginning of the data that are no part of it."""
-    max_train_examples: int | None = Field(default=None, ge=1)
-    """Use at most this many rows (or puzzles) of the training data, the first ones."""
-    max_val_examples: int | None = Field(default=None, ge=1)
-    """Use at most this many rows (or puzzles) of the held-out data, the first ones."""
-    ascii_only: bool = False
-    """Leave out rows whose text has other characters than ASCII."""
-    on_bad_row: OnBadRow = "fail"
-    """What to do about a row that cannot be read: end the run, or skip it, count it and say so."""
-    eval_file: str | None = None
-    """Held-out data to evaluate on, named as --dataset-file names the training data."""
-    val_split: str | None = None
+    dataset_start_offset: int = option(0, "fixed", ge=0, affects=("rows",), needs=(TEXT,))
+    """Skip this many rows at the start of the data."""
+    max_train_examples: int | None = option(None, "fixed", ge=1, affects=("rows",), unset="all rows")
+    """Use at most this many rows (or puzzles) of the training data, from its start."""
+    max_val_examples: int | None = option(None, "free", ge=1, needs=(EVALUATION,), unset="all rows")
+    """Use at most this many rows (or puzzles) of the evaluation data, from its start."""
+    ascii_only: bool = option(False, "fixed", affects=("rows",), needs=(TEXT,))
+    """Leave out rows whose text has characters other than ASCII."""
+    on_bad_row: OnBadRow = option("fail", "free", affects=("rows",), needs=(TEXT,))
+    """What to do with a row that cannot be read: end the run (fail), or count it, warn and go on (skip)."""
+    eval_file: str | None = option(None, "free", replaces=("data.val_split",), unset="no evaluation data")
+    """Evaluation data, named like --dataset-file."""
+    val_split: str | None = option(
+        None, "free", affects=("rows",), replaces=("data.eval_file",), unset="no evaluation data"
+    )
     """Split of the training data's file or data set to evaluate on."""
-    eval_batches: int = Field(default=10, ge=1)
-    """At most this many effective batches in one evaluation: the same samples however the batch is cut."""
+    eval_batches: int = option(10, "free", ge=1, needs=(EVALUATION,))
+    """Maximum number of effective batches in one evaluation; the samples do not depend on the micro-batch size."""
 
     @property
     def training_data(self) -> str | None:

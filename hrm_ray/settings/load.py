@@ -15,14 +15,7 @@ from pydantic import ValidationError
 from hrm_ray.errors import Fault, SettingsError
 from hrm_ray.settings.faults import fault_of_error, hint_of_name, nearest
 from hrm_ray.settings.options import Spelling, options, spellings
-from hrm_ray.settings.presets import (
-    DROPPED_ON_RESUME,
-    MUTUALLY_EXCLUSIVE,
-    PRESETS,
-    SAID_EACH_TIME,
-    layer_leaves,
-    preset_leaves,
-)
+from hrm_ray.settings.presets import PRESETS, layer_leaves, preset_leaves
 from hrm_ray.settings.profiles import PROFILES, profile_leaves
 from hrm_ray.settings.rules import broken_rules
 from hrm_ray.settings.tree import SECTIONS, RunSettings
@@ -51,11 +44,13 @@ def load_settings(
             read_tree(trial or {}, "trial"),
         ]
     )
-    resumed = read_tree({key: value for key, value in (base or {}).items() if key not in SAID_EACH_TIME}, "resumed run")
+    traits = {key: option.traits for key, option in options().items()}
+    dropped = {key for key in traits if traits[key].on_resume == "dropped"}
+    resumed = read_tree({key: value for key, value in (base or {}).items() if key not in dropped}, "resumed run")
     faults = [*found, *resumed.faults, *user.faults]
 
     by_user = _filled(user.values)
-    replaced = {old for key in by_user for old in (*MUTUALLY_EXCLUSIVE.get(key, ()), *DROPPED_ON_RESUME.get(key, ()))}
+    replaced = {old for key in by_user for old in (*traits[key].replaces, *traits[key].replaces_stored)}
     kept = {key: value for key, value in _filled(resumed.values).items() if key not in replaced}
     profile = profile_leaves(str({**resumed.values, **user.values}.get("run.profile")))
     values = {**profile, **kept, **by_user}
@@ -139,8 +134,8 @@ def _merged(sources: Sequence[ParsedSource]) -> ParsedSource:
     """Sources laid over one another, the last on top."""
     whole = ParsedSource()
     for source in sources:
-        # What is said later takes the place of its rivals said earlier, as an option does of itself.
-        for rival in {old for key in source.values for old in MUTUALLY_EXCLUSIVE.get(key, ())} - source.values.keys():
+        # A later source replaces the rivals of its options too, as an option replaces its own earlier value.
+        for rival in {old for key in source.values for old in options()[key].traits.replaces} - source.values.keys():
             whole.values.pop(rival, None)
         whole.values.update(source.values)
         whole.words.update(source.words)

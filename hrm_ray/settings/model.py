@@ -1,16 +1,22 @@
-"""Settings of the model: the network, its mask, how it halts and what its loss is.
-
-One job: the leaves of section `model`. What a leaf does is in `hrm_ray.model`; rules between leaves are in `rules`.
-"""
+"""Settings of the model: the network, its attention mask, halting and loss."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from pydantic import Field
-
-from hrm_ray.settings.base import Section
+from hrm_ray.settings.base import Section, option
+from hrm_ray.settings.needs import (
+    CARRIED_PUZZLES,
+    CYCLES,
+    EXPERTS,
+    GAIN_RULE,
+    ONE_EXPERT,
+    ROPE,
+    SEVERAL_SEGMENTS,
+    TEXT,
+    WINDOW_WITHIN_ROW,
+)
 
 Task: TypeAlias = Literal["lm", "puzzle"]
 Arch: TypeAlias = Literal["actv1", "transformer"]
@@ -26,81 +32,83 @@ ModelPreset: TypeAlias = Literal["nano", "tiny", "small", "medium", "large", "xl
 class ModelSettings(Section):
     """The network and its objective."""
 
-    task: Task | None = None
-    """What is learned: lm (next token of text) or puzzle (labels beside inputs); told from the data if not said."""
-    arch: Arch = "actv1"
-    """actv1 is the HRM; transformer a plain causal transformer of the same block, to compare with."""
-    model_preset: ModelPreset | None = None
-    """A named size of about 5, 15, 50, 150, 400 or 1000 million parameters; every single option still overrides it."""
-    h_layers: int = Field(default=2, ge=1)
+    task: Task | None = option(None, "fixed", unset="what the data is")
+    """What is learned: lm (the next token of text) or puzzle (labels beside inputs)."""
+    arch: Arch = option("actv1", "fixed")
+    """Architecture: actv1 is the HRM; transformer is a plain causal transformer of the same block, for comparison."""
+    model_preset: ModelPreset | None = option(None, "free", unset="no preset")
+    """Named size of about 5, 15, 50, 150, 400 or 1000 million parameters; single options override it."""
+    h_layers: int = option(2, "fixed", ge=1, replaces=("model.num_layers",))
     """Layers of the high level (H)."""
-    l_layers: int = Field(default=2, ge=1)
+    l_layers: int = option(2, "fixed", ge=1, replaces=("model.num_layers",))
     """Layers of the low level (L)."""
-    num_layers: int | None = Field(default=None, ge=2)
-    """An even number of layers, split evenly over H and L, in place of --h-layers and --l-layers."""
-    hidden_size: int = Field(default=512, ge=1)
-    """Width of the model; the number of heads must divide it."""
-    num_heads: int = Field(default=8, ge=1)
+    num_layers: int | None = option(
+        None, "free", ge=2, replaces=("model.h_layers", "model.l_layers"), unset="--h-layers and --l-layers"
+    )
+    """An even number of layers, split evenly over H and L."""
+    hidden_size: int = option(512, "fixed", ge=1, aliases={"--d-model": None})
+    """Width of the model; a multiple of --num-heads."""
+    num_heads: int = option(8, "fixed", ge=1)
     """Attention heads."""
-    expansion: float = Field(default=2.0, gt=0)
-    """Width of the feed-forward part relative to the model, before the 2/3 of SwiGLU and rounding up to 256."""
-    d_ff: int | None = Field(default=None, ge=1)
-    """Exact width of the feed-forward part, in place of --expansion."""
-    h_cycles: int = Field(default=2, ge=1)
+    expansion: float = option(2.0, "fixed", gt=0, replaces=("model.d_ff",))
+    """Width of the feed-forward layer relative to the model, before the 2/3 of SwiGLU and rounding up to 256."""
+    d_ff: int | None = option(None, "fixed", ge=1, unset="the width of --expansion")
+    """Exact width of the feed-forward layer."""
+    h_cycles: int = option(2, "fixed", ge=1, needs=(CYCLES,))
     """H updates in one segment."""
-    l_cycles: int = Field(default=2, ge=1)
+    l_cycles: int = option(2, "fixed", ge=1, needs=(CYCLES,))
     """L updates before each H update."""
-    pos_encodings: PosEncodings = "rope"
-    """How positions are told: rotary (rope), a learned table (learned), or not at all (none)."""
-    rope_theta: float = Field(default=10000.0, gt=0)
+    pos_encodings: PosEncodings = option("rope", "fixed", aliases={"--no-rope": "learned"})
+    """Position encoding: rotary (rope), a learned table (learned), or none."""
+    rope_theta: float = option(10000.0, "fixed", gt=0, needs=(ROPE,))
     """Base of the rotary frequencies."""
-    rms_norm_eps: float = Field(default=1e-5, gt=0)
-    """Added to the mean square in RMSNorm, or to the variance in LayerNorm."""
-    rmsnorm: bool = True
+    rms_norm_eps: float = option(1e-5, "fixed", gt=0)
+    """Epsilon of RMSNorm (added to the mean square) or LayerNorm (added to the variance)."""
+    rmsnorm: bool = option(True, "fixed")
     """RMSNorm without a weight; otherwise LayerNorm with weight and bias."""
-    activation: Activation = "silu"
-    """Nonlinearity of the feed-forward part."""
-    swiglu: bool = True
-    """A gate in the feed-forward part; otherwise two matrices of the same inner width."""
-    dropout_rate: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the values that dropout sets to 0 behind attention and feed-forward part, in training."""
-    lm_mask: LmMask = "causal"
-    """Attention of a language model: causal, or prefix (full inside the prompt, causal in the response)."""
-    use_moe: bool = True
-    """Sparse experts in place of the feed-forward part of every block."""
-    num_experts: int = Field(default=8, ge=2)
-    """Experts of each block, each as wide as the feed-forward part would be."""
-    num_experts_per_tok: int = Field(default=2, ge=1)
-    """Experts that each token goes through."""
-    moe_capacity_factor: float = Field(default=1.25, gt=0)
-    """In training an expert takes this many times its even share of a sequence; what is over is dropped."""
-    moe_load_balance_coef: float = Field(default=0.01, ge=0)
-    """Weight in the loss of the term that keeps the experts of a sequence evenly used."""
-    moe_router_z_coef: float = Field(default=0.001, ge=0)
-    """Weight in the loss of the term that keeps the routers' scores small."""
-    window_size: int | None = Field(default=None, ge=1)
-    """How many positions of a text, itself included, a position sees at most (if not said: all before it)."""
-    use_flash_attn: bool | None = None
-    """Compute attention with FlashAttention (if not said: where it is installed and the GPU can)."""
-    supervision: Supervision | None = None
-    """segment: a weight update per segment, the carry kept; rollout: all segments, then one update
-    (if not said: segment for puzzles, rollout for text)."""
-    bp_steps: int = Field(default=2, ge=1)
+    activation: Activation = option("silu", "fixed")
+    """Activation function of the feed-forward layer."""
+    swiglu: bool = option(True, "fixed")
+    """Gated feed-forward layer (GLU); otherwise two matrices of the same inner width."""
+    dropout_rate: float = option(0.0, "free", ge=0, lt=1)
+    """Dropout after attention and after the feed-forward layer."""
+    lm_mask: LmMask = option("causal", "fixed", needs=(TEXT,))
+    """Attention mask of a language model: causal, or prefix (full in the prompt, causal in the response)."""
+    use_moe: bool = option(True, "fixed", aliases={"--no-moe": "false"}, before=False)
+    """Mixture of experts in place of every feed-forward layer."""
+    num_experts: int = option(8, "fixed", ge=2, needs=(EXPERTS,))
+    """Experts of each block, each as wide as the feed-forward layer would be."""
+    num_experts_per_tok: int = option(2, "fixed", ge=1, needs=(EXPERTS,))
+    """Experts that each token is routed to."""
+    moe_capacity_factor: float = option(1.25, "free", gt=0, needs=(EXPERTS,))
+    """Capacity of an expert in training, as a multiple of its even share of a sequence; tokens above it are dropped."""
+    moe_load_balance_coef: float = option(0.01, "free", ge=0, needs=(EXPERTS,))
+    """Coefficient of the load-balancing loss of the experts."""
+    moe_router_z_coef: float = option(0.001, "free", ge=0, needs=(EXPERTS,))
+    """Coefficient of the router z-loss, which keeps the routers' logits small."""
+    window_size: int | None = option(None, "fixed", ge=1, needs=(WINDOW_WITHIN_ROW,), unset="all positions before it")
+    """Sliding-window attention: how many positions of a text, itself included, a position attends to at most."""
+    use_flash_attn: bool | None = option(None, "free", unset="on where it is installed and the GPU supports it")
+    """Compute attention with FlashAttention."""
+    supervision: Supervision | None = option(None, "fixed", unset="segment for puzzles, rollout for text")
+    """segment: one weight update per segment, with the carry kept; rollout: all segments, then one update."""
+    bp_steps: int = option(2, "free", ge=1, needs=(CYCLES,))
     """How many of a segment's last L and H updates carry gradient; 2 is the reference's one-step gradient."""
-    halt_max_steps: int = Field(default=2, ge=1)
-    """At most this many segments for one input."""
-    halt_exploration_prob: float | None = Field(default=None, ge=0, le=1)
-    """Chance that a puzzle must think a random number of segments before it may halt
-    (if not said: 0.1 for puzzles; text has none)."""
-    halt_rule: HaltRule = "gain"
-    """What a text token's halting head learns: gain (would one more segment lower the loss?) or none."""
-    halt_margin: float = Field(default=0.01, ge=0)
-    """By how many nats a further segment must lower a token's loss to count as a gain."""
-    loss: LossKind | None = None
-    """Cross entropy over softmax or stablemax (if not said: stablemax for puzzles, softmax for text)."""
-    puzzle_emb_ndim: int = Field(default=0, ge=0)
-    """Width of the embedding learned per puzzle identifier; 0 is none."""
-    student_init: Path | None = None
-    """Start from these weights: a bundle of this project, or an original HRM checkpoint."""
-    expert_index: int | None = Field(default=None, ge=0)
-    """Train only this expert of every block, counted from 0, with everything else frozen."""
+    halt_max_steps: int = option(2, "fixed", ge=1, needs=(CYCLES,))
+    """Maximum number of segments for one input."""
+    halt_exploration_prob: float | None = option(
+        None, "free", ge=0, le=1, needs=(CYCLES, CARRIED_PUZZLES), unset="0.1 for puzzles, 0 for text"
+    )
+    """Probability that a puzzle has to run a random number of segments before it may halt."""
+    halt_rule: HaltRule = option("gain", "free", needs=(CYCLES, TEXT, SEVERAL_SEGMENTS))
+    """Target of a text token's halting head: gain (would one more segment lower the loss?) or none."""
+    halt_margin: float = option(0.01, "free", ge=0, needs=(CYCLES, GAIN_RULE, TEXT, SEVERAL_SEGMENTS))
+    """By how many nats one more segment must lower a token's loss to count as a gain."""
+    loss: LossKind | None = option(None, "fixed", unset="stablemax for puzzles, softmax for text")
+    """Cross entropy over softmax or stablemax."""
+    puzzle_emb_ndim: int = option(0, "fixed", ge=0)
+    """Width of the learned embedding of each puzzle identifier; 0 is none."""
+    student_init: Path | None = option(None, "fixed", unset="random weights")
+    """Start from the weights of this bundle, or of an original HRM checkpoint."""
+    expert_index: int | None = option(None, "fixed", ge=0, needs=(ONE_EXPERT,), unset="all experts")
+    """Train only this expert of every block, counted from 0; everything else is frozen."""

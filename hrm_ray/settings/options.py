@@ -1,8 +1,4 @@
-"""The flat options of the command line, derived from the settings tree.
-
-One job: say which options there are, what each means, and which leaf a spelling stands for. It reads no
-arguments (`hrm_ray.cli.arguments` does) and checks no values (`load` does).
-"""
+"""The flat options of the command line, derived from the fields of the settings tree."""
 
 from __future__ import annotations
 
@@ -11,34 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, get_args, get_origin
 
-from hrm_ray.settings.base import plain_types
+from hrm_ray.settings.base import Traits, plain_types
 from hrm_ray.settings.tree import SECTIONS, leaf_keys
-
-
-@dataclass(frozen=True)
-class Alias:
-    """Another spelling of a leaf; with `value`, a switch that sets the leaf to just that."""
-
-    leaf: str
-    value: str | None = None
-
-
-ALIASES: dict[str, Alias] = {
-    "--d-model": Alias("model.hidden_size"),
-    "--no-moe": Alias("model.use_moe", "false"),
-    "--no-rope": Alias("model.pos_encodings", "learned"),
-    "--model": Alias("data.tokenizer_path"),
-    "--seq-len": Alias("data.max_seq_len"),
-    "--learning-rate": Alias("optimizer.lr"),
-    "--use-mixed-precision": Alias("memory.amp", "true"),
-    "--no-mixed-precision": Alias("memory.amp", "false"),
-    "--use-lora": Alias("adapt.use_peft", "true"),
-    "--no-use-lora": Alias("adapt.use_peft", "false"),
-    "--lora-rank": Alias("adapt.lora_r"),
-    "--save-dir": Alias("run.bundle_dir"),
-    "--output-dir": Alias("run.bundle_dir"),
-}
-"""Spellings of the two older command lines (FEATURES.md)."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +23,7 @@ class Option:
     choices: tuple[str, ...]
     default: Any
     help: str
+    traits: Traits
 
     @property
     def off_flag(self) -> str:
@@ -65,15 +36,19 @@ class Option:
         return self.key.partition(".")[0]
 
     @property
-    def aliases(self) -> tuple[str, ...]:
-        """Its other spellings."""
-        return tuple(name for name, alias in ALIASES.items() if alias.leaf == self.key)
+    def name(self) -> str:
+        """The leaf's name in its section."""
+        return self.key.partition(".")[2]
 
     def written(self, value: Any) -> str:
         """How a user would give this option that value, such as `--lr 0.001` or `--no-packing`."""
         if self.is_switch and isinstance(value, bool):
             return self.flag if value else self.off_flag
         return f"{self.flag} {value}"
+
+    def described(self, value: Any) -> str:
+        """The value for a message; where it is None, what the option does by default."""
+        return f"the default ({self.traits.unset})" if value is None else str(value)
 
 
 @dataclass(frozen=True)
@@ -98,14 +73,17 @@ def spellings() -> Mapping[str, Spelling]:
         table[option.flag] = Spelling(option, True if option.is_switch else None)
         if option.is_switch:
             table[option.off_flag] = Spelling(option, False)
-    for name, alias in ALIASES.items():
-        table[name] = Spelling(options()[alias.leaf], alias.value)
+        for alias, fixed in option.traits.aliases.items():
+            table[alias] = Spelling(option, fixed)
     return table
 
 
 def _option(key: str) -> Option:
     section, _, name = key.partition(".")
     field = SECTIONS[section].model_fields[name]
+    traits = field.json_schema_extra
+    if not isinstance(traits, Traits):
+        raise TypeError(f"{key} is not declared with option()")
     types = plain_types(field.annotation)
     choices = tuple(str(choice) for kind in types if get_origin(kind) is Literal for choice in get_args(kind))
     return Option(
@@ -115,4 +93,5 @@ def _option(key: str) -> Option:
         choices=choices,
         default=field.default,
         help=" ".join((field.description or "").split()),
+        traits=traits,
     )

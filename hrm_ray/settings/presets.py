@@ -1,7 +1,4 @@
-"""Named sizes, and the settings that stand in for others.
-
-One job: say which leaves a preset or `num_layers` fills, as literal tables. `load` lays them under what the user said.
-"""
+"""Named sizes, and the layers that `num_layers` stands for. `load` puts them below what the user gave."""
 
 from __future__ import annotations
 
@@ -33,24 +30,6 @@ M11). From small on with the widths, the head size of 64 and the inner width of 
 shared evenly by H and L, and less than theirs for the same number of parameters, since each level runs several times.
 A preset is dense unless experts are asked for.
 """
-
-MUTUALLY_EXCLUSIVE: dict[str, tuple[str, ...]] = {
-    "model.num_layers": ("model.h_layers", "model.l_layers"),
-    "model.h_layers": ("model.num_layers",),
-    "model.l_layers": ("model.num_layers",),
-    "model.expansion": ("model.d_ff",),
-    "data.dataset_file": ("data.dataset_id", "data.dataset_config"),
-    "data.dataset_id": ("data.dataset_file", "data.dataset_config"),
-    "data.eval_file": ("data.val_split",),
-    "data.val_split": ("data.eval_file",),
-}
-"""A leaf that the user sets takes the place of these leaves of a resumed run, which therefore fall away."""
-
-DROPPED_ON_RESUME: dict[str, tuple[str, ...]] = {"cluster.launcher": ("cluster.ddp",)}
-"""Leaves of a resumed run that another choice of the user's makes void; no rivals where both are said at once."""
-
-SAID_EACH_TIME: frozenset[str] = frozenset({"run.resume", "run.resume_from"})
-"""Leaves about one invocation only: never taken from a resumed run."""
 
 
 def preset_leaves(name: str) -> dict[str, Any]:

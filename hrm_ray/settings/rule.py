@@ -1,40 +1,30 @@
-"""What a rule between leaves is, and how a fault names leaves.
-
-One job: the two things every file of rules is written with. The table of all rules is in `rules`.
-"""
+"""How a rule between options is written. The rules are in `rules_model` and `rules_run`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import TypeAlias
 
 from hrm_ray.errors import Fault
 from hrm_ray.settings.options import options
-from hrm_ray.settings.tree import RunSettings
+from hrm_ray.settings.tree import SECTIONS, RunSettings
+
+Rule: TypeAlias = Callable[[RunSettings], Fault | None]
+"""Gives what is wrong with a combination of options, or None. `rules` notes which leaves it reads."""
 
 
-@dataclass(frozen=True)
-class Rule:
-    """A combination that is refused. `check` reads no leaf outside `reads`, so that a rule is skipped, and reports
-    nothing untrue, when one of its leaves is itself faulty."""
+def refuse(broken: Callable[[RunSettings], bool], shows: tuple[str, ...], reason: str, hint: str) -> Rule:
+    """A rule that is one condition. `reason` and `hint` may contain leaves, such as {model.num_experts}."""
 
-    name: str
-    reads: tuple[str, ...]
-    check: Callable[[RunSettings], Fault | None]
+    def rule(settings: RunSettings) -> Fault | None:
+        if not broken(settings):
+            return None
+        sections = {name: getattr(settings, name) for name in SECTIONS}
+        return Fault(written(settings, *shows), reason.format(**sections), hint.format(**sections))
 
-
-def said(settings: RunSettings, *keys: str) -> str:
-    """Leaves with their values as a user would write them: `--num-heads 3 with --hidden-size 64`."""
-    return " with ".join(options()[key].written(settings.leaf(key)) for key in keys)
+    return rule
 
 
-@dataclass(frozen=True)
-class NoEffectRule:
-    """`leaves` that change nothing `when` the leaves in `reads` stand as they do."""
-
-    name: str
-    leaves: tuple[str, ...]
-    reads: tuple[str, ...]
-    when: Callable[[RunSettings], bool]
-    because: str
-    hint: str
+def written(settings: RunSettings, *shown: str) -> str:
+    """Leaves as a user would write them, `--num-heads 3 with --hidden-size 64`; other text stays as it is."""
+    return " with ".join(options()[part].written(settings.leaf(part)) if part in options() else part for part in shown)

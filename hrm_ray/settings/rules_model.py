@@ -1,44 +1,45 @@
-"""Which model and data leaves cannot go together.
-
-One job: the rules about the network, its mask, its supervision and its text columns.
-"""
+"""Rules about the network, its objective, adapters and experts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from hrm_ray.errors import Fault
-from hrm_ray.settings.rule import Rule, said
+from hrm_ray.settings.adapt import FFN_PROJECTIONS, PROJECTIONS
+from hrm_ray.settings.rule import Rule, refuse, written
 from hrm_ray.settings.tree import RunSettings
 
 
 def _heads_divide(settings: RunSettings) -> Fault | None:
-    model = settings.model
-    if model.hidden_size % model.num_heads == 0:
+    width, heads = settings.model.hidden_size, settings.model.num_heads
+    if width % heads == 0:
         return None
-    near = min((n for n in range(1, model.hidden_size + 1) if model.hidden_size % n == 0), key=_near(model.num_heads))
+    near = min((n for n in range(1, width + 1) if width % n == 0), key=lambda divisor: abs(divisor - heads))
     return Fault(
-        said(settings, "model.num_heads", "model.hidden_size"),
+        written(settings, "model.num_heads", "model.hidden_size"),
         "the number of heads does not divide the hidden size",
         f"Give a divisor such as --num-heads {near}",
     )
 
 
 def _head_size_even(settings: RunSettings) -> Fault | None:
-    model = settings.model
-    if model.pos_encodings != "rope" or model.hidden_size % model.num_heads:
-        return None
-    if model.hidden_size // model.num_heads % 2 == 0:
+    size, rest = divmod(settings.model.hidden_size, settings.model.num_heads)
+    if settings.model.pos_encodings != "rope" or rest or size % 2 == 0:
         return None
     return Fault(
-        said(settings, "model.num_heads", "model.hidden_size"),
-        f"rotary positions need an even head size, and this one is {model.hidden_size // model.num_heads}",
+        written(settings, "model.num_heads", "model.hidden_size"),
+        f"rotary positions need an even head size, and this one is {size}",
         "Give fewer heads, or --pos-encodings learned",
     )
 
 
-def _near(wanted: int) -> Callable[[int], int]:
-    return lambda candidate: abs(candidate - wanted)
+def _layers_once(settings: RunSettings) -> Fault | None:
+    given = [key for key in ("model.h_layers", "model.l_layers") if key in settings.given]
+    if settings.model.num_layers is None or not given:
+        return None
+    return Fault(
+        written(settings, "model.num_layers", *given),
+        "--num-layers sets the layers of H and L itself",
+        "Give --num-layers, or --h-layers and --l-layers",
+    )
 
 
 def _layers_even(settings: RunSettings) -> Fault | None:
@@ -49,27 +50,6 @@ def _layers_even(settings: RunSettings) -> Fault | None:
         f"--num-layers {number}",
         "the layers are split evenly over H and L",
         f"Give --num-layers {number + 1}, or --h-layers and --l-layers",
-    )
-
-
-def _layers_once(settings: RunSettings) -> Fault | None:
-    given = [key for key in ("model.h_layers", "model.l_layers") if key in settings.given]
-    if settings.model.num_layers is None or not given:
-        return None
-    return Fault(
-        said(settings, "model.num_layers", *given),
-        "--num-layers sets the layers of H and L itself",
-        "Give --num-layers, or --h-layers and --l-layers",
-    )
-
-
-def _width_once(settings: RunSettings) -> Fault | None:
-    if settings.model.d_ff is None or "model.expansion" not in settings.given:
-        return None
-    return Fault(
-        said(settings, "model.d_ff", "model.expansion"),
-        "both set the width of the feed-forward part",
-        "Give one of the two",
     )
 
 
@@ -85,140 +65,189 @@ def _gradient_within_segment(settings: RunSettings) -> Fault | None:
     )
 
 
-def _experts_to_choose_from(settings: RunSettings) -> Fault | None:
-    model = settings.model
-    if not model.use_moe or model.num_experts_per_tok <= model.num_experts:
+def _prefix_names_columns(settings: RunSettings) -> Fault | None:
+    columns = {"--prompt-column": settings.data.prompt_column, "--response-column": settings.data.response_column}
+    missing = [name for name, value in columns.items() if value is None]
+    if settings.model.lm_mask != "prefix" or not missing:
         return None
     return Fault(
-        said(settings, "model.num_experts_per_tok", "model.num_experts"),
-        "a token cannot go through more experts than there are",
-        f"Give at most --num-experts-per-tok {model.num_experts}",
+        "--lm-mask prefix",
+        f"it needs the columns of prompt and response, and {' and '.join(missing)} is missing",
+        "Give --prompt-column and --response-column",
     )
 
 
-def _text_in_rollout(settings: RunSettings) -> Fault | None:
-    if settings.model.task != "lm" or settings.model.supervision != "segment":
+def _columns_need_prefix(settings: RunSettings) -> Fault | None:
+    named = [key for key in ("data.prompt_column", "data.response_column") if settings.leaf(key) is not None]
+    if settings.model.lm_mask == "prefix" or not named:
         return None
     return Fault(
-        "--supervision segment with text",
+        written(settings, *named),
+        "prompt and response are distinguished only under --lm-mask prefix",
+        "Add --lm-mask prefix, or name the text with --text-column",
+    )
+
+
+def _quantised_needs_peft(settings: RunSettings) -> Fault | None:
+    loads = [key for key in ("memory.load_in_8bit", "memory.load_in_4bit") if settings.leaf(key)]
+    if not loads or settings.adapt.use_peft:
+        return None
+    return Fault(
+        written(settings, *loads),
+        "quantised weights are frozen, so there would be little left to train",
+        "Add --use-peft, or leave it out",
+    )
+
+
+def _targets_exist(settings: RunSettings) -> Fault | None:
+    """Layers that are known, but not in this model: experts are stacked tensors, and only SwiGLU has a gate."""
+    if not settings.adapt.use_peft:
+        return None
+    missing: tuple[str, ...] = ()
+    if settings.model.use_moe:
+        missing, why = FFN_PROJECTIONS, "with --use-moe the experts are stacked tensors without"
+    elif not settings.model.swiglu:
+        missing, why = ("gate_proj",), "without SwiGLU there is no"
+    wrong = [name for name in settings.adapt.targets if name in missing]
+    if not wrong:
+        return None
+    hint = f"The layers are {', '.join(name for name in PROJECTIONS if name not in missing)}"
+    if settings.model.use_moe:
+        hint += "; or give --no-moe"
+    return Fault(written(settings, "adapt.lora_target_modules"), f"{why} {', '.join(wrong)}", hint)
+
+
+MODEL_RULES: dict[str, Rule] = {
+    "heads_divide": _heads_divide,
+    "head_size_even": _head_size_even,
+    "layers_even": _layers_even,
+    "layers_once": _layers_once,
+    "width_once": refuse(
+        lambda s: s.model.d_ff is not None and "model.expansion" in s.given,
+        ("model.d_ff", "model.expansion"),
+        "both set the width of the feed-forward layer",
+        "Give one of the two",
+    ),
+    "gradient_within_segment": _gradient_within_segment,
+    "experts_to_choose_from": refuse(
+        lambda s: s.model.use_moe and s.model.num_experts_per_tok > s.model.num_experts,
+        ("model.num_experts_per_tok", "model.num_experts"),
+        "a token cannot be routed to more experts than there are",
+        "Give at most --num-experts-per-tok {model.num_experts}",
+    ),
+    "text_in_rollout": refuse(
+        lambda s: s.model.task == "lm" and s.model.supervision == "segment",
+        ("model.supervision", "text"),
         "a language model learns all segments of a batch together",
         "Give --supervision rollout, or leave it out",
-    )
-
-
-def _text_without_exploration(settings: RunSettings) -> Fault | None:
-    if settings.model.task != "lm" or not settings.model.halt_exploration_prob:
-        return None
-    return Fault(
-        f"--halt-exploration-prob {settings.model.halt_exploration_prob} with text",
-        "the number of segments of a text is fixed in training, so there is nothing to explore",
+    ),
+    "text_without_exploration": refuse(
+        lambda s: s.model.task == "lm" and bool(s.model.halt_exploration_prob),
+        ("model.halt_exploration_prob", "text"),
+        "a text has a fixed number of segments in training, so there is nothing to explore",
         "Leave it out",
-    )
-
-
-def _exploration_has_room(settings: RunSettings) -> Fault | None:
-    model = settings.model
-    given = "model.halt_exploration_prob" in settings.given
-    if model.halt_max_steps > 1 or not model.halt_exploration_prob or not given:
-        return None
-    return Fault(
-        said(settings, "model.halt_exploration_prob", "model.halt_max_steps"),
+    ),
+    "exploration_has_room": refuse(
+        lambda s: (
+            "model.halt_exploration_prob" in s.given
+            and bool(s.model.halt_exploration_prob)
+            and s.model.halt_max_steps == 1
+        ),
+        ("model.halt_exploration_prob", "model.halt_max_steps"),
         "with one segment there is no other moment to halt at",
         "Give --halt-max-steps 2 or more, or leave the exploration out",
-    )
-
-
-def _columns_with_prefix(settings: RunSettings) -> Fault | None:
-    data = settings.data
-    named = [key for key in ("data.prompt_column", "data.response_column") if settings.leaf(key) is not None]
-    if settings.model.lm_mask == "prefix" and len(named) < 2:
-        missing = [name for name, value in _prefix_columns(data.prompt_column, data.response_column) if value is None]
-        return Fault(
-            "--lm-mask prefix",
-            f"it needs to know which fields are prompt and response, and lacks {' and '.join(missing)}",
-            "Give --prompt-column and --response-column",
-        )
-    if data.prompt_column is not None and data.prompt_column == data.response_column:
-        return Fault(
-            said(settings, *named),
-            "the prompt would show the whole response, and the model would learn to copy",
-            "Name two fields",
-        )
-    if settings.model.lm_mask != "prefix" and named:
-        return Fault(
-            said(settings, *named),
-            "prompt and response are told apart only under --lm-mask prefix",
-            "Add --lm-mask prefix, or name the text with --text-column",
-        )
-    return None
-
-
-def _prefix_columns(prompt: str | None, response: str | None) -> tuple[tuple[str, str | None], ...]:
-    return (("--prompt-column", prompt), ("--response-column", response))
-
-
-def _puzzle_without_prefix(settings: RunSettings) -> Fault | None:
-    if settings.model.task != "puzzle" or settings.model.lm_mask != "prefix":
-        return None
-    return Fault(
-        "--lm-mask prefix with puzzles",
+    ),
+    "prefix_names_columns": _prefix_names_columns,
+    "prefix_has_two_columns": refuse(
+        lambda s: s.data.prompt_column is not None and s.data.prompt_column == s.data.response_column,
+        ("data.prompt_column", "data.response_column"),
+        "the prompt would contain the whole response, and the model would learn to copy",
+        "Name two columns",
+    ),
+    "columns_need_prefix": _columns_need_prefix,
+    "puzzle_without_prefix": refuse(
+        lambda s: s.model.task == "puzzle" and s.model.lm_mask == "prefix",
+        ("model.lm_mask", "puzzles"),
         "a puzzle is read with full attention; the masks are for text",
         "Leave it out",
-    )
-
-
-def _window_for_text(settings: RunSettings) -> Fault | None:
-    if settings.model.task != "puzzle" or settings.model.window_size is None:
-        return None
-    return Fault(
-        f"{said(settings, 'model.window_size')} with puzzles",
-        "every cell of a puzzle must see every other, at whatever distance",
+    ),
+    "window_for_text": refuse(
+        lambda s: s.model.task == "puzzle" and s.model.window_size is not None,
+        ("model.window_size", "puzzles"),
+        "every cell of a puzzle must attend to every other cell",
         "Leave it out",
-    )
-
-
-def _transformer_for_text(settings: RunSettings) -> Fault | None:
-    if settings.model.arch != "transformer" or settings.model.task != "puzzle":
-        return None
-    return Fault(
-        "--arch transformer with puzzles",
+    ),
+    "transformer_for_text": refuse(
+        lambda s: s.model.task == "puzzle" and s.model.arch == "transformer",
+        ("model.arch", "puzzles"),
         "it is the causal baseline for text, and a puzzle needs full attention",
         "Give --arch actv1, or text",
-    )
-
-
-def _puzzle_embedding_for_puzzles(settings: RunSettings) -> Fault | None:
-    if settings.model.task != "lm" or settings.model.puzzle_emb_ndim == 0:
-        return None
-    return Fault(
-        f"{said(settings, 'model.puzzle_emb_ndim')} with text",
+    ),
+    "puzzle_embedding_for_puzzles": refuse(
+        lambda s: s.model.task == "lm" and s.model.puzzle_emb_ndim > 0,
+        ("model.puzzle_emb_ndim", "text"),
         "text has no puzzle identifiers",
         "Leave it out",
-    )
-
-
-MODEL_RULES: tuple[Rule, ...] = (
-    Rule("heads_divide", ("model.hidden_size", "model.num_heads"), _heads_divide),
-    Rule("head_size_even", ("model.hidden_size", "model.num_heads", "model.pos_encodings"), _head_size_even),
-    Rule("layers_even", ("model.num_layers",), _layers_even),
-    Rule("layers_once", ("model.num_layers", "model.h_layers", "model.l_layers"), _layers_once),
-    Rule("width_once", ("model.d_ff", "model.expansion"), _width_once),
-    Rule(
-        "gradient_within_segment",
-        ("model.arch", "model.bp_steps", "model.h_cycles", "model.l_cycles"),
-        _gradient_within_segment,
     ),
-    Rule(
-        "experts_to_choose_from",
-        ("model.use_moe", "model.num_experts", "model.num_experts_per_tok"),
-        _experts_to_choose_from,
+    "chunks_for_text": refuse(
+        lambda s: s.model.task == "puzzle" and s.memory.use_chunked_training,
+        ("memory.use_chunked_training", "puzzles"),
+        "a puzzle is read with full attention, so no part of it can be computed before the rest",
+        "Leave it out",
     ),
-    Rule("text_in_rollout", ("model.task", "model.supervision"), _text_in_rollout),
-    Rule("text_without_exploration", ("model.task", "model.halt_exploration_prob"), _text_without_exploration),
-    Rule("exploration_has_room", ("model.halt_max_steps", "model.halt_exploration_prob"), _exploration_has_room),
-    Rule("columns_with_prefix", ("model.lm_mask", "data.prompt_column", "data.response_column"), _columns_with_prefix),
-    Rule("puzzle_without_prefix", ("model.task", "model.lm_mask"), _puzzle_without_prefix),
-    Rule("window_for_text", ("model.task", "model.window_size"), _window_for_text),
-    Rule("transformer_for_text", ("model.task", "model.arch"), _transformer_for_text),
-    Rule("puzzle_embedding_for_puzzles", ("model.task", "model.puzzle_emb_ndim"), _puzzle_embedding_for_puzzles),
-)
+    "chunks_without_prefix": refuse(
+        lambda s: s.model.lm_mask == "prefix" and s.memory.use_chunked_training,
+        ("memory.use_chunked_training", "model.lm_mask"),
+        "a prompt has full attention, so its beginning cannot be computed before its end",
+        "Give --lm-mask causal, or leave --use-chunked-training out",
+    ),
+    "eight_bits_of_adamw": refuse(
+        lambda s: s.optimizer.use_8bit_optimizer and s.optimizer.optimizer != "adamw",
+        ("optimizer.use_8bit_optimizer", "optimizer.optimizer"),
+        "bitsandbytes keeps the moments of adamw in 8 bits",
+        "Give --optimizer adamw, or leave --use-8bit-optimizer out",
+    ),
+    "one_quantised_load": refuse(
+        lambda s: s.memory.load_in_8bit and s.memory.load_in_4bit,
+        ("memory.load_in_8bit", "memory.load_in_4bit"),
+        "weights are held in one or the other",
+        "Give one of the two",
+    ),
+    "quantised_needs_peft": _quantised_needs_peft,
+    "targets_exist": _targets_exist,
+    "expert_is_named": refuse(
+        lambda s: s.run.expert_id is not None and s.model.expert_index is None,
+        ("run.expert_id",),
+        "it does not say which expert of every block to train",
+        "Add --expert-index, counted from 0",
+    ),
+    "expert_starts_from_a_bundle": refuse(
+        lambda s: s.run.expert_id is not None and s.model.student_init is None,
+        ("run.expert_id",),
+        "one expert is trained inside an existing model",
+        "Add --student-init BUNDLE",
+    ),
+    "expert_of_a_dense_model": refuse(
+        lambda s: s.run.expert_id is not None and not s.model.use_moe,
+        ("run.expert_id", "--no-moe"),
+        "a dense model has no experts",
+        "Leave one of the two out",
+    ),
+    "expert_exists": refuse(
+        lambda s: (
+            s.run.expert_id is not None
+            and s.model.use_moe
+            and s.model.expert_index is not None
+            and s.model.expert_index >= s.model.num_experts
+        ),
+        ("model.expert_index", "model.num_experts"),
+        "experts are counted from 0",
+        "Give a smaller --expert-index than {model.num_experts}",
+    ),
+    "expert_without_adapters": refuse(
+        lambda s: s.run.expert_id is not None and s.adapt.use_peft,
+        ("run.expert_id", "adapt.use_peft"),
+        "one trains an expert with all else frozen, the other adapters and heads with all experts frozen",
+        "Leave one of the two out",
+    ),
+}

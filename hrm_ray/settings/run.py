@@ -1,16 +1,14 @@
-"""Settings of one run: its name and folder, how long, what is saved and when.
-
-One job: the leaves of section `run`, and how many weight updates follow from them.
-"""
+"""Settings of one run: its name and folder, its length, and what is saved and when."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
-from hrm_ray.settings.base import Section, refusal
+from hrm_ray.settings.base import Section, option, refusal
+from hrm_ray.settings.needs import NO_STEPS, ONE_EXPERT, TEXT
 
 DEFAULT_STEPS = 200
 """Weight updates of a run for which neither steps nor epochs were given."""
@@ -26,44 +24,46 @@ _NOT_IN_A_NAME = frozenset('/\\:*?"<>|')
 class RunSectionSettings(Section):
     """Name, length, checkpoints and logs."""
 
-    profile: Profile = "hrm-hf"
-    """Whose defaults hold where nothing is said: those of the HRM-HF trainer, or of the train_advanced script."""
-    brain_name: str | None = None
-    """Name of the bundle, a folder inside --bundle-dir (if not said: the name of the data)."""
-    bundle_dir: Path | None = None
-    """Folder of bundles (with --brain-name), or the bundle's own folder (alone); artifacts/brains if not said."""
-    expert_id: str | None = None
-    """Train one expert of a bundle (--student-init) and store it under this name in --experts-dir."""
-    experts_dir: Path = DEFAULT_EXPERTS_DIR
-    """Folder of stored experts and of their registry."""
-    steps: int | None = Field(default=None, ge=1)
-    """Weight updates to train for (if neither this nor --epochs is given: 200)."""
-    epochs: int | None = Field(default=None, ge=1)
-    """Passes over the data to train for; with --steps, whichever ends first."""
-    iterate: bool = False
-    """Begin one epoch after the other until the run is stopped."""
-    stop_after_epoch: bool = False
-    """End the run when an epoch ends."""
-    stop_after_block: bool = False
-    """End the run when a block ends; resumed, it goes on with the next one."""
-    eval_every: int = Field(default=0, ge=0)
+    profile: Profile = option("hrm-hf", "fixed", affects=("memory",))
+    """Set of defaults: those of the HRM-HF trainer, or of the train_advanced script."""
+    brain_name: str | None = option(None, "free", unset="the name of the data")
+    """Name of the bundle, a folder inside --bundle-dir."""
+    bundle_dir: Path | None = option(
+        None, "free", aliases={"--save-dir": None, "--output-dir": None}, unset="artifacts/brains"
+    )
+    """Folder of bundles (with --brain-name), or the bundle's own folder (without)."""
+    expert_id: str | None = option(None, "free", affects=("memory",), unset="the whole model is trained")
+    """Train one expert of the bundle given by --student-init, and store it under this name in --experts-dir."""
+    experts_dir: Path = option(DEFAULT_EXPERTS_DIR, "free", needs=(ONE_EXPERT,))
+    """Folder of stored experts and their registry."""
+    steps: int | None = option(None, "free", ge=1, unset="200 if --epochs is not given either")
+    """Number of weight updates to train for."""
+    epochs: int | None = option(None, "free", ge=1, unset="as many as --steps needs")
+    """Number of passes over the data to train for; with --steps, the run ends at whichever comes first."""
+    iterate: bool = option(False, "free", needs=(NO_STEPS,))
+    """Begin another epoch until the run is stopped."""
+    stop_after_epoch: bool = option(False, "free")
+    """End the run at the end of an epoch."""
+    stop_after_block: bool = option(False, "free", needs=(TEXT,))
+    """End the run at the end of a block; resumed, it continues with the next block."""
+    eval_every: int = option(0, "free", ge=0)
     """Weight updates between evaluations; 0 evaluates only at the end."""
-    save_every: int = Field(default=200, ge=0)
+    save_every: int = option(200, "free", ge=0)
     """Weight updates between checkpoints; 0 saves only at the end."""
-    keep: int = Field(default=3, ge=1)
-    """How many of the newest checkpoints are kept."""
-    resume: bool = False
-    """Go on from the newest checkpoint of the bundle."""
-    resume_from: Path | None = None
-    """Go on from this checkpoint."""
-    stop_file: Path | None = None
+    keep: int = option(3, "free", ge=1)
+    """Number of newest checkpoints to keep."""
+    resume: bool = option(False, "dropped")
+    """Resume from the bundle's newest checkpoint."""
+    resume_from: Path | None = option(None, "dropped", unset="a new run")
+    """Resume from this checkpoint."""
+    stop_file: Path | None = option(None, "free", unset="no file")
     """When this file appears, the run finishes its step, saves and ends."""
-    log_file: Path | None = None
-    """Write the metrics, one JSON object per line, to this file too."""
-    log_every: int = Field(default=10, ge=1)
+    log_file: Path | None = option(None, "free", unset="the bundle's metrics.jsonl alone")
+    """Write the metrics to this file too, one JSON object per line."""
+    log_every: int = option(10, "free", ge=1)
     """Weight updates between lines of metrics."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    """Where all random numbers come from; same seed and set-up, same losses."""
+    seed: int = option(0, "fixed", ge=0, lt=2**63)
+    """Random seed; the same seed and set-up give the same losses."""
 
     @field_validator("brain_name", "expert_id")
     @classmethod

@@ -14,7 +14,7 @@ import yaml
 
 from hrm_ray.errors import Fault
 from hrm_ray.settings.faults import nearest
-from hrm_ray.settings.options import ALIASES, options
+from hrm_ray.settings.options import options, spellings
 from hrm_ray.settings.tree import SECTIONS
 
 
@@ -105,9 +105,9 @@ def _hint_of_key(name: str) -> tuple[str, list[str]]:
         return f"`{name}` is a section: write its settings below it, such as {first}", []
     keys_by_leaf = {key.partition(".")[2]: key for key in options()}
     leaf = name.replace("-", "_").lower().rpartition(".")[2]
-    alias = ALIASES.get(f"--{leaf.replace('_', '-')}")
-    if alias is not None:
-        return f"In a file it is called {alias.leaf}", [alias.leaf]
+    spelling = spellings().get(f"--{leaf.replace('_', '-')}")
+    if spelling is not None and leaf not in keys_by_leaf:
+        return f"In a file the name is {spelling.option.key}", [spelling.option.key]
     near = [keys_by_leaf[each] for each in nearest(leaf, keys_by_leaf)]
     if not near:
         return "`hrm-ray train --help` lists the settings", []

@@ -70,6 +70,8 @@ def last_said(words: Sequence[object]) -> list[object]:
             has_value = number + 1 < len(words) and not str(words[number + 1]).startswith("--")
             option = str(word).replace("--no-", "--", 1)
             values[option] = [word, words[number + 1]] if has_value else [word]
+    if values.get("--supervision", [])[1:] == ["rollout"]:
+        values.pop("--halt-exploration-prob", None)  # refused there, and part of PUZZLE
     return [part for said in values.values() for part in said]
 
 

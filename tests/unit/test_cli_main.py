@@ -92,7 +92,7 @@ def test_train_help_shows_every_option(capsys: pytest.CaptureFixture[str], monke
     _, out, _ = run(capsys, "train", "--help")
     for option in options().values():
         assert option.flag in out
-        assert all(alias in out for alias in option.aliases)
+        assert all(alias in out for alias in option.traits.aliases)
     assert "[default: 0.0002]" in out and "[default: --packing]" in out and "─ optimizer ─" in out
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from hrm_ray.errors import SettingsError, UnavailableError
 from hrm_ray.launch.fallbacks import settle_memory_options
 from hrm_ray.launch.memory_bounds import checkpoint_bytes, state_bytes
+from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.loop import TrainingLoop
@@ -339,6 +340,20 @@ def test_offload_where_there_is_nothing_to_offload_from(tmp_path: Path) -> None:
     train(data, tmp_path / "b", *TEXT, "--steps", "2", "--optimizer-offload")
     assert [r for r in records(tmp_path / "b", "event") if "--optimizer-offload" in r["message"]]
     assert computed(tmp_path / "b") == computed(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu"])
+def test_chunks_are_offloaded_from_cuda_devices_only(device: str) -> None:
+    wanted = chosen(memory={"cpu_offload": True, "use_chunked_training": True})
+    given = wanted.model_copy(update={"given": frozenset({"memory.cpu_offload"})})
+    with pytest.raises(SettingsError, match=f"from CUDA devices only, not from {device}"):
+        settle_memory_options(given, device)
+    settled, notes = settle_memory_options(wanted, device)  # of a run that is resumed on another device
+    assert settled == wanted and len(notes) == 1 and "changes nothing" in notes[0]
+    assert settle_memory_options(given, "cuda") == (given, [])
+    words: dict[str, str | bool] = {"--cpu-offload": True, "--use-chunked-training": True, "--device": device}
+    with pytest.raises(SettingsError, match="CUDA devices only"):
+        load_settings(words)
 
 
 @pytest.mark.parametrize(("option", "value"), [("--use-8bit-optimizer", None), ("--model-dtype", "bf16")])

@@ -249,6 +249,58 @@ def test_what_a_resumed_run_must_not_change(option: str, tmp_path: Path) -> None
     assert files_below(bundle) == before
 
 
+FREE: dict[str, tuple[str, ...]] = {
+    "attention kernel": ("--no-use-flash-attn",),
+    "loss coefficients": (*("--moe-load-balance-coef", "0.1"), *("--moe-router-z-coef", "0"), "--halt-margin", "0.5"),
+    "capacity, dropout and gradient": (*("--moe-capacity-factor", "2"), *("--dropout-rate", "0.1"), "--bp-steps", "1"),
+    "halting rule": ("--halt-rule", "none"),
+    "device and threads": ("--device", "cpu", "--threads", "2"),
+    "memory": ("--no-amp", "--no-gradient-checkpointing", "--use-chunked-training", "--chunk-size", "8"),
+    "optimisation": (
+        "--lr",
+        "1e-3",
+        "--weight-decay",
+        "0",
+        "--beta2",
+        "0.99",
+        "--grad-clip",
+        "0",
+        "--lr-schedule",
+        "wsd",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FREE)
+def test_what_a_resumed_run_may_change(case: str, tmp_path: Path) -> None:
+    """What decides neither tensors nor the meaning of the saved state: the usual reason is another device."""
+    train(text_file(tmp_path), tmp_path / "b", *TEXT, *EXPERTS, "--steps", "2")
+    ran = hrm("train", "--bundle-dir", tmp_path / "b", "--resume", "--steps", "3", *FREE[case])
+    assert ran.code == 0, ran.err
+    assert [record["step"] for record in records(tmp_path / "b")] == [1, 2, 3]
+
+
+def test_a_resumed_run_of_puzzles_may_explore_otherwise(tmp_path: Path) -> None:
+    train(puzzle_file(tmp_path), tmp_path / "b", *PUZZLE, "--steps", "2")
+    ran = hrm("train", "--bundle-dir", tmp_path / "b", "--resume", "--steps", "3", "--halt-exploration-prob", "0.1")
+    assert ran.code == 0, ran.err
+
+
+def test_the_refusal_names_the_default_that_the_run_was_trained_with(tmp_path: Path) -> None:
+    train(text_file(tmp_path), tmp_path / "b", *TEXT, "--steps", "1")
+    resume = ("train", "--bundle-dir", tmp_path / "b", "--resume", "--steps", "2")
+    for words, then in {
+        ("--window-size", "5"): "the default (all positions before it)",
+        ("--d-ff", "64"): "the default (the width of --expansion)",
+        ("--ema", "0.5"): "the default (no moving average)",
+        ("--l-cycles", "3"): "2",
+    }.items():
+        message = refused(2, *resume, *words, naming=(" ".join(words), f"was trained with {then}"))
+        assert "None" not in message
+    train(text_file(tmp_path), tmp_path / "e", *TEXT, "--steps", "1", "--ema", "0.5")
+    assert hrm("train", "--bundle-dir", tmp_path / "e", "--resume", "--steps", "2", "--ema", "0.9").code == 0
+
+
 def test_every_change_is_told_at_once(tmp_path: Path) -> None:
     data, bundle = text_file(tmp_path), tmp_path / "b"
     train(data, bundle, *TEXT, "--steps", "2")

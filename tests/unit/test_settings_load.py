@@ -134,7 +134,7 @@ def test_unknown_yaml_keys_name_the_nearest(tmp_path: Path, text: str, hint: str
         ("run: {seed: 1}\nrun.seed: 2\n", "twice"),
         ("run: {seed: 1, seed: 2}\n", "twice"),
         ("model: {hidden_size: [1, 2]}", "not a whole number"),
-        ("optimizer: {batch_size: true}", "value of a switch"),
+        ("optimizer: {batch_size: true}", "is a boolean"),
         ("run: {brain_name: ''}", "is empty"),
         ("optimizer: {batch_size: null}", "not a whole number"),
     ],

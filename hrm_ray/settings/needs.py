@@ -1,0 +1,224 @@
+"""Conditions without which an option changes nothing. A field of the settings names those it needs.
+
+An option that the user gave where a condition does not hold is refused; a default that is not used is no error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hrm_ray.settings.hub_name import hub_name
+
+if TYPE_CHECKING:
+    from hrm_ray.settings.tree import RunSettings
+
+
+@dataclass(frozen=True)
+class Needs:
+    """One condition: where `holds` is false, the option would change nothing, `because` of what the message says."""
+
+    name: str
+    holds: Callable[[RunSettings], bool]
+    because: str
+    hint: str = "Leave it out"
+
+
+# Model
+
+CYCLES = Needs(
+    "cycles_of_transformer",
+    lambda s: s.model.arch != "transformer",
+    "a transformer reads its input once, without cycles or halting",
+    "Leave it out, or give --arch actv1",
+)
+EXPERTS = Needs(
+    "expert_leaves_of_experts",
+    lambda s: s.model.use_moe,
+    "the model has no experts",
+    "Leave it out, or give --use-moe",
+)
+ONE_EXPERT = Needs(
+    "expert_leaves_of_expert_training",
+    lambda s: s.run.expert_id is not None,
+    "no single expert is trained",
+    "Leave it out, or give --expert-id",
+)
+TRAINED_PUZZLE_EMBEDDING = Needs(
+    "puzzle_embedding_beside_one_expert",
+    lambda s: s.run.expert_id is None,
+    "with --expert-id the puzzle embedding is frozen",
+)
+PUZZLE_EMBEDDING = Needs(
+    "puzzle_embedding_options",
+    lambda s: s.model.puzzle_emb_ndim != 0,
+    "the model has no puzzle embedding",
+    "Give --puzzle-emb-ndim, or leave it out",
+)
+ROPE = Needs(
+    "rope_theta_of_rope",
+    lambda s: s.model.pos_encodings == "rope",
+    "the positions are not rotary",
+    "Leave it out, or give --pos-encodings rope",
+)
+GAIN_RULE = Needs(
+    "halt_margin_of_gain",
+    lambda s: s.model.halt_rule == "gain",
+    "only the halt rule gain has a margin",
+    "Leave it out, or give --halt-rule gain",
+)
+SEVERAL_SEGMENTS = Needs(
+    "halting_of_several_segments",
+    lambda s: s.model.task != "lm" or s.model.halt_max_steps > 1,
+    "with one segment there is no later one to halt before",
+    "Leave it out, or give a larger --halt-max-steps",
+)
+CARRIED_PUZZLES = Needs(
+    "exploration_of_carried_puzzles",
+    lambda s: s.model.task != "puzzle" or s.model.supervision != "rollout",
+    "under --supervision rollout every puzzle is trained on all its segments, so none halts",
+    "Leave it out, or give --supervision segment",
+)
+WINDOW_WITHIN_ROW = Needs(
+    "window_within_row",
+    lambda s: s.model.window_size is None or s.data.max_seq_len is None or s.model.window_size < s.data.max_seq_len,
+    "no row has more tokens than the window",
+    "Leave it out, give a smaller --window-size, or a longer --max-seq-len",
+)
+
+# Data
+
+TEXT = Needs("text_leaves_of_text", lambda s: s.model.task != "puzzle", "it applies to text, and the data is puzzles")
+HUB_DATA = Needs(
+    "hub_config_of_hub_data",
+    lambda s: s.data.dataset_id is not None or hub_name(s.data.dataset_file or "") is not None,
+    "only a data set of the Hub has configurations",
+    "Leave it out, or give --dataset-id",
+)
+ONE_TEXT_COLUMN = Needs(
+    "text_column_without_prefix",
+    lambda s: s.model.lm_mask != "prefix",
+    "under --lm-mask prefix the text comes from --prompt-column and --response-column",
+    "Leave it out, or give --lm-mask causal",
+)
+OWN_TOKENIZER = Needs(
+    "training_of_own_tokenizer",
+    lambda s: s.data.tokenizer_path is None,
+    "the tokenizer of --tokenizer-path is used unchanged",
+    "Leave it out, or leave --tokenizer-path out",
+)
+FIXED_VOCABULARY = Needs(
+    "size_that_the_data_decides",
+    lambda s: not s.data.auto_vocab_size,
+    "with --auto-vocab-size the vocabulary's size is chosen from the data",
+    "Leave one of the two out; --min-vocab-size and --max-vocab-size are the bounds",
+)
+AUTO_VOCABULARY = Needs(
+    "bounds_of_auto_vocabulary",
+    lambda s: s.data.auto_vocab_size,
+    "the vocabulary has the size of --vocab-size",
+    "Give --auto-vocab-size, or leave it out",
+)
+EVALUATION = Needs(
+    "eval_batches_need_data",
+    lambda s: s.data.eval_file is not None or s.data.val_split is not None,
+    "there is no data to evaluate on",
+    "Give --eval-file or --val-split",
+)
+SHUFFLED = Needs(
+    "buffer_of_shuffled_data",
+    lambda s: not s.data.linear_dataset,
+    "the data is read in order",
+    "Leave it out, or give --no-linear-dataset",
+)
+WHOLE_TEXTS = Needs(
+    "stride_of_documents",
+    lambda s: s.model.lm_mask != "prefix",
+    "pairs of prompt and response are never divided",
+    "Leave it out, or give --lm-mask causal",
+)
+OVERLAP = Needs(
+    "stride_within_row_only",
+    lambda s: s.data.stride is None or s.data.stride != s.data.max_seq_len,
+    "sequences that begin --max-seq-len tokens apart do not overlap anyway",
+    "Leave it out, or give a smaller --stride",
+)
+
+# Optimizer
+
+WSD = Needs(
+    "decay_of_wsd",
+    lambda s: s.optimizer.lr_schedule == "wsd",
+    "only the schedule wsd has a decay phase",
+    "Leave it out, or give --lr-schedule wsd",
+)
+FALLING_LR = Needs(
+    "minimum_of_constant",
+    lambda s: s.optimizer.lr_schedule != "constant",
+    "the constant schedule never lowers the learning rate",
+    "Leave it out, or give another --lr-schedule",
+)
+MOMENTS = Needs(
+    "moments_of_sgd",
+    lambda s: s.optimizer.optimizer != "sgd",
+    "sgd has no momentum here and keeps no state",
+    "Leave it out, or give another --optimizer",
+)
+MOMENTS_TO_OFFLOAD = Needs(
+    "offload_of_moments",
+    lambda s: not s.memory.optimizer_offload or s.optimizer.optimizer != "sgd",
+    "sgd has no momentum here and keeps no state",
+    "Leave it out, or give another --optimizer",
+)
+
+# Memory and adapters
+
+AMP = Needs("amp_dtype_of_amp", lambda s: s.memory.amp, "mixed precision is off", "Leave it out, or give --amp")
+CHUNKS = Needs(
+    "chunk_leaves_of_chunked_training",
+    lambda s: s.memory.use_chunked_training,
+    "the sequence is not cut into chunks",
+    "Give --use-chunked-training, or leave it out",
+)
+SEVERAL_CHUNKS = Needs(
+    "chunks_of_a_row",
+    lambda s: (
+        not s.memory.use_chunked_training or s.data.max_seq_len is None or s.memory.chunk_size < s.data.max_seq_len
+    ),
+    "a row has no more tokens than a chunk",
+    "Leave it out, give a smaller --chunk-size, or a longer --max-seq-len",
+)
+CUDA_FOR_CHUNKS = Needs(
+    "chunk_offload_needs_device_memory",
+    lambda s: not s.memory.cpu_offload or s.cluster.device in ("auto", "cuda"),
+    "chunks are moved to host memory from CUDA devices only",
+    "Leave it out, or give --device cuda",
+)
+DEVICE_MEMORY = Needs(
+    "offload_needs_device_memory",
+    lambda s: not s.memory.optimizer_offload or s.cluster.device != "cpu",
+    "on the CPU the optimizer's state is in host memory anyway",
+    "Leave it out, or give another --device",
+)
+ADAPTERS = Needs(
+    "adapter_leaves_of_peft",
+    lambda s: s.adapt.use_peft,
+    "the model has no adapters",
+    "Give --use-peft, or leave it out",
+)
+MATRIX_ADAPTERS = Needs(
+    "ranks_of_matrices",
+    lambda s: not s.adapt.use_peft or s.adapt.peft_method != "ia3",
+    "ia3 learns factors, which have no rank and no dropout",
+    "Leave it out, or give another --peft-method",
+)
+
+# Run
+
+NO_STEPS = Needs(
+    "iterate_with_steps",
+    lambda s: not s.run.iterate or s.run.steps is None,
+    "with --steps a run begins as many epochs as it needs anyway",
+    "Leave one of the two out",
+)

@@ -1,0 +1,191 @@
+"""Rules about the data, the length of the run, its workers and its devices."""
+
+from __future__ import annotations
+
+from hrm_ray.errors import Fault
+from hrm_ray.settings.hub_name import hub_name
+from hrm_ray.settings.rule import Rule, refuse, written
+from hrm_ray.settings.tree import RunSettings
+
+
+def _hub_config_once(settings: RunSettings) -> Fault | None:
+    name, config = hub_name(settings.data.dataset_file or ""), settings.data.dataset_config
+    if name is None or name.config is None or config is None or name.config == config:
+        return None
+    return Fault(
+        written(settings, "data.dataset_file", "data.dataset_config"),
+        f"the address names the configuration {name.config}, the option another one",
+        "Name it once",
+    )
+
+
+def _hub_split_once(settings: RunSettings) -> Fault | None:
+    name, split = hub_name(settings.data.dataset_file or ""), settings.data.split
+    # Only a split that the user gave: the split of an address stands above the default.
+    if name is None or name.split is None or "data.split" not in settings.given or name.split == split:
+        return None
+    return Fault(
+        written(settings, "data.dataset_file", "data.split"),
+        f"the address names the split {name.split}, the option another one",
+        "Name it once",
+    )
+
+
+def _stride_within_row(settings: RunSettings) -> Fault | None:
+    stride, length = settings.data.stride, settings.data.max_seq_len
+    if stride is None or length is None or stride <= length:
+        return None
+    return Fault(
+        written(settings, "data.stride", "data.max_seq_len"),
+        f"{stride - length} tokens between two sequences would never be trained on",
+        f"Leave it out, or give less than --stride {length}",
+    )
+
+
+def _schedule_of_endless_run(settings: RunSettings) -> Fault | None:
+    run, schedule = settings.run, settings.optimizer.lr_schedule
+    endless = [name for name in ("iterate", "stop_after_epoch", "stop_after_block") if settings.leaf(f"run.{name}")]
+    if not endless or run.steps is not None or run.epochs is not None:
+        return None
+    if schedule != "constant":
+        what = f"--lr-schedule {schedule} follows"
+    elif settings.adapt.use_peft and settings.adapt.peft_method == "adalora":
+        what = "the ranks of adalora follow"
+    else:
+        return None
+    return Fault(
+        written(settings, f"run.{endless[0]}"),
+        f"{what} the length of the run, which is not given",
+        "Give --steps or --epochs, or --lr-schedule constant without adalora",
+    )
+
+
+def _training_again_needs_a_run(settings: RunSettings) -> Fault | None:
+    resumes = settings.run.resume or settings.run.resume_from is not None
+    if not settings.data.force_train or (resumes and settings.run.epochs is not None):
+        return None
+    reason = "a new run has trained no chunk yet that could be trained again"
+    if resumes:
+        reason = "without --epochs a run trains its chunks again anyway"
+    return Fault(written(settings, "data.force_train"), reason, "Leave it out, or give --resume and --epochs")
+
+
+def _warmup_within_run(settings: RunSettings) -> Fault | None:
+    steps, warmup = settings.run.step_limit, settings.optimizer.warmup_steps
+    if steps is None or warmup < steps:
+        return None
+    profile = settings.run.profile
+    of_profile = profile != "hrm-hf" and "optimizer.warmup_steps" not in settings.given
+    return Fault(
+        f"--warmup-steps {warmup}{f' (of --profile {profile})' if of_profile else ''} with --steps {steps}"
+        f"{'' if settings.run.steps is not None else ' (default)'}",
+        "the warm-up would last until the end of the run",
+        f"Give at most --warmup-steps {steps - 1}, or more --steps",
+    )
+
+
+def _gpu_for_each_worker(settings: RunSettings) -> Fault | None:
+    world, numbers = settings.cluster.world_size, settings.cluster.cuda_numbers
+    if world is None or not numbers or len(numbers) >= world:
+        return None
+    return Fault(
+        written(settings, "cluster.cuda_ids", "cluster.world_size"),
+        f"{world} workers need {world} GPUs, and {len(numbers)} named",
+        f"Name more GPUs, or give --world-size {len(numbers)}",
+    )
+
+
+RUN_RULES: dict[str, Rule] = {
+    "one_training_set": refuse(
+        lambda s: s.data.dataset_file is not None and s.data.dataset_id is not None,
+        ("data.dataset_file", "data.dataset_id"),
+        "both name the training data",
+        "Give one of the two",
+    ),
+    "hub_config_once": _hub_config_once,
+    "hub_split_once": _hub_split_once,
+    "hub_id_is_one": refuse(
+        lambda s: s.data.dataset_id is not None and "://" in s.data.dataset_id,
+        ("data.dataset_id",),
+        "this is an address, not the id of a data set",
+        "Give --dataset-id ORGANISATION/NAME, or the address to --dataset-file",
+    ),
+    "stride_within_row": _stride_within_row,
+    # Only a chunk size that the user gave: a block of fewer samples has one chunk.
+    "chunk_within_block": refuse(
+        lambda s: "data.dataset_chunk_size" in s.given and s.data.dataset_chunk_size > s.data.samples_per_block,
+        ("data.dataset_chunk_size", "data.samples_per_block"),
+        "a chunk is a part of a block",
+        "Give --dataset-chunk-size {data.samples_per_block} or less, or a larger --samples-per-block",
+    ),
+    "vocabulary_bounds_in_order": refuse(
+        lambda s: s.data.min_vocab_size > s.data.max_vocab_size,
+        ("data.min_vocab_size", "data.max_vocab_size"),
+        "there is no size in between",
+        "Give at most --min-vocab-size {data.max_vocab_size}, or a larger --max-vocab-size",
+    ),
+    "one_held_out_set": refuse(
+        lambda s: s.data.val_split is not None and s.data.eval_file is not None,
+        ("data.val_split", "data.eval_file"),
+        "both name the evaluation data",
+        "Give one of the two",
+    ),
+    # Only an interval that the user gave: a profile evaluates if there is something to evaluate on.
+    "evaluation_needs_data": refuse(
+        lambda s: (
+            "run.eval_every" in s.given
+            and s.run.eval_every > 0
+            and s.data.val_split is None
+            and s.data.eval_file is None
+        ),
+        ("run.eval_every",),
+        "there is no data to evaluate on",
+        "Give --eval-file or --val-split",
+    ),
+    "iterate_without_end": refuse(
+        lambda s: s.run.iterate and s.run.epochs is not None,
+        ("run.iterate", "run.epochs"),
+        "one trains until the run is stopped, the other ends it",
+        "Give one of the two",
+    ),
+    "schedule_of_endless_run": _schedule_of_endless_run,
+    "warmup_within_run": _warmup_within_run,
+    "training_again_needs_a_run": _training_again_needs_a_run,
+    "resume_one_way": refuse(
+        lambda s: s.run.resume and s.run.resume_from is not None,
+        ("run.resume", "run.resume_from"),
+        "one resumes from the newest checkpoint, the other from the named one",
+        "Give one of the two",
+    ),
+    "workers_need_ray": refuse(
+        lambda s: s.cluster.launcher == "local" and s.cluster.world_size not in (None, 1),
+        ("cluster.launcher", "cluster.world_size"),
+        "the local launcher runs one worker, in this process",
+        "Give --launcher ray",
+    ),
+    "workers_need_ddp": refuse(
+        lambda s: s.cluster.ddp is False and s.cluster.world_size not in (None, 1),
+        ("cluster.ddp", "cluster.world_size"),
+        "there is no other way yet to use several workers",
+        "Give --ddp, or --world-size 1",
+    ),
+    "ddp_needs_ray": refuse(
+        lambda s: s.cluster.launcher == "local" and bool(s.cluster.ddp),
+        ("cluster.ddp", "cluster.launcher"),
+        "the local launcher has one worker, so there are no gradients to average with",
+        "Leave out --ddp, or give --launcher ray",
+    ),
+    "address_needs_ray": refuse(
+        lambda s: s.cluster.launcher == "local" and s.cluster.ray_address is not None,
+        ("cluster.ray_address", "cluster.launcher"),
+        "the local launcher uses no cluster",
+        "Give --launcher ray, or leave the address out",
+    ),
+    "gpu_numbers_for_gpus": refuse(
+        lambda s: s.cluster.cuda_ids is not None and s.cluster.device not in ("auto", "cuda"),
+        ("cluster.cuda_ids", "cluster.device"),
+        "GPU numbers apply to CUDA devices only",
+        "Give --device cuda, or leave the numbers out",
+    ),
+    "gpu_for_each_worker": _gpu_for_each_worker,
+}
