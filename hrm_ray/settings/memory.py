@@ -24,7 +24,7 @@ class MemorySettings(Section):
     amp_dtype: AmpDtype = option("auto", "free", needs=(AMP,))
     """The 16-bit type of --amp: bf16, fp16 (with a loss scaler), or auto (bf16 if the device has it, else fp16)."""
     model_dtype: ModelDtype = option("fp32", "fixed")
-    """Type of weights, activations and the gradients of one pass. Gradients of several passes or workers are added up in
+    """Type of weights, activations and the gradients of one pass. Gradients of several passes or workers are added in
     float32; updates of 16-bit weights are rounded stochastically."""
     use_chunked_training: bool = option(False, "free", needs=(SEVERAL_CHUNKS,))
     """Train a long text chunk by chunk: activation memory grows with the chunk, not with the sequence."""
