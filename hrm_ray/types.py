@@ -80,6 +80,14 @@ StopPoll: TypeAlias = Callable[[], "StopReason | None"]
 """Asked once per step on the leading rank; a reason means: finish the step, save, end."""
 
 
+class StopRequested(Exception):
+    """Ends the preparing of a run, before its first step, where a stop was asked for."""
+
+    def __init__(self, reason: StopReason) -> None:
+        super().__init__(reason.value)
+        self.reason = reason
+
+
 class DriverLink(Protocol):
     """What a training worker knows of the driver, whatever launcher started it."""
 

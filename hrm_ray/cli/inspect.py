@@ -23,7 +23,7 @@ from hrm_ray.settings.tree import RunSettings
 if TYPE_CHECKING:
     from hrm_ray.data.inspection.puzzles import PuzzleSetFacts
     from hrm_ray.data.inspection.text import TextFacts
-    from hrm_ray.data.timed_reading import Timer
+    from hrm_ray.data.timer import Timer
 
 OWN_OPTIONS = {
     "--config": True,
@@ -87,7 +87,7 @@ def _inspect(settings: RunSettings, timeout_s: float | None, samples: int, *, as
     from hrm_ray.data.inspection.text import inspect_text
     from hrm_ray.data.named_tokenizer import load_named
     from hrm_ray.data.parts import list_parts
-    from hrm_ray.data.timed_reading import Timer
+    from hrm_ray.data.timer import Timer
     from hrm_ray.launch.data_sources import corpus_to_read, source_of
 
     timer = Timer(timeout_s)

@@ -18,6 +18,7 @@ from hrm_ray.launch import local
 from hrm_ray.launch.memory_bounds import gigabytes
 from hrm_ray.launch.plan import make_plan
 from hrm_ray.launch.preflight import needed_memory
+from hrm_ray.launch.reading_progress import ReadingProgress
 from hrm_ray.launch.resolve import ResolvedRun, resolve
 from hrm_ray.launch.resources import WORKER_MEMORY_BYTES
 from hrm_ray.launch.run_directory import find_stored, never_trained
@@ -29,7 +30,7 @@ from hrm_ray.metrics.console import ConsoleSink
 from hrm_ray.model.describe import count_parameters
 from hrm_ray.settings.tree import RunSettings, to_dotted
 from hrm_ray.train.plan import RunPlan
-from hrm_ray.types import MetricSink, RunResult, StopPoll, StopReason
+from hrm_ray.types import MetricSink, RunResult, StopPoll, StopReason, StopRequested
 
 
 def stored_settings(where: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,7 +50,11 @@ def run_train(settings: RunSettings, dry_run: bool) -> int:
             print(scan_data(resolved))
             print("dry run: nothing was started or written")
             return 0
-        result = _trained(resolved, watch)
+        try:
+            result = _trained(resolved, watch)
+        except StopRequested as stopped:
+            _say(f"ended   {stopped.reason.value} before the first step: nothing was trained")
+            return stopped.reason.exit_code
     _say(summary(result, settings.run.stop_file))
     return result.reason.exit_code
 
@@ -60,7 +65,7 @@ def _trained(resolved: ResolvedRun, watch: StopWatch) -> RunResult:
     with ExitStack() as held:
         if resolved.location.continues:
             held.enter_context(run_lock(run_dir))
-        plan = make_plan(resolved)
+        plan = make_plan(resolved, ReadingProgress(_say, watch.poll))
         if not resolved.location.continues:
             held.enter_context(run_lock(run_dir))
         watch.begin()

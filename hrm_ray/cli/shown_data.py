@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 
-from hrm_ray.data.chunks import CHUNK_TEXT_BYTES, Corpus
+from hrm_ray.data.chunks import CHUNK_TEXT_BYTES
+from hrm_ray.data.corpus import Corpus
 from hrm_ray.data.file_systems import absolute, is_local
 from hrm_ray.data.inspection.columns import TableFacts
 from hrm_ray.data.inspection.figures import Figure

@@ -1,15 +1,14 @@
-"""The catalog of a corpus: which rows make up each chunk of each block, and what was in them.
+"""The catalog of a corpus: which rows make up each chunk of each block, and a fingerprint of their text.
 
-One job: entries of chunks in the order of the corpus, kept in a file that only grows, and the refusal of a corpus that
-is not the one they were made from. Entries are facts about the corpus, not about a run: they are found once, as
-reading goes, and hold for every epoch. It reads no rows: see chunks.py.
+Entries are facts about the corpus, not about a run: they are found once, as the corpus is read, and hold for every
+epoch. They also show whether a corpus is still the one that a run was trained on.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -56,6 +55,8 @@ class ChunkEntry:
     text_bytes: int
     fingerprint: str
     ends_block: bool
+    after: RowPosition | None = field(default=None, compare=False)
+    """Where the next chunk begins; None in catalogs of earlier versions."""
 
     @property
     def number(self) -> int:
@@ -66,12 +67,27 @@ class ChunkEntry:
         """For people."""
         return f"block {self.start.block}, chunk {self.start.chunk}"
 
+    @property
+    def next(self) -> ChunkStart | None:
+        """The start of the next chunk, where it is known."""
+        if self.after is None:
+            return None
+        start, full = self.start, self.ends_block
+        return ChunkStart(
+            number=start.number + 1,
+            block=start.block + full,
+            chunk=0 if full else start.chunk + 1,
+            block_rows=0 if full else start.block_rows + self.rows,
+            first_row=start.first_row + self.rows,
+            place=self.after,
+        )
+
 
 class Catalog:
     """Entries by number, from 0 without gaps; `ended` once the corpus is known to have no further chunk."""
 
     def __init__(self, path: Path, *, writes: bool) -> None:
-        """Opens the file `path`, or begins it. One process `writes`; what the others find they keep to themselves.
+        """Opens the file `path`, if there is one. Only the process that `writes` adds to it.
 
         Raises DataError where the file is not what was written.
         """
@@ -96,13 +112,14 @@ class Catalog:
         return self._entries[number] if number < len(self._entries) else None
 
     def add(self, entry: ChunkEntry) -> None:
-        """Take an entry that reading has found. Raises DataError where the corpus has changed since it was known."""
+        """Add an entry. Raises DataError where the catalog has another one of that number."""
         known = self.get(entry.number)
         if known is not None:
             if known != entry:
                 raise changed(known.name, "it does not hold the rows that it held when it was read first")
             return
-        assert entry.number == len(self._entries), "chunks are found in their order"
+        if entry.number != len(self._entries):
+            raise RuntimeError(f"chunk {entry.number} was added to a catalog of {len(self._entries)} chunks")
         self._entries.append(entry)
         self._write(json.dumps(astuple(entry), separators=(",", ":")))
 
@@ -120,7 +137,8 @@ class Catalog:
 
     def block_sizes(self) -> list[int]:
         """Chunks of each block, of a catalog that has ended."""
-        assert self.ended
+        if not self.ended:
+            raise RuntimeError("block sizes need a catalog that has ended")
         sizes: list[int] = []
         for entry in self._entries:
             if entry.start.chunk == 0:
@@ -138,7 +156,7 @@ class Catalog:
         self._file.flush()
 
     def _cut_torn_line(self) -> None:
-        """A line that was being written when its process died would spoil the next one."""
+        """Remove an incomplete last line, left by a process that died, so that the next one does not join it."""
         if self._path.is_file():
             content = self._path.read_bytes()
             whole = content.rfind(b"\n") + 1
@@ -154,19 +172,20 @@ class Catalog:
                 if values == _END:
                     self.ended = True
                     continue
-                (own, block, chunk, block_rows, first_row, place), *rest = values
+                (own, block, chunk, block_rows, first_row, place), *about = values
                 start = ChunkStart(own, block, chunk, block_rows, first_row, RowPosition(*place))
-                entry = ChunkEntry(start, *rest)
+                after = RowPosition(*about[6]) if len(about) > 6 else None
+                entry = replace(ChunkEntry(start, *about[:6]), after=after)
             except (ValueError, TypeError) as error:
                 hint = "Delete the bundle's folder data/; it is made again"
                 raise DataError(
-                    Fault(f"{self._path}:{number}", f"this is no entry of a catalog ({error})", hint)
+                    Fault(f"{self._path}:{number}", f"not an entry of a catalog ({error})", hint)
                 ) from error
             if entry.number > len(self._entries) or (known := self.get(entry.number)) not in (None, entry):
-                reason = f"chunk {entry.number} stands where chunk {len(self._entries)} should"
+                reason = f"found chunk {entry.number}, expected chunk {len(self._entries)}"
                 hint = "Delete the bundle's folder data/; it is made again"
                 raise DataError(Fault(f"{self._path}:{number}", reason, hint))
-            # Said twice by two processes that found it both, it is known once.
+            # Two processes may have written the same entry.
             if known is None:
                 self._entries.append(entry)
 

@@ -1,9 +1,4 @@
-"""Tokenised chunks on disk, so that a second epoch does not tokenise again.
-
-One job: a folder of token stores by key, within a number of bytes. What is in it stays: an epoch reads every chunk
-once, in order, so throwing out the oldest for the newest would have each thrown out just before it is wanted, and the
-first ones that fit serve as well as any. It does not know what a key stands for.
-"""
+"""Tokenised chunks on disk, so that a second epoch does not tokenise again."""
 
 from __future__ import annotations
 
@@ -16,30 +11,31 @@ _SUFFIX = ".safetensors"
 
 
 class ChunkCache:
-    """Stores in `folder`, at most `limit_bytes` of them. One process `writes`, any number read."""
+    """Token stores in `folder` by key, at most `limit_bytes` of them. One process `writes`, any number read."""
 
     def __init__(self, folder: Path, limit_bytes: int, *, writes: bool) -> None:
         self._folder, self._limit_bytes, self._writes = folder, limit_bytes, writes
         self._used_bytes: int | None = None
         self.refusal: str | None = None
-        """Why a store was not kept, of the first that was not."""
+        """Why the first store that was not kept was not."""
 
     def load(self, key: str) -> TextStore | None:
-        """The store of `key`, None where it is not kept. A damaged one is thrown away, so that it is made anew."""
+        """The store of `key`, None where there is none. A damaged one is deleted, so that it is made again."""
         store = load_store(self._path(key))
         if store is None and self._writes:
             with suppress(OSError):
                 self._path(key).unlink()
         return store
 
-    def holds(self, key: str) -> bool:
-        """Whether there is a store of `key`."""
+    def contains(self, key: str) -> bool:
+        """Whether there is a file of `key`."""
         return self._path(key).is_file()
 
-    def keep(self, key: str, store: TextStore) -> None:
-        """Keep a store if it fits; a disk that takes no more costs time in later epochs, and nothing else."""
-        if not self._writes or not self._limit_bytes or self.refusal is not None or self.holds(key):
+    def add(self, key: str, store: TextStore) -> None:
+        """Keep a store if it fits. A full disk costs time in later epochs, and nothing else."""
+        if not self._writes or not self._limit_bytes or self.refusal is not None or self.contains(key):
             return
+        # Nothing is evicted: an epoch reads every chunk once, so the oldest would go just before it is wanted again.
         used_bytes = self._used()
         if used_bytes + store.memory_bytes > self._limit_bytes:
             gigabytes = self._limit_bytes / 1e9

@@ -1,8 +1,7 @@
-"""Tokenised chunks in the order of an epoch, made just in time.
+"""Tokenised chunks in the order of an epoch, just in time.
 
-ChunkSource is what a text loader reads from; LocalChunks reads in this process: chunks are read, tokenised
-and kept ahead of the training in a thread (the tokenizer computes outside Python's lock), at most a few of them at a
-time. It cuts no rows: see stream.py.
+A text loader reads from a ChunkSource. LocalChunks reads and tokenises in this process, in a thread that stays a few
+chunks ahead of the training (the tokenizer computes outside Python's lock).
 """
 
 from __future__ import annotations
@@ -17,19 +16,20 @@ from typing import Protocol
 
 from hrm_ray.data.catalog import Catalog, ChunkEntry, changed
 from hrm_ray.data.chunk_cache import ChunkCache
-from hrm_ray.data.chunks import FIRST, Corpus, RawChunk, read_chunks
+from hrm_ray.data.chunks import FIRST, CorpusHead, RawChunk, read_chunks
+from hrm_ray.data.corpus import Corpus, CorpusReading
 from hrm_ray.data.order import ChunkOrder
 from hrm_ray.data.text_store import TextStore, tokenise
 from hrm_ray.data.tokenizer import TextTokenizer
 
 AHEAD = 2
-"""Chunks that are made before they are asked for."""
+"""Chunks that are read and tokenised before they are asked for."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A tokenised chunk as it arrives: its entry, its tokens, its position in the epoch's order and whether its block
-    ends with it there, and what is to be said."""
+    """A tokenised chunk: its catalog entry, its tokens, its position in the epoch's order, whether its block ends with
+    it there, and warnings about its rows."""
 
     entry: ChunkEntry
     store: TextStore
@@ -48,47 +48,59 @@ class ChunkSource(Protocol):
 
 
 class ChunkPipeline:
-    """Makes tokenised chunks, with the catalog and the cache; in one thread at a time."""
+    """Reads and tokenises chunks, through the catalog and the cache; used by one thread at a time."""
 
     def __init__(
-        self, corpus: Corpus, tokenizer: TextTokenizer, catalog: Catalog, cache: ChunkCache, *, pairs: bool
+        self,
+        corpus: Corpus,
+        tokenizer: TextTokenizer,
+        catalog: Catalog,
+        cache: ChunkCache,
+        *,
+        pairs: bool,
+        head: CorpusHead | None = None,
     ) -> None:
+        """`head`: the first chunks, where they were read already; later ones are read with its `on_read`."""
         self.corpus, self.tokenizer, self.catalog, self.cache, self.pairs = corpus, tokenizer, catalog, cache, pairs
-        self._reading: Iterator[RawChunk] | None = None
+        self._on_read = None if head is None else head.on_read
+        self._reading = None if head is None else iter(head)
         self._next = 0
         self._cache_reported = False
         self.warnings: list[str] = []
-        """What was said of the chunks that were made here."""
+        """Warnings about the chunks that were committed here."""
 
     def get(self, number: int) -> Chunk | None:
-        """Chunk `number`, None where the corpus has no such chunk; what lies before it and is not known is read.
+        """Chunk `number`, None behind the last one. Chunks before it that the catalog does not know are read.
 
         Raises DataError for a bad row, or a corpus that has changed.
         """
         entry = self.catalog.get(number)
         if entry is not None:
-            kept = self.cache.load(self._key(entry))
-            if kept is not None:
-                return Chunk(entry, kept)
+            cached = self.cache.load(self._key(entry))
+            if cached is not None:
+                return Chunk(entry, cached)
         raw = self.read(number)
-        return None if raw is None else self.commit(self.tokenise(raw))
-
-    def tokenise(self, raw: RawChunk) -> Chunk:
-        """A chunk of these documents; nothing is kept of it."""
-        return Chunk(raw.entry, tokenise(raw.documents, self.tokenizer, self.pairs), notes=raw.notes)
+        if raw is None:
+            return None
+        return self.commit(Chunk(raw.entry, tokenise(raw.documents, self.tokenizer, self.pairs), notes=raw.notes))
 
     def commit(self, chunk: Chunk) -> Chunk:
-        """A chunk that was made, here or elsewhere: known to the catalog now, and kept if there is room."""
+        """Enter a chunk, tokenised here or elsewhere, into the catalog, and into the cache if there is room."""
         self.catalog.add(chunk.entry)
-        self.cache.keep(self._key(chunk.entry), chunk.store)
+        self.cache.add(self._key(chunk.entry), chunk.store)
         notes = (*chunk.notes, *self._about_cache())
         self.warnings += notes
         return replace(chunk, notes=notes)
 
     def is_cached(self, number: int) -> bool:
-        """Whether a chunk that is known lies in the cache."""
+        """Whether the cache holds a chunk of the catalog."""
         entry = self.catalog.get(number)
-        return entry is not None and self.cache.holds(self._key(entry))
+        return entry is not None and self.cache.contains(self._key(entry))
+
+    @property
+    def all_cached(self) -> bool:
+        """Whether the cache holds all chunks of the corpus."""
+        return self.catalog.ended and all(self.is_cached(number) for number in range(len(self.catalog)))
 
     def scan(self, before: int | None = None) -> None:
         """Read what the catalog does not know yet, without tokenising: to chunk `before`, or to the corpus' end."""
@@ -109,21 +121,15 @@ class ChunkPipeline:
             number += 1
 
     def read(self, number: int) -> RawChunk | None:
-        """Chunk `number` as documents, None where the corpus has no such chunk.
+        """Chunk `number` as documents, None behind the last one.
 
         Where it follows the one that was read last, reading just goes on. Raises as `get`.
         """
+        self.scan(before=number)
         if self.catalog.ended and number >= len(self.catalog):
             return None
-        while number > len(self.catalog):
-            if self.catalog.ended or self.read(len(self.catalog)) is None:
-                return None
         if self._reading is None or self._next != number:
-            entry = self.catalog.get(number)
-            if entry is not None:
-                self._reading = read_chunks(self.corpus, entry.start)
-            else:
-                self._reading = self._reading_behind(number)
+            self._reading = self._read_from(number)
         raw = next(self._reading, None)
         self._next = number + 1
         if raw is None:
@@ -134,22 +140,27 @@ class ChunkPipeline:
             self.catalog.end()
             return None
         self.catalog.add(raw.entry)
+        if raw.entry.after is not None and raw.entry.after.part == len(self.corpus.parts):
+            self.catalog.end()
         return raw
 
-    def _reading_behind(self, number: int) -> Iterator[RawChunk]:
-        """Reading that begins with the first chunk that is not known: behind the last one that is."""
-        if not number:
-            return read_chunks(self.corpus, FIRST)
-        reading = read_chunks(self.corpus, self.catalog.entries[-1].start)
-        last = next(reading, None)
-        if last is not None:
-            self.catalog.add(last.entry)
-        return reading
+    def _read_from(self, number: int) -> Iterator[RawChunk]:
+        """The chunks from `number` on, which is at most the first one that the catalog does not know."""
+        entry = self.catalog.get(number)
+        last = self.catalog.entries[-1] if len(self.catalog) else None
+        start = entry.start if entry is not None else FIRST if last is None else last.next or last.start
+        chunks = read_chunks(self.corpus, start, CorpusReading(self.corpus, start.place, self._on_read))
+        if start.number < number:
+            # A catalog of an earlier version does not say where its last chunk ends: read that chunk again.
+            again = next(chunks, None)
+            if again is not None:
+                self.catalog.add(again.entry)
+        return chunks
 
     def _key(self, entry: ChunkEntry) -> str:
-        """What decides a chunk's tokens."""
-        said = f"{entry.fingerprint} {self.tokenizer.fingerprint} {self.pairs} {self.corpus.ascii_only}"
-        return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+        """The cache's key: all that decides a chunk's tokens."""
+        plain = f"{entry.fingerprint} {self.tokenizer.fingerprint} {self.pairs} {self.corpus.ascii_only}"
+        return hashlib.blake2b(plain.encode(), digest_size=16).hexdigest()
 
     def _about_cache(self) -> tuple[str, ...]:
         if self.cache.refusal is None or self._cache_reported:
@@ -160,14 +171,14 @@ class ChunkPipeline:
 
 @dataclass(frozen=True)
 class ChunkSlot:
-    """Which chunk stands at a position of an epoch, and whether a block ends with it (None: as its entry says)."""
+    """The number of the chunk at a position of an epoch, and whether a block ends with it (None: see its entry)."""
 
     position: int
     number: int
     ends_block: bool | None
 
     def assign(self, chunk: Chunk) -> Chunk:
-        """The chunk at this place."""
+        """The chunk, with this slot's position."""
         ends_block = chunk.entry.ends_block if self.ends_block is None else self.ends_block
         return replace(chunk, position=self.position, ends_block=ends_block)
 
@@ -184,8 +195,8 @@ class EpochOrder:
     start: int = 0
 
     def slots(self, catalog: Catalog, epoch: int, position: int) -> Iterator[ChunkSlot]:
-        """The turns of chunks from a position of the epoch on. In the order of the corpus they go on without end; a
-        shuffled epoch needs a catalog that has ended."""
+        """The slots from a position of the epoch on. In the order of the corpus they go on without end; a shuffled
+        epoch needs a catalog that has ended."""
         first = self.start if epoch == 0 else 0
         if not self.shuffled:
             for number in count(max(position, first)):
@@ -206,7 +217,7 @@ class EpochOrder:
 
 
 class LocalChunks:
-    """Chunks made in this process, in a thread that stays at most AHEAD chunks ahead."""
+    """Chunks that are read and tokenised in this process, by a thread that stays at most AHEAD chunks ahead."""
 
     shared = False
 
@@ -214,14 +225,14 @@ class LocalChunks:
         self._pipeline, self._order = pipeline, order
 
     def chunks(self, epoch: int, position: int) -> Generator[Chunk, None, None]:
-        """See ChunkSource. What the making raises is raised here, when its chunk is asked for."""
-        ahead = _Prefetcher(self._made(epoch, position))
+        """See ChunkSource. An error of a chunk is raised when that chunk is asked for."""
+        ahead = _Prefetcher(self._chunks(epoch, position))
         try:
             yield from ahead
         finally:
             ahead.close()
 
-    def _made(self, epoch: int, position: int) -> Iterator[Chunk]:
+    def _chunks(self, epoch: int, position: int) -> Iterator[Chunk]:
         for slot in self._order.slots(self._pipeline.catalog, epoch, position):
             chunk = self._pipeline.get(slot.number)
             if chunk is None:
@@ -230,7 +241,7 @@ class LocalChunks:
 
 
 class InMemoryChunks:
-    """All chunks of the corpus in memory, made before the first is asked for."""
+    """All chunks of the corpus in memory, read before the first is asked for."""
 
     shared = False
 
@@ -249,11 +260,11 @@ class InMemoryChunks:
 
 
 class _Prefetcher:
-    """Reads an iterator in a thread, AHEAD items ahead."""
+    """Reads an iterator in a thread, at most AHEAD items ahead."""
 
     def __init__(self, items: Iterator[Chunk]) -> None:
         self._items = items
-        self._made: deque[Chunk | BaseException | None] = deque()
+        self._ready: deque[Chunk | BaseException | None] = deque()
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="chunks", daemon=True)
@@ -262,8 +273,8 @@ class _Prefetcher:
     def __iter__(self) -> Iterator[Chunk]:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._made)
-                item = self._made.popleft()
+                self._changed.wait_for(lambda: self._ready)
+                item = self._ready.popleft()
                 self._changed.notify_all()
             if item is None:
                 return
@@ -272,7 +283,7 @@ class _Prefetcher:
             yield item
 
     def close(self) -> None:
-        """End the thread; the item in the making is finished first."""
+        """End the thread once it has finished its present item."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -284,14 +295,14 @@ class _Prefetcher:
                 if not self._put(item):
                     return
             self._put(None)
-        except BaseException as error:  # noqa: BLE001 - the thread's edge: it is raised where the item is asked for
+        except BaseException as error:  # noqa: BLE001 - raised again where the item is asked for
             self._put(error)
 
     def _put(self, item: Chunk | BaseException | None) -> bool:
         """Whether the item was wanted; waits until there is room for it."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or len(self._made) < AHEAD)
+            self._changed.wait_for(lambda: self._closed or len(self._ready) < AHEAD)
             if not self._closed:
-                self._made.append(item)
+                self._ready.append(item)
                 self._changed.notify_all()
             return not self._closed

@@ -1,62 +1,35 @@
-"""Rows of a corpus, chunk by chunk.
+"""Cuts the rows of a corpus into chunks, from any chunk on, each with its catalog entry.
 
-One job: parts -> RawChunk, from any chunk on, each with its catalog entry. A chunk is at most `chunk_size` rows and
-about 16 MiB of text, whichever is reached first, and never lies in two blocks; a block is `samples_per_block` rows. It
-does not tokenise.
+A chunk is at most `chunk_size` rows and about 16 MiB of text, whichever is reached first, and never lies in two blocks;
+a block is `samples_per_block` rows.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 from hrm_ray.data.catalog import ChunkEntry, ChunkStart, RowPosition
-from hrm_ray.data.parts import Part, TextSource
-from hrm_ray.data.readers import read_part
-from hrm_ray.data.rows import BadRow, Document, OnBadRow, Row
-from hrm_ray.data.streams import ReadingWatch
+from hrm_ray.data.corpus import Corpus, CorpusReading, PlacedRow
+from hrm_ray.data.rows import BadRow, Document
 from hrm_ray.errors import DataError, Fault
-
-PlacedRow: TypeAlias = tuple[Row, RowPosition]
-"""A row, and the place after it."""
 
 CHUNK_TEXT_BYTES = 16 << 20
 """A chunk of long documents ends before its number of rows is reached, so that memory stays bounded."""
+HEAD_BYTES = 64 << 20
+"""Text of the first chunks that is kept in memory before a run (64 MiB; the default sample of a tokenizer fits)."""
 _SHOWN_FAULTS = 3
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """What is read, and how it is cut: rows before `offset` are no part of it, nor are those after `max_rows` of the
-    rest. With `ascii_only` rows with other characters are left out and counted; with `on_bad_row` "skip" so are rows
-    that cannot be read."""
-
-    source: TextSource
-    parts: tuple[Part, ...]
-    samples_per_block: int
-    chunk_size: int
-    offset: int = 0
-    max_rows: int | None = None
-    ascii_only: bool = False
-    on_bad_row: OnBadRow = "fail"
-
-    @property
-    def random_access(self) -> bool:
-        """Whether reading may begin anywhere without reading what lies before."""
-        return all(part.random_access for part in self.parts)
-
-
-@dataclass(frozen=True)
 class RawChunk:
-    """A chunk's documents, its entry, what is to be said of rows that were skipped, where the next one begins, the
-    first faults of skipped rows, and those of parts that are `broken` off."""
+    """A chunk's entry, its documents, warnings about rows that were skipped, the first faults of those, and the faults
+    of parts that are `broken` off."""
 
     entry: ChunkEntry
     documents: tuple[Document, ...]
     notes: tuple[str, ...]
-    next: ChunkStart
     faults: tuple[Fault, ...] = ()
     broken: tuple[Fault, ...] = ()
 
@@ -72,7 +45,7 @@ def read_chunks(
     where the caller has them. Raises DataError for a bad row, unless such rows are skipped."""
     begun = _Open(corpus, start)
     first_row = start.first_row
-    for row, after in corpus_rows(corpus, start) if rows is None else rows:
+    for row, after in CorpusReading(corpus, start.place) if rows is None else rows:
         if start == FIRST and first_row < corpus.offset:
             first_row += 1
             begun = _Open(corpus, ChunkStart(0, 0, 0, 0, first_row, after))
@@ -83,21 +56,63 @@ def read_chunks(
         if begun.is_full:
             chunk = begun.closed(after)
             yield chunk
-            begun = _Open(corpus, chunk.next)
+            begun = _Open(corpus, _next(chunk))
     if begun.rows:
         yield begun.closed(RowPosition(len(corpus.parts), 0))
 
 
-def corpus_rows(corpus: Corpus, start: ChunkStart = FIRST, watch: ReadingWatch | None = None) -> Iterator[PlacedRow]:
-    """Every row from `start` on, those before the offset included, and the place after it."""
-    place = start.place
-    for number in range(place.part, len(corpus.parts)):
-        part = corpus.parts[number]
-        from_row, mark = (place.row, place.mark) if number == place.part else (0, None)
-        for row in read_part(part, corpus.source, from_row, mark, watch=watch):
-            # A part that breaks off is over: read from behind its last row, it would break off once more.
-            over = isinstance(row, BadRow) and row.ends_part
-            yield row, RowPosition(number + 1, 0) if over else RowPosition(number, row.row + 1, row.mark)
+def _next(chunk: RawChunk) -> ChunkStart:
+    start = chunk.entry.next
+    if start is None:
+        raise RuntimeError("a chunk that was just read ends nowhere")
+    return start
+
+
+class CorpusHead:
+    """The chunks of a corpus from its beginning, as often as they are asked for: the first HEAD_BYTES are read once."""
+
+    def __init__(self, corpus: Corpus, on_read: Callable[[CorpusReading], None]) -> None:
+        self.corpus, self.on_read = corpus, on_read
+        self.reading = CorpusReading(corpus, on_read=on_read)
+        self._unread = read_chunks(corpus, rows=self.reading)
+        self.chunks: list[RawChunk] = []
+        """Those that were read and kept."""
+        self._kept_bytes = 0
+
+    def __iter__(self) -> Iterator[RawChunk]:
+        number = 0
+        while number < len(self.chunks) or self._read_one():
+            yield self.chunks[number]
+            number += 1
+        if self._kept_bytes >= HEAD_BYTES:
+            start = _next(self.chunks[-1])
+            rows = CorpusReading(self.corpus, start.place, self.on_read)
+            yield from read_chunks(self.corpus, start, rows)
+
+    def documents(self) -> Iterator[Document]:
+        """All documents that can be used, in their order."""
+        return (document for chunk in self for document in chunk.documents)
+
+    def estimate_text_bytes(self) -> float:
+        """Bytes of text in the corpus, judged by the chunks that were kept and the share of all rows that they are.
+        Reads on until that share is known, and to the end of the corpus where nothing tells."""
+        corpus, reading = self.corpus, self.reading
+        while (not self.chunks or reading.share is None) and self._read_one():
+            pass
+        rows = sum(chunk.entry.rows for chunk in self.chunks)
+        text_bytes = sum(chunk.entry.text_bytes for chunk in self.chunks)
+        if reading.share is None or not rows:
+            return sum(chunk.entry.text_bytes for chunk in self)
+        usable = reading.rows_read / reading.share - corpus.offset
+        return text_bytes / rows * (usable if corpus.max_rows is None else min(usable, corpus.max_rows))
+
+    def _read_one(self) -> bool:
+        """Whether there was one more chunk to read, and room to keep it."""
+        chunk = next(self._unread, None) if self._kept_bytes < HEAD_BYTES else None
+        if chunk is not None:
+            self.chunks.append(chunk)
+            self._kept_bytes += chunk.entry.text_bytes
+        return chunk is not None
 
 
 class _Open:
@@ -129,8 +144,7 @@ class _Open:
         self.rows += 1
         if isinstance(row, BadRow):
             if self._corpus.on_bad_row == "fail":
-                passed_over = "or pass over what cannot be read with --on-bad-row skip"
-                raise DataError(replace(row.fault, hint=f"{row.fault.hint}, {passed_over}"))
+                raise DataError(replace(row.fault, hint=f"{row.fault.hint}, or skip bad rows with --on-bad-row skip"))
             self._bad += 1
             if row.ends_part:
                 self._broken.append(row.fault)
@@ -150,20 +164,17 @@ class _Open:
         self._documents.append(row)
 
     def closed(self, after: RowPosition) -> RawChunk:
-        start, full = self._start, self._block_is_full
         entry = ChunkEntry(
-            start, self.rows, self._bad, self._left_out, self._text_bytes, self._digest.hexdigest(), full
+            self._start,
+            self.rows,
+            self._bad,
+            self._left_out,
+            self._text_bytes,
+            self._digest.hexdigest(),
+            self._block_is_full,
+            after,
         )
-        follower = ChunkStart(
-            number=start.number + 1,
-            block=start.block + full,
-            chunk=0 if full else start.chunk + 1,
-            block_rows=0 if full else start.block_rows + self.rows,
-            first_row=self.rows_before,
-            place=after,
-        )
-        faults, broken = tuple(self._faults), tuple(self._broken)
-        return RawChunk(entry, tuple(self._documents), tuple(self._notes()), follower, faults, broken)
+        return RawChunk(entry, tuple(self._documents), tuple(self._notes()), tuple(self._faults), tuple(self._broken))
 
     def _notes(self) -> Iterator[str]:
         bad = self._bad - len(self._broken)
@@ -173,7 +184,7 @@ class _Open:
             name = f"block {self._start.block}, chunk {self._start.chunk}"
             yield f"{bad} bad row(s) skipped in {name} ({shown}{more})."
         for fault in self._broken:
-            yield f"{fault.value}: {fault.reason}. The rest of it is left out, nobody knows how many rows."
+            yield f"{fault.value}: {fault.reason}. The rest of this file is skipped; its row count is unknown."
 
 
 def reread(corpus: Corpus, entries: Sequence[ChunkEntry]) -> Iterator[ChunkEntry]:

@@ -1,15 +1,12 @@
-"""What must be known of a corpus before the first step.
-
-One job: its first chunk, how many sequences an epoch has, and the held-out documents; each reads as little as it can.
-It writes nothing but what the pipeline keeps.
-"""
+"""What must be known of a corpus before the first step: that it can be used, its first chunk, how many sequences an
+epoch has, and the held-out documents. Each reads as little as it can."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from hrm_ray.data.chunk_source import Chunk, ChunkPipeline
-from hrm_ray.data.chunks import Corpus, read_chunks
+from hrm_ray.data.chunks import CorpusHead
 from hrm_ray.data.packing import RowForm, TextSamples
 from hrm_ray.data.text_data import ChunkingConfig
 from hrm_ray.data.text_store import TextStore, joined, tokenise
@@ -18,7 +15,8 @@ from hrm_ray.errors import DataError, Fault, SettingsError
 
 _OTHER_DATA = "Give data with text in it"
 COUNTED_BYTES = 16 << 20
-"""A corpus of less text is tokenised whole to count its sequences; of a larger one their number is estimated."""
+"""A corpus of at most so much text (16 MiB, what one chunk may hold) is tokenised whole to count its sequences; of a
+larger one their number is estimated."""
 
 
 @dataclass(frozen=True)
@@ -31,32 +29,32 @@ class Sequences:
     estimated: bool
 
 
-def check_usable(corpus: Corpus) -> None:
+def check_usable(head: CorpusHead) -> None:
     """Reads to the first document with text. Raises DataError or SettingsError where there is none."""
     rows = left_out = bad = 0
     faults: list[Fault] = []
-    for chunk in read_chunks(corpus):
+    for chunk in head:
         if any(document.text for document in chunk.documents):
             return
         rows += chunk.entry.rows
         left_out += chunk.entry.left_out
         bad += chunk.entry.bad
         faults += (*chunk.faults, *chunk.broken)
-    name = str(corpus.source.path)
+    name, offset = str(head.corpus.source.path), head.corpus.offset
     if left_out:
         reason = f"{left_out} of {rows} rows are left out by --ascii-only, and none of the others has text"
         raise DataError(Fault(name, reason, "Leave out --ascii-only, or give other data"))
     if bad:
         reason = f"none of its {rows} rows has text that can be read ({faults[0].value}: {faults[0].reason})"
-        raise DataError(Fault(name, reason, "Mend the data"))
-    if not rows and corpus.offset:
-        value = f"--dataset-start-offset {corpus.offset}"
-        raise SettingsError(Fault(value, f"{name} has no row after so many", "Give a smaller one"))
-    raise DataError(Fault(name, "it is empty, there is no text in it", _OTHER_DATA))
+        raise DataError(Fault(name, reason, "Correct the data"))
+    if not rows and offset:
+        reason = f"{name} has no row after so many"
+        raise SettingsError(Fault(f"--dataset-start-offset {offset}", reason, "Give a smaller one"))
+    raise DataError(Fault(name, "contains no text", _OTHER_DATA))
 
 
-def begin_corpus(pipeline: ChunkPipeline, cut: ChunkingConfig, form: RowForm) -> Chunk:
-    """The first chunk that an epoch begins with and that has a document.
+def first_chunk(pipeline: ChunkPipeline, cut: ChunkingConfig, form: RowForm) -> Chunk:
+    """The first chunk with a document that an epoch begins with.
 
     Raises SettingsError for a start that is not there, or where all of the corpus is shorter than one row; DataError
     where no row can be trained on.
@@ -103,50 +101,44 @@ def _started(pipeline: ChunkPipeline, cut: ChunkingConfig) -> Chunk | None:
     raise SettingsError(Fault(f"--start-block-id {block}", reason, f"Give {max(blocks - 1, 0)} or less"))
 
 
-def count_sequences(pipeline: ChunkPipeline, first: Chunk, form: RowForm, *, start: int, all_of_it: bool) -> Sequences:
+def count_sequences(
+    pipeline: ChunkPipeline, head: CorpusHead, first: Chunk, form: RowForm, *, start: int, all_of_it: bool
+) -> Sequences:
     """Sequences of a whole epoch, and of one that begins with chunk `start`.
 
-    They are counted where the corpus is small or `all_of_it` is to be tokenised anyway, else estimated from its bytes
-    of text and the first chunk, which means reading all of it once.
+    They are counted where the corpus is small or `all_of_it` is to be tokenised anyway. Else they are estimated from
+    the first chunk and the bytes of text, which are known where the corpus was scanned, and estimated elsewhere.
     """
-    if not all_of_it:
-        small = sum(part.bytes for part in pipeline.corpus.parts) <= COUNTED_BYTES
-        if small:
-            pipeline.scan()
-        # What is compressed may be larger than it looked.
-        all_of_it = small and _text_bytes(pipeline) <= COUNTED_BYTES
-    if all_of_it:
+    if all_of_it or pipeline.corpus.bytes <= COUNTED_BYTES:
         counts: list[int] = []
-        while (chunk := pipeline.get(len(counts))) is not None:
+        text_bytes = 0
+        # What is compressed may turn out larger than its files: then the chunks so far were tokenised for the cache.
+        while all_of_it or text_bytes <= COUNTED_BYTES:
+            chunk = pipeline.get(len(counts))
+            if chunk is None:
+                return Sequences(sum(counts), sum(counts[start:]), estimated=False)
             counts.append(len(TextSamples(chunk.store, form)))
-        return Sequences(sum(counts), sum(counts[start:]), estimated=False)
-    pipeline.scan()
+            text_bytes += chunk.entry.text_bytes
+    if pipeline.catalog.ended:
+        whole = float(sum(entry.text_bytes for entry in pipeline.catalog.entries))
+    else:
+        whole = head.estimate_text_bytes()
+    before = sum(entry.text_bytes for entry in pipeline.catalog.entries[:start])
     of_first = len(TextSamples(first.store, form)) / max(1, first.entry.text_bytes)
-    whole, rest = (max(1, round(of_first * _text_bytes(pipeline, begin))) for begin in (0, start))
-    return Sequences(whole, rest, estimated=True)
+    count, first_epoch = (max(1, round(of_first * text_bytes)) for text_bytes in (whole, whole - before))
+    return Sequences(count, first_epoch, estimated=True)
 
 
-def cached_whole(pipeline: ChunkPipeline) -> bool:
-    """Whether all chunks of the corpus lie in the cache, so that a run has nothing to tokenise. Reads one chunk more
-    than is known, to see whether there is one."""
-    pipeline.read(len(pipeline.catalog))
-    return pipeline.catalog.ended and all(pipeline.is_cached(number) for number in range(len(pipeline.catalog)))
-
-
-def _text_bytes(pipeline: ChunkPipeline, start: int = 0) -> int:
-    return sum(entry.text_bytes for entry in pipeline.catalog.entries[start:])
-
-
-def read_held_out(corpus: Corpus, tokenizer: TextTokenizer, form: RowForm, rows: int) -> tuple[TextStore, list[str]]:
-    """The first held-out documents, as many as `rows` sequences take (and a few more, as they come in chunks), and what
-    is to be said of rows that were skipped.
+def read_held_out(head: CorpusHead, tokenizer: TextTokenizer, form: RowForm, rows: int) -> tuple[TextStore, list[str]]:
+    """The first held-out documents, as many as `rows` sequences take (and a few more, as they come in chunks), and
+    warnings about rows that were skipped.
 
     Raises DataError where none has a token.
     """
     stores: list[TextStore] = []
     notes: list[str] = []
     have = 0
-    for chunk in read_chunks(corpus):
+    for chunk in head:
         notes += (f"held-out data: {note}" for note in chunk.notes)
         stores.append(tokenise(chunk.documents, tokenizer, form.prefix))
         # Each store alone has at most one sequence more than its share of the whole.
@@ -155,5 +147,5 @@ def read_held_out(corpus: Corpus, tokenizer: TextTokenizer, form: RowForm, rows:
             break
     if not any(store.documents for store in stores):
         reason = "no document has a single token"
-        raise DataError(Fault(str(corpus.source.path), reason, "Give held-out data with text in it"))
+        raise DataError(Fault(str(head.corpus.source.path), reason, "Give held-out data with text in it"))
     return joined(stores), notes

@@ -1,7 +1,4 @@
-"""What a path holds: puzzles or text, and how much of it.
-
-One job: enough facts for settings (the task) and for a dry run, quickly. Text is not read beyond its first document.
-"""
+"""What a path holds, puzzles or text, and how much of it. Text is not read beyond its first document."""
 
 from __future__ import annotations
 
@@ -10,13 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 from hrm_ray.data.file_kinds import TEXT_FORMATS, FileKind
-from hrm_ray.data.file_systems import is_local
+from hrm_ray.data.file_systems import file_system_of, is_local
 from hrm_ray.data.formats.lines import parse_line
 from hrm_ray.data.parts import Part, TextSource, list_parts
 from hrm_ray.data.puzzles.format import DESCRIPTION, PuzzleFacts
 from hrm_ray.data.puzzles.samples import open_puzzles
 from hrm_ray.data.readers import read_documents
-from hrm_ray.data.rows import OnBadRow
+from hrm_ray.data.rows import Columns, Document, OnBadRow
 from hrm_ray.errors import DataError
 
 
@@ -37,9 +34,9 @@ class DataFacts:
 
 
 def detect(source: TextSource, on_bad_row: OnBadRow = "fail") -> DataFacts:
-    """Tells the task from the data: a folder with dataset.json, a .safetensors file, and .jsonl whose first row has
+    """The task that the data is for: a folder with dataset.json, a .safetensors file, and .jsonl whose first row has
     lists `inputs` and `labels` are puzzles; everything else is text, whose first document is read as a check. Bad rows
-    before it are passed over where `on_bad_row` says so.
+    before it are skipped where `on_bad_row` says so.
 
     Raises SettingsError for a path that is not there, DataError for data that cannot be read as either, and what
     `list_parts` raises.
@@ -52,11 +49,13 @@ def detect(source: TextSource, on_bad_row: OnBadRow = "fail") -> DataFacts:
     found = list_parts(source)
     size = sum(part.bytes for part in found.parts)
     files, skipped = len(found.parts), found.skipped
-    if is_puzzle_rows(found.parts[0], on_bad_row):
+    row = _first_row(found.parts[0], on_bad_row)
+    if _is_puzzle(row):
         return DataFacts("puzzle", source.path, split, files, size, skipped, open_puzzles(path, split).facts)
-    for document in read_documents(source, on_bad_row):
-        if document.text:
-            break
+    if row is None or not _has_text(row, source):
+        for document in read_documents(source, on_bad_row):
+            if document.text:
+                break
     columns = any(part.kind is None or part.kind.form not in TEXT_FORMATS for part in found.parts)
     return DataFacts("lm", source.path, split, files, size, skipped, None, columns)
 
@@ -74,11 +73,16 @@ def puzzle_tensors(source: TextSource) -> Path | None:
 
 def is_puzzle_rows(part: Part, on_bad_row: OnBadRow = "fail") -> bool:
     """True for a .jsonl file whose first row has `inputs` and `labels` as lists. Raises DataError where that row is
-    bad, unless such rows are passed over."""
+    bad, unless such rows are skipped."""
+    return _is_puzzle(_first_row(part, on_bad_row))
+
+
+def _first_row(part: Part, on_bad_row: OnBadRow) -> dict[str, object] | None:
+    """The first row of a .jsonl file on this machine; None for other files, and where there is no row."""
     if part.kind != FileKind("jsonl", None) or not is_local(part.address):
-        return False
+        return None
     offset = 0
-    with open(part.address, "rb") as lines:
+    with file_system_of(part.address).open(part.address) as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 row = parse_line(line, f"{part.address}:{number}", offset)
@@ -88,5 +92,16 @@ def is_puzzle_rows(part: Part, on_bad_row: OnBadRow = "fail") -> bool:
                 row = None
             offset += len(line)
             if row is not None:
-                return isinstance(row.get("inputs"), list) and isinstance(row.get("labels"), list)
-    return False
+                return row
+    return None
+
+
+def _is_puzzle(row: dict[str, object] | None) -> bool:
+    return row is not None and isinstance(row.get("inputs"), list) and isinstance(row.get("labels"), list)
+
+
+def _has_text(row: dict[str, object], source: TextSource) -> bool:
+    """Whether a row is a document that is not empty."""
+    columns = Columns(source.text_column, source.prompt_column, source.response_column)
+    document = columns.document(row, "", 0, None)
+    return isinstance(document, Document) and bool(document.text)

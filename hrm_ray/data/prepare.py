@@ -1,14 +1,11 @@
-"""What the launcher does once, before workers start.
-
-One job: from sources to a plan of JSON values and the files beside it (prepare_text, prepare_puzzles). Of text only
-what must be known before the first step is read. The caller logs the notes.
-"""
+"""Preparing data once, before workers start: the tokenizer, the first chunk, the held-out documents, and a plan that
+tells workers what to open. Of text only what must be known before the first step is read."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -17,15 +14,9 @@ from typing import Any, Literal, TypeAlias
 from hrm_ray.data.bpe import SizeBounds, train_bpe, train_sized_bpe
 from hrm_ray.data.catalog import Catalog, changed, check_parts, touching
 from hrm_ray.data.chunk_source import Chunk
-from hrm_ray.data.chunks import Corpus, read_chunks, reread
-from hrm_ray.data.corpus_facts import (
-    Sequences,
-    begin_corpus,
-    cached_whole,
-    check_usable,
-    count_sequences,
-    read_held_out,
-)
+from hrm_ray.data.chunks import CorpusHead, reread
+from hrm_ray.data.corpus import Corpus, CorpusReading
+from hrm_ray.data.corpus_facts import Sequences, check_usable, count_sequences, first_chunk, read_held_out
 from hrm_ray.data.file_systems import absolute
 from hrm_ray.data.named_tokenizer import load_named
 from hrm_ray.data.packing import RowForm
@@ -129,57 +120,61 @@ def prepare_text(
     form: RowForm,
     cut: ChunkingConfig,
     wanted: PrepareRequest = PrepareRequest(),
+    on_read: Callable[[CorpusReading], None] = lambda _: None,
 ) -> PreparedText:
-    """Chooses the tokenizer, saves it in `bundle`, and begins the folder `data`: parts, catalog, the first chunk, and
-    the held-out documents. Where `data` knows a corpus already, it must be the same.
+    """Chooses the tokenizer, saves it in `bundle`, and writes to the folder `data`: parts, catalog, the first chunk,
+    and the held-out documents. Where `data` has a catalog already, the corpus must be the same. `on_read` is called
+    often while the corpus is read; what it raises ends the preparing.
 
     Raises SettingsError for paths, columns or a row length that cannot be used, DataError for data that cannot be read
     or has changed.
     """
     notes: list[str] = []
     folder = TextDataDir(data)
-    parts = list_parts(train).parts
     folder.root.mkdir(parents=True, exist_ok=True)
-    corpus = corpus_of(cut, train, parts)
-    _take_up(folder, corpus)
-    check_usable(corpus)
-    tokenizer, origin, account = _choose(corpus, bundle, choice, notes)
-    pipeline = folder.pipeline(cut, train, tokenizer, pairs=form.prefix, writes=True)
+    corpus = corpus_of(cut, train, list_parts(train).parts)
+    _check_unchanged(folder, corpus)
+    folder.write_parts(corpus.parts)
+    head = CorpusHead(corpus, on_read)
+    check_usable(head)
+    tokenizer, origin, account = _choose(head, bundle, choice, notes)
+    pipeline = folder.pipeline(cut, train, tokenizer, pairs=form.prefix, writes=True, head=head)
     try:
-        first = begin_corpus(pipeline, cut, form)
-        in_order = not cut.shuffled or not pipeline.corpus.random_access
+        first = first_chunk(pipeline, cut, form)
+        in_order = not cut.shuffled or not corpus.random_access
         if cut.shuffled and in_order:
             notes.append(
                 "The data can only be read in its order (it is compressed, an archive or a stream): sequences are "
                 f"shuffled within the buffer of {cut.shuffle_rows} samples, blocks and chunks are not."
             )
         if not in_order:
+            # The order of blocks and chunks depends on their number.
             pipeline.scan()
-        counted = None
+        sequences = None
         start = 0 if cut.start_block is None and cut.start_chunk is None else first.entry.number
         if wanted.count or not cut.streaming:
-            counted = count_sequences(pipeline, first, form, start=start, all_of_it=not cut.streaming)
+            sequences = count_sequences(pipeline, head, first, form, start=start, all_of_it=not cut.streaming)
         if not cut.streaming and pipeline.cache.refusal is not None:
             hint = "Give a larger --cache-gb (0 keeps nothing on the disk), or leave out --no-streaming"
             raise ResourceError(Fault("--no-streaming", pipeline.cache.refusal, hint))
-        kept = cached_whole(pipeline)
         held_out = None
         name = None if evaluation is None else evaluation_file(evaluation, wanted)
         if name is not None and wanted.keep_evaluation and folder.evaluation(name).is_file():
             held_out = folder.read_evaluation(name)
-        elif evaluation is not None:
-            held_out, told = read_held_out(_held_out(cut, evaluation, wanted), tokenizer, form, wanted.eval_rows)
-            notes += told
-            save_store(held_out, folder.evaluation(evaluation_file(evaluation, wanted)))
+        elif evaluation is not None and name is not None:
+            documents = CorpusHead(_held_out(cut, evaluation, wanted), on_read)
+            held_out, skipped = read_held_out(documents, tokenizer, form, wanted.eval_rows)
+            notes += skipped
+            save_store(held_out, folder.evaluation(name))
     finally:
         pipeline.catalog.close()
     # Last, so that data that cannot be used leaves the bundle's tokenizer as it was.
     if origin != "reused":
         tokenizer.save(bundle)
     notes += pipeline.warnings
-    notes.extend(_losses(_documents(pipeline.corpus), tokenizer))
-    plan = TextPlan(cut, form, train, name, start, in_order, kept)
-    return PreparedText(tokenizer, origin, plan, first, counted, held_out, tuple(notes), account)
+    notes.extend(_losses(head.documents(), tokenizer))
+    plan = TextPlan(cut, form, train, name, start, in_order, pipeline.all_cached)
+    return PreparedText(tokenizer, origin, plan, first, sequences, held_out, tuple(notes), account)
 
 
 def evaluation_file(evaluation: TextSource, wanted: PrepareRequest) -> str:
@@ -200,27 +195,22 @@ def _held_out(cut: ChunkingConfig, evaluation: TextSource, wanted: PrepareReques
     return corpus_of(of_training, evaluation, list_parts(evaluation).parts)
 
 
-def _take_up(folder: TextDataDir, corpus: Corpus) -> None:
-    """Check a corpus that is known against what it is now, and write down where its parts lie now."""
-    if folder.parts.is_file():
-        doubtful = check_parts(folder.read_parts(), corpus.parts)
-        entries = touching(Catalog(folder.catalog, writes=False).entries, doubtful, len(corpus.parts))
-        found = list(reread(corpus, entries))
-        for known, now in zip(entries, found, strict=False):
-            if known != now:
-                raise changed(known.name, "it does not hold the rows that it held when it was read first")
-        if len(found) < len(entries):
-            raise changed(entries[len(found)].name, "its rows are gone")
-    folder.write_parts(corpus.parts)
-
-
-def _documents(corpus: Corpus) -> Iterator[Document]:
-    """The documents of a corpus that can be used, in their order."""
-    return (document for chunk in read_chunks(corpus) for document in chunk.documents)
+def _check_unchanged(folder: TextDataDir, corpus: Corpus) -> None:
+    """Raises DataError where the corpus is not the one that the folder's catalog was made from."""
+    if not folder.parts.is_file():
+        return
+    doubtful = check_parts(folder.read_parts(), corpus.parts)
+    entries = touching(Catalog(folder.catalog, writes=False).entries, doubtful, len(corpus.parts))
+    found = list(reread(corpus, entries))
+    for known, now in zip(entries, found, strict=False):
+        if known != now:
+            raise changed(known.name, "it does not hold the rows that it held when it was read first")
+    if len(found) < len(entries):
+        raise changed(entries[len(found)].name, "its rows are gone")
 
 
 def _choose(
-    corpus: Corpus, bundle: Path, choice: TokenizerChoice, notes: list[str]
+    head: CorpusHead, bundle: Path, choice: TokenizerChoice, notes: list[str]
 ) -> tuple[TextTokenizer, TokenizerOrigin, str | None]:
     """The tokenizer, where it comes from, and how its size was chosen where the data decided it."""
     if choice.name is not None:
@@ -238,7 +228,7 @@ def _choose(
         return tokenizer, "reused", None
 
     def texts() -> Iterator[str]:
-        return (document.text for document in _documents(corpus))
+        return (document.text for document in head.documents())
 
     account: str | None = None
     if bounds is None:

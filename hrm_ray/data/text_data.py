@@ -16,7 +16,8 @@ from hrm_ray.atomic_files import atomic_write
 from hrm_ray.data.catalog import Catalog
 from hrm_ray.data.chunk_cache import ChunkCache
 from hrm_ray.data.chunk_source import ChunkPipeline, EpochOrder
-from hrm_ray.data.chunks import Corpus
+from hrm_ray.data.chunks import CorpusHead
+from hrm_ray.data.corpus import Corpus
 from hrm_ray.data.packing import RowForm
 from hrm_ray.data.parts import Part, TextSource
 from hrm_ray.data.rows import OnBadRow
@@ -125,15 +126,23 @@ class TextDataDir:
             raise DataError(Fault(str(self.parts), f"it is no list of parts ({error})", AGAIN)) from error
 
     def pipeline(
-        self, cut: ChunkingConfig, source: TextSource, tokenizer: TextTokenizer, *, pairs: bool, writes: bool
+        self,
+        cut: ChunkingConfig,
+        source: TextSource,
+        tokenizer: TextTokenizer,
+        *,
+        pairs: bool,
+        writes: bool,
+        head: CorpusHead | None = None,
     ) -> ChunkPipeline:
-        """What makes the corpus' chunks; one process `writes` catalog and cache."""
+        """The pipeline of the corpus' chunks; one process `writes` catalog and cache."""
         return ChunkPipeline(
             corpus_of(cut, source, self.read_parts()),
             tokenizer,
             Catalog(self.catalog, writes=writes),
             ChunkCache(self.chunks, cut.cache_bytes, writes=writes),
             pairs=pairs,
+            head=head,
         )
 
     def read_evaluation(self, name: str) -> TextStore:

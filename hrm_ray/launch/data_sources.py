@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hrm_ray.data.chunks import Corpus
+from hrm_ray.data.corpus import Corpus
 from hrm_ray.data.parts import Part, TextSource
 from hrm_ray.data.text_data import ChunkingConfig, corpus_of
 from hrm_ray.settings.hub_name import hub_name

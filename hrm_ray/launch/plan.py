@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -12,6 +12,7 @@ from hrm_ray.atomic_files import atomic_directory
 from hrm_ray.bundle.start_weights import check_start_weights
 from hrm_ray.data.bpe import SizeBounds
 from hrm_ray.data.catalog import CHANGED
+from hrm_ray.data.corpus import CorpusReading
 from hrm_ray.data.prepare import (
     PreparedText,
     PrepareRequest,
@@ -36,14 +37,14 @@ from hrm_ray.train.plan import RunPlan, TextData
 from hrm_ray.train.resume import write_description
 
 
-def make_plan(resolved: ResolvedRun) -> RunPlan:
-    """Make the bundle's folder and the data ready, and write the plan down.
+def make_plan(resolved: ResolvedRun, on_read: Callable[[CorpusReading], None] = lambda _: None) -> RunPlan:
+    """Make the bundle's folder and the data ready, and write the plan down. `on_read` is called while text is read.
 
     A new bundle appears whole or not at all: it is prepared beside its place and renamed. Raises ResourceError where
     the disk is full.
     """
     try:
-        return _made_plan(resolved)
+        return _made_plan(resolved, on_read)
     except OSError as error:
         if error.errno not in DISK_FULL_ERRNOS:
             raise
@@ -52,14 +53,14 @@ def make_plan(resolved: ResolvedRun) -> RunPlan:
         raise ResourceError(Fault(str(root), f"it cannot be written ({error})", hint)) from error
 
 
-def _made_plan(resolved: ResolvedRun) -> RunPlan:
+def _made_plan(resolved: ResolvedRun, on_read: Callable[[CorpusReading], None]) -> RunPlan:
     with _bundle(resolved.location) as run_dir:
         notes, remarks = list(resolved.notes), list[str]()
         data: TextData | PuzzlePlan
         if resolved.facts.task == "puzzle":
             config, data = resolved.config, _prepare_puzzles(resolved, run_dir)
         else:
-            config, data = _prepare_text(resolved, run_dir, notes, remarks)
+            config, data = _prepare_text(resolved, run_dir, notes, remarks, on_read)
         keep_freed = check_resources(resolved.settings, config, resolved.devices, run_dir.root)
         start = resolved.settings.model.student_init
         if start is not None and not resolved.vocab_is_certain and resolved.location.checkpoint is None:
@@ -87,11 +88,11 @@ def _plan(
     schedule_steps = schedule_length(
         settings, data.rows or 0, effective, config.halt_max_steps, first_samples=first_rows
     )
-    constant = settings.optimizer.lr_schedule == "constant"
-    if isinstance(data, TextData) and data.rows_estimated and settings.run.step_limit is None and not constant:
+    estimated = isinstance(data, TextData) and data.rows_estimated and schedule_steps != settings.run.step_limit
+    if estimated and settings.optimizer.lr_schedule != "constant":
         notes.append(
-            f"The learning-rate schedule is laid out for about {schedule_steps} steps, estimated from the first chunk; "
-            "give --steps for a schedule that reaches its end exactly."
+            f"The learning-rate schedule is laid out for about {schedule_steps} steps, estimated from the beginning of "
+            "the data; give --steps for a schedule that reaches its end exactly."
         )
     if settings.run.step_limit is None and settings.model.supervision == "segment":
         notes.append(
@@ -139,7 +140,11 @@ def _bundle(location: RunLocation) -> Iterator[RunDir]:
 
 
 def _prepare_text(
-    resolved: ResolvedRun, run_dir: RunDir, notes: list[str], remarks: list[str]
+    resolved: ResolvedRun,
+    run_dir: RunDir,
+    notes: list[str],
+    remarks: list[str],
+    on_read: Callable[[CorpusReading], None],
 ) -> tuple[ModelConfig, TextData]:
     settings = resolved.settings
     source = resolved.location.source
@@ -151,6 +156,7 @@ def _prepare_text(
             if known.is_file():
                 shutil.copyfile(known, run_dir.data / known.name)
     rows = settings.data.eval_batches * effective_batch(settings, resolved.devices)
+    stored = _stored_data(resolved.location)
     prepared = prepare_text(
         source_of(settings, evaluation=False),
         source_of(settings, evaluation=True) if resolved.evaluation is not None else None,
@@ -160,11 +166,12 @@ def _prepare_text(
         form=row_form(settings),
         cut=chunking_config(settings),
         wanted=PrepareRequest(
-            count=settings.run.epochs is not None,
+            count=settings.run.epochs is not None and (stored is None or stored["rows"] is None),
             eval_rows=rows,
             max_val_examples=settings.data.max_val_examples,
             keep_evaluation=_same_evaluation(settings, resolved.location, run_dir, rows),
         ),
+        on_read=on_read,
     )
     if prepared.notes and settings.cluster.strict:
         hint = "Mend the data or the option, or leave out --strict"
@@ -173,10 +180,13 @@ def _prepare_text(
     if prepared.account is not None:
         remarks.append(prepared.account)
     data = _text_data(settings, prepared, rows)
-    stored = _stored_data(resolved.location)
     if stored is not None:
         # Where the tokenizer came from when the run began.
         data = replace(data, tokenizer=stored["tokenizer"])
+        if stored["rows"] is not None:
+            # What the learning-rate schedule was laid out for stays, although more is known by now.
+            counts = {name: stored[name] for name in ("rows", "first_rows", "rows_estimated")}
+            data = replace(data, **counts)
     return replace(resolved.config, vocab_size=data.vocab_size), data
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import shlex
 
 from hrm_ray.data.chunks import read_chunks
+from hrm_ray.data.corpus import CorpusReading
 from hrm_ray.data.parts import list_parts
-from hrm_ray.data.timed_reading import TimedReading, Timer
+from hrm_ray.data.timer import Timer
 from hrm_ray.launch.data_sources import corpus_to_read, source_of
 from hrm_ray.launch.resolve import ResolvedRun
 
@@ -34,7 +35,7 @@ def scan_data(resolved: ResolvedRun, timer: Timer | None = None) -> str:
 def _read(resolved: ResolvedRun, timer: Timer, *, evaluation: bool) -> str:
     source = source_of(resolved.settings, evaluation=evaluation)
     corpus = corpus_to_read(resolved.settings, source, list_parts(source).parts, evaluation=evaluation)
-    reading = TimedReading(corpus, timer)
+    reading = CorpusReading(corpus, on_read=lambda _: timer.raise_if_up())
     documents = bad = left_out = 0
     whole = False
     for chunk in read_chunks(corpus, rows=reading):

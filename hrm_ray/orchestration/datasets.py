@@ -20,7 +20,8 @@ import numpy.typing as npt
 
 from hrm_ray.data.catalog import ChunkEntry
 from hrm_ray.data.chunk_source import Chunk, ChunkPipeline
-from hrm_ray.data.chunks import Corpus, RawChunk, read_chunks
+from hrm_ray.data.chunks import RawChunk, read_chunks
+from hrm_ray.data.corpus import Corpus
 from hrm_ray.data.text_data import TextDataDir, TextPlan, corpus_of
 from hrm_ray.data.text_store import tokenise
 from hrm_ray.data.tokenizer import TextTokenizer

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from hrm_ray.data.catalog import Catalog, ChunkEntry, check_parts
 from hrm_ray.data.chunk_cache import ChunkCache
 from hrm_ray.data.chunk_source import ChunkPipeline
-from hrm_ray.data.chunks import Corpus, read_chunks
+from hrm_ray.data.chunks import read_chunks
+from hrm_ray.data.corpus import Corpus
 from hrm_ray.data.parts import TextSource, list_parts
 from hrm_ray.data.text_store import load_store
 from hrm_ray.errors import DataError
@@ -64,7 +65,7 @@ def test_a_file_that_breaks_off_is_told_and_counted(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"text": "b"}\n')
     chunks = list(read_chunks(corpus_of(tmp_path, 50, on_bad_row="skip")))
     told = [note for chunk in chunks for note in chunk.notes]
-    assert len(told) == 1 and "a.jsonl.gz" in told[0] and "The rest of it is left out" in told[0]
+    assert len(told) == 1 and "a.jsonl.gz" in told[0] and "The rest of this file is skipped" in told[0]
     assert chunks[-1].documents[-1].text == "b"
     for chunk in chunks:
         assert next(read_chunks(corpus_of(tmp_path, 50, on_bad_row="skip"), chunk.entry.start)).entry == chunk.entry
@@ -103,11 +104,22 @@ def test_two_writers_do_not_double_a_chunk(tmp_path: Path) -> None:
     path.write_text("".join(f"{line}\n{line}\n" for line in lines))
     assert list(Catalog(path, writes=False).entries) == found
     path.write_text("".join(f"{line}\n" for line in [lines[0], *lines[2:]]))
-    with pytest.raises(DataError, match="chunk 2 stands where chunk 1 should"):
+    with pytest.raises(DataError, match="found chunk 2, expected chunk 1"):
         Catalog(path, writes=False)
     path.write_text("not json\n")
-    with pytest.raises(DataError, match="no entry of a catalog"):
+    with pytest.raises(DataError, match="not an entry of a catalog"):
         Catalog(path, writes=False)
+
+
+def test_a_catalog_without_ends_of_chunks_is_read_on(tmp_path: Path) -> None:
+    """Version 0.1 wrote none; the last chunk is read again to find where the next one begins."""
+    corpus = corpus_of(write_corpus(tmp_path / "c", texts_of([3] * 23), files=3))
+    found = catalog_of(tmp_path / "whole.jsonl", corpus)
+    lines = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text().splitlines()]
+    (tmp_path / "catalog.jsonl").write_text("".join(json.dumps(line[:7]) + "\n" for line in lines[:2]))
+    pipeline = pipeline_of(tmp_path, corpus)
+    pipeline.scan()
+    assert list(pipeline.catalog.entries) == found and pipeline.catalog.entries[1].next is None
 
 
 def test_other_members_held_out_of_an_archive_are_noticed(tmp_path: Path) -> None:

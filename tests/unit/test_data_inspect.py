@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from hrm_ray.data import timed_reading
+from hrm_ray.data import timer
 from hrm_ray.data.bpe import train_bpe
-from hrm_ray.data.chunks import Corpus
+from hrm_ray.data.corpus import Corpus
 from hrm_ray.data.inspection.figures import Figure, Lengths, Spread
 from hrm_ray.data.inspection.puzzles import inspect_puzzles
 from hrm_ray.data.inspection.text import TextFacts, inspect_text
 from hrm_ray.data.parts import TextSource, list_parts
-from hrm_ray.data.timed_reading import Timer
+from hrm_ray.data.timer import Timer
 from tests.support.clocks import Ticking
 from tests.support.corpora import COMPRESSIONS, FORMATS, parquet_bytes, write, write_tar, write_zip
 from tests.support.runs import Ran, hrm, puzzle_file, refused
@@ -224,7 +224,7 @@ def test_a_cut_is_heeded_by_estimates(tmp_path: Path) -> None:
 def test_the_time_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / "a.jsonl", b'{"text": "some text here"}\n' * 20000)
     real = Timer.__init__
-    monkeypatch.setattr(timed_reading.Timer, "__init__", lambda own, limit, clock=None: real(own, limit, Ticking()))
+    monkeypatch.setattr(timer.Timer, "__init__", lambda own, limit, clock=None: real(own, limit, Ticking()))
     ran = shown(file, "--timeout-s", 5000)
     assert "about" in line_of(ran, "read") and "--all" in line_of(ran, "read")
     assert line_of(ran, "rows").startswith("about ")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from hrm_ray.data.chunks import Corpus
+from hrm_ray.data.corpus import Corpus, CorpusReading
 from hrm_ray.data.detect import detect
 from hrm_ray.data.parts import TextSource, list_parts
-from hrm_ray.data.timed_reading import TimedReading, Timer
+from hrm_ray.data.timer import Timer
 from hrm_ray.errors import DataError
 from hrm_ray.launch import scan_data as module
 from tests.support.clocks import Ticking, standing
@@ -24,9 +24,10 @@ TEXTS = [f"row {number} " + "x" * 1000 for number in range(4000)]
 JSONL = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
 
 
-def reading_of(path: Path, timer: Timer) -> TimedReading:
+def reading_of(path: Path, timer: Timer) -> CorpusReading:
     source = TextSource(str(path))
-    return TimedReading(Corpus(source, list_parts(source).parts, 10**5, 4000), timer)
+    corpus = Corpus(source, list_parts(source).parts, 10**5, 4000)
+    return CorpusReading(corpus, on_read=lambda _: timer.raise_if_up())
 
 
 class Taken:
@@ -39,7 +40,7 @@ class Taken:
         return self.rows
 
 
-def read_rows(path: Path, count: int) -> TimedReading:
+def read_rows(path: Path, count: int) -> CorpusReading:
     """A reading whose time is up after so many rows."""
     taken = Taken()
     reading = reading_of(path, Timer(count - 0.5, taken))
@@ -99,9 +100,10 @@ def test_a_long_way_to_the_first_row_ends_as_well(tmp_path: Path) -> None:
     archive = write_tar(tmp_path / "a.tar.gz", {"train/a.jsonl": JSONL, "test/a.jsonl": b'{"text": "x"}\n'})
     source = TextSource(str(archive), "test")
     parts = list_parts(source).parts
-    reading = TimedReading(Corpus(source, parts, 10, 10), Timer(0.5, Ticking()))
+    timer = Timer(0.5, Ticking())
+    reading = CorpusReading(Corpus(source, parts, 10, 10), on_read=lambda _: timer.raise_if_up())
     assert list(reading) == [] and not reading.ended and reading.share is None
-    whole = TimedReading(Corpus(source, parts, 10, 10), Timer(None))
+    whole = CorpusReading(Corpus(source, parts, 10, 10))
     assert [row.row for row, _ in whole] == [0] and whole.ended
 
 

@@ -234,7 +234,7 @@ def test_bad_rows(corpus: Path, seen: Seen) -> None:
     assert seen() == TEXTS and sound(bundle) == 25
     assert records(bundle)[-1]["bad_rows"] == 3
     told = [event["message"] for event in records(bundle, "event") if event["level"] == "WARNING"]
-    assert any("3 bad row(s)" in message and "0001.jsonl, row 4" in message for message in told)
+    assert any("3 bad row(s)" in message and "0001.jsonl:4" in message for message in told)
 
 
 @pytest.mark.parametrize("chunk", [2, 3, 4, 7])

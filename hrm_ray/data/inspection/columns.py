@@ -15,7 +15,7 @@ from hrm_ray.data.parts import Part, TextSource
 from hrm_ray.data.readers import read_part
 from hrm_ray.data.rows import Columns, Document, Row
 from hrm_ray.data.streams import ReadingWatch
-from hrm_ray.data.timed_reading import Timer, TimeUp
+from hrm_ray.data.timer import Timer, TimeUp
 from hrm_ray.errors import Fault
 
 _PARTS, _ROWS_OF_PART = 5, 200

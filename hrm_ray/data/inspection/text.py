@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from hrm_ray.data.chunks import CHUNK_TEXT_BYTES, Corpus, RawChunk, read_chunks
+from hrm_ray.data.chunks import CHUNK_TEXT_BYTES, RawChunk, read_chunks
+from hrm_ray.data.corpus import Corpus, CorpusReading
 from hrm_ray.data.inspection.columns import TableFacts, read_columns
 from hrm_ray.data.inspection.figures import Certainty, Figure, Lengths, Spread
 from hrm_ray.data.parts import Part, PartList
 from hrm_ray.data.readers import known_rows
 from hrm_ray.data.rows import Document
 from hrm_ray.data.text_store import tokenise
-from hrm_ray.data.timed_reading import TimedReading, Timer
+from hrm_ray.data.timer import Timer
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import Fault
 
@@ -102,7 +103,8 @@ def inspect_text(
     """Reads `corpus`, whose parts are those `found`, until `timer` runs out. Raises DataError for a bad row where those
     are not skipped, UnavailableError where a cloud or the Hub cannot be reached."""
     table = read_columns(corpus.parts, corpus.source, timer.part(_COLUMNS_UNTIL))
-    reading = TimedReading(corpus, timer.part(_ROWS_UNTIL))
+    rows_timer = timer.part(_ROWS_UNTIL)
+    reading = CorpusReading(corpus, on_read=lambda _: rows_timer.raise_if_up())
     seen = _Seen(corpus, samples, _Tokeniser(tokenizer, corpus.source.pairs, timer))
     for chunk in read_chunks(corpus, rows=reading):
         seen.take(chunk)
@@ -147,7 +149,7 @@ def _kind_name(part: Part) -> str:
     return kind.form if kind.compression is None else f"{kind.form} in {kind.compression}"
 
 
-def _all_rows(corpus: Corpus, reading: TimedReading, share: float | None, timer: Timer) -> Figure:
+def _all_rows(corpus: Corpus, reading: CorpusReading, share: float | None, timer: Timer) -> Figure:
     """Rows that training takes, where not all of them were read."""
     total = _known_rows(corpus, timer)
     certainty: Certainty = "exact"

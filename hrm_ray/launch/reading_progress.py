@@ -1,0 +1,33 @@
+"""Progress of what is read before the first step, and the stop that ends it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from hrm_ray.data.corpus import CorpusReading
+from hrm_ray.types import StopPoll, StopRequested
+
+REPORT_EVERY_S = 5.0
+"""Short preparation says nothing; a long one a line every few seconds."""
+
+
+class ReadingProgress:
+    """Called while a corpus is read: reports how far that is, and raises StopRequested once a stop was asked for."""
+
+    def __init__(
+        self, report: Callable[[str], None], stop: StopPoll, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._report, self._stop, self._clock = report, stop, clock
+        self._next_s = clock() + REPORT_EVERY_S
+
+    def __call__(self, reading: CorpusReading) -> None:
+        reason = self._stop()
+        if reason is not None:
+            raise StopRequested(reason)
+        now_s = self._clock()
+        if now_s < self._next_s:
+            return
+        self._next_s = now_s + REPORT_EVERY_S
+        share = "" if reading.share is None else f" ({reading.share:.0%} of the data)"
+        self._report(f"reading the data before the first step: {reading.rows_read:,} rows{share}")
