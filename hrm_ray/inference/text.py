@@ -18,9 +18,8 @@ from hrm_ray.bundle.store import open_bundle
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataError, Fault, SettingsError
 from hrm_ray.model.actv1 import ActV1
-from hrm_ray.model.attention import AttentionScope
 from hrm_ray.model.layers import Context, KeysValues, Site
-from hrm_ray.model.scope import text_scope
+from hrm_ray.model.scope import AttentionScope, text_scope
 from hrm_ray.model.transformer import Transformer
 from hrm_ray.rundir import RunDir
 

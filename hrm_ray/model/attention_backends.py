@@ -1,7 +1,7 @@
 """Other kernels for the same attention: FlashAttention, and FlexAttention compiled for long rows.
 
-One job: say which kernel a device can use and hand it out, once, before training. All give the numbers of
-`attention.attend`, which takes the calls that a kernel was not made for: each says in its docstring which.
+A kernel is chosen once, before training. All give the numbers of `attention.attend`, which computes the calls that a
+kernel does not support; each class says which.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hrm_ray.model.attention import WHOLE_MASK_ENTRIES, AttentionKernel, AttentionScope, attend
+from hrm_ray.model.attention import WHOLE_MASK_ENTRIES, AttentionKernel, attend
 from hrm_ray.model.config import ModelConfig
+from hrm_ray.model.scope import AttentionScope
 
 KernelName: TypeAlias = Literal["sdpa", "flex", "flash2", "flash3"]
 
 FLASH_MODULES: dict[KernelName, str] = {"flash3": "flash_attn_interface", "flash2": "flash_attn"}
-"""Where FlashAttention 3 and 2 live, best first; 3 runs on Hopper GPUs only (Shah et al. 2024, Dao 2023)."""
+"""Modules of FlashAttention 3 and 2, best first; 3 runs on Hopper GPUs only (Shah et al. 2024, Dao 2023)."""
 
 FLASH_HEAD_DIM = 256
-"""The widest head that FlashAttention takes."""
+"""The widest head that FlashAttention supports."""
 
 FLEX_HEAD_DIM = 16
-"""The narrowest head that FlexAttention's kernels take."""
+"""The narrowest head that FlexAttention's kernels support."""
 
 
 @dataclass(frozen=True)
 class KernelCapabilities:
-    """What decides about a kernel: the kind of device, its CUDA capability, the libraries that are there, and whether
-    attention is computed in a 16-bit type."""
+    """What the choice of a kernel depends on: the kind of device, its CUDA capability, the installed libraries, and
+    whether attention is computed in a 16-bit type."""
 
     device: str
     capability: tuple[int, int]
@@ -45,27 +46,27 @@ class KernelCapabilities:
     def here(cls, device: str, *, narrow: bool) -> KernelCapabilities:
         """This machine's."""
         capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
-        wanted = (*FLASH_MODULES.values(), "triton")
-        return cls(device, capability, frozenset(name for name in wanted if find_spec(name) is not None), narrow)
+        libraries = (*FLASH_MODULES.values(), "triton")
+        return cls(device, capability, frozenset(name for name in libraries if find_spec(name) is not None), narrow)
 
 
-def choose_kernel(asked: bool | None, config: ModelConfig, place: KernelCapabilities) -> KernelName:
-    """The kernel to train with. `asked` is --use-flash-attn: False never, None and True where it is possible."""
-    if asked is not False and flash_obstacle(config, place) is None:
-        return _flash_name(place)
-    compiled = place.device == "cuda" and "triton" in place.libraries
+def choose_kernel(asked: bool | None, config: ModelConfig, capabilities: KernelCapabilities) -> KernelName:
+    """The kernel to train with. `asked` is --use-flash-attn: False never, None and True where it can be used."""
+    if asked is not False and flash_obstacle(config, capabilities) is None:
+        return _flash_name(capabilities)
+    compiled = capabilities.device == "cuda" and "triton" in capabilities.libraries
     return "flex" if compiled and config.task == "lm" and config.head_dim >= FLEX_HEAD_DIM else "sdpa"
 
 
-def flash_obstacle(config: ModelConfig, place: KernelCapabilities) -> str | None:
+def flash_obstacle(config: ModelConfig, capabilities: KernelCapabilities) -> str | None:
     """Why FlashAttention cannot be used here; None where it can."""
-    if place.device != "cuda":
-        return f"it needs a CUDA device, and this is {place.device}"
-    if place.capability < (8, 0):
+    if capabilities.device != "cuda":
+        return f"it needs a CUDA device, and this is {capabilities.device}"
+    if capabilities.capability < (8, 0):
         return "it needs an Ampere GPU or newer"
-    if FLASH_MODULES[_flash_name(place)] not in place.libraries:
+    if FLASH_MODULES[_flash_name(capabilities)] not in capabilities.libraries:
         return "flash_attn is not installed"
-    if not place.narrow:
+    if not capabilities.narrow:
         return "it computes in 16-bit types only, and this run does not (--no-amp)"
     if config.head_dim > FLASH_HEAD_DIM:
         return f"a head of {config.head_dim} is wider than its {FLASH_HEAD_DIM}"
@@ -74,13 +75,13 @@ def flash_obstacle(config: ModelConfig, place: KernelCapabilities) -> str | None
     return None
 
 
-def _flash_name(place: KernelCapabilities) -> KernelName:
-    hopper = place.capability[0] == 9 and FLASH_MODULES["flash3"] in place.libraries
+def _flash_name(capabilities: KernelCapabilities) -> KernelName:
+    hopper = capabilities.capability[0] == 9 and FLASH_MODULES["flash3"] in capabilities.libraries
     return "flash3" if hopper else "flash2"
 
 
 def load_kernel(name: KernelName) -> AttentionKernel:
-    """The kernel of this name; what it needs is imported now."""
+    """The kernel of this name, with its library imported."""
     return _LOADERS[name](name)
 
 
@@ -104,18 +105,16 @@ class FlashAttention:
         """See AttentionKernel."""
         if scope.prompt is not None or query.dtype not in (torch.bfloat16, torch.float16):
             return attend(query, keys, values, scope)
-        # In the library a query's place is counted from the end of the keys, as in AttentionScope.
+        # The library aligns the last query with the last key, as AttentionScope does.
         behind = -1 if scope.window is None else scope.window - 1
         rule = {"causal": scope.causal, "window_size": (behind, 0 if scope.causal else behind)}
         parts = [part.transpose(1, 2) for part in (query, keys, values)]
-        if scope.documents is None:
+        documents = scope.documents
+        if documents is None:
             return _result(self.whole(*parts, **rule)).transpose(1, 2)
-        return self._by_document(parts, scope, rule)
-
-    def _by_document(self, parts: list[Tensor], scope: AttentionScope, rule: dict[str, Any]) -> Tensor:
         query, keys, values = parts
         rows, queries, there = query.shape[0], query.shape[1], keys.shape[1]
-        pieces = scope.remembered(("pieces", queries, there), lambda: document_pieces(scope, queries, there))
+        pieces = scope.cached(("pieces", queries, there), lambda: document_pieces(documents, queries, there))
         if pieces.kept is not None:
             keys, values = keys[pieces.kept], values[pieces.kept]
         seen = self.packed(
@@ -133,8 +132,8 @@ class FlashAttention:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Documents of all rows one after the other: where each begins among the queries and among the keys (int32, with
-    the end), and which keys [B, T] belong to a document that any query is of (None: all)."""
+    """Documents of all rows, concatenated: where each begins among the queries and among the keys (int32, with the
+    end), and which keys [B, T] belong to the document of some query (None: all)."""
 
     query_starts: Tensor
     key_starts: Tensor
@@ -143,17 +142,16 @@ class Pieces:
     kept: Tensor | None
 
 
-def document_pieces(scope: AttentionScope, queries: int, there: int) -> Pieces:
-    """Cut the rows at their documents' borders; a document may have begun before the first query."""
-    assert scope.documents is not None
-    documents = scope.documents[:, -there:]
+def document_pieces(documents: Tensor, queries: int, there: int) -> Pieces:
+    """Cut the rows at the borders of their `documents` [B, T]; a document may begin before the first query."""
+    documents = documents[:, -there:]
     earlier = there - queries
     own = documents[:, earlier:]
     begins = F.pad(own[:, 1:] != own[:, :-1], (1, 0), value=True)
     places = begins.flatten().nonzero().flatten()
     end = torch.tensor([own.numel()], device=places.device)
     lengths = torch.diff(torch.cat((places, end)))
-    # Of the keys before the first query those of its own document count; they lengthen the row's first piece.
+    # Keys before the first query count if they are of its document; they lengthen the row's first piece.
     kept = documents == documents[:, earlier : earlier + 1]
     kept[:, earlier:] = True
     key_lengths = lengths.clone()
@@ -179,8 +177,8 @@ def _flex(name: KernelName) -> AttentionKernel:
 class FlexAttention:
     """FlexAttention (Dong et al. 2024): long rows with documents, prompts or a window, whose unseen blocks are skipped.
 
-    Where it does not pay goes to `attend`: short rows; rows that a kernel's own causal or full rule covers; and fewer
-    queries than keys (chunks, generation), each count of which it would be compiled for anew.
+    `attend` computes the rest: short rows; rows that a kernel's own causal or full rule covers; and fewer queries than
+    keys (chunks, generation), since it would be compiled again for each number of them.
     """
 
     def __init__(self, attention: Callable[..., Any], block_mask: Callable[..., Any]) -> None:
@@ -194,7 +192,7 @@ class FlexAttention:
         if simple or length != keys.shape[2] or length * length <= WHOLE_MASK_ENTRIES:
             return attend(query, keys, values, scope)
         rows = None if scope.is_rule() else query.shape[0]
-        mask = scope.remembered(
+        mask = scope.cached(
             ("flex", length),
             lambda: self.block_mask(pair_rule(scope), rows, None, length, length, device=query.device),
         )
@@ -203,7 +201,7 @@ class FlexAttention:
 
 
 def pair_rule(scope: AttentionScope) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Whether one position sees another, as FlexAttention asks it: of (row, head, query, key), elementwise."""
+    """The scope as FlexAttention's mask_mod: whether, in a row, a query position sees a key position, elementwise."""
     causal, window, documents, prompt = scope.causal, scope.window, scope.documents, scope.prompt
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -16,11 +16,12 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from hrm_ray.model.activations import inner_values
-from hrm_ray.model.attention import AttentionKernel, AttentionScope, attend
+from hrm_ray.model.attention import AttentionKernel, attend
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.moe import MixtureOfExperts
 from hrm_ray.model.routing import Routing
 from hrm_ray.model.routing import Site as Site
+from hrm_ray.model.scope import AttentionScope
 
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values [B, heads, T, d]."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hrm_ray.model.activations import inner_values
 from hrm_ray.model.autocast import product_dtype
 from hrm_ray.model.config import ModelConfig
-from hrm_ray.model.grouped_product import Sorted, give, grouped_product, sort_by_expert, take
+from hrm_ray.model.grouped_product import Sorted, combine, dispatch, grouped_product, sort_by_expert
 from hrm_ray.model.routing import Routed, Routing, Site
 
 
@@ -139,8 +139,8 @@ class MixtureOfExperts(nn.Module):
                 told = _told(scores, probabilities, member, kept, number, routing.counted)
                 routing.note(site, number[:, -1], told)
         order = sort_by_expert(experts.flatten(0, 1), member.sum((0, 1)))
-        rows = take(x.flatten(0, 1).to(product_dtype(x)), order)
-        return give(self.experts(rows, order, routing), weights.flatten(0, 1), order).view(x.shape)
+        rows = dispatch(x.flatten(0, 1).to(product_dtype(x)), order)
+        return combine(self.experts(rows, order, routing), weights.flatten(0, 1), order).view(x.shape)
 
     def capacity(self, row_length: int, experts: int) -> int:
         """How many positions of a row of `row_length` an expert takes in training."""

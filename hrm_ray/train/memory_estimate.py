@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hrm_ray.model.attention import AttentionScope, attend
+from hrm_ray.model.attention import attend
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.objective import Batch
+from hrm_ray.model.scope import AttentionScope
 from hrm_ray.model.transforms.attend import use_kernel
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble
@@ -340,7 +341,7 @@ class _FewBlocks(AttentionScope):
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, scope: AttentionScope) -> Tensor:
     """Attention as training computes it, in few blocks; an AttentionKernel."""
-    few = scope.remembered("rehearsed", lambda: _FewBlocks(scope.causal, scope.documents, scope.prompt, scope.window))
+    few = scope.cached("rehearsed", lambda: _FewBlocks(scope.causal, scope.documents, scope.prompt, scope.window))
     return attend(query, keys, values, few)
 
 

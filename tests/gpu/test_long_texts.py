@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from hrm_ray.model.attention import AttentionScope, attend
+from hrm_ray.model.attention import attend
 from hrm_ray.model.attention_backends import KernelCapabilities, KernelName, choose_kernel, load_kernel
 from hrm_ray.model.build import build_objective
 from hrm_ray.model.chunked import Chunking
+from hrm_ray.model.scope import AttentionScope
 from tests.support.chunked_cases import RunResult, Shape, assert_same_forward, assert_same_gradients, trained
 from tests.support.tiny_models import tiny_config, tiny_model
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hrm_ray.model import attention
-from hrm_ray.model.attention import AttentionScope, attend
-from hrm_ray.model.attention_joined import attend_in_two
+from hrm_ray.model import scope as scope_module
+from hrm_ray.model.attention import attend, attend_in_two
+from hrm_ray.model.scope import AttentionScope
 
 NEAR = 1e-12
 
@@ -158,8 +159,8 @@ def test_a_whole_row_of_one_document_needs_no_mask(monkeypatch: pytest.MonkeyPat
 
 def test_documents_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
-    real = attention._document_ranges
-    monkeypatch.setattr(attention, "_document_ranges", lambda d: looked.append(1) or real(d))  # type: ignore[func-returns-value]
+    real = scope_module._document_ranges
+    monkeypatch.setattr(scope_module, "_document_ranges", lambda d: looked.append(1) or real(d))  # type: ignore[func-returns-value]
     for cuts in ((0,), (0, 35)):
         looked.clear()
         scope = AttentionScope(causal=True, documents=numbered(cuts, (0,)))

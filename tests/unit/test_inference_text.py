@@ -25,8 +25,8 @@ from hrm_ray.inference.text import (
     draw,
     generate,
 )
-from hrm_ray.model.attention import AttentionScope
 from hrm_ray.model.layers import Context
+from hrm_ray.model.scope import AttentionScope
 from tests.support.tiny_models import VOCAB, between, tiny_actv1, tiny_config, tiny_model
 
 CHANCES = [0.5, 0.25, 0.125, 0.125]

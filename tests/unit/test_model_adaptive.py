@@ -17,11 +17,10 @@ from torch import Tensor
 from hrm_ray.inference.text import DecodingSession
 from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.adaptive import adaptive_segments
-from hrm_ray.model.attention import AttentionScope
 from hrm_ray.model.chunked_rows import ChunkedRows
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.layers import Context
-from hrm_ray.model.scope import CAUSAL, text_scope
+from hrm_ray.model.scope import CAUSAL, AttentionScope, text_scope
 from hrm_ray.model.transformer import Transformer
 from tests.support.naive_model import NaiveByToken
 from tests.support.tiny_models import tiny_actv1, tiny_config, tiny_model

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hrm_ray.model import attention
-from hrm_ray.model.attention import AttentionScope, attend, block_size, blockwise
+from hrm_ray.model.attention import attend, block_size, blockwise
 from hrm_ray.model.build import build_objective
-from hrm_ray.model.scope import text_scope
+from hrm_ray.model.scope import AttentionScope, text_scope
 from hrm_ray.train.storage_tracker import StorageTracker
 from tests.support.tiny_models import logits_of_segments, text_batch, tiny_config, tiny_model
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from hrm_ray.model import attention_backends
-from hrm_ray.model.attention import AttentionScope, attend
+from hrm_ray.model.attention import attend
 from hrm_ray.model.attention_backends import (
     FlashAttention,
     FlexAttention,
@@ -31,6 +31,7 @@ from hrm_ray.model.attention_backends import (
 from hrm_ray.model.build import build_model
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.layers import Attention
+from hrm_ray.model.scope import AttentionScope
 from hrm_ray.model.transforms.attend import use_kernel
 from tests.support.tiny_models import tiny_config
 

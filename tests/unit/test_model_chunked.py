@@ -17,8 +17,9 @@ from torch import Tensor
 
 from hrm_ray.model import attention
 from hrm_ray.model.actv1 import ActV1
-from hrm_ray.model.attention import AttentionScope, attend
+from hrm_ray.model.attention import attend
 from hrm_ray.model.objective import AnyObjective
+from hrm_ray.model.scope import AttentionScope
 from hrm_ray.model.transforms.activation_checkpointing import apply_activation_checkpointing
 from hrm_ray.model.transforms.attend import use_kernel
 from tests.support.chunked_cases import (

@@ -7,13 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hrm_ray.model.grouped_product import rows_times, rows_with_rows
-from hrm_ray.model.shape_buckets import (
+from hrm_ray.model.grouped_product import (
     SMALLEST,
-    filled_size,
+    padded_size,
     piece_sizes,
+    rows_times,
     rows_times_in_pieces,
-    rows_with_rows_filled_up,
+    rows_with_rows,
+    rows_with_rows_padded,
 )
 
 COUNTS = st.one_of(st.just(0), st.integers(1, 3), st.integers(50, 70), st.integers(1, 300))
@@ -35,7 +36,7 @@ def test_they_are_the_products_of_the_groups(counts: list[int], dtype: torch.dty
     ends = torch.tensor([end for _, end in bounds], dtype=torch.int32)
     for product in (rows_times(rows, matrices, ends), rows_times_in_pieces(rows, matrices, bounds)):
         assert torch.equal(product, torch.cat([rows[a:b] @ m for (a, b), m in zip(bounds, matrices, strict=True)]))
-    for products in (rows_with_rows(rows, other, ends), rows_with_rows_filled_up(rows, other, bounds)):
+    for products in (rows_with_rows(rows, other, ends), rows_with_rows_padded(rows, other, bounds)):
         assert torch.equal(products, torch.stack([rows[a:b].t() @ other[a:b] for a, b in bounds]))
     poisoned = rows.clone()
     begin, end = bounds[0]
@@ -49,13 +50,13 @@ def test_they_are_the_products_of_the_groups(counts: list[int], dtype: torch.dty
 def test_sizes_cover_the_rows_and_little_more(count: int) -> None:
     sizes = piece_sizes(count)
     assert 0 <= sum(sizes) - count < SMALLEST
-    assert 0 <= filled_size(count) - count <= max(SMALLEST - 1, count / 4)
+    assert 0 <= padded_size(count) - count <= max(SMALLEST - 1, count / 4)
 
 
 def test_there_are_few_sizes() -> None:
     """Of every number of rows up to 8192: eight powers of two, and four numbers for each of them."""
     assert {size for count in range(8193) for size in piece_sizes(count)} == {SMALLEST << bit for bit in range(8)}
-    assert len({filled_size(count) for count in range(1, 8193)}) <= 4 * 8
+    assert len({padded_size(count) for count in range(1, 8193)}) <= 4 * 8
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
