@@ -1,8 +1,7 @@
-"""One actor that hands tokenised chunks to all ranks: each chunk is read and tokenised once in the cluster.
+"""An actor that serves tokenised chunks to all ranks, so that each chunk is read and tokenised once in the cluster.
 
-One job: the streams of epochs. All ranks walk through the same chunks in the same order; a chunk waits until each of
-them has taken it, and only a few are made ahead. Catalog and cache are written here and nowhere else. How chunks are
-made is datasets.py's matter; which sequences a rank takes of a chunk, its loader's.
+All ranks read the same stream of chunks. A chunk is kept until every rank has it, and at most AHEAD chunks are made
+before the slowest rank asks for them. Only this actor writes the catalog and the cache.
 """
 
 from __future__ import annotations
@@ -15,152 +14,141 @@ from itertools import chain
 from typing import Any
 
 import ray
+import ray.exceptions
 
-from hrm_ray.data.chunk_source import AHEAD, Chunk, ChunkPipeline, ChunkSlot, EpochOrder
+from hrm_ray.data.chunk_source import AHEAD, Chunk, ChunkSlot
 from hrm_ray.errors import HrmRayError
-from hrm_ray.orchestration.datasets import ChunkTaskContext, each_of, read_on
+from hrm_ray.orchestration.datasets import ChunkResult, ChunkTaskContext, chunks_from, chunks_of
+from hrm_ray.orchestration.failures import shortage
 
-Key = tuple[int, int]
-"""Epoch, and position in its order that a stream begins at."""
-
-
-@dataclass(frozen=True)
-class Unforeseen:
-    """An error of the making of chunks that nobody foresaw, as its traceback."""
-
-    trace: str
+StreamKey = tuple[int, int]
+"""Epoch, and the position in its order at which a stream begins."""
 
 
 @dataclass
 class _Stream:
-    """An epoch being served: answers by their number, and how many each rank has asked for."""
+    """A stream of an epoch. An item is a chunk's object reference in a list, an error, or None at the end."""
 
-    asked: dict[int, int]
-    left: set[int] = field(default_factory=set)
-    answers: dict[int, Any] = field(default_factory=dict)
-    made: int = 0
+    requested: dict[int, int]
+    """The number of the item that each rank has asked for last; without the ranks that have closed the stream."""
+    items: dict[int, Any] = field(default_factory=dict)
+    produced: int = 0
 
     @property
     def oldest(self) -> int:
-        """The first answer that some rank may still ask for."""
-        return min(self.asked.values(), default=self.made)
+        """The first item that some rank may still ask for."""
+        return min(self.requested.values(), default=self.produced)
 
 
 class ChunkServer:
-    """Runs as an actor with a thread for each rank's call; a stream is made in a thread of its own."""
+    """The actor. Calls of ranks wait in threads of their own; so does the production of a stream."""
 
-    def __init__(self, place: ChunkTaskContext, world_size: int) -> None:
-        self._place, self._world_size = place, world_size
-        self._pipeline: ChunkPipeline = place.pipeline(writes=True)
-        self._order: EpochOrder = place.text.epoch_order
-        self._in_order = place.text.in_order
-        self._streams: dict[Key, _Stream] = {}
+    def __init__(self, context: ChunkTaskContext, world_size: int) -> None:
+        self._context, self._world_size = context, world_size
+        self._pipeline = context.pipeline(writes=True)
+        self._streams: dict[StreamKey, _Stream] = {}
         self._changed = threading.Condition()
-        self._making = threading.Lock()
+        self._producing = threading.Lock()
 
-    def get(self, rank: int, key: Key, number: int) -> Any:
-        """Answer `number` (from 0) of a stream; waits until it is made."""
+    def get(self, rank: int, key: StreamKey, number: int) -> Any:
+        """Item `number` (from 0) of a stream; waits until it is there. None for a rank that has closed the stream."""
         with self._changed:
             stream = self._streams.get(key)
             if stream is None:
                 stream = self._streams[key] = _Stream(dict.fromkeys(range(self._world_size), 0))
-                self._trim()
-                threading.Thread(target=self._make, args=(key, stream), name="chunks", daemon=True).start()
-            if rank not in stream.left:
-                stream.asked[rank] = number
-            self._forget(stream)
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: number in stream.answers or rank in stream.left)
-            return stream.answers.get(number)
+                # A call for the stream that was closed last may still arrive; older ones are not asked for again.
+                closed = [key for key, stream in self._streams.items() if not stream.requested]
+                for old in closed[:-1]:
+                    del self._streams[old]
+                threading.Thread(target=self._produce, args=(key, stream), name="chunks", daemon=True).start()
+            if rank in stream.requested:
+                stream.requested[rank] = number
+                self._drop_consumed(stream)
+            self._changed.wait_for(lambda: number in stream.items or rank not in stream.requested)
+            return stream.items.get(number)
 
-    def leave(self, rank: int, key: Key) -> None:
-        """The rank wants no more of a stream."""
+    def close(self, rank: int, key: StreamKey) -> None:
+        """The rank reads no more of a stream."""
         with self._changed:
             stream = self._streams.get(key)
-            if stream is None:
-                return
-            stream.left.add(rank)
-            stream.asked.pop(rank, None)
-            self._forget(stream)
-            self._changed.notify_all()
+            if stream is not None:
+                stream.requested.pop(rank, None)
+                self._drop_consumed(stream)
 
-    def _trim(self) -> None:
-        """Drop streams that all ranks have left, except the newest: a call of theirs may still be on its way."""
-        over = [key for key, stream in self._streams.items() if not stream.asked]
-        for key in over[:-1]:
-            del self._streams[key]
+    def _drop_consumed(self, stream: _Stream) -> None:
+        for number in [number for number in stream.items if number < stream.oldest]:
+            del stream.items[number]
+        self._changed.notify_all()
 
-    def _forget(self, stream: _Stream) -> None:
-        for number in [number for number in stream.answers if number < stream.oldest]:
-            del stream.answers[number]
-
-    def _make(self, key: Key, stream: _Stream) -> None:
+    def _produce(self, key: StreamKey, stream: _Stream) -> None:
         try:
-            # One stream at a time: the next epoch may be asked for while the last chunks of this one are on their way.
-            with self._making:
-                for chunk in self._chunks(key):
-                    if not self._answer(stream, [ray.put(chunk)]):
+            # One stream at a time: the next epoch may be asked for while the last chunks of this one are in use.
+            with self._producing:
+                for chunk in self._chunks(*key):
+                    if not self._publish(stream, [ray.put(chunk)]):
                         return
-                self._answer(stream, None)
+                self._publish(stream, None)
         except HrmRayError as error:
-            self._answer(stream, error)
-        except Exception:  # noqa: BLE001 - the thread's edge: whatever it is, the ranks tell it
-            self._answer(stream, Unforeseen(traceback.format_exc()))
+            self._publish(stream, error)
+        except Exception as error:  # noqa: BLE001 - the thread's edge: the ranks raise it
+            trace = traceback.format_exc()
+            self._publish(stream, shortage(error) or RuntimeError(f"chunks could not be made:\n{trace}"))
 
-    def _answer(self, stream: _Stream, answer: Any) -> bool:
-        """Put an answer where the ranks find it, once there is room; False where nobody wants it any more."""
+    def _publish(self, stream: _Stream, item: Any) -> bool:
+        """Add an item once there is room; False where all ranks have closed the stream."""
         with self._changed:
-            self._changed.wait_for(lambda: not stream.asked or stream.made - stream.oldest < AHEAD)
-            if not stream.asked:
+            self._changed.wait_for(lambda: not stream.requested or stream.produced - stream.oldest < AHEAD)
+            if not stream.requested:
                 return False
-            stream.answers[stream.made] = answer
-            stream.made += 1
+            stream.items[stream.produced] = item
+            stream.produced += 1
             self._changed.notify_all()
             return True
 
-    def _chunks(self, key: Key) -> Iterator[Chunk]:
-        """The chunks of a stream: out of the cache where all of them are there, else made by Ray Data."""
-        pipeline, slots = self._pipeline, self._order.slots(self._pipeline.catalog, *key)
-        if pipeline.catalog.ended and all(pipeline.is_cached(number) for number in range(len(pipeline.catalog))):
+    def _chunks(self, epoch: int, position: int) -> Iterator[Chunk]:
+        """The chunks of a stream, from the cache where it has all of them, else from Ray Data."""
+        pipeline, text = self._pipeline, self._context.text
+        catalog = pipeline.catalog
+        slots = text.epoch_order.slots(catalog, epoch, position)
+        if catalog.ended and all(pipeline.is_cached(number) for number in range(len(catalog))):
             for slot in slots:
                 chunk = pipeline.get(slot.number)
                 if chunk is None:
                     return
                 yield slot.assign(chunk)
-            return
-        if self._in_order:
+        elif text.in_order:
             first = next(slots)
             pipeline.scan(first.number)
-            yield from self._taken(chain([first], slots), read_on(self._place, first.number))
-            pipeline.catalog.end()
-            return
-        wanted = list(slots)
-        missing = [slot for slot in wanted if not pipeline.is_cached(slot.number)]
-        entries = [pipeline.catalog.entries[slot.number] for slot in missing]
-        made = self._taken(iter(missing), each_of(self._place, entries))
-        of_missing = {slot.number for slot in missing}
-        for slot in wanted:
-            if slot.number in of_missing:
-                yield next(made)
-            else:
-                kept = pipeline.get(slot.number)
-                assert kept is not None, "it is known"
-                yield slot.assign(kept)
+            yield from self._committed(chain([first], slots), chunks_from(self._context, first.number))
+            catalog.end()
+        else:
+            # All slots are listed before the first chunk is made: which chunks are cached changes meanwhile.
+            listed = [(slot, pipeline.is_cached(slot.number)) for slot in slots]
+            missing = [slot for slot, cached in listed if not cached]
+            entries = [catalog.entries[slot.number] for slot in missing]
+            made = self._committed(iter(missing), chunks_of(self._context, entries))
+            for slot, cached in listed:
+                yield slot.assign(self._known(slot.number)) if cached else next(made)
 
-    def _taken(self, slots: Iterator[ChunkSlot], made: Iterator[tuple[int, Any]]) -> Iterator[Chunk]:
-        """What the tasks have made, entered into catalog and cache."""
-        for number, content in made:
+    def _committed(self, slots: Iterator[ChunkSlot], results: Iterator[tuple[int, ChunkResult]]) -> Iterator[Chunk]:
+        """The results of tasks as chunks, committed to catalog and cache."""
+        for number, result in results:
             slot = next(slots)
-            assert slot.number == number, "Ray Data keeps the order"
-            if isinstance(content, HrmRayError):
-                raise content
-            chunk = self._pipeline.get(number) if content is None else self._pipeline.commit(content)
-            assert chunk is not None, "it is known"
-            yield slot.assign(chunk)
+            if slot.number != number:
+                raise RuntimeError(f"Ray Data gave chunk {number} in place of {slot.number}")
+            if isinstance(result, HrmRayError):
+                raise result
+            yield slot.assign(self._known(number) if result is None else self._pipeline.commit(result))
+
+    def _known(self, number: int) -> Chunk:
+        chunk = self._pipeline.get(number)
+        if chunk is None:
+            raise RuntimeError(f"chunk {number} is in the catalog, but not in the corpus")
+        return chunk
 
 
 class RemoteChunks:
-    """Chunks as a rank gets them from the ChunkServer; the next one is asked for while this one is trained on."""
+    """A rank's ChunkSource: chunks from the ChunkServer. The next chunk is requested while this one is in use."""
 
     shared = True
 
@@ -168,21 +156,23 @@ class RemoteChunks:
         self._server, self._rank = server, rank
 
     def chunks(self, epoch: int, position: int) -> Generator[Chunk, None, None]:
-        """See ChunkSource. Raises what the making of a chunk raised."""
+        """See ChunkSource. Raises the error that ended the stream."""
         key = (epoch, position)
         number = 0
-        promise = self._server.get.remote(self._rank, key, number)
+        item = self._server.get.remote(self._rank, key, number)
         try:
-            while True:
-                answer = ray.get(promise)
-                if isinstance(answer, HrmRayError):
-                    raise answer
-                if isinstance(answer, Unforeseen):
-                    raise RuntimeError(f"chunks could not be made:\n{answer.trace}")
-                if answer is None:
-                    return
+            while (found := _fetch(item)) is not None:
+                if isinstance(found, Exception):
+                    raise found
                 number += 1
-                promise = self._server.get.remote(self._rank, key, number)
-                yield ray.get(answer[0])
+                item = self._server.get.remote(self._rank, key, number)
+                yield _fetch(found[0])
         finally:
-            self._server.leave.remote(self._rank, key)
+            self._server.close.remote(self._rank, key)
+
+
+def _fetch(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayError as error:
+        raise shortage(error) or error from error

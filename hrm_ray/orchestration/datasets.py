@@ -1,8 +1,7 @@
-"""Ray Data pipelines that read and tokenise chunks, as tasks on whatever CPUs are free.
+"""Ray Data pipelines that read and tokenise chunks in tasks, in order and with bounded buffers.
 
-One job: numbers of chunks -> tokenised chunks in the same order, with bounded buffers. Where a corpus can be read from
-anywhere and its catalog is whole, each chunk is a task of its own; else one task reads on and on, and others tokenise
-what it has read. It keeps nothing and serves nobody: see chunk_server.py.
+Where the catalog is whole and a corpus can be read from any chunk on, each chunk is a task of its own. Otherwise one
+task reads the corpus and others tokenise what it has read.
 """
 
 from __future__ import annotations
@@ -29,24 +28,23 @@ from hrm_ray.errors import HrmRayError
 from hrm_ray.rundir import RunDir
 
 READ_CPUS, TOKEN_CPUS = 0.4, 0.5
-"""What a task that reads on, and one that tokenises, take of a CPU. Ray would make one task of both stages if they were
-alike, and nothing would be tokenised while something is read."""
+"""CPUs of a task that reads and of one that tokenises. They differ, because Ray fuses stages of equal resources into
+one task, which would read and tokenise in turn."""
 TASK_CPUS = 1.0
-"""Both kinds of task must find room, or they would wait for each other."""
-CHUNKS_AT_ONCE = 1000
-"""Ray Data lists all tasks of a dataset before it begins; a longer epoch is several datasets, one after the other."""
+"""CPUs that both kinds of task need beside each other: either kind alone would wait for the other for ever."""
+CHUNKS_PER_DATASET = 1000
+"""Ray Data lists all tasks of a dataset before it begins, so a longer epoch is several datasets."""
 BLOCK_BYTES = 1 << 20
-"""A task hands on what it has made once it is so large; most chunks are."""
+"""A task passes its results on at this size; most chunks are larger."""
 
 Batch = dict[str, npt.NDArray[Any]]
-Made = Chunk | HrmRayError | None
-"""What came of a chunk: its tokens, why it cannot be had, or None where it lies in the cache already."""
+ChunkResult = Chunk | HrmRayError | None
+"""What a task returns for a chunk; None where it is in the cache already."""
 
 
 @dataclass(frozen=True)
 class ChunkTaskContext:
-    """Where tasks find what they need: the bundle, and the plan of its text. Compared by value, so that a process opens
-    the same things once."""
+    """What tasks open: the bundle, and the plan of its text. Hashable, so that a process opens each once."""
 
     bundle: Path
     text: TextPlan
@@ -56,7 +54,7 @@ class ChunkTaskContext:
         return TextDataDir(RunDir(self.bundle).data)
 
     def pipeline(self, *, writes: bool) -> ChunkPipeline:
-        """What makes chunks in this process, with the catalog as it is now."""
+        """A pipeline for this process, with the catalog as it is now."""
         text = self.text
         return self.folder.pipeline(
             text.cut, text.source, _tokenizer(self.bundle), pairs=text.form.prefix, writes=writes
@@ -69,15 +67,15 @@ def _tokenizer(bundle: Path) -> TextTokenizer:
 
 
 @lru_cache(maxsize=2)
-def _corpus(place: ChunkTaskContext) -> Corpus:
-    return corpus_of(place.text.cut, place.text.source, place.folder.read_parts())
+def _corpus(context: ChunkTaskContext) -> Corpus:
+    return corpus_of(context.text.cut, context.text.source, context.folder.read_parts())
 
 
-def read_on(place: ChunkTaskContext, first: int) -> Iterator[tuple[int, Made]]:
-    """Chunks from number `first` on to the end of the corpus: one task reads, several tokenise."""
+def chunks_from(context: ChunkTaskContext, first: int) -> Iterator[tuple[int, ChunkResult]]:
+    """Chunks from number `first` to the end of the corpus: one task reads, several tokenise."""
 
     def read(batch: Batch) -> Iterator[Batch]:
-        pipeline = place.pipeline(writes=False)
+        pipeline = context.pipeline(writes=False)
         for number in count(int(batch["first"][0])):
             try:
                 raw = None if pipeline.is_cached(number) else pipeline.read(number)
@@ -88,37 +86,38 @@ def read_on(place: ChunkTaskContext, first: int) -> Iterator[tuple[int, Made]]:
                 return
             yield _row(number, raw)
 
-    def tokens(batch: Batch) -> Batch:
+    def tokenise_chunk(batch: Batch) -> Batch:
         number, raw = _content(batch)
-        return _row(number, _made(place, raw) if isinstance(raw, RawChunk) else raw)
+        return _row(number, _tokenised(context, raw) if isinstance(raw, RawChunk) else raw)
 
-    yield from _run([{"first": first}], (read, READ_CPUS), (tokens, TOKEN_CPUS))
+    yield from _run([{"first": first}], (read, READ_CPUS), (tokenise_chunk, TOKEN_CPUS))
 
 
-def each_of(place: ChunkTaskContext, entries: Sequence[ChunkEntry]) -> Iterator[tuple[int, Made]]:
+def chunks_of(context: ChunkTaskContext, entries: Sequence[ChunkEntry]) -> Iterator[tuple[int, ChunkResult]]:
     """The chunks of `entries`, each read and tokenised in a task of its own."""
 
-    def made(batch: Batch) -> Batch:
+    def make(batch: Batch) -> Batch:
         number, entry = _content(batch)
         try:
-            raw = next(read_chunks(_corpus(place), entry.start), None)
+            raw = next(read_chunks(_corpus(context), entry.start), None)
         except HrmRayError as error:
             return _row(number, error)
-        return _row(number, None if raw is None else _made(place, raw))
+        return _row(number, None if raw is None else _tokenised(context, raw))
 
-    for begin in range(0, len(entries), CHUNKS_AT_ONCE):
-        some = entries[begin : begin + CHUNKS_AT_ONCE]
-        yield from _run([{"number": entry.number, "content": entry} for entry in some], (made, TOKEN_CPUS))
+    for begin in range(0, len(entries), CHUNKS_PER_DATASET):
+        some = entries[begin : begin + CHUNKS_PER_DATASET]
+        yield from _run([{"number": entry.number, "content": entry} for entry in some], (make, TOKEN_CPUS))
 
 
-def _made(place: ChunkTaskContext, raw: RawChunk) -> Chunk:
-    # Many tasks run beside each other: one thread each. Read by the tokenizer's library when it first computes.
+def _tokenised(context: ChunkTaskContext, raw: RawChunk) -> Chunk:
+    # One thread per task, because many tasks run at once. The library reads the variable when it is first used.
     os.environ["RAYON_NUM_THREADS"] = "1"
-    return Chunk(raw.entry, tokenise(raw.documents, _tokenizer(place.bundle), place.text.form.prefix), notes=raw.notes)
+    store = tokenise(raw.documents, _tokenizer(context.bundle), context.text.form.prefix)
+    return Chunk(raw.entry, store, notes=raw.notes)
 
 
 def _row(number: int, content: object) -> Batch:
-    """One row of a pipeline; Ray carries objects of Python in it as they are."""
+    """A batch of one row; in an object column Ray keeps Python objects as they are."""
     column = np.empty(1, dtype=object)
     column[0] = content
     return {"number": np.array([number]), "content": column}
@@ -129,7 +128,7 @@ def _content(row: Batch) -> tuple[int, Any]:
 
 
 def _run(items: list[dict[str, Any]], *stages: tuple[Any, float]) -> Iterator[tuple[int, Any]]:
-    """What the stages, each with what a task of it takes of a CPU, make of the items, in order."""
+    """The results of the stages (a function, and the CPUs of a task) for the items, in order."""
     import ray.data
 
     context = ray.data.DataContext.get_current()

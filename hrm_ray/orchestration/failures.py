@@ -1,8 +1,4 @@
-"""Decides what a failed worker group is reported as: one error, the first cause.
-
-One job: turn what is known after a failure (reports of ranks, ranks that died without a word) into the one error
-that the driver raises. Pure values and functions; does not talk to Ray or to processes.
-"""
+"""Which one error a failed worker group is reported as: the first cause, from what ranks and Ray say of the failure."""
 
 from __future__ import annotations
 
@@ -10,7 +6,9 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hrm_ray.errors import ERROR_KINDS, Fault, HrmRayError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError, RayTaskError
+
+from hrm_ray.errors import ERROR_KINDS, Fault, HrmRayError, ResourceError
 from hrm_ray.types import StopReason
 
 PEER_LOSS_MARKS = (
@@ -22,12 +20,32 @@ PEER_LOSS_MARKS = (
     "NCCL communicator was aborted",
     "unhandled system error",
 )
-"""Texts of torch.distributed (gloo, NCCL) that mean: another rank went away. Such an error is never the first cause
-while another rank has a reason of its own."""
+"""Texts in errors of torch.distributed (gloo, NCCL) after another rank is gone. Such an error is the first cause only
+where no rank has another."""
+
+RESUME_HINT = (
+    "Saved checkpoints are kept: remove the cause and run the same command with --resume, "
+    "or under another --brain-name where none was saved"
+)
+_MEMORY_HINT = "Use a smaller --batch-size or fewer workers, or end other programs; with --resume the run continues"
+_SHORTAGES = (
+    (OutOfMemoryError, "memory", "Ray ended a process because its machine was nearly out of memory", _MEMORY_HINT),
+    (ObjectStoreFullError, "Ray's object store", "is full", "Use a smaller --dataset-chunk-size, then --resume"),
+    (
+        OutOfDiskError,
+        "Ray's object store",
+        "is full, and so is the disk it spills to",
+        "Free disk space, then --resume",
+    ),
+)
+_MEMORY_DEATH = "OUT_OF_MEMORY"
+"""Part of the exit type that Ray gives an actor which its memory monitor has killed."""
+LONGEST_DEATH_REASON = 400
+"""Characters of Ray's own message that are shown."""
 
 
 class WorkerCrash(HrmRayError):
-    """A training worker failed in a way nobody foresaw (exit code 1); shows that worker's traceback once."""
+    """A training worker failed unexpectedly (exit code 1); `detail` is its traceback, or where its logs are."""
 
     def __init__(self, fault: Fault, detail: str = "") -> None:
         super().__init__(fault)
@@ -38,17 +56,17 @@ class WorkerCrash(HrmRayError):
 
 
 class StoppedBeforeStart(HrmRayError):
-    """A stop was asked for before any worker had entered the training function; nothing was changed.
+    """A stop was requested before any worker began to train; nothing was changed.
 
-    The exit code is that of the reason: 75 for SIGTERM, 130 for Ctrl-C, 0 for a stop file.
+    The exit code is the reason's: 75 for SIGTERM, 130 for Ctrl-C, 0 for a stop file.
     """
 
     def __init__(self, reason: StopReason) -> None:
         super().__init__(
             Fault(
                 reason.value,
-                "asked to stop before the workers had started, so nothing was trained or written",
-                "Start the run again with the same command",
+                "stopped before the workers had started; nothing was trained or written",
+                "Run the same command again",
             )
         )
         self.reason = reason
@@ -57,7 +75,7 @@ class StoppedBeforeStart(HrmRayError):
 
 @dataclass(frozen=True)
 class Failure:
-    """What a rank said before it ended: the kind of its error, its faults if it was an expected one, its traceback."""
+    """How a rank failed: the kind of its error, its faults where the error is expected, its traceback."""
 
     rank: int
     kind: str
@@ -69,7 +87,8 @@ class Failure:
 
     @classmethod
     def of(cls, rank: int, error: BaseException) -> Failure:
-        """Describe `error` so that it can cross processes without its class being picklable."""
+        """Describe `error` in plain values: its class may not exist in another process."""
+        error = shortage(error) or error
         message = str(error)
         return cls(
             rank=rank,
@@ -82,7 +101,7 @@ class Failure:
         )
 
     def as_error(self) -> HrmRayError:
-        """The error to raise at the driver: the same kind with the same faults, or the traceback once."""
+        """The error to raise in the driver: the same kind with the same faults, or WorkerCrash with the traceback."""
         if self.expected:
             return ERROR_KINDS.get(self.kind, HrmRayError)(self.faults)
         headline = self.message.strip().splitlines()[0] if self.message.strip() else "no message"
@@ -91,38 +110,43 @@ class Failure:
         )
 
 
-LONGEST_ACCOUNT = 400
-RESUME_HINT = (
-    "A checkpoint that was saved is kept: mend the cause and run the same command with --resume, "
-    "or under another --brain-name where none was saved"
-)
+def shortage(error: BaseException) -> ResourceError | None:
+    """The error for memory or disk that Ray ran out of; None where `error` has another cause.
+
+    Without it Ray's message, "out of memory", would be taken for a batch that does not fit on the device.
+    """
+    while isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
+        error = error.cause
+    for kind, value, reason, hint in _SHORTAGES:
+        if isinstance(error, kind):
+            return ResourceError(Fault(value, reason, hint))
+    return None
 
 
-def death_in_words(said_by_ray: str) -> str:
-    """The informative part of Ray's account of a dead actor, on one line."""
-    text = " ".join(said_by_ray.split())
+def death_reason(ray_message: str) -> str:
+    """The informative part of Ray's message about a dead actor, on one line."""
+    text = " ".join(ray_message.split())
     _, found, detail = text.partition("Worker exit type:")
     detail = f"exit type{detail}" if found else text
-    return detail.partition("Some common causes include")[0].strip().rstrip(".")[:LONGEST_ACCOUNT]
+    return detail.partition("Some common causes include")[0].strip().rstrip(".")[:LONGEST_DEATH_REASON]
 
 
 def first_cause(reports: Sequence[Failure], lost: Mapping[int, str], logs: str) -> HrmRayError | None:
-    """The one error that stands for the whole failure; None if nothing failed.
+    """The one error that stands for the whole failure; None where nothing failed.
 
-    `reports` in order of arrival; `lost` gives, for each rank that died without a report, what Ray knows about it;
-    `logs` says where the workers' output is, or shows its tail. A rank that only noticed that another one was gone
-    comes last: first a reason of one's own, then death without a word, then broken collectives.
+    `reports` are in order of arrival. `lost` gives Ray's message for each rank that died without a report; `logs` says
+    where the workers' output is. An error of a rank's own comes first, then a death without a report, then broken
+    collectives, which are only the effect of another rank's end.
     """
     own = [report for report in reports if not report.peer_loss]
     if own:
         return own[0].as_error()
-    reported = {report.rank for report in reports}
-    silent = sorted(rank for rank in lost if rank not in reported)
+    silent = sorted(lost.keys() - {report.rank for report in reports})
     if silent:
-        names = " and ".join(str(rank) for rank in silent)
-        reason = (
-            f"the process died without an error of its own (killed from outside, out of memory, or a crash in "
-            f"native code); Ray says: {lost[silent[0]]}"
-        )
-        return WorkerCrash(Fault(f"worker {names}", reason.rstrip("."), RESUME_HINT), logs)
+        name = "worker " + " and ".join(str(rank) for rank in silent)
+        message = lost[silent[0]]
+        if _MEMORY_DEATH in message:
+            return ResourceError(Fault(name, "was killed because its machine was nearly out of memory", _MEMORY_HINT))
+        reason = f"the process died without an error (killed, out of memory, or crashed in native code): {message}"
+        return WorkerCrash(Fault(name, reason.rstrip("."), RESUME_HINT), logs)
     return reports[0].as_error() if reports else None

@@ -1,19 +1,17 @@
-"""The channel between training workers and the driver: an actor that holds records, failures and the stop.
+"""The channel between training workers and the driver: an actor that holds records, failures and the stop request.
 
-One job: carry values. The monitor keeps them in order and hands them out once; `WorkerChannel` is a worker's end of it
-(`DriverLink` of hrm_ray.types). Does not decide what a failure means and writes nothing to a screen or a file.
-
-Why an actor and not ray.train.report: a report is a barrier of all ranks and its queue is emptied once per health
-check, so one report per step costs hundreds of milliseconds per step; a push here costs well under one.
+`ray.train.report` is no such channel: it is a barrier of all ranks, and its queue is emptied once per health check, so
+that a report per step costs hundreds of milliseconds. A push to this actor costs well under one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -24,14 +22,14 @@ from hrm_ray.orchestration.failures import Failure
 from hrm_ray.types import MetricSink, Record, RunResult, StopReason
 
 SEND_INTERVAL_S = 0.1
-"""At most ten pushes a second, whatever the rate of records."""
+"""Records are sent at most ten times a second."""
 STOP_CHECK_INTERVAL_S = 0.1
-"""`stop_requested` looks at the channel at most this often, so that it costs nothing in a loop of fast steps."""
+"""`stop_requested` looks for a request at most this often, so that it costs nothing in a loop of fast steps."""
 
 
 @dataclass(frozen=True)
 class WorkerPlace:
-    """Where a rank runs, for messages to a person."""
+    """Where a rank runs; shown in messages."""
 
     rank: int
     pid: int
@@ -40,7 +38,7 @@ class WorkerPlace:
 
 @dataclass(frozen=True)
 class StatusUpdate:
-    """What the driver has not seen yet, and the state of the worker group."""
+    """Records that the driver has not received yet, and the state of the worker group."""
 
     records: list[Record] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
@@ -50,7 +48,7 @@ class StatusUpdate:
 
 
 class RunMonitor:
-    """Runs as an actor next to the driver; all state is small and lives as long as the run."""
+    """An actor on the driver's node."""
 
     def __init__(self) -> None:
         self._records: dict[int, Record] = {}
@@ -60,16 +58,16 @@ class RunMonitor:
         self._outcome: RunResult | None = None
         self._stop: StopReason | None = None
         self._stop_set = asyncio.Event()
-        self._called_off = False
+        self._cancelled = False
 
     async def announce(self, place: WorkerPlace) -> bool:
-        """A worker says that it is there; False tells it not to begin, because the driver has given up."""
-        if not self._called_off:
+        """Register a worker; False: it must not begin, because the run was stopped before."""
+        if not self._cancelled:
             self._workers[place.rank] = place
-        return not self._called_off
+        return not self._cancelled
 
     async def push(self, first: int, records: list[Record]) -> None:
-        """Records numbered from `first`; numbered because an actor may run concurrent calls in any order."""
+        """Add records, numbered from `first` on: an actor may run concurrent calls in any order."""
         for offset, record in enumerate(records):
             self._records[first + offset] = record
 
@@ -82,20 +80,20 @@ class RunMonitor:
             self._outcome = outcome
 
     async def ask_stop(self, reason: StopReason) -> bool:
-        """Tell the workers to stop; False if none has begun, and then none will."""
-        self._called_off = not self._workers
+        """Request a stop; False where no worker has begun, and then none will."""
+        self._cancelled = not self._workers
         if self._stop is None:
             self._stop = reason
             self._stop_set.set()
-        return not self._called_off
+        return not self._cancelled
 
     async def wait_for_stop(self) -> StopReason | None:
-        """Answered when a stop is asked for: the workers hold the promise and look at it, so polling needs no call."""
+        """Return when a stop is requested. Workers keep the pending result, so that a look needs no call."""
         await self._stop_set.wait()
         return self._stop
 
     async def take(self, seen: int) -> StatusUpdate:
-        """Everything after the first `seen` records, without gaps; those seen are forgotten."""
+        """Records after the first `seen`, without gaps; earlier ones are dropped."""
         for index in [index for index in self._records if index < seen]:
             del self._records[index]
         records: list[Record] = []
@@ -107,43 +105,46 @@ class RunMonitor:
 
 
 class MonitorSink:
-    """A MetricSink that hands records to the monitor from a thread of its own; a training step never waits."""
+    """A MetricSink whose thread sends records to the monitor, so that a training step does not wait.
+
+    An error in the thread is raised by the next `write` and by `close`: records are not lost silently.
+    """
 
     def __init__(self, monitor: Any) -> None:
         self._monitor = monitor
-        self._pending: list[Record] = []
-        self._sent = 0
-        self._lock = threading.Lock()
-        self._wake = threading.Event()
+        self._records: queue.SimpleQueue[Record] = queue.SimpleQueue()
         self._closing = threading.Event()
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._send_until_closed, name="monitor-sink", daemon=True)
         self._thread.start()
 
     def write(self, record: Record) -> None:
-        """Take one record; costs microseconds."""
-        with self._lock:
-            self._pending.append(record)
-        self._wake.set()
+        """Queue one record; costs microseconds."""
+        if self._error is not None:
+            raise self._error
+        if self._closing.is_set():
+            raise RuntimeError(f"a record of step {record.step} was written after the channel was closed")
+        self._records.put(record)
 
     def close(self) -> None:
         """Return when the monitor has every record."""
         self._closing.set()
-        self._wake.set()
         self._thread.join()
+        if self._error is not None:
+            raise self._error
 
     def _send_until_closed(self) -> None:
-        while True:
-            self._wake.wait()
-            self._wake.clear()
-            closing = self._closing.is_set()
-            with self._lock:
-                batch, self._pending = self._pending, []
-            if batch:
-                first, self._sent = self._sent, self._sent + len(batch)
-                ray.get(self._monitor.push.remote(first, batch))
-            if closing:
-                return
-            self._closing.wait(SEND_INTERVAL_S)
+        sent = 0
+        try:
+            closing = False
+            while not closing:
+                closing = self._closing.wait(SEND_INTERVAL_S)
+                batch = [self._records.get() for _ in range(self._records.qsize())]
+                if batch:
+                    ray.get(self._monitor.push.remote(sent, batch))
+                    sent += len(batch)
+        except BaseException as error:  # noqa: BLE001 - raised again by write and close
+            self._error = error
 
 
 class WorkerChannel:
@@ -154,7 +155,7 @@ class WorkerChannel:
         self._chunk_server = chunk_server
         self._rank = rank
         self._sink: MonitorSink | None = None
-        self._promise = monitor.wait_for_stop.remote()
+        self._stop = monitor.wait_for_stop.remote()
         self._next_look_s = 0.0
         self._reason: StopReason | None = None
 
@@ -165,37 +166,37 @@ class WorkerChannel:
         return self._sink
 
     def stop_requested(self) -> StopReason | None:
-        """The driver's stop, at most STOP_CHECK_INTERVAL_S old; a local look, no call to another process."""
+        """The driver's stop request, at most STOP_CHECK_INTERVAL_S old."""
         now = time.monotonic()
         if self._reason is None and now >= self._next_look_s:
             self._next_look_s = now + STOP_CHECK_INTERVAL_S
-            ready, _ = ray.wait([self._promise], timeout=0)
+            ready, _ = ray.wait([self._stop], timeout=0)
             if ready:
-                self._reason = ray.get(self._promise)
+                self._reason = ray.get(self._stop)
         return self._reason
 
     def chunks(self, pipeline: Callable[[bool], ChunkPipeline], order: EpochOrder) -> ChunkSource:
-        """The chunks that the ChunkServer hands out; where there is none, this worker makes its own."""
+        """The ChunkServer's chunks; without a ChunkServer this worker reads and tokenises for itself."""
         if self._chunk_server is not None:
             return RemoteChunks(self._chunk_server, self._rank)
         return LocalChunks(pipeline(True), order)
 
     def announce(self, place: WorkerPlace) -> bool:
-        """Say that this worker is there; False means: do not begin."""
+        """Register this worker; False: it must not begin."""
         return bool(ray.get(self._monitor.announce.remote(place)))
 
-    def flush(self) -> None:
-        """Return when every record written so far is with the monitor."""
+    def finish(self, outcome: RunResult) -> None:
+        """Send all records, then the result."""
         if self._sink is not None:
             self._sink.close()
-            self._sink = None
-
-    def finish(self, outcome: RunResult) -> None:
-        """Hand over all records, then the outcome."""
-        self.flush()
         ray.get(self._monitor.finish.remote(self._rank, outcome))
 
     def fail(self, failure: Failure) -> None:
-        """Hand over all records, then the failure."""
-        self.flush()
+        """Send all records, then the failure; the failure too where records cannot be sent."""
+        try:
+            if self._sink is not None:
+                self._sink.close()
+        except Exception as error:  # noqa: BLE001 - the failure is what must arrive
+            lost = f"Records of the last steps could not be sent: {type(error).__name__}: {error}"
+            failure = replace(failure, trace=f"{failure.trace}\n{lost}")
         ray.get(self._monitor.fail.remote(failure))

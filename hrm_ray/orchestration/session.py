@@ -1,18 +1,7 @@
-"""One Ray connection for one run: a private cluster on this machine, or a driver on an existing one.
+"""One run's connection to Ray: a private cluster on this machine, a cluster at an address, or the program's own.
 
-One job: open and close it, quietly and completely. Afterwards no process and, unless the logs are wanted, no file
-of it is left. Does not start workers and does not know about training.
-
-Three things here are not obvious:
-
-* `ray.init` runs in a thread that lives until the session is closed. In the main thread it would replace the
-  SIGTERM handler of the command line; and on Linux the cluster's processes carry a parent-death signal that fires
-  when the *thread* which started them ends, so a short-lived thread would take the cluster down with it.
-* A cluster of its own gets a token of its own in the environment. Token authentication stays on, nothing is
-  written to the home folder, and other users of the machine cannot reach the cluster.
-* `RAY_*` settings are environment variables that Ray reads in the driver and in every process that it starts.
-  They are in force while the session is open and never override what the user has set; afterwards the whole
-  environment is as it was before, without what Ray itself adds to it.
+A program that has called `ray.init` already keeps its cluster: the run uses it and leaves it as it was. Otherwise
+`Session` opens a connection and closes it completely: no process is left, and no file unless the logs are wanted.
 """
 
 from __future__ import annotations
@@ -27,7 +16,8 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,39 +26,42 @@ import ray
 import ray._private.worker as ray_worker
 
 import hrm_ray
-from hrm_ray.errors import Fault, HrmRayError, UnavailableError
+from hrm_ray.errors import Fault, HrmRayError, SettingsError, UnavailableError
 from hrm_ray.launch.resources import ResourceRequest, usable_cpus
 from hrm_ray.openmp import SPIN_VARIABLE, limit_openmp_spin
+from hrm_ray.orchestration.failures import StoppedBeforeStart
+from hrm_ray.types import StopPoll
 
 NAMESPACE = "hrm_ray"
 OBJECT_STORE_BYTES = 200 * 2**20
-"""Without text to tokenise, records and settings are all that goes through the object store."""
+"""Enough for records and settings; nothing else goes through the object store without text to tokenise."""
 DATA_STORE_BYTES = 600 * 2**20
-"""Chunks on their way: documents and tokens of a handful of them, each at most some 16 MiB of text."""
+"""Holds documents and tokens of a few chunks, each at most some 16 MiB of text."""
 LEAST_DATA_CPUS = 1
-"""What a cluster of one's own offers to tasks of Ray Data at least; they compute while workers wait."""
+"""CPUs that a private cluster has for Ray Data at least; its tasks compute while workers wait."""
 CONNECT_TIMEOUT_S = 20.0
 START_TIMEOUT_S = 90.0
-"""A local cluster is up after 4 s on an idle machine; a loaded one is given time."""
+"""A private cluster is up after 4 s on an idle machine; a loaded machine needs longer."""
 CLOSE_TIMEOUT_S = 20.0
+POLL_INTERVAL_S = 0.2
 LONGEST_TEMP_ROOT = 40
-"""Ray puts Unix sockets below its folder; with their names the path must stay under 107 bytes."""
+"""Ray puts Unix sockets below its folder, whose paths must stay under 107 bytes."""
 STDERR_TAIL_LINES = 25
 LONGEST_REASON = 400
-"""Characters of Ray's own message that a person is shown."""
+"""Characters of Ray's own message that are shown."""
 
 SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",  # the default of current versions
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # else a worker's print goes to its log twice
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon an end or a death is noticed (default 2 s)
-    "RAY_TRAIN_METRICS_ENABLED": "0",  # Prometheus export: nobody listens
+    "RAY_TRAIN_METRICS_ENABLED": "0",  # no Prometheus export
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less; a lost worker ends the run anyway
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay in the folder of the command
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a FutureWarning
 }
 LOCAL_SETTINGS = {
-    "RAY_worker_niceness": "0",  # else 15: any neighbour on the machine would starve training, unlike without Ray
+    "RAY_worker_niceness": "0",  # else 15: workers would yield to any other process of the machine
     "RAY_enable_metrics_collection": "0",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # a rank stuck in a collective must not delay the end by 30 s
 }
@@ -76,17 +69,17 @@ LOCAL_SETTINGS = {
 
 @functools.cache
 def _token() -> str:
-    """One per process, because Ray's client caches the first token it sees."""
+    """One token per process: Ray's client keeps the first one it sees."""
     return secrets.token_hex(32)
 
 
 def source_root() -> str:
-    """The folder that makes `import hrm_ray` work: that of a checkout as well as that of an installation."""
+    """The folder from which `import hrm_ray` works, in a checkout and in an installation."""
     return str(Path(hrm_ray.__path__[0]).resolve().parent)
 
 
 def worker_environment(threads: int) -> dict[str, str]:
-    """Environment variables of every training worker; in force before its libraries are loaded."""
+    """Environment variables of every training worker, set before its libraries are loaded."""
     count = str(threads)
     environment = {
         "OMP_NUM_THREADS": count,
@@ -96,8 +89,7 @@ def worker_environment(threads: int) -> dict[str, str]:
         "USE_LIBUV": "0",  # torch builds for Windows have no libuv; elsewhere it makes no difference here
         "PYTHONPATH": _python_path(),
     }
-    passed_on = {name: os.environ[name] for name in ("OMP_WAIT_POLICY", SPIN_VARIABLE) if name in os.environ}
-    environment.update(passed_on)
+    environment |= {name: os.environ[name] for name in ("OMP_WAIT_POLICY", SPIN_VARIABLE) if name in os.environ}
     limit_openmp_spin(environment)
     return environment
 
@@ -109,147 +101,181 @@ def _python_path() -> str:
 
 
 class Session:
-    """A Ray connection; use `start`, `wait_until_ready` and, whatever happens, `close`.
+    """A Ray connection; use `open` and, whatever happens, `close`.
 
-    `address` None starts a cluster on this machine with exactly the resources of `demand`, and some for Ray Data where
-    `data` says that it will be used.
+    `address` None starts a cluster on this machine with exactly the resources of `request`, and some for Ray Data where
+    `data` says that it will be used; unless the program is connected to Ray already.
     """
 
-    def __init__(self, address: str | None, demand: ResourceRequest, *, data: bool = False) -> None:
+    def __init__(self, address: str | None, request: ResourceRequest, *, data: bool = False) -> None:
         self.address = address
+        self.attached = ray.is_initialized()
+        """Whether the connection is the program's own, and stays open."""
+        self.private = address is None and not self.attached
+        """Whether the cluster is this run's alone, and ends with it."""
+        self.where = address or ("this machine" if self.private else "the program's Ray cluster")
+        """The cluster's name in messages."""
         self._data = data
-        self._demand = demand
+        self._request = request
         self.folder = Path(tempfile.mkdtemp(prefix="hrm-", dir=_temp_root()))
         self._ready = threading.Event()
         self._release = threading.Event()
         self._problem: BaseException | None = None
-        self._environment_before: dict[str, str] = {}
-        self._processes_before: set[int] = set()
+        self._environment = _EnvironmentChanges()
         self._thread = threading.Thread(target=self._hold, name="ray-session", daemon=True)
 
-    @property
-    def is_local(self) -> bool:
-        return self.address is None
-
-    @property
-    def where(self) -> str:
-        """For messages."""
-        return self.address or "this machine"
-
-    def start(self) -> None:
-        """Begin to open the connection; returns at once."""
-        settings = {**SETTINGS, **(LOCAL_SETTINGS if self.is_local else {})}
-        if self.is_local and "RAY_AUTH_MODE" not in os.environ:
-            # Ray switches authentication on by itself, and has to: it caches the mode when it is imported.
-            settings["RAY_AUTH_TOKEN"] = _token()
-        self._environment_before = dict(os.environ)
-        os.environ.update({name: value for name, value in settings.items() if name not in os.environ})
-        if self.is_local:
-            os.environ["PYTHONPATH"] = _python_path()
-        self._processes_before = {child.pid for child in psutil.Process().children(recursive=True)}
+    def open(self, stop: StopPoll) -> None:
+        """Return when connected; raises StoppedBeforeStart where `stop` says so meanwhile, or what went wrong."""
+        # Ray reads its settings from the environment, here and in every process that it starts.
+        settings = dict(SETTINGS)
+        if self.private:
+            settings.update(LOCAL_SETTINGS)
+            # Authentication stays on. With a token of its own the cluster is closed to other users of the machine, and
+            # nothing is written to the home folder. The mode itself is fixed when Ray is imported.
+            if "RAY_AUTH_MODE" not in os.environ:
+                settings["RAY_AUTH_TOKEN"] = _token()
+        self._environment.set({name: value for name, value in settings.items() if name not in os.environ})
+        if self.private:
+            self._environment.set({"PYTHONPATH": _python_path()})
+        if self.attached:
+            connected = ray.get_runtime_context().gcs_address
+            if self.address not in (None, "auto", connected):
+                reason = f"this program is connected to the Ray cluster at {connected} already"
+                hint = "Leave the address out, or call ray.shutdown() first"
+                raise SettingsError(Fault(f"ray_address {self.address}", reason, hint))
+            return
         self._thread.start()
-
-    def ready(self, timeout_s: float) -> bool:
-        """Wait so long; True when connected; raises what went wrong."""
-        if not self._ready.wait(timeout_s):
-            return False
+        timeout_s = START_TIMEOUT_S if self.private else CONNECT_TIMEOUT_S
+        deadline_s = time.monotonic() + timeout_s
+        while not self._ready.wait(POLL_INTERVAL_S):
+            stopped = stop()
+            if stopped is not None:
+                raise StoppedBeforeStart(stopped)
+            if time.monotonic() > deadline_s:
+                raise self._explain(TimeoutError(f"no connection within {timeout_s:.0f} s"))
         if self._problem is not None:
             raise self._explain(self._problem)
-        return True
-
-    @property
-    def timeout_s(self) -> float:
-        """How long opening may take before it counts as failed."""
-        return START_TIMEOUT_S if self.is_local else CONNECT_TIMEOUT_S
-
-    def timed_out(self) -> HrmRayError:
-        """What to raise when it took longer."""
-        return self._explain(TimeoutError(f"no connection within {self.timeout_s:.0f} s"))
 
     def nodes(self) -> list[Mapping[str, float]]:
         """Total resources of each living node."""
         return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
     def stderr_tail(self, pid: int) -> str:
-        """The last lines that a worker of a local cluster wrote to its error stream; empty if there are none."""
+        """The last lines that a worker of a private cluster wrote to its error stream; empty if there are none."""
         for log in sorted(self.folder.glob(f"session_*/logs/worker-*-{pid}.err")):
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
             return "\n".join(line for line in lines[-STDERR_TAIL_LINES:] if not line.startswith(":"))
         return ""
 
     def close(self, keep_logs: bool = False) -> None:
-        """End every process of a local cluster, or leave an existing one; remove the folder unless logs are wanted."""
-        children = {child.pid: child for child in psutil.Process().children(recursive=True)}
+        """Disconnect, end every process of a private cluster, and remove the folder unless the logs are wanted."""
+        processes = _processes_below(self.folder) if self.private else []
         self._release.set()
         if self._thread.ident is not None:  # it was started
-            self._thread.join(CLOSE_TIMEOUT_S if self._ready.is_set() or self.is_local else 0.0)
-        if self.is_local:
-            _end([child for pid, child in children.items() if pid not in self._processes_before])
-        for name in set(os.environ) - set(self._environment_before):
-            del os.environ[name]
-        os.environ.update(self._environment_before)
+            self._thread.join(CLOSE_TIMEOUT_S if self._ready.is_set() or self.private else 0.0)
+        _end(processes)
+        self._environment.undo()
         if not keep_logs:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _hold(self) -> None:
-        """Connect, stay, disconnect: all in one thread (see the module's docstring)."""
+        """Connect, stay, disconnect.
+
+        All in one thread that lives until the session is closed. In the main thread `ray.init` would replace the
+        SIGTERM handler of the command line. And on Linux the cluster's processes get a signal when the thread that
+        started them ends, so a short-lived thread would take the cluster down.
+        """
+        # Even with log_to_driver off, the driver prints what the raylet logs of a worker's death.
+        printed, ray_worker._worker_logs_enabled = ray_worker._worker_logs_enabled, False
         try:
             # Loading torch and ray.train takes about as long as the cluster needs to come up; do both at once.
             imports = threading.Thread(target=_load_ray_train, name="load-ray-train", daemon=True)
             imports.start()
-            self._connect()
+            with self._environment.recorded():
+                self._connect()
             imports.join()
         except BaseException as error:  # noqa: BLE001 - the main thread explains it
             self._problem = error
         self._ready.set()
         self._release.wait()
         ray.shutdown(wait_for_processes=True)
+        ray_worker._worker_logs_enabled = printed
 
     def _connect(self) -> None:
-        # Even with log_to_driver off, the driver prints the raylet's remarks on a worker's death; we tell it once.
-        ray_worker._worker_logs_enabled = False
         quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": NAMESPACE}
         if self.address is not None:
             ray.init(address=self.address, **quiet)
             return
+        # The CPUs that the workers leave free are for Ray Data.
+        data_cpus = max(LEAST_DATA_CPUS, usable_cpus() - self._request.cpus) if self._data else 0
         ray.init(
             address="local",
-            num_cpus=self._demand.cpus + (self._data_cpus() if self._data else 0),
-            num_gpus=self._demand.gpus,
+            num_cpus=self._request.cpus + data_cpus,
+            num_gpus=self._request.gpus,
             object_store_memory=DATA_STORE_BYTES if self._data else OBJECT_STORE_BYTES,
             include_dashboard=None,  # on where Ray's dashboard dependencies are installed
             _temp_dir=str(self.folder),
             **quiet,
         )
 
-    def _data_cpus(self) -> int:
-        """The CPUs that the workers leave free."""
-        return max(LEAST_DATA_CPUS, usable_cpus() - self._demand.cpus)
-
     def _explain(self, error: BaseException) -> HrmRayError:
         if isinstance(error, HrmRayError):
             return error
-        reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
-        if self.is_local:
-            return UnavailableError(
-                Fault(
-                    "the local Ray cluster",
-                    f"did not start: {reason}".rstrip("."),
-                    f"Look into {self.folder}, or use --launcher local for one device",
-                )
-            )
-        return UnavailableError(
-            Fault(
-                f"ray_address {self.address}",
-                f"could not connect: {reason}".rstrip("."),
-                "Check that this is the head's host:port, that Ray and Python versions agree there and here, and, "
-                "if the cluster asks for a token, set RAY_AUTH_MODE=token",
-            )
+        reason = " ".join(str(error).split())[:LONGEST_REASON].rstrip(".") or type(error).__name__
+        if self.private:
+            hint = f"Look into {self.folder}, or use --launcher local for one device"
+            return UnavailableError(Fault("the local Ray cluster", f"did not start: {reason}", hint))
+        hint = (
+            "Check that this is the head's host:port, that Ray and Python versions agree there and here, and, "
+            "if the cluster asks for a token, set RAY_AUTH_MODE=token"
         )
+        return UnavailableError(Fault(f"ray_address {self.address}", f"could not connect: {reason}", hint))
+
+
+class _EnvironmentChanges:
+    """Environment variables set for a while; undone where nobody has changed them since."""
+
+    def __init__(self) -> None:
+        self._before: dict[str, str | None] = {}
+        self._set: dict[str, str] = {}
+
+    def set(self, variables: Mapping[str, str]) -> None:
+        for name, value in variables.items():
+            self._before.setdefault(name, os.environ.get(name))
+            os.environ[name] = self._set[name] = value
+
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Also undo what other code, here Ray, sets inside."""
+        before = dict(os.environ)
+        yield
+        for name, value in os.environ.items():
+            if before.get(name) != value:
+                self._before.setdefault(name, before.get(name))
+                self._set[name] = value
+
+    def undo(self) -> None:
+        for name, value in self._set.items():
+            if os.environ.get(name) == value:
+                before = self._before[name]
+                if before is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = before
+
+
+def _processes_below(folder: Path) -> list[psutil.Process]:
+    """The processes of the cluster whose files lie in `folder`: its servers name it, the rest are their children."""
+    found: dict[int, psutil.Process] = {}
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if any(str(folder) in word for word in child.cmdline()):
+                found.update({process.pid: process for process in (child, *child.children(recursive=True))})
+    return list(found.values())
 
 
 def _load_ray_train() -> None:
-    # What is missing is said when the worker group loads it, in the thread whose errors are looked at.
+    # A missing module is reported when the worker group loads it.
     with contextlib.suppress(ImportError):
         importlib.import_module("ray.train.torch")
 
@@ -262,7 +288,7 @@ def _temp_root() -> str:
 
 
 def _end(processes: list[psutil.Process]) -> None:
-    """Wait for processes to end, then kill those that did not, so that none is left."""
+    """Wait for processes to end, then kill those that did not."""
     _, alive = psutil.wait_procs(processes, timeout=5.0)
     for process in alive:
         try:

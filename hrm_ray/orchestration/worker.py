@@ -1,8 +1,4 @@
-"""What runs inside each Ray Train worker: find the training body, run it, report how it ended.
-
-One job: the worker's edge. Every exception is caught here, sent to the driver once, and ends the worker; nothing
-is printed for a person. Does not build models or read data: the body does, given the plan and the link.
-"""
+"""The entry of each Ray Train worker: it runs the training body and reports to the driver how the body ended."""
 
 from __future__ import annotations
 
@@ -25,18 +21,17 @@ Body: TypeAlias = Callable[[RunPlan, WorkerChannel], RunResult]
 """What each worker runs."""
 
 PEER_LOSS_WAIT_S = 5.0
-"""A rank whose collective broke waits this long before it ends, so that the rank which is really gone is noticed
-first; Ray ends the waiting rank earlier as a rule."""
+"""A rank whose collective broke waits this long before it ends, so that Ray notices first the rank which is gone."""
 
 
 class WorkerEnded(Exception):
-    """Tells Ray Train that this rank failed; the cause is with the driver already."""
+    """Ends a failed rank in Ray Train; the driver has the cause already."""
 
 
 def main(config: dict[str, Any]) -> None:
     """The training function of TorchTrainer; torch.distributed is set up when it is entered.
 
-    `config`: "body" (None for training), "plan" (as `RunPlan.to_plain` gives it), "monitor" and "chunk_server" (actor
+    `config`: "body" (None for training), "plan" (from `RunPlan.to_plain`), "monitor" and "chunk_server" (actor
     handles; the latter may be None).
     """
     rank = ray.train.get_context().get_world_rank()
@@ -48,7 +43,7 @@ def main(config: dict[str, Any]) -> None:
 
         body: Body = config["body"] or train
         link.finish(body(RunPlan.from_plain(config["plan"]), link))
-    except BaseException as error:  # noqa: BLE001 - the actor's edge: whatever it is, the driver tells it once
+    except BaseException as error:  # noqa: BLE001 - the actor's edge: the driver reports it
         failure = Failure.of(rank, error)
         traceback.print_exc(file=sys.stderr)
         link.fail(failure)

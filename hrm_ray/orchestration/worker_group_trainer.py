@@ -1,10 +1,8 @@
-"""TorchTrainer without the helper actors that a run here has no use for.
+"""TorchTrainer without two of Ray Train's helper actors, which a run here does not use.
 
-One job: choose Ray Train's callbacks. Loads torch and ray.train, so it is imported late.
-
-Each helper is a Python process that starts while the workers do; without these two a run on two cores begins about
-two seconds earlier and ends one second earlier. Ray Train keeps the choice in a private method: should a later
-version not have it, this class is plain TorchTrainer.
+Each is a Python process that starts while the workers do: without them a run on two cores begins about two seconds
+earlier and ends one second earlier. Ray Train chooses them in a private method; a version without this method starts
+all of them. Imports torch and ray.train, so import this module late.
 """
 
 from __future__ import annotations
@@ -14,19 +12,18 @@ from typing import Any
 from ray.train.torch import TorchTrainer
 
 DATASETS = "DatasetsCallback"
-"""Starts a manager of Ray Data shards even when there are no datasets."""
+"""Starts a manager of Ray Data shards, even without datasets."""
 CLEANER = "PlacementGroupCleanerCallback"
-"""Frees placement groups when the controller is killed; a cluster that ends with its run needs no such thing."""
+"""Frees placement groups when the controller is killed; not needed where the cluster ends with the run."""
 
 
 class WorkerGroupTrainer(TorchTrainer):
-    """A TorchTrainer for one worker group; `private_cluster` says that the cluster ends with the run."""
+    """A TorchTrainer; with `private_cluster` the cluster ends with the run."""
 
     def __init__(self, *args: Any, private_cluster: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        idle = set() if self.datasets else {DATASETS}
-        self._idle = idle | ({CLEANER} if private_cluster else set())
+        self._unused = (set() if self.datasets else {DATASETS}) | ({CLEANER} if private_cluster else set())
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()  # type: ignore[misc] # mypy reads Train V1's class
-        return [callback for callback in callbacks if type(callback).__name__ not in self._idle]
+        return [callback for callback in callbacks if type(callback).__name__ not in self._unused]

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import random
 
+import pytest
+import ray.exceptions
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hrm_ray.errors import DataError, DivergedError, Fault
-from hrm_ray.orchestration.failures import Failure, StoppedBeforeStart, WorkerCrash, death_in_words, first_cause
+from hrm_ray.errors import DataError, DivergedError, Fault, ResourceError
+from hrm_ray.orchestration.failures import (
+    Failure,
+    StoppedBeforeStart,
+    WorkerCrash,
+    death_reason,
+    first_cause,
+    shortage,
+)
 from hrm_ray.types import StopReason
 
 GLOO = RuntimeError(
@@ -66,6 +75,37 @@ def test_the_stop_before_the_start_ends_as_its_reason_does() -> None:
 
 
 def test_the_account_of_a_death_is_one_short_line() -> None:
-    account = death_in_words("The actor died.\n  Worker exit type: NODE_OUT_OF_MEMORY\n Some common causes include: 1")
+    account = death_reason("The actor died.\n  Worker exit type: NODE_OUT_OF_MEMORY\n Some common causes include: 1")
     assert account == "exit type NODE_OUT_OF_MEMORY"
-    assert death_in_words("The actor\ndied.") == "The actor died"
+    assert death_reason("The actor\ndied.") == "The actor died"
+
+
+MONITOR = "Task was killed due to the node running low on memory. " + "PID 1 ray::IDLE 0.1GB " * 400
+SHORTAGES = [
+    (ray.exceptions.OutOfMemoryError(MONITOR), "memory"),
+    (ray.exceptions.ObjectStoreFullError("Failed to put object: the object store is out of memory"), "object store"),
+    (ray.exceptions.OutOfDiskError("Local disk is full"), "disk"),
+]
+
+
+@pytest.mark.parametrize(("error", "names"), SHORTAGES)
+@pytest.mark.parametrize("in_a_task", [False, True])
+def test_what_ray_ran_out_of_is_named_and_is_not_the_batch(error: Exception, names: str, in_a_task: bool) -> None:
+    if in_a_task:
+        error = ray.exceptions.RayTaskError("read", "Traceback ...", error).as_instanceof_cause()
+    told = first_cause([Failure.of(0, GLOO), Failure.of(1, error)], {}, "the logs")
+    assert isinstance(told, ResourceError) and told.exit_code == 4
+    assert names in str(told) and "--resume" in str(told) and len(str(told)) < 300
+    assert "--max-seq-len" not in str(told) and "PID" not in str(told)
+
+
+def test_other_errors_are_no_shortage() -> None:
+    assert shortage(RuntimeError("CUDA out of memory")) is None
+    assert shortage(ray.exceptions.RayTaskError("read", "Traceback ...", ValueError("odd"))) is None
+
+
+def test_a_worker_that_the_memory_monitor_has_killed_ran_out_of_memory() -> None:
+    message = death_reason("The actor died.\n Worker exit type: NODE_OUT_OF_MEMORY Worker exit detail: low on memory")
+    error = first_cause([Failure.of(0, GLOO)], {1: message}, "the logs")
+    assert isinstance(error, ResourceError)
+    assert str(error).startswith("worker 1: was killed because its machine was nearly out of memory")

@@ -131,7 +131,7 @@ def test_a_killed_worker_is_named_and_its_logs_are_kept(
     error, _ = fail(ray_bodies.killed_on_rank_1, tmp_path, world_size=2)
     assert isinstance(error, WorkerCrash)
     assert str(error).startswith("worker 1: the process died")
-    assert "checkpoint that was saved is kept" in str(error)
+    assert "Saved checkpoints are kept" in str(error)
     assert "--resume" in str(error)
     assert "Traceback" not in str(error)
     (kept,) = temp_root.iterdir()
@@ -153,7 +153,7 @@ def test_a_worker_that_fails_before_it_can_report_is_told_too(
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_gang_that_cannot_be_built_is_an_error_not_a_wait(
+def test_a_worker_group_that_cannot_be_built_is_an_error_not_a_wait(
     temp_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Each worker asks for more than there is, after the checks: as when somebody else has taken the CPUs meanwhile.

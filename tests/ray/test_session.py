@@ -1,0 +1,87 @@
+"""A Ray session inside another program: what the program has changed stays, and its own Ray cluster is used."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import ray._private.worker as ray_worker
+
+from hrm_ray.errors import SettingsError
+from hrm_ray.launch.resources import ResourceRequest
+from hrm_ray.orchestration import session as session_module
+from hrm_ray.orchestration import worker_group
+from hrm_ray.orchestration.session import Session, worker_environment
+from hrm_ray.types import StopReason
+from tests.ray.test_worker_group import Received, never
+from tests.support.ray_bodies import counts, plan_of
+
+pytestmark = pytest.mark.ray
+
+ONE_CPU = ResourceRequest(1, 1, 0)
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A short folder for Ray; the environment and Ray's flag are put back after the test."""
+    root = Path(tempfile.mkdtemp(prefix="s"))
+    monkeypatch.setattr(session_module, "_temp_root", lambda: str(root))
+    monkeypatch.setattr(ray_worker, "_worker_logs_enabled", ray_worker._worker_logs_enabled)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before = dict(os.environ)
+    yield root
+    ray.shutdown()
+    os.environ.clear()
+    os.environ.update(before)
+    shutil.rmtree(root, ignore_errors=True)
+
+
+def test_a_private_session_undoes_only_what_it_has_changed(restored: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as earlier:
+        os.environ["OF_THE_PROGRAM"] = "before"
+        before = dict(os.environ)
+        session = Session(None, ONE_CPU)
+        session.open(never)
+        assert session.private and ray.is_initialized() and not ray_worker._worker_logs_enabled
+        meanwhile = {"OF_THE_PROGRAM": "after", "NEW": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "7"}
+        assert meanwhile.keys() - os.environ.keys() == {"NEW"}
+        os.environ.update(meanwhile)
+        with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as later:
+            session.close()
+            assert earlier.poll() is None and later.poll() is None
+            later.communicate(b"\n")
+        earlier.communicate(b"\n")
+    assert dict(os.environ) == {**before, **meanwhile}
+    assert ray_worker._worker_logs_enabled and not ray.is_initialized()
+    assert list(restored.iterdir()) == []
+
+
+def test_a_program_keeps_its_own_cluster(restored: Path, tmp_path: Path) -> None:
+    os.environ["RAY_AUTH_TOKEN"] = session_module._token()
+    context = ray.init(
+        address="local", num_cpus=2, num_gpus=0, _temp_dir=str(restored), logging_level=logging.ERROR,
+        object_store_memory=100 * 2**20, log_to_driver=False, namespace="of the program",
+    )  # fmt: skip
+    address = context.address_info["gcs_address"]
+    kept = ray.put("kept")
+    before = dict(os.environ)
+    received = Received()
+    outcome = worker_group.run(plan_of(tmp_path, steps=20), sink=received, stop=never, body=counts)
+    assert outcome.reason is StopReason.FINISHED and [record.step for record in received.records] == list(range(1, 21))
+    assert ray.get_runtime_context().gcs_address == address and ray.get(kept) == "kept"
+    assert dict(os.environ) == before and ray_worker._worker_logs_enabled
+    with pytest.raises(SettingsError, match="connected to the Ray cluster at"):
+        worker_group.run(plan_of(tmp_path, ray_address="198.51.100.1:6379"), sink=Received(), stop=never)
+    assert ray.is_initialized()
+
+
+def test_the_environment_of_workers_begins_with_this_package() -> None:
+    assert worker_environment(3)["PYTHONPATH"].split(os.pathsep)[0] == session_module.source_root()
