@@ -149,6 +149,8 @@ def save_final(
         ended=reason.value,
         step=progress.step,
         skipped_steps=progress.skipped_steps,
+        trained_samples=progress.trained_samples,
+        skipped_samples=progress.skipped_samples,
         epoch=epoch,
         figures=dict(figures),
         best=dict(best) if best is not None else None,

@@ -8,9 +8,10 @@ from __future__ import annotations
 from itertools import islice
 from pathlib import Path
 
+from hrm_ray.bundle.progress import stored_counts
 from hrm_ray.errors import Fault, SettingsError
 from hrm_ray.ledger import EpochCounts, LedgerReader, State, read_ledger
-from hrm_ray.ledger.export import export, shown
+from hrm_ray.ledger.export import SHUFFLED, export, shown
 from hrm_ray.ledger.verify import violations
 from hrm_ray.rundir import RunDir
 
@@ -36,7 +37,7 @@ def run_show(run: Path, json_file: Path | None) -> int:
 def run_verify(run: Path) -> int:
     """Print what is wrong with a run's ledger; gives the exit code: 1 where anything is."""
     with _opened(run) as ledger:
-        found = violations(ledger)
+        found = violations(ledger, stored_counts(RunDir(run)))
         first = list(islice(found, _VIOLATIONS))
         for sentence in first:
             print(f"{run}: {sentence}")
@@ -64,12 +65,16 @@ def _lines(run: Path, ledger: LedgerReader) -> list[str]:
     if len(epochs) > _LAST:
         lines.append(f"  epochs       0 to {len(epochs) - _LAST - 1} are left out here, --json has them")
     lines += [_epoch(counts) for counts in epochs[-_LAST:]]
-    rounds = list(islice(ledger.lineage(), _LAST))
+    if ledger.shuffled:
+        lines.append(f"  order        {SHUFFLED}")
+    rounds, skipped = list(islice(ledger.lineage(), _LAST)), ledger.skipped()
     if head is None:
         lines.append("  head         no round yet")
     else:
         lines.append(f"  head         round {head.round}, {head.total_sequences} sequences, {head.anchor}")
-    lines += [f"  round {one.round:<7}{one.sequences} sequences, {one.anchor}" for one in rounds]
+    for one in rounds:
+        passed = f" ({skipped[one.round]} skipped)" if one.round in skipped else ""
+        lines.append(f"  round {one.round:<7}{one.sequences} sequences{passed}, {one.anchor}")
     aside = ledger.quarantined()
     lines.append(f"  quarantined  {len(aside)} ranges")
     lines += [f"    epoch {one.epoch} chunk {shown(one)}: {one.reason}" for one in aside[:_LAST]]

@@ -8,8 +8,8 @@ were taken, so going on in the middle of a chunk is exact. It does not divide se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +39,8 @@ class ConsumedRange:
     """Sequences [start, end) of a chunk that were taken, out of so many. In a shuffled epoch they count places of its
     window's order: the first chunk of a window has as many of the first places as it has sequences, and so on.
 
-    `chunk` counts from the start of the corpus, `chunk_in_block` from that of its block.
+    `chunk` counts from the start of the corpus, `chunk_in_block` from that of its block. `skipped`: the update with
+    them was skipped, so they were read and not learned.
     """
 
     epoch: int
@@ -49,6 +50,17 @@ class ConsumedRange:
     sequences: int
     start: int
     end: int
+    skipped: bool = False
+
+
+def append_ranges(ranges: list[ConsumedRange], more: Iterable[ConsumedRange]) -> None:
+    """Add `more`, each joined with the last range where it continues that range."""
+    for item in more:
+        last = ranges[-1] if ranges else None
+        if last is not None and replace(last, start=last.end, end=item.end) == item:
+            ranges[-1] = replace(last, end=item.end)
+        else:
+            ranges.append(item)
 
 
 @dataclass(frozen=True)

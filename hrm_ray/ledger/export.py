@@ -16,6 +16,9 @@ from hrm_ray.ledger.reader import Block, EpochCounts, LedgerReader
 from hrm_ray.ledger.states import Range, State
 from hrm_ray.rundir import write_json
 
+SHUFFLED = "shuffled: 7[0:40] are the first places of chunk 7 in its window's order, not its sequences"
+"""A shuffle window mixes the sequences of several chunks. Its order gives each chunk as many places as the chunk has
+sequences; so counts of sequences are exact, and a chunk is trained as a whole once all places of its window are."""
 _ENTRIES = 1000
 """Entries of each list at most; `..._left_out` counts the rest."""
 
@@ -26,18 +29,20 @@ def export(ledger: LedgerReader, path: Path) -> None:
 
 
 def document(ledger: LedgerReader) -> dict[str, Any]:
-    """The ledger in plain values: blocks, epochs with counts and ranges by state, head, rounds, what was put aside.
+    """The ledger in plain values: blocks, epochs with counts and ranges by state, head, rounds, quarantined ranges.
 
     A range is "7" for all of chunk 7, "7-19" for all of chunks 7 to 19, "7[0:40]" for its sequences 0 to 39, and
-    "7[40:]" up to an end not known yet. Chunks that no epoch's list names are untouched.
+    "7[40:]" up to an end not known yet. Chunks that no epoch's list names are untouched. In a shuffled epoch the lists
+    are called `places`: see SHUFFLED.
     """
-    head = ledger.head
-    rounds = (asdict(one) for one in ledger.lineage())
+    head, skipped = ledger.head, ledger.skipped()
+    rounds = ({**asdict(one), "skipped_sequences": skipped.get(one.round, 0)} for one in ledger.lineage())
     aside = ({"epoch": one.epoch, "range": shown(one), "reason": one.reason} for one in ledger.quarantined())
     return {
         "data_ended": ledger.data_ended,
         "chunks": ledger.chunks,
         **_listed("blocks", _blocks(ledger.blocks())),
+        "order": SHUFFLED if ledger.shuffled else "linear",
         "epoch": ledger.epoch,
         "epochs": [_epoch(ledger, one) for one in ledger.counts()],
         "head": None if head is None else head.round,
@@ -60,7 +65,8 @@ def _epoch(ledger: LedgerReader, counts: EpochCounts) -> dict[str, Any]:
         "chunks": counts.chunks,
         "untouched": counts.untouched,
         "states": {
-            state.name: asdict(count) | _listed("chunks", lists[state]) for state, count in counts.states.items()
+            state.name: asdict(count) | _listed("places" if ledger.shuffled else "chunks", lists[state])
+            for state, count in counts.states.items()
         },
     }
 
@@ -81,7 +87,7 @@ def _blocks(blocks: list[Block]) -> Iterator[dict[str, Any]]:
 
 
 def _runs(found: Iterable[Range]) -> dict[State, list[str]]:
-    """The ranges of an epoch (by chunk and start) by state; neighbouring whole chunks as one entry."""
+    """The ranges of an epoch, which come by chunk and start, by state; neighbouring whole chunks as one entry."""
     lists: dict[State, list[str]] = {state: [] for state in State}
     first = last = 0
     running: State | None = None

@@ -21,6 +21,8 @@ from hrm_ray.ledger.ranges import ClaimOrder
 from hrm_ray.ledger.reader import Contribution, LedgerReader, Round
 from hrm_ray.ledger.states import Idle, Lease, Range, Refused
 
+SKIPPED_UPDATE = "its weight update was skipped: the gradients were not finite"
+
 
 class Ledger(LedgerReader):
     """A ledger that may be written. From several threads of the process: calls take turns."""
@@ -53,6 +55,11 @@ class Ledger(LedgerReader):
                 self.database.rows("INSERT INTO epochs VALUES (0, ?, 0)", (chunk,))
             elif row[0] != chunk:
                 raise ValueError(f"the first epoch began at chunk {row[0]}, not {chunk}")
+
+    def set_shuffled(self, shuffled: bool) -> None:
+        """Note whether the ranges of this run count places in the order of shuffle windows."""
+        with self.database.transaction():
+            self.database.rows("INSERT OR REPLACE INTO facts VALUES ('shuffled', ?)", (int(shuffled),))
 
     def measure(self, chunk: int, sequences: int) -> None:
         """Tell how many packed sequences a chunk has: that ends its ranges, in this epoch and all others.
@@ -167,14 +174,22 @@ class Ledger(LedgerReader):
             return self._lease(first)
 
     def report(
-        self, name: str, leases: Sequence[Lease], *, base: int | None, path: str, checksum: str
+        self,
+        name: str,
+        leases: Sequence[Lease],
+        *,
+        base: int | None,
+        path: str,
+        checksum: str,
+        skipped: Sequence[Lease] = (),
     ) -> Contribution | Refused:
         """Hand in what was trained from the anchor of round `base`: all of `leases`, or nothing where one is stale.
+        `skipped` are those whose updates were skipped: handed in with the others, and not counted as learned.
 
         `name` is the report's own for good: the same report again, at any later time, gives what the first one gave.
         Raises ValueError for no lease at all, for leases of several workers, or for a chunk that was not measured.
         """
-        owners = {(lease.worker, lease.generation) for lease in leases}
+        owners = {(lease.worker, lease.generation) for lease in (*leases, *skipped)}
         if len(owners) != 1:
             raise ValueError(f"a report is of one worker, not of {sorted(owners)}")
         ((worker, generation),) = owners
@@ -189,13 +204,13 @@ class Ledger(LedgerReader):
                 return _stopped(worker, generation)
             if base is not None and self.round(base) is None:
                 return Refused(f"round {base} is not in the head's lineage")
-            trained: list[Range] = []
-            for lease in leases:
+            reported: list[Range] = []
+            for lease in (*leases, *skipped):
                 held = self._held(lease)
                 if isinstance(held, Refused):
                     return held
-                trained.append(held)
-            sequences = sum(one.sequences for one in trained)
+                reported.append(held)
+            sequences = sum(one.sequences for one in reported[: len(leases)])
             self.database.rows(
                 "INSERT INTO contributions (name, worker, generation, base, path, checksum, sequences)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -203,7 +218,9 @@ class Ledger(LedgerReader):
             )
             made = self.contribution(name)
             assert made is not None
-            ranges.put_all(self.database, [states.train(one, made.number) for one in trained])
+            reasons = [None] * len(leases) + [SKIPPED_UPDATE] * len(skipped)
+            pairs = zip(reported, reasons, strict=True)
+            ranges.put_all(self.database, [states.train(one, made.number, reason) for one, reason in pairs])
             return made
 
     def reject(self, name: str, reason: str, *, lost: bool = False) -> Refused | None:

@@ -180,8 +180,22 @@ class LedgerReader:
             yield found
             found = None if found.parent is None else self.round(found.parent)
 
+    def skipped(self) -> dict[int, int]:
+        """Sequences that each round has passed over without learning them, for rounds with any."""
+        rows = self.database.rows(
+            "SELECT round, sum(end - start) FROM ranges JOIN contributions ON contribution = number"
+            " WHERE state = ? AND round IS NOT NULL GROUP BY round",
+            (State.SKIPPED.value,),
+        )
+        return dict(rows)
+
+    @property
+    def shuffled(self) -> bool:
+        """Whether ranges count places in the order of a shuffle window, not sequences of a chunk."""
+        return bool(self._fact("shuffled"))
+
     def complete(self, epoch: int) -> bool:
-        """Whether all of an epoch is MERGED or QUARANTINED and the data's end is known."""
+        """Whether all of an epoch is MERGED, SKIPPED or QUARANTINED and the data's end is known."""
         row = self.database.row("SELECT start_chunk, cursor FROM epochs WHERE epoch = ?", (epoch,))
         at_its_end = row is not None and self.data_ended and row[0] + row[1] >= self.chunks
         return at_its_end and not ranges.unsettled(self.database, epoch)

@@ -1,7 +1,7 @@
-"""The states of a range of a chunk, and how it may pass from one to the next.
+"""The states of a range of a chunk, and the transitions between them, as pure functions.
 
-One job: pure decisions. A transition takes a range and gives the range that it becomes; where a range is in a state
-that does not allow it, that is a mistake of ours and a ValueError. Nothing here reads or writes a file or a clock.
+A transition takes a range and gives the range that it becomes; a state that does not allow it is a bug of the caller
+and a ValueError.
 """
 
 from __future__ import annotations
@@ -16,13 +16,18 @@ MAX_REJECTIONS = 2
 
 
 class State(IntEnum):
-    """Where a range stands. The numbers are what the file holds."""
+    """The state of a range. The numbers are stored in the file.
+
+    SKIPPED ranges were read in a weight update that was skipped (non-finite gradients): the weights of the round that
+    committed them have passed over them and have not learned them.
+    """
 
     PENDING = 0
     LEASED = 1
     TRAINED = 2
     MERGED = 3
     QUARANTINED = 4
+    SKIPPED = 5
 
 
 class Idle(Enum):
@@ -42,12 +47,13 @@ class Refused:
 
 @dataclass(frozen=True)
 class Span:
-    """The packed sequences [start, end) of a chunk in an epoch."""
+    """The packed sequences [start, end) of a chunk in an epoch. `skipped`: their update was skipped."""
 
     epoch: int
     chunk: int
     start: int
     end: int
+    skipped: bool = False
 
     @property
     def sequences(self) -> int:
@@ -87,7 +93,7 @@ class Range:
     `end` is None until the chunk has been measured. `attempt` counts the leases that any of its sequences ever had, so
     that it rises with every lease of a sequence, through splits and rollbacks too: that makes (generation, attempt) a
     fence. `failures` and `rejections` are those since the range was last merged. `contribution` is the number of
-    the report it was trained in.
+    the report it was trained in. `reason` says why it is QUARANTINED, or why its update was skipped.
     """
 
     epoch: int
@@ -160,18 +166,19 @@ def split(held: Range, at: int) -> tuple[Range, Range]:
     return replace(held, end=at), replace(_pending(held), start=at, failures=0, rejections=0)
 
 
-def train(held: Range, contribution: int) -> Range:
-    """LEASED to TRAINED, by the report of that number."""
+def train(held: Range, contribution: int, skipped: str | None = None) -> Range:
+    """LEASED to TRAINED, by the report of that number; `skipped` is the reason why its update was skipped."""
     _require(held, State.LEASED)
     if held.end is None:
         raise ValueError(f"chunk {held.chunk} is reported before it was measured")
-    return replace(held, state=State.TRAINED, worker=None, generation=None, expiry_s=None, contribution=contribution)
+    return replace(_pending(held), state=State.TRAINED, contribution=contribution, reason=skipped)
 
 
 def merge(trained: Range) -> Range:
-    """TRAINED to MERGED: what it suffered on the way is forgotten."""
+    """TRAINED to MERGED, or to SKIPPED where its update was skipped; earlier failures are forgotten."""
     _require(trained, State.TRAINED)
-    return replace(trained, state=State.MERGED, failures=0, rejections=0)
+    state = State.MERGED if trained.reason is None else State.SKIPPED
+    return replace(trained, state=state, failures=0, rejections=0)
 
 
 def reject(trained: Range, reason: str) -> Range:
@@ -181,15 +188,15 @@ def reject(trained: Range, reason: str) -> Range:
 
 
 def undo(changed: Range) -> Range:
-    """LEASED, TRAINED or MERGED to PENDING, because the head went back: no failure of the chunk."""
-    _require(changed, State.LEASED, State.TRAINED, State.MERGED)
+    """LEASED, TRAINED, MERGED or SKIPPED to PENDING, because the head went back: no failure of the chunk."""
+    _require(changed, State.LEASED, State.TRAINED, State.MERGED, State.SKIPPED)
     return _pending(changed)
 
 
 def requeue(aside: Range) -> Range:
     """QUARANTINED to PENDING, with a clean slate."""
     _require(aside, State.QUARANTINED)
-    return replace(_pending(aside), failures=0, rejections=0, reason=None)
+    return replace(_pending(aside), failures=0, rejections=0)
 
 
 def join(first: Range, second: Range) -> Range:
@@ -208,7 +215,9 @@ def join(first: Range, second: Range) -> Range:
 
 
 def _pending(held: Range) -> Range:
-    return replace(held, state=State.PENDING, worker=None, generation=None, expiry_s=None, contribution=None)
+    return replace(
+        held, state=State.PENDING, worker=None, generation=None, expiry_s=None, contribution=None, reason=None
+    )
 
 
 def _aside_if_hopeless(failed: Range, reason: str) -> Range:

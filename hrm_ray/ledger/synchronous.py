@@ -65,8 +65,12 @@ class SynchronousRun:
         database = self.ledger.database
         with database.transaction(durable=True):
             if self.ledger.round(step) is None and finished:
-                leases = [self._cut(span) for span in finished]
-                _done(self.ledger, self.ledger.report(name, leases, base=parent, path=anchor, checksum=checksum))
+                leases = [(self._cut(span), span.skipped) for span in finished]
+                learned, skipped = ([lease for lease, skips in leases if skips is kind] for kind in (False, True))
+                reported = self.ledger.report(
+                    name, learned, skipped=skipped, base=parent, path=anchor, checksum=checksum
+                )
+                _done(self.ledger, reported)
             accepted = [name] if finished else []
             committed = self.ledger.commit(step, parent=parent, accepted=accepted, anchor=anchor, checksum=checksum)
             return _done(self.ledger, committed)

@@ -1,22 +1,25 @@
-"""Does the ledger hold? Its invariants, each violation as a sentence.
+"""The invariants of a ledger, each violation as a sentence.
 
-One job: check what must be true of any ledger at any time, from its rows alone. (1) The ranges of every touched chunk
-lie end to end from its first sequence to its last, each in one state. (2) The sequences MERGED are those of the rounds
-in the head's lineage. (3) A range is MERGED if and only if its contribution was taken in by a round of that lineage. It
-does not look at anchors or data, and mends nothing.
+(1) The ranges of every touched chunk lie end to end from its first sequence to its last, each in one state. (2) The
+sequences MERGED are those of the rounds in the head's lineage. (3) A range is MERGED, or SKIPPED where its update was
+skipped, if and only if its contribution was accepted by a round of that lineage. (4) The sequences MERGED and SKIPPED
+up to a round are those that its checkpoint has counted itself, where there is one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from hrm_ray.ledger import ranges
 from hrm_ray.ledger.reader import LedgerReader, Round
 from hrm_ray.ledger.states import Range, State
 
+StoredCounts = Mapping[int, "tuple[int | None, int | None]"]
+"""By round: samples trained and samples skipped, as its checkpoint has counted them; None where it did not."""
 
-def violations(ledger: LedgerReader) -> Iterator[str]:
-    """What is wrong, if anything; the time this takes grows with the rows."""
+
+def violations(ledger: LedgerReader, stored: StoredCounts | None = None) -> Iterator[str]:
+    """What is wrong, if anything; the time this takes grows with the rows. `stored` are the checkpoints' own counts."""
     yield from _blocks(ledger)
     lineage = {one.round: one for one in _sound_lineage(ledger)}
     merged = dict.fromkeys(lineage, 0)
@@ -26,6 +29,7 @@ def violations(ledger: LedgerReader) -> Iterator[str]:
     for epoch, start_chunk, cursor in ledger.database.rows("SELECT epoch, start_chunk, cursor FROM epochs"):
         yield from _epoch(ledger, epoch, start_chunk, cursor, lambda one: _standing(one, rounds, merged))
     yield from _rounds(ledger, lineage, merged)
+    yield from _checkpoints(ledger, lineage, stored or {})
 
 
 def _blocks(ledger: LedgerReader) -> Iterator[str]:
@@ -97,7 +101,8 @@ def _standing(one: Range, rounds: dict[int, int | None], merged: dict[int, int])
     """Invariant 3, and that a state has what belongs to it; adds up what each round has merged."""
     where = f"epoch {one.epoch}, chunk {one.chunk}, sequences from {one.start}"
     held, reported = one.worker is not None, one.contribution is not None
-    if held != (one.state is State.LEASED) or reported != (one.state in (State.TRAINED, State.MERGED)):
+    committed = one.state in (State.MERGED, State.SKIPPED)
+    if held != (one.state is State.LEASED) or reported != (committed or one.state is State.TRAINED):
         yield f"{where}: it is {one.state.name} with worker {one.worker} and contribution {one.contribution}"
     if one.contribution is None:
         return
@@ -105,9 +110,11 @@ def _standing(one: Range, rounds: dict[int, int | None], merged: dict[int, int])
         yield f"{where}: it is {one.state.name} by contribution {one.contribution}, which is not there"
         return
     taken = rounds[one.contribution]
-    if taken in merged:
+    if taken in merged and one.state is not State.SKIPPED:
         merged[taken] += one.sequences
-    if (one.state is State.MERGED) != (taken in merged):
+    if one.state in (State.MERGED, State.SKIPPED) and (one.reason is None) != (one.state is State.MERGED):
+        yield f"{where}: it is {one.state.name}, with the reason {one.reason!r} for a skipped update"
+    if committed != (taken in merged):
         by = "no round of the lineage" if taken not in merged else f"round {taken}"
         yield f"{where}: it is {one.state.name}, but its contribution was taken in by {by}"
 
@@ -134,3 +141,15 @@ def _rounds(ledger: LedgerReader, lineage: dict[int, Round], merged: dict[int, i
     for name, taken in ledger.database.rows("SELECT name, round FROM contributions WHERE round IS NOT NULL"):
         if taken not in lineage:
             yield f"contribution {name} was taken in by round {taken}, which is not in the lineage of the head"
+
+
+def _checkpoints(ledger: LedgerReader, lineage: dict[int, Round], stored: StoredCounts) -> Iterator[str]:
+    """Invariant 4. The checkpoint counts what the training loop did, the ledger what the loader handed out."""
+    skipped_by_round, skipped = ledger.skipped(), 0
+    for one in reversed(lineage.values()):
+        skipped += skipped_by_round.get(one.round, 0)
+        for name, own, counted in zip(
+            ("MERGED", "SKIPPED"), (one.total_sequences, skipped), stored.get(one.round, (None, None)), strict=True
+        ):
+            if counted is not None and counted != own:
+                yield f"round {one.round}: {own} sequences are {name} up to it, but {one.anchor} has counted {counted}"

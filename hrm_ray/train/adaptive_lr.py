@@ -91,14 +91,14 @@ class AdaptiveLr:
         """What the schedule's learning rate is multiplied by, in (0, 1]."""
         return self.trend.factor
 
-    def observe(self, step: int, loss: Tensor, sum_over_ranks: Callable[[Tensor], Tensor]) -> Action | None:
-        """Take in this rank's part of the loss of update number `step`; parts of all ranks add up to the whole.
+    def observe(self, position: float, loss: Tensor, sum_over_ranks: Callable[[Tensor], Tensor]) -> Action | None:
+        """Take in this rank's part of the loss of the update at `position`; parts of all ranks add up to the whole.
 
         Gives the action at the end of a window, whose sum is the only collective, and None else. Updates of the warm-up
         are left out: their learning rate says nothing of the one to be controlled. `loss` is a scalar in float64 where
         the device has it.
         """
-        if step <= self.warmup_steps:
+        if position <= self.warmup_steps:
             return None
         self._loss = loss.clone() if self._loss is None else self._loss + loss
         self._steps += 1

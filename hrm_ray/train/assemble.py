@@ -34,12 +34,12 @@ from hrm_ray.train.adaptive_lr import AdaptiveLr
 from hrm_ray.train.attention_choice import kernel_of
 from hrm_ray.train.evaluate import EvalSet
 from hrm_ray.train.loaders import BatchLoader, BatchSize, RolloutLoader, SlotLoader, StopCondition, exploration
-from hrm_ray.train.loop import LrSchedule, TrainingLoop, TrainState
+from hrm_ray.train.loop import TrainingLoop, TrainState
 from hrm_ray.train.microbatch import wanted_columns
 from hrm_ray.train.optimizers import BuildOptimizer, SparseSignSGD, builder, followed_by
 from hrm_ray.train.per_parameter_optimizer import DeviceStorage, PinnedHostStorage, per_parameter
 from hrm_ray.train.precision import NARROW, LossScaler, choose_precision
-from hrm_ray.train.schedules import Schedule
+from hrm_ray.train.schedules import LrSchedule, Schedule
 from hrm_ray.train.strategies import STRATEGIES
 from hrm_ray.train.stream_loader import StreamLoader, TextStream
 from hrm_ray.train.world import World

@@ -7,7 +7,8 @@ data); rank 0 writes counters as JSON. Nothing is pickled. A checkpoint's folder
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,74 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hrm_ray.bundle.progress import Progress
+from hrm_ray.bundle.progress import STATE, Progress
+from hrm_ray.bundle.store import BundleWeights, save_final
 from hrm_ray.bundle.weights_file import read_tensors, save_tensors, unwritable
+from hrm_ray.data.stream import ConsumedRange, append_ranges
 from hrm_ray.errors import DataError, Fault, HrmRayError
 from hrm_ray.model.actv1 import States
 from hrm_ray.model.puzzle_objective import ROW_FIELDS, PuzzleCarry
 from hrm_ray.rundir import RunDir, read_json, write_json
+from hrm_ray.train.ledger_writer import LedgerWriter
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.precision import LossScaler
+from hrm_ray.types import StopReason
 
-RANKS, STATE = "ranks.safetensors", "state.json"
+RANKS = "ranks.safetensors"
+
+
+class Checkpointer:
+    """Writes a run's checkpoints, their rounds in the ledger where there is one, and the final bundle.
+
+    Every rank of a group has one with the same `run_dir`; the ledger is rank 0's.
+    """
+
+    def __init__(
+        self, loop: TrainingLoop, run_dir: RunDir, keep: int, ledger_writer: LedgerWriter | None = None
+    ) -> None:
+        self.loop = loop
+        self.run_dir = run_dir
+        self.keep = keep
+        self.ledger_writer = ledger_writer
+        self.saved_step: int | None = None
+        self._consumed: list[ConsumedRange] = []
+        """Read and not yet in a whole checkpoint."""
+
+    def save(self, extra: dict[str, Any]) -> None:
+        """Save the present step, if that was not done; a collective. `extra` are JSON values that loading returns."""
+        step, loader, ledger_writer = self.loop.progress.step, self.loop.parts.loader, self.ledger_writer
+        if self.saved_step == step:
+            return
+        append_ranges(self._consumed, loader.take_consumed())
+        consumed = self._consumed if ledger_writer is None else ledger_writer.covered(step, self._consumed)
+
+        def commit(checksum: str) -> None:
+            if ledger_writer is not None:
+                ledger_writer.commit(step, consumed, checksum, data_ended=loader.data_ended)
+
+        extra = {**extra, "trained": [astuple(item) for item in consumed]}
+        save_checkpoint(self.loop, self.run_dir, extra, self.keep, commit)
+        self._consumed = []
+        self.saved_step = step
+
+    def save_bundle(self, reason: StopReason, figures: Mapping[str, float], best: Mapping[str, Any] | None) -> None:
+        """Write the final weights and metadata of a run that ended for `reason`; a collective."""
+        loop = self.loop
+        with loop.parts.strategy.evaluating():
+            weights = bundle_weights(loop)
+            epoch = loop.parts.loader.epoch
+            loop.world.from_leader(
+                lambda: save_final(self.run_dir, weights, reason, loop.progress, epoch, figures, best)
+            )
+
+
+def bundle_weights(loop: TrainingLoop) -> BundleWeights:
+    """The weights that a bundle stores, inside `strategy.evaluating()`; a collective. Adapters are merged into them and
+    stored apart too."""
+    weights, adapters = loop.parts.strategy.full_weights(), loop.parts.adapters
+    if adapters is None:
+        return BundleWeights(weights)
+    return BundleWeights(adapters.merged_weights(), adapters.in_file())
 
 
 def save_checkpoint(
@@ -84,6 +143,7 @@ def _write(loop: TrainingLoop, folder: Path, trend: dict[str, Any] | None, extra
         save_tensors(parts.adapters.ranks.state(), folder / RANKS)
     state = {
         "progress": vars(loop.progress),
+        "schedule_position": loop.clock.position,
         "epoch": parts.loader.epoch,
         "effective_batch_size": parts.shape.effective,
         "physical_batch_size": parts.shape.batch_size,
@@ -114,7 +174,9 @@ def load_checkpoint(loop: TrainingLoop, folder: Path) -> dict[str, Any]:
     parts.strategy.load(folder)
     if parts.adapters is not None and parts.adapters.ranks is not None:
         parts.adapters.ranks.load(read_tensors(folder / RANKS))
-    loop.progress = Progress(**state["progress"])
+    loop.progress = Progress.from_plain(state["progress"])
+    # Older checkpoints have no position: theirs counted updates.
+    loop.clock.position = state.get("schedule_position", loop.progress.step)
     if parts.scaler is not None and state["loss_scaler"] is not None:
         parts.scaler = LossScaler(**state["loss_scaler"])
     adaptive = parts.lr_schedule.adaptive

@@ -27,7 +27,7 @@ from hrm_ray.train.evaluate_text import (
     text_figures,
 )
 from hrm_ray.train.microbatch import to_batch, wanted_columns
-from hrm_ray.train.out_of_memory import halved, is_out_of_memory, release, too_large
+from hrm_ray.train.out_of_memory import halved, is_out_of_memory, reading_data, release, too_large
 from hrm_ray.train.world import World
 from hrm_ray.types import IGNORE_LABEL, SampleSet
 
@@ -97,7 +97,9 @@ def _own_sums(objective: AnyObjective, held_out: EvalSet, world: World) -> Sums:
             if number % world.size != world.rank:
                 continue
             indices = np.arange(first, min(first + held_out.batch_size, held_out.count), dtype=np.int64)
-            batch = to_batch(held_out.samples.rows(indices), wanted, world.device)
+            with reading_data("the held-out data"):
+                columns = held_out.samples.rows(indices)
+            batch = to_batch(columns, wanted, world.device)
             for name, value in sums_of(objective, batch).items():
                 totals[name] = totals.get(name, torch.zeros((), dtype=torch.float64)) + value.cpu().double()
     return totals

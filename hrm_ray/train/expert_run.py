@@ -1,6 +1,6 @@
-"""A run that trains one expert of a bundle: what it starts from, what it must find free, and what it leaves.
+"""A run that trains one expert of a bundle: the check before it, and the expert that it stores.
 
-One job: the expert's side of a run. Freezing is in model/transforms/single_expert.py, files are in expert_store.py.
+Freezing is in model/transforms/single_expert.py, files are in bundle/expert_store.py.
 """
 
 from __future__ import annotations
@@ -21,28 +21,29 @@ from hrm_ray.settings.tree import RunSettings
 
 @dataclass
 class ExpertRun:
-    """What a run knows of its expert; `before` are the held-out figures of the bundle it started from, if any."""
+    """The expert of a run; `before` are the held-out figures of the bundle that the run started from, if any."""
 
     base: str
     base_sha256: str
     before: dict[str, float] | None = None
 
     @classmethod
-    def begun(cls, settings: RunSettings) -> ExpertRun | None:
-        """That of a new run; None where no single expert is trained."""
+    def of_new_run(cls, settings: RunSettings) -> ExpertRun | None:
+        """The expert of a new run; None where no single expert is trained."""
         start = settings.model.student_init
         if settings.run.expert_id is None or start is None:
             return None
         return cls(str(start), read_description(start)[1])
 
     def plain(self) -> dict[str, Any]:
-        """As a checkpoint holds it."""
+        """JSON values for a checkpoint."""
         return asdict(self)
 
     def store(self, settings: RunSettings, run_dir: RunDir, step: int, figures: Mapping[str, float]) -> Path:
         """Store the expert of the run's final weights; gives its folder."""
         index, identifier = settings.model.expert_index, settings.run.expert_id
-        assert index is not None and identifier is not None
+        if index is None or identifier is None:
+            raise RuntimeError("a run of an expert has --expert-index and --expert-id")
         entry = {
             "index": index,
             "model_config": read_json(run_dir.config),

@@ -1,16 +1,15 @@
-"""The ledger of a run on text: every checkpoint is a round, and holds what was trained since the one before.
+"""Writes the ledger of a run on text: every checkpoint is a round with what was trained since the one before.
 
-From what the loader says it has given out to the ledger's leases, reports and rounds. All workers take one step
-together, so they are one worker to the ledger, and the leading one keeps it. How a ledger works is hrm_ray.ledger's.
+All ranks take each step together, so they are one worker to the ledger, and rank 0 writes it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from hrm_ray.data.catalog import Catalog
-from hrm_ray.data.stream import ConsumedRange
+from hrm_ray.data.stream import ConsumedRange, append_ranges
 from hrm_ray.errors import DataError, Fault
 from hrm_ray.ledger import BlockLength, Lease, Span, SynchronousRun, open_ledger
 from hrm_ray.ledger.export import export
@@ -19,37 +18,34 @@ from hrm_ray.rundir import RunDir
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The checkpoint that a run goes on from: its step, its manifest's checksum, and what it stands for."""
+    """The checkpoint that a run resumes from: its step, its manifest's checksum, and its round's ranges."""
 
     step: int
     checksum: str
     trained: tuple[ConsumedRange, ...]
 
 
-def joined(trained: Sequence[ConsumedRange]) -> list[ConsumedRange]:
-    """The same with stretches of a chunk that follow each other made one."""
-    found: list[ConsumedRange] = []
-    for item in trained:
-        last = found[-1] if found else None
-        if last is not None and (last.epoch, last.chunk, last.end) == (item.epoch, item.chunk, item.start):
-            found[-1] = replace(last, end=item.end)
-        else:
-            found.append(item)
-    return found
-
-
 class LedgerWriter:
-    """The ledger of one run, from its start (or the checkpoint it goes on from) to its end."""
+    """The ledger of one run, from its start (or the checkpoint it resumes from) to its end."""
 
-    def __init__(self, run_dir: RunDir, catalog: Catalog, start: int, resume_point: ResumePoint | None) -> None:
-        """`start` is the chunk that the first epoch begins with.
+    def __init__(
+        self,
+        run_dir: RunDir,
+        catalog: Catalog,
+        start: int,
+        resume_point: ResumePoint | None,
+        *,
+        shuffled: bool = False,
+    ) -> None:
+        """`start` is the chunk that the first epoch begins with; `shuffled` says that epochs have shuffle windows.
 
-        Raises DataError where the ledger does not know the checkpoint that the run goes on from.
+        Raises DataError where the ledger does not know the checkpoint that the run resumes from.
         """
         self._run_dir = run_dir
         self._ledger = open_ledger(run_dir.ledger)
+        self._ledger.set_shuffled(shuffled)
         if start:
-            # Chunks before the start are known, or it could not have been found.
+            # Chunks before the start are in the catalog: the start was found by reading them.
             self._grow([BlockLength(e.start.block, e.start.chunk + 1, False) for e in catalog.entries[:start]])
             self._ledger.start_at(start)
         if catalog.ended and not self._ledger.data_ended:
@@ -62,20 +58,22 @@ class LedgerWriter:
             self._settle(resume_point)
 
     def covered(self, step: int, trained: Sequence[ConsumedRange]) -> list[ConsumedRange]:
-        """What the checkpoint of `step` will stand for, when `trained` was trained since the one before.
+        """The ranges of the round of `step`, when `trained` was read since the checkpoint before.
 
-        One that takes the place of another of the same step (no update was applied in between) stands for both.
+        A checkpoint that replaces another of the same step (no update was applied in between) has the ranges of both.
         """
-        return joined([*self._of_head, *trained] if step == self._head else trained)
+        ranges = list(self._of_head) if step == self._head else []
+        append_ranges(ranges, trained)
+        return ranges
 
     def commit(self, step: int, covered: Sequence[ConsumedRange], checksum: str, *, data_ended: bool) -> None:
-        """Enter a checkpoint whose files are written but not yet in their place; `checksum` is that of its manifest."""
+        """Commit the round of a checkpoint whose files are written, before its rename; `checksum` is its manifest's."""
         self._enter(step, covered, checksum, data_ended)
         self._head, self._of_head = step, list(covered)
 
     def _settle(self, resume_point: ResumePoint) -> None:
-        """Where a run died after its ledger had a checkpoint of that step which never came into its place, the ledger
-        is given what the one that is there stands for."""
+        """Where a run died between the commit of a round and the rename of its checkpoint, give the round the ranges of
+        the checkpoint that exists."""
         known = self._ledger.round(resume_point.step)
         if known is not None and known.checksum != resume_point.checksum:
             self._enter(resume_point.step, resume_point.trained, resume_point.checksum, False)
@@ -84,25 +82,30 @@ class LedgerWriter:
         parent = self._head
         with self._ledger.transaction():
             if step == parent:
-                before = self._ledger.round(step)
-                assert before is not None, "it is this ledger's head"
-                parent = before.parent
+                head = self._ledger.round(step)
+                if head is None:
+                    raise RuntimeError(f"round {step} is this run's head, but is not in the ledger")
+                parent = head.parent
                 self._run = SynchronousRun(self._ledger, parent)
+            before: ConsumedRange | None = None
             for item in covered:
-                self._lease(item)
+                # A range that continues the one before, trained or skipped, lies in the same lease.
+                if before is None or (before.epoch, before.chunk, before.end) != (item.epoch, item.chunk, item.start):
+                    self._lease(item)
+                before = item
             if data_ended:
                 self._end_data()
-            spans = [Span(item.epoch, item.chunk, item.start, item.end) for item in covered]
+            spans = [Span(item.epoch, item.chunk, item.start, item.end, item.skipped) for item in covered]
             self._run.commit_checkpoint(step, parent, spans, f"checkpoints/step_{step}", checksum)
 
     def close(self) -> None:
-        """Give back what is leased, write down for people where the run stands, and release the file."""
+        """Release the leases, export the ledger as JSON, and close the file."""
         self._run.close()
         export(self._ledger, self._run_dir.chunk_tracker)
         self._ledger.close()
 
     def _lease(self, item: ConsumedRange) -> None:
-        """Claim and measure the chunk of `item`, where that has not been done for an earlier part of it."""
+        """Claim and measure the chunk of `item`, unless an earlier range of the chunk did."""
         if self._ledger.lease_at(item.epoch, item.chunk, item.start) is not None:
             return
         if not self._ledger.data_ended:
@@ -115,11 +118,11 @@ class LedgerWriter:
             raise DataError(self._foreign(item, lease))
         self._run.measure(item.chunk, item.sequences)
 
-    def _grow(self, told: Sequence[BlockLength]) -> None:
-        """Take in blocks as they are found; one that another follows is complete."""
+    def _grow(self, found: Sequence[BlockLength]) -> None:
+        """Add blocks as they are found; a block that another follows is complete."""
         blocks = self._ledger.blocks()
         last = BlockLength(blocks[-1].block, blocks[-1].chunks, blocks[-1].sealed) if blocks else None
-        for block in told:
+        for block in found:
             if last is not None and block.block > last.block and not last.sealed:
                 self._ledger.add_blocks([BlockLength(last.block, last.chunks, True)])
             if last is None or (block.block, block.chunks) > (last.block, last.chunks):

@@ -1,7 +1,7 @@
-"""Which samples each micro-batch of each rank gets, step by step, and where that stands.
+"""Loaders: which samples each micro-batch of each rank gets, step by step.
 
-One job: the cursor through the epochs' orders. Sample choice depends on the effective batch, the seed and the epoch,
-never on how the effective batch is split over ranks and micro-batches. It does not read samples' content.
+The choice depends on the effective batch, the seed and the epoch, never on how the effective batch is split over ranks
+and micro-batches.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HaltedSlots = Sequence["npt.NDArray[np.bool_]"]
 
 @dataclass(frozen=True)
 class BatchSize:
-    """How an effective batch is cut: `batch_size` rows a micro-batch, `accumulation` of them a rank, `size` ranks."""
+    """How an effective batch is split: `size` ranks, each with `accumulation` micro-batches of `batch_size` rows."""
 
     batch_size: int
     accumulation: int
@@ -44,36 +44,42 @@ class BatchSize:
         return self.rank * self.per_rank
 
     def with_batch(self, batch_size: int) -> BatchSize:
-        """The same rows of each rank in micro-batches of `batch_size`, which divides them."""
-        assert self.per_rank % batch_size == 0
+        """The same rows of each rank in micro-batches of `batch_size`, which must divide them."""
+        if self.per_rank % batch_size:
+            raise ValueError(f"{self.per_rank} rows per rank cannot be split into micro-batches of {batch_size}")
         return replace(self, batch_size=batch_size, accumulation=self.per_rank // batch_size)
 
+    def checked(self, other: BatchSize) -> BatchSize:
+        """`other`, which must split the same effective batch into the same slots of this rank."""
+        if (other.first_slot, other.effective) != (self.first_slot, self.effective):
+            raise ValueError(f"{other} has other slots than {self}")
+        return other
+
     def slots(self) -> npt.NDArray[np.int64]:
-        """This rank's places in the effective batch, micro-batch by micro-batch [accumulation, batch_size]."""
+        """This rank's slots of the effective batch, micro-batch by micro-batch [accumulation, batch_size]."""
         own = np.arange(self.per_rank, dtype=np.int64) + self.first_slot
         return own.reshape(self.accumulation, self.batch_size)
 
 
 @dataclass(frozen=True)
 class StopCondition:
-    """When a loader ends: after so many epochs (None: never), at the end of the first epoch or block that this run has
-    trained on."""
+    """When a loader ends: after `epochs` (None: never), or after the first epoch or block that this run trained on."""
 
     epochs: int | None = None
     after_epoch: bool = False
     after_block: bool = False
 
     def with_one_more(self) -> StopCondition:
-        """The same with one epoch more."""
+        """The same with one more epoch."""
         return self if self.epochs is None else replace(self, epochs=self.epochs + 1)
 
     def at_epoch_end(self, epoch: int, trained: bool) -> bool:
-        """Whether there is no epoch after `epoch`; see Feed.roll for `trained`."""
+        """Whether there is no epoch after `epoch`; `trained` as in BatchLoader.start_epoch."""
         return (trained and self.after_epoch) or (self.epochs is not None and epoch + 1 >= self.epochs)
 
 
 class BatchLoader(Protocol):
-    """Offers rows for one step at a time."""
+    """Gives the rows of one step at a time."""
 
     epoch: int
 
@@ -81,46 +87,49 @@ class BatchLoader(Protocol):
         """This rank's micro-batches for update number `step`; rows without a sample are inactive."""
 
     def start_epoch(self, trained: bool) -> bool:
-        """Begin the next epoch; False when there is none. Called when no rank had a row left.
+        """Begin the next epoch; False when there is none. Called when no rank has a row left.
 
-        `trained`: the run has trained on rows since it was started or resumed; alike on all ranks.
+        `trained`: the run has trained on rows since it was started or resumed; the same on all ranks.
         """
 
     def set_microbatch(self, shape: BatchSize) -> None:
-        """Cut this rank's rows into other micro-batches from now on."""
+        """Split this rank's rows into other micro-batches from now on."""
 
     def state_dict(self) -> dict[str, npt.NDArray[np.int64]]:
-        """Where this rank stands, for a checkpoint."""
+        """This rank's position in the data, for a checkpoint."""
 
     def load_state_dict(self, epoch: int, state_dict: dict[str, npt.NDArray[np.int64]]) -> None:
-        """Go to a stored place; `state_dict` is that of this rank's slots."""
+        """Restore a position; `state_dict` is that of this rank's slots."""
 
     @property
     def fails_alike(self) -> bool:
         """Whether data that cannot be read fails on every rank at the same step."""
 
     def take_notes(self) -> list[str]:
-        """What a person should know of the data that came since the last call."""
+        """Warnings about the data read since the last call."""
 
     def take_consumed(self) -> list[ConsumedRange]:
-        """What was given out since the last call, chunk by chunk in order; nothing where the data has no chunks."""
+        """The ranges read since the last call, chunk by chunk in order; none where the data has no chunks."""
+
+    def mark_skipped(self) -> None:
+        """The update on the last batch was skipped: mark its ranges as skipped."""
 
     @property
     def data_ended(self) -> bool:
-        """Whether the end of the data has been seen."""
+        """Whether the end of the data has been read."""
 
     def counts(self) -> dict[str, int]:
-        """What was left out of this epoch so far, by name; nothing where nothing was."""
+        """Rows left out of this epoch so far, by name, without zeros."""
 
     def one_epoch_more(self) -> None:
-        """Let a loader that is at the end of its last epoch have another one."""
+        """Allow one more epoch than before."""
 
     def close(self) -> None:
-        """Release what reads ahead."""
+        """Stop reading ahead."""
 
 
-class _Epochs:
-    """What both feeds share: the order of the current epoch and the limit."""
+class _SampleLoader:
+    """A loader over a SampleSet: the order of the current epoch and when to end."""
 
     def __init__(self, samples: SampleSet, shape: BatchSize, *, seed: int, linear: bool, ends: StopCondition) -> None:
         self.samples = samples
@@ -138,6 +147,9 @@ class _Epochs:
     def take_consumed(self) -> list[ConsumedRange]:
         return []
 
+    def mark_skipped(self) -> None:
+        """There are no ranges."""
+
     @property
     def data_ended(self) -> bool:
         return True
@@ -152,8 +164,7 @@ class _Epochs:
         """Nothing is read ahead."""
 
     def set_microbatch(self, shape: BatchSize) -> None:
-        assert (shape.first_slot, shape.effective) == (self.shape.first_slot, self.shape.effective)
-        self.shape = shape
+        self.shape = self.shape.checked(shape)
 
     def _enter(self, epoch: int) -> None:
         self.epoch = epoch
@@ -171,7 +182,7 @@ class _Epochs:
         return True
 
 
-class RolloutLoader(_Epochs):
+class RolloutLoader(_SampleLoader):
     """Whole batches: every step takes the next `effective` samples; the last of an epoch may be smaller."""
 
     def __init__(self, samples: SampleSet, shape: BatchSize, *, seed: int, linear: bool, ends: StopCondition) -> None:
@@ -184,7 +195,7 @@ class RolloutLoader(_Epochs):
         return [self.samples.rows(self._indices(micro)) for micro in positions]
 
     def start_epoch(self, trained: bool) -> bool:
-        # Past the last epoch the place stays, so that a checkpoint of the end does not begin that epoch again.
+        # Past the last epoch the position stays: a checkpoint of the end must not begin that epoch again.
         if not self._next_epoch(trained):
             return False
         self.taken = 0
@@ -198,7 +209,7 @@ class RolloutLoader(_Epochs):
         self.taken = int(state_dict["taken"][0])
 
 
-class SlotLoader(_Epochs):
+class SlotLoader(_SampleLoader):
     """Carried supervision: slot g of the effective batch B owns samples g, g + B, g + 2B, ... of the epoch's order.
 
     A slot takes its next sample when its row has halted; one that has run out idles until the next epoch (ACTV1_SPEC,

@@ -1,12 +1,10 @@
-"""Telling that memory ran out, and cutting a step's rows smaller.
-
-One job: recognise the error whatever device raised it, give back what the failed pass held, and cut micro-batches. When
-to try again is the loop's.
-"""
+"""Out of memory: recognising the error of any device, freeing memory, and splitting micro-batches."""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -14,7 +12,7 @@ import torch
 from hrm_ray.errors import Fault, ResourceError
 from hrm_ray.types import Columns
 
-_SAYS_SO = (
+_PHRASES = (
     "out of memory",
     "out_of_memory",
     "can't allocate memory",
@@ -23,28 +21,43 @@ _SAYS_SO = (
     "failed to allocate",
     "status_alloc_failed",
 )
-"""PyTorch's words on several devices, C++'s, and those of cuBLAS and cuDNN, which allocate when they are first used."""
+"""In messages of PyTorch on several devices, of C++, and of cuBLAS and cuDNN, which allocate at their first use."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is a device's or the machine's way to say that an allocation failed.
-
-    On the CPU PyTorch raises a plain RuntimeError, so its words have to do.
-    """
+    """Whether `error` says that an allocation failed, on a device or in host memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _SAYS_SO)
+    # On the CPU PyTorch raises a plain RuntimeError: only its message tells.
+    return isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in _PHRASES)
+
+
+@contextmanager
+def reading_data(what: str) -> Iterator[None]:
+    """Out of memory while reading `what` is an error of the data or the host, never a reason for smaller micro-batches.
+
+    Raises ResourceError for it, which the handlers round the passes let through.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = " ".join(str(error).split())[:120]
+        reason = f"host memory ran out while reading the data ({said or type(error).__name__})"
+        hint = "Free host memory, use a smaller --shuffle-buffer-size or a larger object store, then --resume"
+        raise ResourceError(Fault(what, reason, hint)) from error
 
 
 def release(device: torch.device) -> None:
-    """Give back what only the failed pass used; call it when its exception is gone, which holds its frames."""
+    """Free what only the failed pass used; to be called after its `except` block, since the exception holds frames."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def halved(batch_size: int) -> int | None:
-    """The next smaller micro-batch that cuts `batch_size` rows evenly: half of it where it is even; None below 1."""
+    """The largest divisor of `batch_size` up to half of it; None for 1."""
     return max((part for part in range(1, batch_size // 2 + 1) if batch_size % part == 0), default=None)
 
 
@@ -56,11 +69,11 @@ def split_microbatches(columns: list[Columns], rows: int) -> list[Columns]:
 
 
 def too_large(where: str, doing: str) -> ResourceError:
-    """What to raise where no smaller micro-batch can help."""
+    """The error to raise where no smaller micro-batch can help."""
     return ResourceError(
         Fault(
             where,
-            f"memory ran out {doing}",
+            f"out of memory {doing}",
             "Use a shorter --max-seq-len, --use-chunked-training, --gradient-checkpointing, --use-8bit-optimizer or a "
             "smaller model",
         )

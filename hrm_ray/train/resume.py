@@ -1,13 +1,11 @@
-"""Writing down what a run is, and taking a bundle back to the checkpoint that a run goes on from.
+"""Changes to the bundle of a resumed run that wait until the run really starts.
 
-One job: the changes to a bundle that must wait until the run really starts. A launch that is refused before that leaves
-the bundle as it was.
+A launch that is refused before that leaves the bundle as it was.
 """
 
 from __future__ import annotations
 
 from itertools import count
-from pathlib import Path
 
 from hrm_ray.metrics.jsonl import truncate_after
 from hrm_ray.rundir import RunDir, write_json
@@ -19,16 +17,17 @@ def write_description(run_dir: RunDir, plan: RunPlan) -> None:
     """config.json and training_args.json of the run that the plan describes."""
     write_json(run_dir.config, plan.config.to_plain())
     write_json(run_dir.training_args, {"settings": to_plain(plan.settings), "data": plan.data.to_plain()})
-    # Held-out documents of an earlier part of the run, where others are asked for now.
+    # Held-out documents from before the run was resumed with others.
     kept = plan.data.text.evaluation if isinstance(plan.data, TextData) else None
     for other in run_dir.data.glob("eval-*.safetensors"):
         if other.name != kept:
             other.unlink()
 
 
-def rewind_to(run_dir: RunDir, step: int, log_file: Path | None) -> None:
-    """Take the bundle back to `step`: records after it go, checkpoints after it step aside (`.superseded-N`)."""
-    for records in (run_dir.metrics, log_file):
+def rewind_to(run_dir: RunDir, plan: RunPlan, step: int) -> None:
+    """Describe the run that resumes at `step`, delete later records, and rename later checkpoints (`.superseded-N`)."""
+    write_description(run_dir, plan)
+    for records in (run_dir.metrics, plan.settings.run.log_file):
         if records is not None:
             truncate_after(records, step)
     for later in run_dir.checkpoint_steps():

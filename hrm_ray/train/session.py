@@ -27,12 +27,14 @@ from hrm_ray.rundir import MANIFEST, RunDir, file_sha256
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.attention_choice import flash_notes
-from hrm_ray.train.checkpoint import load_checkpoint
+from hrm_ray.train.checkpoint import Checkpointer, load_checkpoint
+from hrm_ray.train.evaluator import Evaluator
 from hrm_ray.train.expert_run import ExpertRun
 from hrm_ray.train.ledger_writer import LedgerWriter, ResumePoint
+from hrm_ray.train.metric_logger import MetricLogger
 from hrm_ray.train.plan import RunPlan, TextData
 from hrm_ray.train.precision import slow_bfloat16
-from hrm_ray.train.resume import rewind_to, write_description
+from hrm_ray.train.resume import rewind_to
 from hrm_ray.train.stream_loader import TextStream
 from hrm_ray.train.trainer import Trainer
 from hrm_ray.train.world import World
@@ -80,45 +82,46 @@ def _train(plan: RunPlan, link: WorkerLink) -> RunResult:
         resumes=plan.checkpoint is not None,
         adaptive_lr=plan.adaptive_lr,
     )
+    loop = components.loop
     resumed_step: int | None = None
     extra: dict[str, Any] = {}
     if plan.checkpoint is not None:
-        extra = load_checkpoint(components.loop, plan.checkpoint)
+        extra = load_checkpoint(loop, plan.checkpoint)
         if settings.data.force_train:
-            components.loop.parts.loader.one_epoch_more()
-        resumed_step = components.loop.progress.step
-        # Every rank has the checkpoint: only now is the bundle taken back to it.
-        world.barrier()
-        if world.leads and plan.continues:
-            write_description(run_dir, plan)
-            rewind_to(run_dir, resumed_step, settings.run.log_file)
-    sink = _sinks(settings, run_dir, resumed_step, link) if world.leads else FanOut([])
+            loop.parts.loader.one_epoch_more()
+        resumed_step = loop.progress.step
+        world.barrier()  # until every rank has read the checkpoint nothing in the bundle may move
+        if plan.continues:
+            world.from_leader(lambda: rewind_to(run_dir, plan, loop.progress.step))
+    sink = _sinks(settings, run_dir, resumed_step, link) if world.leads else None
+    ledger_writer: LedgerWriter | None = None
     try:
-        expert = ExpertRun(**extra["expert"]) if extra.get("expert") else ExpertRun.begun(settings)
-        ledger_writer = _accounts(plan, run_dir, resumed_step, extra) if world.leads else None
-        trainer = Trainer(settings, components, run_dir, sink, expert, ledger_writer)
-        # On a running cluster the driver's machine says nothing of the workers'.
+        ledger_writer = _ledger_writer(plan, run_dir, resumed_step, extra) if world.leads else None
+        expert = ExpertRun(**extra["expert"]) if extra.get("expert") else ExpertRun.of_new_run(settings)
+        logger = MetricLogger(loop, sink)
+        source = (str(settings.data.eval_file), settings.data.val_split)
+        evaluator = Evaluator(loop, components.held_out, source, run_dir)
+        checkpointer = Checkpointer(loop, run_dir, settings.run.keep, ledger_writer)
+        trainer = Trainer(settings, loop, logger, evaluator, checkpointer, expert)
+        # On a running cluster the driver has not seen the workers' machines.
         own = flash_notes(settings, config, world.device) if plan.ray_address else []
         for note in (*plan.notes, *own):
-            trainer.log_event("WARNING", note)
+            logger.event("WARNING", note)
         for remark in plan.remarks:
-            trainer.log_event("INFO", remark)
-        if components.loop.parts.strategy.precision.autocast is not None and slow_bfloat16(world.device):
-            trainer.log_event(
-                "INFO", "This CPU has no 16-bit units: --amp saves memory and costs time, --no-amp is faster."
-            )
+            logger.event("INFO", remark)
+        if loop.parts.strategy.precision.autocast is not None and slow_bfloat16(world.device):
+            logger.event("INFO", "This CPU has no 16-bit units: --amp saves memory and costs time, --no-amp is faster.")
         if plan.checkpoint is not None:
             trainer.resume(extra)
-            trainer.log_event("INFO", f"resumed from {plan.checkpoint}")
-            _tell_of_ranks(trainer, plan.schedule_steps)
-        try:
-            return trainer.run()
-        finally:
-            if ledger_writer is not None:
-                ledger_writer.close()
+            logger.event("INFO", f"resumed from {plan.checkpoint}")
+            _log_rank_schedule(logger, plan.schedule_steps)
+        return trainer.run()
     finally:
-        components.loop.parts.loader.close()
-        sink.close()
+        if ledger_writer is not None:
+            ledger_writer.close()
+        loop.parts.loader.close()
+        if sink is not None:
+            sink.close()
 
 
 def _data(
@@ -142,26 +145,27 @@ def _data(
     return TextStream(source, text.form, tokenizer.pad_id, text.shuffle_rows), held_out
 
 
-def _accounts(plan: RunPlan, run_dir: RunDir, resumed_step: int | None, extra: dict[str, Any]) -> LedgerWriter | None:
-    """The ledger of a run on text, gone back to the checkpoint that the run goes on from."""
+def _ledger_writer(
+    plan: RunPlan, run_dir: RunDir, resumed_step: int | None, extra: dict[str, Any]
+) -> LedgerWriter | None:
+    """The ledger of a run on text, rolled back to the checkpoint that the run resumes from."""
     if isinstance(plan.data, PuzzlePlan):
         return None
     resume_point = None
     if resumed_step is not None and plan.checkpoint is not None:
         trained = tuple(ConsumedRange(*item) for item in extra["trained"])
         resume_point = ResumePoint(resumed_step, file_sha256(plan.checkpoint / MANIFEST), trained)
-    return LedgerWriter(
-        run_dir, Catalog(TextDataDir(run_dir.data).catalog, writes=False), plan.data.text.start, resume_point
-    )
+    text, catalog = plan.data.text, Catalog(TextDataDir(run_dir.data).catalog, writes=False)
+    return LedgerWriter(run_dir, catalog, text.start, resume_point, shuffled=text.shuffle_rows > 0)
 
 
-def _tell_of_ranks(trainer: Trainer, schedule_steps: int) -> None:
-    """AdaLoRA's ranks keep the plan that they began with, whereas the learning rate follows the new --steps."""
-    adapters = trainer.loop.parts.adapters
+def _log_rank_schedule(logger: MetricLogger, schedule_steps: int) -> None:
+    """Warn where AdaLoRA's ranks keep the schedule of another number of steps than the learning rate has now."""
+    adapters = logger.loop.parts.adapters
     if adapters is None or adapters.ranks is None or adapters.ranks.plan.total_steps == schedule_steps:
         return
     planned = adapters.ranks.plan
-    trainer.log_event(
+    logger.event(
         "WARNING",
         f"AdaLoRA's ranks keep the schedule of {planned.total_steps} steps that the run began with (the last go at "
         f"step {planned.total_steps - planned.final_steps}), though the run has {schedule_steps} steps now.",
@@ -169,7 +173,7 @@ def _tell_of_ranks(trainer: Trainer, schedule_steps: int) -> None:
 
 
 def _sinks(settings: RunSettings, run_dir: RunDir, resumed_step: int | None, link: WorkerLink) -> MetricSink:
-    """The leading rank's sinks; the plan has already cut the old records of a resumed run at its step."""
+    """Where rank 0 writes records; those of a resumed run were cut at its step by `rewind_to`."""
     sinks: list[MetricSink] = [
         JsonlSink(run_dir.metrics),
         TensorBoardSink(run_dir.tensorboard, resumed_step),

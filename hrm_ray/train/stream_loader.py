@@ -1,20 +1,19 @@
-"""Rows of text for each step of each rank, out of the stream of an epoch.
+"""A loader of text: the epoch's stream of sequences cut into effective batches, and this rank's slots of each.
 
-One job: cut the stream into effective batches and give this rank its slots of them. All ranks take the same steps
-through the same stream, so the rows of a step depend on the effective batch and never on how it is split. It reads
-nothing itself.
+All ranks take the same steps through the same stream, so the rows of a step depend on the effective batch and never on
+how it is split.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from hrm_ray.data.chunk_source import ChunkSource
 from hrm_ray.data.packing import RowForm, padding_rows
-from hrm_ray.data.stream import ConsumedRange, RowSlice, SequenceStream, Shuffle, StreamState
+from hrm_ray.data.stream import ConsumedRange, RowSlice, SequenceStream, Shuffle, StreamState, append_ranges
 from hrm_ray.errors import DataError, Fault
 from hrm_ray.train.loaders import BatchSize, HaltedSlots, StopCondition
 from hrm_ray.types import Columns
@@ -22,8 +21,8 @@ from hrm_ray.types import Columns
 
 @dataclass(frozen=True)
 class TextStream:
-    """What a loader of text is made of: where chunks come from, the form of rows, what fills them up, and how many
-    samples a shuffle buffer holds (0: none)."""
+    """What a loader of text reads: chunks, the form of rows, the token that pads them, and the samples that a shuffle
+    buffer holds (0: no shuffling)."""
 
     source: ChunkSource
     form: RowForm
@@ -32,17 +31,18 @@ class TextStream:
 
 
 class StreamLoader:
-    """Feed over a TextStream: every step takes the next `effective` sequences; the last of an epoch may be smaller."""
+    """BatchLoader of text: every step takes the next `effective` sequences, the last of an epoch maybe fewer."""
 
     def __init__(self, text: TextStream, shape: BatchSize, *, seed: int, ends: StopCondition) -> None:
         self.text, self.shape, self.seed, self.ends = text, shape, seed, ends
         self._notes: list[str] = []
-        self._trained: list[ConsumedRange] = []
+        self._consumed: list[ConsumedRange] = []
         self.epoch = 0
         self.stream = self._stream(StreamState())
 
     def next_batch(self, halted: HaltedSlots, step: int) -> list[Columns]:
-        """See Feed; every slot of text is free at every step."""
+        """See BatchLoader; every slot of text is free at every step."""
+        append_ranges(self._consumed, self.stream.take_consumed())  # of the last batch, which was not skipped
         row_slices = self.stream.take(self.shape.effective, within_block=self.ends.after_block)
         rows = self._own(row_slices)
         size = self.shape.batch_size
@@ -52,7 +52,7 @@ class StreamLoader:
         ]
 
     def start_epoch(self, trained: bool) -> bool:
-        """See Feed. Raises DataError for an epoch without a single sequence, which would roll on for ever."""
+        """See BatchLoader. Raises DataError for an epoch without a single sequence, which would roll on for ever."""
         if (trained and self.ends.after_block) or self.ends.at_epoch_end(self.epoch, trained):
             return False
         if not self.stream.state.sequences:
@@ -62,9 +62,8 @@ class StreamLoader:
         return True
 
     def set_microbatch(self, shape: BatchSize) -> None:
-        """See Feed."""
-        assert (shape.first_slot, shape.effective) == (self.shape.first_slot, self.shape.effective)
-        self.shape = shape
+        """See BatchLoader."""
+        self.shape = self.shape.checked(shape)
 
     def state_dict(self) -> dict[str, npt.NDArray[np.int64]]:
         """The place in the stream; the same on every rank."""
@@ -72,7 +71,7 @@ class StreamLoader:
         return {name: np.array([value], dtype=np.int64) for name, value in place.items()}
 
     def load_state_dict(self, epoch: int, state_dict: dict[str, npt.NDArray[np.int64]]) -> None:
-        """See Feed."""
+        """See BatchLoader."""
         if state_dict and state_dict.keys() != asdict(StreamState()).keys():
             reason = "its place in the data was written by an earlier version, which counted otherwise"
             raise DataError(Fault("the checkpoint", reason, "Train anew, with --student-init from this bundle"))
@@ -80,39 +79,46 @@ class StreamLoader:
 
     @property
     def fails_alike(self) -> bool:
-        """See Feed."""
+        """See BatchLoader."""
         return self.text.source.shared or self.shape.size == 1
 
     def take_notes(self) -> list[str]:
-        """See Feed."""
+        """See BatchLoader."""
         notes, self._notes = self._notes + self.stream.take_notes(), []
         return notes
 
     def take_consumed(self) -> list[ConsumedRange]:
-        """See Feed."""
-        trained, self._trained = self._trained + self.stream.take_consumed(), []
-        return trained
+        """See BatchLoader."""
+        append_ranges(self._consumed, self.stream.take_consumed())
+        consumed, self._consumed = self._consumed, []
+        return consumed
+
+    def mark_skipped(self) -> None:
+        """See BatchLoader."""
+        # A chunk without a sequence has nothing that could be learned.
+        last = self.stream.take_consumed()
+        append_ranges(self._consumed, [replace(item, skipped=item.start < item.end) for item in last])
 
     @property
     def data_ended(self) -> bool:
-        """See Feed."""
+        """See BatchLoader."""
         return self.epoch > 0 or self.stream.data_ended
 
     def counts(self) -> dict[str, int]:
-        """See Feed: rows that were bad, and rows left out by --ascii-only."""
+        """See BatchLoader: rows that were bad, and rows left out by --ascii-only."""
         return {name: count for name, count in self.stream.left_out.items() if count}
 
     def one_epoch_more(self) -> None:
-        """See Feed."""
+        """See BatchLoader."""
         self.ends = self.ends.with_one_more()
 
     def close(self) -> None:
-        """See Feed."""
+        """See BatchLoader."""
         self.stream.close()
 
     def _enter(self, epoch: int, place: StreamState) -> None:
         self._notes += self.stream.take_notes()
-        self._trained += self.stream.take_consumed()
+        append_ranges(self._consumed, self.stream.take_consumed())
         self.stream.close()
         self.epoch = epoch
         self.stream = self._stream(place)

@@ -22,7 +22,7 @@ from hrm_ray.model.objective import AnyObjective, Batch
 from hrm_ray.model.router_losses import RouterLosses
 from hrm_ray.model.text_objective import TextCarry
 from hrm_ray.model.transformer import Transformer
-from hrm_ray.train.loop import weighed
+from hrm_ray.train.loop import weighted_loss
 from hrm_ray.train.microbatch import wanted_columns
 from tests.support.tiny_models import text_batch, tiny_config
 
@@ -94,7 +94,7 @@ def trained(objective: AnyObjective, batch: Batch) -> RunResult:
     loss, terms, metrics = 0.0, dict[str, float](), dict[str, float]()
     for _ in range(objective.passes_per_step):
         output = objective(batch, carry)
-        share = weighed(output, totals)
+        share = weighted_loss(output, totals)
         share.backward()
         loss += float(share.detach())
         for term in output.terms:

@@ -149,7 +149,7 @@ def logits_of_segments(objective: AnyObjective, batch: Batch) -> list[Tensor]:
 
 def backward_all(objective: AnyObjective, batch: Batch) -> float:
     """The loop's gradient of one batch: every segment's share of the loss, each with its own backward; the loss."""
-    from hrm_ray.train.loop import weighed
+    from hrm_ray.train.loop import weighted_loss
 
     objective.zero_grad(set_to_none=True)
     carry = objective.initial_carry(batch)
@@ -157,7 +157,7 @@ def backward_all(objective: AnyObjective, batch: Batch) -> float:
     total = 0.0
     for _ in range(objective.segments_per_step):
         output = objective(batch, carry)
-        loss = weighed(output, totals)
+        loss = weighted_loss(output, totals)
         loss.backward()
         total += float(loss.detach())
         carry = output.carry

@@ -14,7 +14,8 @@ LEASED = states.lease(PENDING, "w", 4, 60.0)
 TRAINED = states.train(LEASED, 9)
 MERGED = states.merge(TRAINED)
 ASIDE = replace(PENDING, state=State.QUARANTINED, failures=5, reason="why")
-EVERY = {one.state: one for one in (PENDING, LEASED, TRAINED, MERGED, ASIDE)}
+SKIPPED = states.merge(states.train(LEASED, 9, "not finite"))
+EVERY = {one.state: one for one in (PENDING, LEASED, TRAINED, MERGED, ASIDE, SKIPPED)}
 
 TRANSITIONS: dict[str, tuple[Callable[[Range], object], set[State]]] = {
     "lease": (lambda one: states.lease(one, "w", 4, None), {State.PENDING}),
@@ -25,7 +26,7 @@ TRANSITIONS: dict[str, tuple[Callable[[Range], object], set[State]]] = {
     "train": (lambda one: states.train(one, 1), {State.LEASED}),
     "merge": (states.merge, {State.TRAINED}),
     "reject": (lambda one: states.reject(one, "x"), {State.TRAINED}),
-    "undo": (states.undo, {State.LEASED, State.TRAINED, State.MERGED}),
+    "undo": (states.undo, {State.LEASED, State.TRAINED, State.MERGED, State.SKIPPED}),
     "requeue": (states.requeue, {State.QUARANTINED}),
 }
 
@@ -52,6 +53,11 @@ def test_a_lease_is_an_attempt_of_a_worker_and_ends_without_a_trace_of_it() -> N
         )
         assert ended.attempt == 1
     assert (TRAINED.worker, TRAINED.contribution, MERGED.contribution) == (None, 9, 9)
+
+
+def test_what_a_skipped_update_read_is_skipped_until_the_head_goes_back() -> None:
+    assert (SKIPPED.contribution, SKIPPED.reason) == (9, "not finite")
+    assert states.undo(SKIPPED) == states.undo(MERGED) == states.release(LEASED), "no trace of either is left"
 
 
 def test_the_fence_is_worker_generation_and_attempt() -> None:

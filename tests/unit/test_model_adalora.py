@@ -18,7 +18,7 @@ from hrm_ray.model.regularise import Regulariser, regularise
 from hrm_ray.model.transforms.adalora import RankPlan, RankSchedule
 from hrm_ray.model.transforms.peft import Adapters, apply_peft
 from hrm_ray.settings.adapt import AdaptSettings
-from hrm_ray.train.loop import weighed
+from hrm_ray.train.loop import weighted_loss
 from tests.support.tiny_models import backward_all, puzzle_batch, text_batch, tiny_config, tiny_model
 
 STEPS = 20
@@ -223,7 +223,7 @@ def total(objective: AnyObjective, whole: Batch, cut: list[list[int]]) -> tuple[
     for batch, carry in zip(batches, carries, strict=True):
         for _ in range(objective.passes_per_step):
             output = objective(batch, carry)
-            loss = weighed(output, totals)
+            loss = weighted_loss(output, totals)
             loss.backward()
             losses.append(float(loss.detach()))
             carry = output.carry

@@ -13,7 +13,7 @@ import pytest
 from hrm_ray.model.build import build_objective
 from hrm_ray.model.chunked import Chunking
 from hrm_ray.model.transforms.activation_checkpointing import apply_activation_checkpointing
-from hrm_ray.train.loop import weighed
+from hrm_ray.train.loop import weighted_loss
 from hrm_ray.train.storage_tracker import StorageTracker
 from tests.support.tiny_models import text_batch, tiny_actv1, tiny_config
 
@@ -38,7 +38,7 @@ def most_bytes(length: int, chunking: Chunking | None, window: int | None, inner
         totals = {name: float(weight) for name, weight in objective.weights(batch, carry).items()}
         for _ in range(objective.passes_per_step):
             output = objective(batch, carry)
-            weighed(output, totals).backward()
+            weighted_loss(output, totals).backward()
             carry = output.carry
             del output
     return count.peak_bytes(beside=["there"])
@@ -105,7 +105,7 @@ def test_nothing_is_kept_after_a_step() -> None:
             carry = objective.initial_carry(batch)
             for _ in range(objective.passes_per_step):
                 output = objective(batch, carry)
-                weighed(output, {"tokens": 10.0, "halt_tokens": 10.0}).backward()
+                weighted_loss(output, {"tokens": 10.0, "halt_tokens": 10.0}).backward()
                 carry = output.carry
             del output, carry
             left.append(count.live_bytes() - 4 * sum(p.numel() for p in objective.parameters() if p.grad is not None))

@@ -22,7 +22,7 @@ from hrm_ray.model.objective import AnyObjective, Batch
 from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.presets import PRESETS
 from hrm_ray.settings.resolve import resolve_task
-from hrm_ray.train.loop import weighed
+from hrm_ray.train.loop import weighted_loss
 from tests.support.tiny_models import puzzle_batch, text_batch, tiny_config, tiny_model
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -116,7 +116,7 @@ def counted(objective: AnyObjective, batch: Batch) -> tuple[int, int]:
                 output = objective(batch, carry)
             forward += count.get_total_flops()
             with flop_counter() as count:
-                weighed(output, totals).backward()
+                weighted_loss(output, totals).backward()
             backward += count.get_total_flops()
             carry = output.carry
     return forward, backward

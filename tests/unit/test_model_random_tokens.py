@@ -21,11 +21,11 @@ from hrm_ray.model.losses import CROSS_ENTROPIES
 from hrm_ray.settings.optimizer import OptimizerSettings
 from hrm_ray.train.evaluate import EvalSet, evaluate
 from hrm_ray.train.loaders import BatchSize, RolloutLoader, StopCondition
-from hrm_ray.train.loop import LrSchedule, TrainingLoop, TrainState
+from hrm_ray.train.loop import TrainingLoop, TrainState
 from hrm_ray.train.microbatch import to_batch, wanted_columns
 from hrm_ray.train.optimizers import builder
 from hrm_ray.train.precision import Precision
-from hrm_ray.train.schedules import Schedule
+from hrm_ray.train.schedules import LrSchedule, Schedule
 from hrm_ray.train.strategies import SingleStrategy
 from hrm_ray.train.world import World
 from hrm_ray.types import IGNORE_LABEL, Columns

@@ -15,13 +15,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hrm_ray.data.stream import Window
 from hrm_ray.rundir import RunDir
 from hrm_ray.train import evaluate as evaluation
+from hrm_ray.train.evaluate import EvalSet
 from hrm_ray.train.loaders import BatchSize
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.out_of_memory import halved, is_out_of_memory, split_microbatches
 from tests.support.fail_at import FailAt, script
-from tests.support.runs import PUZZLE, TEXT, hrm, puzzle_file, records, text_file, train
+from tests.support.runs import PUZZLE, TEXT, hrm, last_said, puzzle_file, records, text_file, train
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -105,6 +107,33 @@ def test_an_evaluation_goes_on_smaller(tmp_path: Path, monkeypatch: pytest.Monke
     train(data, tmp_path / "short", *words)
     enough, less = (records(tmp_path / name, "eval")[-1] for name in ("enough", "short"))
     assert less["loss"] == pytest.approx(enough["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("object store: out of memory")], ids=["host", "store"])
+@pytest.mark.parametrize("place", ["training", "held-out"])
+def test_memory_that_runs_out_while_reading_is_no_matter_of_the_batch(
+    place: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends the run at once, as what it is: no smaller micro-batch is tried, none is advised."""
+    data = text_file(tmp_path)
+    words = (*TEXT, "--steps", 2, "--eval-file", text_file(tmp_path, name="held.txt", seed=1), "--eval-every", 1)
+
+    def failing_read(*words: Any, **named: Any) -> Any:
+        raise error
+
+    if place == "training":
+        monkeypatch.setattr(Window, "rows", failing_read)
+    else:
+        make = EvalSet.__init__
+
+        def made(held_out: EvalSet, samples: Any, *words: Any) -> None:
+            make(held_out, type("Unreadable", (), {"__len__": lambda _: 8, "rows": failing_read})(), *words)
+
+        monkeypatch.setattr(EvalSet, "__init__", made)
+    ran = hrm("train", "--dataset-file", data, "--bundle-dir", tmp_path / "b", *last_said(words))
+    assert ran.code == 4 and len(ran.faults) == 1, ran.err
+    assert f"the {place} data: host memory ran out while reading" in ran.faults[0]
+    assert not any(word in ran.err for word in ("--max-seq-len", "micro-batches of", "Traceback"))
 
 
 def test_one_row_that_does_not_fit_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

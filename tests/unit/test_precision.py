@@ -14,7 +14,7 @@ from hrm_ray.model.build import build_objective
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.objective import Batch
 from hrm_ray.model.transforms.activation_checkpointing import apply_activation_checkpointing
-from hrm_ray.train.loop import weighed
+from hrm_ray.train.loop import weighted_loss
 from hrm_ray.train.precision import LossScaler, Precision, choose_precision
 from tests.support.tiny_models import puzzle_batch, text_batch, tiny_config, tiny_model
 
@@ -41,7 +41,7 @@ def gradients(config: ModelConfig, precision: Precision, *, recompute: bool = Fa
     for _ in range(objective.passes_per_step):
         with precision.computing(CPU):
             output = objective(batch, carry)
-            loss = weighed(output, totals)
+            loss = weighted_loss(output, totals)
         (loss * scale).backward()
         carry = output.carry
     return {n: p.grad / scale for n, p in model.named_parameters() if p.grad is not None}

@@ -19,11 +19,11 @@ from hrm_ray.model.import_reference import from_reference, split_fused
 from hrm_ray.model.puzzle_objective import PuzzleObjective, PuzzleView
 from hrm_ray.settings.optimizer import OptimizerSettings
 from hrm_ray.train.loaders import BatchSize
-from hrm_ray.train.loop import LrSchedule, TrainingLoop, TrainState
+from hrm_ray.train.loop import TrainingLoop, TrainState
 from hrm_ray.train.microbatch import wanted_columns
 from hrm_ray.train.optimizers import SparseSignSGD, builder
 from hrm_ray.train.precision import Precision
-from hrm_ray.train.schedules import Schedule
+from hrm_ray.train.schedules import LrSchedule, Schedule
 from hrm_ray.train.strategies import SingleStrategy
 from hrm_ray.train.world import World
 from hrm_ray.types import Columns
@@ -187,6 +187,9 @@ class FixtureFeed:
 
     def take_consumed(self) -> list[ConsumedRange]:
         return []
+
+    def mark_skipped(self) -> None:
+        raise NotImplementedError
 
     def one_epoch_more(self) -> None:
         raise NotImplementedError

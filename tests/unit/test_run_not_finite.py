@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hrm_ray.model.objective import SegmentOutput
-from hrm_ray.train.loop import StepReport, TrainingLoop, weighed
+from hrm_ray.train.loop import StepReport, TrainingLoop, weighted_loss
 from hrm_ray.train.strategies.single import SingleStrategy
 from tests.support.runs import PUZZLE, TEXT, files_below, hrm, puzzle_file, records, text_file, train
 
@@ -45,7 +47,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, attempts: set[int], poison: str) -
         return fires
 
     def weighing(output: SegmentOutput[Any], totals: dict[str, float]) -> Tensor:
-        loss = weighed(output, totals)
+        loss = weighted_loss(output, totals)
         return loss * math.nan if armed("loss") else loss
 
     def backward(strategy: SingleStrategy, loss: Tensor) -> None:
@@ -59,7 +61,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, attempts: set[int], poison: str) -
             assert taken.leaf.grad is not None and taken.active is not None
             taken.leaf.grad[taken.active.nonzero()[0, 0], 0] = math.nan
 
-    monkeypatch.setattr("hrm_ray.train.loop.weighed", weighing)
+    monkeypatch.setattr("hrm_ray.train.loop.weighted_loss", weighing)
     monkeypatch.setattr(TrainingLoop, "step", stepping)
     monkeypatch.setattr(SingleStrategy, "backward", backward)
     return unchanged
@@ -138,7 +140,7 @@ def test_a_bad_step_does_not_enter_the_next_gradient(
 
     def behind(loop: TrainingLoop) -> StepReport | None:
         if loop.progress.step == 0:
-            loop._offered(1)
+            loop._next_batch(1)
         return real(loop)
 
     real = TrainingLoop.step
@@ -146,6 +148,34 @@ def test_a_bad_step_does_not_enter_the_next_gradient(
     train(data, tmp_path / "behind", *words, "--steps", "2")
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("skipped", "behind")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("order", ["--linear-dataset", "--no-linear-dataset"])
+def test_the_ledger_counts_what_was_skipped(order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of skipped updates are SKIPPED, not MERGED, through checkpoints in between and a resume; and a ledger
+    that says more than its checkpoints have counted is found out."""
+    data, bundle = text_file(tmp_path, rows=60), tmp_path / "b"
+    words = ["--batch-size", "2", "--save-every", "3", "--keep", "9", order]
+    if order == "--no-linear-dataset":
+        words += ["--shuffle-buffer-size", "5"]
+    poisoned(monkeypatch, {1, 4, 5, 9, 13, 14}, "gradient")
+    train(data, bundle, *TEXT, *words, "--steps", "6")
+    assert hrm("train", "--bundle-dir", bundle, "--resume", "--steps", "10").code == 0
+    metadata = json.loads((bundle / "metadata.json").read_text())
+    assert (metadata["trained_samples"], metadata["skipped_samples"]) == (20, 12)
+    assert records(bundle)[-1]["skipped_samples"] == 12
+    verified = hrm("ledger", "verify", bundle)
+    assert verified.code == 0 and "20 sequences are merged" in verified.out, verified.out
+    shown = hrm("ledger", "show", bundle).out
+    assert "20 sequences MERGED" in shown and "12 sequences SKIPPED" in shown
+    assert ("not its sequences" in shown) == (order == "--no-linear-dataset"), "it names the order of ranges"
+    tracker = json.loads((bundle / "chunk_tracker_state.json").read_text())
+    assert sum(one["skipped_sequences"] for one in tracker["rounds"]) == 12
+    assert tracker["order"].split(":")[0] == ("shuffled" if order == "--no-linear-dataset" else "linear")
+    with sqlite3.connect(bundle / "ledger.sqlite") as ledger:
+        ledger.execute("UPDATE ranges SET state = 3, reason = NULL WHERE state = 5")
+    found = hrm("ledger", "verify", bundle)
+    assert found.code == 1 and "0 sequences are SKIPPED up to it, but checkpoints/step_10 has counted 12" in found.out
 
 
 def test_too_many_in_a_row_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

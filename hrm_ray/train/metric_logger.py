@@ -1,0 +1,96 @@
+"""Records of a run: the metrics of steps and evaluations, and messages for people."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hrm_ray.metrics.meters import MemoryMeter, Throughput
+from hrm_ray.train.device_memory import accelerator_memory
+from hrm_ray.train.loop import StepReport, TrainingLoop
+from hrm_ray.types import MetricSink, Record, RecordKind
+
+
+class MetricLogger:
+    """Writes the records of one loop to `sink`.
+
+    Without a sink nothing is written. Means are summed over ranks, so every rank calls `train` at the same steps.
+    """
+
+    def __init__(self, loop: TrainingLoop, sink: MetricSink | None) -> None:
+        self.loop = loop
+        self.sink = sink
+        self._throughput = Throughput()
+        self._memory = MemoryMeter(accelerator_memory(loop.world.device))
+        self._unlogged: StepReport | None = None
+
+    def write(self, kind: RecordKind, values: dict[str, Any]) -> None:
+        if self.sink is not None:
+            self.sink.write(Record(kind, self.loop.progress.step, time.time(), values))
+
+    def event(self, level: str, message: str) -> None:
+        """A message for people."""
+        self.write("event", {"level": level, "message": message})
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside does not count as training."""
+        self._throughput.pause()
+        yield
+        self._throughput.resume()
+
+    def observe(self, report: StepReport) -> None:
+        """Count a step, and write a message for everything about it that a person should know."""
+        loop, step = self.loop, self.loop.progress.step
+        per_segment = report.totals.get("tokens", report.totals["rows"])
+        self._throughput.add(round(per_segment / loop.parts.objective.segments_per_step))
+        for note in loop.parts.loader.take_notes():
+            self.event("WARNING", note)
+        size = report.new_batch_size
+        if size is not None:
+            self.event(
+                "WARNING",
+                f"Out of memory at step {step}: from here on micro-batches of {size.batch_size} with "
+                f"{size.accumulation} accumulated; the effective batch stays {size.effective}.",
+            )
+        if report.adapted is not None and report.adapted.kind != "hold":
+            level, done = ("INFO", "lowered") if report.adapted.kind == "lower" else ("WARNING", "stepped back")
+            self.event(level, f"Learning rate {done} at step {step}: {report.adapted.reason}.")
+        if report.applied:
+            self._unlogged = report
+            return
+        scaler, in_a_row = loop.parts.scaler, loop.progress.bad_steps
+        if scaler is not None and in_a_row == 0:
+            reason = f"float16 gradients overflowed; the loss scale is now {scaler.scale:g}"
+        else:
+            reason = f"gradient norm {report.norm} ({in_a_row} in a row)"
+        self.event("WARNING", f"step skipped: {reason}")
+
+    def train(self) -> None:
+        """Write the means since the last record, if there was a step since. A collective."""
+        report, self._unlogged = self._unlogged, None
+        if report is None:
+            return
+        parts, progress = self.loop.parts, self.loop.progress
+        values: dict[str, Any] = self.loop.flush_metrics() | {
+            "lr": report.lr,
+            "grad_norm": report.norm,
+            "epoch": parts.loader.epoch,
+            "batch_idx": progress.batch_idx,
+            "skipped_steps": progress.skipped_steps,
+            "physical_batch_size": parts.shape.batch_size,
+            "gradient_accumulation_steps": parts.shape.accumulation,
+            "effective_batch_size": parts.shape.effective,
+            **parts.loader.counts(),
+            **self._memory.read(),
+        }
+        if progress.skipped_samples:
+            values["skipped_samples"] = progress.skipped_samples
+        if parts.scaler is not None:
+            values["loss_scale"] = parts.scaler.scale
+        rate = self._throughput.per_s()
+        if rate is not None:
+            values["tokens_per_s" if "tokens" in report.totals else "samples_per_s"] = rate
+        self.write("train", values)
