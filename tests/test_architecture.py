@@ -37,7 +37,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
 RAY_ONLY_IN = frozenset({"orchestration"})
 NO_TORCH_IN = frozenset({"foundation", "settings", "data", "metrics", "ledger"})
 LIGHT_MODULES = frozenset(
-    f"hrm_ray.cli.{name}" for name in ("main", "edge", "arguments", "option_help", "train", "inspect")
+    f"hrm_ray.cli.{name}"
+    for name in ("main", "error_handler", "build_data", "flat_command", "train", "arch_summary", "inspect")
 )
 """Modules that help pages and refusals of wrong options load: torch is imported inside functions only, if at all."""
 VAGUE_NAMES = frozenset({"utils", "util", "helpers", "helper", "common", "misc"})

@@ -1,8 +1,4 @@
-"""The one place where an exception becomes a message and an exit code.
-
-One job: run a command and end as the README's table of exit codes says. Nothing else in the package prints an
-error or leaves the process.
-"""
+"""The one place where an exception becomes a message and an exit code, as the README's table says."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from typer import BadParameter
@@ -21,31 +18,41 @@ EXIT_UNEXPECTED = 1
 EXIT_INTERRUPTED = 130
 
 _USAGE_ERRORS: type[Any] = next(kind for kind in BadParameter.__mro__ if kind.__name__ == "ClickException")
-"""What Typer raises for wrong usage. It exports only this subclass, from wherever its version takes the base."""
+"""What Typer raises for wrong usage; it exports only this subclass of it."""
 
 
 class Aborted(Exception):
-    """Carries an exception of a command past Typer, which would swallow a broken pipe of any socket as quiet."""
+    """Carries an exception of a command past Typer, which would end quietly on a broken pipe of any socket."""
+
+
+def command(body: Callable[..., int]) -> Callable[..., int]:
+    """Wraps a command so that interrupts and broken pipes reach `exit_code_of` and not Typer."""
+
+    @wraps(body)
+    def run(*args: Any, **kwargs: Any) -> int:
+        try:
+            return body(*args, **kwargs)
+        except (KeyboardInterrupt, EOFError, OSError) as error:
+            raise Aborted from error
+
+    return run
 
 
 def exit_code_of(command: Callable[[], object]) -> int:
-    """Run `command` and say how the process ends; errors are told on stderr.
-
-    A command may return its exit code; anything else it returns means 0.
-    """
+    """Run `command`, print its errors on stderr, and give the exit code: the one it returns, or 0."""
     try:
         result = command()
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except Aborted as ended:
         return _report(ended.__cause__ or ended)
-    except BaseException as error:  # noqa: BLE001 (this is the edge: every end is told here, and once)
+    except BaseException as error:  # noqa: BLE001 (every end of the process is reported here, and only here)
         return _report(error)
 
 
 def _report(error: BaseException) -> int:
     if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
-        return 0  # what prints help pages leaves in this way
+        return 0  # a help page ends like this when its reader is gone
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else EXIT_UNEXPECTED if error.code else 0
     if isinstance(error, HrmRayError):
@@ -60,14 +67,14 @@ def _report(error: BaseException) -> int:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     if isinstance(error, OSError) and reader_is_gone():
-        # Who reads has had enough. Commands print what they have done, or what was all they had to do.
+        # The reader (`| head`) has closed the pipe: what a command prints last is what it has done.
         return 0
     traceback.print_exception(error)
     return EXIT_UNEXPECTED
 
 
 def reader_is_gone() -> bool:
-    """Whether what reads our output (`| head`) has closed it; then the rest of the output goes nowhere, quietly."""
+    """Whether the reader of the output (`| head`) has closed it; the rest of the output is then discarded."""
     try:
         descriptor = sys.stdout.fileno()
     except OSError:  # no file, such as a notebook's output
@@ -83,7 +90,7 @@ def reader_is_gone() -> bool:
 
 
 def _hung_up(descriptor: int) -> bool:
-    """Whether the other end of a pipe is closed, also where no output is left in the buffer to find it out with."""
+    """Whether the other end of a pipe is closed, also when the buffer is empty, so that a flush would not find out."""
     if os.name != "posix":
         return False
     import select

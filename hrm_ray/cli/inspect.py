@@ -1,8 +1,4 @@
-"""`hrm-ray data inspect`: what training would see of a data set.
-
-One job: the words of the command line into a source, a cut and a time, and the facts found into lines or JSON. What is
-found is `hrm_ray.data.inspection`'s matter, how it is written `shown_data`'s.
-"""
+"""`hrm-ray data inspect`: what training would see of a data set, printed as text or JSON."""
 
 from __future__ import annotations
 
@@ -10,13 +6,11 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hrm_ray.cli.arguments import Arguments, parse_arguments
+from hrm_ray.cli.flat_command import FlatCommand
 from hrm_ray.errors import Fault, SettingsError
 from hrm_ray.settings.load import load_settings, peek_leaves
-from hrm_ray.settings.options import spellings
 from hrm_ray.settings.resolve import resolve_task
 from hrm_ray.settings.tree import RunSettings
 
@@ -25,59 +19,46 @@ if TYPE_CHECKING:
     from hrm_ray.data.inspection.text import TextFacts
     from hrm_ray.data.timer import Timer
 
-OWN_OPTIONS = {
-    "--config": True,
-    "--timeout-s": True,
-    "--all": False,
-    "--samples": True,
-    "--json": False,
-    "--help": False,
-}
-OWN_HELP = (
-    ("PATH", "The data, named as for --dataset-file of train; --dataset-id in its place names a data set of the Hub."),
-    ("--timeout-s S", "Read for at most about so many seconds; what was not read is estimated [default: 5]"),
-    ("--all", "Read all of it, however long it takes."),
-    ("--samples N", "Rows to show [default: 3]"),
-    ("--json", "Print JSON."),
-    ("--config FILE", "YAML file of settings; options on the command line win over it."),
-    ("--help", "Show this page."),
+COMMAND = FlatCommand(
+    "data inspect PATH [OPTIONS]",
+    "Shows what training would read of a data set. Without --on-bad-row, bad rows are counted and reported; with "
+    "--on-bad-row fail the first one ends the reading. Without a tokenizer, tokens are estimated from bytes.",
+    {
+        "PATH": "The data, named as for --dataset-file of train; or give --dataset-id for a data set of the Hub.",
+        "--timeout-s S": "Read for about this many seconds; the rest is estimated [default: 5]",
+        "--all": "Read all of it, however long it takes.",
+        "--samples N": "Rows to show [default: 3]",
+        "--json": "Print JSON.",
+        "--config FILE": "YAML file of settings; options on the command line override it.",
+        "--help": "Show this page.",
+    },
+    takes=lambda option: "rows" in option.traits.affects,
+    unused="does not change what is read",
+    positionals=1,
 )
-ABOUT = (
-    "Shows what training would read of a data set. Without --on-bad-row bad rows are counted and told; with "
-    "--on-bad-row fail the first one ends the reading. Without a tokenizer tokens are guessed from bytes."
-)
-DEFAULT_TIMEOUT_S, DEFAULT_SAMPLES = 5.0, 3
 
 
-def inspect_command(words: Sequence[str]) -> int:
+def inspect_command(argv: Sequence[str]) -> int:
     """Run the command on the words after its name; gives the exit code."""
-    said = parse_arguments(words, OWN_OPTIONS, takes_alone=1)
-    if "--help" in said.own:
-        from hrm_ray.cli.option_help import print_option_help
-
-        print_option_help(
-            "hrm-ray data inspect PATH [OPTIONS]", ABOUT, OWN_HELP, lambda option: "rows" in option.traits.affects
-        )
-        return 0
-    timeout_s = _number(said, "--timeout-s", DEFAULT_TIMEOUT_S, whole=False)
-    samples = int(_number(said, "--samples", DEFAULT_SAMPLES, whole=True))
-    _refuse_others(said)
-    if "--all" in said.own and "--timeout-s" in said.own:
-        said.faults.append(Fault("--all and --timeout-s", "one reads all, the other a part", "Give one of the two"))
-    if said.alone and ("--dataset-file" in said.options or "--dataset-id" in said.options):
-        said.faults.append(Fault(said.alone[0], "the data is named by an option as well", "Name it once"))
-    elif said.alone:
-        said.options["--dataset-file"] = said.alone[0]
-    config = Path(str(said.own["--config"])) if "--config" in said.own else None
-    columns = ("data.prompt_column", "data.response_column")
-    if any(peek_leaves(said.options, config, columns).values()):
-        # Training takes pairs under this option only; here there is nothing else that it could mean.
-        said.options["--lm-mask"] = "prefix"
-    settings = load_settings(said.options, config, found=said.faults, also_known=OWN_OPTIONS)
+    arguments = COMMAND.parse(argv)
+    timeout_s = arguments.number("--timeout-s", whole=False, above=0)
+    samples = arguments.number("--samples", whole=True, above=-1)
+    read_all, flat, faults = "--all" in arguments.own, arguments.options, arguments.faults
+    if read_all and "--timeout-s" in arguments.own:
+        faults.append(Fault("--all and --timeout-s", "one reads all, the other a part", "Give one of the two"))
+    path = next(iter(arguments.positional), None)
+    if path is not None and ("--dataset-file" in flat or "--dataset-id" in flat):
+        faults.append(Fault(path, "the data is named by an option as well", "Name it once"))
+    elif path is not None:
+        flat["--dataset-file"] = path
+    if any(peek_leaves(flat, arguments.config, ("data.prompt_column", "data.response_column")).values()):
+        # Training takes pairs under this option only; here there is nothing else that the columns could mean.
+        flat["--lm-mask"] = "prefix"
+    settings = load_settings(flat, arguments.config, found=faults, also_known=COMMAND.own_names)
     if settings.data.training_data is None:
         raise SettingsError(Fault("PATH", "there is nothing to inspect", "Give a path, an address, or --dataset-id"))
-    read_all = "--all" in said.own
-    return _inspect(settings, None if read_all else timeout_s, samples, as_json="--json" in said.own)
+    limit_s = None if read_all else 5.0 if timeout_s is None else timeout_s
+    return _inspect(settings, limit_s, 3 if samples is None else int(samples), as_json="--json" in arguments.own)
 
 
 def _inspect(settings: RunSettings, timeout_s: float | None, samples: int, *, as_json: bool) -> int:
@@ -125,27 +106,3 @@ def _inspect(settings: RunSettings, timeout_s: float | None, samples: int, *, as
 
 def _print_json(task: str, facts: TextFacts | PuzzleSetFacts, timer: Timer) -> None:
     print(json.dumps({"task": task, **asdict(facts), "elapsed_s": round(timer.elapsed_s, 3)}, indent=2))
-
-
-def _number(said: Arguments, name: str, default: float, *, whole: bool) -> float:
-    """The positive number given as one of the command's own options; a fault is added where it is none."""
-    text = said.own.get(name)
-    if not isinstance(text, str):
-        return default
-    try:
-        number = int(text) if whole else float(text)
-    except ValueError:
-        number = -1
-    if 0 <= number < float("inf") and (whole or number > 0):
-        return number
-    kind = "a whole number, 0 or more" if whole else "a number above 0"
-    said.faults.append(Fault(f"{name} {text}", f"is not {kind}", f"Write {name} {default:g}, say"))
-    return default
-
-
-def _refuse_others(said: Arguments) -> None:
-    for name in list(said.options):
-        spelling = spellings().get(name)
-        if spelling is not None and "rows" not in spelling.option.traits.affects:
-            said.faults.append(Fault(name, "changes nothing of what is read", "Leave it out"))
-            del said.options[name]

@@ -1,15 +1,13 @@
-"""The command `hrm-ray`: its sub-commands, and the way in.
+"""The command `hrm-ray` and its sub-commands.
 
-One job: say which commands and options there are. Each body imports what it needs, so that help and completion load
-neither torch nor Ray. Errors become exit codes in `error_handler`.
+Each body imports what it needs, so that help pages load neither torch nor Ray.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -17,11 +15,11 @@ import typer
 from typer.main import get_command
 
 from hrm_ray import __version__
-from hrm_ray.cli.error_handler import Aborted, exit_code_of
+from hrm_ray.cli.build_data import build_app
+from hrm_ray.cli.error_handler import command, exit_code_of
 from hrm_ray.openmp import limit_openmp_spin
 
 DeviceChoice: TypeAlias = Literal["auto", "cpu", "cuda", "xpu", "mps"]
-Difficulty: TypeAlias = Literal["any", "easy", "medium", "hard"]
 
 app = typer.Typer(
     name="hrm-ray",
@@ -31,8 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 data_app = typer.Typer(help="Data sets.", rich_markup_mode=None)
-build_app = typer.Typer(help="Build a data set from nothing, without a download.", rich_markup_mode=None)
-expert_app = typer.Typer(help="Experts that were trained apart.", rich_markup_mode=None)
+expert_app = typer.Typer(help="Experts that were trained one at a time.", rich_markup_mode=None)
 ledger_app = typer.Typer(help="The ledger of a run: which chunks of the data were trained.", rich_markup_mode=None)
 app.add_typer(data_app, name="data")
 app.add_typer(expert_app, name="expert")
@@ -40,20 +37,7 @@ app.add_typer(ledger_app, name="ledger")
 data_app.add_typer(build_app, name="build")
 
 FLAT_OPTIONS: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-"""For commands whose options are the settings tree's: all words are handed on, `--help` included."""
-
-
-def command(command: Callable[..., int]) -> Callable[..., int]:
-    """Brings what a command raises past Typer to the edge, unchanged; interrupts and broken pipes above all."""
-
-    @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> int:
-        try:
-            return command(*args, **kwargs)
-        except (KeyboardInterrupt, EOFError, OSError) as error:
-            raise Aborted from error
-
-    return run
+"""For a FlatCommand: it parses all words after its name itself, `--help` included."""
 
 
 @app.command(context_settings=FLAT_OPTIONS)
@@ -77,7 +61,7 @@ def train_actv1(ctx: typer.Context) -> int:
 @app.command(name="arch-summary", context_settings=FLAT_OPTIONS)
 @command
 def arch_summary(ctx: typer.Context) -> int:
-    """Parameters by part, memory and FLOPs per token of an architecture, without training."""
+    """Print parameters by part, memory and FLOPs per token of an architecture, without training."""
     from hrm_ray.cli.arch_summary import arch_summary_command
 
     return arch_summary_command(ctx.args)
@@ -155,7 +139,7 @@ def plot(
 
 
 ExpertsDir: TypeAlias = Annotated[
-    Path | None, typer.Option(help="Folder of stored experts; artifacts/experts if not said.")
+    Path | None, typer.Option(help="Folder of stored experts [default: artifacts/experts].")
 ]
 
 
@@ -165,7 +149,7 @@ def expert_list(
     experts_dir: ExpertsDir = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
-    """List the experts that are stored, with their held-out figures before and after."""
+    """List the stored experts with their evaluation figures before and after training."""
     from hrm_ray.cli.expert import run_list
 
     return run_list(experts_dir, as_json=as_json)
@@ -175,7 +159,7 @@ def expert_list(
 @command
 def expert_put(
     identifier: Annotated[str, typer.Argument(metavar="ID", help="Name of a stored expert.")],
-    into: Annotated[Path, typer.Option(help="Bundle to put it into; it stays as it is.")],
+    into: Annotated[Path, typer.Option(help="Bundle to put it into; it is not changed.")],
     out: Annotated[Path, typer.Option(help="Bundle to write; the folder must be new or empty.")],
     experts_dir: ExpertsDir = None,
 ) -> int:
@@ -192,9 +176,9 @@ LedgerRun: TypeAlias = Annotated[Path, typer.Argument(metavar="RUN", help="Folde
 @command
 def ledger_show(
     run: LedgerRun,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all of it to this file, as JSON.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the whole ledger to this JSON file.")] = None,
 ) -> int:
-    """Show what was trained of a run's data: epochs, chunks by state, rounds, and what was put aside."""
+    """Show what a run has trained of its data: epochs, chunks by state, rounds, and quarantined ranges."""
     from hrm_ray.cli.ledger import run_show
 
     return run_show(run, json_file)
@@ -203,7 +187,7 @@ def ledger_show(
 @ledger_app.command("verify")
 @command
 def ledger_verify(run: LedgerRun) -> int:
-    """Check that a run's ledger holds; exit code 1, with each violation named, where it does not."""
+    """Check that a run's ledger is consistent; otherwise print each violation and exit with code 1."""
     from hrm_ray.cli.ledger import run_verify
 
     return run_verify(run)
@@ -212,99 +196,10 @@ def ledger_verify(run: LedgerRun) -> int:
 @data_app.command("inspect", context_settings=FLAT_OPTIONS)
 @command
 def data_inspect(ctx: typer.Context) -> int:
-    """What the reader sees of a data set, in seconds: format, rows, blocks, chunks, tokens, bad rows, samples."""
+    """Show what training would read of a data set: format, rows, blocks, chunks, tokens, bad rows and samples."""
     from hrm_ray.cli.inspect import inspect_command
 
     return inspect_command(ctx.args)
-
-
-@build_app.command("sudoku")
-@command
-def data_build_sudoku(
-    out: Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")],
-    size: Annotated[int, typer.Option(help="4, 6 or 9 cells to a side.")] = 9,
-    train: Annotated[int, typer.Option(help="Puzzles to train on, before augmentation.")] = 1000,
-    test: Annotated[int, typer.Option(help="Held-out puzzles, on other grids than the training puzzles.")] = 1000,
-    difficulty: Annotated[Difficulty, typer.Option(help="easy needs no guess, medium 1 to 3, hard more.")] = "any",
-    clues: Annotated[int | None, typer.Option(help="Clues in a puzzle; without it no clue can be left out.")] = None,
-    augment: Annotated[int, typer.Option(help="Symmetric copies added for each training puzzle.")] = 0,
-    seed: Annotated[int, typer.Option(help="Where the draws come from.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set that is there.")] = False,
-) -> int:
-    """Build Sudoku puzzles with exactly one solution each."""
-    from hrm_ray.cli.data import run_build_sudoku
-
-    return run_build_sudoku(
-        out,
-        size=size,
-        train=train,
-        test=test,
-        difficulty=difficulty,
-        clues=clues,
-        augment=augment,
-        seed=seed,
-        overwrite=overwrite,
-    )
-
-
-@build_app.command("maze")
-@command
-def data_build_maze(
-    out: Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")],
-    size: Annotated[int, typer.Option(help="Cells to a side, 5 to 30.")] = 30,
-    train: Annotated[int, typer.Option(help="Mazes to train on, before augmentation.")] = 1000,
-    test: Annotated[int, typer.Option(help="Held-out mazes, with other walls than the training mazes.")] = 1000,
-    min_path: Annotated[
-        int | None, typer.Option(help="Least moves from start to goal; without it as many as the maze is wide.")
-    ] = None,
-    openings: Annotated[float, typer.Option(help="Share of walls between rooms taken away; 0: no loops.")] = 0.05,
-    augment: Annotated[int, typer.Option(help="Turned or mirrored copies added for each training maze, up to 7.")] = 0,
-    seed: Annotated[int, typer.Option(help="Where the draws come from.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set that is there.")] = False,
-) -> int:
-    """Build mazes with exactly one shortest path each."""
-    from hrm_ray.cli.data import run_build_maze
-
-    return run_build_maze(
-        out,
-        size=size,
-        train=train,
-        test=test,
-        min_path=min_path,
-        openings=openings,
-        augment=augment,
-        seed=seed,
-        overwrite=overwrite,
-    )
-
-
-@build_app.command("arc")
-@command
-def data_build_arc(
-    tasks: Annotated[Path, typer.Argument(metavar="FOLDER", help="ARC tasks, a .json file each; folders below too.")],
-    out: Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")],
-    augment: Annotated[int, typer.Option(help="Turned, mirrored and recoloured copies of each task, at most.")] = 0,
-    seed: Annotated[int, typer.Option(help="Where the draws come from.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set that is there.")] = False,
-) -> int:
-    """Build a puzzle set out of ARC tasks: train pairs to train on, test pairs held out."""
-    from hrm_ray.cli.data import run_build_arc
-
-    return run_build_arc(tasks, out, augment=augment, seed=seed, overwrite=overwrite)
-
-
-@build_app.command("text")
-@command
-def data_build_text(
-    out: Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")],
-    max_bytes: Annotated[int | None, typer.Option(help="End the corpus before it passes this size.")] = None,
-    seed: Annotated[int, typer.Option(help="Where the order of the documents comes from.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set that is there.")] = False,
-) -> int:
-    """Build a text corpus from the documentation that comes with Python."""
-    from hrm_ray.cli.data import run_build_text
-
-    return run_build_text(out, max_bytes=max_bytes, seed=seed, overwrite=overwrite)
 
 
 def _print_version(asked: bool) -> None:
@@ -322,12 +217,12 @@ def about(
     """Trains Hierarchical Reasoning Models on Ray, and uses what was trained."""
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    """Run the command line and leave the process with its exit code."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and end the process with its exit code."""
     limit_openmp_spin(os.environ)
-    command = get_command(app)
-    given = list(sys.argv[1:] if words is None else words) or ["--help"]
-    sys.exit(exit_code_of(lambda: command.main(given, prog_name="hrm-ray", standalone_mode=False)))
+    root = get_command(app)
+    words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    sys.exit(exit_code_of(lambda: root.main(words, prog_name="hrm-ray", standalone_mode=False)))
 
 
 if __name__ == "__main__":

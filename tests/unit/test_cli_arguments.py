@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hrm_ray.cli.arguments import parse_arguments
+from hrm_ray.cli.flat_command import FlatCommand
 from hrm_ray.settings.load import load_settings
 from tests.support.said import to_options
 
-OWN = {"--config": True, "--dry-run": False}
+COMMAND = FlatCommand("test", "about", {"--config FILE": "a file", "--dry-run": "a switch"})
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ OWN = {"--config": True, "--dry-run": False}
     ],
 )
 def test_words_become_options(words: list[str], options: dict[str, str | bool], own: dict[str, str | bool]) -> None:
-    found = parse_arguments(words, OWN)
+    found = COMMAND.parse(words)
     assert (found.options, found.own, found.faults) == (options, own, [])
 
 
@@ -46,7 +46,7 @@ def test_words_become_options(words: list[str], options: dict[str, str | bool], 
     ],
 )
 def test_what_does_not_fit_is_a_fault(words: list[str], value: str, reason: str) -> None:
-    (fault,) = parse_arguments(words, OWN).faults
+    (fault,) = COMMAND.parse(words).faults
     assert fault.value == value and reason in fault.reason
 
 
@@ -70,7 +70,7 @@ def test_what_settings_say_as_words_gives_the_settings(said: dict[str, str | boo
             words.append(name if value else f"--no-{name[2:]}")
         else:
             words.append(f"{name}={value}")
-    found = parse_arguments(words, OWN)
+    found = COMMAND.parse(words)
     assert not found.faults and {name for name in found.options} <= set(words) | {
         word.partition("=")[0] for word in words
     }

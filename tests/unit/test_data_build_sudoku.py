@@ -125,7 +125,7 @@ def test_files_of_others_are_never_replaced(tmp_path: Path) -> None:
     (out / "thesis.txt").unlink()
     build_sudoku(out, size=4, train=6, test=5, overwrite=True)
     assert len(open_puzzles(out)) == 6
-    with pytest.raises(SettingsError, match="file of this name"):
+    with pytest.raises(SettingsError, match="a file has this name"):
         build_sudoku(out / "dataset.json", size=4, train=6, test=5)
     (tmp_path / "empty").mkdir()
     build_sudoku(tmp_path / "empty", size=4, train=6, test=5)

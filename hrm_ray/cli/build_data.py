@@ -1,0 +1,140 @@
+"""`hrm-ray data build`: calls the builders of `hrm_ray.data.builders` and prints what they built."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+import typer
+
+from hrm_ray.cli.error_handler import command
+
+Difficulty: TypeAlias = Literal["any", "easy", "medium", "hard"]
+Out: TypeAlias = Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")]
+Seed: TypeAlias = Annotated[int, typer.Option(help="Random seed.")]
+Overwrite: TypeAlias = Annotated[bool, typer.Option("--overwrite", help="Replace an existing data set.")]
+
+build_app = typer.Typer(help="Build a data set from nothing, without a download.", rich_markup_mode=None)
+
+
+@build_app.command("sudoku")
+@command
+def sudoku(
+    out: Out,
+    size: Annotated[int, typer.Option(help="4, 6 or 9 cells to a side.")] = 9,
+    train: Annotated[int, typer.Option(help="Training puzzles, before augmentation.")] = 1000,
+    test: Annotated[int, typer.Option(help="Test puzzles, on other grids than the training puzzles.")] = 1000,
+    difficulty: Annotated[
+        Difficulty, typer.Option(help="Guesses needed: easy none, medium 1 to 3, hard more.")
+    ] = "any",
+    clues: Annotated[int | None, typer.Option(help="Clues in a puzzle [default: as few as possible].")] = None,
+    augment: Annotated[int, typer.Option(help="Symmetric copies to add for each training puzzle.")] = 0,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> int:
+    """Build Sudoku puzzles with exactly one solution each."""
+    from hrm_ray.data.builders.sudoku import build_sudoku
+
+    made = build_sudoku(
+        out,
+        size=size,
+        train=train,
+        test=test,
+        difficulty=difficulty,
+        clues=clues,
+        augment=augment,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    print(f"{made.folder}: Sudoku {made.size}x{made.size}")
+    print(f"  train  {made.train} puzzles on {made.train_grids} grids ({made.base_puzzles} before augmentation)")
+    print(f"  test   {made.test} puzzles on {made.test_grids} other grids")
+    for name, numbers in (("clues", made.clues), ("grades", made.grades)):
+        print(f"  {name:6} " + ", ".join(f"{count} with {value}" for value, count in sorted(numbers.items())))
+    return _next(made.folder)
+
+
+@build_app.command("maze")
+@command
+def maze(
+    out: Out,
+    size: Annotated[int, typer.Option(help="Cells to a side, 5 to 30.")] = 30,
+    train: Annotated[int, typer.Option(help="Training mazes, before augmentation.")] = 1000,
+    test: Annotated[int, typer.Option(help="Test mazes, with other walls than the training mazes.")] = 1000,
+    min_path: Annotated[
+        int | None, typer.Option(help="Fewest moves from start to goal [default: the maze's width].")
+    ] = None,
+    openings: Annotated[float, typer.Option(help="Share of walls between rooms to remove; 0: no loops.")] = 0.05,
+    augment: Annotated[int, typer.Option(help="Turned or mirrored copies to add for each maze, up to 7.")] = 0,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> int:
+    """Build mazes with exactly one shortest path each."""
+    from hrm_ray.data.builders.maze import build_maze
+
+    made = build_maze(
+        out,
+        size=size,
+        train=train,
+        test=test,
+        min_path=min_path,
+        openings=openings,
+        augment=augment,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    fewest, median, most = made.moves
+    print(f"{made.folder}: mazes {made.size}x{made.size}, one shortest path each")
+    print(f"  train  {made.train} mazes ({made.base_puzzles} before augmentation)")
+    print(f"  test   {made.test} mazes with other walls")
+    print(f"  path   {fewest} to {most} moves, median {median}")
+    return _next(made.folder)
+
+
+@build_app.command("arc")
+@command
+def arc(
+    tasks: Annotated[Path, typer.Argument(metavar="FOLDER", help="ARC tasks, one .json file each; subfolders too.")],
+    out: Out,
+    augment: Annotated[int, typer.Option(help="Maximum turned, mirrored and recoloured copies of each task.")] = 0,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> int:
+    """Build a puzzle set from ARC tasks: their train pairs for training, their test pairs for evaluation."""
+    from hrm_ray.data.builders.arc import build_arc
+
+    made = build_arc(tasks, out, augment=augment, seed=seed, overwrite=overwrite)
+    print(f"{made.folder}: {made.tasks} ARC tasks and {made.copies} copies of them")
+    print(f"  train  {made.train} train pairs of tasks and copies")
+    print(f"  test   {made.test} test pairs of the tasks")
+    if made.kept_back:
+        print(f"  left out  {made.kept_back} test pairs whose output is not published")
+    if made.also_held_out:
+        print(f"  left out  {made.also_held_out} train pairs that are test pairs too")
+    # Only an embedding of the puzzle identifier tells the model which task's rule to apply.
+    return _next(made.folder, " --puzzle-emb-ndim 512")
+
+
+@build_app.command("text")
+@command
+def text(
+    out: Out,
+    max_bytes: Annotated[int | None, typer.Option(help="Maximum size of the corpus in bytes.")] = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> int:
+    """Build a text corpus from the documentation that comes with Python."""
+    from hrm_ray.data.builders.text import build_text
+
+    made = build_text(out, max_bytes=max_bytes, seed=seed, overwrite=overwrite)
+    print(f"{made.folder}: text of Python's documentation")
+    print(f"  train  {made.train_documents} documents, {made.train_bytes} bytes")
+    print(f"  test   {made.test_documents} documents, {made.test_bytes} bytes")
+    print(f"  {made.duplicates} duplicates left out")
+    return _next(made.folder)
+
+
+def _next(folder: Path, more: str = "") -> int:
+    print(f"next: hrm-ray train --dataset-file {shlex.quote(str(folder))} --val-split test{more}")
+    return 0

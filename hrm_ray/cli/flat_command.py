@@ -1,0 +1,163 @@
+"""Commands that take the flat options of the settings: their arguments and their help page.
+
+Values are not checked here: `hrm_ray.settings.load` reports every fault in one message, those found here included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+import typer
+
+from hrm_ray.errors import Fault
+from hrm_ray.settings.faults import nearest
+from hrm_ray.settings.options import Option, options, spellings
+
+
+@dataclass
+class Arguments:
+    """What was on the command line."""
+
+    options: dict[str, str | bool] = field(default_factory=dict)
+    """By spelling; True for a switch, and for an option whose value is missing. Unknown options are here too."""
+    own: dict[str, str | bool] = field(default_factory=dict)
+    """The command's own options, such as --config, which are no leaves of the settings."""
+    positional: list[str] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+
+    @property
+    def config(self) -> Path | None:
+        """The settings file of --config."""
+        return Path(str(self.own["--config"])) if "--config" in self.own else None
+
+    def number(self, name: str, *, whole: bool, above: float) -> float | None:
+        """One of the command's own options as a number above a bound; a fault is added where it is none."""
+        text = self.own.get(name)
+        if not isinstance(text, str):
+            return None
+        try:
+            number = int(text) if whole else float(text)
+        except ValueError:
+            number = above
+        if above < number < float("inf"):
+            return number
+        kind = f"a whole number, {above + 1:g} or more" if whole else f"a number above {above:g}"
+        self.faults.append(Fault(f"{name} {text}", f"is not {kind}", f"Give {kind}"))
+        return None
+
+
+@dataclass(frozen=True)
+class FlatCommand:
+    """What such a command takes. `own` are options (or, for the help page, arguments) that no setting is, as
+    "--config FILE" with its help; `takes` says which options of the settings it uses, others are refused as `unused`.
+    """
+
+    usage: str
+    about: str
+    own: Mapping[str, str]
+    takes: Callable[[Option], bool] = lambda option: True
+    unused: str = ""
+    positionals: int = 0
+
+    @property
+    def own_names(self) -> dict[str, bool]:
+        """The command's own options, each with whether it takes a value."""
+        names = (spelling.partition(" ") for spelling in self.own)
+        return {name: bool(value) for name, _, value in names if name.startswith("--")}
+
+    def parse(self, argv: Sequence[str]) -> Arguments:
+        """Split `argv` into options, own options and positional arguments; --help prints the page and exits.
+
+        `--name value` and `--name=value` are the same. A word that begins with `--` is never a value.
+        """
+        found, own, rest = Arguments(), self.own_names, list(argv)
+        while rest:
+            word = rest.pop(0)
+            if not _is_option(word):
+                found.positional.append(word)
+                continue
+            name, equals, text = word.partition("=")
+            value: str | bool = text if equals else True
+            if not equals and rest and not _is_option(rest[0]) and _takes_value(name, own):
+                value = rest.pop(0)
+            table = found.own if name in own else found.options
+            if table.get(name, value) != value:
+                both = f"{name} {table[name]} and {name} {value}"
+                found.faults.append(Fault(both, "is given twice", "Keep one of the two"))
+            table[name] = value
+        if "--help" in found.own:
+            self.print_help()
+            raise typer.Exit
+        self._check(found, own)
+        return found
+
+    def _check(self, found: Arguments, own: Mapping[str, bool]) -> None:
+        for word in found.positional[self.positionals :]:
+            only = f"options and {self.positionals} other word" if self.positionals else "options only"
+            hint = "Options begin with --; put text with spaces in quotation marks"
+            found.faults.append(Fault(word, f"stands alone, and this command takes {only}", hint))
+        for name, value in list(found.own.items()):
+            if own[name] and (value is True or value == ""):
+                found.faults.append(Fault(name, "needs a value", f"Write {name} VALUE"))
+                del found.own[name]
+            elif not own[name] and value is not True:
+                found.faults.append(Fault(f"{name}={value}", "takes no value", f"Write {name} alone"))
+        for name in list(found.options):
+            spelling = spellings().get(name)
+            if spelling is not None and not self.takes(spelling.option):
+                found.faults.append(Fault(name, self.unused, "Leave it out"))
+                del found.options[name]
+
+    def print_help(self) -> None:
+        """Print the page: the command's own options, then those of the settings that it takes, by section."""
+        # Imported here: it takes longer than all the rest of a command's start.
+        from rich.console import Console
+        from rich.panel import Panel
+        from rich.table import Table
+        from rich.text import Text
+
+        console = Console(highlight=False)
+        console.print(Text(f"\n Usage: hrm-ray {self.usage}\n", style="bold"))
+        console.print(Text(f" {self.about}\n"))
+        panels = {"options": list(self.own.items())}
+        for section, group in groupby(filter(self.takes, options().values()), key=lambda option: option.section):
+            panels[section] = [(_spelling(option), _meaning(option)) for option in group]
+        for title, rows in panels.items():
+            table = Table.grid(padding=(0, 2), expand=True)
+            table.add_column(ratio=2, style="cyan", overflow="fold")
+            table.add_column(ratio=3)
+            for spelling, meaning in rows:
+                table.add_row(Text(spelling), Text(meaning))
+            console.print(Panel(table, title=title, title_align="left", border_style="dim"))
+
+
+def _is_option(word: str) -> bool:
+    """Whether a word is an option's name; `-1` and `-0.5` are values."""
+    return word.startswith("-") and word != "-" and not word[1:2].isdigit() and word[1:2] != "."
+
+
+def _takes_value(name: str, own: Mapping[str, bool]) -> bool:
+    """Whether the next word belongs to this option."""
+    if name in own:
+        return own[name]
+    spelling = spellings().get(name)
+    if spelling is None:
+        # An unknown option is treated as the known one it resembles, or its value would be a second fault.
+        near = nearest(name, [*spellings(), *own], at_most=1)
+        return not near or _takes_value(near[0], own)
+    return spelling.fixed is None
+
+
+def _spelling(option: Option) -> str:
+    aliases = "".join(f", {alias}" for alias in option.traits.aliases)
+    if option.is_switch:
+        return f"{option.flag}/{option.off_flag}{aliases}"
+    return f"{option.flag}{aliases} {'|'.join(option.choices) or 'VALUE'}"
+
+
+def _meaning(option: Option) -> str:
+    default = option.written(option.default) if option.is_switch else option.default
+    return f"{option.help} [default: {option.traits.unset if option.default is None else default}]"
