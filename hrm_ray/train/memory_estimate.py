@@ -1,14 +1,14 @@
-"""What a weight update will take of memory, found by going through it without any.
+"""The memory that a weight update of one worker takes, estimated without allocating it.
 
-One job: the account of one worker's update. The real code runs on tensors that have a shape and no storage (PyTorch's
-fake tensors), and every tensor that would live is counted. The same account can be taken of a real update.
+The real training step runs on fake tensors, and every storage that would be alive is counted. The same account can be
+made of a step on real tensors.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any
@@ -17,8 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hrm_ray.model.attention import attend
 from hrm_ray.model.config import ModelConfig
@@ -27,6 +25,7 @@ from hrm_ray.model.scope import AttentionScope
 from hrm_ray.model.transforms.attend import use_kernel
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble
+from hrm_ray.train.fake_tensors import fake_tensors
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.optimizer_state import state_tensors, state_tensors_of
 from hrm_ray.train.precision import sum_gradients_in_float32
@@ -35,30 +34,28 @@ from hrm_ray.train.strategies.single import SingleStrategy
 from hrm_ray.train.world import World
 from hrm_ray.types import Columns
 
+# What is traced of a larger update; the rest is extrapolated.
 PASSES = 2
-"""So many of an update's are gone through at least: the first may make the gradients, the second adds to them as all
-others do. Where a micro-batch has that many itself, one is enough."""
+"""Micro-batches, where each has one pass: the first makes the gradients, the second adds to them as all others do."""
 SEGMENTS = 2
-"""So many of a batch's are gone through: the second begins with what the first left, as all others do."""
+"""Segments: the second begins with what the first left, as all others do."""
 CHUNKS = 4
-"""So many of a row's are gone through, beyond those that a window reaches over. What further ones keep is told from it
-and from a rehearsal of one chunk less."""
-RESIDENT = ("weights", "gradients", "optimizer", "average", "carries", "batch")
-"""What stays over the passes of an update; everything else that lives in them is activations."""
-
+"""Chunks of a row, beyond those that a window reaches over."""
 REACH = 4
-"""A window over more chunks is told from one over so many and from one over one chunk less."""
+"""Chunks that a window reaches over."""
+SCHEDULE_STEPS = 1000
+"""Steps of the schedule, of which the first is traced: AdaLoRA's ranks are those of the start, which are largest."""
 
-_STEPS = 1000
-"""Length of the schedule that a rehearsal begins: what changes with the steps, such as ranks, is as at its start."""
+RESIDENT = ("weights", "gradients", "optimizer", "average", "carries", "batch")
+"""What stays in memory over the passes of an update; whatever else the passes make is activations."""
 
 
 @dataclass(frozen=True)
 class MemoryAccount:
     """Bytes of one worker's tensors in an update.
 
-    `carries_bytes` rest between updates of puzzles, `activations_bytes` is the most that the passes need beside what
-    stays, `peak_bytes` the most that is alive at once. The process itself, with Python and PyTorch, comes on top.
+    `carries_bytes` stay between updates of puzzles, `activations_bytes` is the most that the passes need on top of what
+    stays, `peak_bytes` the most that is alive at once. The process itself, with Python and PyTorch, is not included.
     """
 
     weights_bytes: int
@@ -81,56 +78,123 @@ class MemoryAccount:
 
 
 def memory_estimate(settings: RunSettings, config: ModelConfig, device: str = "cpu") -> MemoryAccount:
-    """The account of an update as `settings` (resolved) ask for it, in seconds for any size; nothing is allocated.
+    """The account of an update under `settings` (resolved), in seconds for a model of any size.
 
-    It goes by the kernels of a CPU; those of another `device` keep about the same. A few micro-batches, segments and
-    chunks are gone through, and what further ones keep is added. State of the optimizer that --optimizer-offload keeps
-    in host memory is told, and not part of the peak.
+    Kernels are those of a CPU; those of another `device` keep about the same. Optimizer state that --optimizer-offload
+    keeps in host memory is reported, and is no part of the peak.
     """
-    watched = _whole_row(settings, config)
-    account = watched.account(offloaded=settings.memory.optimizer_offload and device != "cpu")
-    more = settings.optimizer.gradient_accumulation_steps - watched.micro_batches
-    carried = account.carries_bytes // watched.micro_batches
-    # The carries of the last update live until those of the present one are all there.
-    kept = watched.live.at(watched.passed).get("batch", 0) // watched.micro_batches + 2 * carried
+    trace = _trace_rows(settings, config)
+    account = trace.account(offloaded=settings.memory.optimizer_offload and device != "cpu")
+    # Each further micro-batch keeps its columns, and its carry: those of the last update live until all new ones exist.
+    further = settings.optimizer.gradient_accumulation_steps - trace.micro_batches
+    carry = account.carries_bytes // trace.micro_batches
+    columns = trace.tracker.at(trace.passes_end).get("batch", 0) // trace.micro_batches
     return replace(
         account,
-        carries_bytes=account.carries_bytes + more * carried,
-        peak_bytes=account.peak_bytes + more * kept,
+        carries_bytes=account.carries_bytes + further * carry,
+        peak_bytes=account.peak_bytes + further * (columns + 2 * carry),
     )
 
 
 def account_for(loop: TrainingLoop, batches: list[Batch]) -> MemoryAccount:
-    """The account of an update of `loop` on `batches`, one per micro-batch, with the optimizer's state in place. The
-    weights move; the loop's progress and its place in the data do not."""
-    return _watch(loop, batches).account(offloaded=False)
+    """The account of an update of `loop` on `batches`, one per micro-batch, with the optimizer's state in place.
+
+    The weights move; the loop's progress and its position in the data do not.
+    """
+    return _trace(loop, batches).account(offloaded=False)
 
 
-def _whole_row(settings: RunSettings, config: ModelConfig) -> _Watched:
-    """An update on whole rows: gone through, or where they have many chunks told from rows of few."""
+@dataclass
+class _Trace:
+    """The storages of one update, and when its passes began and ended."""
+
+    tracker: StorageTracker
+    micro_batches: int
+    state_bytes: list[int]
+    """Optimizer state of each parameter."""
+    pass_starts: list[int]
+    """The first pass also begins the update."""
+    passes_end: int
+    end: int
+
+    def account(self, *, offloaded: bool) -> MemoryAccount:
+        """With `offloaded` only the optimizer state of the largest parameter is on the device, in its turn."""
+        start, after_passes, at_end = self.pass_starts[0], self.tracker.at(self.passes_end), self.tracker.at(self.end)
+        in_turn = max(self.state_bytes, default=0) if offloaded else 0
+        return MemoryAccount(
+            weights_bytes=at_end["weights"],
+            gradients_bytes=after_passes.get("gradients", 0),
+            optimizer_bytes=at_end.get("optimizer", 0),
+            average_bytes=at_end.get("average", 0),
+            carries_bytes=at_end.get("carries", 0),
+            activations_bytes=self.tracker.peak_bytes(beside=RESIDENT, since=start, until=self.passes_end),
+            peak_bytes=self.tracker.peak_bytes(since=start, beside=("optimizer",) if offloaded else ()) + in_turn,
+        )
+
+    def extrapolate(self, growths: list[tuple[_Trace, float]], factors: dict[int, float]) -> None:
+        """Make this trace of short rows that of longer rows and windows.
+
+        `factors` are by length: a storage as long as one of these primes grows by its factor. `growths` are (the trace
+        with one chunk less, number of further chunks): what passes leave to later ones grows per chunk by as much as it
+        did with the last chunk. What comes and goes within a pass stays.
+        """
+        left = self._left_by_size()
+        shares: defaultdict[int, float] = defaultdict(float)
+        for less, further in growths:
+            left_with_less = less._left_by_size()
+            for size in left:
+                # A size that the smaller trace does not have depends on the length, and is among the factors.
+                if size in left_with_less:
+                    shares[size] += (left[size] - left_with_less[size]) / left[size] * further
+        for life in self.tracker.lives:
+            factor = next((factor for length, factor in factors.items() if life.bytes % length == 0), None)
+            if factor is not None:
+                life.bytes = round(life.bytes * factor)
+            elif self._is_left(life):
+                life.bytes = round(life.bytes * (1 + shares[life.bytes]))
+
+    def _is_left(self, life: Allocation) -> bool:
+        """Whether a pass made it and left it to a later one."""
+        made = life.category == OTHER and life.born > self.pass_starts[0]
+        return made and any(life.alive_at(start) for start in self.pass_starts[1:])
+
+    def _left_by_size(self) -> Counter[int]:
+        """The largest number of storages of each size that passes leave to later ones."""
+        most: Counter[int] = Counter()
+        left = [life for life in self.tracker.lives if self._is_left(life)]
+        for start in self.pass_starts[1:]:
+            most |= Counter(life.bytes for life in left if life.alive_at(start))
+        return most
+
+
+def _trace_rows(settings: RunSettings, config: ModelConfig) -> _Trace:
+    """The trace of an update on rows of the full length; rows of many chunks are extrapolated from rows of few."""
     chunk, length = settings.memory.chunk_size, config.seq_len
     window = None if config.window_size is None else min(config.window_size, length)
-    far = window is not None and window > REACH * chunk
-    chunks = CHUNKS + (0 if window is None else REACH if far else -(-window // chunk))
+    chunks = CHUNKS if window is None else CHUNKS + min(-(-window // chunk), REACH)
     if not settings.memory.use_chunked_training or length <= chunks * chunk:
-        return _rehearsed(settings, config)
-    near = _marked_window(REACH * chunk, chunk) if far else window
+        return _trace_fake_update(settings, config)
 
-    def gone_through(row: int, reach: int | None) -> _Watched:
-        return _rehearsed(settings, replace(config, seq_len=row, window_size=reach))
+    def trace_of(row: int, reach: int | None) -> _Trace:
+        return _trace_fake_update(settings, replace(config, seq_len=row, window_size=reach))
 
-    # Bytes that a prime divides are those of tensors as long as the row.
+    # Lengths are primes: a storage whose bytes one of them divides is a tensor of that length.
     fewer, row = (_prime_below(number * chunk) for number in (chunks - 1, chunks))
-    watched = gone_through(row, near)
-    growths = [Growth(gone_through(fewer, near), (length - row) / chunk)]
     factors = {row: length / row}
-    if far:
-        assert near is not None and window is not None
-        growths.append(Growth(gone_through(row, near - chunk), (window - near) / chunk))
-        # What a chunk sees, and what slides on to the next.
+    if window is None or window <= REACH * chunk:
+        trace = trace_of(row, window)
+        growths = [(trace_of(fewer, window), (length - row) / chunk)]
+    else:
+        near = _marked_window(REACH * chunk, chunk)
+        trace = trace_of(row, near)
+        growths = [
+            (trace_of(fewer, near), (length - row) / chunk),
+            (trace_of(row, near - chunk), (window - near) / chunk),
+        ]
+        # The keys that a chunk sees, and those that it keeps for the next.
         factors |= {near - 1 + extra: (window - 1 + extra) / (near - 1 + extra) for extra in (0, chunk)}
-    watched.grow(growths, factors)
-    return watched
+    trace.extrapolate(growths, factors)
+    return trace
 
 
 def _prime_below(number: int) -> int:
@@ -142,149 +206,72 @@ def _is_prime(number: int) -> bool:
 
 
 def _marked_window(most: int, chunk: int) -> int:
-    """The largest window of at most `most` positions whose lengths, alone and with a chunk, are known by their primes;
-    where one of the two is always even, that with a chunk."""
-    either = chunk % 2 == 1
-    return next(w for w in range(most, 1, -1) if _is_prime(w - 1 + chunk) and (either or _is_prime(w - 1)))
+    """The largest window of at most `most` positions whose two lengths in memory are primes: window - 1 positions, and
+    these with a chunk. With an odd chunk one of the two is even; then the second alone is a prime."""
+    odd = chunk % 2 == 1
+    return next(w for w in range(most, 1, -1) if _is_prime(w - 1 + chunk) and (odd or _is_prime(w - 1)))
 
 
-def _rehearsed(settings: RunSettings, config: ModelConfig) -> _Watched:
-    """An update on tensors without storage, of a few micro-batches and segments."""
+def _trace_fake_update(settings: RunSettings, config: ModelConfig) -> _Trace:
+    """The trace of an update of a few micro-batches and segments, on fake tensors."""
     config = replace(config, halt_max_steps=min(config.halt_max_steps, SEGMENTS))
-    several = config.halt_max_steps > 1 and settings.model.supervision == "rollout"
-    number = min(settings.optimizer.gradient_accumulation_steps, 1 if several else PASSES)
-    chosen = settings.optimizer.model_copy(update={"gradient_accumulation_steps": number})
-    settings = settings.model_copy(update={"optimizer": chosen})
+    several_passes = config.halt_max_steps > 1 and settings.model.supervision == "rollout"
+    number = min(settings.optimizer.gradient_accumulation_steps, 1 if several_passes else PASSES)
+    optimizer = settings.optimizer.model_copy(update={"gradient_accumulation_steps": number})
+    settings = settings.model_copy(update={"optimizer": optimizer})
     world = World(0, 1, torch.device("cpu"), grouped=False)
-    with torch.random.fork_rng(devices=()), FakeTensorMode(), _Answers(), _moving_fake_modules():
-        loop = assemble(settings, config, _NoRows(), None, world, _STEPS, lambda: None, resumes=True).loop
+    with fake_tensors():
+        loop = assemble(settings, config, _NoRows(), None, world, SCHEDULE_STEPS, lambda: None, resumes=True).loop
         if (settings.cluster.world_size or 1) > 1:
             sum_gradients_in_float32(loop.parts.objective.parameters())
         use_kernel(loop.parts.objective.model, _attend)
-        return _watch(loop, [_batch(loop, config, settings.data.packing) for _ in range(number)])
+        return _trace(loop, [_batch(loop, config, settings.data.packing) for _ in range(number)])
 
 
-@dataclass
-class _Watched:
-    """An update that was gone through: every storage's life, and the moments at which its passes began and ended."""
-
-    live: StorageTracker
-    micro_batches: int
-    states_bytes: list[int]
-    """What the optimizer keeps of each parameter."""
-    begun: list[int]
-    """When each pass began; the first also begins the update."""
-    passed: int
-    ended: int
-
-    def account(self, *, offloaded: bool) -> MemoryAccount:
-        """With `offloaded` the optimizer's state is elsewhere, but for that of the largest parameter in its turn."""
-        begun, after_passes, at_end = self.begun[0], self.live.at(self.passed), self.live.at(self.ended)
-        in_turn = max(self.states_bytes, default=0) if offloaded else 0
-        return MemoryAccount(
-            weights_bytes=at_end["weights"],
-            gradients_bytes=after_passes.get("gradients", 0),
-            optimizer_bytes=at_end.get("optimizer", 0),
-            average_bytes=at_end.get("average", 0),
-            carries_bytes=at_end.get("carries", 0),
-            activations_bytes=self.live.peak_bytes(beside=RESIDENT, since=begun, until=self.passed),
-            peak_bytes=self.live.peak_bytes(since=begun, beside=("optimizer",) if offloaded else ()) + in_turn,
-        )
-
-    def grow(self, growths: list[Growth], factors: dict[int, float]) -> None:
-        """Make this account, of rows of few chunks, that of longer rows and windows.
-
-        What is as long as one of the lengths in `factors`, all primes, grows by its factor. Of what passes leave to
-        later ones, each further chunk brings as much more as there is here beyond the account that is less by one. What
-        comes and goes within a pass stays.
-        """
-        more = self._left()
-        shares: defaultdict[int, float] = defaultdict(float)
-        for growth in growths:
-            less = growth.less._left()
-            for size in more:
-                # A size that the other has not is of what goes by length.
-                if size in less:
-                    shares[size] += (more[size] - less[size]) / more[size] * growth.further
-        for life in self.live.lives:
-            factor = next((factor for length, factor in factors.items() if life.bytes % length == 0), None)
-            if factor is not None:
-                life.bytes = round(life.bytes * factor)
-            elif self._is_left(life):
-                life.bytes = round(life.bytes * (1 + shares[life.bytes]))
-
-    def _is_left(self, life: Allocation) -> bool:
-        """Whether a pass leaves it to a later one."""
-        made = life.category == OTHER and life.born > self.begun[0]
-        return made and any(life.alive_at(begun) for begun in self.begun[1:])
-
-    def _left(self) -> Counter[int]:
-        """How many of each size passes leave to later ones, at the most."""
-        most: Counter[int] = Counter()
-        left = [life for life in self.live.lives if self._is_left(life)]
-        for begun in self.begun[1:]:
-            most |= Counter(life.bytes for life in left if life.alive_at(begun))
-        return most
-
-
-@dataclass(frozen=True)
-class Growth:
-    """The account with one chunk less, of the row or of the window, and how many chunks further it is to go."""
-
-    less: _Watched
-    further: float
-
-
-def _watch(loop: TrainingLoop, batches: list[Batch]) -> _Watched:
-    parts, live = loop.parts, StorageTracker()
-    begun: list[int] = []
-    live.name("weights", (*parts.objective.parameters(), *parts.objective.buffers()))
-    live.name("batch", _tensors(batches))
-    average = _whole(loop).average
-    live.name("average", average.average.values() if average is not None else ())
-    with live, _noting(parts.objective, live, begun):
-        # An update with gradients of nothing makes the state that the next one finds.
+def _trace(loop: TrainingLoop, batches: list[Batch]) -> _Trace:
+    parts, strategy, tracker = loop.parts, loop.parts.strategy, StorageTracker()
+    if not isinstance(strategy, SingleStrategy):
+        raise TypeError(f"memory is estimated for whole weights on one worker, not for {type(strategy).__name__}")
+    pass_starts: list[int] = []
+    tracker.name("weights", (*parts.objective.parameters(), *parts.objective.buffers()))
+    tracker.name("batch", _tensors(batches))
+    tracker.name("average", strategy.average.average.values() if strategy.average is not None else ())
+    with tracker, _noted_passes(parts.objective, tracker, pass_starts):
+        # An update by zero gradients makes the optimizer state that the traced update finds.
         for parameter in parts.objective.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
-        states_bytes = _update(loop, live)
+        state_bytes = _update(loop, strategy, tracker)
         if parts.carried and loop.carries is None:
             loop.carries = [parts.objective.initial_carry(batch) for batch in batches]
-        live.name("carries", _tensors(loop.carries))
-        # Sums over as many as there are tokens, so that float16 gradients are within their range.
-        _, carries = loop.passes(batches, defaultdict(lambda: float(sum(b["inputs"].numel() for b in batches))))
+        tracker.name("carries", _tensors(loop.carries))
+        # Denominators as large as the number of tokens keep float16 gradients within their range.
+        tokens = float(sum(batch["inputs"].numel() for batch in batches))
+        _, carries = loop.passes(batches, defaultdict(lambda: tokens))
         if parts.carried:
-            live.name("carries", _tensors(carries))
+            tracker.name("carries", _tensors(carries))
             loop.carries = carries
-        passed = live.moment
+        passes_end = tracker.moment
         del carries
-        _update(loop, live)
-    return _Watched(live, len(batches), states_bytes, begun, passed, live.moment)
+        _update(loop, strategy, tracker)
+    return _Trace(tracker, len(batches), state_bytes, pass_starts, passes_end, tracker.moment)
 
 
-def _update(loop: TrainingLoop, live: StorageTracker) -> list[int]:
-    """A weight update with what follows it; gives the bytes that the optimizer keeps of each parameter."""
-    strategy, parts = _whole(loop), loop.parts
-    if parts.sparse is not None:
-        parts.sparse.forget()
-    strategy.step(parts.grad_clip, 1.0)
-    live.name("optimizer", state_tensors(strategy.optimizer))
+def _update(loop: TrainingLoop, strategy: SingleStrategy, tracker: StorageTracker) -> list[int]:
+    """A weight update; gives the bytes of each parameter's optimizer state."""
+    if loop.parts.sparse is not None:
+        loop.parts.sparse.forget()
+    strategy.step(loop.parts.grad_clip, 1.0)
+    tracker.name("optimizer", state_tensors(strategy.optimizer))
     return [storage_bytes(state_tensors_of(state)) for state in strategy.optimizer.state.values()]
 
 
-def _whole(loop: TrainingLoop) -> SingleStrategy:
-    """The loop's strategy, which must keep everything on this worker."""
-    if not isinstance(loop.parts.strategy, SingleStrategy):
-        raise TypeError(f"no estimate for {type(loop.parts.strategy).__name__}")
-    return loop.parts.strategy
-
-
 @contextmanager
-def _noting(objective: nn.Module, live: StorageTracker, begun: list[int]) -> Iterator[None]:
-    """Tell gradients from activations as they come, and note the moment at which each pass begins."""
-    hooks = [objective.register_forward_pre_hook(lambda *_: begun.append(live.moment))]
+def _noted_passes(objective: nn.Module, tracker: StorageTracker, pass_starts: list[int]) -> Iterator[None]:
+    """Note when each pass begins, and name gradients as they come."""
+    hooks = [objective.register_forward_pre_hook(lambda *_: pass_starts.append(tracker.moment))]
     hooks += [
-        parameter.register_post_accumulate_grad_hook(lambda p: live.name("gradients", [p.grad]))
+        parameter.register_post_accumulate_grad_hook(lambda p: tracker.name("gradients", [p.grad]))
         for parameter in objective.parameters()
         if parameter.requires_grad
     ]
@@ -295,43 +282,12 @@ def _noting(objective: nn.Module, live: StorageTracker, begun: list[int]) -> Ite
             hook.remove()
 
 
-@contextmanager
-def _moving_fake_modules() -> Iterator[None]:
-    """Let modules of fake tensors be moved and cast: PyTorch would swap two tensors, which those do not bear."""
-    real = nn.Module._apply
-
-    def move(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        for child in module.children() if recurse else ():
-            child._apply(change)
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                parameter.data = change(parameter.data)
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else change(buffer)
-        return module
-
-    nn.Module._apply = move  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module._apply = real  # type: ignore[method-assign]
-
-
-class _Answers(TorchDispatchMode):
-    """Answers what no fake tensor can: a number on the host is 1, such as the norm of the gradients, and a whole number
-    0, such as where a document begins."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return 0 if args[0].dtype in (torch.int32, torch.int64) else 1.0
-        return func(*args, **(kwargs or {}))
-
-
 class _FewBlocks(AttentionScope):
-    """Of long rows, whose queries are taken a block at a time, the last block alone, which sees the most keys; and once
-    more, since what one block leaves is there while the next is computed. Rows of documents have borders."""
+    """Of the blocks that a long row's queries are taken in, the last one twice: it sees the most keys, and what one
+    block leaves is there while the next is computed."""
 
     def causal_from(self, queries: int, keys: int) -> int | None:
+        # Documents of fake rows have no borders; those of real rows do.
         return super().causal_from(queries, keys) if self.documents is None else None
 
     def blocks(self, queries: int, keys: int, size: int) -> list[tuple[slice, slice]]:
@@ -340,32 +296,30 @@ class _FewBlocks(AttentionScope):
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, scope: AttentionScope) -> Tensor:
-    """Attention as training computes it, in few blocks; an AttentionKernel."""
-    few = scope.cached("rehearsed", lambda: _FewBlocks(scope.causal, scope.documents, scope.prompt, scope.window))
+    """Attention as in training, in few blocks; an AttentionKernel."""
+    few = scope.cached("few blocks", lambda: _FewBlocks(scope.causal, scope.documents, scope.prompt, scope.window))
     return attend(query, keys, values, few)
 
 
 class _NoRows:
-    """A sample set to assemble a loop with; batches are made without it."""
+    """A sample set to assemble a loop with; its batches are made by `_batch`."""
 
     def __len__(self) -> int:
         return 1
 
     def rows(self, indices: npt.NDArray[np.int64]) -> Columns:
-        raise AssertionError("a rehearsal reads no samples")
+        raise NotImplementedError("the memory estimate reads no samples")
 
 
 def _batch(loop: TrainingLoop, config: ModelConfig, packing: bool) -> Batch:
-    """The columns of one micro-batch, of the types and shapes that samples have."""
-    rows, length = loop.parts.shape.batch_size, config.seq_len
+    """The columns of one micro-batch, with the types and shapes that samples have."""
+    rows, length, wanted = loop.parts.shape.batch_size, config.seq_len, loop.parts.wanted
     row_wise = {"puzzle_identifiers": torch.int32, "active": torch.bool, "min_steps": torch.int32}
-    batch = {name: torch.ones(rows, dtype=kind) for name, kind in row_wise.items()}
-    batch |= {name: torch.ones(rows, length, dtype=torch.int32) for name in ("inputs", "labels", "positions")}
-    batch = {name: tensor for name, tensor in batch.items() if name in loop.parts.wanted}
-    if "prompt" in loop.parts.wanted:
-        batch["prompt"] = torch.ones(rows, length, dtype=torch.bool)
-    elif packing and config.task == "lm":
-        # Where a document begins cannot be asked; attention takes each row for one, which is the most that it sees.
+    token_wise = {"inputs": torch.int32, "labels": torch.int32, "positions": torch.int32, "prompt": torch.bool}
+    batch = {name: torch.ones(rows, dtype=dtype) for name, dtype in row_wise.items() if name in wanted}
+    batch |= {name: torch.ones(rows, length, dtype=dtype) for name, dtype in token_wise.items() if name in wanted}
+    if packing and config.task == "lm" and "prompt" not in wanted:
+        # One document fills each row, which is the most that a position can see.
         batch["documents"] = torch.ones(rows, length, dtype=torch.int32)
     return batch
 

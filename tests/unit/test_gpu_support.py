@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hrm_ray.model.chunked import Chunking
+from hrm_ray.train.fake_tensors import fake_tensors
 from tests.support.chunked_cases import Shape, in_chunks, trained, whole
 from tests.support.tiny_models import tiny_config, tiny_model
-
-
-class Numbers(TorchDispatchMode):
-    """A number that is read from a fake tensor is 1."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return 1 if args[0].dtype in (torch.int32, torch.int64) else 1.0
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("chunking", [None, Chunking(10, exact=False), Chunking(10, exact=True)])
@@ -30,7 +19,7 @@ def test_training_keeps_to_one_device(chunking: Chunking | None, monkeypatch: py
     # There is no autocast for the device "meta".
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
     shape = Shape(((24,), (24,)), tiny_config(seq_len=24, window_size=5))
-    with FakeTensorMode(allow_non_fake_inputs=True), Numbers():
+    with fake_tensors():
         model = tiny_model(shape.config)
         for module in model.modules():
             for held in (module._parameters, module._buffers):

@@ -1,8 +1,9 @@
-"""The rehearsal of a weight update tells what a real one takes: to the byte of its tensors, and of resident memory."""
+"""The memory estimate is what an update takes: to the byte of its tensors, and near its resident memory."""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from hrm_ray.launch.memory_bounds import least_bytes, most_bytes
+from hrm_ray.train.fake_tensors import fake_tensors
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.memory_estimate import MemoryAccount, account_for, memory_estimate
 from hrm_ray.train.microbatch import to_batch
@@ -182,7 +184,7 @@ def test_state_in_host_memory_is_not_in_the_peak() -> None:
     assert here.optimizer_bytes - 1.1 * embedding < saved < here.optimizer_bytes
 
 
-def test_a_rehearsal_leaves_no_trace() -> None:
+def test_an_estimate_changes_nothing_in_the_process() -> None:
     """Random numbers go on as they were, and modules are moved as ever, also after one that failed."""
     state, apply = torch.get_rng_state(), torch.nn.Module._apply
     settings, config = case_of(*small(CASES["text"]))
@@ -192,6 +194,28 @@ def test_a_rehearsal_leaves_no_trace() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.nn.Module._apply is apply
     assert torch.ones(2).add(1).tolist() == [2.0, 2.0]
+
+
+def test_other_threads_move_modules_while_an_estimate_runs() -> None:
+    """Real modules are moved by PyTorch's own method; a second estimate waits, so that both restore what they found."""
+    apply = torch.nn.Module._apply
+    inside, leave = threading.Event(), threading.Event()
+
+    def estimate() -> None:
+        with fake_tensors():
+            inside.set()
+            assert leave.wait(60)
+
+    threads = [threading.Thread(target=estimate) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert inside.wait(60)
+    weight = torch.nn.Linear(2, 2).to(torch.float64).weight
+    assert weight.dtype == torch.float64 and isinstance(weight, torch.nn.Parameter) and weight.is_leaf
+    leave.set()
+    for thread in threads:
+        thread.join()
+    assert torch.nn.Module._apply is apply
 
 
 def test_a_sentence_for_a_person() -> None:
