@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hrm_ray.data import hub
-from hrm_ray.data.archives.directories import tar_directory, zip_directory
 from hrm_ray.data.archives.members import Selection
+from hrm_ray.data.archives.tars import tar_directory
+from hrm_ray.data.archives.zips import zip_directory
 from hrm_ray.data.file_kinds import READABLE, FileKind, is_hidden, kind_of
 from hrm_ray.data.file_systems import (
     Entry,

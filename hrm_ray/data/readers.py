@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hrm_ray.data import hub
-from hrm_ray.data.archives.directories import zip_directory
 from hrm_ray.data.archives.members import Selection
 from hrm_ray.data.archives.tars import tar_rows
-from hrm_ray.data.archives.zips import zip_rows
+from hrm_ray.data.archives.zips import zip_directory, zip_rows
 from hrm_ray.data.file_kinds import TEXT_FORMATS
 from hrm_ray.data.file_systems import file_system_of
 from hrm_ray.data.formats.choose import format_rows

@@ -239,6 +239,17 @@ def test_a_damaged_directory_of_a_zip_is_refused(tmp_path: Path, place: int, val
             list_parts(TextSource(str(path)))
 
 
+def test_a_zip_cut_short_is_not_read_as_the_archive_inside_it(tmp_path: Path) -> None:
+    inner = write_zip(tmp_path / "inner.zip", {"inner.txt": b"inside"}).read_bytes()
+    path = write_zip(tmp_path / "a.zip", {"inner.zip": inner, "b.txt": b"outside" * 100}, zipfile.ZIP_STORED)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match="directory cannot be read: there is none at the file's end"):
+        list_parts(TextSource(str(path)))
+    padded = write_zip(tmp_path / "b.zip", {"a.txt": b"text"})
+    padded.write_bytes(padded.read_bytes() + bytes(512))
+    assert texts_of(padded) == ["text"]
+
+
 def test_a_zip_cut_short_is_refused_at_once(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "a.zip", {"a.txt": b"text" * 1000})
     path.write_bytes(path.read_bytes()[:-30])

@@ -1,7 +1,7 @@
-"""Members of an archive: which are read, which are refused, and their rows.
+"""Members of an archive, .zip or .tar: which are read, which are refused, and their rows.
 
-One job: the rules that .zip and .tar share. Nothing is ever unpacked into a folder; a name that would leave one is
-refused all the same, since such an archive was not made in good faith, or not for this.
+Nothing is ever unpacked into a folder; a name that would leave one is refused all the same, since such an archive was
+not made in good faith, or not for training.
 """
 
 from __future__ import annotations

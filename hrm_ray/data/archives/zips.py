@@ -1,20 +1,18 @@
-"""Zip archives, read as they are.
-
-One job: the directory of a .zip once, then its members in the order of their paths, as in a folder.
-"""
+"""Zip archives, read as they are: the directory once, then the members in the order of their paths, as in a folder."""
 
 from __future__ import annotations
 
 import io
+import stat
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import BinaryIO, NamedTuple, cast
 
 from hrm_ray.data.archives.members import Member, Selection, member_of, member_rows, nothing_chosen
-from hrm_ray.data.archives.zip_directory import BadDirectory, ZipEntry, read_directory
+from hrm_ray.data.file_systems import file_system_of
 from hrm_ray.data.rows import Cursor, Row
 from hrm_ray.data.splits import in_path_order, split_of
 from hrm_ray.data.streams import (
@@ -33,6 +31,8 @@ MEMBERS = 2_000_000
 """A zip of more members is refused: its directory alone would take gigabytes of memory."""
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
+_END_BYTES, _LOCATOR_BYTES, _END_64_BYTES, _LONGEST_COMMENT_BYTES = 22, 20, 56, 65_535
+_ENCRYPTED = 0x1
 _ABOUT_MEMBER_BYTES = 76
 """Besides its bytes and, twice, its name a member takes this much: its header, and its entry in the directory."""
 
@@ -40,7 +40,7 @@ _ABOUT_MEMBER_BYTES = 76
 class ZipDirectory(NamedTuple):
     """The members that can be read, or are refused, in the order they are read in; `skipped` are of other kinds."""
 
-    members: list[tuple[Member, ZipEntry]]
+    members: list[tuple[Member, zipfile.ZipInfo]]
     skipped: int
 
     @property
@@ -48,30 +48,66 @@ class ZipDirectory(NamedTuple):
         """The members' names."""
         return [member.name for member, _ in self.members]
 
-    def chosen(self, selection: Selection) -> list[tuple[Member, ZipEntry]]:
+    def chosen(self, selection: Selection) -> list[tuple[Member, zipfile.ZipInfo]]:
         """The members of a selection."""
         return [pair for pair in self.members if selection.wants(pair[0].name)]
 
 
-def open_zip(file: BinaryIO, where: str, archive_bytes: int) -> ZipDirectory:
-    """Reads the directory of a .zip. Raises ContainerUnreadable for one that is damaged or may not be read."""
-    try:
-        entries = read_directory(file, MEMBERS)
-    except BadDirectory as error:
-        hint = "It may be cut short, or no .zip archive: copy it again"
-        raise ContainerUnreadable(Fault(where, f"its directory cannot be read: {error}", hint)) from error
-    except OSError as error:
-        raise ContainerUnreadable(damage(error, where).fault) from error
-    total = sum(entry.size for entry in entries)
+# A corpus is listed several times before a run, and then read: the stamp changes when the archive does.
+@lru_cache(maxsize=1)
+def zip_directory(address: str, archive_bytes: int, stamp: str) -> ZipDirectory:
+    """The directory of the .zip at an address. Raises ContainerUnreadable for one that is damaged or may not be read,
+    OSError where it cannot be opened."""
+    with file_system_of(address).open(address) as file:
+        try:
+            count = _member_count(file)
+            infos = zipfile.ZipFile(file).infolist()
+            if len(infos) != count:
+                raise zipfile.BadZipFile(f"it names {len(infos)} members instead of {count}")
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+            hint = "It may be cut short, or no .zip archive: copy it again"
+            raise ContainerUnreadable(Fault(address, f"its directory cannot be read: {error}", hint)) from error
+        except OSError as error:
+            raise ContainerUnreadable(damage(error, address).fault) from error
+    infos = [info for info in infos if not info.is_dir()]
+    total = sum(info.file_size for info in infos)
     if total > max(EXPANSION * archive_bytes, EXPANSION_FROM_BYTES) or total > TOTAL_BYTES:
-        raise ContainerUnreadable(bomb(where, archive_bytes, total).fault)
-    found: list[tuple[Member, ZipEntry]] = []
-    for entry in entries:
-        member = member_of(entry.name, entry.size, entry.stored, entry.unusual)
-        if member is not None:
-            found.append((member, entry))
-    found.sort(key=lambda pair: in_path_order(pair[0].name))
-    return ZipDirectory(found, len(entries) - len(found))
+        raise ContainerUnreadable(bomb(address, archive_bytes, total).fault)
+    found = [(member_of(info.filename, info.file_size, info.compress_size, _unusual(info)), info) for info in infos]
+    members = [(member, info) for member, info in found if member is not None]
+    members.sort(key=lambda pair: in_path_order(pair[0].name))
+    return ZipDirectory(members, len(infos) - len(members))
+
+
+def _member_count(file: BinaryIO) -> int:
+    """The number of members, from the record at the file's end. Raises BadZipFile where there is none, or too many.
+
+    zipfile does not check it. It takes the last record that it finds, which in an archive cut short is that of an
+    archive inside it, and it reads the directory into memory whatever its length.
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - _LONGEST_COMMENT_BYTES - _END_BYTES - _LOCATOR_BYTES - _END_64_BYTES))
+    tail = file.read()
+    at = tail.rfind(b"PK\5\6")
+    end = tail[at : at + _END_BYTES] if at >= 0 else b""
+    # Some programs fill an archive up with zeros.
+    if len(end) < _END_BYTES or tail[at + _END_BYTES + int.from_bytes(end[20:], "little") :].strip(b"\0"):
+        raise zipfile.BadZipFile("there is none at the file's end")
+    members = int.from_bytes(end[10:12], "little")
+    large = tail[max(0, at - _LOCATOR_BYTES - _END_64_BYTES) : max(0, at - _LOCATOR_BYTES)]
+    if large.startswith(b"PK\6\6"):
+        members = int.from_bytes(large[32:40], "little")
+    if members > MEMBERS:
+        raise zipfile.BadZipFile(f"it has {members} members, more than {MEMBERS}")
+    return members
+
+
+def _unusual(info: zipfile.ZipInfo) -> str:
+    """What a member is that is no plain file; empty for a plain one."""
+    mode = info.external_attr >> 16
+    if stat.S_IFMT(mode) and not stat.S_ISREG(mode):
+        return "a link" if stat.S_ISLNK(mode) else "no plain file"
+    return "encrypted" if info.flag_bits & _ENCRYPTED else ""
 
 
 def zip_rows(file: BinaryIO, cursor: Cursor, selection: Selection, directory: ZipDirectory) -> Iterator[Row]:
@@ -82,18 +118,18 @@ def zip_rows(file: BinaryIO, cursor: Cursor, selection: Selection, directory: Zi
         splits = sorted({split_of(name) for name in directory.names})
         raise nothing_chosen(where, selection, splits, directory.skipped)
     contents = _Contents(file)
-    passed = 0
-    for member, entry in chosen:
-        contents.choose(entry, f"{where}/{member.name}")
+    passed_bytes = 0
+    for member, info in chosen:
+        contents.choose(info, f"{where}/{member.name}")
         if cursor.watch is not None:
-            cursor.watch.passed_bytes = partial(_passed, passed, entry, file)
+            cursor.watch.passed_bytes = partial(_passed, passed_bytes, info, file)
         yield from member_rows(member, cursor, where, contents.whole, contents.stream)
-        passed += entry.stored + _ABOUT_MEMBER_BYTES + 2 * len(member.name)
+        passed_bytes += info.compress_size + _ABOUT_MEMBER_BYTES + 2 * len(member.name)
 
 
-def _passed(before: int, entry: ZipEntry, file: BinaryIO) -> int:
-    """Bytes of members that lie behind, and of the present one."""
-    return before + min(max(0, file.tell() - entry.offset), entry.stored)
+def _passed(before: int, info: zipfile.ZipInfo, file: BinaryIO) -> int:
+    """Bytes of members that were read, those of the present one included."""
+    return before + min(max(0, file.tell() - info.header_offset), info.compress_size)
 
 
 class _Contents:
@@ -101,42 +137,41 @@ class _Contents:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._entry: ZipEntry
+        self._info: zipfile.ZipInfo
         self._where = ""
         self._archive: zipfile.ZipFile | None = None
-        self._infos: dict[int, zipfile.ZipInfo] = {}
 
-    def choose(self, entry: ZipEntry, where: str) -> None:
+    def choose(self, info: zipfile.ZipInfo, where: str) -> None:
         """The member whose bytes are wanted next."""
-        self._entry, self._where = entry, where
+        self._info, self._where = info, where
 
     def whole(self) -> bytes:
-        """A short member at once, past the layers of zipfile, which take most of the time of small ones."""
-        entry = self._entry
-        if entry.method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        """The bytes of a short member, without the layers of zipfile, which take most of the time of small ones."""
+        info = self._info
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             with self.stream() as stream:
                 return stream.read()
         data = self._stored()
-        if entry.method == zipfile.ZIP_DEFLATED:
+        if info.compress_type == zipfile.ZIP_DEFLATED:
             try:
                 # One byte more than it should be, not all that a wrong header might hide.
-                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, entry.size + 1)
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, info.file_size + 1)
             except zlib.error as error:
                 raise damage(error, self._where) from error
-        if len(data) != entry.size or zlib.crc32(data) != entry.crc:
+        if len(data) != info.file_size or zlib.crc32(data) != info.CRC:
             raise self._damaged("its bytes do not have the checksum in the archive's directory")
         return data
 
     def _stored(self) -> bytes:
-        file, entry = self._file, self._entry
+        file, info = self._file, self._info
         try:
-            file.seek(entry.offset)
+            file.seek(info.header_offset)
             header = file.read(_LOCAL_HEADER.size)
             if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
                 raise self._damaged("its header in the archive is damaged")
             name, extra = _LOCAL_HEADER.unpack(header)[1:]
             file.seek(name + extra, io.SEEK_CUR)
-            return file.read(entry.stored)
+            return file.read(info.compress_size)
         except OSError as error:
             raise ContainerUnreadable(damage(error, self._where).fault) from error
 
@@ -145,11 +180,10 @@ class _Contents:
         try:
             if self._archive is None:
                 self._archive = zipfile.ZipFile(self._file)
-                self._infos = {info.header_offset: info for info in self._archive.infolist()}
-            opened = self._archive.open(self._infos[self._entry.offset])
-        except (OSError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError, KeyError) as error:
+            opened = self._archive.open(self._info)
+        except (OSError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError) as error:
             raise damage(error, self._where) from error
-        return bounded(cast(BinaryIO, opened), self._where, self._entry.stored)
+        return bounded(cast(BinaryIO, opened), self._where, self._info.compress_size)
 
     def _damaged(self, reason: str) -> Unreadable:
         return Unreadable(Fault(self._where, reason, "The archive may be damaged: copy it again"))
