@@ -1,19 +1,15 @@
-"""Data sets of the Hugging Face Hub, through the `datasets` library, in its streaming mode.
+"""Data sets of the Hugging Face Hub (`hf://id:config:split`), streamed through the `datasets` library.
 
-One job: `hf://id:config:split` -> shards, each one stream of rows, and their rows. Nothing is downloaded before it is
-read. The revision is settled when the shards are listed, so that every process reads the same one.
+Nothing is downloaded before it is read. The revision is looked up when the shards are listed, so that every process
+reads the same one.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import os
 import re
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -25,8 +21,9 @@ from hrm_ray.data.streams import Unreadable
 from hrm_ray.errors import DataError, Fault, SettingsError, UnavailableError
 from hrm_ray.settings.hub_name import HubName, hub_name
 
-_TIMEOUT_S = 10
+_TIMEOUT_S = 10.0
 _LET_GO_S = 2.0
+_CHECK_ID = "Check ORGANISATION/NAME"
 _ADDRESS = re.compile(r"(?P<name>.*)#(?P<index>\d+)/(?P<count>\d+)@(?P<revision>[^@]*)", re.DOTALL)
 
 
@@ -47,7 +44,8 @@ def list_shards(address: str, split: str) -> tuple[list[Shard], tuple[str, ...]]
     configuration that is not there, DataError for a split that is not there or data that cannot be opened.
     """
     name = hub_name(address)
-    assert name is not None, "only addresses of the Hub come here"
+    if name is None:
+        raise ValueError(f"{address} is not an address of the Hub")
     name = name._replace(split=name.split or split)
     _require_datasets(address)
     revision = "" if Path(name.id).is_dir() else _revision(name)
@@ -66,7 +64,8 @@ def shard_rows(address: str, cursor: Cursor) -> Iterator[Row]:
 
     found = _ADDRESS.fullmatch(address)
     name = hub_name(found["name"]) if found is not None else None
-    assert found is not None and name is not None, "an address that list_shards made"
+    if found is None or name is None:
+        raise ValueError(f"{address} is not an address that list_shards made")
     _require_datasets(address)
     cursor.where = f"{name}, shard {found['index']}"
     shard = _open(name, found["revision"])[0].shard(num_shards=int(found["count"]), index=int(found["index"]))
@@ -113,7 +112,7 @@ def _next(rows: Iterator[dict[str, object]], where: str) -> dict[str, object] | 
     except _network_errors() as error:
         raise _no_hub(where, error) from error
     except (DatasetsError, pa.ArrowException, OSError, ValueError, TypeError, EOFError) as error:
-        hint = "Mend the data set, or name another --dataset-config or split"
+        hint = "Correct the data set, or name another --dataset-config or split"
         raise Unreadable(Fault(where, f"it cannot be read on ({_first_line(error)})", hint)) from error
 
 
@@ -126,25 +125,26 @@ def _require_datasets(address: str) -> None:
 
 
 def _revision(name: HubName) -> str:
-    """The commit that a data set of the Hub is at now; asked once and plainly, where the library would try for half a
+    """The commit that a data set of the Hub is at now. Asked here, with a time limit: `datasets` would try for half a
     minute."""
-    from huggingface_hub import constants, get_token
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    token = get_token()
-    # An id is one name or two; anything else in it is quoted away.
-    url = f"{constants.ENDPOINT}/api/datasets/{urllib.parse.quote(name.id)}"
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
-            revision: str = json.loads(answer.read())["sha"]
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403, 404):
-            reason = f"the Hub gives no such data set (status {error.code}); it is not there, or not for this account"
-            hint = "Check ORGANISATION/NAME; for a private or gated one log in with `hf auth login`"
-            raise SettingsError(Fault(str(name), reason, hint)) from error
+        revision = HfApi(endpoint=constants.ENDPOINT).dataset_info(name.id, timeout=_TIMEOUT_S).sha
+    except HFValidationError as error:
+        raise SettingsError(Fault(str(name), f"not an id of the Hub ({_first_line(error)})", _CHECK_ID)) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status not in (401, 403, 404):
+            raise _no_hub(str(name), error) from error
+        reason = f"the Hub has no such data set for this account (status {status})"
+        hint = f"{_CHECK_ID}; for a private or gated one log in with `hf auth login`"
+        raise SettingsError(Fault(str(name), reason, hint)) from error
+    except Exception as error:  # the HTTP library, and with it the kinds of a failed connection, differ by version
         raise _no_hub(str(name), error) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _no_hub(str(name), error) from error
+    if revision is None:
+        raise _no_hub(str(name), ValueError("no revision in its answer"))
     return revision
 
 
@@ -173,7 +173,7 @@ def _open(name: HubName, revision: str) -> tuple[Any, str, tuple[str, ...]]:
     except ValueError as error:
         if name.split in splits:
             reason = f"it cannot be read ({_first_line(error)})"
-            raise DataError(Fault(str(name), reason, "Mend the data set")) from error
+            raise DataError(Fault(str(name), reason, "Correct the data set")) from error
         raise missing_split(str(name._replace(split=None)), str(name.split), splits) from error
 
 
@@ -186,8 +186,8 @@ def _network_errors() -> tuple[type[Exception], ...]:
     return (ConnectionError, TimeoutError, *below)
 
 
-def _config_hint(said: str) -> str:
-    if "onfig" in said:
+def _config_hint(message: str) -> str:
+    if "onfig" in message:
         return "Name one of its configurations with --dataset-config"
     return "Check the id; a folder must be laid out as a data set of the Hub"
 

@@ -119,9 +119,11 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """A Hub of this machine that gives the status and the body in this dictionary, and notes what it was asked."""
     said: dict[str, Any] = {"status": 404, "body": b"{}", "asked": []}
 
-    class RunMonitor(http.server.BaseHTTPRequestHandler):
+    class Hub(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            said["asked"].append((self.path, self.headers.get("Authorization")))
+            # The library asks for other things of its own.
+            if self.path.startswith("/api/datasets"):
+                said["asked"].append(self.path)
             self.send_response(said["status"])
             self.end_headers()
             self.wfile.write(said["body"])
@@ -129,11 +131,10 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         def log_message(self, *words: object) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), RunMonitor) as running:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as running:
         thread = threading.Thread(target=running.serve_forever, args=(0.01,))
         thread.start()
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{running.server_port}")
-        monkeypatch.setattr("huggingface_hub.get_token", lambda: "secret")
         yield said
         running.shutdown()
         thread.join()
@@ -147,6 +148,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         (500, b"", UnavailableError, "cannot be reached"),
         (200, b"<html>", UnavailableError, "cannot be reached"),
         (200, b'{"no": "sha"}', UnavailableError, "cannot be reached"),
+        (200, b'{"id": "org/name"}', UnavailableError, "no revision"),
     ],
 )
 def test_a_hub_that_says_no(
@@ -154,8 +156,14 @@ def test_a_hub_that_says_no(
 ) -> None:
     answers |= {"status": status, "body": body}
     with pytest.raises(kind, match=said):
+        list_parts(TextSource("hf://org/name:en"))
+    assert answers["asked"] == ["/api/datasets/org/name"], "asked once"
+
+
+def test_an_id_that_cannot_be_one_is_refused(answers: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="not an id of the Hub"):
         list_parts(TextSource("hf://org/na me?x:en"))
-    assert answers["asked"] == [("/api/datasets/org/na%20me%3Fx", "Bearer secret")]
+    assert not answers["asked"]
 
 
 def test_the_revision_is_settled_once_and_read_everywhere(
@@ -163,7 +171,7 @@ def test_the_revision_is_settled_once_and_read_everywhere(
 ) -> None:
     import datasets
 
-    answers |= {"status": 200, "body": json.dumps({"sha": "abc123"}).encode()}
+    answers |= {"status": 200, "body": json.dumps({"id": "org/name", "sha": "abc123"}).encode()}
     opened = []
 
     def builder(path: str, name: str | None, revision: str | None) -> Any:
