@@ -90,8 +90,18 @@ class RunDir:
 
     @property
     def run_lock(self) -> Path:
-        """Which process trains in the bundle, as long as one does."""
+        """Locked while a process trains in the bundle."""
+        return self.root / ".run.lock"
+
+    @property
+    def lock_holder(self) -> Path:
+        """Which process that is."""
         return self.root / ".in_use.json"
+
+    @property
+    def preparing(self) -> Path:
+        """Where a new bundle is prepared before it takes its place."""
+        return self.root / ".preparing"
 
     @property
     def checkpoints(self) -> Path:

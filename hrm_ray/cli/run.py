@@ -1,36 +1,28 @@
-"""The body of `hrm-ray train`: plan, launch, show, and say how it ended.
-
-One job: the driver. What is decided is in launch, what is trained in train.
-"""
+"""The body of `hrm-ray train`: it starts the run and prints what is about to be trained and how it ended."""
 
 from __future__ import annotations
 
 import shlex
-import shutil
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from hrm_ray.cli.error_handler import reader_is_gone
-from hrm_ray.launch import local
 from hrm_ray.launch.memory_bounds import gigabytes
-from hrm_ray.launch.plan import make_plan
 from hrm_ray.launch.preflight import needed_memory
-from hrm_ray.launch.reading_progress import ReadingProgress
 from hrm_ray.launch.resolve import ResolvedRun, resolve
 from hrm_ray.launch.resources import WORKER_MEMORY_BYTES
-from hrm_ray.launch.run_directory import find_stored, never_trained
+from hrm_ray.launch.run import run
+from hrm_ray.launch.run_directory import find_stored
 from hrm_ray.launch.run_directory import stored_settings as read_stored
-from hrm_ray.launch.run_lock import run_lock
 from hrm_ray.launch.scan_data import scan_data
 from hrm_ray.launch.stopping import StopWatch
 from hrm_ray.metrics.console import ConsoleSink
 from hrm_ray.model.describe import count_parameters
 from hrm_ray.settings.tree import RunSettings, to_dotted
-from hrm_ray.train.plan import RunPlan
-from hrm_ray.types import MetricSink, RunResult, StopPoll, StopReason, StopRequested
+from hrm_ray.types import RunResult, StopReason, StopRequested
 
 
 def stored_settings(where: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,10 +31,10 @@ def stored_settings(where: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run_train(settings: RunSettings, dry_run: bool) -> int:
-    """Train, or with `dry_run` only say what would be done; gives the exit code."""
+    """Train, or with `dry_run` only print what would be done; gives the exit code."""
     with StopWatch(settings.run.stop_file) as watch:
         resolved = resolve(settings)
-        _say(describe(resolved))
+        _print(describe(resolved))
         if dry_run:
             print("".join(f"warning {note}\n" for note in resolved.notes), end="")
             print("\n".join(f"  {key} = {value}" for key, value in to_dotted(resolved.settings).items()))
@@ -51,50 +43,22 @@ def run_train(settings: RunSettings, dry_run: bool) -> int:
             print("dry run: nothing was started or written")
             return 0
         try:
-            result = _trained(resolved, watch)
+            with closing(ConsoleSink(sys.stdout, resolved.settings.run.step_limit)) as sink:
+                result = run(resolved, sink=sink, stop=watch.poll, on_start=watch.begin)
         except StopRequested as stopped:
-            _say(f"ended   {stopped.reason.value} before the first step: nothing was trained")
+            _print(f"ended   {stopped.reason.value} before the first step: nothing was trained")
             return stopped.reason.exit_code
-    _say(summary(result, settings.run.stop_file))
+    _print(summary(result, settings.run.stop_file))
     return result.reason.exit_code
 
 
-def _trained(resolved: ResolvedRun, watch: StopWatch) -> RunResult:
-    """Plan and launch, alone in the bundle."""
-    run_dir = resolved.location.run_dir
-    with ExitStack() as held:
-        if resolved.location.continues:
-            held.enter_context(run_lock(run_dir))
-        plan = make_plan(resolved, ReadingProgress(_say, watch.poll))
-        if not resolved.location.continues:
-            held.enter_context(run_lock(run_dir))
-        watch.begin()
-        sink = ConsoleSink(sys.stdout, resolved.settings.run.step_limit)
-        try:
-            return _launch(resolved.devices.launcher, plan, sink, watch.poll)
-        finally:
-            sink.close()
-            held.close()
-            # A launch that was refused or stopped before its first step leaves no bundle behind.
-            if not plan.continues and never_trained(run_dir):
-                shutil.rmtree(run_dir.root)
-
-
-def _say(text: str) -> None:
-    """Print it, if there is still somebody to read it; a run does not end because nobody looks on."""
+def _print(text: str) -> None:
+    """Print it, if somebody still reads it; a run does not end because nobody does."""
     try:
         print(text, flush=True)
     except OSError:
         if not reader_is_gone():
             raise
-
-
-def _launch(launcher: str, plan: RunPlan, sink: MetricSink, stop: StopPoll) -> RunResult:
-    if launcher == "local":
-        return local.run(plan, sink=sink, stop=stop)
-    from hrm_ray.orchestration import worker_group
-
-    return worker_group.run(plan, sink=sink, stop=stop)
 
 
 def describe(resolved: ResolvedRun) -> str:

@@ -1,12 +1,10 @@
-"""Which device, how many workers, how many threads, and who starts them.
-
-One job: hold what was asked against what this machine has, before anything starts. It starts nothing.
-"""
+"""Which device, launcher, workers and threads a run has, by its settings and what this machine has."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,17 +13,39 @@ from hrm_ray.errors import Fault, SettingsError, UnavailableError
 from hrm_ray.launch.resources import usable_cpus
 from hrm_ray.settings.cluster import ClusterSettings
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
 
 @dataclass(frozen=True)
 class Devices:
-    """Where a run takes place. `notes` are fallbacks that a person must see."""
+    """Where a run takes place. `visible_gpus` is CUDA_VISIBLE_DEVICES for the run, None to leave the variable as it is;
+    `notes` are fallbacks that a person must see."""
 
     device: str
     world_size: int
     threads: int
     launcher: str
     ray_address: str | None
+    visible_gpus: str | None
     notes: tuple[str, ...]
+
+
+@contextmanager
+def visible_gpus(devices: Devices) -> Iterator[None]:
+    """Show only the chosen GPUs to this process and to those it starts, for the length of a block.
+
+    CUDA reads the variable once, when a process first uses a GPU.
+    """
+    before = os.environ.get(VISIBLE)
+    if devices.visible_gpus is not None:
+        os.environ[VISIBLE] = devices.visible_gpus
+    try:
+        yield
+    finally:
+        if devices.visible_gpus is not None:
+            os.environ.pop(VISIBLE)
+            if before is not None:
+                os.environ[VISIBLE] = before
 
 
 def _mps() -> int:
@@ -49,9 +69,12 @@ def choose_devices(cluster: ClusterSettings) -> Devices:
     address = _cluster_address(cluster)
     # The devices of a running cluster are the cluster's: it is asked when the run connects.
     device = cluster.device if address and cluster.device != "auto" else _device(cluster, notes)
-    if cluster.cuda_numbers:
-        device = _pin_gpus(cluster, address, device, notes)
-    found = _COUNT[device]() if device == "cuda" and not address and cluster.launcher != "local" else 1
+    gpus = _chosen_gpus(cluster, address, device, notes) if cluster.cuda_numbers else []
+    if gpus:
+        device = "cuda"
+    found = 1
+    if device == "cuda" and not address and cluster.launcher != "local":
+        found = len(gpus) or _COUNT["cuda"]()
     world_size = cluster.world_size or (1 if cluster.ddp is False else found)
     if device in ("xpu", "mps") and world_size > 1:
         raise SettingsError(
@@ -59,7 +82,7 @@ def choose_devices(cluster: ClusterSettings) -> Devices:
         )
     launcher = cluster.launcher or ("ray" if world_size > 1 or address or cluster.ddp else "local")
     threads = cluster.threads or (1 if address else max(1, usable_cpus() // world_size))
-    return Devices(device, world_size, threads, launcher, address, tuple(notes))
+    return Devices(device, world_size, threads, launcher, address, ",".join(gpus) or None, tuple(notes))
 
 
 def _cluster_address(cluster: ClusterSettings) -> str | None:
@@ -87,8 +110,8 @@ def _device(cluster: ClusterSettings, notes: list[str]) -> str:
     return best
 
 
-def _pin_gpus(cluster: ClusterSettings, address: str | None, device: str, notes: list[str]) -> str:
-    """Make only the named GPUs visible to this process and to those it starts."""
+def _chosen_gpus(cluster: ClusterSettings, address: str | None, device: str, notes: list[str]) -> list[str]:
+    """The GPUs of --cuda-ids that this machine has, as CUDA_VISIBLE_DEVICES names them."""
     if address:
         reason = "on a running cluster Ray chooses the GPUs"
         raise SettingsError(Fault(f"--cuda-ids {cluster.cuda_ids}", reason, "Leave out --cuda-ids or --ray-address"))
@@ -101,9 +124,6 @@ def _pin_gpus(cluster: ClusterSettings, address: str | None, device: str, notes:
     if missing:
         rest = f"GPUs {kept}" if kept else device
         notes.append(f"--cuda-ids {cluster.cuda_ids}: there are {there} CUDA devices; training on {rest} instead.")
-    if not kept:
-        return device
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     # The numbers count what this process sees; where that is a choice already (a batch system's), choose among it.
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[number] if visible else str(number) for number in kept)
-    return "cuda"
+    visible = [name for name in os.environ.get(VISIBLE, "").split(",") if name]
+    return [visible[number] if visible else str(number) for number in kept]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-from hrm_ray.atomic_files import atomic_directory
 from hrm_ray.bundle.start_weights import check_start_weights
 from hrm_ray.data.bpe import SizeBounds
 from hrm_ray.data.catalog import CHANGED
@@ -22,12 +21,13 @@ from hrm_ray.data.prepare import (
     prepare_text,
 )
 from hrm_ray.data.text_data import TextDataDir
-from hrm_ray.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, TextTokenizer
+from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DISK_FULL_ERRNOS, DataError, Fault, ResourceError, SettingsError
 from hrm_ray.launch.data_sources import chunking_config, has_evaluation, source_of
+from hrm_ray.launch.new_bundle import new_bundle
 from hrm_ray.launch.preflight import check_resources
 from hrm_ray.launch.resolve import ResolvedRun, asks_for_tokenizer, effective_batch, row_form, start_tokenizer
-from hrm_ray.launch.run_directory import PREPARED, RunLocation, stored_args
+from hrm_ray.launch.run_directory import RunLocation, stored_args
 from hrm_ray.ledger import copy_ledger
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import RunDir, write_json
@@ -40,8 +40,7 @@ from hrm_ray.train.resume import write_description
 def make_plan(resolved: ResolvedRun, on_read: Callable[[CorpusReading], None] = lambda _: None) -> RunPlan:
     """Make the bundle's folder and the data ready, and write the plan down. `on_read` is called while text is read.
 
-    A new bundle appears whole or not at all: it is prepared beside its place and renamed. Raises ResourceError where
-    the disk is full.
+    A new bundle is prepared in a folder of its own and appears as a whole. Raises ResourceError where the disk is full.
     """
     try:
         return _made_plan(resolved, on_read)
@@ -54,7 +53,8 @@ def make_plan(resolved: ResolvedRun, on_read: Callable[[CorpusReading], None] = 
 
 
 def _made_plan(resolved: ResolvedRun, on_read: Callable[[CorpusReading], None]) -> RunPlan:
-    with _bundle(resolved.location) as run_dir:
+    location = resolved.location
+    with nullcontext(location.run_dir) if location.continues else new_bundle(location) as run_dir:
         notes, remarks = list(resolved.notes), list[str]()
         data: TextData | PuzzlePlan
         if resolved.facts.task == "puzzle":
@@ -121,22 +121,6 @@ def _plan(
         notes=tuple(notes),
         remarks=remarks,
     )
-
-
-@contextmanager
-def _bundle(location: RunLocation) -> Iterator[RunDir]:
-    """The bundle's folder to prepare in: beside its place for a new one, in its place for a resumed one."""
-    if location.continues:
-        yield location.run_dir
-        return
-    root = location.run_dir.root
-    with atomic_directory(root, overwrite=True, owned=PREPARED, option="--bundle-dir") as folder:
-        prepared = RunDir(folder)
-        tokenizers = location.source if location.source is not None else location.run_dir
-        for name in (TOKENIZER_FILE, CONFIG_FILE):
-            if (tokenizers.root / name).is_file():
-                shutil.copyfile(tokenizers.root / name, folder / name)
-        yield prepared
 
 
 def _prepare_text(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from hrm_ray.data.corpus import CorpusReading
-from hrm_ray.types import StopPoll, StopRequested
+from hrm_ray.types import MetricSink, Record, StopPoll, StopRequested
 
 REPORT_EVERY_S = 5.0
 """Short preparation says nothing; a long one a line every few seconds."""
@@ -15,10 +15,8 @@ REPORT_EVERY_S = 5.0
 class ReadingProgress:
     """Called while a corpus is read: reports how far that is, and raises StopRequested once a stop was asked for."""
 
-    def __init__(
-        self, report: Callable[[str], None], stop: StopPoll, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._report, self._stop, self._clock = report, stop, clock
+    def __init__(self, sink: MetricSink, stop: StopPoll, clock: Callable[[], float] = time.monotonic) -> None:
+        self._sink, self._stop, self._clock = sink, stop, clock
         self._next_s = clock() + REPORT_EVERY_S
 
     def __call__(self, reading: CorpusReading) -> None:
@@ -30,4 +28,5 @@ class ReadingProgress:
             return
         self._next_s = now_s + REPORT_EVERY_S
         share = "" if reading.share is None else f" ({reading.share:.0%} of the data)"
-        self._report(f"reading the data before the first step: {reading.rows_read:,} rows{share}")
+        message = f"reading the data before the first step: {reading.rows_read:,} rows{share}"
+        self._sink.write(Record("event", 0, time.time(), {"message": message, "level": "INFO"}))

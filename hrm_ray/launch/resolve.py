@@ -1,7 +1,4 @@
-"""What a run will be, found out without writing anything.
-
-One job: settings against data, devices, names and resources, into one ResolvedRun. `plan` makes it ready to train.
-"""
+"""What a run will be: settings resolved against data, devices, folders and resources. Nothing is written."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from hrm_ray.data.puzzles.samples import open_puzzles
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataError, Fault, SettingsError
 from hrm_ray.launch.data_sources import has_evaluation, source_of
-from hrm_ray.launch.devices import Devices, choose_devices
+from hrm_ray.launch.devices import Devices, choose_devices, visible_gpus
 from hrm_ray.launch.fallbacks import settle_memory_options
 from hrm_ray.launch.preflight import check_launch, check_resources
 from hrm_ray.launch.run_directory import RunLocation, check_effective_batch, check_own_files, locate_run, trained_with
@@ -62,7 +59,15 @@ def resolve(settings: RunSettings) -> ResolvedRun:
             "Give --dataset-file or --dataset-id; `hrm-ray data build text --out corpus` makes one without a download"
         )
         raise SettingsError(Fault("--dataset-file", "there is nothing to train on", hint))
-    settings = _absolute(settings)
+    settings, facts, evaluation, notes = _look_at_data(_absolute(settings))
+    devices = choose_devices(settings.cluster)
+    # Some checks ask CUDA what it can do, and CUDA keeps to the GPUs that it sees the first time.
+    with visible_gpus(devices):
+        return _resolve_on(devices, settings, facts, evaluation, notes)
+
+
+def _look_at_data(settings: RunSettings) -> tuple[RunSettings, DataFacts, DataFacts | None, list[str]]:
+    """What the training data and the held-out data are, the settings resolved for them, and doubts about them."""
     on_bad_row = settings.data.on_bad_row
     facts = detect(source_of(settings, evaluation=False), on_bad_row)
     evaluation = detect(source_of(settings, evaluation=True), on_bad_row) if has_evaluation(settings) else None
@@ -77,7 +82,12 @@ def resolve(settings: RunSettings) -> ResolvedRun:
     notes = _overlap(settings, facts) if evaluation is not None else []
     if evaluation is not None and facts.puzzle is not None:
         open_puzzles(Path(evaluation.path), evaluation.split).fit_to(facts.puzzle)
-    devices = choose_devices(settings.cluster)
+    return settings, facts, evaluation, notes
+
+
+def _resolve_on(
+    devices: Devices, settings: RunSettings, facts: DataFacts, evaluation: DataFacts | None, notes: list[str]
+) -> ResolvedRun:
     if devices.device == "mps" and settings.model.loss == "stablemax":
         reason = "it is computed in float64, which this device does not have"
         raise SettingsError(Fault("--loss stablemax on mps", reason, "Give --loss softmax, or --device cpu"))

@@ -35,9 +35,11 @@ PREPARED = REUSABLE | {
     "ledger.sqlite-shm",
     "ledger.sqlite-journal",
     "chunk_tracker_state.json",
-    ".in_use.json",
 }
 """Files of a bundle that exist before the first step."""
+
+LOCK_FILES = frozenset({".run.lock", ".in_use.json", ".preparing"})
+"""What a run keeps in its folder while it has no bundle yet; the run's lock guards them."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def locate_run(settings: RunSettings) -> RunLocation:
             hint = "Leave out --resume and give another --brain-name, or --resume-from a checkpoint"
             raise SettingsError(Fault(str(run_dir.root), "there is no checkpoint to resume from", hint))
         return _resumed(settings, run_dir, run_dir.checkpoint(steps[-1]), run_dir)
-    _check_free(run_dir)
+    check_vacant(run_dir)
     return RunLocation(run_dir, None, None)
 
 
@@ -152,9 +154,19 @@ def never_trained(run_dir: RunDir) -> bool:
     """
     if not run_dir.training_args.is_file() or run_dir.weights.is_file() or run_dir.checkpoints.exists():
         return False
-    if any(path.name not in PREPARED for path in run_dir.root.iterdir()):
+    if any(path.name not in PREPARED | LOCK_FILES for path in run_dir.root.iterdir()):
         return False
     return not run_dir.metrics.is_file() or run_dir.metrics.stat().st_size == 0
+
+
+def check_unchanged(settings: RunSettings, location: RunLocation) -> None:
+    """Look again, under the run's lock, at what `locate_run` found. Raises SettingsError if another run changed it."""
+    run_dir = location.run_dir
+    if not location.continues:
+        check_vacant(run_dir)
+    elif settings.run.resume_from is None and location.checkpoint != run_dir.checkpoint(run_dir.checkpoint_steps()[-1]):
+        reason = "another run has saved a checkpoint in it while this one was starting"
+        raise SettingsError(Fault(str(run_dir.root), reason, "Give the command again"))
 
 
 def check_effective_batch(location: RunLocation, effective: int) -> None:
@@ -212,11 +224,12 @@ def _resumed(settings: RunSettings, run_dir: RunDir, checkpoint: Path, source: R
     _check_same(settings, source)
     location = RunLocation(run_dir, checkpoint, source)
     if not location.continues:
-        _check_free(run_dir)
+        check_vacant(run_dir)
     return location
 
 
-def _check_free(run_dir: RunDir) -> None:
+def check_vacant(run_dir: RunDir) -> None:
+    """Raises SettingsError unless a new run can have this folder."""
     root = run_dir.root
     if root.is_file():
         raise SettingsError(Fault(str(root), "there is a file of this name", "Give another --brain-name"))
@@ -225,7 +238,7 @@ def _check_free(run_dir: RunDir) -> None:
         raise SettingsError(Fault(str(root), "part of the path is a file, not a folder", hint))
     if not root.is_dir():
         return
-    inside = sorted(path.name for path in root.iterdir() if path.name not in REUSABLE)
+    inside = sorted(path.name for path in root.iterdir() if path.name not in REUSABLE | LOCK_FILES)
     if not inside:
         return
     if never_trained(run_dir):

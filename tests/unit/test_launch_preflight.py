@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hrm_ray.errors import SettingsError, UnavailableError
-from hrm_ray.launch.devices import choose_device, choose_devices
+from hrm_ray.launch.devices import choose_device, choose_devices, visible_gpus
 from hrm_ray.settings.cluster import ClusterSettings
 from tests.support.runs import TEXT, hrm, refused, text_file
 
@@ -72,14 +72,27 @@ def test_named_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_devices(ClusterSettings(cuda_ids="1,9", strict=True))
     told = choose_devices(ClusterSettings(cuda_ids="1,9"))
     assert len(told.notes) == 1 and "--cuda-ids 1,9" in told.notes[0] and "[1]" in told.notes[0]
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+    assert (told.visible_gpus, told.world_size) == ("1", 1)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
 
 
 def test_named_gpus_among_those_that_are_visible(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, cuda=3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,GPU-7")
-    choose_devices(ClusterSettings(cuda_ids="1,2"))
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5,GPU-7"
+    chosen = choose_devices(ClusterSettings(cuda_ids="1,2"))
+    with visible_gpus(chosen):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "5,GPU-7"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,5,GPU-7"
+    assert chosen.world_size == 2
+
+
+def test_a_dry_run_leaves_the_visible_gpus_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, cuda=2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    data, bundle = text_file(tmp_path), tmp_path / "b"
+    ran = hrm("train", "--dataset-file", data, "--bundle-dir", bundle, *TEXT, "--cuda-ids", "1", "--dry-run")
+    assert ran.code == 0 and "cuda" in ran.out
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_a_launch_that_ends_before_the_first_step_leaves_no_bundle(
 def test_a_bundle_that_was_only_prepared_gives_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a killed driver leaves it; one that has a record does not."""
     data, bundle = text_folder(tmp_path / "data"), tmp_path / "b"
-    monkeypatch.setattr("hrm_ray.cli.run.never_trained", lambda run_dir: False)
+    monkeypatch.setattr("hrm_ray.launch.new_bundle.never_trained", lambda run_dir: False)
     monkeypatch.setattr("hrm_ray.launch.local.train", lambda plan, link: (_ for _ in ()).throw(KeyboardInterrupt))
     assert hrm("train", "--dataset-file", data, "--bundle-dir", bundle, *TEXT).code == 130
     assert (bundle / "training_args.json").is_file()

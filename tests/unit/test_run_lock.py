@@ -1,52 +1,110 @@
-"""One run at a time in a bundle; what a killed one leaves is in nobody's way."""
+"""One run at a time in a bundle; nothing of before is lost, and what a killed run leaves is in nobody's way."""
 
 from __future__ import annotations
 
-import json
 import os
-import socket
+import shutil
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 
+from hrm_ray.errors import ResourceError
 from hrm_ray.launch.run_lock import run_lock
 from hrm_ray.rundir import RunDir
-from tests.support.runs import TEXT, hrm, refused, text_file, train
+from tests.support import paused_command
+from tests.support.runs import TEXT, files_below, hrm, refused, text_file, train
 
-
-def holder(bundle: Path, **changes: Any) -> str:
-    own = {"host": socket.gethostname(), "pid": os.getpid(), "began_s": psutil.Process().create_time()}
-    return json.dumps({"bundle": str(bundle.resolve().with_name(changes.pop("of", bundle.name))), **own, **changes})
+PREPARING = "hrm_ray.launch.plan:check_resources"
+BEFORE_THE_LOCK = "hrm_ray.launch.run:run_lock"
 
 
 def test_a_bundle_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
     bundle = tmp_path / "b"
     train(text_file(tmp_path), bundle, *TEXT, "--steps", "2")
-    assert not RunDir(bundle).run_lock.exists()
+    before = files_below(bundle)
     again = ("train", "--bundle-dir", bundle, "--resume", "--steps", "3")
-    RunDir(bundle).run_lock.write_text(holder(bundle))
-    refused(2, *again, naming=(bundle, f"process {os.getpid()} is training in it"))
-    RunDir(bundle).run_lock.write_text("{")
-    refused(2, *again, naming=(bundle, "just begun"))
-    RunDir(bundle).run_lock.write_text(holder(bundle, host="elsewhere"))
-    refused(2, *again, naming=(bundle, "on elsewhere", RunDir(bundle).run_lock))
-    assert RunDir(bundle).checkpoint_steps() == [2]
-
-
-@pytest.mark.parametrize("left", [{"began_s": 1.0}, {"pid": 2**30}, {"of": "another"}, "", "{"])
-def test_what_a_killed_run_left_is_taken_over(tmp_path: Path, left: dict[str, Any] | str) -> None:
-    bundle = tmp_path / "b"
-    train(text_file(tmp_path), bundle, *TEXT, "--steps", "2")
-    RunDir(bundle).run_lock.write_text(left if isinstance(left, str) else holder(bundle, **left))
-    os.utime(RunDir(bundle).run_lock, (0, 0))
-    assert hrm("train", "--bundle-dir", bundle, "--resume", "--steps", "3").code == 0
-    assert not RunDir(bundle).run_lock.exists()
+    with run_lock(RunDir(bundle)):
+        refused(2, *again, naming=(bundle, f"process {os.getpid()} on", "is training in it"))
+        RunDir(bundle).lock_holder.write_text("{")
+        refused(2, *again, naming=(bundle, "another process is training in it"))
+        copy = shutil.copytree(bundle, tmp_path / "copy")
+        assert hrm("train", "--bundle-dir", copy, "--resume", "--steps", "3").code == 0
+    assert files_below(bundle) == before
 
 
 def test_it_is_given_back_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="out"), run_lock(RunDir(tmp_path)):
-        assert RunDir(tmp_path).run_lock.is_file()
-        raise ValueError("out")
-    assert not RunDir(tmp_path).run_lock.exists()
+    for folder in (tmp_path / "new", tmp_path):
+        with pytest.raises(ValueError, match="out"), run_lock(RunDir(folder)):
+            assert RunDir(folder).lock_holder.is_file()
+            raise ValueError("out")
+        with run_lock(RunDir(folder)):
+            pass
+        assert not RunDir(folder).lock_holder.exists()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_second_run_of_a_name_is_refused_while_the_first_prepares(tmp_path: Path) -> None:
+    data, bundle = text_file(tmp_path), tmp_path / "b"
+    words = ("train", "--dataset-file", data, "--bundle-dir", bundle, *TEXT, "--steps")
+    first = paused_command.start(PREPARING, *words, "2")
+    second = hrm(*words, "3")
+    code, err = paused_command.go_on(first)
+    assert (code, second.code) == (0, 2), (err, second)
+    assert f"process {first.pid} on" in second.err
+    assert RunDir(bundle).checkpoint_steps() == [2]
+
+
+def test_a_second_run_of_a_name_is_refused_that_began_when_the_folder_was_free(tmp_path: Path) -> None:
+    data, bundle = text_file(tmp_path), tmp_path / "b"
+    words = ("train", "--dataset-file", data, "--bundle-dir", bundle, *TEXT, "--steps")
+    second = paused_command.start(BEFORE_THE_LOCK, *words, "3")
+    train(data, bundle, *TEXT, "--steps", "2")
+    before = files_below(bundle)
+    code, err = paused_command.go_on(second)
+    assert code == 2 and "there is a run in it already" in err
+    assert files_below(bundle) == before
+
+
+def test_a_resume_that_began_before_another_one_is_refused(tmp_path: Path) -> None:
+    """It would take the bundle back to the checkpoint that it knows."""
+    bundle = tmp_path / "b"
+    train(text_file(tmp_path), bundle, *TEXT, "--steps", "2")
+    again = ("train", "--bundle-dir", bundle, "--resume", "--steps")
+    second = paused_command.start(BEFORE_THE_LOCK, *again, "3")
+    assert hrm(*again, "4").code == 0
+    code, err = paused_command.go_on(second)
+    assert code == 2 and "another run has saved a checkpoint" in err
+    assert RunDir(bundle).checkpoint_steps() == [2, 4]
+
+
+def test_what_a_killed_launch_left_is_taken_over(tmp_path: Path) -> None:
+    data, bundle = text_file(tmp_path), tmp_path / "b"
+    killed = paused_command.start(PREPARING, "train", "--dataset-file", data, "--bundle-dir", bundle, *TEXT)
+    killed.kill()
+    killed.communicate()
+    assert RunDir(bundle).preparing.is_dir() and RunDir(bundle).lock_holder.is_file()
+    train(data, bundle, *TEXT, "--steps", "1")
+    assert not RunDir(bundle).preparing.exists() and not RunDir(bundle).lock_holder.exists()
+
+
+@pytest.mark.parametrize("more", [(), ("--retrain-tokenizer",)], ids=["reused", "retrained"])
+def test_a_failed_launch_leaves_a_tokenizer_that_was_there(
+    more: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, bundle = text_file(tmp_path, name="other.txt", seed=3), tmp_path / "b"
+    train(other, tmp_path / "first", *TEXT, "--steps", "1")
+    bundle.mkdir()
+    shutil.copyfile(tmp_path / "first" / "tokenizer.json", bundle / "tokenizer.json")
+    before = files_below(bundle)
+
+    def failing(plan: object, link: object) -> None:
+        assert RunDir(bundle).training_args.is_file()
+        raise ResourceError([])
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hrm_ray.launch.local.train", failing)
+        ran = hrm("train", "--dataset-file", text_file(tmp_path), "--bundle-dir", bundle, *TEXT, *more)
+    assert ran.code == 4
+    left = files_below(bundle)
+    left.pop(RunDir(bundle).run_lock.name, None)
+    assert left == before

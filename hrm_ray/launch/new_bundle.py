@@ -1,0 +1,71 @@
+"""The folder of a new bundle: filled at once with what was prepared, and emptied again if nothing was trained.
+
+A file that was in the folder before the run is never removed. The run's lock is held all the while.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hrm_ray.atomic_files import atomic_write, sync_folder
+from hrm_ray.launch.run_directory import LOCK_FILES, PREPARED, REUSABLE, RunLocation, check_vacant, never_trained
+from hrm_ray.rundir import RunDir
+
+
+@contextmanager
+def new_bundle(location: RunLocation) -> Iterator[RunDir]:
+    """A folder to prepare a bundle in; what is in it moves to the bundle's place when the block ends without an error.
+
+    It begins with the tokenizer of the bundle that this one branches off from, or with the one that lies in its place.
+    """
+    root = location.run_dir.root
+    preparing = RunDir(location.run_dir.preparing)
+    _remove(preparing.root)  # of a process that was killed
+    preparing.root.mkdir(parents=True)
+    try:
+        tokenizers = location.source if location.source is not None else location.run_dir
+        for name in REUSABLE:
+            if (tokenizers.root / name).is_file():
+                shutil.copyfile(tokenizers.root / name, preparing.root / name)
+        yield preparing
+        # Preparing can take hours. In that time somebody may have put files of their own here.
+        check_vacant(location.run_dir)
+        # First what marks the folder as a prepared bundle: a later run may take the place of a part of one.
+        os.replace(preparing.training_args, location.run_dir.training_args)
+        for name in PREPARED - REUSABLE - {preparing.training_args.name}:
+            _remove(root / name)  # of a launch that was killed before its first step
+        for path in preparing.root.iterdir():
+            os.replace(path, root / path.name)
+        sync_folder(root)
+    finally:
+        _remove(preparing.root)
+
+
+@contextmanager
+def removed_unless_trained(location: RunLocation) -> Iterator[None]:
+    """Take back what the block has put into a new bundle's folder, if it ends with nothing trained."""
+    run_dir = location.run_dir
+    before = {path.name for path in run_dir.root.iterdir()}
+    tokenizer = {name: (run_dir.root / name).read_bytes() for name in REUSABLE & before}
+    try:
+        yield
+    finally:
+        if not location.continues and never_trained(run_dir):
+            for path in run_dir.root.iterdir():
+                if path.name not in before | LOCK_FILES:
+                    _remove(path)
+            for name, content in tokenizer.items():
+                if (run_dir.root / name).read_bytes() != content:
+                    with atomic_write(run_dir.root / name) as file:
+                        file.write(content)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
