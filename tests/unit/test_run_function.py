@@ -1,0 +1,68 @@
+"""A run from another Python program: two lines, and the process stays the program's own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from hrm_ray.errors import SettingsError
+from hrm_ray.launch.resolve import resolve
+from hrm_ray.launch.run import run
+from hrm_ray.rundir import RunDir
+from hrm_ray.settings.load import load_settings
+from hrm_ray.settings.tree import RunSettings
+from hrm_ray.types import Record, RunResult, StopReason
+from tests.support.runs import text_file
+
+
+def settings_for(data: Path, bundle: Path, **more: str | bool) -> RunSettings:
+    options: dict[str, str | bool] = {
+        **{"--dataset-file": str(data), "--bundle-dir": str(bundle), "--device": "cpu", "--threads": "1"},
+        **{"--hidden-size": "32", "--num-heads": "2", "--num-layers": "2", "--no-use-moe": True},
+        **{"--vocab-size": "300", "--max-seq-len": "16", "--batch-size": "4", "--log-every": "1"},
+    }
+    return load_settings({**options, **more})
+
+
+class Kept:
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+
+    def write(self, record: Record) -> None:
+        self.records.append(record)
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_run_of_another_program(tmp_path: Path) -> None:
+    environment = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    results: list[RunResult] = []
+    settings = settings_for(text_file(tmp_path), tmp_path / "b", **{"--steps": "2"})
+    program = threading.Thread(target=lambda: results.append(run(settings)))
+    program.start()
+    program.join()
+    assert (results[0].reason, results[0].step, results[0].bundle) == (StopReason.FINISHED, 2, str(tmp_path / "b"))
+    changed = {name for name in environment.keys() | os.environ.keys() if environment.get(name) != os.environ.get(name)}
+    assert changed <= {"TORCHINDUCTOR_CACHE_DIR"}, "torch sets this one when it is imported"
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+
+
+def test_records_stops_and_the_start_reach_the_program(tmp_path: Path) -> None:
+    kept, begun = Kept(), list[bool]()
+    resolved = resolve(settings_for(text_file(tmp_path), tmp_path / "b"))
+    assert not (tmp_path / "b").exists()
+
+    def stop() -> StopReason | None:
+        return StopReason.SIGTERM if any(record.kind == "train" for record in kept.records) else None
+
+    result = run(resolved, sink=kept, stop=stop, on_start=lambda: begun.append((tmp_path / "b").is_dir()))
+    assert (result.reason, result.step, begun) == (StopReason.SIGTERM, 2, [True])
+    assert RunDir(tmp_path / "b").checkpoint_steps() == [2]
+    with pytest.raises(SettingsError, match="there is a run in it already"):
+        run(resolved)
