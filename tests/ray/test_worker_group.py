@@ -166,6 +166,18 @@ def test_a_worker_group_that_cannot_be_built_is_an_error_not_a_wait(
 
 
 @pytest.mark.ray
+def test_processes_that_ray_kills_for_want_of_memory_are_told_as_that(
+    temp_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Ray's memory monitor ends processes from the first moment on.
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.001")
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
+    error, _ = fail(until_stopped, tmp_path)
+    assert isinstance(error, ResourceError)
+    assert "out of memory" in str(error) and "Traceback" not in str(error) and len(str(error)) < 300
+
+
+@pytest.mark.ray
 @needs_two_cpus
 def test_a_stop_reaches_the_workers_within_a_second(temp_root: Path, tmp_path: Path) -> None:
     received = Received()
