@@ -1,4 +1,4 @@
-"""A rank that cannot write its part of a checkpoint, or a leader that fails: all ranks end with the same error."""
+"""Rank 0 decides for all ranks, and an error on one rank ends all of them: nobody waits at a collective."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from hrm_ray.errors import DataError, Fault, HrmRayError
 from hrm_ray.rundir import RunDir
 from hrm_ray.train import checkpoint
 from hrm_ray.train.assemble import assemble
+from hrm_ray.train.evaluator import Evaluator
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.world import World
 from tests.support.splits import Cut, Rows, config_for, settings_for
@@ -45,6 +46,17 @@ def error_of(saved_by: TrainingLoop, run_dir: RunDir, keep: int = 1) -> str:
     return "nothing"
 
 
+def best_seen(loop: TrainingLoop, run_dir: RunDir) -> int:
+    """The step of the best evaluation after a resume, where best/ is on rank 0's disk alone."""
+    if loop.world.leads:
+        run_dir.best.root.mkdir(parents=True)
+        run_dir.best.metadata.write_text('{"step": 2}')
+    evaluator = Evaluator(loop, None, (), run_dir)
+    best = {"step": 2, "loss": 1.0}
+    evaluator.load_state_dict({"evaluated_on": [0], "best": best, "figures": {}, "evaluated_at": 2})
+    return -1 if evaluator.best is None else int(evaluator.best["step"])
+
+
 def spawned(rank: int, folder: str) -> None:
     """The first checkpoint is whole; at the second the disk takes nothing of rank 1; at the third rank 0's manifest."""
     os.environ["USE_LIBUV"] = "0"
@@ -52,7 +64,7 @@ def spawned(rank: int, folder: str) -> None:
     rendezvous = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", rendezvous, timedelta(seconds=STARTED_S), rank=rank, world_size=2)
     loop, run_dir, real = loop_for(Cut(2, 1, 4)), RunDir(Path(folder) / "run"), checkpoint.save_tensors
-    found: list[str | list[int]] = []
+    found: list[str | int | list[int]] = []
     loop.step()
     found += [error_of(loop, run_dir), run_dir.checkpoint_steps()]
     loop.step()
@@ -74,6 +86,7 @@ def spawned(rank: int, folder: str) -> None:
     found += [error_of(loop, run_dir), run_dir.checkpoint_steps()]
     RunDir.describe_checkpoint = described  # type: ignore[method-assign]
     found += [error_of(loop, run_dir), run_dir.checkpoint_steps()]
+    found.append(best_seen(loop, RunDir(Path(folder) / f"seen_by_{rank}")))
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
@@ -85,9 +98,10 @@ def test_all_ranks_end_with_the_error_of_one(tmp_path: Path) -> None:
     mp.spawn(spawned, (str(tmp_path),), nprocs=2)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0] == ranks[1]
-    whole, steps, full, after_full, unknown, after_unknown, again, at_last = ranks[0]
+    whole, steps, full, after_full, unknown, after_unknown, again, at_last, best = ranks[0]
     assert (whole, steps, again, at_last) == ("nothing", [1], "nothing", [2])
     assert full.startswith("ResourceError") and "slots_00000004" in full and "No space left" in full
     assert unknown.startswith("DataError: the ledger")
     assert after_full == after_unknown == [1], "the earlier checkpoint stays, and nothing of the other is left"
+    assert best == 2, "rank 0 decides for all"
     assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hrm_ray.ledger import BlockLength, Contribution, Lease, Ledger, Refused, Round, delete_ledger
+from hrm_ray.ledger import BlockLength, Contribution, Lease, Ledger, Refused, Round, State, delete_ledger
+from hrm_ray.ledger import ranges as rows
 from hrm_ray.ledger.database import own
 from hrm_ray.ledger.rounds import stop_all
 from hrm_ray.ledger.verify import violations
@@ -98,8 +99,9 @@ class Simulation:
         assert ledger is not None
         learned = self._anchor()
         expected = np.ones_like(learned)
-        for one in ledger.quarantined():
-            expected[self.cells(one.epoch, one.chunk, one.start, one.end or one.start)] = 0
+        for one in (one for epoch in range(self.epochs) for one in rows.every(ledger.database, epoch)):
+            if one.state in (State.QUARANTINED, State.SKIPPED):
+                expected[self.cells(one.epoch, one.chunk, one.start, one.end or one.start)] = 0
         self.outcome.lost = int((learned < expected).sum())
         self.outcome.twice = int((learned > expected).sum())
         if self.weakness is Weakness.NONE:
@@ -236,8 +238,9 @@ class Simulation:
         elif kind == "trained" and isinstance(ledger, CompleteWhenTrained):
             ledger.strike_off(words[0])
         elif kind == "report":
-            key, leases, base = words
-            self.send(trainer, "reported", key, ledger.report(key, leases, base=base, path=key, checksum="sum"))
+            key, learned, skipped, base = words
+            answer = ledger.report(key, learned, skipped=skipped, base=base, path=key, checksum="sum")
+            self.send(trainer, "reported", key, answer)
 
     def _merge(self) -> None:
         """One round: check the files, guard, sum up, write the anchor, commit; death may come between any two."""

@@ -25,9 +25,10 @@ class Cell:
     failures: int = 0
     rejections: int = 0
     report: str | None = None
+    skipped: bool = False
 
     def back(self, state: State = State.PENDING) -> None:
-        self.state, self.holder, self.expiry_s, self.report = state, None, None, None
+        self.state, self.holder, self.expiry_s, self.report, self.skipped = state, None, None, None, False
 
     def back_or_aside(self) -> None:
         hopeless = self.failures >= MAX_ATTEMPTS or self.rejections >= MAX_REJECTIONS
@@ -132,15 +133,19 @@ class NaiveLedger:
                 cell.failures = cell.rejections = 0
         return Given(given.holder, given.epoch, given.position, given.start, at)
 
-    def report(self, name: str, leases: list[Given]) -> bool:
-        if not all(self.holds(given) for given in leases):
+    def report(self, name: str, leases: list[Given], skipped: list[Given]) -> bool:
+        if not all(self.holds(given) for given in (*leases, *skipped)):
             return False
-        self.reports[name] = [place for given in leases for place in given.places]
+        self.reports[name] = [place for given in (*leases, *skipped) for place in given.places]
         for place in self.reports[name]:
             cell = self.cells[place]
             cell.back(State.TRAINED)
             cell.report = name
+            cell.skipped = any(place in given.places for given in skipped)
         return True
+
+    def learned(self, name: str) -> int:
+        return sum(not self.cells[place].skipped for place in self.reports[name])
 
     @property
     def staged(self) -> list[str]:
@@ -160,7 +165,8 @@ class NaiveLedger:
         for name in accepted:
             for place in self.reports[name]:
                 cell = self.cells[place]
-                cell.state, cell.failures, cell.rejections = State.MERGED, 0, 0
+                cell.state = State.SKIPPED if cell.skipped else State.MERGED
+                cell.failures = cell.rejections = 0
         self.rounds.append((number, accepted))
 
     def rollback(self, to: int | None) -> None:

@@ -20,14 +20,19 @@ RENEW_TICKS = 4
 RESEND_TICKS = 8
 
 
+def place_of(lease: Lease) -> tuple[int, int, int]:
+    return lease.epoch, lease.chunk, lease.start
+
+
 class Trainer:
     """`own` is what its weights learned since the last report; `leases` what that was leased by, the last one open at
-    sequence `at`; `asked` the request that it waits for."""
+    sequence `at`; `skipped` the places of those whose updates are skipped; `asked` the request that it waits for."""
 
     def __init__(self, world: Simulation, name: str, generation: int, base: int | None) -> None:
         self.world, self.name, self.generation, self.base = world, name, generation, base
         self.own = np.zeros(world.size, np.int64)
         self.leases: list[Lease] = []
+        self.skipped: set[tuple[int, int, int]] = set()
         self.at = self.asked_at = self.requests = self.paused_until = 0
         self.asked: tuple[str, tuple[Any, ...]] | None = None
         self.gone = False
@@ -67,7 +72,8 @@ class Trainer:
     def _learn(self) -> None:
         """One sequence; at a chunk's end, or in its middle where it is told to stop, the report."""
         lease = self.leases[-1]
-        self.own[self.world.cells(lease.epoch, lease.chunk, self.at, self.at + 1)] += 1
+        if place_of(lease) not in self.skipped:
+            self.own[self.world.cells(lease.epoch, lease.chunk, self.at, self.at + 1)] += 1
         self.at += 1
         if self.at < self._end():
             if self.world.draw.random() < 0.05:
@@ -86,7 +92,9 @@ class Trainer:
             del self.world.files[self.key]
         elif self.world.goes_wrong(0.03, "file broken"):
             self.world.rotten.add(self.key)
-        self.asked, self.asked_at = ("report", (self.key, tuple(self.leases), self.base)), self.world.tick
+        learned = tuple(lease for lease in self.leases if place_of(lease) not in self.skipped)
+        skipped = tuple(lease for lease in self.leases if place_of(lease) in self.skipped)
+        self.asked, self.asked_at = ("report", (self.key, learned, skipped, self.base)), self.world.tick
         self.world.send(None, "report", self, *self.asked[1])
 
     def _ask(self, kind: str, *words: Any) -> None:
@@ -108,6 +116,8 @@ class Trainer:
             self.asked = None
             if isinstance(answer, Lease):
                 self.leases.append(answer)
+                if self.world.goes_wrong(0.1, "update skipped"):
+                    self.skipped.add(place_of(answer))
                 self.at = answer.start
             elif isinstance(answer, Idle):
                 if self.leases:
@@ -134,6 +144,6 @@ class Trainer:
     def _back_to_anchor(self) -> None:
         """Begin anew from the newest anchor; while the coordinator is away, from the one that is known."""
         self.own[:] = 0
-        self.leases, self.asked = [], None
+        self.leases, self.skipped, self.asked = [], set(), None
         if self.world.ledger is not None:
             self.base = self.world.head()

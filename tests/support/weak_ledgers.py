@@ -55,8 +55,16 @@ class CompleteWhenTrained(Ledger):
                 rows.put(self.database, replace(held, state=State.MERGED, worker=None, generation=None, expiry_s=None))
 
     def report(
-        self, name: str, leases: Sequence[Lease], *, base: int | None, path: str, checksum: str
+        self,
+        name: str,
+        leases: Sequence[Lease],
+        *,
+        base: int | None,
+        path: str,
+        checksum: str,
+        skipped: Sequence[Lease] = (),
     ) -> Contribution | Refused:
+        leases = [*leases, *skipped]
         with self.database.transaction():
             if self.contribution(name) is None:
                 self.database.rows(

@@ -16,7 +16,7 @@ from tests.support.weak_ledgers import Weakness
 FAULTS = {
     *("message doubled", "worker died", "worker paused beyond its lease", "claim given up", "contribution refused"),
     *("file lost", "file broken", "anchor rotten", "death between calls", "death in a commit", "power lost"),
-    "coordinator died",
+    *("coordinator died", "update skipped"),
 }
 
 

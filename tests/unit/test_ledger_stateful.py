@@ -83,7 +83,7 @@ class LedgerMachine(RuleBasedStateMachine):
         )
         expected = self.naive.claim(worker, self.now_s, lease_s)
         if expected is None:
-            settled = {State.MERGED, State.QUARANTINED}
+            settled = {State.MERGED, State.SKIPPED, State.QUARANTINED}
             done = all(cell.state in settled for cell in self.naive.cells.values())
             assert got is (Idle.DONE if done else Idle.OTHERS)
             return
@@ -124,9 +124,16 @@ class LedgerMachine(RuleBasedStateMachine):
         self.leases[self.leases.index((lease, given))] = first, expected
 
     @precondition(lambda self: self.leases)
-    @rule(which=st.integers(0, 99), number=st.integers(1, 3), stale=st.integers(0, 3), twice=st.booleans())
-    def report(self, which: int, number: int, stale: int, twice: bool) -> None:
-        """Leases of one incarnation; now and then with one among them that may be over."""
+    @rule(
+        which=st.integers(0, 99),
+        number=st.integers(1, 3),
+        skip=st.integers(0, 2),
+        stale=st.integers(0, 3),
+        twice=st.booleans(),
+    )
+    def report(self, which: int, number: int, skip: int, stale: int, twice: bool) -> None:
+        """Leases of one incarnation, the first `skip` of them of skipped updates; now and then with one that may be
+        over."""
         held = [pair for pair in self.leases if stale == 0 or self.naive.holds(pair[1])] or self.leases
         first = held[which % len(held)]
         of_one = [pair for pair in held if pair[1].holder[:2] == first[1].holder[:2]]
@@ -135,12 +142,13 @@ class LedgerMachine(RuleBasedStateMachine):
         leases, expected = [lease for lease, _ in of_one], [given for _, given in of_one]
         name = f"report {self.fresh()}"
         base = self.naive.rounds[-1][0] if self.naive.rounds else None
-        told = self.ledger.report(name, leases, base=base, path="file", checksum="sum")
-        assert isinstance(told, Refused) != self.naive.report(name, expected)
+        words = {"skipped": leases[:skip], "base": base, "path": "file", "checksum": "sum"}
+        told = self.ledger.report(name, leases[skip:], **words)
+        assert isinstance(told, Refused) != self.naive.report(name, expected[skip:], expected[:skip])
         if not isinstance(told, Refused):
-            assert told.sequences == len(self.naive.reports[name])
+            assert told.sequences == self.naive.learned(name)
             if twice:
-                assert self.ledger.report(name, leases, base=base, path="file", checksum="sum") == told
+                assert self.ledger.report(name, leases[skip:], **words) == told
 
     @precondition(lambda self: self.naive.staged)
     @rule(which=st.integers(0, 99), lost=st.booleans())
@@ -204,6 +212,8 @@ class LedgerMachine(RuleBasedStateMachine):
                     assert cell == type(cell)()
         merged = sum(cell.state is State.MERGED for cell in self.naive.cells.values())
         assert merged == (self.ledger.head.total_sequences if self.ledger.head is not None else 0)
+        skipped = sum(cell.state is State.SKIPPED for cell in self.naive.cells.values())
+        assert skipped == sum(self.ledger.skipped().values())
 
     def teardown(self) -> None:
         self.ledger.close()
