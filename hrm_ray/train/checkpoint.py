@@ -144,6 +144,7 @@ def _write(loop: TrainingLoop, folder: Path, trend: dict[str, Any] | None, extra
     state = {
         "progress": vars(loop.progress),
         "schedule_position": loop.clock.position,
+        "epoch_rows": loop.epoch_rows,
         "epoch": parts.loader.epoch,
         "effective_batch_size": parts.shape.effective,
         "physical_batch_size": parts.shape.batch_size,
@@ -177,6 +178,8 @@ def load_checkpoint(loop: TrainingLoop, folder: Path) -> dict[str, Any]:
     loop.progress = Progress.from_plain(state["progress"])
     # Older checkpoints have no position: theirs counted updates.
     loop.clock.position = state.get("schedule_position", loop.progress.step)
+    epoch_rows = state.get("epoch_rows")
+    loop.epoch_rows = None if epoch_rows is None else (epoch_rows[0], epoch_rows[1])
     if parts.scaler is not None and state["loss_scaler"] is not None:
         parts.scaler = LossScaler(**state["loss_scaler"])
     adaptive = parts.lr_schedule.adaptive

@@ -107,6 +107,8 @@ class TrainingLoop:
         self.stop_poll = stop_poll
         self.progress = Progress()
         self.clock = ScheduleClock()
+        self.epoch_rows: tuple[int, int] | None = None
+        """Rows of the first epoch and of a later one, once an epoch has shown what was estimated before."""
         self.carries: list[Any] | None = None
         self.metrics = MetricTotals()
         self.trained = False

@@ -7,6 +7,7 @@ checkpoint if the plan names one, trains, and closes everything.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from hrm_ray.metrics.fanout import FanOut
 from hrm_ray.metrics.jsonl import JsonlSink
 from hrm_ray.metrics.tensorboard import TensorBoardSink
 from hrm_ray.rundir import MANIFEST, RunDir, file_sha256
+from hrm_ray.settings.schedule_length import schedule_length
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.attention_choice import flash_notes
@@ -31,11 +33,12 @@ from hrm_ray.train.checkpoint import Checkpointer, load_checkpoint
 from hrm_ray.train.evaluator import Evaluator
 from hrm_ray.train.expert_run import ExpertRun
 from hrm_ray.train.ledger_writer import LedgerWriter, ResumePoint
+from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.metric_logger import MetricLogger
 from hrm_ray.train.plan import RunPlan, TextData
 from hrm_ray.train.precision import slow_bfloat16
 from hrm_ray.train.resume import rewind_to
-from hrm_ray.train.stream_loader import TextStream
+from hrm_ray.train.stream_loader import StreamLoader, TextStream
 from hrm_ray.train.trainer import Trainer
 from hrm_ray.train.world import World
 from hrm_ray.types import DriverLink, MetricSink, RunResult, SampleSet
@@ -103,6 +106,8 @@ def _train(plan: RunPlan, link: WorkerLink) -> RunResult:
         evaluator = Evaluator(loop, components.held_out, source, run_dir)
         checkpointer = Checkpointer(loop, run_dir, settings.run.keep, ledger_writer)
         trainer = Trainer(settings, loop, logger, evaluator, checkpointer, expert)
+        if isinstance(plan.data, TextData) and plan.data.rows_estimated:
+            _refine_schedule(plan, plan.data, loop, logger)
         # On a running cluster the driver has not seen the workers' machines.
         own = flash_notes(settings, config, world.device) if plan.ray_address else []
         for note in (*plan.notes, *own):
@@ -122,6 +127,39 @@ def _train(plan: RunPlan, link: WorkerLink) -> RunResult:
         loop.parts.loader.close()
         if sink is not None:
             sink.close()
+
+
+def _refine_schedule(plan: RunPlan, data: TextData, loop: TrainingLoop, logger: MetricLogger) -> None:
+    """Lay out a schedule whose rows were estimated anew at the end of each epoch, when the rows are known.
+
+    The rows are in the checkpoint, so that a resumed run has the learning rate of the run that was not stopped.
+    """
+    parts, loader = loop.parts, loop.parts.loader
+    if not isinstance(loader, StreamLoader):
+        return
+
+    def lay_out(first_rows: int, rows: int) -> int:
+        effective, current = parts.shape.effective, parts.lr_schedule
+        steps = schedule_length(plan.settings, rows, effective, plan.config.halt_max_steps, first_samples=first_rows)
+        parts.lr_schedule = replace(current, schedule=replace(current.schedule, total_steps=steps))
+        return steps
+
+    def at_epoch_end(epoch: int, sequences: int) -> None:
+        first_rows, rows = loop.epoch_rows or (data.first_rows or 0, data.rows or 0)
+        first_rows = sequences if epoch == 0 else first_rows
+        # An epoch that begins with a later chunk does not tell how long the others are.
+        rows = sequences if epoch or not data.text.start else rows
+        if (first_rows, rows) == loop.epoch_rows:
+            return
+        loop.epoch_rows = first_rows, rows
+        before, steps = parts.lr_schedule.schedule.total_steps, lay_out(first_rows, rows)
+        if steps != before:
+            text = f"Epoch {epoch} had {sequences} sequences: the learning-rate schedule is laid out for {steps} steps"
+            logger.event("INFO", f"{text} from here on, instead of {before}.")
+
+    if loop.epoch_rows is not None:
+        lay_out(*loop.epoch_rows)
+    loader.on_epoch_end = at_epoch_end
 
 
 def _data(

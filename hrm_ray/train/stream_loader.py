@@ -6,6 +6,7 @@ how it is split.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -39,6 +40,8 @@ class StreamLoader:
         self._consumed: list[ConsumedRange] = []
         self.epoch = 0
         self.stream = self._stream(StreamState())
+        self.on_epoch_end: Callable[[int, int], None] = lambda epoch, sequences: None
+        """Called before another epoch begins: with the number of the one that ended, and its sequences."""
 
     def next_batch(self, halted: HaltedSlots, step: int) -> list[Columns]:
         """See BatchLoader; every slot of text is free at every step."""
@@ -58,6 +61,7 @@ class StreamLoader:
         if not self.stream.state.sequences:
             reason = "no row of it was left to train on"
             raise DataError(Fault("the training data", reason, "Give other data, or leave out --ascii-only"))
+        self.on_epoch_end(self.epoch, self.stream.state.sequences)
         self._enter(self.epoch + 1, StreamState())
         return True
 

@@ -179,3 +179,19 @@ def test_an_estimated_schedule_is_the_same_after_a_resume(corpus: Path, reads: R
     assert computed(corpus.parent / "c") == whole
     stored = json.loads((corpus.parent / "c" / "training_args.json").read_text())["data"]
     assert stored["rows_estimated"] and abs(stored["rows"] - 160) < 60
+
+
+def test_the_schedule_is_laid_out_anew_when_an_epoch_has_been_counted(corpus: Path, reads: Reads) -> None:
+    words = ("--epochs", "3", "--lr-schedule", "linear", "--lr-min-ratio", "0", "--save-every", "0", "--log-every", "1")
+    assert hrm(*start(corpus, *words)).code == 0
+    whole = computed(corpus.parent / "b")
+    assert len(whole) == 120 and whole[-1]["lr"] == 0 and whole[-2]["lr"] > 0, "the end of 3 epochs of 40 steps"
+    said = [event for event in records(corpus.parent / "b", "event") if "is laid out for 120 steps" in event["message"]]
+    assert len(said) == 1 and "Epoch 0 had 160 sequences" in said[0]["message"] and said[0]["step"] == 40
+    for step in (30, 40, 55):
+        folder = corpus.parent / f"c{step}"
+        with stopping_at(step):
+            assert hrm(*start(corpus, *words, "--bundle-dir", folder)).code == 0
+        again = hrm("train", "--bundle-dir", folder, "--resume")
+        assert again.code == 0, again.err
+        assert computed(folder) == whole
