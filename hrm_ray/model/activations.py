@@ -1,8 +1,4 @@
-"""The nonlinear part of a feed-forward network: what happens between its matrices.
-
-One job: the table of activations and the inner values of a gated or plain FFN. The matrices are in layers.py and
-moe.py.
-"""
+"""Activations: the nonlinear part of a gated or plain FFN, whose matrices are in layers.py and moe.py."""
 
 from __future__ import annotations
 
@@ -14,22 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
-"""By the name that `--activation` takes; gelu is the exact one, x times the normal distribution function."""
+"""By the name that `--activation` takes; gelu is the exact one, not its tanh approximation."""
 
-_OVERWRITING: dict[str, Callable[[Tensor], Tensor]] = {
+_INPLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": partial(F.silu, inplace=True),
-    "gelu": F.gelu,  # PyTorch has no such function that writes over its input
+    "gelu": F.gelu,  # PyTorch has no in-place GELU
     "relu": partial(F.relu, inplace=True),
 }
 
 
 def inner_values(activation: str, up: Tensor, gate: Tensor | None) -> Tensor:
-    """activation(gate) * up, or activation(up) where there is no gate; both [..., width].
-
-    Most updates of a segment keep no graph; `up` and `gate`, the widest tensors of a layer, are then written over.
-    """
+    """activation(gate) * up, or activation(up) without a gate; all [..., width]. Without a graph `up` and `gate` are
+    overwritten."""
     if torch.is_grad_enabled():
         apply = ACTIVATIONS[activation]
         return apply(up) if gate is None else apply(gate) * up
-    apply = _OVERWRITING[activation]
+    # Most updates of a segment have no graph, and these are the widest tensors of a layer.
+    apply = _INPLACE[activation]
     return apply(up) if gate is None else apply(gate).mul_(up)

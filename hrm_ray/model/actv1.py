@@ -1,7 +1,6 @@
-"""The ACTv1 network: two levels, cycles, one segment at a time.
+"""The ACTv1 network: two levels and their cycles, one segment at a time (ACTV1_SPEC, sections 3 to 5).
 
-One job: turn (inputs, states) into (new states, logits, q) as ACTV1_SPEC sections 3 to 5 say. Halting, losses and
-the carry's book-keeping are elsewhere.
+Halting, losses and carries belong to the objectives.
 """
 
 from __future__ import annotations
@@ -79,10 +78,10 @@ class ActV1(nn.Module):
         return None if self.rotary is None else self.rotary.at(start, stop)
 
     def segment(self, states: States, x: Tensor, context: Context) -> States:
-        """One segment: h_cycles times (l_cycles L updates, then one H update).
+        """One segment: h_cycles times (l_cycles L updates, then one H update). All [B, T, D].
 
-        The last `bp_steps` updates, in time order, carry gradient; all earlier ones run without a graph. The result
-        is attached to the graph: detach it before it becomes a carry.
+        The last `bp_steps` updates, in time order, carry gradient; earlier ones run without a graph. The result is part
+        of the graph: detach it before it becomes a carry.
         """
         first = self.config.updates_per_segment - self.config.bp_steps
         with torch.no_grad():
@@ -93,7 +92,7 @@ class ActV1(nn.Module):
         """The updates `first` to `stop` (exclusive) of a segment, in time order, in the present gradient mode."""
         z_h, z_l = states.z_h, states.z_l
         if torch.is_grad_enabled() and torch.is_autocast_enabled(x.device.type):
-            # Autocast keeps the weights' casts, and those made without a graph would cut the weights' gradients off.
+            # Autocast caches the weights' casts; those made without a graph would cut off the weights' gradients.
             torch.clear_autocast_cache()
         for number in range(first, stop):
             if self.is_l_update(number):
@@ -109,7 +108,7 @@ class ActV1(nn.Module):
         return number % (self.config.l_cycles + 1) < self.config.l_cycles
 
     def _untrained(self, x: Tensor) -> Tensor:
-        """A zero through what only L updates use, so that neither DDP nor ZeRO waits for its gradient."""
+        """A zero that depends on what only L updates use, so that neither DDP nor ZeRO waits for its gradient."""
         trained = (p.sum(dtype=torch.float32) for p in self.L_level.parameters() if p.requires_grad)
         return 0.0 * torch.stack([x.sum(dtype=torch.float32), *trained]).sum()
 

@@ -13,7 +13,8 @@ def model_config(
     chosen = settings.model
     transformer = chosen.arch == "transformer"
     width = chosen.d_ff if chosen.d_ff is not None else swiglu_width(chosen.hidden_size, chosen.expansion)
-    assert chosen.task is not None
+    if chosen.task is None:
+        raise ValueError("the task is not resolved; see settings.resolve")
     return ModelConfig(
         task=chosen.task,
         vocab_size=vocab_size,

@@ -1,7 +1,4 @@
-"""In which type the matrix products of a pass are taken.
-
-One job: that question, for code which multiplies by other means than PyTorch's own autocast knows.
-"""
+"""The type of a pass's matrix products, for code whose operators PyTorch's autocast does not know."""
 
 from __future__ import annotations
 
@@ -10,6 +7,6 @@ from torch import Tensor
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """Autocast's type where it is on for the device of `x`, else that of `x`."""
+    """Autocast's type if it is on for the device of `x`, else the type of `x`."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

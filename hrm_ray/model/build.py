@@ -1,7 +1,4 @@
-"""Which network and which objective a configuration asks for.
-
-One job: the two tables. Weights and settings are decided elsewhere.
-"""
+"""The network and the objective of a configuration."""
 
 from __future__ import annotations
 

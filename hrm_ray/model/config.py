@@ -1,7 +1,6 @@
-"""The shape of a model: what config.json of a bundle holds, and what is derived from it.
+"""The architecture of a model, as config.json of a bundle stores it, and sizes derived from it.
 
-One job: describe an architecture completely enough to build it again. It holds no weights, no training
-settings, and does not import torch.
+It is complete: a model can be built from it. It holds neither weights nor training settings, and imports no torch.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ def swiglu_width(hidden_size: int, expansion: float) -> int:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that decides the tensors of a model and how a segment is computed.
+    """Everything that decides a model's tensors and how a segment is computed.
 
     `seq_len` counts tokens; `total_positions` also counts the prefix vectors of a puzzle embedding.
-    `intermediate_size` is the FFN's inner width; `swiglu` False is an FFN without a gate. `forward_dtype` is the
-    activations' type; weights are cast to it at use. `rmsnorm` False is LayerNorm with weight and bias; `rms_norm_eps`
-    serves both. Dropout acts in training only.
-    `num_experts` 0 is a dense FFN; the capacity of experts acts in training only.
-    `window_size` is how many positions, itself included, a position of a text sees at most; None is no limit.
+    `intermediate_size` is the FFN's inner width; without `swiglu` the FFN has no gate. `forward_dtype` is the
+    activations' type, to which weights are cast at use. Without `rmsnorm` the norm is LayerNorm with weight and bias;
+    `rms_norm_eps` is the epsilon of both. Dropout and the capacity of experts act in training only.
+    `num_experts` 0 is a dense FFN. `window_size` is the most positions that a position of a text sees, itself included;
+    None is no limit.
     """
 
     task: Literal["lm", "puzzle"]

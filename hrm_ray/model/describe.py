@@ -1,6 +1,6 @@
-"""What an architecture costs: parameters by part, FLOPs per token.
+"""The size of an architecture: parameters by part, and FLOPs per token.
 
-One job: count without allocating or training. The counts come from the modules themselves, on PyTorch's meta device.
+Parameters are counted from the modules themselves on PyTorch's meta device, so nothing is allocated.
 """
 
 from __future__ import annotations
@@ -27,10 +27,7 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Trained values by part; the puzzle table counts although its rule is its own.
-
-    `idle` of them belong to experts that a token does not go through.
-    """
+    """Trained values by part, the puzzle table included; `idle` of them belong to experts that a token does not use."""
 
     by_part: dict[str, int]
     idle: int = 0
@@ -47,7 +44,7 @@ class ParameterCount:
 
 @dataclass(frozen=True)
 class Summary:
-    """The account of one architecture.
+    """Parameters and FLOPs of one architecture.
 
     FLOPs count a multiply and an add as two, matrix products only; per token of the sequence, for all segments.
     """
@@ -96,10 +93,10 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 
 
 def layer_flops(config: ModelConfig) -> int:
-    """Forward FLOPs of one block for one token: projections and attention over the whole sequence, or the window.
+    """Forward FLOPs of one block for one token: projections, and attention over the whole sequence or the window.
 
-    With experts those that a token goes through count, and the router; dropped choices are computed too.
-    The prefix positions of a puzzle embedding are work too; their share is spread over the tokens.
+    With experts: the router and the experts that a token uses; dropped choices are computed too. The work for the
+    prefix positions of a puzzle embedding is spread over the tokens.
     """
     matrices = (3 if config.swiglu else 2) * (config.num_experts_per_tok if config.num_experts else 1)
     projections = 4 * config.hidden_size**2 + matrices * config.hidden_size * config.intermediate_size
@@ -138,7 +135,7 @@ def training_flops(config: ModelConfig, supervision: str) -> int:
 
 
 def summarise(config: ModelConfig) -> Summary:
-    """The whole account."""
+    """All of it."""
     count = count_parameters(config)
     forward, _ = segment_flops(config)
     return Summary(

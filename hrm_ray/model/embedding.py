@@ -1,7 +1,6 @@
-"""What enters the network: token vectors, puzzle prefix, learned positions, the common scale.
+"""The input embedding: token vectors, puzzle prefix, learned positions and their scale (ACTV1_SPEC, sections 3, 10).
 
-One job: ACTV1_SPEC section 3 and the training look-up of section 10. The sparse update of the puzzle table lives
-with the optimizers.
+The optimizer of the puzzle table is in train/optimizers.py.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from torch import Tensor, nn
 from hrm_ray.model.config import ModelConfig
 
 FORWARD_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Types of the activations by the name that a configuration has for them."""
+"""The activations' type by its name in a configuration."""
 
 
 @dataclass(frozen=True)
 class TakenRows:
-    """Rows looked up in a puzzle table for one backward pass: identifiers [B], the leaf [B, E] that gets gradient, and
+    """Rows of a puzzle table looked up in one pass: identifiers [B], the leaf tensor [B, E] that receives gradient, and
     which rows [B] are active (None: all)."""
 
     identifiers: Tensor
@@ -29,20 +28,18 @@ class TakenRows:
     active: Tensor | None
 
     def used(self) -> tuple[Tensor, Tensor] | None:
-        """(identifiers [K], gradients [K, E]) of the active rows; None where no backward pass has come by.
-
-        An idle slot's identifier is left out: it would decay although no puzzle used it.
-        """
+        """(identifiers [K], gradients [K, E]) of the active rows; None before the backward pass."""
         gradient = self.leaf.grad
         if gradient is None or self.active is None:
             return None if gradient is None else (self.identifiers, gradient)
+        # An inactive row's identifier must not decay, since no puzzle used it.
         return self.identifiers[self.active], gradient[self.active]
 
 
 class PuzzleTable(nn.Module):
-    """One vector per puzzle identifier, trained by its own sparse rule; a buffer, not a parameter.
+    """One vector per puzzle identifier; a buffer, not a parameter, with a sparse optimizer of its own.
 
-    `taken` collects what the backward passes since the last weight update used; the sparse optimizer empties it. With
+    `taken` collects the rows that passes since the last weight update used; the sparse optimizer empties it. With
     `trained` False the table is a constant.
     """
 
@@ -54,10 +51,8 @@ class PuzzleTable(nn.Module):
         self.trained = True
 
     def forward(self, identifiers: Tensor, active: Tensor | None) -> Tensor:
-        """identifiers [B] -> rows [B, E], which in a training pass with gradient are a fresh leaf.
-
-        `active` [B] says which of them are in work (None: all).
-        """
+        """identifiers [B] -> rows [B, E], in a training pass with gradient a new leaf tensor. `active` [B]: see
+        TakenRows."""
         rows = self.weights[identifiers.long()]
         if self.trained and self.training and torch.is_grad_enabled():
             self.taken.append(TakenRows(identifiers, rows.requires_grad_(), active))
@@ -65,7 +60,7 @@ class PuzzleTable(nn.Module):
 
 
 class InputEmbedding(nn.Module):
-    """Tokens (and a puzzle identifier) to the injection x [B, P+S, D] that every L update receives."""
+    """Embeds tokens (and a puzzle identifier) as the injection x [B, P+S, D] of every L update."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -84,13 +79,14 @@ class InputEmbedding(nn.Module):
     ) -> Tensor:
         """inputs [B, S] -> x [B, P+S, D].
 
-        `identifiers` [B] is needed with a puzzle table, and in training `active` [B], the rows that are no padding.
-        `positions` [B or 1, P+S] chooses learned positions; None counts from 0.
+        A puzzle table needs `identifiers` [B], and in training `active` [B], the rows that are not padding.
+        `positions` [B or 1, P+S] are those of learned position vectors; None counts from 0.
         """
         config = self.config
         x = F.embedding(inputs, self.embed_tokens.weight.to(self.dtype))
         if self.puzzle_emb is not None:
-            assert identifiers is not None
+            if identifiers is None:
+                raise ValueError("a model with a puzzle table needs puzzle identifiers")
             row = self.puzzle_emb(identifiers, active).to(self.dtype)
             pad = config.prefix_positions * config.hidden_size - config.puzzle_emb_ndim
             prefix = F.pad(row, (0, pad)).view(-1, config.prefix_positions, config.hidden_size)

@@ -1,7 +1,4 @@
-"""When a row or a token has thought enough: the reference's rule for puzzles, `gain` for text.
-
-One job: decisions and their targets as pure functions of tensors. Losses are taken in the objectives.
-"""
+"""When a row or a token halts, and targets of the halting head: the reference's rule for puzzles, `gain` for text."""
 
 from __future__ import annotations
 
@@ -10,26 +7,24 @@ from torch import Tensor
 
 
 def last_segment(steps: Tensor, halt_max_steps: int) -> Tensor:
-    """Rows [B] that have used up their segments; `steps` counts segments, this one included."""
+    """Whether each row [B] has run all its segments; `steps` counts them, the present one included."""
     return steps >= halt_max_steps
 
 
 def halt_in_training(q_halt: Tensor, q_continue: Tensor, steps: Tensor, last: Tensor, min_steps: Tensor) -> Tensor:
-    """Rows [B] that halt after this segment while training (ACTV1_SPEC, section 6.4).
+    """Whether each row [B] halts after this segment of training (ACTV1_SPEC, section 6.4).
 
-    `min_steps` [B] is the exploration draw: a row goes on until then even if its scores say halt (0 = no draw).
+    `min_steps` [B] is the exploration: a row runs at least so many segments, whatever its scores (0: no exploration).
     """
     return (last | (q_halt > q_continue)) & (steps >= min_steps)
 
 
 def continue_target(next_q_halt: Tensor, next_q_continue: Tensor, last: Tensor) -> Tensor:
-    """Bootstrapped target [B] of q_continue from the scores one segment ahead."""
+    """Bootstrapped target [B] of q_continue, from the scores one segment ahead (ACTV1_SPEC, section 7)."""
     return torch.sigmoid(torch.where(last, next_q_halt, torch.maximum(next_q_halt, next_q_continue)))
 
 
 def gain_target(previous_loss: Tensor, loss: Tensor, margin: float) -> Tensor:
-    """Target [B, S] of text's halting head: 1 where one more segment did not lower the token's loss by over `margin`.
-
-    Losses in nats. It looks one segment ahead only (ACTV1_SPEC, section 13).
-    """
+    """Target [B, S] of the halting head for text: 1 where one more segment lowered the token's loss (nats) by no more
+    than `margin` (ACTV1_SPEC, section 13)."""
     return (loss >= previous_loss - margin).float()

@@ -1,7 +1,6 @@
-"""Weights of the original HRM, renamed and unfused into this project's layout, and back.
+"""Weights of the original HRM, renamed and unfused into this project's layout.
 
-One job: names and slices. It reads no files and builds no model. Source of the layout: sapientinc/HRM (ACTV1_SPEC,
-section 1); published checkpoints carry a leading `_orig_mod.`.
+Source of the layout: sapientinc/HRM (ACTV1_SPEC, section 1); published checkpoints have a leading `_orig_mod.`.
 """
 
 from __future__ import annotations
@@ -42,10 +41,9 @@ def looks_like_reference(names: Mapping[str, Tensor]) -> bool:
 
 
 def split_fused(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """One reference tensor as this project's: renamed, and cut along the output rows where it was fused.
+    """One reference tensor, or its gradient, as this project's tensors: renamed, and a fused one split by output rows.
 
-    Works for weights and for their gradients. Raises DataError for a name the reference does not have,
-    and for a height that cannot be cut.
+    Raises DataError for a name that the reference does not have, and for a number of rows that cannot be split.
     """
     bare = bare_name(name)
     if bare in _PLAIN:
@@ -65,7 +63,7 @@ def split_fused(name: str, tensor: Tensor) -> dict[str, Tensor]:
         raise DataError(
             Fault(
                 f"tensor {name!r} {list(tensor.shape)}",
-                f"its rows cannot be cut into {' and '.join(targets)} alike",
+                f"its rows cannot be split evenly into {' and '.join(targets)}",
                 "Give a whole HRM (ACTv1) checkpoint",
             )
         )
@@ -77,7 +75,7 @@ def split_fused(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 def from_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A whole reference state dict in this project's names."""
-    ours: dict[str, Tensor] = {}
+    converted: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        ours |= split_fused(name, tensor)
-    return ours
+        converted |= split_fused(name, tensor)
+    return converted

@@ -1,7 +1,4 @@
-"""Starting weights, as the ACTv1 reference draws them.
-
-One job: fill tensors. What a head of the network starts from besides is said there.
-"""
+"""Starting weights, as the ACTv1 reference draws them."""
 
 from __future__ import annotations
 
@@ -11,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 _TRUNCATED_STD = 0.87962566
-"""Standard deviation of a unit normal cut at +-2 (the reference rescales by it, so that the real one is asked for)."""
+"""Standard deviation of a unit normal truncated at +-2; the reference divides by it to get the requested one."""
 
 
 def truncated_normal_(tensor: Tensor, std: float, generator: torch.Generator) -> Tensor:
-    """Fill `tensor` with a normal truncated at two standard deviations whose real deviation is `std`.
+    """Fill `tensor` from a normal truncated at two standard deviations, whose own standard deviation is `std`.
 
-    Drawn by inverse transform, as in the reference (ACTV1_SPEC, section 2; JAX's truncated normal).
+    Sampled by inverse transform, as in the reference (ACTV1_SPEC, section 2; JAX's truncated normal).
     """
     with torch.no_grad():
         if std == 0:
@@ -29,13 +26,11 @@ def truncated_normal_(tensor: Tensor, std: float, generator: torch.Generator) ->
 
 
 def draw_parameter_(name: str, parameter: Tensor, generator: torch.Generator) -> None:
-    """The starting value of a parameter by its name: a norm begins as the identity, a matrix with unit-sized outputs.
-
-    The last dimension of a matrix is its fan-in: weights lie as [out, in], stacked ones as [experts, out, in].
-    """
+    """Initialise a parameter by its name: a norm as the identity, a matrix so that its outputs have unit variance."""
     if name.endswith("norm.weight"):
         nn.init.ones_(parameter)
     elif name.endswith("norm.bias"):
         nn.init.zeros_(parameter)
     else:
+        # The last dimension is the fan-in: weights are [out, in], stacked ones [experts, out, in].
         truncated_normal_(parameter, parameter.shape[-1] ** -0.5, generator)

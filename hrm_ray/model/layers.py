@@ -1,7 +1,4 @@
-"""The block both levels are made of: attention, FFN, norm, dropout, rotary positions.
-
-One job: one layer's arithmetic (ACTV1_SPEC, section 4). It knows nothing of cycles, segments or losses.
-"""
+"""The block of both levels: attention, FFN, norms, dropout and rotary positions (ACTV1_SPEC, section 4)."""
 
 from __future__ import annotations
 
@@ -63,10 +60,10 @@ class RotaryTable(nn.Module):
 
 @dataclass(frozen=True)
 class Context:
-    """What every layer of a pass is told: who sees whom, the positions, where keys and values go, which update it is.
+    """What the layers of a pass share: attention scope, rotary positions, key/value cache, update, routers' record.
 
-    `update` counts the L and H updates of a segment in time order. `routing` is the record of the routers of a model
-    with experts; without one nobody listens to them.
+    `update` counts the L and H updates of a segment in time order. `routing` collects what the routers of a model with
+    experts do; None collects nothing.
     """
 
     scope: AttentionScope
@@ -104,7 +101,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn pairs (x_j, x_{j+d/2}) of `x` [B, heads, T, d] by their position's angle, in float32."""
+    """Rotate pairs (x_j, x_{j+d/2}) of `x` [B, heads, T, d] by their position's angle, in float32 (Su et al. 2021)."""
     turned: Tensor = _Rotate.apply(x, rotation.cos, rotation.sin)
     return turned
 
@@ -132,7 +129,7 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
 class Attention(nn.Module):
     """Multi-head attention with separate q, k, v, o projections; scale 1/sqrt(head_dim), no dropout.
 
-    `kernel` computes it; `transforms.attend` chooses another where the device has one.
+    `kernel` computes it; `transforms.attend` sets another one.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -204,8 +201,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Post-norm layer: x <- N(x + Attention(x)); x <- N(x + FFN(x)); in training with dropout on both branches.
 
-    Dropout is drawn anew at every call, in updates without a graph and in a puzzle's look-ahead too: a segment in
-    training is the same computation whether gradient passes through it or not.
+    Each call draws its own dropout, also in updates without a graph and in the look-ahead of puzzles: a segment in
+    training is the same computation whether it carries gradient or not.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -229,10 +226,10 @@ class Block(nn.Module):
 
 
 class Level(nn.Module):
-    """A stack of blocks that takes an injection once, at its entry.
+    """A stack of blocks; the injection is added once, to its input.
 
-    With `recompute` the backward pass computes each block again from its input instead of keeping what is inside it
-    (gradient checkpointing); set by `transforms.recompute`.
+    With `recompute` the backward pass computes each block again from its input instead of saving its activations
+    (gradient checkpointing, set by `transforms.activation_checkpointing`).
     """
 
     def __init__(self, layers: int, config: ModelConfig) -> None:

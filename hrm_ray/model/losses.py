@@ -1,7 +1,4 @@
-"""Cross entropies per token, and the sums over rows that the objectives weigh.
-
-One job: numbers from logits and labels. No weighting by workers or segments.
-"""
+"""Cross entropies per token."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ def stablemax_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     s(x) = x + 1 for x >= 0, 1 / (1 - x + 1e-30) below; p = s / sum s (sapientinc/HRM, `stablemax_cross_entropy`).
     """
     wide = logits.double()
-    # The unused branch of `where` must stay finite, or its gradient poisons the used one: x >= 0 never divides.
+    # The unused branch of `where` must stay finite, or its gradient makes the used one NaN; the clamp ensures it.
     below = 1 / (1 - wide.clamp(max=0) + 1e-30)
     score = torch.where(wide < 0, below, wide + 1)
     valid = labels != IGNORE_LABEL

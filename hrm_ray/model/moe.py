@@ -1,7 +1,6 @@
-"""Sparse experts in place of a block's FFN: each token goes through the k that its router finds best for it.
+"""Mixture of experts in place of a block's FFN: each token goes through the top k experts of its router.
 
-One job: the router, the experts, the capacity. How rows get to their experts and back is in grouped_product.py, what
-losses are made of the routing in router_losses.py.
+Dispatch and products are in grouped_product.py, the routers' losses in router_losses.py.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from hrm_ray.model.activations import inner_values
 from hrm_ray.model.autocast import product_dtype
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.grouped_product import Sorted, combine, dispatch, grouped_product, sort_by_expert
-from hrm_ray.model.routing import Routed, Routing, Site
+from hrm_ray.model.routing import RouterSums, Routing, Site
 
 
 class Router(nn.Module):
-    """Scores of the experts for every token, in float32 whatever the rest is computed in (Fedus et al. 2021)."""
+    """Logits of the experts for every token, in float32 whatever the type of the rest (Fedus et al. 2021)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -34,10 +33,10 @@ class Router(nn.Module):
 
 
 class StackedProjection(nn.Module):
-    """One linear map per expert, `weight` [E, out, in], each laid out as that of a dense FFN.
+    """One linear map per expert, `weight` [E, out, in].
 
-    Where one expert alone is trained, `own` [out, in] is its part of `weight` as a parameter, in the same memory: the
-    rest has neither gradient nor optimizer state, and a state dict holds the whole stack and nothing else.
+    If a single expert is trained, `own` [out, in] is its matrix as a parameter that shares the memory of `weight`: the
+    others have neither gradient nor optimizer state, and a state dict holds the whole stack only.
     """
 
     def __init__(self, experts: int, in_features: int, out_features: int) -> None:
@@ -49,10 +48,7 @@ class StackedProjection(nn.Module):
 
     def forward(self, rows: Tensor, order: Sorted, routing: Routing | None) -> Tensor:
         """rows [A, in], sorted by expert -> [A, out]."""
-        if routing is not None:
-            stack = routing.narrowed(self.weight, rows.dtype)
-        else:
-            stack = self.weight.detach().to(rows.dtype)
+        stack = self.weight.detach().to(rows.dtype) if routing is None else routing.cast(self.weight, rows.dtype)
         return grouped_product(rows, self.weight if self.own is None else self.own, stack, order.ends, self.expert)
 
     def train_only(self, expert: int) -> None:
@@ -66,16 +62,15 @@ class StackedProjection(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> StackedProjection:
         super()._apply(fn, recurse)
         if self.own is not None:
-            # Moved to a device each for itself; they must share their memory there too.
+            # Both were moved separately; they must share memory again.
             self.own.data = self.weight.data[self.expert]
         return self
 
 
 def _leave_own_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     stacked = cast(StackedProjection, module)
-    assert stacked.own is not None
-    if stacked.own.data_ptr() != stacked.weight[stacked.expert].data_ptr():
-        raise RuntimeError("the trained expert is no longer part of its stack")
+    if stacked.own is None or stacked.own.data_ptr() != stacked.weight[stacked.expert].data_ptr():
+        raise RuntimeError("the trained expert no longer shares the memory of its stack")
     del state[f"{prefix}own"]
 
 
@@ -85,7 +80,7 @@ def _take_own_from_stack(module: nn.Module, state: dict[str, Any], prefix: str, 
 
 
 class Experts(nn.Module):
-    """The experts' FFNs, each as wide as the dense one would be."""
+    """The experts' FFNs, each as wide as a dense FFN."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -104,15 +99,11 @@ class Experts(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Top-k routing: softmax over all experts, the k likeliest, their probabilities made to add up to 1.
-
-    With k = 1 the probability itself is the weight, since a weight that is always 1 would teach the router nothing
-    (Fedus et al. 2021).
+    """Top-k routing: softmax over all experts, the k most probable, their probabilities normalised to sum to 1.
 
     In training an expert takes at most ceil(capacity_factor * T * k / E) of a row's T positions; a choice beyond that
-    is dropped and adds nothing to its token. Who comes first is decided by position within the row, never by a score
-    and never by other rows: no token depends on a later one, and no row on how the batch was cut. Evaluation and
-    generation drop nothing.
+    is dropped and adds nothing to its token. Earlier positions of the row come first, whatever the scores and the other
+    rows: no token depends on a later one, and no row on how the batch was split. Evaluation drops nothing.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -127,6 +118,7 @@ class MixtureOfExperts(nn.Module):
         scores = self.router(x)
         probabilities = scores.softmax(-1)
         weights, experts = probabilities.topk(self.chosen, dim=-1)
+        # With k = 1 the probability is the weight: a weight of 1 would give the router no gradient (Fedus et al. 2021).
         if self.chosen > 1:
             weights = weights / weights.sum(-1, keepdim=True)
         member = torch.zeros_like(scores, dtype=torch.int32).scatter_(2, experts, 1)
@@ -136,15 +128,15 @@ class MixtureOfExperts(nn.Module):
             kept = number.gather(2, experts) <= self.capacity(row_length, member.shape[2])
             weights = torch.where(kept, weights, 0.0)
             if routing is not None:
-                told = _told(scores, probabilities, member, kept, number, routing.counted)
-                routing.note(site, number[:, -1], told)
+                sums = _router_sums(scores, probabilities, member, kept, number, routing.counted)
+                routing.record(site, number[:, -1], sums)
         order = sort_by_expert(experts.flatten(0, 1), member.sum((0, 1)))
         rows = dispatch(x.flatten(0, 1).to(product_dtype(x)), order)
         return combine(self.experts(rows, order, routing), weights.flatten(0, 1), order).view(x.shape)
 
     def capacity(self, row_length: int, experts: int) -> int:
         """How many positions of a row of `row_length` an expert takes in training."""
-        # Less what the product may be rounded up by: 1.2 * 10 * 2 / 8 must be 3, not 4.
+        # Rounding may put the product just above a whole number: 1.2 * 10 * 2 / 8 must be 3, not 4.
         return math.ceil(self.capacity_factor * row_length * self.chosen / experts - 1e-9)
 
 
@@ -156,7 +148,7 @@ def _counted(member: Tensor, counted: Tensor | None) -> Tensor:
 def _numbered(member: Tensor, site: Site, routing: Routing | None) -> Tensor:
     """How often each expert was chosen in the row up to a position, itself and earlier chunks included [B, T, E].
 
-    `member` is 1 for the experts of a position. A position that does not count takes nobody's place.
+    `member` [B, T, E] is 1 for the experts of a position. A position that does not count uses no capacity.
     """
     number = _counted(member, routing.counted if routing is not None else None).cumsum(1, dtype=torch.int32)
     if routing is None or site not in routing.earlier:
@@ -164,10 +156,10 @@ def _numbered(member: Tensor, site: Site, routing: Routing | None) -> Tensor:
     return number + routing.earlier[site].unsqueeze(1)
 
 
-def _told(
+def _router_sums(
     scores: Tensor, probabilities: Tensor, member: Tensor, kept: Tensor, number: Tensor, counted: Tensor | None
-) -> Routed | None:
-    """What the losses are made of; nothing in an update without gradient."""
+) -> RouterSums | None:
+    """The sums of the routers' losses; None in an update without gradient."""
     if not torch.is_grad_enabled():
         return None
     squares, left_out = scores.logsumexp(-1).square(), ~kept
@@ -176,7 +168,7 @@ def _told(
     else:
         positions, squares = counted.sum(1), squares * counted
         left_out = left_out & counted.unsqueeze(-1)
-    return Routed(
+    return RouterSums(
         positions=positions,
         assigned=_counted(member, counted).sum(1),
         so_far=number[:, -1],

@@ -1,7 +1,7 @@
-"""What an objective is: the module that a strategy wraps, and the values it hands to the loop.
+"""The interface between model and training loop: an objective, which is the module that a strategy wraps.
 
-One job: the seam between model and loop (DESIGN, sentence 4). Its forward is one segment; it returns loss *sums* with
-the names of their denominators, and the loop divides by totals over micro-batches, segments and ranks.
+Its forward is one segment. It returns loss *sums* with the names of their denominators; the loop divides them by totals
+over micro-batches, segments and ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hrm_ray.model.transformer import Transformer
 CarryT = TypeVar("CarryT")
 
 Batch = dict[str, Tensor]
-"""Columns of values.py as tensors on the worker's device."""
+"""Columns (see types.py) as tensors on the worker's device."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Term:
 
 @dataclass(frozen=True)
 class SegmentOutput(Generic[CarryT]):
-    """Result of one segment: terms to descend, the detached carry, and metrics as (total, weight) pairs.
+    """Result of one segment: loss terms, the detached carry, and metrics as (total, weight) pairs.
 
-    A metric's total may be a vector, its weight then serves all of it.
+    A metric's total may be a vector, which then has one weight.
     """
 
     terms: tuple[Term, ...]
@@ -43,9 +43,9 @@ class SegmentOutput(Generic[CarryT]):
 
 
 class Objective(nn.Module, Generic[CarryT]):
-    """What the loop asks of an objective; calling it computes one segment.
+    """Loss of a model; calling it computes one segment.
 
-    `segments_per_step` is how many segments a weight update takes: settings decide it, never data, so that every rank
+    `segments_per_step` is the number of segments of a weight update. Settings decide it, never data, so that every rank
     runs the same number of passes.
     """
 
@@ -54,7 +54,7 @@ class Objective(nn.Module, Generic[CarryT]):
 
     @property
     def passes_per_step(self) -> int:
-        """Calls, each with a backward pass of its own, that a weight update takes of one micro-batch."""
+        """Calls per micro-batch and weight update, each with its own backward pass."""
         return self.segments_per_step
 
     def initial_carry(self, batch: Batch) -> CarryT:
@@ -62,18 +62,18 @@ class Objective(nn.Module, Generic[CarryT]):
         raise NotImplementedError
 
     def weights(self, batch: Batch, carry: CarryT) -> dict[str, Tensor]:
-        """Each denominator's share of this micro-batch, all segments of the step together, before any forward.
+        """This micro-batch's part of each denominator, for all segments of the step; called before any forward.
 
-        `rows` is always there and counts the rows in work; an epoch is over when it is 0 everywhere.
+        `rows` is always present and counts the active rows; an epoch ends when it is 0 on every rank.
         """
         raise NotImplementedError
 
     def split_carries(self, carries: list[CarryT], rows: int) -> list[CarryT]:
-        """Carries that outlive a step, laid out anew for micro-batches of `rows` rows, in the same order."""
+        """Carries that outlive a step, split into micro-batches of `rows` rows, in the same order."""
         raise NotImplementedError
 
     def restarted(self, carry: CarryT) -> CarryT:
-        """The carry after a skipped update: what is not finite in it must not spoil the steps to come."""
+        """The carry after a skipped update, without what is not finite in it."""
         return carry
 
     def forward(self, batch: Batch, carry: CarryT) -> SegmentOutput[CarryT]:

@@ -1,7 +1,7 @@
-"""ACT on puzzles: carry, halting with look-ahead, and the reference's losses.
+"""ACT on puzzles: carry, halting with look-ahead, and the reference's losses (ACTV1_SPEC, sections 6 and 7).
 
-One job: ACTV1_SPEC sections 6 and 7 around the inner network. A row is replaced by the offered row only when it has
-halted, so the same forward serves carried supervision (one segment a step) and rollout (all segments of a batch).
+A row is replaced by the batch's row only when it has halted, so one forward serves both carried supervision (a segment
+per step) and rollout (all segments of a batch).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from hrm_ray.model.scope import FULL
 from hrm_ray.types import IGNORE_LABEL
 
 ROW_FIELDS = ("inputs", "labels", "puzzle_identifiers", "active")
-"""Fields of an offered batch that stay with a row until it halts."""
+"""Columns of the batch that stay with a row until it halts."""
 
 
 @dataclass(frozen=True)
 class PuzzleCarry:
-    """What a slot keeps between segments: states [B, T, D], segments so far int32 [B], halted bool [B], its row."""
+    """Per slot: states [B, T, D], segments run int32 [B], whether its row has halted bool [B], and the row itself."""
 
     states: States
     steps: Tensor
@@ -63,7 +63,7 @@ class PuzzleCarry:
 
 @dataclass(frozen=True)
 class PuzzleView:
-    """Everything a segment computes, for tests and evaluation; logits [B, S, V], the rest [B]."""
+    """What a segment computes, for losses and evaluation; logits [B, S, V], the rest [B]."""
 
     logits: Tensor
     q_halt: Tensor
@@ -89,7 +89,7 @@ class PuzzleObjective(Objective[PuzzleCarry]):
         self.segments_per_step = model.config.halt_max_steps if rollout else 1
 
     def initial_carry(self, batch: Batch) -> PuzzleCarry:
-        """All slots halted, so that the first segment takes every offered row."""
+        """All slots halted, so that the first segment takes every row of the batch."""
         rows, device = batch["inputs"].shape[0], batch["inputs"].device
         states = self.model.initial_states(rows, self.model.config.total_positions)
         return PuzzleCarry(
@@ -103,20 +103,16 @@ class PuzzleObjective(Objective[PuzzleCarry]):
         return PuzzleCarry.joined(carries).split(rows)
 
     def weights(self, batch: Batch, carry: PuzzleCarry) -> dict[str, Tensor]:
-        """`rows`: rows in work, once per segment of the step."""
+        """`rows`: active rows, once per segment of the step."""
         active = torch.where(carry.halted, batch["active"], carry.data["active"])
         own = {"rows": active.sum() * self.segments_per_step}
         return own | router_weights(self.model.config, active, self.segments_per_step)
 
-    def take_offered(self, batch: Batch, carry: PuzzleCarry) -> PuzzleCarry:
-        """Halted rows start anew with the offered row; the others ignore the offer."""
+    def refill(self, batch: Batch, carry: PuzzleCarry) -> PuzzleCarry:
+        """Halted slots start anew with the row of the batch; the others keep theirs."""
         fresh = carry.halted
-        start = self.model.initial_states(fresh.shape[0], self.model.config.total_positions)
-        wide = fresh.view(-1, 1, 1)
         return PuzzleCarry(
-            states=States(
-                torch.where(wide, start.z_h, carry.states.z_h), torch.where(wide, start.z_l, carry.states.z_l)
-            ),
+            states=self._restarted_where(fresh, carry.states),
             steps=torch.where(fresh, 0, carry.steps),
             halted=fresh,
             data={
@@ -126,17 +122,21 @@ class PuzzleObjective(Objective[PuzzleCarry]):
         )
 
     def restarted(self, carry: PuzzleCarry) -> PuzzleCarry:
-        """Rows whose states are not finite begin again with the same puzzle; the others go on."""
+        """Rows whose states are not finite start again with the same puzzle."""
         broken = ~(carry.states.z_h.isfinite().all(-1).all(-1) & carry.states.z_l.isfinite().all(-1).all(-1))
-        start = self.model.initial_states(broken.shape[0], self.model.config.total_positions)
-        wide = broken.view(-1, 1, 1)
-        states = States(torch.where(wide, start.z_h, carry.states.z_h), torch.where(wide, start.z_l, carry.states.z_l))
+        states = self._restarted_where(broken, carry.states)
         return replace(carry, states=states, steps=torch.where(broken, 0, carry.steps))
 
-    def think(self, batch: Batch, carry: PuzzleCarry) -> PuzzleView:
-        """One ACT step: take offered rows, one segment, decide who halts (ACTV1_SPEC, section 6)."""
+    def _restarted_where(self, chosen: Tensor, states: States) -> States:
+        """The starting states in the rows that are `chosen` [B], else `states`."""
+        start = self.model.initial_states(len(chosen), self.model.config.total_positions)
+        wide = chosen.view(-1, 1, 1)
+        return States(torch.where(wide, start.z_h, states.z_h), torch.where(wide, start.z_l, states.z_l))
+
+    def segment(self, batch: Batch, carry: PuzzleCarry) -> PuzzleView:
+        """One ACT step: refill halted slots, run one segment, decide which rows halt (ACTV1_SPEC, section 6)."""
         model, config = self.model, self.model.config
-        carry = self.take_offered(batch, carry)
+        carry = self.refill(batch, carry)
         x = model.embedding(carry.data["inputs"], carry.data["puzzle_identifiers"], None, carry.data["active"])
         routing = Routing(config.total_positions) if config.num_experts else None
         context = Context(FULL, model.rotation(0, config.total_positions), routing=routing)
@@ -147,20 +147,21 @@ class PuzzleObjective(Objective[PuzzleCarry]):
         halted, target = last, None
         if self.training and config.halt_max_steps > 1:
             with torch.no_grad():
-                # In rollout nothing is replaced before the last segment, whatever the scores say.
+                # In rollout every row runs all segments, so neither scores nor exploration decide.
                 if not self.rollout:
                     halted = halt_in_training(q_halt, q_continue, steps, last, batch["min_steps"])
-                aside = replace(context, routing=routing.detached() if routing is not None else None)
-                ahead = model.segment(states.detach(), x.detach(), aside)
+                # The look-ahead must not add to the routers' losses.
+                apart = replace(context, routing=routing.detached() if routing is not None else None)
+                ahead = model.segment(states.detach(), x.detach(), apart)
                 target = continue_target(*model.halting_scores(ahead.z_h[:, 0]), last)
-        # An idle slot must be free to take a row of the next epoch at once.
+        # A slot of padding halts, so that it can take a row of the next epoch at once.
         halted = halted | ~carry.data["active"]
         new_carry = PuzzleCarry(states.detach(), steps, halted, carry.data)
         return PuzzleView(model.logits(states.z_h), q_halt, q_continue, target, new_carry, routing)
 
     def forward(self, batch: Batch, carry: PuzzleCarry) -> SegmentOutput[PuzzleCarry]:
-        """One segment and its losses (ACTV1_SPEC, section 7); sums over the rows in work."""
-        view = self.think(batch, carry)
+        """One segment and its losses (ACTV1_SPEC, section 7); sums over active rows."""
+        view = self.segment(batch, carry)
         labels, active = view.carry.data["labels"], view.carry.data["active"]
         supervised = labels != IGNORE_LABEL
         counts = supervised.sum(-1)
@@ -188,7 +189,7 @@ def _bce_rows(scores: Tensor, target: Tensor) -> Tensor:
 
 
 def _over(active: Tensor, rows: Tensor) -> Tensor:
-    """Sum over active rows; by selection, so that whatever an idle slot computes cannot reach the loss."""
+    """Sum over active rows. By selection: a NaN of an inactive row cannot reach the loss."""
     return torch.where(active, rows, 0.0).sum()
 
 

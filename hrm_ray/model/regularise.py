@@ -1,8 +1,4 @@
-"""A loss of the weights alone, beside an objective's losses of the data.
-
-One job: add it to every pass so that a weight update has it once, however its rows are cut over micro-batches, passes
-and ranks.
-"""
+"""Regularisation: a loss of the weights alone, added to an objective's losses of the data."""
 
 from __future__ import annotations
 
@@ -17,8 +13,8 @@ from hrm_ray.model.objective import AnyObjective, SegmentOutput, Term
 
 @dataclass(frozen=True)
 class Regulariser:
-    """`coefficient` times the scalar that `loss` gives, called `name` in the metrics; `metrics` adds numbers to look
-    at."""
+    """A loss, `coefficient` times the scalar that `loss` returns, called `name` in the metrics; `metrics` gives more
+    numbers to log."""
 
     name: str
     coefficient: float
@@ -27,10 +23,10 @@ class Regulariser:
 
 
 def regularise(objective: AnyObjective, regulariser: Regulariser) -> None:
-    """Let every call of `objective` give out the regulariser's term too.
+    """Let every call of `objective` return the regulariser's term too.
 
-    It weighs as much in a pass as the pass has of the step's rows, and these are counted anyway: so all of them
-    together make one, also after the micro-batches have been cut smaller.
+    The term of a pass is weighted by the pass's share of the step's rows: the passes of a weight update add up to the
+    loss once, however its rows are split over micro-batches, passes and ranks.
     """
 
     def with_term(called: Any, given: tuple[Any, ...], output: SegmentOutput[Any]) -> SegmentOutput[Any]:

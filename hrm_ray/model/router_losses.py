@@ -1,7 +1,4 @@
-"""The losses that keep experts in use and router scores small, and the usage of the experts.
-
-One job: loss terms and metrics of what the routers of a pass told (routing.py).
-"""
+"""The routers' losses, which balance the experts' load and keep router logits small, and metrics of their usage."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from torch import Tensor
 
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.objective import Term
-from hrm_ray.model.routing import Routed, Routing
+from hrm_ray.model.routing import RouterSums, Routing
 from hrm_ray.types import IGNORE_LABEL
 
 _ROWS = "routed_rows"
@@ -34,7 +31,7 @@ RouterOutcome = tuple[tuple[Term, ...], dict[str, tuple[Tensor, Tensor]]]
 
 
 def router_weights(config: ModelConfig, active: Tensor, segments: int) -> dict[str, Tensor]:
-    """The routers' denominator: `active` rows [B], once per segment of the step; nothing for a dense model."""
+    """The routers' denominator: `active` rows [B], once per segment of the step; empty for a dense model."""
     return {_ROWS: active.sum() * segments} if config.num_experts else {}
 
 
@@ -44,9 +41,9 @@ def text_routing(config: ModelConfig, labels: Tensor) -> Routing | None:
 
 
 def positions_that_count(labels: Tensor) -> Tensor:
-    """Positions [B, S] of text that some label depends on: those up to the last labelled one of their row.
+    """Whether each position [B, S] of text counts for the routers: those up to the last label of their row do.
 
-    What follows is padding, or a last token without a label; it must not be balanced.
+    What follows is padding, or a last token without a label, and must not be balanced.
     """
     return (labels != IGNORE_LABEL).flip(1).cummax(1).values.flip(1)
 
@@ -54,15 +51,15 @@ def positions_that_count(labels: Tensor) -> Tensor:
 def router_terms(
     routing: Routing | None, active: Tensor, losses: RouterLosses, row_positions: Tensor | None = None
 ) -> RouterOutcome:
-    """The routers' loss terms of one pass and the usage of the experts; nothing where no router told anything.
+    """The routers' loss terms of one pass and metrics of the experts' usage; empty where no router recorded anything.
 
     Load balance (Fedus et al. 2021; per sequence as in DeepSeek-V3, 2024): E * sum_e f_e P_e with f_e the expert's
     share of the row's choices before drops and P_e the row's mean routing probability. Router z-loss (Zoph et al.
-    2022): the mean of the squared logsumexp of the scores. Both are means over the routers whose update carries
+    2022): the mean of the squared logsumexp of the logits. Both are means over the routers whose update carries
     gradient, summed over the rows that are `active` [B].
 
-    `row_positions` [B] is how many positions count in the whole row; without it the pass is the whole row. A chunk adds
-    its positions' part of the means, and f is the share up to its end, for what comes later is not known.
+    `row_positions` [B] is the number of positions that count in the whole row; without it the pass is the whole row. A
+    chunk adds its positions' part of the means, with f the share up to its end, since later choices are not known.
     """
     sites = list(routing.routed.values()) if routing is not None else []
     if not sites:
@@ -84,7 +81,7 @@ def router_terms(
     return terms, metrics
 
 
-def _usage(sites: list[Routed], active: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def _usage(sites: list[RouterSums], active: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Shares of the choices and mean probabilities, both [E], and the dropped share, over all routers."""
     assigned = torch.stack([_over(active, site.assigned) for site in sites]).sum(0)
     probability = torch.stack([_over(active, site.probability) for site in sites]).sum(0)
@@ -98,5 +95,5 @@ def _usage(sites: list[Routed], active: Tensor) -> dict[str, tuple[Tensor, Tenso
 
 
 def _over(active: Tensor, rows: Tensor) -> Tensor:
-    """Sum of `rows` [B] or [B, E] over the active ones, by selection: what an idle row computes cannot reach a loss."""
+    """Sum of `rows` [B] or [B, E] over active ones. By selection: a NaN of an inactive row cannot reach a loss."""
     return torch.where(active if rows.dim() == 1 else active.unsqueeze(-1), rows, 0).sum(0)

@@ -1,7 +1,6 @@
-"""Loss and correctness of every token, without ever holding the scores of a long sequence over a large vocabulary.
+"""Loss and accuracy of every token, in pieces, so that the logits of a long sequence are never held at once.
 
-One job: from hidden states to a loss per token. Scores [tokens, V] beyond a fixed size are made piece by piece and made
-again in the backward pass. Which tokens weigh how much is the objective's.
+Logits [tokens, V] beyond a fixed size are computed piece by piece, and again in the backward pass.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from hrm_ray.model.losses import CROSS_ENTROPIES, LossKind
 from hrm_ray.types import IGNORE_LABEL
 
 SCORES_BYTES = 128 * 2**20
-"""Scores in float32 that are held at once; a sequence whose scores fit is computed in one go, without recomputation."""
+"""Float32 logits that are held at once; a sequence whose logits fit is computed whole, without recomputation."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Per token: `loss` in nats (0 where the label is ignored) and whether the likeliest token was the `hit` [B, S]."""
+    """Per token [B, S]: `loss` in nats (0 where the label is ignored), and `hit`, whether the argmax is the label."""
 
     loss: Tensor
     hit: Tensor
@@ -34,8 +33,8 @@ def score_tokens(
 ) -> Scored:
     """Score `hidden` [B, S, D] against `labels` [B, S] with the output head `weight` [V, D].
 
-    The same numbers whatever `bytes_at_once` (SCORES_BYTES if not said) is; beyond it the backward pass computes the
-    scores a second time.
+    Numbers do not depend on `bytes_at_once` (default SCORES_BYTES); beyond it the backward pass computes the logits a
+    second time.
     """
     dtype = product_dtype(hidden)
     tokens, vocabulary = labels.numel(), weight.shape[0]
@@ -54,7 +53,7 @@ def _hits(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class _Pieces(torch.autograd.Function):
-    """Cross entropy over pieces of `rows` tokens; keeps hidden states and labels only."""
+    """Cross entropy over pieces of `rows` tokens; saves hidden states and labels only."""
 
     @staticmethod
     def forward(
@@ -78,12 +77,12 @@ class _Pieces(torch.autograd.Function):
         hidden, weight, labels = ctx.saved_tensors
         head = weight.to(ctx.dtype)
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # Added up in float32 whatever the pieces are computed in: a vocabulary's gradient is a sum over many pieces.
+        # Summed in float32 whatever the type of the pieces: the head's gradient is a sum over many of them.
         to_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for first in range(0, hidden.shape[0], ctx.rows):
             part = slice(first, first + ctx.rows)
             piece = hidden[part].to(ctx.dtype)
-            to_logits = _gradient_of_scores(F.linear(piece, head), labels[part], ctx.kind, gradients[0][part])
+            to_logits = _gradient_of_logits(F.linear(piece, head), labels[part], ctx.kind, gradients[0][part])
             if to_hidden is not None:
                 to_hidden[part] = (to_logits @ head).to(hidden.dtype)
             if to_weight is not None:
@@ -91,14 +90,14 @@ class _Pieces(torch.autograd.Function):
         return to_hidden, None if to_weight is None else to_weight.to(weight.dtype), None, None, None, None
 
 
-def _gradient_of_scores(logits: Tensor, labels: Tensor, kind: LossKind, gradient: Tensor) -> Tensor:
-    """The loss's gradient by the scores [tokens, V], given its `gradient` per token."""
+def _gradient_of_logits(logits: Tensor, labels: Tensor, kind: LossKind, gradient: Tensor) -> Tensor:
+    """The gradient of the loss by the logits [tokens, V], given its `gradient` per token."""
     if kind == "softmax":
-        # (p - 1 at the label) x gradient, in one buffer; autograd would keep three of this size.
+        # (p - 1 at the label) x gradient, in one buffer; autograd would save three of this size.
         valid = labels != IGNORE_LABEL
-        by_score = torch.softmax(logits.float(), -1)
-        by_score.scatter_add_(-1, torch.where(valid, labels, 0).long().unsqueeze(-1), -valid.float().unsqueeze(-1))
-        return by_score.mul_(torch.where(valid, gradient, 0.0).unsqueeze(-1)).to(logits.dtype)
+        probabilities = torch.softmax(logits.float(), -1)
+        probabilities.scatter_add_(-1, torch.where(valid, labels, 0).long().unsqueeze(-1), -valid.float().unsqueeze(-1))
+        return probabilities.mul_(torch.where(valid, gradient, 0.0).unsqueeze(-1)).to(logits.dtype)
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
         loss = CROSS_ENTROPIES[kind](leaf, labels)
@@ -106,7 +105,7 @@ def _gradient_of_scores(logits: Tensor, labels: Tensor, kind: LossKind, gradient
 
 
 def _add_product(total: Tensor, to_logits: Tensor, piece: Tensor) -> None:
-    """total [V, D] += to_logits^T piece, in place where the types allow it."""
+    """total [V, D] += to_logits^T piece, in one operation if the types are equal."""
     if to_logits.dtype == total.dtype:
         total.addmm_(to_logits.t(), piece)
     else:

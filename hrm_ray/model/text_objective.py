@@ -1,7 +1,7 @@
-"""ACT on text: rollout of M segments on one batch, next-token loss, the `gain` halting head.
+"""ACT on text: M segments on each batch, next-token loss, and the `gain` halting head (ACTV1_SPEC, section 13).
 
-One job: ACTV1_SPEC section 13. Every token of every segment is supervised; the head of segment m is trained in
-segment m+1 on the state that came in with the carry, so no look-ahead pass is needed and no graph is kept.
+Every token of every segment is supervised. The halting head of segment m is trained in segment m+1, on the state in the
+carry, so that no look-ahead pass is needed and no graph is kept.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hrm_ray.types import IGNORE_LABEL
 
 @dataclass(frozen=True)
 class TextCarry:
-    """What a batch keeps between segments: states [B, S, D], each token's last loss [B, S] (nats), segments done."""
+    """States [B, S, D] and token losses [B, S] (nats) of the last segment, and the number of segments done."""
 
     states: States
     token_loss: Tensor
@@ -41,7 +41,7 @@ class TextCarry:
 
 
 class RolloutOnText(Objective[CarryT]):
-    """What all ways to train ACT on text share: the denominators, and the losses of a segment's states."""
+    """Base of the objectives of ACT on text: denominators, and the losses of a segment's states."""
 
     model: ActV1
 
@@ -56,7 +56,7 @@ class RolloutOnText(Objective[CarryT]):
         self.segments_per_step = model.config.halt_max_steps
 
     def weights(self, batch: Batch, carry: CarryT) -> dict[str, Tensor]:
-        """`tokens`: valid labels once per segment; `halt_tokens`: once per segment that judges its predecessor."""
+        """`tokens`: valid labels, once per segment; `halt_tokens`: the same without the first segment."""
         valid = (batch["labels"] != IGNORE_LABEL).sum()
         return {
             "tokens": valid * self.segments_per_step,
@@ -71,29 +71,26 @@ class RolloutOnText(Objective[CarryT]):
         labels: Tensor,
         routed: RouterOutcome,
     ) -> SegmentOutput[TextCarry]:
-        """The losses of what a segment made of the `carry`, for whole rows or a part of their positions; sums over
-        valid tokens. `routed` are the routers' terms and metrics."""
+        """The losses of a segment that started from `carry` and ended in `states`, for whole rows or a chunk of them;
+        sums over valid tokens. `routed` are the routers' terms and metrics."""
         scored = score_tokens(states.z_h, self.model.lm_head.weight, labels, self.loss_kind)
         token_loss, valid = scored.loss, labels != IGNORE_LABEL
-        judged, judge_metrics = self._judge(carry, token_loss.detach().float(), valid)
-        terms = (Term("lm_loss", token_loss.sum(), "tokens"), judged, *routed[0])
+        halting, halting_metrics = self._halting_term(carry, token_loss.detach().float(), valid)
+        terms = (Term("lm_loss", token_loss.sum(), "tokens"), halting, *routed[0])
         count = valid.sum()
-        metrics = routed[1] | judge_metrics
+        metrics = routed[1] | halting_metrics
         if carry.segments + 1 == self.segments_per_step:
             metrics["lm_loss"] = (token_loss.detach().sum(), count)
             metrics["accuracy"] = (scored.hit.sum(), count)
         new_carry = TextCarry(states.detach(), token_loss.detach().float(), carry.segments + 1)
         return SegmentOutput(terms, new_carry, metrics)
 
-    def _judge(
+    def _halting_term(
         self, carry: TextCarry, token_loss: Tensor, valid: Tensor
     ) -> tuple[Term, dict[str, tuple[Tensor, Tensor]]]:
-        """The halting term for the state that came in, judged by what this segment gained on it.
-
-        In the first segment, and with halting off, the term weighs nothing: it keeps the head in the graph, so that
-        neither DDP nor ZeRO waits for its gradient.
-        """
+        """The halting head's loss on the states in the carry; its target is whether this segment lowered their loss."""
         q_halt, q_continue = self.model.halting_scores(carry.states.z_h)
+        # In the first segment, and without halting, a zero keeps the head in the graph, since DDP and ZeRO wait for it.
         idle = 0.0 * (q_halt.sum() + q_continue.sum())
         if carry.segments == 0 or self.model.config.halt_rule == "none":
             return Term("q_halt_loss", idle, "halt_tokens", 0.5), {}
@@ -111,7 +108,7 @@ class RolloutOnText(Objective[CarryT]):
 
 
 class TextObjective(RolloutOnText[TextCarry]):
-    """Next-token loss over all segments, plus the halting head's."""
+    """ACT on whole rows of text."""
 
     def initial_carry(self, batch: Batch) -> TextCarry:
         rows, length = batch["inputs"].shape
@@ -119,7 +116,7 @@ class TextObjective(RolloutOnText[TextCarry]):
         return TextCarry(self.model.initial_states(rows, length), zeros, 0)
 
     def forward(self, batch: Batch, carry: TextCarry) -> SegmentOutput[TextCarry]:
-        """One segment on the same inputs as the last."""
+        """One segment; its inputs are those of the segment before."""
         model = self.model
         inputs, labels = batch["inputs"], batch["labels"]
         x = model.embedding(inputs, None, batch.get("positions"))
@@ -132,11 +129,11 @@ class TextObjective(RolloutOnText[TextCarry]):
 
 @dataclass(frozen=True)
 class NoCarry:
-    """The carry of a network that has none."""
+    """The carry of a network without states."""
 
 
 class OnePassOnText(Objective[CarryT]):
-    """What all ways to train the baseline transformer share: the denominators, and the loss of hidden states."""
+    """Base of the objectives of the baseline transformer: denominators, and the loss of hidden states."""
 
     model: Transformer
 
@@ -156,7 +153,7 @@ class OnePassOnText(Objective[CarryT]):
     def supervised(
         self, hidden: Tensor, labels: Tensor, routed: RouterOutcome
     ) -> tuple[tuple[Term, ...], dict[str, tuple[Tensor, Tensor]]]:
-        """Terms and metrics of `hidden` [B, T, D], for whole rows or a part of their positions; see RolloutOnText."""
+        """Terms and metrics of `hidden` [B, T, D], for whole rows or a chunk of them; see RolloutOnText."""
         scored = score_tokens(hidden, self.model.lm_head.weight, labels, self.loss_kind)
         token_loss, count = scored.loss, (labels != IGNORE_LABEL).sum()
         metrics = routed[1] | {
@@ -167,7 +164,7 @@ class OnePassOnText(Objective[CarryT]):
 
 
 class TransformerObjective(OnePassOnText[NoCarry]):
-    """Next-token loss of the baseline transformer: one pass, one term."""
+    """The baseline transformer on whole rows of text."""
 
     def initial_carry(self, batch: Batch) -> NoCarry:
         return NoCarry()

@@ -1,7 +1,4 @@
-"""A plain causal transformer of the same block: the baseline that learning claims are held against.
-
-One job: `--arch transformer`. One pass, no cycles, no carry, no halting head; post-norm blocks as in ACTv1.
-"""
+"""The baseline: a causal transformer of the same post-norm blocks, in one pass, without cycles, carry or halting."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def _puzzle_sums(objective: AnyObjective, batch: Batch) -> Sums:
     stopped = torch.zeros(labels.shape[0], dtype=torch.bool, device=labels.device)
     stop_exact, stop_steps = torch.zeros_like(stopped), torch.zeros_like(counts)
     for segment in range(1, puzzle.model.config.halt_max_steps + 1):
-        view = puzzle.think(batch, carry)
+        view = puzzle.segment(batch, carry)
         carry = view.carry
         hit = supervised & (view.logits.argmax(-1) == labels)
         exact = hit.sum(-1) == counts

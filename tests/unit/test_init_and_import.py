@@ -152,7 +152,7 @@ def test_a_tensor_that_the_reference_does_not_have(name: str) -> None:
 )
 def test_a_fused_tensor_of_odd_height(part: str, rows: int) -> None:
     for tensor in (torch.zeros(rows, 2), torch.zeros(())):
-        with pytest.raises(DataError, match="cannot be cut into"):
+        with pytest.raises(DataError, match="cannot be split evenly into"):
             split_fused(f"model.inner.H_level.layers.0.{part}.weight", tensor)
 
 
@@ -167,7 +167,7 @@ def c1() -> Fixture:
 def outputs(model: ActV1, fixture: Fixture) -> Tensor:
     objective = PuzzleObjective(model, "softmax", rollout=False).eval()
     with torch.no_grad():
-        return objective.think(fixture.batch(1), objective.initial_carry(fixture.batch(1))).logits
+        return objective.segment(fixture.batch(1), objective.initial_carry(fixture.batch(1))).logits
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])

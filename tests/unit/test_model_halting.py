@@ -96,7 +96,7 @@ def test_exploration_keeps_rows_at_work() -> None:
     seen = []
     with torch.no_grad():
         for _ in range(4):
-            carry = objective.think(batch, carry).carry
+            carry = objective.segment(batch, carry).carry
             seen.append((carry.steps.tolist(), carry.halted.tolist()))
     assert [halted for _, halted in seen] == [
         [True, False, False],
@@ -118,7 +118,7 @@ def test_scores_do_not_stop_a_row_in_evaluation() -> None:
     carry = objective.initial_carry(batch)
     with torch.no_grad():
         for segment in range(1, 4):
-            view = objective.think(batch, carry)
+            view = objective.segment(batch, carry)
             carry = view.carry
             assert view.target_q_continue is None
             assert carry.halted.tolist() == [segment == 3] * 3 and carry.steps.tolist() == [segment] * 3

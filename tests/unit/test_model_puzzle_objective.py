@@ -43,8 +43,8 @@ def test_rows_stay_until_they_halt(seed: int) -> None:
         batch = offers(1000 * seed + number)
         batch["min_steps"] = torch.tensor([0, 2, 0, 3], dtype=torch.int32)
         with torch.no_grad():
-            view = objective.think(batch, carry)
-        alone = objective.think(batch, objective.initial_carry(batch))
+            view = objective.segment(batch, carry)
+        alone = objective.segment(batch, objective.initial_carry(batch))
         for row in range(ROWS):
             held = mine[row]
             held = (1000 * seed + number, 1) if held is None else (held[0], held[1] + 1)
@@ -119,7 +119,7 @@ def test_an_idle_slot_takes_a_row_at_once() -> None:
     assert carry.halted.all() and not carry.data["active"].any()
     batch = offers(5)
     assert float(objective.weights(batch, carry)["rows"]) == ROWS
-    view = objective.think(batch, spoiled(carry, list(range(ROWS))))
+    view = objective.segment(batch, spoiled(carry, list(range(ROWS))))
     assert torch.equal(view.carry.data["inputs"], batch["inputs"]) and view.carry.steps.tolist() == [1] * ROWS
     assert torch.isfinite(view.logits).all()
 
@@ -161,7 +161,7 @@ def test_metrics_count_rows_that_halted_and_have_labels() -> None:
     batch["labels"][2] = IGNORE_LABEL
     with torch.no_grad():
         objective.model.q_head.bias.copy_(torch.tensor([50.0, -50.0]))
-    view = objective.think(batch, objective.initial_carry(batch))
+    view = objective.segment(batch, objective.initial_carry(batch))
     answers = view.logits.argmax(-1).to(torch.int32)
     batch["labels"][0] = torch.where(batch["labels"][0] >= 0, answers[0], IGNORE_LABEL)
     batch["labels"][1, :2] = answers[1, :2]
@@ -186,7 +186,7 @@ def test_after_a_skipped_step_a_row_of_broken_states_begins_again() -> None:
     batch = offers(3)
     batch["min_steps"] = torch.full((ROWS,), 3, dtype=torch.int32)
     with torch.no_grad():
-        carry = objective.think(batch, objective.initial_carry(batch)).carry
+        carry = objective.segment(batch, objective.initial_carry(batch)).carry
     assert not bool(carry.halted.any())
     states = carry.states.map(torch.clone)
     states.z_l[1, 2, 3] = float("nan")

@@ -432,12 +432,12 @@ def test_weights_are_cast_once_in_a_pass() -> None:
     layer = mixture(config, 0)
     routing = Routing(12)
     weight = layer.experts.up_proj.weight
-    narrow = routing.narrowed(weight, torch.bfloat16)
-    assert narrow is routing.narrowed(weight, torch.bfloat16) and not narrow.requires_grad
-    assert routing.next_chunk(None).narrowed(weight, torch.bfloat16) is narrow
-    assert routing.detached().narrowed(weight, torch.bfloat16) is narrow
-    assert Routing(12).narrowed(weight, torch.bfloat16) is not narrow
-    same = routing.narrowed(weight, torch.float32)
+    narrow = routing.cast(weight, torch.bfloat16)
+    assert narrow is routing.cast(weight, torch.bfloat16) and not narrow.requires_grad
+    assert routing.next_chunk(None).cast(weight, torch.bfloat16) is narrow
+    assert routing.detached().cast(weight, torch.bfloat16) is narrow
+    assert Routing(12).cast(weight, torch.bfloat16) is not narrow
+    same = routing.cast(weight, torch.float32)
     assert same.data_ptr() == weight.data_ptr()
 
 

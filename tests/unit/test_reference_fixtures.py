@@ -88,7 +88,7 @@ def test_outputs_over_consecutive_steps(fixture: Fixture, mode: str) -> None:
     carry = objective.initial_carry(fixture.batch(1))
     with torch.no_grad():
         for number in numbers:
-            view = objective.think(fixture.batch(number), carry)
+            view = objective.segment(fixture.batch(number), carry)
             check_step(view, want, number)
             carry = view.carry
 
@@ -133,7 +133,7 @@ def test_gradients(fixture: Fixture, part: str) -> None:
     carry = objective.initial_carry(fixture.batch(1))
     with torch.no_grad():
         for number in range(1, about["at_step"]):
-            carry = objective.think(fixture.batch(number), carry).carry
+            carry = objective.segment(fixture.batch(number), carry).carry
     output = objective(fixture.batch(about["at_step"]), carry)
     total = sum(term.coefficient * term.total for term in output.terms)
     assert float(total.detach()) == pytest.approx(about["total_loss"], rel=2e-6)
@@ -281,7 +281,7 @@ def test_bfloat16_activations(fixture: Fixture) -> None:
     objective = PuzzleObjective(fixture.model(forward_dtype="bfloat16"), "softmax", rollout=False).eval()
     want = fixture.tensors("bf16_eval")
     with torch.no_grad():
-        view = objective.think(fixture.batch(1), objective.initial_carry(fixture.batch(1)))
+        view = objective.segment(fixture.batch(1), objective.initial_carry(fixture.batch(1)))
     assert view.logits.dtype == want["step1.logits"].dtype
     assert worst(view.logits, want["step1.logits"]) <= 4.3e-2
     assert worst(view.carry.states.z_h, want["step1.z_H"]) <= 8.7e-2

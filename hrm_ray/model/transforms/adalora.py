@@ -1,7 +1,7 @@
-"""AdaLoRA's rank schedule: adapters begin with more ranks than they end with, and keep those that matter most.
+"""AdaLoRA's rank schedule: adapters start with more ranks than they end with, and keep the most important ones.
 
-One job: advance peft's rank allocator once per weight update, keep its state, and the loss that holds its factors
-orthogonal. Source: Zhang et al. 2023, "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning".
+Source: Zhang et al. 2023, "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning". The allocation is peft's;
+here are its schedule, its state for checkpoints, and the loss that keeps the factors orthogonal.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _PATTERN, _UPDATES, _TOTAL_STEPS = "rank_pattern", "updates", "total_steps"
 
 @dataclass(frozen=True)
 class RankPlan:
-    """When ranks go: `warmup_steps` with all of them, then fewer every `interval_steps`, the last number for
-    `final_steps` before `total_steps`."""
+    """When ranks are removed: none for `warmup_steps`, then some every `interval_steps`, and none in the last
+    `final_steps` of `total_steps`."""
 
     first_rank: int
     last_rank: int
@@ -36,8 +36,8 @@ class RankPlan:
 
     @classmethod
     def over(cls, total_steps: int, rank: int) -> RankPlan:
-        """A tenth of the steps to warm up and a fifth to end with; from one and a half times the mean rank of the end
-        (the ratio of the paper's experiments)."""
+        """Warm-up for a tenth of the steps, the final phase for a fifth; the first rank is 1.5 times the mean rank at
+        the end (the ratio of the paper's experiments)."""
         steps = max(total_steps, 1)
         return cls(
             first_rank=-(-3 * rank // 2),
@@ -49,7 +49,7 @@ class RankPlan:
         )
 
     def for_peft(self) -> dict[str, Any]:
-        """The plan by the names of AdaLoraConfig."""
+        """The plan under AdaLoraConfig's names."""
         return {
             "init_r": self.first_rank,
             "target_r": self.last_rank,
@@ -61,7 +61,7 @@ class RankPlan:
 
 
 class RankSchedule:
-    """Peft's rank allocator with the number of updates that it goes by."""
+    """peft's rank allocator and the number of weight updates so far."""
 
     def __init__(self, wrapped: PeftModel, plan: RankPlan) -> None:
         self.tuner: Any = wrapped.base_model
@@ -69,16 +69,13 @@ class RankSchedule:
         self.updates = 0
 
     def after_update(self) -> None:
-        """Take in the gradients of an update that was made, before they are cleared, and mask ranks as planned."""
+        """Read the gradients of a weight update, before they are cleared, and mask ranks as planned."""
         self.updates += 1
         self.tuner.update_and_allocate(self.updates)
 
     @property
     def settled(self) -> bool:
-        """Whether the ranks that were masked are gone for good, and nothing of them is left in the weights as they are.
-
-        An average of the weights still remembers them.
-        """
+        """Whether masked ranks are removed for good and zero in the weights. A moving average may still hold them."""
         if self.updates < self.plan.total_steps - self.plan.final_steps:
             return False
         kept = {name.replace(f".{self._adapter}", ""): mask for name, mask in self._config.rank_pattern.items()}
@@ -99,20 +96,20 @@ class RankSchedule:
         return torch.stack(distances).mean()
 
     def regulariser(self) -> Regulariser:
-        """The loss that keeps the factors orthogonal, so that their ranks can be told apart."""
+        """The loss that keeps the factors orthogonal, so that their ranks can be compared."""
         return Regulariser(
             "adapter_disorder", self._config.orth_reg_weight, self.disorder, lambda: {"adapter_rank": self.mean_rank()}
         )
 
     def mean_rank(self) -> Tensor:
-        """Ranks that the layers have now, their mean."""
+        """The mean of the layers' present ranks."""
         pattern = self._config.rank_pattern
         if not pattern:
             return torch.tensor(float(self.plan.first_rank))
         return torch.tensor(sum(sum(mask) for mask in pattern.values()) / len(pattern))
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next update goes by, as tensors by name."""
+        """The state that the next update depends on, as tensors by name."""
         tensors = {
             f"{average}|{name}": tensor for average, kept in self._averages().items() for name, tensor in kept.items()
         }
@@ -124,7 +121,7 @@ class RankSchedule:
         }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take up what `state` gave, its plan included: ranks that have gone do not come back in a longer run."""
+        """Restore what `state` returned, its plan included: removed ranks do not come back in a longer run."""
         self.tuner.rankallocator.reset_ipt()
         device, averages = next(self.tuner.model.parameters()).device, self._averages()
         for full_name, tensor in state.items():
@@ -132,7 +129,7 @@ class RankSchedule:
             if separator:
                 averages[average][name] = tensor.to(device)
         self.updates = int(state[_UPDATES])
-        if _TOTAL_STEPS in state:  # checkpoints of older versions do not say
+        if _TOTAL_STEPS in state:  # missing in checkpoints of older versions
             self._keep_to(RankPlan.over(int(state[_TOTAL_STEPS]), self.plan.last_rank))
         self._config.rank_pattern = json.loads(bytes(state[_PATTERN].tolist()))
 
@@ -142,7 +139,7 @@ class RankSchedule:
             setattr(self._config, name, value)
 
     def _averages(self) -> dict[str, dict[str, Tensor]]:
-        """What the allocator keeps of every adapter tensor: its last importance, that one's mean and its variation."""
+        """The allocator's state by adapter tensor: its last importance, the mean importance and its variation."""
         allocator = self.tuner.rankallocator
         return {"ipt": allocator.ipt, "exp_avg_ipt": allocator.exp_avg_ipt, "exp_avg_unc": allocator.exp_avg_unc}
 

@@ -1,7 +1,4 @@
-"""Which kernel a model's attentions use.
-
-One job: set it. The kernels are in `attention` and `attention_backends`.
-"""
+"""The kernel of a model's attentions; kernels are in `attention` and `attention_backends`."""
 
 from __future__ import annotations
 

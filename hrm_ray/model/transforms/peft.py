@@ -1,7 +1,6 @@
-"""Adapters beside frozen weights, through the peft library.
+"""Adapters on frozen weights, through the peft library: adding them, merging them, and exporting them in peft's format.
 
-One job: lay adapters into a model, say which parameters are trained, and give them out again: merged into plain
-weights, or in peft's own format. How AdaLoRA shares out its ranks is in `adalora`.
+AdaLoRA's rank schedule is in `adalora`.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 ADAPTER = "default"
-"""peft's name for the adapter; a model here has one."""
+"""peft's name for a model's only adapter."""
 HEADS = ("lm_head", "q_head")
-"""Modules that are trained in full."""
+"""Modules that are trained in full besides the adapters."""
 _PREFIX = "base_model.model."
-"""What peft puts before the names of a model's tensors in an adapter's file."""
+"""peft's prefix of the names of a model's tensors in an adapter file."""
 
 
 class Adapters:
-    """The adapters of one model: `wrapped` is peft's view of it, the model itself computes with them in place.
+    """The adapters of one model, which are modules inside it; `wrapped` is peft's wrapper around the model.
 
     `ranks` is AdaLoRA's schedule, None for other methods.
     """
@@ -45,8 +44,8 @@ class Adapters:
         return model
 
     def merged_weights(self) -> dict[str, Tensor]:
-        """The model's tensors under their plain names, as if there were no adapters: base + adapter, the base of a
-        quantised layer being what its codes stand for. Sums are taken in float32 and kept in the heads' type."""
+        """The model's tensors under their plain names with adapters merged into them; a quantised base is dequantised.
+        Sums are taken in float32 and stored in the heads' type."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         dtype = next(p.dtype for name, p in self.model.named_parameters() if name.startswith(HEADS))
@@ -70,20 +69,20 @@ class Adapters:
     def in_file(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """(content of adapter_config.json, tensors of adapter_model.safetensors) as peft's own loader reads them.
 
-        The heads are in it as modules that peft lays over those of the base. Ranks that AdaLoRA has taken away for good
-        are left out.
+        The heads are included as modules that replace those of the base. Ranks that AdaLoRA has removed for good are
+        left out.
         """
         from peft import get_peft_model_state_dict
 
         config: Any = self.wrapped.peft_config[ADAPTER]
         pattern = config.rank_pattern if self.ranks is not None else None
         if self.ranks is not None and not self.ranks.settled:
-            # Until the last phase a rank that is masked may come back, and what it has learned is not zero.
+            # Until the last phase a masked rank may come back, and its weights are not zero.
             config.rank_pattern = None
         tensors = {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(self.wrapped).items()}
         described = deepcopy(config)
         if self.ranks is not None:
-            # peft shortens the names in it when it gives the tensors out.
+            # peft shortens the names in the pattern while it collects the tensors.
             config.rank_pattern = pattern
         described.inference_mode = True
         described.modules_to_save = [head for head in HEADS if head in dict(self.model.named_children())]
@@ -95,10 +94,10 @@ class Adapters:
 
 
 def apply_peft(model: nn.Module, chosen: AdaptSettings, *, seed: int, total_steps: int) -> Adapters:
-    """Put adapters into `model` in place and freeze everything else but the heads.
+    """Add adapters to `model` in place and freeze everything else except the heads and a puzzle table.
 
-    Adapters are float32 whatever the weights' type. Their starting values follow from `seed` alone. `total_steps` is
-    the length of AdaLoRA's schedule. A puzzle table is no parameter and keeps its own rule.
+    Adapters are float32 whatever the weights' type. Their starting values depend on `seed` alone. `total_steps` is the
+    length of AdaLoRA's schedule.
     """
     from peft import get_peft_model
 
@@ -114,7 +113,7 @@ def apply_peft(model: nn.Module, chosen: AdaptSettings, *, seed: int, total_step
 
 
 def _with_adapter(layer: Any) -> Tensor:
-    """The weight that does what a layer and its adapter do together, float32."""
+    """The weight of a layer with its adapter merged, float32."""
     from peft.tuners.ia3 import IA3Layer
 
     weight: Tensor = layer.get_base_layer().weight.float()
@@ -125,7 +124,7 @@ def _with_adapter(layer: Any) -> Tensor:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout inside this context, whatever mode the model is in."""
+    """Evaluation mode inside this context, so that there is no dropout."""
     training = model.training
     model.eval()
     try:

@@ -1,8 +1,7 @@
-"""Linear layers whose weights are held in 8 or 4 bits.
+"""Linear layers whose weights are stored in 8 or 4 bits.
 
-One job: replace the projections of a model, and its stacks of experts, by layers that keep integer codes with scales
-and make the weights of them at use. Heads, embeddings, routers and norms stay as they are. The codes are frozen:
-gradients pass through to the input.
+Projections and stacks of experts are replaced by layers that store integer codes with scales, and dequantise at use.
+Heads, embeddings, routers and norms are not changed. The codes are frozen; gradients flow to the input.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from hrm_ray.model.routing import Routing
 Bits: TypeAlias = Literal[8, 4]
 
 NF4_BLOCK = 64
-"""Weights that share a scale (Dettmers et al. 2023, QLoRA)."""
+"""Weights per scale (Dettmers et al. 2023, QLoRA)."""
 
 
 class Int8Codes(nn.Module):
     """A matrix, or a stack of them, as int8 `codes` [..., out, in] and a float32 `scale` [..., out, 1] per output.
 
-    A weight is code x scale; the scale is its row's largest absolute weight / 127, and a weight is off by half of it at
-    most.
+    A weight is code x scale; the scale is the largest absolute weight of its row / 127, and the error at most half of
+    it.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -38,13 +37,13 @@ class Int8Codes(nn.Module):
         self.codes: Tensor
         self.scale: Tensor
         wide = weight.detach().float()
-        # A row of zeros has codes of zero whatever its scale.
+        # The clamp keeps a row of zeros from dividing by zero; its codes are zero whatever the scale.
         scale = wide.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
         self.register_buffer("codes", (wide / scale).round().to(torch.int8))
         self.register_buffer("scale", scale)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """The weights that the codes stand for."""
+        """The dequantised weights."""
         return (self.codes * self.scale).to(dtype)
 
 
@@ -52,8 +51,8 @@ class Nf4Codes(nn.Module):
     """A matrix, or a stack of them, in NormalFloat of 4 bits: uint8 `codes` of two weights each, and a float32 `scale`
     for every 64 weights (Dettmers et al. 2023, arXiv 2305.14314); computed by bitsandbytes.
 
-    The 16 values lie closest where normally distributed weights are; the widest gap is 0.30 of a block's largest
-    weight, so that a weight is off by 0.152 of that at most.
+    The 16 values are densest where normally distributed weights are; the widest gap is 0.30 of a block's largest
+    weight, so the error is at most 0.152 of it.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -68,10 +67,10 @@ class Nf4Codes(nn.Module):
         self.register_buffer("scale", state.absmax)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """The weights that the codes stand for."""
+        """The dequantised weights."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        # In one line, filled up to an even number: kernels have no use for the shape, and some take no odd lines.
+        # Flat and padded to an even number: kernels ignore the shape, and some refuse odd lengths.
         flat = torch.Size([2 * self.codes.numel()])
         state = QuantState(self.scale, shape=flat, blocksize=NF4_BLOCK, quant_type="nf4", dtype=dtype)
         return dequantize_4bit(self.codes, state).view(-1)[: self.shape.numel()].view(self.shape)
@@ -79,11 +78,11 @@ class Nf4Codes(nn.Module):
 
 Codes: TypeAlias = Int8Codes | Nf4Codes
 CODES: dict[Bits, type[Codes]] = {8: Int8Codes, 4: Nf4Codes}
-"""How weights are held, by their bits."""
+"""By the bits of a weight."""
 
 
 class QuantisedProjection(nn.Linear):
-    """A projection whose weights are codes. It counts as a linear layer, so that adapters can be laid beside it."""
+    """A projection with quantised weights. It is an nn.Linear, so that peft can add adapters to it."""
 
     def __init__(self, in_features: int, out_features: int, codes: Codes) -> None:
         nn.Module.__init__(self)
@@ -93,7 +92,7 @@ class QuantisedProjection(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weights as they are used, [out, in], float32; made anew at every look."""
+        """The dequantised weights [out, in], float32, computed at every access."""
         return self.quantised.weight(torch.float32)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -102,7 +101,7 @@ class QuantisedProjection(nn.Linear):
 
 
 class QuantisedStack(nn.Module):
-    """The projections of all experts, [E, out, in], as codes."""
+    """The projections of all experts, [E, out, in], with quantised weights."""
 
     def __init__(self, codes: Codes) -> None:
         super().__init__()
@@ -115,7 +114,7 @@ class QuantisedStack(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T; the backward pass makes W of its codes again, so that no more than one matrix is whole at a time."""
+    """x W^T; the backward pass dequantises W again, so that only one matrix is held at a time."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Codes) -> Tensor:
@@ -152,9 +151,9 @@ def _grouped(rows: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
 
 
 def quantise_projections(model: nn.Module, bits: Bits) -> None:
-    """Hold the weights of all projections and expert stacks in `bits`, in place, and freeze what else there is.
+    """Quantise the weights of all projections and expert stacks to `bits`, in place, and freeze the whole model.
 
-    One layer after the other, so that no second copy of the model is made.
+    One layer after the other, so that the model is never held twice.
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -167,7 +166,7 @@ def quantise_projections(model: nn.Module, bits: Bits) -> None:
 
 
 def plain_weight(module: nn.Module) -> Tensor | None:
-    """The float32 weights that a quantised layer stands for; None for any other module."""
+    """The dequantised float32 weights of a quantised layer; None for any other module."""
     if isinstance(module, QuantisedProjection | QuantisedStack):
         return module.quantised.weight(torch.float32)
     return None

@@ -1,7 +1,4 @@
-"""The training of one expert: everything else of a model is frozen.
-
-One job: freeze. The same expert of every block is trained; how its part of a stack becomes a parameter is in moe.py.
-"""
+"""Training of one expert of every block, with the rest of the model frozen (see moe.StackedProjection)."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from hrm_ray.model.moe import StackedProjection
 
 
 def train_single_expert(model: nn.Module, expert: int) -> None:
-    """Freeze all of `model` but the experts of number `expert`; the puzzle table too, which is no parameter."""
+    """Freeze all of `model`, the puzzle table included, except for expert number `expert` of each block."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module in model.modules():
