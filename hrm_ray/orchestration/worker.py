@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import ray
 import ray.train
 
+from hrm_ray.errors import Fault, UnavailableError
 from hrm_ray.orchestration.failures import Failure
 from hrm_ray.orchestration.run_monitor import WorkerChannel, WorkerPlace
 from hrm_ray.train.plan import RunPlan
@@ -31,14 +34,15 @@ class WorkerEnded(Exception):
 def main(config: dict[str, Any]) -> None:
     """The training function of TorchTrainer; torch.distributed is set up when it is entered.
 
-    `config`: "body" (None for training), "plan" (from `RunPlan.to_plain`), "monitor" and "chunk_server" (actor
-    handles; the latter may be None).
+    `config`: "body" (None for training), "plan" (from `RunPlan.to_plain`), "marker" (the path of a file in the bundle),
+    "monitor" and "chunk_server" (actor handles; the latter may be None).
     """
     rank = ray.train.get_context().get_world_rank()
     link = WorkerChannel(config["monitor"], rank, config["chunk_server"])
     if not link.announce(WorkerPlace(rank, os.getpid(), ray.util.get_node_ip_address())):
         return
     try:
+        check_shared(Path(config["marker"]))
         from hrm_ray.train.session import train
 
         body: Body = config["body"] or train
@@ -50,3 +54,11 @@ def main(config: dict[str, Any]) -> None:
         if failure.peer_loss:
             threading.Event().wait(PEER_LOSS_WAIT_S)
         raise WorkerEnded(f"rank {rank}: {failure.kind}") from None
+
+
+def check_shared(marker: Path) -> None:
+    """Raise UnavailableError where this node does not see the file that the driver has just put into the bundle."""
+    if not marker.exists():
+        folder = "sees another folder of that name" if marker.parent.is_dir() else "has no such folder"
+        hint = "Give --bundle-dir a folder that all nodes of the cluster share"
+        raise UnavailableError(Fault(str(marker.parent), f"node {socket.gethostname()} {folder}", hint))

@@ -10,6 +10,7 @@ How a run ends:
 
 from __future__ import annotations
 
+import secrets
 import signal
 import threading
 import time
@@ -146,11 +147,13 @@ class WorkerGroupRun:
         self._plan = plan
         self._sink = sink
         self._stop = stop
-        monitor_class = self._on_this_node(RunMonitor)
-        self._monitor: Any = monitor_class.remote()
+        # By it each worker knows that its node has this bundle, not another folder of the same name.
+        self._marker = plan.bundle / f".driver-{secrets.token_hex(8)}"
+        self._monitor: Any = self._on_this_node(RunMonitor).remote()
         self._config = {
             "body": body,
             "plan": plan.to_plain(),
+            "marker": str(self._marker),
             "monitor": self._monitor,
             "chunk_server": self._chunk_server(),
         }
@@ -164,15 +167,23 @@ class WorkerGroupRun:
 
     def run(self) -> RunResult:
         """Pass on records and stop requests until the worker group has ended; return or raise how."""
-        self._fit.start()
-        deadline_s: float | None = None
-        while self._fit.is_alive() and (deadline_s is None or time.monotonic() < deadline_s):
+        try:
+            self._marker.touch()
+        except OSError as error:
+            hint = "Check its free space and permissions"
+            raise ResourceError(Fault(str(self._plan.bundle), f"cannot be written ({error})", hint)) from error
+        try:
+            self._fit.start()
+            deadline_s: float | None = None
+            while self._fit.is_alive() and (deadline_s is None or time.monotonic() < deadline_s):
+                self._update()
+                ended = bool(self._status.failures) or len(self._status.finished) == self._request.world_size
+                if ended and deadline_s is None:
+                    deadline_s = time.monotonic() + END_WAIT_S
+                self._fit.join(POLL_INTERVAL_S)
             self._update()
-            ended = bool(self._status.failures) or len(self._status.finished) == self._request.world_size
-            if ended and deadline_s is None:
-                deadline_s = time.monotonic() + END_WAIT_S
-            self._fit.join(POLL_INTERVAL_S)
-        self._update()
+        finally:
+            self._marker.unlink(missing_ok=True)
         return self._conclude()
 
     def _on_this_node(self, actor: type[Any], **options: Any) -> Any:

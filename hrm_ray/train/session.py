@@ -19,7 +19,7 @@ from hrm_ray.data.prepare import PuzzlePlan, open_puzzle_sets
 from hrm_ray.data.stream import ConsumedRange
 from hrm_ray.data.text_data import TextDataDir
 from hrm_ray.data.tokenizer import TextTokenizer
-from hrm_ray.errors import DISK_FULL_ERRNOS, Fault, UnavailableError
+from hrm_ray.errors import DISK_FULL_ERRNOS
 from hrm_ray.log_filters import silence_unused_kernels
 from hrm_ray.metrics.fanout import FanOut
 from hrm_ray.metrics.jsonl import JsonlSink
@@ -68,10 +68,6 @@ def _train(plan: RunPlan, link: WorkerLink) -> RunResult:
     silence_unused_kernels()
     settings, config, run_dir = plan.settings, plan.config, RunDir(plan.bundle)
     world = World.here(plan.device, plan.threads, keep_freed=plan.keep_freed_memory)
-    if not run_dir.root.is_dir():
-        reason = f"rank {world.rank} does not see the bundle that the driver made"
-        hint = "Give --bundle-dir a folder that all nodes of the cluster share"
-        raise UnavailableError(Fault(str(run_dir.root), reason, hint))
     data, held_out = _data(plan.data, run_dir, world, link)
     stop_poll = link.stop_requested if world.leads else lambda: None
     components = assemble(
