@@ -1,7 +1,6 @@
-"""What this package raises on purpose, each with the exit code a shell sees.
+"""The errors that this package raises on purpose, each with its exit code.
 
-One job: name the kinds of failure and carry a message for a person. It does not print, log or exit.
-Every message says the value, the reason and the mend; `Fault` keeps the three apart.
+A message consists of faults; each says the value, the reason and a hint.
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""What writing to a full disk, past a quota or past the largest file fails with."""
+"""Errors of writing to a full disk, past a quota, or past the largest file size."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong: the offending value, why it cannot be used, and what to do instead."""
+    """One thing that is wrong: the value, the reason why it cannot be used, and what to do instead."""
 
     value: str
     reason: str
@@ -27,30 +26,26 @@ class Fault:
 
 
 class HrmRayError(Exception):
-    """Base of all expected failures; `exit_code` is what the process ends with.
-
-    Built from one or more faults, so that everything wrong is told at once. Survives pickling, because
-    errors travel from workers to the driver.
-    """
+    """Base of all expected errors. It has one or more faults, so that everything wrong is reported at once."""
 
     exit_code = 1
 
     def __init__(self, faults: Fault | Sequence[Fault]) -> None:
         self.faults: tuple[Fault, ...] = (faults,) if isinstance(faults, Fault) else tuple(faults)
-        super().__init__(self.faults)
+        super().__init__(self.faults)  # the only argument, so that pickling to the driver works
 
     def __str__(self) -> str:
         return "\n".join(str(fault) for fault in self.faults)
 
 
 class SettingsError(HrmRayError):
-    """Usage or settings that cannot be honoured (exit code 2)."""
+    """Wrong usage or settings (exit code 2)."""
 
     exit_code = 2
 
 
 class UnavailableError(HrmRayError):
-    """A needed library or device is missing (exit code 3)."""
+    """A library or device that is needed is missing (exit code 3)."""
 
     exit_code = 3
 
@@ -62,13 +57,13 @@ class ResourceError(HrmRayError):
 
 
 class DataError(HrmRayError):
-    """Data, a bundle or a checkpoint that cannot be read as what it should be (exit code 5)."""
+    """Data, a bundle or a checkpoint that cannot be read (exit code 5)."""
 
     exit_code = 5
 
 
 class DivergedError(HrmRayError):
-    """Training stopped because its numbers ceased to be finite (exit code 6)."""
+    """Training stopped because its numbers are no longer finite (exit code 6)."""
 
     exit_code = 6
 
@@ -76,4 +71,4 @@ class DivergedError(HrmRayError):
 ERROR_KINDS: dict[str, type[HrmRayError]] = {
     kind.__name__: kind for kind in (SettingsError, UnavailableError, ResourceError, DataError, DivergedError)
 }
-"""By name, for rebuilding an error that was sent from another process."""
+"""By name, to rebuild an error that another process sent."""

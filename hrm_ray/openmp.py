@@ -1,11 +1,8 @@
 """How long OpenMP's threads spin while they wait for work.
 
-One job: the variable and its value. It is read when torch is loaded, so the command line sets it first of all, and
-Ray workers are started with it.
-
-By default GNU OpenMP spins for milliseconds, the threads of the forward pass while those of the backward pass work:
-with one busy neighbour on two cores a step of a small model took seventeen times as long (4.6 s against 0.27 s). A
-thousand turns cost nothing on a quiet machine.
+By default the threads of the forward pass spin for milliseconds while those of the backward pass work: with one busy
+neighbour on two cores, a step of a small model took seventeen times as long (4.6 s against 0.27 s). A spin count of
+1000 costs nothing on an idle machine. torch reads the variable when it is loaded, so it must be set before.
 """
 
 from __future__ import annotations

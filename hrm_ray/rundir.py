@@ -1,8 +1,4 @@
-"""Where the files of a run lie: the one object that knows their names.
-
-One job: paths inside a bundle, and how a checkpoint's folder comes to be whole or absent. It does not know what the
-files hold.
-"""
+"""RunDir: the paths of a bundle's files, and checkpoint folders that are complete or absent."""
 
 from __future__ import annotations
 
@@ -40,12 +36,12 @@ class RunDir:
 
     @property
     def best(self) -> RunDir:
-        """The best validation's model: a bundle of its own, without checkpoints."""
+        """The model of the best evaluation: a bundle of its own, without checkpoints."""
         return RunDir(self.root / "best")
 
     @property
     def adapter(self) -> Path:
-        """The adapters that were trained, in peft's own format; the weights beside have them merged in."""
+        """The trained adapters in peft's format; they are merged into model.safetensors too."""
         return self.root / "adapter"
 
     @property
@@ -54,7 +50,7 @@ class RunDir:
 
     @property
     def puzzle(self) -> Path:
-        """How a puzzle's tokens print (the description of the set it was trained on)."""
+        """Description of the puzzle set: how its tokens are printed."""
         return self.root / "puzzle.json"
 
     @property
@@ -75,7 +71,7 @@ class RunDir:
 
     @property
     def data(self) -> Path:
-        """What the run knows of its corpus: catalog, tokenised chunks, held-out documents."""
+        """The corpus of the run: catalog, tokenised chunks, evaluation documents."""
         return self.root / "data"
 
     @property
@@ -85,7 +81,7 @@ class RunDir:
 
     @property
     def chunk_tracker(self) -> Path:
-        """The ledger as people read it."""
+        """The ledger as JSON, for people."""
         return self.root / "chunk_tracker_state.json"
 
     @property
@@ -111,11 +107,11 @@ class RunDir:
         return self.checkpoints / f"step_{step}"
 
     def partial_checkpoint(self, step: int) -> Path:
-        """Where a checkpoint is written before it is whole."""
+        """Where a checkpoint is written before it is complete."""
         return self.checkpoints / f"step_{step}{_PARTIAL}"
 
     def checkpoint_steps(self) -> list[int]:
-        """Steps of the whole checkpoints, rising."""
+        """Steps of the complete checkpoints, ascending."""
         if not self.checkpoints.is_dir():
             return []
         matches = (_STEP.fullmatch(path.name) for path in self.checkpoints.iterdir())
@@ -134,7 +130,7 @@ class RunDir:
         return file_sha256(partial / MANIFEST)
 
     def seal_checkpoint(self, step: int) -> Path:
-        """Make the partial checkpoint of `step`, which has been described, whole: with one rename."""
+        """Rename the partial checkpoint of `step`, which has its manifest, to its final name."""
         partial, whole = self.partial_checkpoint(step), self.checkpoint(step)
         if whole.exists():
             aside = _step_aside(whole)
@@ -146,7 +142,7 @@ class RunDir:
         return whole
 
     def recover(self) -> None:
-        """Bring back what an interrupted replacement had moved aside: a whole checkpoint, or best/."""
+        """Restore what an interrupted replacement moved aside: a complete checkpoint, or best/."""
         for aside in self.checkpoints.glob(f"step_*{_OLD}"):
             place = aside.with_name(aside.name.removesuffix(_OLD))
             if (aside / MANIFEST).is_file() and not place.exists():
@@ -158,7 +154,7 @@ class RunDir:
             shutil.rmtree(leftover)
 
     def prune(self, keep: int) -> None:
-        """Delete all but the newest `keep` checkpoints, and what an interrupted save left behind."""
+        """Delete all but the newest `keep` checkpoints, and the leftovers of an interrupted save."""
         for step in self.checkpoint_steps()[:-keep]:
             _step_aside(self.checkpoint(step))
         for leftover in self.checkpoints.glob(f"*{_PARTIAL}"):
@@ -171,36 +167,36 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _step_aside(checkpoint: Path) -> Path:
-    """Rename a checkpoint that is to go, so that a deletion that is interrupted leaves none that looks whole."""
+    """Rename a checkpoint before its deletion: if that is interrupted, no checkpoint looks complete that is not."""
     aside = checkpoint.with_name(f"{checkpoint.name}{_OLD}")
     shutil.rmtree(aside, ignore_errors=True)
     return checkpoint.rename(aside)
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Check that a checkpoint is whole: its manifest, and every file with the stated sha256. Raises DataError."""
-    hint = "Give an older one with --resume-from, or train anew under another --brain-name"
+    """Check a checkpoint: its manifest, and the size and sha256 of every file. Raises DataError."""
+    hint = "Give an older checkpoint with --resume-from, or start a new run under another --brain-name"
     manifest = folder / MANIFEST
     if not folder.is_dir():
         raise DataError(Fault(str(folder), "there is no such checkpoint", hint))
     if not manifest.is_file():
-        raise DataError(Fault(str(folder), f"it is no whole checkpoint ({MANIFEST} is missing)", hint))
+        raise DataError(Fault(str(folder), f"the checkpoint is incomplete ({MANIFEST} is missing)", hint))
     try:
         files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in read_json(manifest)["files"].items()}
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(Fault(str(manifest), f"it is not what was saved ({error!r} is wrong in it)", hint)) from None
+        raise DataError(Fault(str(manifest), f"the manifest is damaged ({error!r})", hint)) from None
     unknown = sorted({path.relative_to(folder).as_posix() for path in _files(folder)} - {*files, MANIFEST})
     if unknown:
-        raise DataError(Fault(str(folder / unknown[0]), "the checkpoint's manifest does not name it", hint))
+        raise DataError(Fault(str(folder / unknown[0]), "the file is not in the checkpoint's manifest", hint))
     for name, (size, sha256) in files.items():
         path = folder / name
         if not path.is_file():
-            raise DataError(Fault(str(path), "the checkpoint's manifest names it, but it is not there", hint))
+            raise DataError(Fault(str(path), "the file is in the checkpoint's manifest, but missing", hint))
         found = path.stat().st_size
         if found != size:
-            raise DataError(Fault(str(path), f"it has {found} bytes, but was saved with {size}", hint))
+            raise DataError(Fault(str(path), f"the file has {found} bytes, but was saved with {size}", hint))
         if file_sha256(path) != sha256:
-            raise DataError(Fault(str(path), "its content is not what was saved (sha256 differs)", hint))
+            raise DataError(Fault(str(path), "the content is not what was saved (sha256 differs)", hint))
 
 
 def file_sha256(path: Path) -> str:
@@ -213,21 +209,21 @@ def file_sha256(path: Path) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that `path` holds either the old content or the new, never half."""
+    """Write JSON atomically."""
     text = json.dumps(value, indent=1) + "\n"
     with atomic_write(path) as file:
         file.write(text.encode("utf-8"))
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file of a bundle. Raises DataError when it cannot be read."""
+    """The content of a JSON file of a bundle. Raises DataError if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(
-            Fault(str(path), "there is no such file", "Give a whole bundle, as hrm-ray train wrote it")
+            Fault(str(path), "there is no such file", "Give a complete bundle, as hrm-ray train wrote it")
         ) from None
     except (ValueError, OSError) as error:
         raise DataError(
-            Fault(str(path), f"it cannot be read as JSON ({error})", "Restore the file or train anew")
+            Fault(str(path), f"the file cannot be read as JSON ({error})", "Restore the file, or start a new run")
         ) from None

@@ -1,7 +1,4 @@
-"""Plain values that travel between layers and processes: records, outcomes, columns of samples.
-
-One job: define them. Nothing here computes, reads files, or imports torch or Ray.
-"""
+"""Values that are passed between layers and processes: metric records, results of runs, columns of samples."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from hrm_ray.metrics.jsonl import read_records
-from hrm_ray.metrics.plots import loss_sparkline
+from hrm_ray.metrics.text_chart import loss_chart
 
 JOBS = Path(__file__).parent
 HOME = Path("artifacts")
@@ -72,7 +72,7 @@ def main() -> None:
     )
     text_minutes = (time.monotonic() - began) / 60
     print("\ntraining loss (nats per token)")
-    print(loss_sparkline(read_records(text_bundle / "metrics.jsonl"), 72, encoding=sys.stdout.encoding))
+    print(loss_chart(read_records(text_bundle / "metrics.jsonl"), 72, encoding=sys.stdout.encoding))
     command("generate", text_bundle, "--prompt", PROMPT, "--max-new-tokens", "80", "--temperature", "0.7")
 
     heading("3. What there is now")

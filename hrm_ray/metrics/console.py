@@ -1,7 +1,6 @@
-"""The run on a terminal: one live display, or plain lines where the stream is no terminal.
+"""The display of a run: a live block on a terminal, plain lines elsewhere.
 
-One job: show records to a person. It measures nothing and keeps no history beyond what the remaining time needs.
-Text made here is ASCII; what comes from elsewhere is put into what the stream's encoding can carry.
+Text made here is ASCII; messages are escaped for the stream's encoding.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, TextIO
+from typing import ClassVar, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -49,7 +48,7 @@ def _whole(value: float) -> str:
 
 @dataclass(frozen=True)
 class _Field:
-    """How a value of a record is named and written; `hide_zero` for what is worth a word only when not 0."""
+    """A value of a record: its label and format; with `hide_zero` it is shown only if it is not 0."""
 
     name: str
     label: str
@@ -73,7 +72,7 @@ _TRAIN_FIELDS = (
     _Field("peak_gb", "peak", _gigabytes),
     _Field("effective_batch_size", "batch", _whole),
 )
-"""Most important first: what does not fit a narrow terminal is left off from the end."""
+"""Most important first: a narrow terminal shows only those that fit."""
 
 _EVAL_FIELDS = (
     _Field("exact_accuracy", "exact", _percent),
@@ -92,13 +91,13 @@ _EVAL_FIELDS = (
 class ConsoleSink:
     """Shows the records of one run on `stream`; only the driver makes one.
 
-    `interactive=None` asks the stream whether it is a terminal. On a terminal: a live block of step, figures and the
-    latest held-out ones, events scrolling past above it. Elsewhere: plain lines, all eval and event records, and a
-    train record when `every_s` seconds (by the records' time) or, if given, `every_records` records have passed since
-    the last one shown. `total_steps` (None: not known) is the step that the run ends at.
+    On a terminal (`interactive=None` asks the stream): a live block of step, figures and the latest evaluation, with
+    events above it. Elsewhere: plain lines of all eval and event records, and of a train record when `every_s` seconds
+    (by the records' time) or, if given, `every_records` records have passed since the last one shown. `total_steps` is
+    the last step of the run, if known.
 
-    RuntimeError when a live display is open already. A stream that breaks (a closed pipe or terminal) ends the display
-    and is logged; the run goes on, for its records are in its files.
+    RuntimeError if a live display is open already. A stream that breaks (a closed pipe or terminal) ends the display
+    with a log message; the run goes on.
     """
 
     _live_is_open: ClassVar[bool] = False
@@ -133,16 +132,18 @@ class ConsoleSink:
             self._train = record
         elif record.kind == "eval":
             self._eval = record
-        self._showing(lambda: self._write_live(record) if self._live is not None else self._write_plain(record))
+        live = self._live
+        self._show(lambda: self._write_plain(record) if live is None else self._write_live(live, record))
 
     def close(self) -> None:
-        """End the display, its last state left standing; a second call does nothing."""
+        """End the display, whose last state stays visible; a second call does nothing."""
         if self._live is not None:
             live, self._live = self._live, None
             ConsoleSink._live_is_open = False
-            self._try(live.stop)  # even when the stream has failed: it gives sys.stdout and sys.stderr back
+            self._show(live.stop, always=True)  # even on a broken stream: it restores sys.stdout and sys.stderr
         elif self._train is not None and self._shown is not self._train:
-            self._showing(self._show_train)
+            last = self._train
+            self._show(lambda: self._print_train(last))
         self._train = None
 
     def _open_live(self) -> Live:
@@ -154,14 +155,13 @@ class ConsoleSink:
         ConsoleSink._live_is_open = True
         return live
 
-    def _write_live(self, record: Record) -> None:
-        assert self._live is not None
+    def _write_live(self, live: Live, record: Record) -> None:
         if record.kind == "event":
             level = str(record.values.get("level", "INFO"))
-            self._live.console.print(Text(self._event_line(record), style=_EVENT_STYLES.get(level, "")))
+            live.console.print(Text(self._event_line(record), style=_EVENT_STYLES.get(level, "")))
         now_s = time.monotonic()
         if record.kind != "train" or now_s - self._refreshed_s >= _REFRESH_S:
-            self._live.refresh()
+            live.refresh()
             self._refreshed_s = now_s
 
     def _write_plain(self, record: Record) -> None:
@@ -172,37 +172,33 @@ class ConsoleSink:
         else:
             self._unshown_records += 1
             if self._is_due(record):
-                self._show_train()
+                self._print_train(record)
 
     def _is_due(self, record: Record) -> bool:
         if self._shown is None:
             return True
         passed_s = record.time_s - self._shown.time_s
-        # A clock set back must not silence the display until it has caught up.
+        # A clock that was set back must not silence the display until it has caught up.
         by_count = self._every_records is not None and self._unshown_records >= self._every_records
         return by_count or passed_s >= self._every_s or passed_s < 0
 
-    def _show_train(self) -> None:
-        assert self._train is not None
-        self._shown, self._unshown_records = self._train, 0
-        self._print(_SEPARATOR.join([*self._place(self._train), *_plain(_fields(_TRAIN_FIELDS, self._train))]))
+    def _print_train(self, record: Record) -> None:
+        self._shown, self._unshown_records = record, 0
+        self._print(_SEPARATOR.join([*self._place(record), *_plain(_fields(_TRAIN_FIELDS, record))]))
 
     def _print(self, line: str) -> None:
         self._stream.write(line + "\n")
         self._stream.flush()
 
-    def _showing(self, show: Callable[[], None]) -> None:
-        """Run what touches the stream; once the stream has failed, nothing more is shown."""
-        if not self._broken:
-            self._try(show)
-
-    def _try(self, show: Callable[[], None]) -> None:
-        """Run what touches the stream; a failure of the stream is logged once."""
+    def _show(self, show: Callable[[], None], *, always: bool = False) -> None:
+        """Write to the stream, unless it has failed; its first failure is logged."""
+        if self._broken and not always:
+            return
         try:
             show()
         except (OSError, ValueError) as error:
             if isinstance(error, ValueError) and not self._stream.closed:
-                raise  # only a closed stream's ValueError is the stream's failure
+                raise  # not the stream's error: a closed stream is the only one that raises ValueError
             if not self._broken:
                 _LOG.warning("the display has ended, the run goes on: %s", error)
             self._broken = True
@@ -223,12 +219,12 @@ class ConsoleSink:
 
     def _event_line(self, record: Record) -> str:
         level = record.values.get("level", "INFO")
-        message = _carried(str(record.values.get("message", "")), self._stream)
+        message = _escaped(str(record.values.get("message", "")), self._stream)
         return f"[{level}] step {record.step}: {message}"
 
 
 class _Block:
-    """The live block, laid out for the terminal's width at each refresh: place and bar, figures, held-out figures."""
+    """The live block, laid out for the terminal's width at each refresh: place and bar, figures, evaluation."""
 
     def __init__(self, sink: ConsoleSink) -> None:
         self._sink = sink
@@ -248,7 +244,7 @@ class _Block:
             yield _fitted([head, *_styled(_fields(_EVAL_FIELDS, held_out))], width)
 
     def _bar(self, step: int, width: int, ascii_only: bool) -> Text | None:
-        """A bar with its percentage in at most `width` cells; None when the end is not known or the room too small."""
+        """A progress bar with its percentage in at most `width` cells; None if there is no end or no room."""
         total = self._sink._total_steps
         if not total or width < 12:
             return None
@@ -261,18 +257,18 @@ class _Block:
 
 
 class _Pace:
-    """Seconds per step over the last records, for the time left."""
+    """Seconds per step over the last records, for the remaining time."""
 
     def __init__(self, window: int = 50) -> None:
         self._marks: deque[tuple[int, float]] = deque(maxlen=window)
 
     def add(self, step: int, time_s: float) -> None:
         if self._marks and (step <= self._marks[-1][0] or time_s < self._marks[-1][1]):
-            self._marks.clear()  # a run that went back to a checkpoint, or a clock set back
+            self._marks.clear()  # the run went back to a checkpoint, or the clock was set back
         self._marks.append((step, time_s))
 
     def seconds_to(self, total_steps: int | None) -> float | None:
-        """None while the end or the pace is not known."""
+        """Remaining seconds; None while the end or the pace is unknown."""
         if total_steps is None or len(self._marks) < 2:
             return None
         (first, first_s), (last, last_s) = self._marks[0], self._marks[-1]
@@ -280,14 +276,13 @@ class _Pace:
 
 
 def _fields(fields: Iterable[_Field], record: Record) -> list[tuple[str, str]]:
-    """(label, written value) of the fields that the record has, in the table's order."""
-    values: Mapping[str, Any] = record.values
-    told = []
+    """Label and formatted value of the fields that the record has, in the table's order."""
+    found = []
     for field in fields:
-        value = values.get(field.name)
+        value = record.values.get(field.name)
         if isinstance(value, (int, float)) and not (field.hide_zero and value == 0):
-            told.append((field.label, field.write(value)))
-    return told
+            found.append((field.label, field.write(value)))
+    return found
 
 
 def _plain(fields: list[tuple[str, str]]) -> list[str]:
@@ -299,7 +294,7 @@ def _styled(fields: list[tuple[str, str]]) -> list[Text]:
 
 
 def _fitted(parts: list[Text], width: int) -> Text:
-    """As many whole parts as fit on one line; the first is cut rather than left out."""
+    """As many parts as fit on one line; the first is cut rather than left out."""
     line = Text(no_wrap=True, overflow="crop", end="\n")
     for index, part in enumerate(parts):
         gap = _SEPARATOR if index else ""
@@ -316,8 +311,8 @@ def _duration(seconds: float) -> str:
     return f"{days}d {hour}h" if days else f"{hours}:{minute:02d}:{second:02d}"
 
 
-def _carried(text: str, stream: TextIO) -> str:
-    """`text` with what the stream cannot carry written as escapes, control characters (but newlines) as well."""
+def _escaped(text: str, stream: TextIO) -> str:
+    """`text` with control characters (except newlines) and what the stream cannot encode as escapes."""
     seen = "".join(
         char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
     )

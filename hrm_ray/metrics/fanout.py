@@ -1,7 +1,4 @@
-"""One sink made of several.
-
-One job: pass each record on. It holds no records and knows no kind of sink.
-"""
+"""A sink that passes each record on to several sinks."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from hrm_ray.types import MetricSink, Record
 
 
 class FanOut:
-    """Writes each record to all sinks in their order; an error of one is raised, for lost metrics are not silent."""
+    """Writes each record to all sinks in their order; an error of one is raised: metrics are not lost silently."""
 
     def __init__(self, sinks: Sequence[MetricSink]) -> None:
         self._sinks = tuple(sinks)
@@ -23,7 +20,7 @@ class FanOut:
             sink.write(record)
 
     def close(self) -> None:
-        """Close all, the last opened first; one that fails is told on stderr and does not keep the others open."""
+        """Close all, the last opened first; an error of one is printed on stderr, and the others are closed."""
         for sink in reversed(self._sinks):
             try:
                 sink.close()

@@ -1,11 +1,8 @@
-"""Records as lines of JSON: written, read back, and cut at a step for a resumed run.
-
-One job: the file format of `metrics.jsonl`. It does not decide what is measured or when.
+"""The file format of `metrics.jsonl`: records as lines of JSON, written, read, and cut at a step for a resumed run.
 
 A line is one flat object: `kind`, `step`, `time_s`, then the record's values under their own names. JSON has no
-word for a number that is not finite, so these are written as the texts "NaN", "Infinity" and "-Infinity" and read
-back as numbers; null would lose which of the three it was. A text value equal to one of the three is therefore
-read back as a number.
+numbers that are not finite, so these are written as the texts "NaN", "Infinity" and "-Infinity" and read back as
+numbers (null would lose which of the three it was).
 """
 
 from __future__ import annotations
@@ -28,10 +25,10 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class JsonlSink:
-    """Appends each record as one line and hands it to the system at once: a kill loses at most the line in writing.
+    """Appends each record as one line and flushes it: a kill loses at most the line that is being written.
 
-    `append=False` starts the file anew. When appending after a kill, a half-written last line is cut off first, so
-    that it cannot run into the next one; the cut is logged. A second process must not write the same file.
+    `append=False` replaces the file. When appending after a kill, a half-written last line is cut off first and the
+    cut is logged. A second process must not write the same file.
     """
 
     def __init__(self, path: Path, append: bool = True) -> None:
@@ -42,7 +39,7 @@ class JsonlSink:
         self._file = path.open("ab" if append else "wb")
 
     def write(self, record: Record) -> None:
-        """Take one record. ValueError when a value bears one of the names kind, step, time_s or the sink is closed."""
+        """Take one record. ValueError if a value is named kind, step or time_s, or if the sink is closed."""
         self._file.write(to_line(record))
         self._file.flush()
 
@@ -52,7 +49,7 @@ class JsonlSink:
 
 
 def to_line(record: Record) -> bytes:
-    """One record as an ASCII line with its newline. TypeError for a value that JSON cannot carry (a tensor, say)."""
+    """One record as an ASCII line with its newline. TypeError for a value that JSON cannot hold, such as a tensor."""
     taken = _OWN_KEYS & record.values.keys()
     if taken:
         raise ValueError(f"metrics named {sorted(taken)} would hide the record's own fields; rename them")
@@ -61,7 +58,7 @@ def to_line(record: Record) -> bytes:
 
 
 def read_records(path: Path) -> list[Record]:
-    """All whole records of a file, in its order; one torn last line (no newline, not JSON) is left out.
+    """All complete records of a file, in order; a torn last line (no newline, not JSON) is left out.
 
     DataError when the file is missing or any other line is not a record.
     """
@@ -69,10 +66,10 @@ def read_records(path: Path) -> list[Record]:
 
 
 def truncate_after(path: Path, step: int) -> int:
-    """Drop the records after `step` (and a torn last line) and say how many records went; for resuming at `step`.
+    """Drop the records after `step` (and a torn last line) for resuming there; returns how many records were dropped.
 
-    The file is replaced at one stroke: a kill in between leaves either the old or the new file. A missing file has
-    nothing to drop. Call it before a sink opens the file. DataError when a line is not a record.
+    The file is replaced atomically; it may be missing. Call this before a sink opens the file. DataError if a line is
+    not a record.
     """
     if not path.exists():
         return 0
@@ -115,7 +112,7 @@ class _NotARecordError(ValueError):
 
 
 def _from_line(line: bytes) -> Record:
-    """_NotARecordError, or what JSON and UTF-8 raise (all kinds of ValueError), when the line is not a record."""
+    """Raises a ValueError (of JSON, UTF-8 or _NotARecordError) if the line is not a record."""
     flat = json.loads(line.decode("utf-8"))
     if not isinstance(flat, dict):
         raise _NotARecordError("not a JSON object")
@@ -146,7 +143,7 @@ def _number(value: Any) -> Any:
 
 
 def _repair_tail(path: Path) -> None:
-    """Make the file end with a newline: finish a last line that is whole but for it, cut off one that is torn."""
+    """Make the file end with a newline: complete a last line that lacks only that, cut off a torn one."""
     if not path.exists():
         return
     with path.open("r+b") as file:
@@ -164,7 +161,7 @@ def _repair_tail(path: Path) -> None:
 
 
 def _unfinished_tail(path: Path) -> tuple[int, bytes]:
-    """The file's size and what follows its last newline, read from the end in growing bites."""
+    """The file's size and what follows its last newline, read from the end in growing pieces."""
     size = path.stat().st_size
     bite = 4096
     with path.open("rb") as file:

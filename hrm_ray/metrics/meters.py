@@ -1,7 +1,4 @@
-"""What is measured along the way: throughput and memory.
-
-One job: keep the running figures. Nothing here writes them anywhere, and tensors are converted before they come here.
-"""
+"""Meters of a training run: throughput and memory."""
 
 from __future__ import annotations
 
@@ -21,9 +18,8 @@ GIGABYTE = 1e9
 class Throughput:
     """Tokens or samples per second over a sliding window of time spent working.
 
-    `window_s` is the shortest time the figure covers once so much has passed; the interval that reaches back past it
-    still counts in full. `clock` is a monotonic time in seconds. Time between `pause` and `resume` (evaluation,
-    saving) does not count.
+    The rate covers at least `window_s`, once that much time has passed. Time between `pause` and `resume` (evaluation,
+    saving) does not count. `clock` gives a monotonic time in seconds.
     """
 
     def __init__(self, window_s: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -33,7 +29,7 @@ class Throughput:
         self._worked_s = 0.0
         self._paused = False
         self._total = 0
-        # (time worked, amount done) at the end of each interval, never summed up piece by piece: no rounding piles up.
+        # (time worked, amount done) at the end of each interval: totals, so that rounding does not add up.
         self._marks: deque[tuple[float, int]] = deque([(0.0, 0)])
 
     def add(self, amount: int) -> None:
@@ -53,13 +49,13 @@ class Throughput:
             self._paused = True
 
     def resume(self) -> None:
-        """Let the clock run on."""
+        """Start the clock again."""
         if self._paused:
             self._resumed_s = self._clock()
             self._paused = False
 
     def per_s(self) -> float | None:
-        """The rate over the window's finished intervals; None until any time has passed."""
+        """The rate over the window; None until time has passed."""
         (first_s, first), (last_s, last) = self._marks[0], self._marks[-1]
         return (last - first) / (last_s - first_s) if last_s > first_s else None
 
@@ -81,9 +77,9 @@ class DeviceMemory:
 class MemoryMeter:
     """Memory in use and its peak since the process began, in GB of 1e9 bytes.
 
-    Without `device_memory` it is the resident memory of this process (CPU training), Python and PyTorch themselves in
-    it; with it, what that function says of the accelerator (it is passed in, because nothing here imports torch). The
-    peak is the whole run's, evaluation and saving too: what a next run must have. It never falls.
+    Without `device_memory`: the resident memory of this process, Python and PyTorch included (CPU training). With it:
+    the accelerator's memory, as that function reads it. The peak includes evaluation and saving: a run of this kind
+    needs that much.
     """
 
     def __init__(self, device_memory: Callable[[], DeviceMemory] | None = None) -> None:
@@ -108,12 +104,10 @@ class MemoryMeter:
 
 
 def peak_resident_bytes() -> int:
-    """The most memory this process ever held resident, by the system's own count.
-
-    On Linux VmHWM is taken before getrusage, whose figure a child inherits through exec from a larger parent.
-    """
+    """Peak resident memory of this process, as the operating system counts it."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
+    # On Linux not getrusage: a child inherits its figure through exec from a larger parent.
     status = Path("/proc/self/status")
     if status.is_file():
         for line in status.read_text(encoding="ascii", errors="replace").splitlines():

@@ -1,9 +1,7 @@
 """Records as TensorBoard event files.
 
-One job: turn a record into events. It does not start TensorBoard and reads nothing back.
-
-Events are framed by the `tensorboard` package's RecordWriter over a file opened here. Its EventFileWriter would
-import TensorFlow wherever that is installed, and keeps what it was given in a thread's queue that a kill loses.
+Events are written with the `tensorboard` package's RecordWriter. Its EventFileWriter would import TensorFlow if that
+is installed, and has a queue whose events are lost when the process is killed.
 """
 
 from __future__ import annotations

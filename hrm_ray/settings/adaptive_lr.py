@@ -1,7 +1,4 @@
-"""The file of --adaptive-lr-config: when the learning rate is lowered, and by how much.
-
-One job: its values, their checks, and reading it. What is decided from them is in `hrm_ray.train.adaptive_lr`.
-"""
+"""The file of --adaptive-lr-config: when the learning rate is lowered, and by how much."""
 
 from __future__ import annotations
 
@@ -25,21 +22,21 @@ class AdaptiveLrSettings(Section):
     """
 
     window_steps: int = Field(default=100, ge=1)
-    """Weight updates whose mean loss is looked at together; windows begin after the warm-up."""
+    """Weight updates in a window; windows begin after the warm-up."""
     min_improvement: float = Field(default=0.01, ge=0, lt=1)
-    """Share by which a window's loss must be below the best one to count as better."""
+    """Share by which a window's loss must be below the best one to count as an improvement."""
     plateau_windows: int = Field(default=3, ge=1)
-    """So many windows in a row without a better one are a plateau."""
+    """Consecutive windows without an improvement that count as a plateau."""
     plateau_factor: float = Field(default=0.5, gt=0, lt=1)
-    """What the learning rate is multiplied by on a plateau."""
+    """Factor on the learning rate at a plateau."""
     divergence_rise: float = Field(default=0.2, gt=0)
-    """Share by which a window's loss must be above the best one to count as diverging."""
+    """Share by which a window's loss must be above the best one to count as divergence."""
     divergence_factor: float = Field(default=0.25, gt=0, lt=1)
-    """What the learning rate is multiplied by on divergence; no more than plateau_factor."""
+    """Factor on the learning rate at divergence; at most plateau_factor."""
     cooldown_windows: int = Field(default=1, ge=0)
-    """Windows after a change that are not judged, while the loss settles."""
+    """Windows that are ignored after a change, while the loss settles."""
     min_factor: float = Field(default=0.01, gt=0, le=1)
-    """The learning rate is never lowered below this share of its schedule's."""
+    """Smallest factor on the schedule's learning rate."""
 
 
 def read_adaptive_lr(path: Path) -> AdaptiveLrSettings:
@@ -52,12 +49,12 @@ def read_adaptive_lr(path: Path) -> AdaptiveLrSettings:
     try:
         settings = AdaptiveLrSettings.model_validate({key: content[key] for key in content if key in known})
     except ValidationError as error:
-        faults += [fault_of_error(each, _said(each["loc"][0], each["input"], path)) for each in error.errors()]
+        faults += [fault_of_error(each, _quoted(each["loc"][0], each["input"], path)) for each in error.errors()]
     else:
         if settings.divergence_factor > settings.plateau_factor:
             reason = f"it is above plateau_factor {settings.plateau_factor}: divergence needs the larger step back"
-            said = _said("divergence_factor", settings.divergence_factor, path)
-            faults.append(Fault(said, reason, f"Give {settings.plateau_factor} or less"))
+            quoted = _quoted("divergence_factor", settings.divergence_factor, path)
+            faults.append(Fault(quoted, reason, f"Give {settings.plateau_factor} or less"))
     if faults:
         raise SettingsError(faults)
     return settings
@@ -65,8 +62,10 @@ def read_adaptive_lr(path: Path) -> AdaptiveLrSettings:
 
 def _unknown(key: str, value: Any, path: Path) -> Fault:
     known = AdaptiveLrSettings.model_fields
-    return Fault(_said(key, value, path), "is not a setting", hint_of_name(key, known, f"Known are {', '.join(known)}"))
+    return Fault(
+        _quoted(key, value, path), "is not a setting", hint_of_name(key, known, f"Known are {', '.join(known)}")
+    )
 
 
-def _said(key: Any, value: Any, path: Path) -> str:
+def _quoted(key: Any, value: Any, path: Path) -> str:
     return f"{key} = {value} ({OPTION} {path})"

@@ -1,7 +1,4 @@
-"""What is wrong with one value, in a person's words.
-
-One job: turn an error that pydantic found into a Fault. It does not decide what is wrong, and it raises nothing.
-"""
+"""Errors of pydantic, and names that nothing has, as messages for the user."""
 
 from __future__ import annotations
 
@@ -12,12 +9,12 @@ from typing import Any
 from hrm_ray.errors import Fault
 
 _BOUNDS = {
-    "greater_than_equal": ("ge", "is below the least allowed value", "{} or more"),
-    "greater_than": ("gt", "is not above the bound", "more than {}"),
-    "less_than_equal": ("le", "is above the greatest allowed value", "{} or less"),
-    "less_than": ("lt", "is not below the bound", "less than {}"),
+    "greater_than_equal": ("ge", "is below the minimum", "{} or more"),
+    "greater_than": ("gt", "is too small", "more than {}"),
+    "less_than_equal": ("le", "is above the maximum", "{} or less"),
+    "less_than": ("lt", "is too large", "less than {}"),
 }
-"""pydantic's error type: its context's key for the bound, the reason, and how the mend names the bound."""
+"""pydantic's error type: the key of the bound in its context, the reason, and the bound in the hint."""
 
 _KINDS = {
     "int_": ("is not a whole number", "Give a whole number"),
@@ -26,40 +23,40 @@ _KINDS = {
     "path_": ("is not a path", "Give the path of a file or folder"),
     "string_": ("is not text", "Give text, in quotation marks where YAML would read something else"),
 }
-"""Beginning of pydantic's error type: reason and mend."""
+"""Beginning of pydantic's error type: reason and hint."""
 
 
-def fault_of_error(error: Any, said: str) -> Fault:
-    """The fault in one entry of `ValidationError.errors()`; `said` is how the user named and gave the value."""
+def fault_of_error(error: Any, quoted: str) -> Fault:
+    """The fault in one entry of `ValidationError.errors()`; `quoted` is the setting as the user wrote it."""
     kind, context = str(error["type"]), error.get("ctx", {})
     if kind in _BOUNDS:
-        bound, reason, words = _BOUNDS[kind]
-        limit = words.format(_number(context[bound]))
-        return Fault(said, reason, f"Give {limit}")
+        bound, reason, form = _BOUNDS[kind]
+        limit = form.format(_number(context[bound]))
+        return Fault(quoted, reason, f"Give {limit}")
     if kind == "literal_error":
         choices = [part.strip().strip("'") for part in context["expected"].replace(" or ", ", ").split(",")]
         near = nearest(str(error["input"]), choices, at_most=1)
         hint = f"; the nearest is {near[0]}" if near else ""
-        return Fault(said, "is not one of the choices", f"Choose one of {', '.join(choices)}{hint}")
+        return Fault(quoted, "is not one of the choices", f"Choose one of {', '.join(choices)}{hint}")
     if kind == "finite_number":
-        return Fault(said, "is not a finite number", "Give a finite number")
+        return Fault(quoted, "is not a finite number", "Give a finite number")
     if kind == "extra_forbidden":
-        return Fault(said, "is not a setting", "Leave it out")
+        return Fault(quoted, "is not a setting", "Leave it out")
     if kind == "refused":
-        return Fault(said, context["reason"], context["hint"])
+        return Fault(quoted, context["reason"], context["hint"])
     for beginning, (reason, hint) in _KINDS.items():
         if kind.startswith(beginning):
-            return Fault(said, reason, hint)
-    return Fault(said, f"cannot be used ({error['msg']})", "Give a value as `hrm-ray train --help` says")
+            return Fault(quoted, reason, hint)
+    return Fault(quoted, f"cannot be used ({error['msg']})", "Give a value as `hrm-ray train --help` says")
 
 
 def nearest(name: str, known: Iterable[str], at_most: int = 3) -> list[str]:
-    """The known names that look most like `name`, best first; empty where none is near."""
+    """The known names that are most similar to `name`, best first; empty if none is similar."""
     return get_close_matches(name, list(dict.fromkeys(known)), n=at_most, cutoff=0.6)
 
 
 def hint_of_name(name: str, known: Iterable[str], otherwise: str) -> str:
-    """The mend for an unknown name: the nearest names, or `otherwise`."""
+    """The hint for an unknown name: the most similar names, or `otherwise`."""
     near = nearest(name, known)
     if not near:
         return otherwise

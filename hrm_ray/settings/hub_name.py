@@ -1,7 +1,4 @@
-"""Names of data sets of the Hugging Face Hub: `hf://id:config:split`.
-
-One job: such a name into its three parts. What lies behind it is `hrm_ray.data.hub`'s matter.
-"""
+"""Names of data sets of the Hugging Face Hub, `hf://id:config:split`, in their parts."""
 
 from __future__ import annotations
 

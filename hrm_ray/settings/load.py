@@ -1,7 +1,7 @@
-"""From what a user says in four places to one validated tree, or to everything that is wrong, at once.
+"""Loading the settings: file, options, a resumed run and a trial become one validated tree, or a list of all faults.
 
-One job: precedence. Defaults < profile < the resumed run < preset < file < options < trial, where a preset or
-`num_layers`, wherever it is named, fills only leaves that the same user did not set.
+Precedence: defaults < profile < resumed run < preset < file < options < trial. A preset or `num_layers`, wherever it
+is given, fills only leaves that the user did not set.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hrm_ray.settings.yaml_file import ParsedSource, read_settings_file, read_tr
 
 
 def load_settings(
-    said_options: Mapping[str, str | bool],
+    flat_options: Mapping[str, str | bool],
     config_path: Path | None = None,
     base: Mapping[str, Any] | None = None,
     trial: Mapping[str, Any] | None = None,
@@ -33,14 +33,14 @@ def load_settings(
 ) -> RunSettings:
     """One tree from the options, the settings file, a resumed run (`base`, dotted keys) and a trial's overrides.
 
-    Options go by their spelling (`--lr`, `--no-rope`), or without the dashes. `found` are faults met before, which
-    are told together with the ones found here; `also_known` are a command's other options, for "the nearest is".
+    Options go by their spelling (`--lr`, `--no-rope`), or without the dashes. `found` are faults of the command line,
+    reported together with those found here; `also_known` are a command's other options, for "the nearest is".
     Raises SettingsError with every fault.
     """
     user = _merged(
         [
             read_settings_file(config_path) if config_path is not None else ParsedSource(),
-            read_options(said_options, also_known),
+            read_options(flat_options, also_known),
             read_tree(trial or {}, "trial"),
         ]
     )
@@ -55,11 +55,11 @@ def load_settings(
     profile = profile_leaves(str({**resumed.values, **user.values}.get("run.profile")))
     values = {**profile, **kept, **by_user}
     given = frozenset(key for key, value in user.values.items() if value is not None)
-    words = {**resumed.words, **user.words}
+    quoted = {**resumed.quoted, **user.quoted}
 
     wrong = _wrong_leaves(values)
     for key, error in wrong.items():
-        faults.append(fault_of_error(error, words.get(key, f"{key} = {values[key]}")))
+        faults.append(fault_of_error(error, quoted.get(key, f"{key} = {values[key]}")))
     settings = RunSettings.model_validate(
         {**_nested({key: value for key, value in values.items() if key not in wrong}), "given": given - set(wrong)}
     )
@@ -70,50 +70,52 @@ def load_settings(
 
 
 def peek_leaves(
-    said_options: Mapping[str, str | bool], config_path: Path | None, keys: Sequence[str]
+    flat_options: Mapping[str, str | bool], config_path: Path | None, keys: Sequence[str]
 ) -> dict[str, Any]:
     """A few leaves before the whole is loaded (which folder to resume, say), by dotted key.
 
-    Whatever is wrong is passed over with the leaf's default, since the load that follows reports it.
+    A wrong value counts as the default here; the load that follows reports it.
     """
-    said = _merged(
-        [read_settings_file(config_path) if config_path is not None else ParsedSource(), read_options(said_options)]
+    given = _merged(
+        [read_settings_file(config_path) if config_path is not None else ParsedSource(), read_options(flat_options)]
     )
-    wanted = {key: value for key, value in said.values.items() if key in keys}
+    wanted = {key: value for key, value in given.values.items() if key in keys}
     wrong = _wrong_leaves(wanted)
     settings = RunSettings.model_validate(_nested({key: wanted[key] for key in wanted if key not in wrong}))
     return {key: settings.leaf(key) for key in keys}
 
 
-def read_options(said_options: Mapping[str, str | bool], also_known: Iterable[str] = ()) -> ParsedSource:
-    """What flat options say. A switch's value is True or text; a value option without its value is True."""
-    said = ParsedSource()
-    for name, value in said_options.items():
+def read_options(flat_options: Mapping[str, str | bool], also_known: Iterable[str] = ()) -> ParsedSource:
+    """Flat options as settings. A switch's value is True or text; a value option without its value is True."""
+    parsed = ParsedSource()
+    for name, value in flat_options.items():
         spelling = _spelling(name)
         shown = f"{name} {value or repr(value)}" if isinstance(value, str) else name
         if spelling is None:
             known = [*spellings(), *also_known]
             hint = hint_of_name(name, known, "`--help` lists the options")
-            said.faults.append(Fault(shown, "is not an option", hint))
-            said.candidates.update(spellings()[near].option.key for near in nearest(name, known) if near in spellings())
+            parsed.faults.append(Fault(shown, "is not an option", hint))
+            parsed.candidates.update(
+                spellings()[near].option.key for near in nearest(name, known) if near in spellings()
+            )
             continue
         key, meant = spelling.option.key, _meant(spelling, value)
         if meant is None:
             wrong = "needs a value" if spelling.fixed is None else "takes no value"
             example = f"Write {name} VALUE" if spelling.fixed is None else f"Write {name} alone"
-            said.faults.append(Fault(shown, wrong, example))
-            said.candidates.add(key)
-        elif key in said.values and said.values[key] != meant:
-            reason = f"contradicts {said.words[key]}, which sets the same"
-            said.faults.append(Fault(shown, reason, "Keep one of the two"))
-            said.candidates.add(key)
+            parsed.faults.append(Fault(shown, wrong, example))
+            parsed.candidates.add(key)
+        elif key in parsed.values and parsed.values[key] != meant:
+            reason = f"contradicts {parsed.quoted[key]}, which sets the same"
+            parsed.faults.append(Fault(shown, reason, "Keep one of the two"))
+            parsed.candidates.add(key)
         else:
-            said.values[key], said.words[key] = meant, shown
-    return said
+            parsed.values[key], parsed.quoted[key] = meant, shown
+    return parsed
 
 
 def _spelling(name: str) -> Spelling | None:
-    """What an option's name stands for: `--hidden-size`, `hidden_size` or `model.hidden_size`."""
+    """The option of a name: `--hidden-size`, `hidden_size` or `model.hidden_size`."""
     if name in options():
         name = options()[name].flag
     if name.startswith("--"):
@@ -122,7 +124,7 @@ def _spelling(name: str) -> Spelling | None:
 
 
 def _meant(spelling: Spelling, value: str | bool) -> str | bool | None:
-    """The value a spelling gives its leaf; None where it lacks a value or has one it does not take."""
+    """The value that a spelling gives its leaf; None if a value is missing, or not allowed."""
     if spelling.fixed is None:
         return None if isinstance(value, bool) else str(value)
     if spelling.fixed is True:
@@ -131,29 +133,29 @@ def _meant(spelling: Spelling, value: str | bool) -> str | bool | None:
 
 
 def _merged(sources: Sequence[ParsedSource]) -> ParsedSource:
-    """Sources laid over one another, the last on top."""
+    """The sources in one; later ones override earlier ones."""
     whole = ParsedSource()
     for source in sources:
         # A later source replaces the rivals of its options too, as an option replaces its own earlier value.
         for rival in {old for key in source.values for old in options()[key].traits.replaces} - source.values.keys():
             whole.values.pop(rival, None)
         whole.values.update(source.values)
-        whole.words.update(source.words)
+        whole.quoted.update(source.quoted)
         whole.faults.extend(source.faults)
         whole.candidates.update(source.candidates)
     return whole
 
 
 def _filled(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with what their preset and their number of layers stand for laid under them."""
+    """The values, with the leaves that their preset and number of layers fill below them."""
     preset = preset_leaves(str(values.get("model.model_preset")))
     number = str(values.get("model.num_layers"))
     layers = layer_leaves(int(number)) if number.isascii() and number.isdigit() and int(number) > 1 else {}
     return {**preset, **layers, **values}
 
 
-def _filled_by(wrong: Iterable[str], said: Mapping[str, Any]) -> set[str]:
-    """Leaves that a faulty profile, preset or number of layers would have filled: nobody knows their value."""
+def _filled_by(wrong: Iterable[str], given: Mapping[str, Any]) -> set[str]:
+    """Leaves that a faulty profile, preset or number of layers would have filled, so that their value is unknown."""
     unknown: set[str] = set()
     if "run.profile" in wrong:
         unknown.update(key for leaves in PROFILES.values() for key in leaves)
@@ -161,11 +163,11 @@ def _filled_by(wrong: Iterable[str], said: Mapping[str, Any]) -> set[str]:
         unknown.update(key for leaves in PRESETS.values() for key in leaves)
     if "model.num_layers" in wrong:
         unknown.update(layer_leaves(2))
-    return unknown - set(said)
+    return unknown - set(given)
 
 
 def _wrong_leaves(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves that cannot have their value, each with pydantic's account of it."""
+    """The leaves with a wrong value, each with its pydantic error."""
     wrong: dict[str, Any] = {}
     for section, leaves in _nested(values).items():
         try:

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def _dense(hidden_size: int, num_heads: int, layers_each: int) -> dict[str, Any]:
-    """A model of so many layers in H and as many in L; without experts, since its name says how large all of it is."""
+    """A model with `layers_each` layers in H and in L; without experts, since the preset's name is the whole size."""
     return {
         "model.hidden_size": hidden_size,
         "model.num_heads": num_heads,
@@ -33,7 +33,7 @@ A preset is dense unless experts are asked for.
 
 
 def preset_leaves(name: str) -> dict[str, Any]:
-    """The leaves that a preset fills; none for a name that is no preset (that is reported as a wrong value)."""
+    """The leaves that a preset fills; empty for an unknown name, which validation reports."""
     return dict(PRESETS[name]) if name in PRESETS else {}
 
 

@@ -1,8 +1,4 @@
-"""Sets of defaults by name.
-
-One job: say, as literal tables, which leaves have another default under a profile. `load` lays them under everything
-that anybody says, so that a leaf filled from here is never one that the user gave.
-"""
+"""Named sets of defaults. `load` puts them below everything that the user or a resumed run gives."""
 
 from __future__ import annotations
 
@@ -29,5 +25,5 @@ PROFILES: dict[str, dict[str, Any]] = {
 
 
 def profile_leaves(name: str) -> dict[str, Any]:
-    """The defaults of a profile; none for a name that is no profile (that is reported as a wrong value)."""
+    """The defaults of a profile; empty for an unknown name, which validation reports."""
     return dict(PROFILES[name]) if name in PROFILES else {}

@@ -1,7 +1,6 @@
-"""Settings that depend on what the data turns out to be.
+"""Settings that depend on the data: task, supervision, exploration, loss and sequence length.
 
-One job: fill the leaves that were left open (task, supervision, exploration, loss, sequence length), and refuse what
-contradicts the data. It reads no data: the caller says what was found.
+It reads no data; the caller passes what was detected.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ TASK_DEFAULTS: dict[Task, dict[str, Any]] = {
 """Leaves of section `model` by task (FEATURES.md M4, M5, M14)."""
 
 TEXT_SEQ_LEN = 128
-"""Tokens of a text sequence when the user did not say (FEATURES.md D5)."""
+"""Default number of tokens of a text sequence (FEATURES.md D5)."""
 
 
 def resolve_task(settings: RunSettings, task_of_data: Task, puzzle_len: int | None = None) -> RunSettings:
-    """The settings with nothing left open that the task decides; all rules hold for the result.
+    """The settings with every default that depends on the task filled in; all rules hold for the result.
 
     `puzzle_len` is the length of the data's puzzles in tokens, needed for task puzzle.
     Raises SettingsError with every contradiction, such as another task or length than the data has.
@@ -38,7 +37,7 @@ def resolve_task(settings: RunSettings, task_of_data: Task, puzzle_len: int | No
             model[leaf] = default
     length = settings.data.max_seq_len or (TEXT_SEQ_LEN if task_of_data == "lm" else puzzle_len)
     if task_of_data == "puzzle" and "data.max_seq_len" not in settings.given and puzzle_len is not None:
-        # A profile's length is one for text.
+        # The length of a profile is meant for text.
         length = puzzle_len
     resolved = settings.model_copy(
         update={
@@ -57,12 +56,12 @@ MOE_LR = 1e-3
 
 
 def moderate_lr(settings: RunSettings) -> tuple[RunSettings, list[str]]:
-    """The settings with a learning rate that routers bear, never a higher one, and a sentence where it was lowered."""
+    """The settings with a learning rate at which routers train stably, and a note if it was lowered."""
     chosen = settings.optimizer
     if not (settings.model.use_moe and chosen.auto_adjust_lr) or chosen.lr <= MOE_LR:
         return settings, []
     note = (
-        f"--lr {chosen.lr:g} is lowered to {MOE_LR:g}, because the model has experts; --no-auto-adjust-lr uses it as "
+        f"--lr {chosen.lr:g} is lowered to {MOE_LR:g} because the model has experts; --no-auto-adjust-lr uses it as "
         "given."
     )
     return settings.model_copy(update={"optimizer": chosen.model_copy(update={"lr": MOE_LR})}), [note]

@@ -1,7 +1,4 @@
-"""The settings tree: its sections, and which leaves the user set.
-
-One job: hold them, and turn the whole into plain values and back. Loading is in `load`, rules are in `rules`.
-"""
+"""The settings tree: its sections and which leaves the user set; to and from plain values."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ SECTIONS: dict[str, type[Section]] = {
 
 
 class RunSettings(BaseModel):
-    """All that a user may say about a run, validated and frozen."""
+    """All settings of a run, validated and frozen."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
 
@@ -45,8 +42,8 @@ class RunSettings(BaseModel):
     cluster: ClusterSettings = ClusterSettings()
     run: RunSectionSettings = RunSectionSettings()
     given: frozenset[str] = frozenset()
-    """Dotted keys that this run's user set, in the file, on the command line or in a trial. Rules against options
-    that would change nothing need it; presets, defaults and the settings of a resumed run are not in it."""
+    """Dotted keys that the user of this run set, in the file, on the command line or in a trial: not presets, defaults
+    or the settings of a resumed run. Options that would change nothing are refused only if they are in it."""
 
     @field_serializer("given", when_used="json")
     def _given_in_order(self, given: frozenset[str]) -> list[str]:

@@ -1,7 +1,4 @@
-"""The settings file: YAML with nested sections or dotted keys.
-
-One job: read it into dotted keys, and say all that is wrong with its form and its names. Values are `load`'s matter.
-"""
+"""The settings file: YAML with nested sections or dotted keys. Values are checked in `load`."""
 
 from __future__ import annotations
 
@@ -19,29 +16,31 @@ from hrm_ray.settings.tree import SECTIONS
 
 
 class _LoaderWithoutDoubles(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys and says nothing; here that is an error."""
+    """Two equal keys are an error here; PyYAML keeps the last one silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key.value} is there twice", problem_mark=key.start_mark
+                    )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 @dataclass(frozen=True)
 class ParsedSource:
-    """What one source of settings says."""
+    """The settings of one source: the file, the command line, a trial or a resumed run."""
 
     values: dict[str, Any] = field(default_factory=dict)
     """Values by dotted key."""
-    words: dict[str, str] = field(default_factory=dict)
-    """How each was said, for messages, by dotted key."""
+    quoted: dict[str, str] = field(default_factory=dict)
+    """Each setting as the user wrote it, for messages, by dotted key."""
     faults: list[Fault] = field(default_factory=list)
     candidates: set[str] = field(default_factory=set)
-    """Leaves that a misspelt name may have meant; rules that read them would report what is not so."""
+    """Leaves that a misspelt name may have meant; rules that read them would report something untrue."""
 
 
 def read_settings_file(path: Path) -> ParsedSource:
@@ -56,7 +55,7 @@ def read_settings_file(path: Path) -> ParsedSource:
 
 
 def read_mapping(path: Path, option: str, form: str = "Write `name: value`, one a line") -> dict[Any, Any] | Fault:
-    """What a YAML (or JSON) file given with `option` holds by name, or what is wrong with it; an empty file is {}."""
+    """The content of a YAML (or JSON) file given with `option`, or what is wrong with it; an empty file is {}."""
 
     def unusable(reason: str, hint: str) -> Fault:
         return Fault(f"{option} {path}", reason, hint)
@@ -68,15 +67,15 @@ def read_mapping(path: Path, option: str, form: str = "Write `name: value`, one 
     except UnicodeDecodeError as error:
         return unusable(f"is not UTF-8 text (byte {error.start})", "Save the file as UTF-8")
     except yaml.YAMLError as error:
-        return unusable(f"is not YAML ({_where(error)})", "Mend the file there")
+        return unusable(f"is not YAML ({_where(error)})", "Correct the file there")
     if content is None:
         return {}
-    return content if isinstance(content, dict) else unusable("holds no settings by name", form)
+    return content if isinstance(content, dict) else unusable("contains no settings by name", form)
 
 
 def read_tree(content: Mapping[Any, Any], source: str) -> ParsedSource:
-    """Nested sections and dotted keys, as in a file; `source` says in messages where they stand."""
-    said = ParsedSource()
+    """Nested sections and dotted keys, as in a file; messages name `source` as their place."""
+    parsed = ParsedSource()
     for key, value in content.items():
         if key in SECTIONS and value is None:
             continue
@@ -85,21 +84,21 @@ def read_tree(content: Mapping[Any, Any], source: str) -> ParsedSource:
         else:
             pairs = [(str(key), value)]
         for dotted, each in pairs:
-            if dotted in said.values:
+            if dotted in parsed.values:
                 reason = "is set twice, in its section and with a dotted key"
-                said.faults.append(Fault(f"{dotted} in {source}", reason, "Keep one of the two"))
+                parsed.faults.append(Fault(f"{dotted} in {source}", reason, "Keep one of the two"))
             elif dotted in options():
-                said.values[dotted] = each
-                said.words[dotted] = f"{dotted} = {each} ({source})"
+                parsed.values[dotted] = each
+                parsed.quoted[dotted] = f"{dotted} = {each} ({source})"
             else:
                 hint, candidates = _hint_of_key(dotted)
-                said.faults.append(Fault(f"{dotted} = {each} ({source})", "is not a setting", hint))
-                said.candidates.update(candidates)
-    return said
+                parsed.faults.append(Fault(f"{dotted} = {each} ({source})", "is not a setting", hint))
+                parsed.candidates.update(candidates)
+    return parsed
 
 
 def _hint_of_key(name: str) -> tuple[str, list[str]]:
-    """What to write in place of an unknown key, and the leaves that may have been meant."""
+    """The hint for an unknown key, and the leaves that may have been meant."""
     if name in SECTIONS:
         first = next(key for key in options() if key.startswith(f"{name}."))
         return f"`{name}` is a section: write its settings below it, such as {first}", []

@@ -194,9 +194,9 @@ def test_a_file_of_thresholds(tmp_path: Path) -> None:
         ("window_steps: 0\nmin_factor: x", ["window_steps = 0", "min_factor = x", "is not a number"]),
         ("windows: 3\nmin_factor: 2", ["windows = 3", "min_factor = 2", "1 or less"]),
         ("divergence_factor: 0.9", ["divergence_factor = 0.9", "plateau_factor 0.5", "Give 0.5 or less"]),
-        ("- a list", ["holds no settings by name"]),
+        ("- a list", ["contains no settings by name"]),
         ("a: [", ["is not YAML"]),
-        ("window_steps: 1\nwindow_steps: 2", ["stands twice"]),
+        ("window_steps: 1\nwindow_steps: 2", ["is there twice"]),
     ],
 )
 def test_what_is_wrong_with_a_file(text: str, hints: list[str], tmp_path: Path) -> None:

@@ -255,5 +255,5 @@ def test_files_in_subfolders_belong_to_a_checkpoint(tmp_path: Path) -> None:
         verify_checkpoint(whole)
     sealed.write_bytes(b"half of the weights")
     (whole / "shards" / "rank_1.bin").write_bytes(b"of another run")
-    with pytest.raises(DataError, match=r"rank_1\.bin.*manifest does not name it"):
+    with pytest.raises(DataError, match=r"rank_1\.bin.*not in the checkpoint's manifest"):
         verify_checkpoint(whole)

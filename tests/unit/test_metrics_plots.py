@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from hrm_ray.errors import DataError, SettingsError, UnavailableError
 from hrm_ray.metrics import plots
 from hrm_ray.metrics.jsonl import JsonlSink
-from hrm_ray.metrics.plots import loss_sparkline, plot_runs
+from hrm_ray.metrics.plots import plot_runs
+from hrm_ray.metrics.text_chart import loss_chart
 from hrm_ray.types import Record
 
 
@@ -155,7 +156,7 @@ def _losses(values: list[float]) -> list[Record]:
 
 
 def test_text_chart_of_a_falling_line() -> None:
-    chart = loss_sparkline(_losses([4.0, 3.0, 2.0, 1.0]), width=24, height=4, encoding="ascii")
+    chart = loss_chart(_losses([4.0, 3.0, 2.0, 1.0]), width=24, height=4, encoding="ascii")
     assert chart.splitlines() == [
         "        4 |#:.",
         "          |####:..",
@@ -168,10 +169,10 @@ def test_text_chart_of_a_falling_line() -> None:
 
 def test_text_chart_in_blocks_where_the_encoding_carries_them() -> None:
     records = _losses([4.0, 3.0, 2.0, 1.0])
-    assert "\u2588" in loss_sparkline(records, 40, encoding="utf-8")
+    assert "\u2588" in loss_chart(records, 40, encoding="utf-8")
     # cp437 has the full block and the lines, but not the eighths
     for encoding in ("ascii", "latin-1", "cp1252", "cp437"):
-        assert loss_sparkline(records, 40, encoding=encoding).isascii()
+        assert loss_chart(records, 40, encoding=encoding).isascii()
 
 
 @settings(max_examples=80, deadline=None)
@@ -181,7 +182,7 @@ def test_text_chart_in_blocks_where_the_encoding_carries_them() -> None:
     height=st.integers(2, 12),
 )
 def test_text_chart_keeps_its_size(losses: list[float], width: int, height: int) -> None:
-    lines = loss_sparkline(_losses(losses), width, height, "utf-8").splitlines()
+    lines = loss_chart(_losses(losses), width, height, "utf-8").splitlines()
     if any(math.isfinite(loss) for loss in losses):
         assert len(lines) == height + 2
         assert max(map(len, lines)) <= max(width, 24)
@@ -191,4 +192,4 @@ def test_text_chart_keeps_its_size(losses: list[float], width: int, height: int)
 
 
 def test_text_chart_leaves_held_out_records_out() -> None:
-    assert loss_sparkline([Record("eval", 1, 1.0, {"loss": 1.0})], 40) == "no finite train loss recorded"
+    assert loss_chart([Record("eval", 1, 1.0, {"loss": 1.0})], 40) == "no finite train loss recorded"
