@@ -117,9 +117,7 @@ def _load(paths: Sequence[Path]) -> list[_Run]:
             continue
         if not records:
             faults.append(
-                Fault(
-                    str(file), "the run has no train or eval records", "Train it for some steps, or leave it out"
-                )
+                Fault(str(file), "the run has no train or eval records", "Train it for some steps, or leave it out")
             )
         runs.append(_Run(name, _colour(index, len(paths)), records))
     if faults:

@@ -120,7 +120,7 @@ def test_all_that_is_wrong_with_runs_is_told_at_once_and_the_old_plot_stays(tmp_
     runs = [tmp_path / name for name in ("nowhere", "empty", "fresh", "bad.jsonl")]
     with pytest.raises(DataError) as caught:
         plot_runs(runs, out)
-    reasons = ["no such run", "holds no metrics.jsonl", "no train or eval records", "not a metrics record"]
+    reasons = ["no such run", "has no metrics.jsonl", "no train or eval records", "not a metrics record"]
     for fault, run, reason in zip(caught.value.faults, runs, reasons, strict=True):
         assert str(run) in fault.value
         assert reason in fault.reason
