@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 from torch import nn
@@ -37,7 +38,7 @@ from hrm_ray.train.loaders import BatchLoader, BatchSize, RolloutLoader, SlotLoa
 from hrm_ray.train.loop import TrainingLoop, TrainState
 from hrm_ray.train.microbatch import wanted_columns
 from hrm_ray.train.optimizers import BuildOptimizer, SparseSignSGD, builder, followed_by
-from hrm_ray.train.per_parameter_optimizer import DeviceStorage, PinnedHostStorage, per_parameter
+from hrm_ray.train.per_parameter_optimizer import PerParameterOptimizer, StateStorage
 from hrm_ray.train.precision import NARROW, LossScaler, choose_precision
 from hrm_ray.train.schedules import LrSchedule, Schedule
 from hrm_ray.train.strategies import STRATEGIES
@@ -148,8 +149,8 @@ def _build_optimizer(settings: RunSettings, world: World, adapters: Adapters | N
     build = builder(settings.optimizer)
     offload = settings.memory.optimizer_offload and world.device.type != "cpu"
     if settings.memory.model_dtype != "fp32" or offload:
-        place = PinnedHostStorage(world.device) if offload else DeviceStorage(world.device)
-        build = per_parameter(build, seed=settings.run.seed, place=place)
+        storage = StateStorage(world.device, offload=offload)
+        build = partial(PerParameterOptimizer, build=build, seed=settings.run.seed, storage=storage)
     if adapters is not None and adapters.ranks is not None:
         build = followed_by(build, adapters.ranks.after_update)
     return build

@@ -1,8 +1,4 @@
-"""The norm of all gradients, and by how much it asks them to be shortened.
-
-One job: those two numbers, in float32 whatever the gradients' type: the squares of float16 overflow above 255, and a
-sum in bfloat16 has eight bits.
-"""
+"""The norm of all gradients and the factor that clips them, in float32 whatever the gradients' type."""
 
 from __future__ import annotations
 
@@ -12,12 +8,13 @@ from torch import Tensor
 
 def total_norm(gradients: list[Tensor]) -> Tensor:
     """Euclidean norm of all gradients together, float32."""
+    # Squares of float16 numbers overflow above 255, and a sum in bfloat16 keeps eight bits.
     norms = torch._foreach_norm(gradients, 2, torch.float32)
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
-    """What gradients of norm `norm` are multiplied with so that it is at most `max_norm` (0: any)."""
+    """The factor that brings gradients of norm `norm` to a norm of at most `max_norm` (0: no clipping)."""
     if max_norm == 0:
         return torch.ones_like(norm)
     # The small number is PyTorch's, against a norm of zero (torch.nn.utils.clip_grads_with_norm_).

@@ -1,7 +1,4 @@
-"""How much memory tensors take on an accelerator.
-
-One job: where each kind of device says so. The figures are kept in metrics/meters.py.
-"""
+"""How much memory tensors take on an accelerator."""
 
 from __future__ import annotations
 
@@ -13,32 +10,17 @@ from hrm_ray.metrics.meters import DeviceMemory
 
 
 def accelerator_memory(device: torch.device) -> Callable[[], DeviceMemory] | None:
-    """How to read the accelerator's memory; None on the CPU, where the process's own memory counts."""
-    if device.type not in _READERS:
-        return None
-    read = _READERS[device.type]
-    return lambda: read(device)
+    """A function that reads the accelerator's memory; None on the CPU, where the process's own memory counts."""
 
+    def cuda_or_xpu() -> DeviceMemory:
+        backend = torch.cuda if device.type == "cuda" else torch.xpu
+        return DeviceMemory(
+            backend.memory_allocated(device), backend.max_memory_allocated(device), backend.memory_reserved(device)
+        )
 
-def _cuda(device: torch.device) -> DeviceMemory:
-    return DeviceMemory(
-        torch.cuda.memory_allocated(device),
-        torch.cuda.max_memory_allocated(device),
-        torch.cuda.memory_reserved(device),
-    )
+    def mps() -> DeviceMemory:
+        # PyTorch keeps no peak for this device: the meter takes the largest value it has seen.
+        allocated_bytes = torch.mps.current_allocated_memory()
+        return DeviceMemory(allocated_bytes, allocated_bytes, torch.mps.driver_allocated_memory())
 
-
-def _xpu(device: torch.device) -> DeviceMemory:
-    return DeviceMemory(
-        torch.xpu.memory_allocated(device), torch.xpu.max_memory_allocated(device), torch.xpu.memory_reserved(device)
-    )
-
-
-def _mps(device: torch.device) -> DeviceMemory:
-    """PyTorch keeps no peak there: it is the most that was seen."""
-    allocated_bytes = torch.mps.current_allocated_memory()
-    return DeviceMemory(allocated_bytes, allocated_bytes, torch.mps.driver_allocated_memory())
-
-
-_READERS: dict[str, Callable[[torch.device], DeviceMemory]] = {"cuda": _cuda, "xpu": _xpu, "mps": _mps}
-"""By kind of device."""
+    return {"cuda": cuda_or_xpu, "xpu": cuda_or_xpu, "mps": mps}.get(device.type)

@@ -146,24 +146,24 @@ class _Trace:
                 # A size that the smaller trace does not have depends on the length, and is among the factors.
                 if size in left_with_less:
                     shares[size] += (left[size] - left_with_less[size]) / left[size] * further
-        for life in self.tracker.lives:
-            factor = next((factor for length, factor in factors.items() if life.bytes % length == 0), None)
+        for one in self.tracker.allocations:
+            factor = next((factor for length, factor in factors.items() if one.bytes % length == 0), None)
             if factor is not None:
-                life.bytes = round(life.bytes * factor)
-            elif self._is_left(life):
-                life.bytes = round(life.bytes * (1 + shares[life.bytes]))
+                one.bytes = round(one.bytes * factor)
+            elif self._is_left(one):
+                one.bytes = round(one.bytes * (1 + shares[one.bytes]))
 
-    def _is_left(self, life: Allocation) -> bool:
+    def _is_left(self, one: Allocation) -> bool:
         """Whether a pass made it and left it to a later one."""
-        made = life.category == OTHER and life.born > self.pass_starts[0]
-        return made and any(life.alive_at(start) for start in self.pass_starts[1:])
+        made = one.category == OTHER and one.allocated > self.pass_starts[0]
+        return made and any(one.alive_at(start) for start in self.pass_starts[1:])
 
     def _left_by_size(self) -> Counter[int]:
         """The largest number of storages of each size that passes leave to later ones."""
         most: Counter[int] = Counter()
-        left = [life for life in self.tracker.lives if self._is_left(life)]
+        left = [one for one in self.tracker.allocations if self._is_left(one)]
         for start in self.pass_starts[1:]:
-            most |= Counter(life.bytes for life in left if life.alive_at(start))
+            most |= Counter(one.bytes for one in left if one.alive_at(start))
         return most
 
 

@@ -1,8 +1,4 @@
-"""An optimizer's state: as a safetensors file by parameter name, and how many bytes it takes.
-
-One job: write, read and count moments, scales and counters exactly. No pickle: tensors by `parameter|key`, nothing
-else.
-"""
+"""An optimizer's state as a safetensors file, with tensors named `parameter|key`, and the bytes it takes."""
 
 from __future__ import annotations
 
@@ -21,11 +17,11 @@ from hrm_ray.train.storage_tracker import storage_bytes
 OPTIMIZER_FILE = "optimizer.safetensors"
 _SEPARATOR = "|"
 _BY_BLOCKS = frozenset({"absmax1", "absmax2", "qmap1", "qmap2"})
-"""State of bitsandbytes that is no value per weight: a scale per block of them, and the meaning of the 256 codes."""
+"""State of bitsandbytes whose shape is not the parameter's: a scale per block, and the values of the 256 codes."""
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
-    """Write the state of every parameter that has one. Counters of Python become int64 scalars."""
+    """Write the state of every parameter that has one; Python integers become int64 scalars."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -44,7 +40,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn
             raise DataError(
                 Fault(
                     f"{full_name!r} in {path}",
-                    "it does not fit the model being trained",
+                    "belongs to another model or optimizer",
                     "Resume with the architecture and the optimizer that wrote the checkpoint",
                 )
             )
@@ -52,28 +48,32 @@ def load_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn
         if tensor.dtype == torch.int64 and tensor.dim() == 0:
             state[key] = int(tensor)
         elif tensor.dim() == 0:
-            # Counters stay on the CPU, as PyTorch's optimizers keep them.
+            # PyTorch's optimizers keep their step counters on the CPU.
             state[key] = tensor
         elif key in tables and torch.equal(tables[key], tensor.to(tables[key].device)):
+            # All parameters share one code table, as bitsandbytes had it.
             state[key] = tables[key]
         else:
-            state[key] = _placed(optimizer, parameter, tensor)
+            if isinstance(optimizer, PerParameterOptimizer):
+                state[key] = optimizer.storage.keep(tensor)
+            else:
+                state[key] = tensor.to(parameter.device)
             if key.startswith("qmap"):
                 tables[key] = state[key]
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors that the optimizer keeps between updates; what several parameters share counts once."""
+    """Bytes of all tensors of the optimizer's state; a table that parameters share counts once."""
     return storage_bytes(state_tensors(optimizer))
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """All tensors that the optimizer keeps between updates."""
+    """All tensors of the optimizer's state."""
     return [tensor for state in optimizer.state.values() for tensor in state_tensors_of(state)]
 
 
 def state_tensors_of(state: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors among what an optimizer keeps of one parameter."""
+    """The tensors of one parameter's state."""
     return [value for value in state.values() if isinstance(value, Tensor)]
 
 
@@ -81,15 +81,10 @@ def _as_tensor(name: str, key: str, value: Any) -> Tensor:
     if isinstance(value, int):
         return torch.tensor(value, dtype=torch.int64)
     if not isinstance(value, Tensor):
-        raise TypeError(f"optimizer state {key!r} of {name!r} is no tensor: {type(value).__name__}")
-    # A file takes no two tensors in the same memory, which the code tables of all parameters share.
+        raise TypeError(f"optimizer state {key!r} of {name!r} is not a tensor but {type(value).__name__}")
+    # A safetensors file may not hold two tensors of the same memory, and parameters share their code tables.
     return value.clone() if key in _BY_BLOCKS else value
 
 
 def _fits(key: str, tensor: Tensor, parameter: nn.Parameter) -> bool:
     return tensor.dim() == 0 or tensor.shape == parameter.shape or (key in _BY_BLOCKS and tensor.dim() == 1)
-
-
-def _placed(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, tensor: Tensor) -> Tensor:
-    """The tensor where the optimizer keeps it: beside the weights, or in host memory."""
-    return optimizer.place.keep(tensor) if isinstance(optimizer, PerParameterOptimizer) else tensor.to(parameter.device)

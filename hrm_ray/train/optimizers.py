@@ -18,8 +18,8 @@ BuildOptimizer = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
 class AdamATan2(torch.optim.Optimizer):
     """Adam whose update is atan2(m, sqrt(v)): scale-free, without an epsilon.
 
-    p <- p (1 - lr w); p <- p - lr / (1 - b1^t) * atan2(m, sqrt(v) / sqrt(1 - b2^t)). The first moment's correction
-    stays outside (ACTV1_SPEC, section 9; sapientinc/HRM-Text `adam_atan2`). Corrections are taken in double.
+    p <- p (1 - lr w); p <- p - lr / (1 - b1^t) * atan2(m, sqrt(v) / sqrt(1 - b2^t)). The first moment's bias correction
+    stays outside of atan2 (ACTV1_SPEC, section 9; sapientinc/HRM-Text `adam_atan2`).
     """
 
     def __init__(
@@ -29,10 +29,11 @@ class AdamATan2(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient; the others are left alone, decay included."""
+        """Update every parameter that has a gradient; the others do not decay either."""
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            by_age: dict[int, list[torch.nn.Parameter]] = {}
+            # Parameters with the same number of updates share their bias corrections, and so one fused update.
+            by_step: dict[int, list[torch.nn.Parameter]] = {}
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -42,12 +43,12 @@ class AdamATan2(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(parameter)
                     state["exp_avg_sq"] = torch.zeros_like(parameter)
                 state["step"] += 1
-                by_age.setdefault(int(state["step"]), []).append(parameter)
-            for age, parameters in by_age.items():
-                self._update(parameters, age, group["lr"], beta1, beta2, group["weight_decay"])
+                by_step.setdefault(int(state["step"]), []).append(parameter)
+            for step, parameters in by_step.items():
+                self._update(parameters, step, group["lr"], beta1, beta2, group["weight_decay"])
 
     def _update(
-        self, parameters: list[torch.nn.Parameter], age: int, lr: float, beta1: float, beta2: float, decay: float
+        self, parameters: list[torch.nn.Parameter], step: int, lr: float, beta1: float, beta2: float, decay: float
     ) -> None:
         weights: list[Tensor] = [p.data for p in parameters]
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -58,14 +59,14 @@ class AdamATan2(torch.optim.Optimizer):
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
         scale = torch._foreach_sqrt(second)
-        torch._foreach_div_(scale, (1 - beta2**age) ** 0.5)
+        torch._foreach_div_(scale, (1 - beta2**step) ** 0.5)
         updates = [torch.atan2(m, s, out=s) for m, s in zip(first, scale, strict=True)]
-        torch._foreach_add_(weights, updates, alpha=-lr / (1 - beta1**age))
+        torch._foreach_add_(weights, updates, alpha=-lr / (1 - beta1**step))
 
 
 def _adamw(settings: OptimizerSettings, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     listed = list(params)
-    # On the CPU PyTorch's default passes over memory once per operation; its fused kernel once in all.
+    # On the CPU PyTorch's default goes through memory once per operation, its fused kernel once per update.
     fused = True if all(parameter.device.type == "cpu" for parameter in listed) else None
     return torch.optim.AdamW(
         listed,
@@ -81,9 +82,9 @@ def _adam_atan2(settings: OptimizerSettings, params: Iterable[torch.nn.Parameter
 
 
 def _adamw_8bit(settings: OptimizerSettings, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW with moments in 8 bits by blocks of 256, each with its scale (Dettmers et al. 2022, arXiv 2110.02861).
+    """AdamW with 8-bit moments in blocks of 256, one scale per block (Dettmers et al. 2022, arXiv 2110.02861).
 
-    Parameters of fewer than 4096 values keep float32 moments, as bitsandbytes advises.
+    bitsandbytes keeps float32 moments for parameters of fewer than 4096 values.
     """
     from bitsandbytes.optim.adamw import AdamW8bit
 
@@ -105,13 +106,13 @@ OPTIMIZERS: dict[str, Callable[[OptimizerSettings, Iterable[torch.nn.Parameter]]
 
 
 def builder(settings: OptimizerSettings) -> BuildOptimizer:
-    """The optimizer that the settings name, waiting for its parameters."""
-    rule = _adamw_8bit if settings.use_8bit_optimizer else OPTIMIZERS[settings.optimizer]
-    return lambda params: rule(settings, params)
+    """A function that makes the optimizer of the settings for its parameters."""
+    make = _adamw_8bit if settings.use_8bit_optimizer else OPTIMIZERS[settings.optimizer]
+    return lambda params: make(settings, params)
 
 
 def followed_by(build: BuildOptimizer, after: Callable[[], None]) -> BuildOptimizer:
-    """The optimizer that `build` makes; `after` is called after each of its updates, with the gradients still there."""
+    """Like `build`; `after` is called after each update, before the gradients are cleared."""
 
     def built(params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         optimizer = build(params)
@@ -142,10 +143,10 @@ def sum_by_identifier(identifiers: Tensor, rows: Tensor) -> tuple[Tensor, Tensor
 
 
 class SparseSignSGD:
-    """Updates the rows of a puzzle table that a step used, by the sign of their summed gradient.
+    """Sign-SGD, without state, for the rows of a puzzle table that a step used.
 
     row <- row (1 - lr w) - lr sign(sum of gradients over the whole step and all ranks); rows not used do not change
-    (ACTV1_SPEC, section 10; sapientinc/HRM `CastedSparseEmbeddingSignSGD_Distributed`). It keeps no state.
+    (ACTV1_SPEC, section 10; sapientinc/HRM `CastedSparseEmbeddingSignSGD_Distributed`).
     """
 
     def __init__(self, table: PuzzleTable, weight_decay: float) -> None:

@@ -1,8 +1,4 @@
-"""In which type a pass is computed, and the scale that keeps small float16 gradients from vanishing.
-
-One job: autocast and loss scaling. The type of the weights themselves is the model's; how narrow weights are updated
-is in `per_parameter_optimizer`.
-"""
+"""Mixed precision: autocast, the type that gradients are added in, and the loss scale of float16."""
 
 from __future__ import annotations
 
@@ -20,17 +16,16 @@ NARROW: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Precision:
-    """`autocast` is the type of matrix products under automatic mixed precision, None without it.
-
-    `scaled` says that the loss must be scaled: something in the backward pass is float16.
-    """
+    """The numeric types of a pass."""
 
     autocast: torch.dtype | None = None
+    """Type of matrix products under automatic mixed precision; None without it."""
     scaled: bool = False
+    """Whether the loss is scaled, because something in the backward pass is float16."""
 
     @contextmanager
     def computing(self, device: torch.device) -> Iterator[None]:
-        """Round everything that the model computes."""
+        """The context of every forward pass on `device`."""
         if self.autocast is None:
             yield
             return
@@ -39,10 +34,8 @@ class Precision:
 
 
 def choose_precision(amp: bool, amp_dtype: AmpDtype, model_dtype: ModelDtype, device: torch.device) -> Precision:
-    """What the settings mean on this device.
-
-    `auto` is the type of narrow weights, else bfloat16 where the device computes in it, else float16.
-    """
+    """The types that the settings choose on this device; `auto` is the type of narrow weights, else bfloat16 where the
+    device computes in it, else float16."""
     narrow = model_dtype if amp_dtype == "auto" and model_dtype != "fp32" else amp_dtype
     if narrow == "auto":
         narrow = "bf16" if has_bfloat16(device) else "fp16"
@@ -61,27 +54,31 @@ def sum_gradients_in_float32(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16 itself; a CPU always can, some of them slowly."""
+    """Whether the device computes in bfloat16; every CPU does, some of them slowly."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type != "mps"
 
 
 def slow_bfloat16(device: torch.device) -> bool:
-    """Whether this is a CPU without bfloat16 units, on which mixed precision saves memory and costs time."""
+    """Whether the device is a CPU without bfloat16 units, on which mixed precision saves memory and costs time."""
     if device.type != "cpu":
         return False
-    able = torch.cpu.get_capabilities()
-    return not any(able.get(unit, False) for unit in ("avx512_bf16", "amx_bf16", "amx_tile", "arm_bf16", "bf16"))
+    capabilities = torch.cpu.get_capabilities()
+    return not any(
+        capabilities.get(unit, False) for unit in ("avx512_bf16", "amx_bf16", "amx_tile", "arm_bf16", "bf16")
+    )
 
 
 @dataclass
 class LossScaler:
-    """A scale for the loss that follows the gradients: halved at an overflow, doubled after a long time without one.
+    """A scale of the loss that keeps small float16 gradients from vanishing: halved at an overflow, doubled after
+    `growth_interval` updates without one.
 
-    The scale is a power of two, so that taking it off changes no digit. Source: Micikevicius et al. 2018, section 3.2;
-    the constants are those of PyTorch's GradScaler.
+    Source: Micikevicius et al. 2018, section 3.2; the constants are those of PyTorch's GradScaler.
     """
+
+    # A power of two, so that dividing by it changes no digit.
 
     scale: float = 65536.0
     good_steps: int = 0
@@ -89,14 +86,14 @@ class LossScaler:
     largest: float = 2.0**24
 
     def stepped(self) -> None:
-        """After an update with finite gradients."""
+        """To be called after an update with finite gradients."""
         self.good_steps += 1
         if self.good_steps >= self.growth_interval:
             self.scale = min(self.scale * 2, self.largest)
             self.good_steps = 0
 
     def overflowed(self) -> bool:
-        """After gradients that were not finite; whether a lower scale may still mend it."""
+        """To be called after gradients that were not finite; False where the scale cannot be lowered any further."""
         had_room = self.scale > 1
         self.scale = max(self.scale / 2, 1.0)
         self.good_steps = 0

@@ -16,9 +16,8 @@ from hrm_ray.train.optimizer_state import load_optimizer, optimizer_bytes, save_
 from hrm_ray.train.optimizers import OPTIMIZERS, builder
 from hrm_ray.train.per_parameter_optimizer import (
     UPDATES,
-    DeviceStorage,
     PerParameterOptimizer,
-    PinnedHostStorage,
+    StateStorage,
     multiply_gradients,
 )
 
@@ -54,7 +53,7 @@ def train(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], step
 
 
 def one_at_a_time(named: dict[str, nn.Parameter], kind: str, seed: int = 0) -> PerParameterOptimizer:
-    return PerParameterOptimizer(named.values(), builder(chosen(kind)), seed=seed, place=DeviceStorage(CPU))
+    return PerParameterOptimizer(named.values(), builder(chosen(kind)), seed=seed, storage=StateStorage(CPU))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -105,7 +104,7 @@ def test_small_updates_arrive(dtype: torch.dtype) -> None:
     steps, count = 400, 4096
     weight = nn.Parameter(torch.ones(count, dtype=dtype))
     optimizer = PerParameterOptimizer(
-        [weight], builder(chosen("sgd", weight_decay=0.0)), seed=1, place=DeviceStorage(CPU)
+        [weight], builder(chosen("sgd", weight_decay=0.0)), seed=1, storage=StateStorage(CPU)
     )
     nearest = torch.ones(count, dtype=dtype)
     for group in optimizer.param_groups:
@@ -126,7 +125,9 @@ def test_small_updates_arrive(dtype: torch.dtype) -> None:
 def test_weights_beyond_their_range_are_listed(dtype: torch.dtype, largest: float) -> None:
     """Those of the last update; one that the type still holds is not. Only float16 ends where a weight may come to."""
     twins = [nn.Parameter(torch.full((300,), largest * sign, dtype=dtype)) for sign in (1, -1, 1)]
-    optimizer = PerParameterOptimizer(twins, builder(chosen("sgd", weight_decay=0.0)), seed=0, place=DeviceStorage(CPU))
+    optimizer = PerParameterOptimizer(
+        twins, builder(chosen("sgd", weight_decay=0.0)), seed=0, storage=StateStorage(CPU)
+    )
     for group in optimizer.param_groups:
         group["lr"] = 1e4
     twins[0].grad = torch.full_like(twins[0], 1.0)
@@ -143,7 +144,7 @@ def test_weights_beyond_their_range_are_listed(dtype: torch.dtype, largest: floa
 def test_the_random_numbers_go_by_seed_parameter_and_update() -> None:
     def after(seed: int, steps: int) -> list[Tensor]:
         twins = {name: nn.Parameter(torch.full((64,), 1.3, dtype=torch.bfloat16)) for name in "ab"}
-        optimizer = PerParameterOptimizer(twins.values(), builder(chosen("sgd")), seed=seed, place=DeviceStorage(CPU))
+        optimizer = PerParameterOptimizer(twins.values(), builder(chosen("sgd")), seed=seed, storage=StateStorage(CPU))
         for _ in range(steps):
             for twin in twins.values():
                 twin.grad = torch.full_like(twin, 0.05)
@@ -225,11 +226,11 @@ def test_bytes_of_eight_bit_moments() -> None:
         assert spent("sgd", wrapped) == 0
 
 
-class Watched(PinnedHostStorage):
+class Watched(StateStorage):
     """Counts what moves and what is on the device at a time, where both are the same memory."""
 
     def __init__(self) -> None:
-        super().__init__(CPU)
+        super().__init__(CPU, offload=True)
         self.up: list[int] = []
         self.down: list[int] = []
         self.finished = 0
@@ -258,7 +259,7 @@ def test_state_in_host_memory(kind: str, dtype: torch.dtype) -> None:
     numbers are those of state that stays."""
     here, there, place = parameters(dtype), parameters(dtype), Watched()
     beside = one_at_a_time(here, kind)
-    away = PerParameterOptimizer(there.values(), builder(chosen(kind)), seed=0, place=place)
+    away = PerParameterOptimizer(there.values(), builder(chosen(kind)), seed=0, storage=place)
     train(beside, here, range(1))
     train(away, there, range(1))
     assert place.up == [], "new state comes into being on the device"
@@ -280,7 +281,7 @@ def test_state_in_host_memory(kind: str, dtype: torch.dtype) -> None:
 
 def test_loaded_state_goes_to_its_place(tmp_path: Path) -> None:
     named, place = parameters(), Watched()
-    optimizer = PerParameterOptimizer(named.values(), builder(chosen("adamw")), seed=0, place=place)
+    optimizer = PerParameterOptimizer(named.values(), builder(chosen("adamw")), seed=0, storage=place)
     train(optimizer, named, range(1))
     save_optimizer(optimizer, named, tmp_path)
     place.down.clear()
@@ -293,7 +294,7 @@ def test_gradients_are_multiplied_in_float32() -> None:
     scale = 2.0**15
     weight = nn.Parameter(torch.zeros(4, dtype=torch.float16))
     optimizer = PerParameterOptimizer(
-        [weight], builder(chosen("adamw", weight_decay=0.0)), seed=0, place=DeviceStorage(CPU)
+        [weight], builder(chosen("adamw", weight_decay=0.0)), seed=0, storage=StateStorage(CPU)
     )
     for factor in (torch.tensor(1 / scale), torch.tensor(1.0)):
         weight.grad = torch.full((4,), 1e-8 * scale, dtype=torch.float16)
@@ -318,7 +319,9 @@ def test_host_memory_may_be_taken_up_at_a_resume(kind: str, tmp_path: Path) -> N
 
     def resumed(named: dict[str, nn.Parameter], away: bool) -> torch.optim.Optimizer:
         build = builder(chosen(kind))
-        return PerParameterOptimizer(named.values(), build, seed=0, place=Watched()) if away else build(named.values())
+        return (
+            PerParameterOptimizer(named.values(), build, seed=0, storage=Watched()) if away else build(named.values())
+        )
 
     straight = parameters()
     train(resumed(straight, False), straight, range(6))

@@ -52,7 +52,7 @@ def test_what_was_there_before_counts_once_it_is_read_or_named(kind: str) -> Non
     with live:
         result = read + 1
     assert live.live_bytes() == 4 * KB and live.live_bytes("kept") == 2 * KB
-    assert live.at_peak() == {"kept": 2 * KB, "other": 2 * KB}
+    assert live.at(live.moment) == {"kept": 2 * KB, "other": 2 * KB}
     del result, neither
 
 
