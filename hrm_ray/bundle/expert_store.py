@@ -1,19 +1,17 @@
-"""Experts that were trained apart: their files, the registry of them, and their way back into a model.
+"""Experts that were trained apart: a folder with ID/expert.safetensors for each and one registry.json.
 
-One job: a folder with ID/expert.safetensors for each and one registry.json. Training one is a run like any other
-(transforms/single_expert.py freezes the rest).
+Training an expert is a run like any other (model/transforms/single_expert.py freezes the rest).
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from hrm_ray.bundle.store import read_description, save_copy
@@ -101,36 +99,24 @@ def check_place(folder: Path, identifier: str, bundle: Path) -> None:
 
 
 def store_expert(folder: Path, identifier: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write the expert's file, then its entry (without `sha256` and `written`), each whole or as it was before."""
+    """Write the expert's file, then its entry (without `sha256` and `written`), each atomically.
+
+    Raises ResourceError where another run keeps the registry locked.
+    """
     path = folder / identifier / EXPERT_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-        registry = read_registry(folder)
-        save_tensors(tensors, path)
-        written = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        registry[identifier] = StoredExpert(**entry, sha256=file_sha256(path), written=written)
-        write_json(folder / REGISTRY_FILE, {"experts": {name: asdict(one) for name, one in sorted(registry.items())}})
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One writer of the registry at a time, on any system: who makes the lock file has it."""
     lock = folder / _LOCK_FILE
-    ends = time.monotonic() + _LOCK_TIMEOUT_S
-    while True:
-        try:
-            os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            break
-        except FileExistsError:
-            if time.monotonic() > ends:
-                reason = f"another run has been writing the registry for {_LOCK_TIMEOUT_S:g} s, or was killed at it"
-                hint = "Delete this file if no run is ending now, then go on with --resume"
-                raise ResourceError(Fault(str(lock), reason, hint)) from None
-            time.sleep(0.05)
     try:
-        yield
-    finally:
-        lock.unlink()
+        with FileLock(lock, timeout=_LOCK_TIMEOUT_S):
+            registry = read_registry(folder)
+            save_tensors(tensors, path)
+            written = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            registry[identifier] = StoredExpert(**entry, sha256=file_sha256(path), written=written)
+            plain = {name: asdict(one) for name, one in sorted(registry.items())}
+            write_json(folder / REGISTRY_FILE, {"experts": plain})
+    except Timeout:
+        reason = f"another run has been writing the registry for {_LOCK_TIMEOUT_S:g} s"
+        raise ResourceError(Fault(str(lock), reason, "End that run, then go on with --resume")) from None
 
 
 def read_expert(folder: Path, identifier: str) -> tuple[StoredExpert, dict[str, Tensor]]:

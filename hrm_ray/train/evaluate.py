@@ -1,7 +1,6 @@
-"""Held-out figures: which samples are counted, and how puzzles are.
+"""Evaluation on the first samples of a held-out set, with the metrics of puzzles; those of text are in evaluate_text.
 
-One job: evaluate a model on the first samples of a held-out set. The samples counted are the same for any number of
-workers; sums are added over ranks before they are divided. The figures of text are in evaluate_text.py.
+The samples are the same for any number of workers; sums are added over ranks before they are divided.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -27,7 +27,7 @@ from hrm_ray.train.evaluate_text import (
     text_figures,
 )
 from hrm_ray.train.microbatch import to_batch, wanted_columns
-from hrm_ray.train.out_of_memory import halved, is_out_of_memory, reading_data, release, too_large
+from hrm_ray.train.out_of_memory import halved, reading_data, too_large, unless_out_of_memory
 from hrm_ray.train.world import World
 from hrm_ray.types import IGNORE_LABEL, SampleSet
 
@@ -36,14 +36,14 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class EvalSet:
-    """A held-out set and how much of it an evaluation reads: `batches` batches of `batch_size` samples."""
+    """A held-out set, of which an evaluation reads `batches` batches of `batch_size` samples."""
 
     samples: SampleSet
     batch_size: int
     batches: int
 
     def with_batch(self, batch_size: int) -> EvalSet:
-        """The same samples in batches of `batch_size`, which divides the present one."""
+        """The same samples in batches of `batch_size`, which must divide the present size."""
         return replace(self, batch_size=batch_size, batches=self.batches * self.batch_size // batch_size)
 
     @property
@@ -52,14 +52,14 @@ class EvalSet:
 
 
 def evaluate(objective: AnyObjective, held_out: EvalSet, world: World) -> dict[str, float]:
-    """Figures of the model as it is now; a collective. Leaves the objective in training mode.
+    """Metrics of the objective's present weights; a collective. Leaves the objective in training mode.
 
-    Where memory runs out on a rank, all take batches half as large. Raises ResourceError where one row is too many.
+    Where memory runs out on any rank, all halve their batches. Raises ResourceError where one row is too much.
     """
     _, names_of, figures_of = _KINDS[type(objective)]
     objective.eval()
     while True:
-        totals = _tried(objective, held_out, world)
+        totals = unless_out_of_memory(partial(_own_sums, objective, held_out, world), world.device)
         failed = world.sum(torch.tensor(float(totals is None), device=world.device))
         if totals is not None and float(failed) == 0:
             break
@@ -76,19 +76,8 @@ def evaluate(objective: AnyObjective, held_out: EvalSet, world: World) -> dict[s
     return figures_of(summed)
 
 
-def _tried(objective: AnyObjective, held_out: EvalSet, world: World) -> Sums | None:
-    """`_own_sums`, or None where memory ran out."""
-    try:
-        return _own_sums(objective, held_out, world)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-    release(world.device)
-    return None
-
-
 def _own_sums(objective: AnyObjective, held_out: EvalSet, world: World) -> Sums:
-    """Sums over the batches that are this rank's."""
+    """Sums over this rank's batches."""
     sums_of = _KINDS[type(objective)][0]
     wanted = wanted_columns(objective.model.config) | {"label_bytes"}
     totals: Sums = {}
@@ -106,7 +95,7 @@ def _own_sums(objective: AnyObjective, held_out: EvalSet, world: World) -> Sums:
 
 
 def _puzzle_sums(objective: AnyObjective, batch: Batch) -> Sums:
-    """All segments of every puzzle; a row also has its answer at the first segment where q_halt > q_continue."""
+    """Sums over puzzles at the last segment, and (`_q`) at the first segment where q_halt > q_continue."""
     puzzle = cast(PuzzleObjective, objective)
     labels = batch["labels"]
     supervised = labels != IGNORE_LABEL
@@ -137,7 +126,7 @@ def _puzzle_sums(objective: AnyObjective, batch: Batch) -> Sums:
 
 
 def _puzzle_figures(sums: Mapping[str, float]) -> dict[str, float]:
-    """Per puzzle: loss and exact accuracy at the last segment, and both accuracy and segments when stopping by Q."""
+    """Per puzzle: loss and accuracies at the last segment, and exact accuracy and segments when Q stops."""
     rows = sums["rows"]
     return {
         "loss": sums["loss"] / rows,
@@ -167,9 +156,9 @@ _KINDS: dict[type, tuple[Callable[..., Sums], Callable[..., list[str]], Callable
 
 
 def better(figures: Mapping[str, float], best: Mapping[str, Any] | None) -> bool:
-    """Whether held-out `figures` beat the best so far: exact accuracy first for puzzles, then the lower loss.
+    """Whether `figures` beat the best so far: by exact accuracy first for puzzles, then by the lower loss.
 
-    Figures that are not finite beat nothing, so that they are never what is kept as the best.
+    A loss that is not finite beats nothing, not even no best at all.
     """
     if not math.isfinite(figures["loss"]):
         return False

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -49,12 +48,6 @@ class BatchSize:
             raise ValueError(f"{self.per_rank} rows per rank cannot be split into micro-batches of {batch_size}")
         return replace(self, batch_size=batch_size, accumulation=self.per_rank // batch_size)
 
-    def checked(self, other: BatchSize) -> BatchSize:
-        """`other`, which must split the same effective batch into the same slots of this rank."""
-        if (other.first_slot, other.effective) != (self.first_slot, self.effective):
-            raise ValueError(f"{other} has other slots than {self}")
-        return other
-
     def slots(self) -> npt.NDArray[np.int64]:
         """This rank's slots of the effective batch, micro-batch by micro-batch [accumulation, batch_size]."""
         own = np.arange(self.per_rank, dtype=np.int64) + self.first_slot
@@ -69,151 +62,124 @@ class StopCondition:
     after_epoch: bool = False
     after_block: bool = False
 
-    def with_one_more(self) -> StopCondition:
-        """The same with one more epoch."""
-        return self if self.epochs is None else replace(self, epochs=self.epochs + 1)
-
     def at_epoch_end(self, epoch: int, trained: bool) -> bool:
         """Whether there is no epoch after `epoch`; `trained` as in BatchLoader.start_epoch."""
         return (trained and self.after_epoch) or (self.epochs is not None and epoch + 1 >= self.epochs)
 
 
-class BatchLoader(Protocol):
-    """Gives the rows of one step at a time."""
+class BatchLoader:
+    """Gives the rows of one step at a time; this base has what a loader without chunks needs."""
 
-    epoch: int
+    def __init__(self, shape: BatchSize, ends: StopCondition) -> None:
+        self.shape = shape
+        self.ends = ends
+        self.epoch = 0
 
     def next_batch(self, halted: HaltedSlots, step: int) -> list[Columns]:
         """This rank's micro-batches for update number `step`; rows without a sample are inactive."""
+        raise NotImplementedError
 
     def start_epoch(self, trained: bool) -> bool:
         """Begin the next epoch; False when there is none. Called when no rank has a row left.
 
         `trained`: the run has trained on rows since it was started or resumed; the same on all ranks.
         """
+        raise NotImplementedError
 
     def set_microbatch(self, shape: BatchSize) -> None:
         """Split this rank's rows into other micro-batches from now on."""
+        if (shape.first_slot, shape.effective) != (self.shape.first_slot, self.shape.effective):
+            raise ValueError(f"{shape} has other slots than {self.shape}")
+        self.shape = shape
 
     def state_dict(self) -> dict[str, npt.NDArray[np.int64]]:
         """This rank's position in the data, for a checkpoint."""
+        raise NotImplementedError
 
     def load_state_dict(self, epoch: int, state_dict: dict[str, npt.NDArray[np.int64]]) -> None:
         """Restore a position; `state_dict` is that of this rank's slots."""
+        raise NotImplementedError
 
     @property
     def fails_alike(self) -> bool:
         """Whether data that cannot be read fails on every rank at the same step."""
-
-    def take_notes(self) -> list[str]:
-        """Warnings about the data read since the last call."""
-
-    def take_consumed(self) -> list[ConsumedRange]:
-        """The ranges read since the last call, chunk by chunk in order; none where the data has no chunks."""
-
-    def mark_skipped(self) -> None:
-        """The update on the last batch was skipped: mark its ranges as skipped."""
+        return False
 
     @property
     def data_ended(self) -> bool:
         """Whether the end of the data has been read."""
+        return True
+
+    def take_notes(self) -> list[str]:
+        """Warnings about the data read since the last call."""
+        return []
+
+    def take_consumed(self) -> list[ConsumedRange]:
+        """The ranges read since the last call, chunk by chunk in order; none where the data has no chunks."""
+        return []
+
+    def mark_skipped(self) -> None:
+        """The update on the last batch was skipped: mark its ranges as skipped."""
 
     def counts(self) -> dict[str, int]:
         """Rows left out of this epoch so far, by name, without zeros."""
+        return {}
 
     def one_epoch_more(self) -> None:
         """Allow one more epoch than before."""
+        if self.ends.epochs is not None:
+            self.ends = replace(self.ends, epochs=self.ends.epochs + 1)
 
     def close(self) -> None:
         """Stop reading ahead."""
 
 
-class _SampleLoader:
-    """A loader over a SampleSet: the order of the current epoch and when to end."""
+class RolloutLoader(BatchLoader):
+    """Whole batches: every step takes the next `effective` samples; the last of an epoch may be smaller."""
 
     def __init__(self, samples: SampleSet, shape: BatchSize, *, seed: int, linear: bool, ends: StopCondition) -> None:
+        super().__init__(shape, ends)
         self.samples = samples
-        self.shape = shape
         self.seed = seed
         self.linear = linear
-        self.ends = ends
+        self.taken: npt.NDArray[np.int64] = np.zeros(1, dtype=np.int64)
         self._enter(0)
 
-    fails_alike = False
+    def next_batch(self, halted: HaltedSlots, step: int) -> list[Columns]:
+        positions = self.taken + self.shape.slots()
+        self.taken = np.minimum(self.taken + self.shape.effective, len(self.samples))
+        return [self._rows(micro) for micro in positions]
 
-    def take_notes(self) -> list[str]:
-        return []
-
-    def take_consumed(self) -> list[ConsumedRange]:
-        return []
-
-    def mark_skipped(self) -> None:
-        """There are no ranges."""
-
-    @property
-    def data_ended(self) -> bool:
+    def start_epoch(self, trained: bool) -> bool:
+        # Past the last epoch the position stays: a checkpoint of the end must not begin that epoch again.
+        if self.ends.at_epoch_end(self.epoch, trained):
+            return False
+        self._enter(self.epoch + 1)
+        self.taken[:] = 0
         return True
 
-    def counts(self) -> dict[str, int]:
-        return {}
+    def state_dict(self) -> dict[str, npt.NDArray[np.int64]]:
+        return {"taken": self.taken.reshape(-1).copy()}
 
-    def one_epoch_more(self) -> None:
-        self.ends = self.ends.with_one_more()
-
-    def close(self) -> None:
-        """Nothing is read ahead."""
-
-    def set_microbatch(self, shape: BatchSize) -> None:
-        self.shape = self.shape.checked(shape)
+    def load_state_dict(self, epoch: int, state_dict: dict[str, npt.NDArray[np.int64]]) -> None:
+        self._enter(epoch)
+        self.taken = state_dict["taken"].astype(np.int64).reshape(self.taken.shape)
 
     def _enter(self, epoch: int) -> None:
         self.epoch = epoch
         self.order = epoch_order(self.seed, epoch, len(self.samples), self.linear)
 
-    def _indices(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Sample numbers at `positions` of the epoch's order; -1 past its end (and for -1)."""
+    def _rows(self, positions: npt.NDArray[np.int64]) -> Columns:
+        """The samples at `positions` of the epoch's order; inactive rows past its end and for -1."""
         inside = (positions >= 0) & (positions < len(self.samples))
-        return np.where(inside, self.order.at(np.where(inside, positions, 0)), -1)
-
-    def _next_epoch(self, trained: bool) -> bool:
-        if self.ends.at_epoch_end(self.epoch, trained):
-            return False
-        self._enter(self.epoch + 1)
-        return True
+        return self.samples.rows(np.where(inside, self.order.at(np.where(inside, positions, 0)), -1))
 
 
-class RolloutLoader(_SampleLoader):
-    """Whole batches: every step takes the next `effective` samples; the last of an epoch may be smaller."""
-
-    def __init__(self, samples: SampleSet, shape: BatchSize, *, seed: int, linear: bool, ends: StopCondition) -> None:
-        super().__init__(samples, shape, seed=seed, linear=linear, ends=ends)
-        self.taken = 0
-
-    def next_batch(self, halted: HaltedSlots, step: int) -> list[Columns]:
-        positions = self.taken + self.shape.slots()
-        self.taken = min(self.taken + self.shape.effective, len(self.samples))
-        return [self.samples.rows(self._indices(micro)) for micro in positions]
-
-    def start_epoch(self, trained: bool) -> bool:
-        # Past the last epoch the position stays: a checkpoint of the end must not begin that epoch again.
-        if not self._next_epoch(trained):
-            return False
-        self.taken = 0
-        return True
-
-    def state_dict(self) -> dict[str, npt.NDArray[np.int64]]:
-        return {"taken": np.array([self.taken], dtype=np.int64)}
-
-    def load_state_dict(self, epoch: int, state_dict: dict[str, npt.NDArray[np.int64]]) -> None:
-        self._enter(epoch)
-        self.taken = int(state_dict["taken"][0])
-
-
-class SlotLoader(_SampleLoader):
+class SlotLoader(RolloutLoader):
     """Carried supervision: slot g of the effective batch B owns samples g, g + B, g + 2B, ... of the epoch's order.
 
-    A slot takes its next sample when its row has halted; one that has run out idles until the next epoch (ACTV1_SPEC,
-    section 16). `min_steps` carries the exploration draw, keyed by (seed, step, slot).
+    A slot takes its next sample when its row has halted; a slot without samples left idles until the next epoch
+    (ACTV1_SPEC, section 16). `min_steps` carries the exploration draw, keyed by (seed, step, slot).
     """
 
     def __init__(
@@ -236,26 +202,12 @@ class SlotLoader(_SampleLoader):
             positions = slots + self.taken[number] * self.shape.effective
             wanted = np.where(halted[number], positions, -1)
             self.taken[number] += (wanted >= 0) & (wanted < len(self.samples))
-            columns = self.samples.rows(self._indices(wanted))
-            micro_batches.append(columns | {"min_steps": self.explore(step, slots)})
+            micro_batches.append(self._rows(wanted) | {"min_steps": self.explore(step, slots)})
         return micro_batches
 
     def set_microbatch(self, shape: BatchSize) -> None:
         super().set_microbatch(shape)
         self.taken = self.taken.reshape(shape.accumulation, shape.batch_size)
-
-    def start_epoch(self, trained: bool) -> bool:
-        if not self._next_epoch(trained):
-            return False
-        self.taken[:] = 0
-        return True
-
-    def state_dict(self) -> dict[str, npt.NDArray[np.int64]]:
-        return {"taken": self.taken.reshape(-1).copy()}
-
-    def load_state_dict(self, epoch: int, state_dict: dict[str, npt.NDArray[np.int64]]) -> None:
-        self._enter(epoch)
-        self.taken = state_dict["taken"].astype(np.int64).reshape(self.shape.accumulation, self.shape.batch_size)
 
 
 def exploration(

@@ -29,9 +29,9 @@ from hrm_ray.train.out_of_memory import (
     halved,
     is_out_of_memory,
     reading_data,
-    release,
     split_microbatches,
     too_large,
+    unless_out_of_memory,
 )
 from hrm_ray.train.precision import LossScaler
 from hrm_ray.train.randomness import seed_step
@@ -237,18 +237,11 @@ class TrainingLoop:
         self, columns: list[Columns], totals: dict[str, float], number: int
     ) -> tuple[MetricTotals, list[Any]] | None:
         """`passes`, or None where memory ran out in one of them and they may be repeated."""
-        try:
-            return self.passes(self._on_device(columns), totals)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if not self.parts.strategy.retries_passes:
-                rows = self.parts.shape.batch_size
-                raise too_large(
-                    f"step {number}", f"with a micro-batch of {rows}; try a smaller --batch-size"
-                ) from error
-        release(self.world.device)
-        return None
+        done = unless_out_of_memory(lambda: self.passes(self._on_device(columns), totals), self.world.device)
+        if done is None and not self.parts.strategy.retries_passes:
+            rows = self.parts.shape.batch_size
+            raise too_large(f"step {number}", f"with a micro-batch of {rows}; try a smaller --batch-size")
+        return done
 
     def passes(self, batches: list[Batch], totals: dict[str, float]) -> tuple[MetricTotals, list[Any]]:
         """Forward and backward over every micro-batch and pass; a pass's graph is freed by its backward.

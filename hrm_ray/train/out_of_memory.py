@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from hrm_ray.errors import Fault, ResourceError
 from hrm_ray.types import Columns
+
+T = TypeVar("T")
 
 _PHRASES = (
     "out of memory",
@@ -49,11 +52,18 @@ def reading_data(what: str) -> Iterator[None]:
         raise ResourceError(Fault(what, reason, hint)) from error
 
 
-def release(device: torch.device) -> None:
-    """Free what only the failed pass used; to be called after its `except` block, since the exception holds frames."""
+def unless_out_of_memory(run: Callable[[], T], device: torch.device) -> T | None:
+    """What `run` returns; None where memory ran out in it, after freeing what it used."""
+    try:
+        return run()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    # Outside the `except` block: the exception's traceback holds the frames, and with them the tensors.
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    return None
 
 
 def halved(batch_size: int) -> int | None:

@@ -16,7 +16,7 @@ from hrm_ray.data.chunk_source import ChunkSource
 from hrm_ray.data.packing import RowForm, padding_rows
 from hrm_ray.data.stream import ConsumedRange, RowSlice, SequenceStream, Shuffle, StreamState, append_ranges
 from hrm_ray.errors import DataError, Fault
-from hrm_ray.train.loaders import BatchSize, HaltedSlots, StopCondition
+from hrm_ray.train.loaders import BatchLoader, BatchSize, HaltedSlots, StopCondition
 from hrm_ray.types import Columns
 
 
@@ -31,20 +31,20 @@ class TextStream:
     shuffle_rows: int = 0
 
 
-class StreamLoader:
+class StreamLoader(BatchLoader):
     """BatchLoader of text: every step takes the next `effective` sequences, the last of an epoch maybe fewer."""
 
     def __init__(self, text: TextStream, shape: BatchSize, *, seed: int, ends: StopCondition) -> None:
-        self.text, self.shape, self.seed, self.ends = text, shape, seed, ends
+        super().__init__(shape, ends)
+        self.text = text
+        self.seed = seed
         self._notes: list[str] = []
         self._consumed: list[ConsumedRange] = []
-        self.epoch = 0
         self.stream = self._stream(StreamState())
         self.on_epoch_end: Callable[[int, int], None] = lambda epoch, sequences: None
         """Called before another epoch begins: with the number of the one that ended, and its sequences."""
 
     def next_batch(self, halted: HaltedSlots, step: int) -> list[Columns]:
-        """See BatchLoader; every slot of text is free at every step."""
         append_ranges(self._consumed, self.stream.take_consumed())  # of the last batch, which was not skipped
         row_slices = self.stream.take(self.shape.effective, within_block=self.ends.after_block)
         rows = self._own(row_slices)
@@ -55,85 +55,69 @@ class StreamLoader:
         ]
 
     def start_epoch(self, trained: bool) -> bool:
-        """See BatchLoader. Raises DataError for an epoch without a single sequence, which would roll on for ever."""
+        """See BatchLoader. Raises DataError after an epoch without a single sequence: all others would be empty too."""
         if (trained and self.ends.after_block) or self.ends.at_epoch_end(self.epoch, trained):
             return False
         if not self.stream.state.sequences:
-            reason = "no row of it was left to train on"
+            reason = "no row is left to train on"
             raise DataError(Fault("the training data", reason, "Give other data, or leave out --ascii-only"))
         self.on_epoch_end(self.epoch, self.stream.state.sequences)
         self._enter(self.epoch + 1, StreamState())
         return True
 
-    def set_microbatch(self, shape: BatchSize) -> None:
-        """See BatchLoader."""
-        self.shape = self.shape.checked(shape)
-
     def state_dict(self) -> dict[str, npt.NDArray[np.int64]]:
-        """The place in the stream; the same on every rank."""
-        place = asdict(self.stream.state)
-        return {name: np.array([value], dtype=np.int64) for name, value in place.items()}
+        """The position in the stream, which is the same on every rank."""
+        return {name: np.array([value], dtype=np.int64) for name, value in asdict(self.stream.state).items()}
 
     def load_state_dict(self, epoch: int, state_dict: dict[str, npt.NDArray[np.int64]]) -> None:
-        """See BatchLoader."""
         if state_dict and state_dict.keys() != asdict(StreamState()).keys():
-            reason = "its place in the data was written by an earlier version, which counted otherwise"
+            reason = "its position in the data was written by an earlier version, which counted otherwise"
             raise DataError(Fault("the checkpoint", reason, "Train anew, with --student-init from this bundle"))
         self._enter(epoch, StreamState(**{name: int(values[0]) for name, values in state_dict.items()}))
 
     @property
     def fails_alike(self) -> bool:
-        """See BatchLoader."""
         return self.text.source.shared or self.shape.size == 1
 
     def take_notes(self) -> list[str]:
-        """See BatchLoader."""
         notes, self._notes = self._notes + self.stream.take_notes(), []
         return notes
 
     def take_consumed(self) -> list[ConsumedRange]:
-        """See BatchLoader."""
         append_ranges(self._consumed, self.stream.take_consumed())
         consumed, self._consumed = self._consumed, []
         return consumed
 
     def mark_skipped(self) -> None:
-        """See BatchLoader."""
         # A chunk without a sequence has nothing that could be learned.
         last = self.stream.take_consumed()
         append_ranges(self._consumed, [replace(item, skipped=item.start < item.end) for item in last])
 
     @property
     def data_ended(self) -> bool:
-        """See BatchLoader."""
         return self.epoch > 0 or self.stream.data_ended
 
     def counts(self) -> dict[str, int]:
-        """See BatchLoader: rows that were bad, and rows left out by --ascii-only."""
+        """See BatchLoader: bad rows, and rows left out by --ascii-only."""
         return {name: count for name, count in self.stream.left_out.items() if count}
 
-    def one_epoch_more(self) -> None:
-        """See BatchLoader."""
-        self.ends = self.ends.with_one_more()
-
     def close(self) -> None:
-        """See BatchLoader."""
         self.stream.close()
 
-    def _enter(self, epoch: int, place: StreamState) -> None:
+    def _enter(self, epoch: int, position: StreamState) -> None:
         self._notes += self.stream.take_notes()
         append_ranges(self._consumed, self.stream.take_consumed())
         self.stream.close()
         self.epoch = epoch
-        self.stream = self._stream(place)
+        self.stream = self._stream(position)
 
-    def _stream(self, place: StreamState) -> SequenceStream:
+    def _stream(self, position: StreamState) -> SequenceStream:
         rows = self.text.shuffle_rows
         shuffle = Shuffle(self.seed, self.epoch, rows) if rows else None
-        return SequenceStream(self.text.source, self.text.form, self.epoch, place, shuffle)
+        return SequenceStream(self.text.source, self.text.form, self.epoch, position, shuffle)
 
     def _own(self, row_slices: list[RowSlice]) -> Columns:
-        """This rank's rows of the batch that `row_slices` make up, filled up with inactive ones."""
+        """This rank's rows of the batch that `row_slices` make up, padded with inactive rows."""
         begin, end = self.shape.first_slot, self.shape.first_slot + self.shape.per_rank
         pieces: list[Columns] = []
         slot = 0

@@ -14,11 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hrm_ray.data.stream import ConsumedRange
 from hrm_ray.model.import_reference import from_reference, split_fused
 from hrm_ray.model.puzzle_objective import PuzzleObjective, PuzzleView
 from hrm_ray.settings.optimizer import OptimizerSettings
-from hrm_ray.train.loaders import BatchSize
+from hrm_ray.train.loaders import BatchLoader, BatchSize
 from hrm_ray.train.loop import TrainingLoop, TrainState
 from hrm_ray.train.microbatch import wanted_columns
 from hrm_ray.train.optimizers import SparseSignSGD, builder
@@ -156,7 +155,7 @@ def test_gradients(fixture: Fixture, part: str) -> None:
     assert not ours, f"gradients that the reference does not have: {sorted(ours)}"
 
 
-class FixtureFeed:
+class FixtureLoader(BatchLoader):
     """Offers the fixture's batches, one a step, every row every time, as the reference's loader does."""
 
     epoch = 0
@@ -176,30 +175,6 @@ class FixtureFeed:
     def load_state_dict(self, epoch: int, state_dict: object) -> None:
         raise NotImplementedError
 
-    def set_microbatch(self, shape: object) -> None:
-        raise NotImplementedError
-
-    def take_notes(self) -> list[str]:
-        return []
-
-    data_ended = True
-    fails_alike = False
-
-    def take_consumed(self) -> list[ConsumedRange]:
-        return []
-
-    def mark_skipped(self) -> None:
-        raise NotImplementedError
-
-    def one_epoch_more(self) -> None:
-        raise NotImplementedError
-
-    def counts(self) -> dict[str, int]:
-        return {}
-
-    def close(self) -> None:
-        """Nothing is open."""
-
 
 def training_loop(fixture: Fixture) -> tuple[TrainingLoop, PuzzleObjective]:
     """The project's own loop, optimizer and schedule with the trace's hyper-parameters."""
@@ -216,7 +191,7 @@ def training_loop(fixture: Fixture) -> tuple[TrainingLoop, PuzzleObjective]:
     parts = TrainState(
         strategy=strategy,
         objective=objective,
-        loader=FixtureFeed(fixture),
+        loader=FixtureLoader(fixture),
         shape=BatchSize(fixture.about["model_config"]["batch_size"], 1, 0, 1),
         lr_schedule=LrSchedule(schedule, hyper["lr"], hyper["puzzle_emb_lr"] or 0.0),
         wanted=wanted_columns(objective.model.config),
