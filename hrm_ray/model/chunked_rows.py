@@ -166,3 +166,16 @@ def _cached(
     if replace is not None:
         keys, values = replace(chunk, site, keys, values)
     return (keys, values) if buffer is None else buffer.update(chunk, keys, values)
+
+
+@torch.no_grad()
+def final_states(model: ActV1 | Transformer, rows: ChunkedRows, stream: CopyStream | None = None) -> ChunkBuffer:
+    """The states that tokens are predicted from, by chunk: z_H after all segments, or the transformer's output."""
+    if isinstance(model, Transformer):
+        hidden = ChunkBuffer(rows.parts, stream)
+        run_level(model.stack, rows, rows.injection, hidden, 0, rows.routings())
+        return hidden
+    states = BufferedStates.initial(rows, model).copy(stream)
+    for _ in range(model.config.halt_max_steps):
+        run_without_grad(model, rows, states, range(model.config.updates_per_segment))
+    return states.z_h

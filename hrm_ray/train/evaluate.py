@@ -20,11 +20,9 @@ from hrm_ray.model.puzzle_objective import PuzzleObjective
 from hrm_ray.model.text_objective import TextObjective, TransformerObjective
 from hrm_ray.train.evaluate_text import (
     Sums,
-    one_pass_names,
-    one_pass_sums,
-    rollout_names,
-    rollout_sums,
     text_figures,
+    text_names,
+    text_sums,
 )
 from hrm_ray.train.microbatch import to_batch, wanted_columns
 from hrm_ray.train.out_of_memory import halved, reading_data, too_large, unless_out_of_memory
@@ -143,13 +141,12 @@ def _puzzle_names(objective: AnyObjective) -> list[str]:
     return ["rows", "loss", "cells", "exact", "exact_q", "steps_q", "q_right"]
 
 
-_ROLLOUT = (rollout_sums, rollout_names, text_figures)
-_ONE_PASS = (one_pass_sums, one_pass_names, text_figures)
+_TEXT = (text_sums, text_names, text_figures)
 _KINDS: dict[type, tuple[Callable[..., Sums], Callable[..., list[str]], Callable[[Mapping[str, float]], Figures]]] = {
-    TextObjective: _ROLLOUT,
-    ChunkedTextObjective: _ROLLOUT,
-    TransformerObjective: _ONE_PASS,
-    ChunkedTransformerObjective: _ONE_PASS,
+    TextObjective: _TEXT,
+    ChunkedTextObjective: _TEXT,
+    TransformerObjective: _TEXT,
+    ChunkedTransformerObjective: _TEXT,
     PuzzleObjective: (_puzzle_sums, _puzzle_names, _puzzle_figures),
 }
 """By kind of objective: the sums over one batch, their names, and the figures of all sums."""

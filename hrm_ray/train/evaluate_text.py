@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
 
+from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.adaptive import adaptive_segments
 from hrm_ray.model.chunk_buffer import ChunkBuffer, CopyStream
 from hrm_ray.model.chunked import ChunkedTextObjective, ChunkedTransformerObjective
-from hrm_ray.model.chunked_rows import BufferedStates, ChunkedRows, run_level, run_without_grad
+from hrm_ray.model.chunked_rows import ChunkedRows, final_states
 from hrm_ray.model.objective import Batch
 from hrm_ray.model.scoring import Scored, score_tokens
 from hrm_ray.model.text_objective import OnePassOnText, RolloutOnText
+from hrm_ray.model.transformer import Transformer
 from hrm_ray.types import IGNORE_LABEL
 
 POSITIONS_AT_ONCE = 2048
@@ -28,19 +30,31 @@ POSITIONS_AT_ONCE = 2048
 Sums = dict[str, Tensor]
 
 
-def rollout_sums(text: RolloutOnText[Any], batch: Batch) -> Sums:
-    """Sums over the valid tokens of a batch at the last segment, and read adaptively where the head was trained."""
+TextObjectives: TypeAlias = RolloutOnText[Any] | OnePassOnText[Any]
+
+
+def text_sums(text: TextObjectives, batch: Batch) -> Sums:
+    """Sums over the valid tokens of a batch at the last segment, and of adaptive reading if the head was trained."""
     rows, stream = _rows(text, batch)
-    states = BufferedStates.initial(rows, text.model).copy(stream)
-    for _ in range(text.segments_per_step):
-        run_without_grad(text.model, rows, states, range(text.model.config.updates_per_segment))
-    sums = _token_sums(text, rows, states.z_h)
-    if _reads_adaptively(text):
-        sums |= _adaptive_sums(text, rows, stream)
+    hidden = final_states(text.model, rows, stream)
+    scored = [_scored(text, rows, hidden, chunk) for chunk in range(len(rows))]
+    sums = {
+        "loss": torch.stack([each.loss.sum() for each in scored]).sum(),
+        "hits": torch.stack([each.hit.sum() for each in scored]).sum(),
+        "tokens": (batch["labels"] != IGNORE_LABEL).sum(),
+        "bytes": batch["label_bytes"].sum(),
+    }
+    if _halts(text.model):
+        sums |= _adaptive_sums(text, text.model, rows, stream)
     return sums
 
 
-def _rows(text: RolloutOnText[Any] | OnePassOnText[Any], batch: Batch) -> tuple[ChunkedRows, CopyStream | None]:
+def text_names(text: TextObjectives) -> list[str]:
+    """Names of what `text_sums` gives."""
+    return ["loss", "hits", "tokens", "bytes"] + (["adaptive_loss", "segments"] if _halts(text.model) else [])
+
+
+def _rows(text: TextObjectives, batch: Batch) -> tuple[ChunkedRows, CopyStream | None]:
     """The rows in chunks, and the stream to host memory if states are kept there."""
     if isinstance(text, ChunkedTextObjective | ChunkedTransformerObjective):
         return text.chunking.rows(text.model, batch), text.chunking.stream(batch)
@@ -49,13 +63,14 @@ def _rows(text: RolloutOnText[Any] | OnePassOnText[Any], batch: Batch) -> tuple[
     return ChunkedRows(text.model, batch, size), None
 
 
-def _reads_adaptively(text: RolloutOnText[Any]) -> bool:
-    return text.model.config.halt_rule == "gain" and text.segments_per_step > 1
+def _halts(model: ActV1 | Transformer) -> TypeGuard[ActV1]:
+    """Whether the model has a trained halting head."""
+    return model.config.halt_rule == "gain" and model.config.halt_max_steps > 1
 
 
-def _adaptive_sums(text: RolloutOnText[Any], rows: ChunkedRows, stream: CopyStream | None) -> Sums:
+def _adaptive_sums(text: TextObjectives, model: ActV1, rows: ChunkedRows, stream: CopyStream | None) -> Sums:
     loss, segments = torch.zeros(()), torch.zeros(())
-    for reading in adaptive_segments(text.model, rows, stream):
+    for reading in adaptive_segments(model, rows, stream):
         for chunk, part in enumerate(rows.parts):
             now = reading.reads[:, part] & (rows.column("labels", chunk) != IGNORE_LABEL)
             scored = _scored(text, rows, reading.states.z_h, chunk)
@@ -64,38 +79,8 @@ def _adaptive_sums(text: RolloutOnText[Any], rows: ChunkedRows, stream: CopyStre
     return {"adaptive_loss": loss, "segments": segments}
 
 
-def one_pass_sums(text: OnePassOnText[Any], batch: Batch) -> Sums:
-    """Sums over the valid tokens of a batch."""
-    rows, stream = _rows(text, batch)
-    hidden = ChunkBuffer(rows.parts, stream)
-    run_level(text.model.stack, rows, rows.injection, hidden, 0, rows.routings())
-    return _token_sums(text, rows, hidden)
-
-
-def _token_sums(text: RolloutOnText[Any] | OnePassOnText[Any], rows: ChunkedRows, hidden: ChunkBuffer) -> Sums:
-    scored = [_scored(text, rows, hidden, chunk) for chunk in range(len(rows))]
-    return {
-        "loss": torch.stack([each.loss.sum() for each in scored]).sum(),
-        "hits": torch.stack([each.hit.sum() for each in scored]).sum(),
-        "tokens": (rows.batch["labels"] != IGNORE_LABEL).sum(),
-        "bytes": rows.batch["label_bytes"].sum(),
-    }
-
-
-def _scored(
-    text: RolloutOnText[Any] | OnePassOnText[Any], rows: ChunkedRows, hidden: ChunkBuffer, chunk: int
-) -> Scored:
+def _scored(text: TextObjectives, rows: ChunkedRows, hidden: ChunkBuffer, chunk: int) -> Scored:
     return score_tokens(hidden.get(chunk), text.model.lm_head.weight, rows.column("labels", chunk), text.loss_kind)
-
-
-def rollout_names(text: RolloutOnText[Any]) -> list[str]:
-    """Names of what `rollout_sums` gives."""
-    return one_pass_names(text) + (["adaptive_loss", "segments"] if _reads_adaptively(text) else [])
-
-
-def one_pass_names(text: RolloutOnText[Any] | OnePassOnText[Any]) -> list[str]:
-    """Names of what `one_pass_sums` gives."""
-    return ["loss", "hits", "tokens", "bytes"]
 
 
 def text_figures(sums: Mapping[str, float]) -> dict[str, float]:

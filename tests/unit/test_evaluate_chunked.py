@@ -77,7 +77,7 @@ def test_rows_with_a_prompt_are_read_whole(monkeypatch: pytest.MonkeyPatch) -> N
     objective = build_objective(model, "softmax", supervision="rollout", halt_margin=0.01)
     batch = text_batch(3, [[12], [7, 5]], prompts=[6, 3])
     with torch.no_grad():
-        sums = evaluate_text.rollout_sums(objective, batch)  # type: ignore[arg-type]
+        sums = evaluate_text.text_sums(objective, batch)  # type: ignore[arg-type]
         monkeypatch.setattr(evaluate_text, "POSITIONS_AT_ONCE", 12)
-        again = evaluate_text.rollout_sums(objective, batch)  # type: ignore[arg-type]
+        again = evaluate_text.text_sums(objective, batch)  # type: ignore[arg-type]
     assert {name: float(value) for name, value in sums.items()} == {n: float(v) for n, v in again.items()}
