@@ -42,11 +42,11 @@ def run_verify(run: Path) -> int:
         for sentence in first:
             print(f"{run}: {sentence}")
         if first:
-            print(f"{run}: the ledger does not hold: {len(first) + sum(1 for _ in found)} violations")
+            print(f"{run}: ledger is inconsistent: {len(first) + sum(1 for _ in found)} violations")
             return 1
         head = ledger.head
         trained = "nothing is merged yet" if head is None else f"{head.total_sequences} sequences are merged"
-        print(f"{run}: the ledger holds; {trained}, in {sum(1 for _ in ledger.lineage())} rounds")
+        print(f"{run}: ledger OK; {trained}, in {sum(1 for _ in ledger.lineage())} rounds")
     return 0
 
 

@@ -1,7 +1,4 @@
-"""Blocks as they become known, and the next chunk that nobody has touched.
-
-One job: what data there is, as far as the ledger is told, and where each epoch's order has come to.
-"""
+"""Blocks as they become known, and the next chunk of an epoch that has no row yet."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from hrm_ray.ledger.states import Idle, Range
 
 @dataclass(frozen=True)
 class BlockLength:
-    """How many chunks a block has: so far, or, once `sealed`, for good."""
+    """How many chunks a block has; the number is final once `sealed`."""
 
     block: int
     chunks: int
@@ -25,36 +22,36 @@ class BlockLength:
 
 
 def add_blocks(ledger: LedgerReader, blocks: Iterable[BlockLength]) -> None:
-    """Add blocks or let the last one grow; what is known already may be told again. Inside a transaction.
+    """Add blocks, or grow the last one; known blocks may be added again. Call inside a transaction.
 
-    Chunks are numbered through all blocks, so only the last block can be open. Raises DataError where the data is not
-    what it was, ValueError for a block out of turn.
+    Chunks are numbered through all blocks, so only the last block can be open. Raises DataError where the data has
+    changed, ValueError for a block out of order.
     """
     row = ledger.database.row("SELECT block, first_chunk, chunks, sealed FROM blocks ORDER BY block DESC LIMIT 1")
     last = Block(row[0], row[1], row[2], bool(row[3])) if row is not None else Block(-1, 0, 0, True)
     changed: dict[int, Block] = {}
-    for told in blocks:
-        if told.block == last.block + 1 and last.sealed:
+    for block in blocks:
+        if block.block == last.block + 1 and last.sealed:
             if ledger.data_ended:
-                raise _changed(ledger, told, f"the data ended with block {last.block} before")
-            last = Block(told.block, last.first_chunk + last.chunks, told.chunks, told.sealed)
-        elif told.block == last.block and not last.sealed:
-            if told.chunks < last.chunks:
-                raise _changed(ledger, told, f"it had {last.chunks} chunks before")
-            last = Block(last.block, last.first_chunk, told.chunks, told.sealed)
+                raise _changed(ledger, block, f"the data ended with block {last.block} before")
+            last = Block(block.block, last.first_chunk + last.chunks, block.chunks, block.sealed)
+        elif block.block == last.block and not last.sealed:
+            if block.chunks < last.chunks:
+                raise _changed(ledger, block, f"it had {last.chunks} chunks before")
+            last = Block(last.block, last.first_chunk, block.chunks, block.sealed)
         else:
-            _check_known(ledger, told, changed.get(told.block))
+            _check_known(ledger, block, changed.get(block.block))
             continue
         changed[last.block] = last
     ledger.database.write(
-        "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?)", [tuple(vars(block).values()) for block in changed.values()]
+        "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?)", [tuple(vars(one).values()) for one in changed.values()]
     )
 
 
 def next_untouched(ledger: LedgerReader, order: ClaimOrder, epochs: int | None) -> Range | Idle:
-    """The next chunk in order that has no row yet, now with one: PENDING. Inside a transaction.
+    """Give the next chunk in order its first row, PENDING. Call inside a transaction, when no range is PENDING.
 
-    Where an epoch is at its end, the next one begins: the caller has seen that nothing is PENDING.
+    At the end of an epoch the next one begins.
     """
     known = ledger.chunks
     if not known:
@@ -74,7 +71,7 @@ def next_untouched(ledger: LedgerReader, order: ClaimOrder, epochs: int | None) 
 
 
 def _touch(ledger: LedgerReader, order: ClaimOrder, epoch: int, start_chunk: int, position: int) -> Range | Idle:
-    """Write the first row of the chunk at a position, and move the epoch's cursor past it."""
+    """Insert the first row of the chunk at a position, and move the epoch's cursor past it."""
     chunk = order(epoch, position)
     if chunk is None:
         return Idle.MORE_DATA
@@ -87,21 +84,19 @@ def _touch(ledger: LedgerReader, order: ClaimOrder, epoch: int, start_chunk: int
 
 
 def _rest(ledger: LedgerReader, epochs: int) -> Idle:
-    """Nothing of the epochs asked for is PENDING: is anything still on its way?"""
+    """Where nothing of the requested epochs is PENDING: whether anything is still LEASED or TRAINED."""
     return Idle.OTHERS if ledger.epoch < epochs else Idle.DONE
 
 
-def _check_known(ledger: LedgerReader, told: BlockLength, added: Block | None) -> None:
-    row = ledger.database.row("SELECT chunks FROM blocks WHERE block = ?", (told.block,))
+def _check_known(ledger: LedgerReader, block: BlockLength, added: Block | None) -> None:
+    row = ledger.database.row("SELECT chunks FROM blocks WHERE block = ?", (block.block,))
     chunks = added.chunks if added is not None else row[0] if row is not None else None
     if chunks is None:
-        raise ValueError(f"block {told.block} is told before the one before it is sealed")
-    if told.chunks > chunks or (told.sealed and told.chunks != chunks):
-        raise _changed(ledger, told, f"it had {chunks} chunks before")
+        raise ValueError(f"block {block.block} is added before the one before it is sealed")
+    if block.chunks > chunks or (block.sealed and block.chunks != chunks):
+        raise _changed(ledger, block, f"it had {chunks} chunks before")
 
 
-def _changed(ledger: LedgerReader, told: BlockLength, reason: str) -> DataError:
-    value = f"block {told.block} with {told.chunks} chunks"
-    return DataError(
-        Fault(value, f"the data is not what {ledger.path} knows: {reason}", "Restore the data, or train anew")
-    )
+def _changed(ledger: LedgerReader, block: BlockLength, reason: str) -> DataError:
+    value = f"block {block.block} with {block.chunks} chunks"
+    return DataError(Fault(value, f"the data differs from {ledger.path}: {reason}", "Restore the data, or train again"))

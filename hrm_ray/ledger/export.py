@@ -1,7 +1,4 @@
-"""The ledger as a document for people: chunk_tracker_state.json.
-
-One job: say compactly where everything stands. It is a picture, never read back: the ledger's file is what counts.
-"""
+"""The ledger as a document for people, chunk_tracker_state.json. It is never read back."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ _ENTRIES = 1000
 
 
 def export(ledger: LedgerReader, path: Path) -> None:
-    """Write the document, so that `path` holds either the old or the new."""
+    """Write the document atomically."""
     write_json(path, document(ledger))
 
 
@@ -52,12 +49,12 @@ def document(ledger: LedgerReader) -> dict[str, Any]:
 
 
 def shown(one: Range) -> str:
-    """A range as the document names it, in full."""
+    """A range in the document's notation."""
     return f"{one.chunk}[{one.start}:{'' if one.end is None else one.end}]"
 
 
 def _epoch(ledger: LedgerReader, counts: EpochCounts) -> dict[str, Any]:
-    """One epoch: its figures, and which chunks are in which state."""
+    """One epoch: its counts, and the chunks in each state."""
     lists = _runs(ranges.every(ledger.database, counts.epoch))
     return {
         "epoch": counts.epoch,
@@ -72,7 +69,7 @@ def _epoch(ledger: LedgerReader, counts: EpochCounts) -> dict[str, Any]:
 
 
 def _listed(name: str, entries: Iterable[Any]) -> dict[str, Any]:
-    """The first entries under `name`, and how many there are besides."""
+    """The first entries under `name`, and the number of the others."""
     remaining = iter(entries)
     first = list(islice(remaining, _ENTRIES))
     left_out = sum(1 for _ in remaining)
@@ -80,14 +77,14 @@ def _listed(name: str, entries: Iterable[Any]) -> dict[str, Any]:
 
 
 def _blocks(blocks: list[Block]) -> Iterator[dict[str, Any]]:
-    """Neighbouring blocks of the same length as one entry."""
+    """Blocks, with neighbours of the same length as one entry."""
     for (chunks, sealed), alike in groupby(blocks, key=lambda block: (block.chunks, block.sealed)):
         numbers = [block.block for block in alike]
         yield {"block": _span(numbers[0], numbers[-1]), "chunks": chunks, "sealed": sealed}
 
 
 def _runs(found: Iterable[Range]) -> dict[State, list[str]]:
-    """The ranges of an epoch, which come by chunk and start, by state; neighbouring whole chunks as one entry."""
+    """The ranges of an epoch by state, neighbouring whole chunks as one entry. `found` comes by chunk and start."""
     lists: dict[State, list[str]] = {state: [] for state in State}
     first = last = 0
     running: State | None = None
@@ -109,7 +106,7 @@ def _runs(found: Iterable[Range]) -> dict[State, list[str]]:
 
 
 def _same(parts: Iterable[Range]) -> list[Range]:
-    """A chunk's ranges, neighbours of one state as one."""
+    """A chunk's ranges, with neighbours of one state joined."""
     found: list[Range] = []
     for one in parts:
         if found and found[-1].state is one.state:

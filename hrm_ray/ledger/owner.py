@@ -1,8 +1,7 @@
-"""The ledger of chunks as its one owner has it: who trains what, what was reported, which rounds count.
+"""The ledger for its single owner: each call is one transaction of transitions in `states`.
 
-One job: each call is one transaction that carries out transitions of `states`. It reads no clock (times are the
-caller's), draws nothing, and does not know what training is. What a late or doubled call gets is a value, `Refused`:
-such calls are ordinary. An exception is a mistake in the calling code (ValueError) or a broken file (HrmRayError).
+A call that comes late or twice returns `Refused`, because such calls are ordinary. An exception means a bug in the
+calling code (ValueError) or a damaged file (HrmRayError). Times are the caller's; no clock is read here.
 """
 
 from __future__ import annotations
@@ -25,30 +24,31 @@ SKIPPED_UPDATE = "its weight update was skipped: the gradients were not finite"
 
 
 class Ledger(LedgerReader):
-    """A ledger that may be written. From several threads of the process: calls take turns."""
+    """A ledger open for writing. Safe to call from several threads."""
 
     def transaction(self) -> AbstractContextManager[None]:
-        """Calls inside are carried out together or not at all, and outlive power loss."""
+        """Calls inside are one transaction, which survives power loss."""
         return self.database.transaction(durable=True)
 
     def add_blocks(self, blocks: Iterable[BlockLength]) -> None:
-        """Tell of blocks in order: new ones, growth of the last, or what is known already (a resumed run's).
+        """Add blocks in order: new ones, growth of the last one, or known ones again (after a resume).
 
-        Raises DataError where the data is not what it was, ValueError for a block out of turn.
+        Raises DataError where the data has changed, ValueError for a block out of order.
         """
         with self.database.transaction():
             known_blocks.add_blocks(self, blocks)
 
     def end_data(self) -> None:
-        """Tell that there are no more blocks. Raises ValueError while one is open."""
+        """Record that there are no more blocks. Raises ValueError while one is open."""
         with self.database.transaction():
             if self.database.row("SELECT 1 FROM blocks WHERE NOT sealed"):
                 raise ValueError("the data cannot end in an open block")
             self.database.rows("UPDATE facts SET value = 1 WHERE name = 'data_ended'")
 
     def start_at(self, chunk: int) -> None:
-        """Let the first epoch begin at a chunk: those before it are no part of that epoch, and its order must map
-        positions 0.. to the chunks from there on. Raises ValueError once another start has been used."""
+        """Let the first epoch begin at a chunk; its order maps positions 0.. to the chunks from there on.
+
+        Raises ValueError once another start has been used."""
         with self.database.transaction():
             row = self.database.row("SELECT start_chunk FROM epochs WHERE epoch = 0")
             if row is None:
@@ -62,9 +62,9 @@ class Ledger(LedgerReader):
             self.database.rows("INSERT OR REPLACE INTO facts VALUES ('shuffled', ?)", (int(shuffled),))
 
     def measure(self, chunk: int, sequences: int) -> None:
-        """Tell how many packed sequences a chunk has: that ends its ranges, in this epoch and all others.
+        """Set how many packed sequences a chunk has, which ends its open ranges in every epoch.
 
-        Raises DataError where it had another number before.
+        Raises DataError where the chunk had another number before.
         """
         if sequences < 0:
             raise ValueError(f"chunk {chunk} cannot have {sequences} sequences")
@@ -72,8 +72,8 @@ class Ledger(LedgerReader):
         if known == sequences:
             return
         if known is not None:
-            value, reason = f"chunk {chunk}", f"it has {sequences} packed sequences now, and had {known} before"
-            hint = "Restore the data and the tokenizer of the run, or train anew"
+            value, reason = f"chunk {chunk}", f"has {sequences} packed sequences now, and had {known} before"
+            hint = "Restore the data and the tokenizer of the run, or train again"
             raise DataError(Fault(value, reason, hint))
         with self.database.transaction():
             self.block_of(chunk)
@@ -82,7 +82,7 @@ class Ledger(LedgerReader):
             ranges.put_all(self.database, [replace(found, end=sequences) for found in open_ended])
 
     def start_worker(self, worker: str) -> int:
-        """A worker starts, or starts again: its new generation. What an earlier one held counts as a failed attempt."""
+        """Start a worker and return its generation. Leases of its earlier generation count as failed attempts."""
         with self.database.transaction(durable=True):
             self._return_leases(worker, "its worker was started again")
             row = self.database.row("SELECT generation FROM workers WHERE worker = ?", (worker,))
@@ -92,7 +92,7 @@ class Ledger(LedgerReader):
         return generation
 
     def stop_worker(self, worker: str, generation: int, failure: str | None = None) -> None:
-        """A worker is gone: what it held is PENDING. With a `failure` (it died of it) that is a failed attempt."""
+        """Stop a worker: its leases are PENDING again. With a `failure` they count as failed attempts."""
         with self.database.transaction():
             if self._active(worker, generation):
                 self._return_leases(worker, failure)
@@ -109,11 +109,11 @@ class Ledger(LedgerReader):
         lease_s: float | None = None,
         key: str | None = None,
     ) -> Lease | Idle | Refused:
-        """Lease to a worker what comes first: a PENDING range that was touched before, else the next chunk in order.
+        """Lease the first range to a worker: a PENDING range with a row, else the next chunk in order.
 
-        Epochs before `epochs` are given out (None: without end), each when nothing of the one before is PENDING. The
-        lease runs out `lease_s` after `now_s`, on whatever monotonic clock the caller keeps to (None: never); leases
-        that have run out by `now_s` are taken back first. The same `key` again gives the same lease, while it is held.
+        Only epochs before `epochs` are leased (None: all), each when nothing of the one before is PENDING. The lease
+        expires `lease_s` after `now_s`, on the caller's monotonic clock (None: never); leases that have expired by
+        `now_s` are taken back first. The same `key` returns the same lease while it is held.
         """
         with self.database.transaction():
             if not self._active(worker, generation):
@@ -134,12 +134,12 @@ class Ledger(LedgerReader):
             return self._lease(held)
 
     def expire(self, now_s: float) -> list[Range]:
-        """Take back the leases that have run out by `now_s`; gives them as they were."""
+        """Take back the leases that have expired by `now_s`; returns their ranges as they were."""
         with self.database.transaction():
             return self._expire(now_s)
 
     def renew(self, lease: Lease, now_s: float, lease_s: float) -> Lease | Refused:
-        """Let a lease run until `lease_s` after `now_s`."""
+        """Extend a lease to `lease_s` after `now_s`."""
         with self.database.transaction():
             held = self._held(lease)
             if isinstance(held, Refused):
@@ -149,7 +149,7 @@ class Ledger(LedgerReader):
             return self._lease(longer)
 
     def release(self, lease: Lease) -> Refused | None:
-        """Give a lease back untrained, in order: no failed attempt."""
+        """Return a lease untrained; this is no failed attempt."""
         with self.database.transaction():
             held = self._held(lease)
             if isinstance(held, Refused):
@@ -158,9 +158,9 @@ class Ledger(LedgerReader):
             return None
 
     def split(self, lease: Lease, at: int) -> Lease | Refused:
-        """Cut a lease at sequence `at`: gives the lease of [start, at); the rest is PENDING.
+        """Split a lease at sequence `at`: returns the lease of [start, at); the rest is PENDING.
 
-        The same cut again gives the same lease.
+        The same split again returns the same lease.
         """
         with self.database.transaction():
             held = self._held(replace(lease, end=at))
@@ -183,15 +183,15 @@ class Ledger(LedgerReader):
         checksum: str,
         skipped: Sequence[Lease] = (),
     ) -> Contribution | Refused:
-        """Hand in what was trained from the anchor of round `base`: all of `leases`, or nothing where one is stale.
-        `skipped` are those whose updates were skipped: handed in with the others, and not counted as learned.
+        """Stage a contribution: `leases` trained from the anchor of round `base`; refused where one of them is stale.
 
-        `name` is the report's own for good: the same report again, at any later time, gives what the first one gave.
-        Raises ValueError for no lease at all, for leases of several workers, or for a chunk that was not measured.
+        `skipped` are leases whose weight updates were skipped; their sequences are not counted as learned. `name` is
+        unique: the same report again, at any later time, returns what the first one did. Raises ValueError without
+        leases, for leases of several workers, or for a chunk that was not measured.
         """
         owners = {(lease.worker, lease.generation) for lease in (*leases, *skipped)}
         if len(owners) != 1:
-            raise ValueError(f"a report is of one worker, not of {sorted(owners)}")
+            raise ValueError(f"a report needs leases of one worker, not of {sorted(owners)}")
         ((worker, generation),) = owners
         with self.database.transaction():
             known = self.contribution(name)
@@ -217,17 +217,17 @@ class Ledger(LedgerReader):
                 (name, worker, generation, base, path, checksum, sequences),
             )
             made = self.contribution(name)
-            assert made is not None
+            if made is None:
+                raise RuntimeError(f"contribution {name} is missing after its insertion")
             reasons = [None] * len(leases) + [SKIPPED_UPDATE] * len(skipped)
             pairs = zip(reported, reasons, strict=True)
             ranges.put_all(self.database, [states.train(one, made.number, reason) for one, reason in pairs])
             return made
 
     def reject(self, name: str, reason: str, *, lost: bool = False) -> Refused | None:
-        """Refuse a staged contribution: its ranges are PENDING again.
+        """Reject a staged contribution: its ranges are PENDING again.
 
-        `lost` (its file is missing or broken) counts as a failed attempt at them, not as a rejection: it tells nothing
-        about the data.
+        `lost` (its file is missing or damaged) is a failed attempt, not a rejection: the data is not to blame.
         """
         with self.database.transaction():
             found = self.contribution(name)
@@ -248,27 +248,27 @@ class Ledger(LedgerReader):
         checksum: str,
         rejected: Mapping[str, str] | None = None,
     ) -> Round | Refused:
-        """Make a round the head, if the head is still `parent`: one transaction that outlives power loss.
+        """Make a round the head, if the head is still `parent`: one transaction that survives power loss.
 
-        The contributions `accepted` are merged, in that order, and those `rejected` (name: reason) go back. The same
-        commit again gives the same round. Whoever writes the anchor writes it whole before this call, under a name
-        never used before, and counts it as valid only after it: the head, not the newest file, says which anchor holds.
+        The contributions `accepted` are merged, in that order; those `rejected` (name: reason) are PENDING again. The
+        same commit again returns the same round. The anchor must be complete before this call, under a name never used
+        before, and is valid only afterwards: the head, not the newest file, says which anchor counts.
         """
         proposed = Round(round, parent, anchor, checksum, 0, 0)
         with self.database.transaction(durable=True):
             return rounds.commit(self, proposed, accepted, rejected or {})
 
     def rollback(self, to: int | None) -> list[Round] | Refused:
-        """Make an earlier round the head (None: the start); gives the rounds that this undoes, the newest first.
+        """Make an earlier round the head (None: the start); returns the rounds undone, newest first.
 
-        Their ranges are PENDING again, and so is all that is under way; every worker has to start again. Where `to` is
-        the head, nothing changes.
+        Their ranges, all leases and all staged contributions are PENDING again, and every worker must start again.
+        Nothing changes where `to` is the head.
         """
         with self.database.transaction(durable=True):
             return rounds.roll_back(self, to)
 
     def requeue(self, aside: Iterable[Range]) -> None:
-        """Give quarantined ranges another chance; `quarantined()` lists them."""
+        """Make quarantined ranges PENDING again; `quarantined()` lists them."""
         with self.database.transaction():
             found = [ranges.at(self.database, one.epoch, one.chunk, one.start) for one in aside]
             ranges.put_all(self.database, [states.requeue(one) for one in found if one is not None])
@@ -286,11 +286,11 @@ class Ledger(LedgerReader):
 
     def _expire(self, now_s: float) -> list[Range]:
         over = ranges.expired(self.database, now_s)
-        ranges.put_all(self.database, [states.lose(one, f"the lease of {one.worker} ran out") for one in over])
+        ranges.put_all(self.database, [states.lose(one, f"the lease of {one.worker} expired") for one in over])
         return over
 
     def _held(self, lease: Lease) -> Range | Refused:
-        """The range that a lease is for, if it still holds and goes as far as the lease says."""
+        """The range of a lease that is still valid and has the same end."""
         held = ranges.at(self.database, lease.epoch, lease.chunk, lease.start)
         if held is None or states.fenced(held, lease):
             span = f"chunk {lease.chunk} from sequence {lease.start} in epoch {lease.epoch}"
@@ -300,23 +300,22 @@ class Ledger(LedgerReader):
         return held
 
     def _claimed(self, key: str) -> Lease | Refused | None:
-        """What an earlier claim of that key was given."""
+        """The lease that an earlier claim with that key got."""
         row = self.database.row("SELECT attempt, epoch, chunk, start FROM claims WHERE key = ?", (key,))
         if row is None:
             return None
         held = ranges.at(self.database, *row[1:])
         if held is None or held.state is not states.State.LEASED or held.attempt != row[0]:
-            return Refused(f"what claim {key} was given is no longer held")
+            return Refused(f"the lease of claim {key} is no longer held")
         return self._lease(held)
 
 
 def open_ledger(path: Path, *, durable: bool = True) -> Ledger:
-    """Open a run's ledger as its owner, made anew where there is none.
+    """Open a run's ledger as its owner, created where it is missing; an earlier owner can no longer write it.
 
-    Nothing that the last owner's workers hold is held any longer: its clock is not this one's, and power loss may have
-    taken claims that they know of. They start again (`start_worker`), as if their lease had been released; no attempt
-    is counted as failed. Reports and rounds stand. Whoever had the file open can no longer write it. `durable=False` is
-    for what need not outlive power loss.
+    All leases are released, because the earlier owner's clock is not this one's and power loss may have taken claims;
+    no attempt is counted as failed. Workers start again with `start_worker`. Reports and rounds stay. With
+    `durable=False` nothing is safe from power loss.
     """
     ledger = Ledger(own(path, durable))
     try:

@@ -1,8 +1,4 @@
-"""The ledger's rows of ranges: found, put, and the untouched ones as if they were there.
-
-One job: ranges in and out of the database. Which transition a range makes is decided in `states`, and when, by the
-callers.
-"""
+"""The ledger's rows of ranges. Which transition a range makes is decided in `states`."""
 
 from __future__ import annotations
 
@@ -15,9 +11,9 @@ from hrm_ray.ledger.database import Database, Row
 from hrm_ray.ledger.states import Range, State, join
 
 ClaimOrder: TypeAlias = Callable[[int, int], "int | None"]
-"""(epoch, position) -> chunk number: a permutation of the epoch's chunks, pure, so that a claimed position needs no
-more than its number. Positions go from 0 to the number of chunks known (less those before the first epoch's start) - 1.
-None: this position is not laid down yet (an order that waits for a block's end)."""
+"""(epoch, position) -> chunk number: a permutation of the epoch's chunks, and a pure function. Positions count from 0
+over the chunks known, without those before the first epoch's start. None: the position is not decided yet (an order
+that waits for a block's end)."""
 
 _NAMES = tuple(field.name for field in fields(Range))
 _COLUMNS = ", ".join(_NAMES)
@@ -33,17 +29,17 @@ _UNSETTLED = ((State.PENDING, "pending"), (State.LEASED, "leased"), (State.TRAIN
 
 
 def put(database: Database, *changed: Range) -> None:
-    """Write ranges in place of those that begin at the same place."""
+    """Write ranges; each replaces the one that begins at the same sequence."""
     put_all(database, changed)
 
 
 def put_all(database: Database, changed: Iterable[Range]) -> None:
-    """Write many ranges in place of those that begin at the same place."""
+    """Write many ranges; each replaces the one that begins at the same sequence."""
     database.write(_PUT, map(_row, changed))
 
 
 def add(database: Database, untouched: Range) -> None:
-    """Write the first row of a chunk in an epoch. Raises ValueError where the chunk was at another position before."""
+    """Insert the first row of a chunk in an epoch. Raises ValueError where the chunk had another position before."""
     try:
         database.rows(_INSERT, _row(untouched))
     except sqlite3.IntegrityError:
@@ -56,7 +52,7 @@ def add(database: Database, untouched: Range) -> None:
 
 
 def at(database: Database, epoch: int, chunk: int, start: int) -> Range | None:
-    """The range that begins there."""
+    """The range that begins at a sequence, or None."""
     row = database.row(
         f"SELECT {_COLUMNS} FROM ranges WHERE epoch = ? AND chunk = ? AND start = ?", (epoch, chunk, start)
     )
@@ -64,9 +60,9 @@ def at(database: Database, epoch: int, chunk: int, start: int) -> Range | None:
 
 
 def first_pending(database: Database, epochs: int | None) -> Range | None:
-    """The PENDING range that has a row and comes first in order, of the epochs before `epochs`.
+    """The first PENDING range in order that has a row, of the epochs before `epochs`.
 
-    It takes in the PENDING ranges that follow it in its chunk: pieces that came back are given out as one again.
+    The PENDING ranges that follow it in its chunk are joined to it, so that returned pieces are leased as one again.
     """
     row = database.row(
         f"SELECT {_COLUMNS} FROM ranges INDEXED BY pending WHERE state = 0 AND epoch < ?"
@@ -89,32 +85,32 @@ def first_pending(database: Database, epochs: int | None) -> Range | None:
 
 
 def expired(database: Database, now_s: float) -> list[Range]:
-    """LEASED ranges whose time has run out at `now_s`."""
+    """LEASED ranges that have expired by `now_s`."""
     return _many(database, "leased", "WHERE state = 1 AND expiry_s <= ?", now_s)
 
 
 def leased_by(database: Database, worker: str) -> list[Range]:
-    """What a worker holds, in the order of claims."""
+    """A worker's LEASED ranges, in the order of claims."""
     return _many(database, "leased", "WHERE state = 1 AND worker = ? ORDER BY epoch, position, start", worker)
 
 
 def leased(database: Database) -> list[Range]:
-    """What is held by anyone."""
+    """All LEASED ranges."""
     return _many(database, "leased", "WHERE state = 1")
 
 
 def of_contribution(database: Database, number: int) -> list[Range]:
-    """What was trained in a report."""
+    """The ranges of a report."""
     return _many(database, "of_contribution", "WHERE contribution = ? ORDER BY epoch, position, start", number)
 
 
 def quarantined(database: Database) -> list[Range]:
-    """What was put aside, in the order of claims."""
+    """The QUARANTINED ranges, in the order of claims."""
     return _many(database, "quarantined", "WHERE state = 4 ORDER BY epoch, position, start")
 
 
 def unmeasured(database: Database, chunk: int) -> list[Range]:
-    """The rows of a chunk, one per epoch, whose end is not known."""
+    """The ranges of a chunk, one per epoch, whose end is not known."""
     return _many(database, "unmeasured", "WHERE end IS NULL AND chunk = ?", chunk)
 
 
@@ -142,7 +138,7 @@ def every(database: Database, epoch: int) -> Iterator[Range]:
 
 
 def _many(database: Database, index: str, where: str, *values: object) -> list[Range]:
-    """By an index that is named: the planner would rather walk through the whole table than sort what it finds."""
+    # The index is named because the planner would otherwise scan the table to avoid sorting.
     rows = database.rows(f"SELECT {_COLUMNS} FROM ranges INDEXED BY {index} {where}", values)
     return [_range(row) for row in rows]
 

@@ -1,7 +1,4 @@
-"""What can be asked of a ledger: blocks, epochs, leases, rounds and their lineage.
-
-One job: answers, as values. It changes nothing; it serves the owner and those who only look on.
-"""
+"""What can be read from a ledger: blocks, epochs, leases, rounds and their lineage."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ _ROUND = "round, parent, anchor, checksum, sequences, total_sequences"
 
 @dataclass(frozen=True)
 class Block:
-    """A block of the data: its chunks are numbers first_chunk .. first_chunk + chunks - 1; OPEN until `sealed`."""
+    """A block of the data: chunks first_chunk .. first_chunk + chunks - 1. It can grow until it is `sealed`."""
 
     block: int
     first_chunk: int
@@ -36,8 +33,7 @@ class Block:
 class Contribution:
     """A report: what `worker` trained from the anchor of round `base`, and the file with its weights or their change.
 
-    `round` is the round that took it in; None while it is staged. A path is as its writer gave it: relative to the
-    bundle, so that the bundle can be moved.
+    `round` is the round that accepted the report; None while it is staged. The path is relative to the bundle.
     """
 
     number: int
@@ -53,9 +49,9 @@ class Contribution:
 
 @dataclass(frozen=True)
 class Round:
-    """A committed round: its anchor (a checkpoint, or common weights) and how much of the data that has learned.
+    """A committed round: its anchor (a checkpoint, or common weights) and how many sequences the anchor has learned.
 
-    `sequences` are those of this round's contributions, `total_sequences` those of its whole lineage.
+    `sequences` are of this round's contributions, `total_sequences` of its whole lineage.
     """
 
     round: int
@@ -68,7 +64,7 @@ class Round:
 
 @dataclass(frozen=True)
 class StateCount:
-    """Ranges in one state and their sequences (of those that have been measured)."""
+    """How many ranges are in a state, and their sequences as far as they are measured."""
 
     ranges: int
     sequences: int
@@ -76,7 +72,7 @@ class StateCount:
 
 @dataclass(frozen=True)
 class EpochCounts:
-    """An epoch in figures. `untouched` chunks are PENDING too, without a row; `states` has those with one."""
+    """An epoch in figures. `untouched` chunks are PENDING without a row; `states` counts the ranges with one."""
 
     epoch: int
     chunks: int
@@ -86,7 +82,7 @@ class EpochCounts:
 
 
 class LedgerReader:
-    """Answers from an open ledger. A context manager: it is closed at the end."""
+    """An open ledger for reading; a context manager that closes it."""
 
     def __init__(self, database: Database) -> None:
         self.database = database
@@ -108,7 +104,7 @@ class LedgerReader:
 
     @property
     def head(self) -> Round | None:
-        """The round that counts; None: no round has been committed, or all were undone."""
+        """The newest round; None where none has been committed, or all were undone."""
         found = self._fact("head")
         return None if found is None else self.round(found)
 
@@ -127,7 +123,7 @@ class LedgerReader:
         return [Block(block, first, chunks, bool(sealed)) for block, first, chunks, sealed in rows]
 
     def block_of(self, chunk: int) -> Block:
-        """The block that holds a chunk. Raises ValueError for a chunk that no block has."""
+        """The block of a chunk. Raises ValueError for a chunk that no block has."""
         row = self.database.row(
             "SELECT block, first_chunk, chunks, sealed FROM blocks WHERE first_chunk <= ? AND chunks > 0"
             " ORDER BY first_chunk DESC LIMIT 1",
@@ -143,33 +139,33 @@ class LedgerReader:
         return int(row[0]) if row is not None else None
 
     def leases(self, worker: str) -> list[Lease]:
-        """What a worker holds, in the order of claims."""
+        """A worker's leases, in the order of claims."""
         return [self._lease(held) for held in ranges.leased_by(self.database, worker)]
 
     def lease_at(self, epoch: int, chunk: int, start: int) -> Lease | None:
-        """The lease that begins at that sequence, if there is one."""
+        """The lease that begins at a sequence, or None."""
         held = ranges.at(self.database, epoch, chunk, start)
         return None if held is None or held.state is not State.LEASED else self._lease(held)
 
     def quarantined(self) -> list[Range]:
-        """What was put aside, each with its reason."""
+        """The quarantined ranges, each with its reason."""
         return ranges.quarantined(self.database)
 
     def staged(self) -> list[Contribution]:
-        """Reports that no round has taken in yet, in the order of their arrival."""
+        """Reports that no round has accepted yet, in the order of their arrival."""
         return self._contributions("INDEXED BY of_round WHERE round IS NULL ORDER BY number")
 
     def contribution(self, name: str) -> Contribution | None:
-        """The report of that name, staged or taken in."""
+        """The report of that name, staged or accepted; or None."""
         found = self._contributions("WHERE name = ?", name)
         return found[0] if found else None
 
     def contributions_of(self, round_: int) -> list[Contribution]:
-        """What a round took in, in the order in which it was merged."""
+        """The reports that a round accepted, in the order in which they were merged."""
         return self._contributions("WHERE round = ? ORDER BY place", round_)
 
     def round(self, round_: int) -> Round | None:
-        """A committed round by its name."""
+        """A committed round by its number, or None."""
         row = self.database.row(f"SELECT {_ROUND} FROM rounds WHERE round = ?", (round_,))
         return Round(*row) if row is not None else None
 
@@ -201,7 +197,7 @@ class LedgerReader:
         return at_its_end and not ranges.unsettled(self.database, epoch)
 
     def counts(self) -> list[EpochCounts]:
-        """Every epoch that was begun, in figures; the time this takes grows with the rows."""
+        """Every epoch that has begun, in figures. Reads all rows."""
         found: list[EpochCounts] = []
         known = self.chunks
         for epoch, start_chunk, cursor in self.database.rows("SELECT epoch, start_chunk, cursor FROM epochs"):
@@ -237,9 +233,9 @@ class LedgerReader:
         return [Contribution(*row) for row in rows]
 
     def _lease(self, held: Range) -> Lease:
-        """A LEASED range as its worker knows it."""
+        """The lease of a LEASED range."""
         if held.worker is None or held.generation is None:
-            raise ValueError(f"nobody holds {held}")
+            raise ValueError(f"{held} is not leased")
         block = self.block_of(held.chunk)
         return Lease(
             worker=held.worker,
@@ -257,8 +253,6 @@ class LedgerReader:
 
 
 def read_ledger(path: Path) -> LedgerReader:
-    """Open a ledger to look at it as it is now; its owner, if there is one, goes on undisturbed.
-
-    Raises SettingsError where there is none, DataError for another file.
-    """
+    """Read a ledger as it is now; a run that writes it goes on. Raises SettingsError where there is none, DataError for
+    another file."""
     return LedgerReader(read(path))

@@ -1,8 +1,4 @@
-"""Rounds: what a commit takes in, and what going back undoes.
-
-One job: the two changes of the head, each for one transaction of the caller's. The head's lineage alone says what is
-MERGED; there is no other record of it.
-"""
+"""The two changes of the head, commit and rollback; only the head's lineage says which ranges are MERGED."""
 
 from __future__ import annotations
 
@@ -16,9 +12,9 @@ from hrm_ray.ledger.states import Range, Refused
 def commit(
     ledger: LedgerReader, proposed: Round, accepted: Sequence[str], rejected: Mapping[str, str]
 ) -> Round | Refused:
-    """Make `proposed` the head, if its parent is; its figures are filled in here.
+    """Make `proposed` the head if its parent is the head; its sequence counts are filled in here.
 
-    The same commit again changes nothing and gives the same round.
+    The same commit again changes nothing and returns the same round.
     """
     known = ledger.round(proposed.round)
     if known is not None:
@@ -31,7 +27,7 @@ def commit(
     staged = {contribution.name: contribution for contribution in ledger.staged()}
     missing = [name for name in (*accepted, *rejected) if name not in staged]
     if missing or len({*accepted, *rejected}) < len(accepted) + len(rejected):
-        return Refused(f"these contributions are not staged, or named twice: {', '.join(missing) or accepted}")
+        return Refused(f"contributions are not staged, or named twice: {', '.join(missing) or accepted}")
     taken = [staged[name] for name in accepted]
     sequences = sum(contribution.sequences for contribution in taken)
     before = head.total_sequences if head is not None else 0
@@ -50,10 +46,10 @@ def commit(
 
 
 def roll_back(ledger: LedgerReader, to: int | None) -> list[Round] | Refused:
-    """Make round `to` the head (None: the start, before any); gives the rounds undone, the newest first.
+    """Make round `to` the head (None: the start, before any); returns the rounds undone, newest first.
 
-    With them goes everything that is under way, and every worker's generation is over: their weights rest on anchors
-    that no longer count, and a round of the same name may come again.
+    All leases and staged contributions are dropped too, and every worker's generation ends: their weights come from
+    anchors that no longer count, and a round of the same number may be committed again.
     """
     undone: list[Round] = []
     for one in ledger.lineage():
@@ -77,14 +73,14 @@ def roll_back(ledger: LedgerReader, to: int | None) -> list[Round] | Refused:
 
 
 def stop_all(ledger: LedgerReader) -> None:
-    """End every worker's generation and give back what it holds; no failure of any chunk."""
+    """End every worker's generation and release its leases; no attempt is counted as failed."""
     ranges.put_all(ledger.database, [states.undo(held) for held in ranges.leased(ledger.database)])
     ledger.database.rows("UPDATE workers SET active = 0")
     ledger.database.rows("DELETE FROM claims")
 
 
 def drop(ledger: LedgerReader, contribution: Contribution, changed: Sequence[Range]) -> None:
-    """Forget a contribution, its ranges now being `changed`."""
+    """Delete a contribution; its ranges become `changed`."""
     ranges.put_all(ledger.database, changed)
     ledger.database.rows("DELETE FROM contributions WHERE number = ?", (contribution.number,))
 

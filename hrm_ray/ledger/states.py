@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
 
 MAX_ATTEMPTS = 5
-"""Leases that may come to nothing (expiry, death of the worker, a lost file) before a range is put aside."""
+"""Failed attempts (expiry, death of the worker, a lost file) after which a range is quarantined."""
 MAX_REJECTIONS = 2
-"""Contributions with a range that may be refused before it is put aside."""
+"""Rejected contributions after which a range is quarantined."""
 
 
 class State(IntEnum):
@@ -31,16 +31,16 @@ class State(IntEnum):
 
 
 class Idle(Enum):
-    """Why a claim gives nothing though nothing is wrong."""
+    """Why a claim returns no lease."""
 
-    MORE_DATA = "the data's end is not known yet, and all that is known has been claimed"
-    OTHERS = "all that is left is being trained or waits for its round"
-    DONE = "every range of the epochs asked for is merged or quarantined"
+    MORE_DATA = "all known chunks are claimed, and the end of the data is not known yet"
+    OTHERS = "the remaining ranges are leased, or wait for their round"
+    DONE = "every range of the requested epochs is merged, skipped or quarantined"
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A call that changed nothing, and why: a stale lease, a head that has moved."""
+    """Why a call changed nothing: a stale lease, for example, or a head that has moved."""
 
     reason: str
 
@@ -62,11 +62,11 @@ class Span:
 
 @dataclass(frozen=True)
 class Lease:
-    """What a worker was given to train: sequences [start, end) of a chunk, and by what it is known when it reports.
+    """What a worker trains: sequences [start, end) of a chunk, with the fence (generation, attempt) for its report.
 
     `end` is None until the chunk has been measured: then the lease goes to the chunk's end. `chunk` counts from the
     start of the data, `chunk_in_block` from the start of its block; `position` is the chunk's place in the epoch's
-    order. `expiry_s` is on the clock of whoever owns the ledger; None: never.
+    order. `expiry_s` is on the ledger owner's clock; None: never.
     """
 
     worker: str
@@ -118,7 +118,7 @@ class Range:
 
 
 def fenced(held: Range, lease: Lease) -> bool:
-    """Whether `lease` is no longer the one that `held` was given out with."""
+    """Whether `lease` is no longer the lease of `held`."""
     return (held.state, held.worker, held.generation, held.attempt) != (
         State.LEASED,
         lease.worker,
@@ -147,19 +147,19 @@ def renew(held: Range, expiry_s: float | None) -> Range:
 
 
 def release(held: Range) -> Range:
-    """LEASED to PENDING, given back in order: no failure of the chunk."""
+    """LEASED to PENDING, without a failed attempt."""
     _require(held, State.LEASED)
     return _pending(held)
 
 
 def lose(held: Range, reason: str) -> Range:
-    """LEASED (the lease ran out, the worker died) or TRAINED (its file is lost) to PENDING, or aside when too often."""
+    """LEASED (expired, worker died) or TRAINED (its file is lost) to PENDING; after MAX_ATTEMPTS to QUARANTINED."""
     _require(held, State.LEASED, State.TRAINED)
     return _aside_if_hopeless(replace(held, failures=held.failures + 1), reason)
 
 
 def split(held: Range, at: int) -> tuple[Range, Range]:
-    """LEASED to LEASED [start, at) and PENDING [at, end); the progress made clears the failures of the rest."""
+    """LEASED to LEASED [start, at) and PENDING [at, end); the progress clears the failures of the rest."""
     _require(held, State.LEASED)
     if held.end is None or not held.start < at < held.end:
         raise ValueError(f"sequences [{held.start}, {held.end}) cannot be split at {at}")
@@ -175,36 +175,36 @@ def train(held: Range, contribution: int, skipped: str | None = None) -> Range:
 
 
 def merge(trained: Range) -> Range:
-    """TRAINED to MERGED, or to SKIPPED where its update was skipped; earlier failures are forgotten."""
+    """TRAINED to MERGED, or to SKIPPED where its update was skipped; failures are cleared."""
     _require(trained, State.TRAINED)
     state = State.MERGED if trained.reason is None else State.SKIPPED
     return replace(trained, state=state, failures=0, rejections=0)
 
 
 def reject(trained: Range, reason: str) -> Range:
-    """TRAINED to PENDING because its contribution was refused, or aside when that comes too often."""
+    """TRAINED to PENDING because its contribution was rejected; after MAX_REJECTIONS to QUARANTINED."""
     _require(trained, State.TRAINED)
     return _aside_if_hopeless(replace(trained, rejections=trained.rejections + 1), reason)
 
 
 def undo(changed: Range) -> Range:
-    """LEASED, TRAINED, MERGED or SKIPPED to PENDING, because the head went back: no failure of the chunk."""
+    """LEASED, TRAINED, MERGED or SKIPPED to PENDING after a rollback, without a failed attempt."""
     _require(changed, State.LEASED, State.TRAINED, State.MERGED, State.SKIPPED)
     return _pending(changed)
 
 
 def requeue(aside: Range) -> Range:
-    """QUARANTINED to PENDING, with a clean slate."""
+    """QUARANTINED to PENDING; failures are cleared."""
     _require(aside, State.QUARANTINED)
     return replace(_pending(aside), failures=0, rejections=0)
 
 
 def join(first: Range, second: Range) -> Range:
-    """Two neighbouring PENDING ranges of a chunk as one, with the larger of each count."""
+    """Join two neighbouring PENDING ranges of a chunk, with the larger of each count."""
     _require(first, State.PENDING)
     _require(second, State.PENDING)
     if (first.epoch, first.chunk, first.end) != (second.epoch, second.chunk, second.start):
-        raise ValueError(f"{first} and {second} are no neighbours")
+        raise ValueError(f"{first} and {second} are not neighbours")
     return replace(
         first,
         end=second.end,
@@ -224,15 +224,19 @@ def _aside_if_hopeless(failed: Range, reason: str) -> Range:
     pending = _pending(failed)
     if pending.failures >= MAX_ATTEMPTS:
         return replace(
-            pending, state=State.QUARANTINED, reason=f"{pending.failures} attempts came to nothing, at last: {reason}"
+            pending,
+            state=State.QUARANTINED,
+            reason=f"{pending.failures} attempts failed; the last: {reason}",
         )
     if pending.rejections >= MAX_REJECTIONS:
         return replace(
-            pending, state=State.QUARANTINED, reason=f"rejected {pending.rejections} times, at last: {reason}"
+            pending,
+            state=State.QUARANTINED,
+            reason=f"rejected {pending.rejections} times; the last: {reason}",
         )
     return pending
 
 
 def _require(found: Range, *allowed: State) -> None:
     if found.state not in allowed:
-        raise ValueError(f"a range that is {found.state.name} cannot do this: {found}")
+        raise ValueError(f"a range in state {found.state.name} does not allow this transition: {found}")

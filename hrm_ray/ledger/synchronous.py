@@ -1,11 +1,8 @@
-"""The ledger as synchronous training uses it: checkpoints are rounds, and all workers together are one.
+"""The ledger in synchronous training: a checkpoint is a round, and all workers together are one worker.
 
-One job: a run's claims in order and its commits, so that after any end the ledger and the checkpoint that is taken up
-again agree. It writes no checkpoint and reads no data.
-
-The order of a checkpoint: its files are written whole in their place aside, then `commit_checkpoint`, then the rename
-that makes it one. A run that dies before the rename goes on from the checkpoint before, and takes the round back; the
-other order would leave a checkpoint that has learned what the ledger gives out again.
+A checkpoint's files are written first, then `commit_checkpoint` is called, then the folder gets its final name. A run
+that dies before the rename resumes from the checkpoint before, and undoes the round. In the other order there
+could be a checkpoint that has learned what the ledger gives out again.
 """
 
 from __future__ import annotations
@@ -22,43 +19,43 @@ from hrm_ray.ledger.states import Idle, Lease, Refused, Span
 
 _Answer = TypeVar("_Answer")
 
-_GANG = "gang"
-"""The name of the one worker."""
+_WORKER = "gang"
+"""The name of all workers together; ledgers of earlier runs have it too."""
 
 
 class SynchronousRun:
-    """A run's hold on its ledger, from one start to its end."""
+    """A run's use of its ledger, from its start or resume to its end."""
 
     def __init__(self, ledger: Ledger, checkpoint: int | None) -> None:
-        """Take the ledger back to the checkpoint that the run goes on from (its step; None: from the start).
+        """Roll the ledger back to the checkpoint that the run resumes from (its step; None: the start).
 
-        What an earlier start held is given back, and counts against no chunk: here a failure ends all workers, whatever
-        they were at. Raises DataError where that checkpoint's round is not in the ledger.
+        Leases of an earlier start are released without a failed attempt: here any failure ends all workers. Raises
+        DataError where the checkpoint's round is not in the ledger.
         """
         self.ledger = ledger
         with ledger.database.transaction(durable=True):
             self.undone = _done(ledger, ledger.rollback(checkpoint))
-            """Rounds that this start has undone, the newest first."""
+            """Rounds that this start has undone, newest first."""
             rounds.stop_all(ledger)
-            self.generation = ledger.start_worker(_GANG)
+            self.generation = ledger.start_worker(_WORKER)
 
     def claim(self, order: ClaimOrder, epochs: int | None = None) -> Lease | None:
-        """The next range in order, or None where there is none (of the `epochs` first ones, or not yet)."""
-        given = self.ledger.claim(_GANG, self.generation, order, epochs=epochs)
+        """The next range in order, or None where there is none yet, or none in the first `epochs`."""
+        given = self.ledger.claim(_WORKER, self.generation, order, epochs=epochs)
         return None if isinstance(given, Idle) else _done(self.ledger, given)
 
     def measure(self, chunk: int, sequences: int) -> None:
-        """Tell how many packed sequences a chunk has; the same again changes nothing."""
+        """Set how many packed sequences a chunk has."""
         self.ledger.measure(chunk, sequences)
 
     def commit_checkpoint(
         self, step: int, parent: int | None, finished: Sequence[Span], anchor: str, checksum: str
     ) -> Round:
-        """Commit the round of a checkpoint: all that was trained since the one before, `finished`, is merged.
+        """Commit the round of a checkpoint: `finished`, all that was trained since the one before, is merged.
 
         Each span begins where a lease of this run begins; where it ends before the lease does, the rest stays leased.
-        `step` names the round, `parent` the checkpoint before (None: there is none). One transaction that outlives
-        power loss; the same again gives the same round. Raises DataError where the ledger's head is not `parent` or a
+        `step` is the round, `parent` the checkpoint before (None: there is none). One transaction that survives power
+        loss; the same call again returns the same round. Raises DataError where the ledger's head is not `parent` or a
         span is not leased to this run.
         """
         name = f"step {step}"
@@ -76,33 +73,34 @@ class SynchronousRun:
             return _done(self.ledger, committed)
 
     def close(self) -> None:
-        """Give back what is leased and not committed; the ledger stays open."""
-        self.ledger.stop_worker(_GANG, self.generation)
+        """Release leases that were not committed; the ledger stays open."""
+        self.ledger.stop_worker(_WORKER, self.generation)
 
     def _cut(self, span: Span) -> Lease:
-        """The lease of exactly `span`; what was leased beyond it is leased anew. Inside a transaction."""
+        """The lease of exactly `span`; the rest of its lease is leased again. Call inside a transaction."""
         lease = self.ledger.lease_at(span.epoch, span.chunk, span.start)
-        ours = lease is not None and (lease.worker, lease.generation) == (_GANG, self.generation)
+        ours = lease is not None and (lease.worker, lease.generation) == (_WORKER, self.generation)
         if lease is None or not ours or lease.end is None or span.end > lease.end:
             raise DataError(
                 Fault(
                     f"sequences {span.start} to {span.end} of chunk {span.chunk} in epoch {span.epoch}",
-                    "they were trained, but the ledger has not given them to this run",
-                    "Go on from the last checkpoint with --resume",
+                    "were trained, but are not leased to this run in the ledger",
+                    "Resume from the last checkpoint with --resume",
                 )
             )
         if span.end == lease.end:
             return lease
         first = _done(self.ledger, self.ledger.split(lease, span.end))
         rest = ranges.at(self.ledger.database, span.epoch, span.chunk, span.end)
-        assert rest is not None
-        ranges.put(self.ledger.database, states.lease(rest, _GANG, self.generation, None))
+        if rest is None:
+            raise RuntimeError(f"no range follows {first} after its split")
+        ranges.put(self.ledger.database, states.lease(rest, _WORKER, self.generation, None))
         return first
 
 
 def _done(ledger: Ledger, answer: _Answer | Refused) -> _Answer:
-    """The answer, where it is none of `Refused`: with one worker, nothing is late but by a fault."""
+    """The answer, or a DataError for `Refused`: with a single worker no call is late in ordinary use."""
     if isinstance(answer, Refused):
-        hint = "Go on from a checkpoint that the ledger knows, or train anew under another --brain-name"
+        hint = "Resume from a checkpoint that is in the ledger, or train again under another --brain-name"
         raise DataError(Fault(str(ledger.path), answer.reason, hint))
     return answer

@@ -19,7 +19,7 @@ StoredCounts = Mapping[int, "tuple[int | None, int | None]"]
 
 
 def violations(ledger: LedgerReader, stored: StoredCounts | None = None) -> Iterator[str]:
-    """What is wrong, if anything; the time this takes grows with the rows. `stored` are the checkpoints' own counts."""
+    """Every violation. Reads all rows. `stored` are the checkpoints' own counts."""
     yield from _blocks(ledger)
     lineage = {one.round: one for one in _sound_lineage(ledger)}
     merged = dict.fromkeys(lineage, 0)
@@ -39,12 +39,12 @@ def _blocks(ledger: LedgerReader) -> Iterator[str]:
         if block.block != number or block.first_chunk != expected:
             yield f"block {block.block} begins with chunk {block.first_chunk}, not block {number} with {expected}"
         if not block.sealed and (number < len(blocks) - 1 or ledger.data_ended):
-            yield f"block {block.block} is open, but it is not the last of data that goes on"
+            yield f"block {block.block} is open, but it is not the last one, or the data has ended"
         expected = block.first_chunk + block.chunks
 
 
 def _sound_lineage(ledger: LedgerReader) -> list[Round]:
-    """The lineage as far as it can be followed; a circle ends it."""
+    """The lineage as far as it can be followed; it ends where it would repeat a round."""
     found: list[Round] = []
     seen: set[int] = set()
     for one in ledger.lineage():
@@ -58,8 +58,8 @@ def _sound_lineage(ledger: LedgerReader) -> list[Round]:
 def _epoch(
     ledger: LedgerReader, epoch: int, start_chunk: int, cursor: int, standing: Callable[[Range], Iterator[str]]
 ) -> Iterator[str]:
-    """Invariant 1: every touched chunk once, whole, at a position of its own below the cursor; and what `standing` says
-    of each range on the way."""
+    """Invariant 1: every touched chunk once, whole, at a position of its own below the cursor; and `standing` of each
+    range."""
     positions = bytearray(cursor)
     chunk, position, end, known = -1, -1, 0, ledger.chunks
     length: int | None = None
@@ -98,7 +98,7 @@ def _ended(epoch: int, chunk: int, end: int, length: int | None) -> Iterator[str
 
 
 def _standing(one: Range, rounds: dict[int, int | None], merged: dict[int, int]) -> Iterator[str]:
-    """Invariant 3, and that a state has what belongs to it; adds up what each round has merged."""
+    """Invariant 3, and the columns that each state needs; adds up what each round has merged."""
     where = f"epoch {one.epoch}, chunk {one.chunk}, sequences from {one.start}"
     held, reported = one.worker is not None, one.contribution is not None
     committed = one.state in (State.MERGED, State.SKIPPED)
@@ -107,7 +107,7 @@ def _standing(one: Range, rounds: dict[int, int | None], merged: dict[int, int])
     if one.contribution is None:
         return
     if one.contribution not in rounds:
-        yield f"{where}: it is {one.state.name} by contribution {one.contribution}, which is not there"
+        yield f"{where}: it is {one.state.name} by contribution {one.contribution}, which does not exist"
         return
     taken = rounds[one.contribution]
     if taken in merged and one.state is not State.SKIPPED:
@@ -116,14 +116,14 @@ def _standing(one: Range, rounds: dict[int, int | None], merged: dict[int, int])
         yield f"{where}: it is {one.state.name}, with the reason {one.reason!r} for a skipped update"
     if committed != (taken in merged):
         by = "no round of the lineage" if taken not in merged else f"round {taken}"
-        yield f"{where}: it is {one.state.name}, but its contribution was taken in by {by}"
+        yield f"{where}: it is {one.state.name}, but its contribution was accepted by {by}"
 
 
 def _rounds(ledger: LedgerReader, lineage: dict[int, Round], merged: dict[int, int]) -> Iterator[str]:
-    """Invariant 2, and that there is no round besides the lineage."""
+    """Invariant 2, and that there is no round outside the lineage."""
     head = ledger.database.row("SELECT value FROM facts WHERE name = 'head'")
     if head is not None and head[0] is not None and head[0] not in lineage:
-        yield f"the head is round {head[0]}, which is not there"
+        yield f"the head is round {head[0]}, which does not exist"
     total = sum(one.sequences for one in lineage.values())
     if sum(merged.values()) != total:
         yield f"{sum(merged.values())} sequences are merged, but the rounds of the lineage count {total}"
@@ -134,13 +134,13 @@ def _rounds(ledger: LedgerReader, lineage: dict[int, Round], merged: dict[int, i
         if one.total_sequences != before + one.sequences:
             yield f"round {one.round} says {one.total_sequences} sequences in all, not {before + one.sequences}"
         if one.parent is not None and one.parent not in lineage:
-            yield f"round {one.round} has the parent {one.parent}, which is not there"
+            yield f"round {one.round} has the parent {one.parent}, which does not exist"
     for (stray,) in ledger.database.rows("SELECT round FROM rounds"):
         if stray not in lineage:
             yield f"round {stray} is not in the lineage of the head"
     for name, taken in ledger.database.rows("SELECT name, round FROM contributions WHERE round IS NOT NULL"):
         if taken not in lineage:
-            yield f"contribution {name} was taken in by round {taken}, which is not in the lineage of the head"
+            yield f"contribution {name} was accepted by round {taken}, which is not in the lineage of the head"
 
 
 def _checkpoints(ledger: LedgerReader, lineage: dict[int, Round], stored: StoredCounts) -> Iterator[str]:

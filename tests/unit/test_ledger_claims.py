@@ -285,14 +285,14 @@ def test_a_lease_that_ran_out_still_counts_until_it_is_taken_back(path: Path) ->
         assert ledger.expire(1000.0) == []
 
 
-@pytest.mark.parametrize("end", ["ran out", "died", "started again"])
+@pytest.mark.parametrize("end", ["expired", "died", "started again"])
 def test_a_chunk_that_kills_its_workers_is_put_aside_and_may_be_requeued(path: Path, end: str) -> None:
     with ledger_of(path, [2]) as ledger:
         for attempt in range(1, MAX_ATTEMPTS + 1):
             generation = ledger.start_worker("w")
             lease = claimed(ledger, "w", generation, now_s=0.0, lease_s=1.0)
             assert (lease.chunk, lease.attempt) == (0, attempt)
-            if end == "ran out":
+            if end == "expired":
                 ledger.expire(1.0)
             elif end == "died":
                 ledger.stop_worker("w", generation, "the worker died: out of memory")

@@ -42,7 +42,7 @@ def test_show_says_where_a_run_stands(bundle: Path, ledger: Ledger) -> None:
     for part in (
         *("epoch 1", "2 blocks, 4 chunks\n", "40 sequences MERGED in 4 ranges, complete", "30 sequences MERGED"),
         *("round 7, 70 sequences, checkpoints/step_7", "round 3", "quarantined  1 ranges"),
-        "epoch 1 chunk 3[0:10]: rejected 2 times, at last: it raised the loss",
+        "epoch 1 chunk 3[0:10]: rejected 2 times; the last: it raised the loss",
     ):
         assert part in ran.out, ran.out
     assert "round 2 " not in ran.out
@@ -69,7 +69,7 @@ def test_looking_changes_nothing_and_disturbs_nobody(bundle: Path, ledger: Ledge
 
 def test_verify_says_that_it_holds(bundle: Path, ledger: Ledger) -> None:
     ran = hrm("ledger", "verify", bundle)
-    assert ran.code == 0 and ran.out == f"{bundle}: the ledger holds; 70 sequences are merged, in 7 rounds\n"
+    assert ran.code == 0 and ran.out == f"{bundle}: ledger OK; 70 sequences are merged, in 7 rounds\n"
 
 
 def test_verify_names_what_does_not_hold(bundle: Path, ledger: Ledger) -> None:
@@ -77,7 +77,7 @@ def test_verify_names_what_does_not_hold(bundle: Path, ledger: Ledger) -> None:
     ran = hrm("ledger", "verify", bundle)
     assert (ran.code, ran.err) == (1, "")
     assert "epoch 0, chunk 1: its ranges end at 8, but it has 10 sequences" in ran.out
-    assert ran.out.splitlines()[-1] == f"{bundle}: the ledger does not hold: 3 violations"
+    assert ran.out.splitlines()[-1] == f"{bundle}: ledger is inconsistent: 3 violations"
 
 
 def test_many_violations_are_counted(bundle: Path, ledger: Ledger) -> None:

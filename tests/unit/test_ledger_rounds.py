@@ -112,7 +112,7 @@ def test_a_round_may_refuse_some_in_the_same_breath(ledger: Ledger) -> None:
     reported(ledger, "bad again", claimed(ledger, "w", generation))
     assert isinstance(commit(ledger, 2, 1, **{"bad again": "its norm is 8 times the median"}), Round)
     (aside,) = ledger.quarantined()
-    assert aside.reason == "rejected 2 times, at last: its norm is 8 times the median"
+    assert aside.reason == "rejected 2 times; the last: its norm is 8 times the median"
 
 
 def test_a_commit_compares_the_parent(ledger: Ledger) -> None:

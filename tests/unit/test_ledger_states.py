@@ -81,7 +81,7 @@ def test_the_sixth_attempt_is_one_too_many() -> None:
         found = states.lose(states.lease(found, "w", number, None), "the worker died")
         assert found.failures == number
         assert found.state is (State.PENDING if number < 5 else State.QUARANTINED)
-    assert found.reason == "5 attempts came to nothing, at last: the worker died"
+    assert found.reason == "5 attempts failed; the last: the worker died"
     again = states.requeue(found)
     assert (again.state, again.failures, again.reason, again.attempt) == (State.PENDING, 0, None, 5)
 
@@ -92,7 +92,7 @@ def test_the_second_rejection_is_one_too_many_and_a_lost_file_is_none() -> None:
     lost = states.lose(states.train(states.lease(once, "w", 4, None), 1), "no file")
     assert (lost.state, lost.rejections, lost.failures) == (State.PENDING, 1, 1)
     twice = states.reject(states.train(states.lease(lost, "w", 4, None), 1), "the loss rose")
-    assert twice.state is State.QUARANTINED and twice.reason == "rejected 2 times, at last: the loss rose"
+    assert twice.state is State.QUARANTINED and twice.reason == "rejected 2 times; the last: the loss rose"
 
 
 def test_what_is_given_back_in_order_is_no_failure() -> None:

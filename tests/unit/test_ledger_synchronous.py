@@ -95,7 +95,7 @@ def test_a_run_goes_on_from_any_checkpoint_of_its_lineage(ledger: Ledger) -> Non
     again = SynchronousRun(ledger, 1)
     assert [one.round for one in again.undone] == [3, 2] and again.generation == run.generation + 1
     assert [take(again).chunk for _ in range(3)] == [1, 2, 3]
-    with pytest.raises(DataError, match=r"over|not given"):
+    with pytest.raises(DataError, match=r"over|not leased"):
         run.commit_checkpoint(2, 1, [Span(0, 1, 0, 10)], "step_2", "c")
     with pytest.raises(DataError, match="round 3 is not in the lineage"):
         SynchronousRun(ledger, 3)

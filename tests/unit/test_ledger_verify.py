@@ -40,13 +40,13 @@ DAMAGE = [
     ("UPDATE ranges SET position = 4, start = 1 WHERE chunk = 3", "position 4 is another chunk's"),
     ("UPDATE ranges SET position = 77 WHERE chunk = 3", "position 77 is another chunk's, or was not given out"),
     ("UPDATE ranges SET chunk = 17 WHERE chunk = 3", "chunk 17: no block has it"),
-    ("UPDATE ranges SET state = 3 WHERE state = 2", "it is MERGED, but its contribution was taken in by no round"),
-    ("UPDATE ranges SET state = 2 WHERE chunk = 0", "it is TRAINED, but its contribution was taken in by round 1"),
+    ("UPDATE ranges SET state = 3 WHERE state = 2", "it is MERGED, but its contribution was accepted by no round"),
+    ("UPDATE ranges SET state = 2 WHERE chunk = 0", "it is TRAINED, but its contribution was accepted by round 1"),
     ("UPDATE ranges SET state = 0 WHERE chunk = 0", "it is PENDING with worker None and contribution 1"),
     ("UPDATE ranges SET worker = NULL WHERE state = 1", "it is LEASED with worker None"),
-    ("UPDATE ranges SET contribution = 99 WHERE chunk = 0", "by contribution 99, which is not there"),
-    ("UPDATE contributions SET round = NULL WHERE number = 2", "its contribution was taken in by no round"),
-    ("UPDATE contributions SET round = 9 WHERE number = 2", "contribution report 2 was taken in by round 9"),
+    ("UPDATE ranges SET contribution = 99 WHERE chunk = 0", "by contribution 99, which does not exist"),
+    ("UPDATE contributions SET round = NULL WHERE number = 2", "its contribution was accepted by no round"),
+    ("UPDATE contributions SET round = 9 WHERE number = 2", "contribution report 2 was accepted by round 9"),
     ("UPDATE rounds SET sequences = 11 WHERE round = 2", "round 2 counts 11 sequences, but 10 are merged"),
     (
         "UPDATE rounds SET sequences = 11 WHERE round = 2",
@@ -54,9 +54,9 @@ DAMAGE = [
     ),
     ("UPDATE rounds SET total_sequences = 5 WHERE round = 2", "round 2 says 5 sequences in all, not 20"),
     ("UPDATE facts SET value = 1 WHERE name = 'head'", "round 2 is not in the lineage"),
-    ("UPDATE facts SET value = 7 WHERE name = 'head'", "the head is round 7, which is not there"),
+    ("UPDATE facts SET value = 7 WHERE name = 'head'", "the head is round 7, which does not exist"),
     ("UPDATE rounds SET parent = 2 WHERE round = 1", "round 1 says 10 sequences in all, not 30"),
-    ("DELETE FROM rounds WHERE round = 1", "round 2 has the parent 1, which is not there"),
+    ("DELETE FROM rounds WHERE round = 1", "round 2 has the parent 1, which does not exist"),
     ("UPDATE blocks SET sealed = 0 WHERE block = 1", "block 1 is open"),
     ("UPDATE blocks SET first_chunk = 4 WHERE block = 1", "block 1 begins with chunk 4"),
 ]
@@ -91,7 +91,7 @@ def test_the_export_is_what_people_want_to_know(ledger: Ledger, tmp_path: Path) 
         "MERGED": {"ranges": 2, "sequences": 20, "chunks": ["0-1"]},
         "QUARANTINED": {"ranges": 1, "sequences": 10, "chunks": ["2"]},
     }
-    reason = "rejected 2 times, at last: it raised the loss"
+    reason = "rejected 2 times; the last: it raised the loss"
     assert found["quarantined"] == [{"epoch": 0, "range": "2[0:10]", "reason": reason}]
 
 
