@@ -1,7 +1,4 @@
-"""The bodies of `hrm-ray expert`: what is stored, and putting it into a bundle.
-
-One job: print the registry, and say what was put where. Files are read and written by train/expert_store.
-"""
+"""`hrm-ray expert`: lists the stored experts, and puts one into a bundle."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from hrm_ray.bundle.expert_store import StoredExpert, put_expert, read_registry
 from hrm_ray.settings.run import DEFAULT_EXPERTS_DIR
 
 _FIGURES = ("exact_accuracy", "loss")
-"""The held-out figure that is shown, the first that there is."""
+"""The evaluation figure to show: the first that exists."""
 
 
 def run_list(experts_dir: Path | None, *, as_json: bool) -> int:
@@ -29,7 +26,7 @@ def run_list(experts_dir: Path | None, *, as_json: bool) -> int:
     if not registry:
         print(f"{folder}: no experts; hrm-ray train --expert-id trains one")
         return 0
-    rows: list[tuple[str, ...]] = [("id", "index", "steps", "held out, before -> after", "trained in")]
+    rows: list[tuple[str, ...]] = [("id", "index", "steps", "evaluation, before -> after", "trained in")]
     rows += [_row(identifier, entry) for identifier, entry in registry.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
@@ -42,7 +39,7 @@ def run_put(identifier: str, into: Path, out: Path, experts_dir: Path | None) ->
     folder = experts_dir if experts_dir is not None else DEFAULT_EXPERTS_DIR
     entry = put_expert(folder, identifier, into.absolute(), out)
     if entry.base != str(into.absolute()):
-        reason = "its routers were not there when the expert was trained, and may send it other tokens"
+        reason = "the routers of this bundle may send it other tokens"
         print(f"note: {identifier} was trained in {entry.base}, not in {into}: {reason}", file=sys.stderr)
     print(f"{out}: {into} with expert {identifier} as number {entry.index} of every block")
     print(f"next: hrm-ray generate {shlex.quote(str(out))} --prompt ..., or hrm-ray solve")
@@ -54,7 +51,7 @@ def _row(identifier: str, entry: StoredExpert) -> tuple[str, ...]:
 
 
 def _change(before: Mapping[str, float] | None, after: Mapping[str, float] | None) -> str:
-    """One figure that both evaluations have."""
+    """A figure that both evaluations have."""
     for name in _FIGURES:
         if before is not None and after is not None and name in before and name in after:
             return f"{name} {before[name]:.4g} -> {after[name]:.4g}"

@@ -1,7 +1,4 @@
-"""The bodies of `hrm-ray ledger`: what a run's ledger says, and whether it holds.
-
-One job: open it for reading and print. A run that goes on meanwhile is not disturbed.
-"""
+"""`hrm-ray ledger`: prints a run's ledger and checks it. It only reads, so the run may go on meanwhile."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from hrm_ray.ledger.verify import violations
 from hrm_ray.rundir import RunDir
 
 _LAST = 5
-"""Rounds, epochs and quarantined ranges that are printed; the JSON has them all."""
+"""Rounds, epochs and quarantined ranges that are printed; --json has them all."""
 _VIOLATIONS = 50
 
 
@@ -25,7 +22,7 @@ def run_show(run: Path, json_file: Path | None) -> int:
     with _opened(run) as ledger:
         if json_file is not None:
             if not json_file.absolute().parent.is_dir():
-                raise SettingsError(Fault(f"--json {json_file}", "its folder is not there", "Make the folder first"))
+                raise SettingsError(Fault(f"--json {json_file}", "its folder does not exist", "Create it first"))
             export(ledger, json_file)
             print(json_file)
             return 0
@@ -35,7 +32,7 @@ def run_show(run: Path, json_file: Path | None) -> int:
 
 
 def run_verify(run: Path) -> int:
-    """Print what is wrong with a run's ledger; gives the exit code: 1 where anything is."""
+    """Print the violations of a run's ledger; gives the exit code, 1 if there are any."""
     with _opened(run) as ledger:
         found = violations(ledger, stored_counts(RunDir(run)))
         first = list(islice(found, _VIOLATIONS))
@@ -58,12 +55,12 @@ def _opened(run: Path) -> LedgerReader:
 
 def _lines(run: Path, ledger: LedgerReader) -> list[str]:
     blocks, head = ledger.blocks(), ledger.head
-    going_on = "" if ledger.data_ended else ", and more to come"
+    going_on = "" if ledger.data_ended else " so far"
     lines = [f"{run}: epoch {ledger.epoch}"]
     lines.append(f"  data         {len(blocks)} blocks, {ledger.chunks} chunks{going_on}")
     epochs = ledger.counts()
     if len(epochs) > _LAST:
-        lines.append(f"  epochs       0 to {len(epochs) - _LAST - 1} are left out here, --json has them")
+        lines.append(f"  epochs       0 to {len(epochs) - _LAST - 1} are not shown; --json has them")
     lines += [_epoch(counts) for counts in epochs[-_LAST:]]
     if ledger.shuffled:
         lines.append(f"  order        {SHUFFLED}")
@@ -82,7 +79,7 @@ def _lines(run: Path, ledger: LedgerReader) -> list[str]:
 
 
 def _epoch(counts: EpochCounts) -> str:
-    """One epoch: whether it is complete, and its chunks without a row beside the ranges in each state."""
+    """One epoch: its untouched chunks, the ranges in each state, and whether it is complete."""
     parts = [f"{counts.untouched} chunks untouched"] if counts.untouched else []
     for state in State:
         found = counts.states.get(state)

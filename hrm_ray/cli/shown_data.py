@@ -1,7 +1,6 @@
-"""The facts of a data set as lines for a person.
+"""The facts of a data set as lines of text.
 
-One job: TextFacts and PuzzleSetFacts -> lines. Estimates bear the word "about", and control characters are written as
-escapes, so that no row can do anything to a terminal.
+Estimates are marked "about"; control characters are escaped, so that no row can change the terminal.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _ROW_WIDTH, _NAMES, _COLUMNS = 100, 12, 30
 
 
 def text_lines(facts: TextFacts, corpus: Corpus, tokenizer: str | None, elapsed_s: float) -> list[str]:
-    """What was found of a corpus of text; `tokenizer` is the name of the one that tokens were counted with."""
+    """The facts of a text corpus; `tokenizer` is the name of the one that counted the tokens."""
     root = _root(corpus)
     lines = [f"{facts.path}: text, split {facts.split}"]
     lines.append(_line("read", _how_much(facts, elapsed_s)))
@@ -33,12 +32,12 @@ def text_lines(facts: TextFacts, corpus: Corpus, tokenizer: str | None, elapsed_
     lines.append(_line("access", _access(facts.random_access)))
     lines += _column_lines(facts.table)
     lines.append(_line("rows", _rows(facts, corpus)))
-    of_read = f"of the {facts.rows_read:,} rows that were read"
+    of_read = f"of the {facts.rows_read:,} rows read"
     if facts.bad:
         lines.append(_line("bad rows", f"{facts.bad:,} {of_read}"))
         lines += [f"    {_within(fault.value, root)}: {_short(fault.reason, 2 * _ROW_WIDTH)}" for fault in facts.faults]
     if facts.broken:
-        lines.append(_line("broken", f"{facts.broken:,} part(s), of which nobody knows how many rows are lost"))
+        lines.append(_line("broken", f"{facts.broken:,} part(s), with an unknown number of lost rows"))
         lines += [f"    {_within(fault.value, root)}: {_short(fault.reason, 2 * _ROW_WIDTH)}" for fault in facts.breaks]
     if facts.left_out:
         lines.append(_line("left out", f"{facts.left_out:,} {of_read}, by --ascii-only"))
@@ -62,22 +61,20 @@ def text_lines(facts: TextFacts, corpus: Corpus, tokenizer: str | None, elapsed_
 
 
 def text_warnings(facts: TextFacts, *, skips: bool) -> Iterator[str]:
-    """What a person must not overlook."""
+    """Warnings: rows that cannot be read, and data without text."""
     if facts.bad:
         what = "train skips them" if skips else "train ends at the first one, unless --on-bad-row skip is given"
         yield f"{facts.bad:,} of {facts.rows_read:,} rows cannot be read; {what}."
     if not facts.whole and not facts.rows_read:
-        yield "no row was reached in the time; give a longer --timeout-s, or --all."
+        yield "no row was read within the time; give a longer --timeout-s, or --all."
     elif not facts.text_bytes.value:
         yield f"there is no text in {'it' if facts.whole else 'what was read'}; train needs some."
 
 
 def puzzle_lines(facts: PuzzleSetFacts, elapsed_s: float) -> list[str]:
-    """What was found of a puzzle set."""
+    """The facts of a puzzle set."""
     whole = facts.checked == facts.puzzles.value
-    checked = (
-        "all puzzles, and they are sound," if whole else f"the first {facts.checked:,} puzzles, and they are sound,"
-    )
+    checked = f"{'all' if whole else f'the first {facts.checked:,}'} puzzles, and they are valid,"
     used = "" if facts.used == facts.puzzles else f", of which the first {facts.used.value:,} are used"
     grid = f" ({facts.grid[0]} x {facts.grid[1]})" if facts.grid is not None else ""
     symbols = f": {' '.join(map(_short_symbol, facts.symbols))}" if facts.symbols else ""
@@ -110,7 +107,7 @@ def _how_much(facts: TextFacts, elapsed_s: float) -> str:
     if facts.whole:
         return f"all of it {took}"
     if facts.share is None:
-        return f"the first {facts.rows_read:,} rows {took}; how much follows is not known (--all reads it)"
+        return f"the first {facts.rows_read:,} rows {took}; the rest is unknown (--all reads it)"
     return f"about {100 * facts.share:.3g} % of it {took}, the first {facts.rows_read:,} rows (--all reads the rest)"
 
 
@@ -124,7 +121,7 @@ def _rows(facts: TextFacts, corpus: Corpus) -> str:
 def _tokens(facts: TextFacts, tokenizer: str | None) -> str:
     count = _number(facts.tokens.count)
     if tokenizer is None:
-        guess = f"guessed at {BYTES_PER_TOKEN} bytes a token; name a tokenizer with --tokenizer-path to count them"
+        guess = f"estimated at {BYTES_PER_TOKEN} bytes per token; --tokenizer-path counts them"
         return f"{count} ({guess})"
     return f"{count} of {tokenizer}, end-of-text marks included ({facts.tokens.tokenised_rows:,} rows were tokenised)"
 
@@ -137,7 +134,7 @@ def _access(random: bool) -> str:
 
 def _splits(splits: tuple[str, ...] | None) -> str:
     if splits is None:
-        return "not known before all of it is read"
+        return "unknown until all of it is read"
     named = ", ".join(map(_escaped, splits[:_NAMES]))
     more = f" and {len(splits) - _NAMES:,} more" if len(splits) > _NAMES else ""
     return f"{named}{more}" if WHOLE in splits else f"{WHOLE} (all of it); by name {named}{more}"
@@ -157,7 +154,7 @@ def _column_lines(table: TableFacts) -> Iterator[str]:
 
 
 def _number(figure: Figure) -> str:
-    """The number; an estimate has three digits that count."""
+    """The number; an estimate is rounded to three digits."""
     value = figure.value
     if figure.certainty == "about":
         value = round(value, min(0, 3 - len(str(value))))
@@ -180,7 +177,7 @@ def _skipped(count: int) -> str:
 
 
 def _root(corpus: Corpus) -> str:
-    """What the places of rows begin with, and need not be said again."""
+    """The beginning of all row positions, which is left out of them."""
     if not is_local(corpus.source.path) or not corpus.parts:
         return ""
     path = absolute(corpus.source.path)
@@ -201,5 +198,5 @@ def _short_symbol(symbol: str) -> str:
 
 
 def _escaped(text: Iterable[str]) -> str:
-    """Text on one line: what does not print is written as in Python's strings."""
+    """Text on one line, with characters that do not print escaped as in Python."""
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in text)

@@ -111,7 +111,7 @@ def test_columns_of_rows_that_differ(tmp_path: Path) -> None:
 def test_bad_rows_are_told_and_do_not_fail(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", '{"text": "x"}\nnonsense\n{"text": 1}\n{"txt": "y"}\n{"text": null}\n')
     ran = shown(file)
-    assert line_of(ran, "bad rows") == "4 of the 5 rows that were read"
+    assert line_of(ran, "bad rows") == "4 of the 5 rows read"
     assert [line for line in ran.out.splitlines() if line.startswith("    a.jsonl")] == [
         "    a.jsonl:2: this line is not JSON (Expecting value: line 1 column 1 (char 0))",
         "    a.jsonl:3, column `text`: its value is a number, not a string",
@@ -130,7 +130,7 @@ def test_a_file_that_breaks_off(tmp_path: Path) -> None:
     content = gzip.compress(FORMATS["jsonl"]([f"{number} " + "abc" * number for number in range(400)]))
     ran = shown(write(tmp_path / "a.jsonl.gz", content[: len(content) // 2]))
     assert "cannot be read on" in ran.out and "1 of " in ran.err
-    assert line_of(ran, "broken") == "1 part(s), of which nobody knows how many rows are lost"
+    assert line_of(ran, "broken") == "1 part(s), with an unknown number of lost rows"
 
 
 def test_a_column_that_is_not_there(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_tokens_are_counted_with_a_tokenizer_and_guessed_without(tmp_path: Path)
         assert counted == {"count": {"value": size + 4, "certainty": "exact"}, "tokenised_rows": 5}
     guessed = inspected(file)["tokens"]
     assert guessed == {"count": {"value": round(size / 4) + 5, "certainty": "about"}, "tokenised_rows": 0}
-    assert "guessed at 4 bytes a token" in line_of(shown(file), "tokens")
+    assert "estimated at 4 bytes per token" in line_of(shown(file), "tokens")
     refused(2, "data", "inspect", file, "--model", tmp_path / "none.json", naming=("none.json",))
 
 
@@ -229,7 +229,7 @@ def test_the_time_on_the_command_line(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "about" in line_of(ran, "read") and "--all" in line_of(ran, "read")
     assert line_of(ran, "rows").startswith("about ")
     nothing = shown(file, "--timeout-s", 1)
-    assert "no row was reached" in nothing.err or "1 rows" in line_of(nothing, "read")
+    assert "no row was read" in nothing.err or "1 rows" in line_of(nothing, "read")
     assert line_of(shown(file, "--all"), "rows") == "20,000"
 
 

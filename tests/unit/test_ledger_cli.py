@@ -104,5 +104,5 @@ def test_a_run_before_its_first_round(bundle: Path) -> None:
     bundle.mkdir()
     ledger_of(RunDir(bundle).ledger, [2], ended=False).close()
     shown, verified = hrm("ledger", "show", bundle), hrm("ledger", "verify", bundle)
-    assert "no round yet" in shown.out and "1 blocks, 2 chunks, and more to come" in shown.out
+    assert "no round yet" in shown.out and "1 blocks, 2 chunks so far" in shown.out
     assert verified.code == 0 and "nothing is merged yet" in verified.out
