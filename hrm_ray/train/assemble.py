@@ -1,12 +1,11 @@
-"""The only place where settings become objects, as straight-line code.
+"""From settings to one worker's training loop: model, weights, objective, optimizer, strategy, loader.
 
-One job: model -> weights -> objective -> strategy -> loop, for one worker. It starts nothing and writes nothing.
+The only place where settings become objects, as straight-line code. It starts nothing and writes nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -33,7 +32,6 @@ from hrm_ray.settings.model import LossKind
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.adaptive_lr import AdaptiveLr
 from hrm_ray.train.attention_choice import kernel_of
-from hrm_ray.train.evaluate import EvalSet
 from hrm_ray.train.loaders import BatchLoader, BatchSize, RolloutLoader, SlotLoader, StopCondition, exploration
 from hrm_ray.train.loop import TrainingLoop, TrainState
 from hrm_ray.train.microbatch import wanted_columns
@@ -47,31 +45,22 @@ from hrm_ray.train.world import World
 from hrm_ray.types import SampleSet, StopReason
 
 
-@dataclass(frozen=True)
-class TrainerComponents:
-    """What a worker trains with: the loop, and the held-out set if there is one."""
-
-    loop: TrainingLoop
-    held_out: EvalSet | None
-
-
 def assemble(
     settings: RunSettings,
     config: ModelConfig,
     data: SampleSet | TextStream,
-    held_out: SampleSet | None,
     world: World,
     schedule_steps: int,
-    stop_poll: Callable[[], StopReason | None],
+    stop_poll: Callable[[], StopReason | None] = lambda: None,
     *,
     resumes: bool = False,
     adaptive_lr: AdaptiveLrSettings | None = None,
-) -> TrainerComponents:
-    """Put the parts of one worker together. `settings` are resolved; `schedule_steps` is the schedule's length;
-    `adaptive_lr` is what the file of --adaptive-lr-config holds."""
+) -> TrainingLoop:
+    """The loop of one worker. `settings` are resolved; `schedule_steps` is the schedule's length; `adaptive_lr` is the
+    content of --adaptive-lr-config."""
     model = build_model(config)
     model.initialise(settings.run.seed)
-    # A resumed run has its weights in the checkpoint; what it once started from may be gone.
+    # A resumed run has its weights in the checkpoint, and the start weights may be gone by now.
     if settings.model.student_init is not None and not resumes:
         fill_module(model, start_weights(settings.model.student_init, config), str(settings.model.student_init))
     adapters = _transform(model, settings, schedule_steps)
@@ -122,17 +111,13 @@ def assemble(
         scaler=LossScaler() if precision.scaled else None,
         adapters=adapters,
     )
-    evaluation = (
-        EvalSet(held_out, shape.batch_size, settings.data.eval_batches * shape.accumulation * shape.size)
-        if held_out is not None
-        else None
-    )
     objective.train()
-    return TrainerComponents(TrainingLoop(parts, stop_poll), evaluation)
+    return TrainingLoop(parts, stop_poll)
 
 
 def _transform(model: nn.Module, settings: RunSettings, schedule_steps: int) -> Adapters | None:
-    """What is done to the weights, in the one order that works: codes are made of wide weights, adapters stay wide."""
+    """Change the model's weights as the settings ask; gives the adapters, if there are some."""
+    # This order: quantising starts from float32 weights, and adapters stay float32 beside narrow ones.
     memory = settings.memory
     if memory.load_in_8bit or memory.load_in_4bit:
         quantise_projections(model, 8 if memory.load_in_8bit else 4)

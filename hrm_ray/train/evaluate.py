@@ -18,6 +18,7 @@ from hrm_ray.model.chunked import ChunkedTextObjective, ChunkedTransformerObject
 from hrm_ray.model.objective import AnyObjective, Batch
 from hrm_ray.model.puzzle_objective import PuzzleObjective
 from hrm_ray.model.text_objective import TextObjective, TransformerObjective
+from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.evaluate_text import (
     Sums,
     text_figures,
@@ -39,6 +40,13 @@ class EvalSet:
     samples: SampleSet
     batch_size: int
     batches: int
+
+    @classmethod
+    def of_run(cls, samples: SampleSet | None, settings: RunSettings, world: World) -> EvalSet | None:
+        """What a run evaluates on: --eval-batches of its effective batches, however those are split."""
+        chosen = settings.optimizer
+        batches = settings.data.eval_batches * chosen.gradient_accumulation_steps * world.size
+        return None if samples is None else cls(samples, chosen.batch_size, batches)
 
     def with_batch(self, batch_size: int) -> EvalSet:
         """The same samples in batches of `batch_size`, which must divide the present size."""

@@ -221,7 +221,7 @@ def _trace_fake_update(settings: RunSettings, config: ModelConfig) -> _Trace:
     settings = settings.model_copy(update={"optimizer": optimizer})
     world = World(0, 1, torch.device("cpu"), grouped=False)
     with fake_tensors():
-        loop = assemble(settings, config, _NoRows(), None, world, SCHEDULE_STEPS, lambda: None, resumes=True).loop
+        loop = assemble(settings, config, _NoRows(), world, SCHEDULE_STEPS, resumes=True)
         if (settings.cluster.world_size or 1) > 1:
             sum_gradients_in_float32(loop.parts.objective.parameters())
         use_kernel(loop.parts.objective.model, _attend)

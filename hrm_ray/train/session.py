@@ -7,6 +7,7 @@ checkpoint if the plan names one, trains, and closes everything.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +31,7 @@ from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.attention_choice import flash_notes
 from hrm_ray.train.checkpoint import Checkpointer, load_checkpoint
+from hrm_ray.train.evaluate import EvalSet
 from hrm_ray.train.evaluator import Evaluator
 from hrm_ray.train.expert_run import ExpertRun
 from hrm_ray.train.ledger_writer import LedgerWriter, ResumePoint
@@ -70,18 +72,16 @@ def _train(plan: RunPlan, link: WorkerLink) -> RunResult:
     world = World.here(plan.device, plan.threads, keep_freed=plan.keep_freed_memory)
     data, held_out = _data(plan.data, run_dir, world, link)
     stop_poll = link.stop_requested if world.leads else lambda: None
-    components = assemble(
+    loop = assemble(
         settings,
         config,
         data,
-        held_out,
         world,
         plan.schedule_steps,
         stop_poll,
         resumes=plan.checkpoint is not None,
         adaptive_lr=plan.adaptive_lr,
     )
-    loop = components.loop
     resumed_step: int | None = None
     extra: dict[str, Any] = {}
     if plan.checkpoint is not None:
@@ -92,14 +92,18 @@ def _train(plan: RunPlan, link: WorkerLink) -> RunResult:
         world.barrier()  # until every rank has read the checkpoint nothing in the bundle may move
         if plan.continues:
             world.from_leader(lambda: rewind_to(run_dir, plan, loop.progress.step))
-    sink = _sinks(settings, run_dir, resumed_step, link) if world.leads else None
-    ledger_writer: LedgerWriter | None = None
-    try:
+    with ExitStack() as closing:
+        closing.callback(loop.parts.loader.close)
+        sink = _sinks(settings, run_dir, resumed_step, link) if world.leads else None
+        if sink is not None:
+            closing.callback(sink.close)
         ledger_writer = _ledger_writer(plan, run_dir, resumed_step, extra) if world.leads else None
+        if ledger_writer is not None:
+            closing.callback(ledger_writer.close)
         expert = ExpertRun(**extra["expert"]) if extra.get("expert") else ExpertRun.of_new_run(settings)
         logger = MetricLogger(loop, sink)
         source = (str(settings.data.eval_file), settings.data.val_split)
-        evaluator = Evaluator(loop, components.held_out, source, run_dir)
+        evaluator = Evaluator(loop, EvalSet.of_run(held_out, settings, world), source, run_dir)
         checkpointer = Checkpointer(loop, run_dir, settings.run.keep, ledger_writer)
         trainer = Trainer(settings, loop, logger, evaluator, checkpointer, expert)
         if isinstance(plan.data, TextData) and plan.data.rows_estimated:
@@ -117,12 +121,6 @@ def _train(plan: RunPlan, link: WorkerLink) -> RunResult:
             logger.event("INFO", f"resumed from {plan.checkpoint}")
             _log_rank_schedule(logger, plan.schedule_steps)
         return trainer.run()
-    finally:
-        if ledger_writer is not None:
-            ledger_writer.close()
-        loop.parts.loader.close()
-        if sink is not None:
-            sink.close()
 
 
 def _refine_schedule(plan: RunPlan, data: TextData, loop: TrainingLoop, logger: MetricLogger) -> None:

@@ -33,7 +33,7 @@ def loop_for(scenario: str, cut: Cut) -> TrainingLoop:
     settings = settings_for(scenario, "sgd", cut)
     config = config_for(settings)
     world = World.here("cpu", 1)
-    return assemble(settings, config, Rows(config.task), None, world, STEPS, lambda: None, adaptive_lr=RULE).loop
+    return assemble(settings, config, Rows(config.task), world, STEPS, adaptive_lr=RULE)
 
 
 def lr_schedule(loop: TrainingLoop, steps: int) -> tuple[list[float], list[str]]:

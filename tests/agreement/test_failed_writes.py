@@ -35,7 +35,7 @@ STARTED_S = 20
 def loop_for(cut: Cut) -> TrainingLoop:
     settings = settings_for("puzzle-carried", "sgd", cut)
     config = config_for(settings)
-    return assemble(settings, config, Rows(config.task), None, World.here("cpu", 1), 4, lambda: None).loop
+    return assemble(settings, config, Rows(config.task), World.here("cpu", 1), 4)
 
 
 def error_of(saved_by: TrainingLoop, run_dir: RunDir, keep: int = 1) -> str:

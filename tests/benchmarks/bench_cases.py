@@ -144,7 +144,7 @@ def build_loop(case: Case, threads: int, **model_changes: Any) -> TrainingLoop:
         }
     )
     config = model_config(settings, case.vocab_size, seq_len=case.seq_len)
-    loop = assemble(settings, config, RandomRows(case), None, World.here("cpu", threads), 1000, lambda: None).loop
+    loop = assemble(settings, config, RandomRows(case), World.here("cpu", threads), 1000)
     count = sum(parameter.numel() for parameter in loop.parts.objective.parameters())
     if count != case.parameters:
         raise RuntimeError(f"{case.about}: {count:,} parameters, not the {case.parameters:,} that are meant")

@@ -90,7 +90,7 @@ def measure(way: str, length: int, steps: int, threads: int, amp: bool) -> None:
         }
     )
     config = model_config(settings, VOCABULARY, seq_len=length)
-    loop = assemble(settings, config, LongRows(length), None, World.here("cpu", threads), 1000, lambda: None).loop
+    loop = assemble(settings, config, LongRows(length), World.here("cpu", threads), 1000)
     resting = psutil.Process().memory_info().rss
     taken: list[Spent] = []
     losses = []

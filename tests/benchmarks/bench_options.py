@@ -95,7 +95,7 @@ def loop_of(case: OptionCase, place: Place) -> TrainingLoop:
     settings = resolve_task(load_settings(options_of(words)), "lm")
     config = model_config(settings, place.vocab_size)
     world = World.here(place.device, place.threads)
-    return assemble(settings, config, place.samples, None, world, place.steps, lambda: None).loop
+    return assemble(settings, config, place.samples, world, place.steps)
 
 
 def account(loop: TrainingLoop) -> Account:

@@ -80,9 +80,9 @@ def run_feature(name: str, ranks: int, folder: Path, device: str = "cpu") -> Con
     assert world.size == ranks
     path = settings.optimizer.adaptive_lr_config
     loop = assemble(
-        settings, config_of(settings), Rows("lm"), None, world, 20, lambda: None,
+        settings, config_of(settings), Rows("lm"), world, 20,
         adaptive_lr=None if path is None else read_adaptive_lr(path),
-    ).loop  # fmt: skip
+    )  # fmt: skip
     if loop.parts.scaler is not None:
         # So low that no gradient overflows: ranks scale by their number too, and would skip other steps than one alone.
         loop.parts.scaler.scale = 1024.0

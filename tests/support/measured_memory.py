@@ -67,7 +67,7 @@ def loop_of(options: dict[str, str | bool], vocab_size: int) -> TrainingLoop:
     settings, config = case_of(options, vocab_size)
     # Freed memory goes back to the system, so that what is resident is what is alive.
     world = World.here("cpu", 1, keep_freed=False)
-    return assemble(settings, config, RandomRows(config, settings.data.packing), None, world, 1000, lambda: None).loop
+    return assemble(settings, config, RandomRows(config, settings.data.packing), world, 1000)
 
 
 def measure(options: dict[str, str | bool], vocab_size: int) -> int:

@@ -178,7 +178,7 @@ def run(scenario: str, optimizer: str, cut: Cut, device: str = "cpu") -> Result:
     world = World.here(device, 1)
     assert world.size == cut.ranks
     samples = Rows(config.task)
-    loop = assemble(settings, config, samples, None, world, STEPS, lambda: None).loop
+    loop = assemble(settings, config, samples, world, STEPS)
     warm_heads(loop)
     script(loop, cut.failures)
     gradients = _capture(loop)

@@ -41,7 +41,7 @@ def loop_of(
     )
     config = model_config(settings, VOCABULARY, seq_len=SEQ_LEN, puzzle_identifiers=5)
     samples = Rows(config.task, rows)
-    return assemble(settings, config, samples, None, World.here("cpu", 1), 1000, lambda: None).loop
+    return assemble(settings, config, samples, World.here("cpu", 1), 1000)
 
 
 @pytest.mark.parametrize("scenario", ["text", "puzzle-carried"])

@@ -49,7 +49,7 @@ def loop_for(scenario: str, segments: int, *, accumulation: int = 1, batch: int 
     model = settings.model.model_copy(update={"halt_max_steps": segments})
     settings = settings.model_copy(update={"model": model})
     config = config_for(settings)
-    return assemble(settings, config, Rows(config.task), None, World.here("cpu", 1), STEPS, lambda: None).loop
+    return assemble(settings, config, Rows(config.task), World.here("cpu", 1), STEPS)
 
 
 def most_kept_bytes(*args: Any, **kwargs: Any) -> int:

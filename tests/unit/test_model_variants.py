@@ -149,7 +149,7 @@ def losses(rank: int, world_size: int = 1, **changes: Any) -> list[float]:
     settings = resolve_task(load_settings(words), "lm")
     config = model_config(settings, 17, seq_len=12)
     world = World(rank, world_size, torch.device("cpu"), grouped=False)
-    loop = assemble(settings, config, Rows("lm"), None, world, 10, lambda: None).loop
+    loop = assemble(settings, config, Rows("lm"), world, 10)
     found = []
     for _ in range(2):
         # Every rank the same rows: what differs is what they draw.

@@ -258,7 +258,7 @@ def settings_of(dtype: str, eight: bool, more: dict[str, Any] | None = None) -> 
 
 def components(dtype: str, eight: bool, more: dict[str, Any] | None = None) -> TrainingLoop:
     settings = settings_of(dtype, eight, more)
-    return assemble(settings, config_for(settings), Rows("lm"), None, World.here("cpu", 1), 20, lambda: None).loop
+    return assemble(settings, config_for(settings), Rows("lm"), World.here("cpu", 1), 20)
 
 
 def chosen(*, strict: bool = False, **leaves: dict[str, Any]) -> RunSettings:

@@ -47,7 +47,7 @@ def settings_of(**run: object) -> RunSettings:
 
 def loop_of(settings: RunSettings) -> TrainingLoop:
     config = config_for(settings)
-    return assemble(settings, config, Rows(config.task), None, World.here("cpu", 1), 20, lambda: None).loop
+    return assemble(settings, config, Rows(config.task), World.here("cpu", 1), 20)
 
 
 def trainer_of(settings: RunSettings, folder: Path, sink: Records | None, best: RunDir | None) -> Trainer:
