@@ -26,8 +26,10 @@ from hrm_ray.model.architecture import model_config
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import MANIFEST, RunDir, read_json
 from hrm_ray.settings.adaptive_lr import AdaptiveLrSettings, read_adaptive_lr
+from hrm_ray.settings.needs import OWN_TOKENIZER
+from hrm_ray.settings.options import options
 from hrm_ray.settings.resolve import moderate_lr, resolve_task
-from hrm_ray.settings.tree import RunSettings
+from hrm_ray.settings.tree import SECTIONS, RunSettings
 from hrm_ray.train.attention_choice import flash_notes
 from hrm_ray.train.expert_run import check_expert_run
 
@@ -151,11 +153,8 @@ def start_tokenizer(settings: RunSettings) -> Path | None:
 
 def asks_for_tokenizer(settings: RunSettings) -> bool:
     """Whether the user chose a tokenizer, or how one is to be trained."""
-    own = {
-        *("data.vocab_size", "data.auto_vocab_size", "data.min_vocab_size", "data.max_vocab_size"),
-        *("data.tokenizer_train_examples", "data.retrain_tokenizer"),
-    }
-    return settings.data.tokenizer_path is not None or bool(own & settings.given)
+    trains_one = any(OWN_TOKENIZER in options()[key].traits.needs for key in settings.given)
+    return settings.data.tokenizer_path is not None or trains_one
 
 
 def _already_there(settings: RunSettings, location: RunLocation) -> list[str]:
@@ -242,7 +241,7 @@ def _overlap(settings: RunSettings, facts: DataFacts) -> list[str]:
 def _absolute(settings: RunSettings) -> RunSettings:
     """Every path absolute: workers and later runs may stand in other folders."""
     changed: dict[str, Any] = {}
-    for section in ("model", "data", "optimizer", "run"):
+    for section in SECTIONS:
         values = getattr(settings, section)
         paths = {name: value.absolute() for name, value in values if isinstance(value, Path)}
         changed[section] = values.model_copy(update=paths)

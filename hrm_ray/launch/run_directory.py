@@ -98,8 +98,8 @@ def _stored_leaves(run_dir: RunDir) -> dict[str, Any]:
     plain = stored_args(run_dir)[0]
     for option in options().values():
         section = plain.setdefault(option.section, {})
-        if option.traits.before is not None and isinstance(section, dict):
-            section.setdefault(option.name, option.traits.before)
+        if option.traits.legacy_default is not None and isinstance(section, dict):
+            section.setdefault(option.name, option.traits.legacy_default)
     try:
         return to_dotted(from_plain(plain))
     except SettingsError as error:

@@ -31,7 +31,7 @@ class Traits:
     replaces: tuple[str, ...] = ()
     replaces_stored: tuple[str, ...] = ()
     unset: str | None = None
-    before: Any = None
+    legacy_default: Any = None
 
     def __call__(self, schema: dict[str, Any]) -> None:
         """Pydantic calls this when it makes a JSON schema; traits add nothing to it."""
@@ -47,7 +47,7 @@ def option(
     replaces: tuple[str, ...] = (),
     replaces_stored: tuple[str, ...] = (),
     unset: str | None = None,
-    before: Any = None,
+    legacy_default: Any = None,
     ge: float | None = None,
     gt: float | None = None,
     le: float | None = None,
@@ -58,9 +58,9 @@ def option(
     `needs`: conditions without which it changes nothing. `aliases`: other spellings, each with the value that it sets
     (None: a value follows). `replaces`: options that it overrides where they were given earlier (in the file, or in
     the stored run); `replaces_stored`: only in the stored run. `unset`: what holds where the default is None.
-    `before`: the value of runs that are older than the option. `ge`, `gt`, `le` and `lt` are bounds, as in pydantic.
+    `legacy_default`: the value in runs that are older than the option. `ge`, `gt`, `le`, `lt`: bounds.
     """
-    traits = Traits(on_resume, needs, affects, aliases or {}, replaces, replaces_stored, unset, before)
+    traits = Traits(on_resume, needs, affects, aliases or {}, replaces, replaces_stored, unset, legacy_default)
     # A callable `json_schema_extra` is the only place where pydantic keeps a foreign object with the field.
     return Field(default=default, json_schema_extra=traits, ge=ge, gt=gt, le=le, lt=lt)
 

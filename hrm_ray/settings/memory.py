@@ -18,7 +18,7 @@ class MemorySettings(Section):
     gradient_checkpointing: bool = option(True, "free")
     """Activation checkpointing: keep each block's input only and recompute the block in the backward pass."""
     amp: bool = option(
-        True, "free", aliases={"--use-mixed-precision": "true", "--no-mixed-precision": "false"}, before=False
+        True, "free", aliases={"--use-mixed-precision": "true", "--no-mixed-precision": "false"}, legacy_default=False
     )
     """Automatic mixed precision: matrix products in a 16-bit type, sums and normalisation in float32."""
     amp_dtype: AmpDtype = option("auto", "free", needs=(AMP,))

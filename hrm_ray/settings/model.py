@@ -74,7 +74,7 @@ class ModelSettings(Section):
     """Dropout after attention and after the feed-forward layer."""
     lm_mask: LmMask = option("causal", "fixed", needs=(TEXT,))
     """Attention mask of a language model: causal, or prefix (full in the prompt, causal in the response)."""
-    use_moe: bool = option(True, "fixed", aliases={"--no-moe": "false"}, before=False)
+    use_moe: bool = option(True, "fixed", aliases={"--no-moe": "false"}, legacy_default=False)
     """Mixture of experts in place of every feed-forward layer."""
     num_experts: int = option(8, "fixed", ge=2, needs=(EXPERTS,))
     """Experts of each block, each as wide as the feed-forward layer would be."""

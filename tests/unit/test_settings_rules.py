@@ -8,6 +8,7 @@ import pytest
 
 from hrm_ray.errors import SettingsError
 from hrm_ray.settings.load import load_settings, read_options
+from hrm_ray.settings.options import options
 from hrm_ray.settings.rules import NO_EFFECT, RULES, broken_rules, check
 from hrm_ray.settings.tree import SECTIONS, RunSettings, leaf_keys
 
@@ -339,6 +340,20 @@ def test_an_option_that_nobody_gave_is_never_refused_for_changing_nothing(name: 
     settings = unchecked(EXAMPLES[name][0])
     assert check(RULES[name], settings)[0] is not None
     assert check(RULES[name], settings.model_copy(update={"given": frozenset()}))[0] is None
+
+
+@pytest.mark.parametrize("key", [key for key, option in options().items() if option.traits.needs])
+def test_every_option_is_refused_where_what_it_needs_is_missing(key: str) -> None:
+    """Given alone, also where the rule's example gives other options of the same condition."""
+    for needs in options()[key].traits.needs:
+        settings = unchecked(EXAMPLES[needs.name][0]).model_copy(update={"given": frozenset({key})})
+        fault, _ = check(RULES[needs.name], settings)
+        assert fault is not None and fault.value.startswith((options()[key].flag, options()[key].off_flag)), needs.name
+        assert needs.because in fault.reason and fault.hint == needs.hint
+
+
+def test_every_option_without_a_default_says_what_holds_then() -> None:
+    assert [key for key, option in options().items() if (option.default is None) != bool(option.traits.unset)] == []
 
 
 @pytest.mark.parametrize("name", RULES)
