@@ -29,6 +29,8 @@ class HrmRayError(Exception):
     """Base of all expected errors. It has one or more faults, so that everything wrong is reported at once."""
 
     exit_code = 1
+    detail = ""
+    """What to show once below the message, such as the traceback of a worker."""
 
     def __init__(self, faults: Fault | Sequence[Fault]) -> None:
         self.faults: tuple[Fault, ...] = (faults,) if isinstance(faults, Fault) else tuple(faults)

@@ -58,6 +58,8 @@ def _report(error: BaseException) -> int:
     if isinstance(error, HrmRayError):
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)
+        if error.detail:
+            print(error.detail.rstrip(), file=sys.stderr)
         return error.exit_code
     if isinstance(error, _USAGE_ERRORS):
         message = str(error.format_message()).rstrip()
