@@ -12,7 +12,9 @@ from typing import get_args
 
 import pytest
 
-from hrm_ray.settings.cluster import Launcher
+from hrm_ray.errors import SettingsError
+from hrm_ray.settings.cluster import Launcher, Strategy
+from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.options import options, spellings
 from hrm_ray.settings.tree import SECTIONS
 
@@ -162,6 +164,19 @@ def test_every_launcher_is_there() -> None:
         (found,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
         assert found.args.args[0].arg == "plan"
         assert {"sink", "stop"} <= {argument.arg for argument in found.args.kwonlyargs}
+
+
+def test_every_strategy_is_there_or_refused() -> None:
+    from hrm_ray.train.strategies import STRATEGIES
+
+    refused = set()
+    for name in get_args(Strategy):
+        try:
+            load_settings({"--strategy": name})
+        except SettingsError as error:
+            assert "not built yet" in str(error) and error.exit_code == 2
+            refused.add(name)
+    assert set(STRATEGIES) == set(get_args(Strategy)) - refused
 
 
 def test_no_vague_module_names() -> None:

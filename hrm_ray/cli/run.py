@@ -81,7 +81,8 @@ def describe(resolved: ResolvedRun) -> str:
         f"sequence {resolved.config.seq_len}, {vocabulary}",
         f"batch   {chosen.batch_size} x {chosen.gradient_accumulation_steps} accumulated x {devices.world_size} "
         f"worker(s) = {effective}",
-        f"place   {devices.launcher} launcher, {devices.device}, {devices.threads} thread(s) a worker",
+        f"device  {devices.device}, {devices.threads} thread(s) per worker, launcher {devices.launcher}, strategy "
+        f"{devices.strategy}",
         f"bundle  {resolved.location.run_dir.root}",
     ]
     if settings.run.expert_id is not None:

@@ -25,6 +25,7 @@ class Devices:
     world_size: int
     threads: int
     launcher: str
+    strategy: str
     ray_address: str | None
     visible_gpus: str | None
     notes: tuple[str, ...]
@@ -75,14 +76,15 @@ def choose_devices(cluster: ClusterSettings) -> Devices:
     found = 1
     if device == "cuda" and not address and cluster.launcher != "local":
         found = len(gpus) or _COUNT["cuda"]()
-    world_size = cluster.world_size or (1 if cluster.ddp is False else found)
+    world_size = cluster.world_size or (1 if cluster.strategy == "single" else found)
+    strategy = cluster.strategy_for(world_size)
     if device in ("xpu", "mps") and world_size > 1:
         raise SettingsError(
             Fault(f"--world-size {world_size}", f"several workers on {device} are not supported", "Give --world-size 1")
         )
-    launcher = cluster.launcher or ("ray" if world_size > 1 or address or cluster.ddp else "local")
+    launcher = cluster.launcher or ("ray" if address or strategy != "single" else "local")
     threads = cluster.threads or (1 if address else max(1, usable_cpus() // world_size))
-    return Devices(device, world_size, threads, launcher, address, ",".join(gpus) or None, tuple(notes))
+    return Devices(device, world_size, threads, launcher, strategy, address, ",".join(gpus) or None, tuple(notes))
 
 
 def _cluster_address(cluster: ClusterSettings) -> str | None:

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from hrm_ray.settings.base import Section, option, refusal
 
 Launcher: TypeAlias = Literal["local", "ray"]
+Strategy: TypeAlias = Literal["single", "ddp", "zero1", "zero2", "zero3"]
 Device: TypeAlias = Literal["auto", "cpu", "cuda", "xpu", "mps"]
+
+
+def strategy_of_ddp(ddp: Any) -> Any:
+    """What `ddp`, a setting of version 0.1, is as `strategy`. A value that it cannot have stays, to be refused."""
+    return {"True": "ddp", "False": "single"}.get(str(ddp), ddp)
 
 
 class ClusterSettings(Section):
     """Where the run takes place."""
 
     launcher: Launcher | None = option(
-        None, "free", replaces_stored=("cluster.ddp",), unset="local for one device without a cluster"
+        None, "free", replaces_stored=("cluster.strategy",), unset="local for one device without a cluster"
     )
     """local: in this process; ray: through Ray Train."""
     world_size: int | None = option(None, "free", ge=1, unset="one per visible GPU, else one")
     """Number of workers that train together."""
-    ddp: bool | None = option(None, "free", unset="on with several workers")
-    """Average the gradients of the workers once per weight update."""
+    strategy: Strategy | None = option(
+        None,
+        "free",
+        aliases={"--ddp": "ddp", "--no-ddp": "single", "--zero-stage": None},
+        unset="ddp for several workers, else single",
+    )
+    """How several workers train together. single: there is one worker. ddp: every worker has the whole model, and
+    gradients are averaged once per weight update. zero1, zero2, zero3: not built yet."""
     ray_address: str | None = option(None, "free", unset="a cluster started on this machine for the run")
     """Address of a running Ray cluster."""
     device: Device = option("auto", "free", affects=("memory",))
@@ -33,6 +45,20 @@ class ClusterSettings(Section):
     """CPU threads of each worker."""
     strict: bool = option(False, "free")
     """Treat every fallback as an error."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _strategy_of_ddp(cls, leaves: Any) -> Any:
+        """Settings of version 0.1 have `ddp` (true, false or null) in place of `strategy`."""
+        if not isinstance(leaves, dict) or "ddp" not in leaves:
+            return leaves
+        return {"strategy": strategy_of_ddp(leaves["ddp"]), **{key: leaves[key] for key in leaves if key != "ddp"}}
+
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _no_stage(cls, value: Any) -> Any:
+        """`--zero-stage none` is the default."""
+        return None if value == "none" else value
 
     @field_validator("cuda_ids")
     @classmethod
@@ -46,6 +72,10 @@ class ClusterSettings(Section):
         if len(set(numbers)) != len(numbers):
             raise refusal("names a GPU twice", "Name each GPU once")
         return ",".join(str(number) for number in numbers)
+
+    def strategy_for(self, world_size: int) -> Strategy:
+        """The strategy for so many workers."""
+        return self.strategy or ("ddp" if world_size > 1 else "single")
 
     @property
     def cuda_numbers(self) -> tuple[int, ...]:

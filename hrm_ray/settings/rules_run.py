@@ -163,17 +163,23 @@ RUN_RULES: dict[str, Rule] = {
         "the local launcher runs one worker, in this process",
         "Give --launcher ray",
     ),
-    "workers_need_ddp": refuse(
-        lambda s: s.cluster.ddp is False and s.cluster.world_size not in (None, 1),
-        ("cluster.ddp", "cluster.world_size"),
-        "there is no other way yet to use several workers",
-        "Give --ddp, or --world-size 1",
+    "strategy_is_built": refuse(
+        lambda s: s.cluster.strategy in ("zero1", "zero2", "zero3"),
+        ("cluster.strategy",),
+        "ZeRO is not built yet",
+        "Use --strategy ddp",
+    ),
+    "single_has_one_worker": refuse(
+        lambda s: s.cluster.strategy == "single" and s.cluster.world_size not in (None, 1),
+        ("cluster.strategy", "cluster.world_size"),
+        "the strategy single has one worker",
+        "Use --strategy ddp, or --world-size 1",
     ),
     "ddp_needs_ray": refuse(
-        lambda s: s.cluster.launcher == "local" and bool(s.cluster.ddp),
-        ("cluster.ddp", "cluster.launcher"),
+        lambda s: s.cluster.launcher == "local" and s.cluster.strategy == "ddp",
+        ("cluster.strategy", "cluster.launcher"),
         "the local launcher has one worker, so there are no gradients to average with",
-        "Leave out --ddp, or give --launcher ray",
+        "Use --strategy single, or --launcher ray",
     ),
     "address_needs_ray": refuse(
         lambda s: s.cluster.launcher == "local" and s.cluster.ray_address is not None,

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from hrm_ray.errors import Fault
+from hrm_ray.settings.cluster import strategy_of_ddp
 from hrm_ray.settings.faults import nearest
 from hrm_ray.settings.options import options, spellings
 from hrm_ray.settings.tree import SECTIONS
@@ -84,6 +85,8 @@ def read_tree(content: Mapping[Any, Any], source: str) -> ParsedSource:
         else:
             pairs = [(str(key), value)]
         for dotted, each in pairs:
+            if dotted == "cluster.ddp":
+                dotted, each = "cluster.strategy", strategy_of_ddp(each)
             if dotted in parsed.values:
                 reason = "is set twice, in its section and with a dotted key"
                 parsed.faults.append(Fault(f"{dotted} in {source}", reason, "Keep one of the two"))

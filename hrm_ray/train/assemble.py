@@ -79,10 +79,10 @@ def assemble(
     if adapters is not None and adapters.ranks is not None:
         regularise(objective, adapters.ranks.regulariser())
     precision = choose_precision(memory.amp, memory.amp_dtype, memory.model_dtype, world.device)
-    assert world.size == 1 or settings.cluster.ddp is not False, "several workers need DDP"
-    strategy = STRATEGIES["ddp" if world.size > 1 or (world.grouped and settings.cluster.ddp) else "single"](
-        world, precision
-    )
+    chosen = settings.cluster.strategy_for(world.size)
+    if chosen == "single" and world.size > 1:
+        raise RuntimeError(f"the strategy single has one worker, and there are {world.size}")
+    strategy = STRATEGIES[chosen](world, precision)
     strategy.prepare(objective, _build_optimizer(settings, world, adapters), settings.optimizer.ema)
     shape = BatchSize(
         settings.optimizer.batch_size, settings.optimizer.gradient_accumulation_steps, world.rank, world.size

@@ -218,7 +218,8 @@ def _trace_fake_update(settings: RunSettings, config: ModelConfig) -> _Trace:
     several_passes = config.halt_max_steps > 1 and settings.model.supervision == "rollout"
     number = min(settings.optimizer.gradient_accumulation_steps, 1 if several_passes else PASSES)
     optimizer = settings.optimizer.model_copy(update={"gradient_accumulation_steps": number})
-    settings = settings.model_copy(update={"optimizer": optimizer})
+    cluster = settings.cluster.model_copy(update={"strategy": "single"})
+    settings = settings.model_copy(update={"optimizer": optimizer, "cluster": cluster})
     world = World(0, 1, torch.device("cpu"), grouped=False)
     with fake_tensors():
         loop = assemble(settings, config, _NoRows(), world, SCHEDULE_STEPS, resumes=True)

@@ -42,10 +42,13 @@ def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     ("said", "world_size", "launcher"),
     [
         ({}, 4, "ray"),
-        ({"ddp": False}, 1, "local"),
+        ({"strategy": "single"}, 1, "local"),
         ({"launcher": "local"}, 1, "local"),
         ({"world_size": 2}, 2, "ray"),
+        ({"strategy": "ddp", "device": "cpu"}, 1, "ray"),
         ({"ddp": True, "device": "cpu"}, 1, "ray"),
+        ({"ddp": False}, 1, "local"),
+        ({"ddp": None}, 4, "ray"),
         ({"device": "cpu"}, 1, "local"),
     ],
 )

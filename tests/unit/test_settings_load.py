@@ -58,7 +58,10 @@ def test_an_option_may_be_named_in_several_ways(name: str) -> None:
         ("--no-packing", True, "data.packing", False),
         ("--packing", "false", "data.packing", False),
         ("--retrain-tokenizer", True, "data.retrain_tokenizer", True),
-        ("--no-ddp", True, "cluster.ddp", False),
+        ("--no-ddp", True, "cluster.strategy", "single"),
+        ("--ddp", True, "cluster.strategy", "ddp"),
+        ("--zero-stage", "none", "cluster.strategy", None),
+        ("--strategy", "ddp", "cluster.strategy", "ddp"),
         ("--cuda-ids", "0, 1", "cluster.cuda_ids", "0,1"),
         ("--optimizer", "adam-atan2", "optimizer.optimizer", "adam-atan2"),
     ],
@@ -153,8 +156,8 @@ def test_unreadable_files(tmp_path: Path) -> None:
 def test_yaml_values_as_people_write_them(tmp_path: Path) -> None:
     text = "run:\noptimizer: {lr: 2e-4, batch_size: 16}\ncluster: {cuda_ids: 0, ddp: yes}\nmodel.d_ff: null\n"
     settings = load_settings({}, yaml(tmp_path, text))
-    assert (settings.optimizer.lr, settings.cluster.cuda_ids, settings.cluster.ddp) == (2e-4, "0", True)
-    assert settings.given == {"optimizer.lr", "optimizer.batch_size", "cluster.cuda_ids", "cluster.ddp"}
+    assert (settings.optimizer.lr, settings.cluster.cuda_ids, settings.cluster.strategy) == (2e-4, "0", "ddp")
+    assert settings.given == {"optimizer.lr", "optimizer.batch_size", "cluster.cuda_ids", "cluster.strategy"}
     assert load_settings({}, yaml(tmp_path, "# nothing\n")) == RunSettings()
 
 

@@ -209,7 +209,12 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
         {"--launcher": "local", "--world-size": "1"},
         "--launcher ray",
     ),
-    "workers_need_ddp": ({"--no-ddp": True, "--world-size": "2"}, {"--ddp": True, "--world-size": "1"}, "--no-ddp"),
+    "strategy_is_built": ({"--zero-stage": "zero2"}, {"--zero-stage": "none"}, "--strategy zero2"),
+    "single_has_one_worker": (
+        {"--no-ddp": True, "--world-size": "2"},
+        {"--ddp": True, "--world-size": "1"},
+        "--strategy single with --world-size 2",
+    ),
     "ddp_needs_ray": ({"--ddp": True, "--launcher": "local"}, {"--ddp": True, "--launcher": "ray"}, "--launcher ray"),
     "address_needs_ray": ({"--launcher": "local", "--ray-address": "a:1"}, {"--ray-address": "a:1"}, "a:1"),
     "gpu_numbers_for_gpus": ({"--cuda-ids": "0", "--device": "cpu"}, {"--cuda-ids": "0"}, "--device cuda"),

@@ -42,7 +42,7 @@ LEAVES: dict[str, st.SearchStrategy[Any]] = {
     "ema": SHARE,
     "optimizer": st.sampled_from(["adamw", "adam-atan2", "sgd"]),
     "world_size": WHOLE,
-    "ddp": st.just(True),
+    "strategy": st.just("ddp"),
     "strict": st.booleans(),
     "brain_name": NAME,
     "steps": WHOLE,

@@ -10,4 +10,8 @@ from hrm_ray.train.strategies.ddp import DdpStrategy
 from hrm_ray.train.strategies.single import SingleStrategy
 from hrm_ray.train.world import World
 
-STRATEGIES: dict[str, Callable[[World, Precision], Strategy]] = {"single": SingleStrategy, "ddp": DdpStrategy}
+STRATEGIES: dict[str, Callable[[World, Precision], Strategy]] = {
+    "single": SingleStrategy,
+    "ddp": DdpStrategy,
+}
+"""--strategy -> its class. The names that are missing are refused by a rule of the settings, `strategy_is_built`."""
