@@ -82,10 +82,12 @@ def _flash_name(capabilities: KernelCapabilities) -> KernelName:
 
 def load_kernel(name: KernelName) -> AttentionKernel:
     """The kernel of this name, with its library imported."""
-    return _LOADERS[name](name)
+    if name == "sdpa":
+        return attend
+    if name == "flex":
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-
-def _flash(name: KernelName) -> AttentionKernel:
+        return FlexAttention(torch.compile(flex_attention), torch.compile(create_block_mask))
     module = importlib.import_module(FLASH_MODULES[name]).__dict__
     return FlashAttention(module["flash_attn_func"], module["flash_attn_varlen_func"])
 
@@ -168,12 +170,6 @@ def _result(returned: Any) -> Tensor:
     return result
 
 
-def _flex(name: KernelName) -> AttentionKernel:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    return FlexAttention(torch.compile(flex_attention), torch.compile(create_block_mask))
-
-
 class FlexAttention:
     """FlexAttention (Dong et al. 2024): long rows with documents, prompts or a window, whose unseen blocks are skipped.
 
@@ -217,15 +213,3 @@ def pair_rule(scope: AttentionScope) -> Callable[[Tensor, Tensor, Tensor, Tensor
         return allowed
 
     return sees
-
-
-def _sdpa(name: KernelName) -> AttentionKernel:
-    return attend
-
-
-_LOADERS: dict[KernelName, Callable[[KernelName], AttentionKernel]] = {
-    "sdpa": _sdpa,
-    "flex": _flex,
-    "flash2": _flash,
-    "flash3": _flash,
-}

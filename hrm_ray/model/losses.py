@@ -39,5 +39,11 @@ def stablemax_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.where(valid, -picked.squeeze(-1), 0.0)
 
 
+def sum_over_active(active: Tensor, rows: Tensor) -> Tensor:
+    """Sum of `rows` [B] or [B, E] over the `active` ones [B]."""
+    # By selection, so that a NaN of an inactive row cannot reach the loss.
+    return torch.where(active if rows.dim() == 1 else active.unsqueeze(-1), rows, 0).sum(0)
+
+
 CROSS_ENTROPIES = {"softmax": softmax_cross_entropy, "stablemax": stablemax_cross_entropy}
 """By the name that `--loss` takes."""

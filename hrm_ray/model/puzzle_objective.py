@@ -16,7 +16,7 @@ from torch import Tensor
 from hrm_ray.model.actv1 import ActV1, States
 from hrm_ray.model.halting import continue_target, halt_in_training, last_segment
 from hrm_ray.model.layers import Context
-from hrm_ray.model.losses import CROSS_ENTROPIES, LossKind
+from hrm_ray.model.losses import CROSS_ENTROPIES, LossKind, sum_over_active
 from hrm_ray.model.objective import Batch, Objective, SegmentOutput, Term
 from hrm_ray.model.router_losses import NO_ROUTER_LOSSES, RouterLosses, router_terms, router_weights
 from hrm_ray.model.routing import Routing
@@ -170,12 +170,12 @@ class PuzzleObjective(Objective[PuzzleCarry]):
         correct = hit.sum(-1) == counts
         halt_rows = _bce_rows(view.q_halt, correct.float())
         terms = [
-            Term("lm_loss", _over(active, lm_rows), "rows"),
-            Term("q_halt_loss", _over(active, halt_rows), "rows", 0.5),
+            Term("lm_loss", sum_over_active(active, lm_rows), "rows"),
+            Term("q_halt_loss", sum_over_active(active, halt_rows), "rows", 0.5),
         ]
         if view.target_q_continue is not None:
             continue_rows = _bce_rows(view.q_continue, view.target_q_continue)
-            terms.append(Term("q_continue_loss", _over(active, continue_rows), "rows", 0.5))
+            terms.append(Term("q_continue_loss", sum_over_active(active, continue_rows), "rows", 0.5))
         routed, router_metrics = router_terms(view.routing, active, self.router_losses)
         rows = active.sum()
         metrics = {term.name: (term.total.detach(), rows) for term in terms} | router_metrics
@@ -188,11 +188,6 @@ def _bce_rows(scores: Tensor, target: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(scores, target, reduction="none")
 
 
-def _over(active: Tensor, rows: Tensor) -> Tensor:
-    """Sum over active rows. By selection: a NaN of an inactive row cannot reach the loss."""
-    return torch.where(active, rows, 0.0).sum()
-
-
 def _halted_metrics(
     view: PuzzleView, valid: Tensor, hit: Tensor, counts: Tensor, correct: Tensor
 ) -> dict[str, tuple[Tensor, Tensor]]:
@@ -200,7 +195,7 @@ def _halted_metrics(
     done = view.carry.halted & valid
     number = done.sum()
     return {
-        "accuracy": (_over(done, hit.float().sum(-1) / counts.clamp(min=1)), number),
+        "accuracy": (sum_over_active(done, hit.float().sum(-1) / counts.clamp(min=1)), number),
         "exact_accuracy": ((done & correct).sum(), number),
         "q_halt_accuracy": ((done & ((view.q_halt >= 0) == correct)).sum(), number),
         "act_steps": (torch.where(done, view.carry.steps, 0).sum(), number),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hrm_ray.model.config import ModelConfig
+from hrm_ray.model.losses import sum_over_active
 from hrm_ray.model.objective import Term
 from hrm_ray.model.routing import RouterSums, Routing
 from hrm_ray.types import IGNORE_LABEL
@@ -72,28 +73,23 @@ def router_terms(
         balance.append(experts * (share * site.probability).sum(-1) / whole)
         squares.append(site.squares / whole)
     terms = (
-        Term("moe_balance_loss", _over(active, torch.stack(balance).mean(0)), _ROWS, losses.balance),
-        Term("router_z_loss", _over(active, torch.stack(squares).mean(0)), _ROWS, losses.z),
+        Term("moe_balance_loss", sum_over_active(active, torch.stack(balance).mean(0)), _ROWS, losses.balance),
+        Term("router_z_loss", sum_over_active(active, torch.stack(squares).mean(0)), _ROWS, losses.z),
     )
     with torch.no_grad():
-        rows = _over(active, sites[0].positions / whole)
+        rows = sum_over_active(active, sites[0].positions / whole)
         metrics = {term.name: (term.total.detach(), rows) for term in terms} | _usage(sites, active)
     return terms, metrics
 
 
 def _usage(sites: list[RouterSums], active: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Shares of the choices and mean probabilities, both [E], and the dropped share, over all routers."""
-    assigned = torch.stack([_over(active, site.assigned) for site in sites]).sum(0)
-    probability = torch.stack([_over(active, site.probability) for site in sites]).sum(0)
-    dropped = torch.stack([_over(active, site.dropped) for site in sites]).sum()
+    assigned = torch.stack([sum_over_active(active, site.assigned) for site in sites]).sum(0)
+    probability = torch.stack([sum_over_active(active, site.probability) for site in sites]).sum(0)
+    dropped = torch.stack([sum_over_active(active, site.dropped) for site in sites]).sum()
     choices = assigned.sum()
     return {
         "expert_usage_share": (assigned, choices),
-        "expert_usage_probability": (probability, _over(active, sites[0].positions) * len(sites)),
+        "expert_usage_probability": (probability, sum_over_active(active, sites[0].positions) * len(sites)),
         "expert_usage_dropped": (dropped, choices),
     }
-
-
-def _over(active: Tensor, rows: Tensor) -> Tensor:
-    """Sum of `rows` [B] or [B, E] over active ones. By selection: a NaN of an inactive row cannot reach a loss."""
-    return torch.where(active if rows.dim() == 1 else active.unsqueeze(-1), rows, 0).sum(0)

@@ -104,7 +104,7 @@ def apply_peft(model: nn.Module, chosen: AdaptSettings, *, seed: int, total_step
     plan = RankPlan.over(total_steps, chosen.lora_r)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        wrapped = get_peft_model(model, _CONFIGS[chosen.peft_method](chosen, plan))
+        wrapped = get_peft_model(model, _peft_config(chosen, plan))
     adapter_mark = wrapped.base_model.prefix
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(adapter_mark in name or name.startswith(HEADS))
@@ -133,57 +133,24 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _lora(chosen: AdaptSettings, plan: RankPlan) -> Any:
-    from peft import LoraConfig
+def _peft_config(chosen: AdaptSettings, plan: RankPlan) -> Any:
+    """peft's configuration of the chosen method."""
+    import peft
 
-    return LoraConfig(
-        r=chosen.lora_r,
-        lora_alpha=chosen.lora_alpha,
-        lora_dropout=chosen.lora_dropout,
-        target_modules=list(chosen.targets),
-    )
-
-
-def _adalora(chosen: AdaptSettings, plan: RankPlan) -> Any:
-    from peft import AdaLoraConfig
-
-    return AdaLoraConfig(
-        **plan.for_peft(),
-        lora_alpha=chosen.lora_alpha,
-        lora_dropout=chosen.lora_dropout,
-        target_modules=list(chosen.targets),
-    )
-
-
-def _ia3(chosen: AdaptSettings, plan: RankPlan) -> Any:
-    """Factors for outputs, and for the inputs of the FFN's last layer (Liu et al. 2022, arXiv 2205.05638)."""
-    from peft import IA3Config
-
-    feed_forward = [name for name in chosen.targets if name == "down_proj"]
-    return IA3Config(target_modules=list(chosen.targets), feedforward_modules=feed_forward)
-
-
-def _loha(chosen: AdaptSettings, plan: RankPlan) -> Any:
-    from peft import LoHaConfig
-
-    return LoHaConfig(
-        r=chosen.lora_r,
-        alpha=chosen.lora_alpha,
-        rank_dropout=chosen.lora_dropout,
-        target_modules=list(chosen.targets),
-    )
-
-
-def _lokr(chosen: AdaptSettings, plan: RankPlan) -> Any:
-    from peft import LoKrConfig
-
-    return LoKrConfig(
-        r=chosen.lora_r,
-        alpha=chosen.lora_alpha,
-        rank_dropout=chosen.lora_dropout,
-        target_modules=list(chosen.targets),
-    )
-
-
-_CONFIGS = {"lora": _lora, "adalora": _adalora, "ia3": _ia3, "loha": _loha, "lokr": _lokr}
-"""peft's configuration of each method, by the name that `--peft-method` takes."""
+    targets = list(chosen.targets)
+    lora: dict[str, Any] = {"lora_alpha": chosen.lora_alpha, "lora_dropout": chosen.lora_dropout}
+    product: dict[str, Any] = {"r": chosen.lora_r, "alpha": chosen.lora_alpha, "rank_dropout": chosen.lora_dropout}
+    match chosen.peft_method:
+        case "lora":
+            return peft.LoraConfig(r=chosen.lora_r, target_modules=targets, **lora)
+        case "adalora":
+            return peft.AdaLoraConfig(target_modules=targets, **lora, **plan.for_peft())
+        case "ia3":
+            # IA3 scales the outputs, and of the FFN's last layer the inputs (Liu et al. 2022, arXiv 2205.05638).
+            inputs = [name for name in targets if name == "down_proj"]
+            return peft.IA3Config(target_modules=targets, feedforward_modules=inputs)
+        case "loha":
+            return peft.LoHaConfig(target_modules=targets, **product)
+        case "lokr":
+            return peft.LoKrConfig(target_modules=targets, **product)
+    raise ValueError(f"no adapters for --peft-method {chosen.peft_method}")
