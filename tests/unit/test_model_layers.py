@@ -1,12 +1,16 @@
-"""The rotation of queries and keys against its plain formula, and the type of what norms and rotations give."""
+"""Rotary positions against their plain formula, the types of norms and rotations, and a block under torch.compile."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from hrm_ray.model.layers import RotaryTable, Rotation, rms_norm, rotate
+from hrm_ray.model.layers import Block, Context, RotaryTable, Rotation, rms_norm, rotate
+from hrm_ray.model.scope import CAUSAL
+from tests.support.tiny_models import tiny_config, tiny_model
 
 
 def by_roll(x: Tensor, rotation: Rotation) -> Tensor:
@@ -42,3 +46,24 @@ def test_the_norm_is_taken_in_float32_and_equals_the_formula(dtype: torch.dtype)
         normed = rms_norm(x, 1e-5)
     assert normed.dtype == dtype
     assert torch.equal(normed, plain)
+
+
+def test_one_graph_serves_all_blocks_updates_and_segments() -> None:
+    """Nothing in a dense block's inputs changes what torch.compile makes of it."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = tiny_model(tiny_config(h_layers=2, l_layers=2))
+    compiled = torch.compile(Block.forward, backend=counting, fullgraph=True)
+    blocks = [block for block in model.modules() if isinstance(block, Block)]
+    assert len(blocks) == 4
+    for _ in range(2):
+        context = Context(CAUSAL, model.rotation(0, 12))
+        for update in range(model.config.updates_per_segment):
+            for layer, block in enumerate(blocks):
+                compiled(block, torch.randn(2, 12, 16), context.at(update), layer)
+    assert len(graphs) == 1
