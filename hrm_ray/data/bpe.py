@@ -1,7 +1,4 @@
-"""Training a byte-level BPE on a sample of the documents, of a given size or of one that the data decides.
-
-One job: documents in, a TextTokenizer out. It does not say which documents, and keeps none.
-"""
+"""Training a byte-level BPE on a sample of the documents, of a given size or of one chosen from the data."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from hrm_ray.errors import DataError, Fault, SettingsError
 
 MARKS = (END_OF_TEXT, PAD)
 LEAST_VOCABULARY = 256 + len(MARKS)
-"""A byte-level vocabulary holds each byte and the marks; anything above are merges."""
+"""Tokens of the bytes and the special tokens; all others are merges."""
 LONGEST_WORD = 256
 """Characters without a space between them (or of space) that are taken as one word."""
 
@@ -27,8 +24,8 @@ LEAST_SAMPLE_COUNTS = 5
 
 @dataclass(frozen=True)
 class SizeBounds:
-    """Between how many tokens a vocabulary's size is chosen, and how much text there is to train on: bytes as stored (0
-    where nobody knows), and at most so many documents."""
+    """The bounds of a vocabulary's size, and how much text there is to train on: bytes as stored (0 if unknown), and at
+    most so many documents."""
 
     least: int
     most: int
@@ -38,7 +35,7 @@ class SizeBounds:
 
 @dataclass(frozen=True)
 class SizedBpe:
-    """A tokenizer whose size the data decided, and how, in a sentence for a person."""
+    """A tokenizer whose size was chosen from the data, and a sentence that says how."""
 
     tokenizer: TextTokenizer
     account: str
@@ -69,25 +66,24 @@ def train_bpe(documents: Iterable[str], vocab_size: int, examples: int, least_co
     sample = _Measured(documents, examples)
     backend.train_from_iterator(iter(sample), trainer=trainer)
     if not sample.bytes:
-        raise DataError(Fault("tokenizer", "the documents to train it on hold no text", "Give data with text in it"))
+        raise DataError(Fault("tokenizer", "the documents to train it on contain no text", "Give data with text in it"))
     return TextTokenizer(backend, END_OF_TEXT, PAD)
 
 
 def train_sized_bpe(read: Callable[[], Iterable[str]], bounds: SizeBounds, examples: int) -> SizedBpe:
-    """A byte-level BPE as large as the data bears, within `bounds`, trained on the first `examples` documents.
+    """A byte-level BPE whose size within `bounds` is chosen from the data, trained on the first `examples` documents.
 
-    `read` starts the documents from the first; it is called two or three times. The rule: a pair is merged as long as
-    it stands ENOUGH_COUNTS (100) times in all of the text, since a row of the embedding is learnt from its occurrences
-    only. That a token needs about 100 of them is what Gowda and May found for translation ("Finding the optimal
-    vocabulary size for neural machine translation", 2020: the largest BPE of which 95 % of the types occur 100 times
-    or more). The share of 95 % is left out here: a byte-level BPE holds many tokens that are nearly always part of
-    longer ones, up to a tenth, so the share would measure those; what a merge counts when it is made falls with every
-    merge and does not know of later ones. What is 100 times in the text is fewer times in a sample of it, by the ratio
-    of their bytes, but never less than LEAST_SAMPLE_COUNTS (5): rarer pairs are the accidents of a sample. Bytes as
-    stored stand for those of the text: compressed text counts as less, which gives a smaller vocabulary, and where they
-    are not known the sample counts as all.
+    `read` starts the documents from the first; it is called two or three times. A pair is merged as long as it occurs
+    ENOUGH_COUNTS (100) times in all of the text, since a row of the embedding is learned from its occurrences only.
+    Gowda and May ("Finding the optimal vocabulary size for neural machine translation", 2020) found that a token needs
+    about 100 of them: the largest BPE of which 95 % of the types occur 100 times or more. Their share of 95 % is left
+    out here, because up to a tenth of a byte-level BPE's tokens are nearly always part of longer ones.
 
-    Merges are learnt greedily, the commonest first, so the vocabulary is the beginning of any larger one's. The same
+    In a sample of the text the number is smaller by the ratio of bytes, but at least LEAST_SAMPLE_COUNTS (5): rarer
+    pairs are accidents of the sample. Bytes as stored stand for those of the text: compressed text counts as less,
+    which gives a smaller vocabulary, and where they are unknown the sample counts as all.
+
+    Merges are learned greedily, the most frequent first, so the vocabulary is the beginning of any larger one. The same
     documents and bounds give the same file. Raises as `train_bpe`.
     """
     sample = _Measured(read(), examples)
@@ -99,26 +95,25 @@ def train_sized_bpe(read: Callable[[], Iterable[str]], bounds: SizeBounds, examp
     count = max(LEAST_SAMPLE_COUNTS, math.ceil(ENOUGH_COUNTS / times))
     # Each merge takes at least one token away. The trainer reserves room for all it is asked for, whatever comes.
     tokenizer = train_bpe(read(), min(bounds.most, LEAST_VOCABULARY + sample.bytes), examples, count)
-    borne = tokenizer.vocab_size
+    from_counts = tokenizer.vocab_size
     decided = ""
-    if borne < bounds.least:
+    if from_counts < bounds.least:
         tokenizer = train_bpe(read(), min(bounds.least, LEAST_VOCABULARY + sample.bytes), examples)
-        decided = f"; that bears {borne} tokens, --min-vocab-size {bounds.least} decides"
-    elif borne >= bounds.most:
-        decided = f"; --max-vocab-size {bounds.most} decides"
+        decided = f"; that gives {from_counts} tokens, --min-vocab-size {bounds.least} asks for more"
+    elif from_counts >= bounds.most:
+        decided = f"; --max-vocab-size {bounds.most} limits it"
     size = f"{sample.bytes / 1e6:.1f} MB in {sample.documents} documents"
-    share = f"1/{times:.1f} of it" if times > 1 else "nobody knows of how much"
+    share = f"1/{times:.1f} of it" if times > 1 else "the size of all of it is unknown"
     of_what = f"all of the text ({size})" if sample.is_all else f"a sample of the text ({size}, {share})"
     return SizedBpe(
         tokenizer,
-        f"The vocabulary has {tokenizer.vocab_size} tokens, chosen from the data: a pair is merged that stands at "
+        f"The vocabulary has {tokenizer.vocab_size} tokens, chosen from the data: pairs are merged that occur at "
         f"least {count} times in {of_what}{decided}.",
     )
 
 
 class _Measured:
-    """Passes the first `examples` texts on, and counts them and their UTF-8 bytes; `is_all` says whether there were
-    no more."""
+    """The first `examples` texts, counted with their UTF-8 bytes; `is_all` says whether there were no more."""
 
     def __init__(self, texts: Iterable[str], examples: int) -> None:
         self._texts, self._examples = iter(texts), examples

@@ -177,13 +177,13 @@ class Catalog:
                 after = RowPosition(*about[6]) if len(about) > 6 else None
                 entry = replace(ChunkEntry(start, *about[:6]), after=after)
             except (ValueError, TypeError) as error:
-                hint = "Delete the bundle's folder data/; it is made again"
+                hint = "Delete the bundle's folder data/; it will be rebuilt"
                 raise DataError(
                     Fault(f"{self._path}:{number}", f"not an entry of a catalog ({error})", hint)
                 ) from error
             if entry.number > len(self._entries) or (known := self.get(entry.number)) not in (None, entry):
                 reason = f"found chunk {entry.number}, expected chunk {len(self._entries)}"
-                hint = "Delete the bundle's folder data/; it is made again"
+                hint = "Delete the bundle's folder data/; it will be rebuilt"
                 raise DataError(Fault(f"{self._path}:{number}", reason, hint))
             # Two processes may have written the same entry.
             if known is None:

@@ -1,12 +1,11 @@
-"""Files in the cloud: s3://, gs:// and az://, through pyarrow, or through fsspec where pyarrow has no such file system.
+"""Files in the cloud (s3://, gs://, az://), through pyarrow, or through fsspec where pyarrow has no such file system.
 
-One job: the file systems, and what of their failures is told to people. A file that has gone is the data's fault; what
-the network or the account refuses is the environment's, and ends the reading, since rows must not be lost to it.
+A missing file is the data's error; what the network or the account refuses is an UnavailableError and ends the reading,
+since rows must not be lost to it.
 
 Credentials are those of the environment, as each cloud's own tools take them. S3: AWS_ENDPOINT_URL_S3 or
 AWS_ENDPOINT_URL name another server. Google: STORAGE_EMULATOR_HOST does. Azure: AZURE_STORAGE_ACCOUNT_NAME, and
-AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN.
-"""
+AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN."""
 
 from __future__ import annotations
 
@@ -33,8 +32,8 @@ _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs"}
 
 
 def cloud_of(address: str) -> FileSystem:
-    """The place of a cloud address. Raises SettingsError for one without a bucket, UnavailableError where a library or
-    an account is missing."""
+    """The file system of a cloud address. Raises SettingsError for one without a bucket, UnavailableError where a
+    library or an account is missing."""
     scheme, _, path = address.partition("://")
     bucket = path.partition("/")[0]
     if not bucket:
@@ -46,7 +45,7 @@ def cloud_of(address: str) -> FileSystem:
 
 
 class _Cloud:
-    """A Place behind a pyarrow file system, whose paths are addresses without the scheme."""
+    """A FileSystem over one of pyarrow, whose paths are addresses without the scheme."""
 
     def __init__(self, scheme: str, files: Any) -> None:
         self._prefix, self._files = f"{scheme}://", files
@@ -126,12 +125,12 @@ class _Remote(io.RawIOBase):
         return length
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        place: int = self._file.seek(offset, whence)
-        return place
+        position: int = self._file.seek(offset, whence)
+        return position
 
     def tell(self) -> int:
-        place: int = self._file.tell()
-        return place
+        position: int = self._file.tell()
+        return position
 
     def close(self) -> None:
         if not self.closed:
@@ -140,28 +139,28 @@ class _Remote(io.RawIOBase):
 
 
 def _unreachable(address: str, error: OSError) -> UnavailableError:
-    said = str(error).strip().rstrip(".").partition("\n")[0]
+    message = str(error).strip().rstrip(".").partition("\n")[0]
     hint = "Check the address, the credentials in the environment, and the network"
-    return UnavailableError(Fault(address, f"the cloud does not give it ({said})", hint))
+    return UnavailableError(Fault(address, f"it cannot be read from the cloud ({message})", hint))
 
 
 @lru_cache(maxsize=8)
 def _file_system(scheme: str, bucket: str, environment: tuple[str | None, ...]) -> Any:
-    """The file system of a bucket. `environment` holds the values of _ENVIRONMENT: another one makes another."""
-    said = dict(zip(_ENVIRONMENT, environment, strict=True))
+    """The file system of a bucket. `environment` holds the values of _ENVIRONMENT, as part of the cache's key."""
+    variables = dict(zip(_ENVIRONMENT, environment, strict=True))
     try:
         if scheme == "s3":
-            return _s3(bucket, said)
-        return _google(said) if scheme == "gs" else _azure(said)
+            return _s3(bucket, variables)
+        return _google(variables) if scheme == "gs" else _azure(variables)
     except ImportError:
         return _through_fsspec(scheme)
 
 
-def _s3(bucket: str, said: dict[str, str | None]) -> Any:
+def _s3(bucket: str, variables: dict[str, str | None]) -> Any:
     from pyarrow.fs import AwsStandardS3RetryStrategy, S3FileSystem, resolve_s3_region
 
-    endpoint = said["AWS_ENDPOINT_URL_S3"] or said["AWS_ENDPOINT_URL"]
-    region = said["AWS_REGION"] or said["AWS_DEFAULT_REGION"]
+    endpoint = variables["AWS_ENDPOINT_URL_S3"] or variables["AWS_ENDPOINT_URL"]
+    region = variables["AWS_REGION"] or variables["AWS_DEFAULT_REGION"]
     server: dict[str, str] = {}
     if endpoint:
         address = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
@@ -177,10 +176,10 @@ def _s3(bucket: str, said: dict[str, str | None]) -> Any:
     )
 
 
-def _google(said: dict[str, str | None]) -> Any:
+def _google(variables: dict[str, str | None]) -> Any:
     from pyarrow.fs import GcsFileSystem
 
-    endpoint = said["STORAGE_EMULATOR_HOST"]
+    endpoint = variables["STORAGE_EMULATOR_HOST"]
     limit = timedelta(seconds=_RETRY_S)
     if not endpoint:
         return GcsFileSystem(retry_time_limit=limit)
@@ -190,14 +189,14 @@ def _google(said: dict[str, str | None]) -> Any:
     )
 
 
-def _azure(said: dict[str, str | None]) -> Any:
+def _azure(variables: dict[str, str | None]) -> Any:
     from pyarrow.fs import AzureFileSystem
 
-    account = said["AZURE_STORAGE_ACCOUNT_NAME"]
+    account = variables["AZURE_STORAGE_ACCOUNT_NAME"]
     if not account:
         reason = "an az:// address needs the name of the storage account"
         raise UnavailableError(Fault("AZURE_STORAGE_ACCOUNT_NAME", reason, "Set it in the environment"))
-    key, token = said["AZURE_STORAGE_ACCOUNT_KEY"], said["AZURE_STORAGE_SAS_TOKEN"]
+    key, token = variables["AZURE_STORAGE_ACCOUNT_KEY"], variables["AZURE_STORAGE_SAS_TOKEN"]
     # Only what is given: older versions of pyarrow know no token.
     return AzureFileSystem(account, **({"account_key": key} if key else {"sas_token": token} if token else {}))
 

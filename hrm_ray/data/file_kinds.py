@@ -1,7 +1,4 @@
-"""What a file is, told from its name.
-
-One job: names -> format, compression, stem. It opens nothing, so a wrong suffix shows only when the file is read.
-"""
+"""The format and compression of a file, told from its name. A wrong suffix shows only when the file is read."""
 
 from __future__ import annotations
 
@@ -43,7 +40,7 @@ _SHORT = {"tgz": FileKind("tar", "gzip")}
 
 _BY_LAST_SUFFIX = {**{form: FileKind(form, None) for form in (*FORMATS, *ARCHIVES)}, **_SHORT}
 
-# A .zip is compressed already and cannot be read from front to back: `.zip.gz` is nothing that anybody makes.
+# Not .zip: it is compressed already and cannot be read from front to back.
 _BY_TWO_SUFFIXES = {
     (form, suffix): FileKind(form, compression)
     for form in (*FORMATS, "tar")
@@ -52,8 +49,7 @@ _BY_TWO_SUFFIXES = {
 
 
 def kind_of(name: str) -> FileKind | None:
-    """The kind of a file of this name (a path's last part is enough); None where it cannot be read. Upper and lower
-    case are the same."""
+    """The kind of a file of this name (a path's last part is enough), in any case; None where it cannot be read."""
     rest, dot, suffix = name.rpartition(".")
     suffix = suffix.lower()
     if not dot:

@@ -1,8 +1,4 @@
-"""Where files lie: on this machine, or in the cloud.
-
-One job: addresses, listing, opening. What the names mean is `file_kinds` and `splits`; a data set of the Hub is no
-place but a source of its own (`hub`).
-"""
+"""File systems, local and in the cloud: addresses, listing, opening. Data sets of the Hub are not files: see hub.py."""
 
 from __future__ import annotations
 
@@ -24,8 +20,8 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 class Entry(NamedTuple):
-    """A file that was found: its name from the place that was searched ("/" between the parts), its address, its size,
-    and a stamp that changes when it is written again."""
+    """A file: its name relative to the folder that was searched ("/" between the parts), its address, its size, and a
+    stamp that changes when it is written again."""
 
     name: str
     address: str
@@ -34,7 +30,7 @@ class Entry(NamedTuple):
 
 
 class FileSystem(Protocol):
-    """A kind of place. Every method may raise DataError or UnavailableError where it cannot be reached."""
+    """Every method may raise DataError or UnavailableError where the file system cannot be read."""
 
     def file(self, address: str) -> Entry | None:
         """The file at an address; None where there is none."""
@@ -63,7 +59,7 @@ def has_wildcards(address: str) -> bool:
 
 
 def absolute(address: str) -> str:
-    """The address, for processes that stand in other folders."""
+    """The address as it holds in any working folder."""
     return os.path.abspath(address) if is_local(address) else address
 
 
@@ -73,7 +69,7 @@ def real(address: str) -> str:
 
 
 def name_for_runs(address: str) -> str:
-    """A short name for what lies at an address: the stem of the file, or the last folder or name in it."""
+    """A short name for the data at an address: the stem of the file, or the last folder or name in it."""
     if is_local(address) and (not has_wildcards(address) or os.path.exists(address)):
         return stem_of(Path(address).resolve().name)
     name = hub_name(address)
@@ -90,13 +86,13 @@ def split_pattern(pattern: str) -> tuple[str, str]:
 
 
 def file_system_of(address: str) -> FileSystem:
-    """The place of an address. Raises SettingsError for a scheme that is not read."""
+    """The file system of an address. Raises SettingsError for a scheme that is not supported."""
     if is_local(address):
         return _LOCAL
     if not address.startswith(CLOUDS):
         scheme = address.partition("://")[0]
         hint = f"Give a path, {', '.join(CLOUDS)}... or {HUB}..."
-        raise SettingsError(Fault(address, f"addresses of the kind `{scheme}://` are not read", hint))
+        raise SettingsError(Fault(address, f"addresses of the kind `{scheme}://` are not supported", hint))
     from hrm_ray.data.cloud import cloud_of
 
     return cloud_of(address)
@@ -137,7 +133,7 @@ class _Local:
                             yield Entry(name, found.path, state.st_size, str(state.st_mtime_ns))
             except OSError as error:
                 reason = f"this folder cannot be read ({error.strerror})"
-                raise DataError(Fault(folder, reason, "Make it readable, or take it away")) from error
+                raise DataError(Fault(folder, reason, "Make it readable, or remove it")) from error
 
     def matching(self, pattern: str) -> Iterator[Entry]:
         root = os.path.abspath(split_pattern(pattern)[0] or ".")

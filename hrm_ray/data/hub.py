@@ -29,7 +29,7 @@ _ADDRESS = re.compile(r"(?P<name>.*)#(?P<index>\d+)/(?P<count>\d+)@(?P<revision>
 
 class Shard(NamedTuple):
     """A part of a data set that is read on its own: usually one of its files. `address`: name#index/count@revision;
-    `bytes` is 0, since nobody says; `stamp` is the data set's fingerprint."""
+    `bytes` is 0 (unknown); `stamp` is the data set's fingerprint."""
 
     name: str
     address: str
@@ -89,9 +89,9 @@ def shard_rows(address: str, cursor: Cursor) -> Iterator[Row]:
 
 
 def _end_reading_ahead(held_bytes: int) -> None:
-    """Waits, for a moment, until pyarrow has let go of what it read ahead of rows that nobody wants any more, down to
+    """Waits up to _LET_GO_S until pyarrow has freed what it read ahead of rows that are not wanted any more, down to
     the `held_bytes` of before. A process that ends while its threads still read hangs or aborts (apache/arrow 45214);
-    what they read for is held by a cycle."""
+    a reference cycle keeps their data."""
     import pyarrow as pa
 
     gc.collect()
@@ -108,12 +108,12 @@ def _next(rows: Iterator[dict[str, object]], where: str) -> dict[str, object] | 
     try:
         return next(rows, None)
     except FileNotFoundError as error:
-        raise Unreadable(Fault(where, "a file of it is not there any more", "Put it back, or start again")) from error
+        raise Unreadable(Fault(where, "a file of it is gone", "Put it back, or start again")) from error
     except _network_errors() as error:
         raise _no_hub(where, error) from error
     except (DatasetsError, pa.ArrowException, OSError, ValueError, TypeError, EOFError) as error:
         hint = "Correct the data set, or name another --dataset-config or split"
-        raise Unreadable(Fault(where, f"it cannot be read on ({_first_line(error)})", hint)) from error
+        raise Unreadable(Fault(where, f"it cannot be read further ({_first_line(error)})", hint)) from error
 
 
 def _require_datasets(address: str) -> None:
@@ -155,7 +155,7 @@ def _no_hub(what: str, error: Exception) -> UnavailableError:
 
 @lru_cache(maxsize=4)
 def _open(name: HubName, revision: str) -> tuple[Any, str, tuple[str, ...]]:
-    """The data set as the library's stream of rows, its fingerprint, and its splits."""
+    """The data set as a stream of rows, its fingerprint, and its splits."""
     from datasets import load_dataset_builder
     from datasets.exceptions import DatasetsError
 

@@ -1,8 +1,4 @@
-"""A tokenizer by its name: a path on this machine, or an id of the Hugging Face Hub.
-
-One job: from the name that a user gives to a TextTokenizer. It downloads a tokenizer's own files only, never weights.
-Reading the files is tokenizer.py.
-"""
+"""A tokenizer by its name: a path, or an id of the Hugging Face Hub. Only a tokenizer's own files are downloaded."""
 
 from __future__ import annotations
 
@@ -32,9 +28,9 @@ def absolute_name(name: str) -> str:
 def load_named(name: str) -> TextTokenizer:
     """The tokenizer at the path `name`; where nothing is there, the Hub's of that id.
 
-    What the Hub's cache on this machine holds of it is used without asking the Hub, so that machines without a network
-    work and a run does not change under its feet. Raises SettingsError for a name that leads nowhere, UnavailableError
-    where the Hub cannot be asked, DataError for files that cannot be used.
+    Files in the Hub's cache on this machine are used without asking the Hub, so that machines without a network work
+    and a run keeps its tokenizer. Raises SettingsError for an unknown name, UnavailableError where the Hub cannot be
+    asked, DataError for files that cannot be used.
     """
     path = Path(name).expanduser()
     if path.exists() or not _is_hub_id(name):
@@ -43,8 +39,8 @@ def load_named(name: str) -> TextTokenizer:
     try:
         return TextTokenizer.load(folder)
     except DataError as fault:
-        told = [Fault(f"{name} (in {each.value})", each.reason, each.hint) for each in fault.faults]
-        raise DataError(told) from fault
+        faults = [Fault(f"{name} (in {each.value})", each.reason, each.hint) for each in fault.faults]
+        raise DataError(faults) from fault
 
 
 def _is_hub_id(name: str) -> bool:
@@ -52,7 +48,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _cached_folder(hub_id: str) -> Path | None:
-    """Where the Hub's cache holds this tokenizer; None where it does not, or not whole."""
+    """The folder of the Hub's cache with this tokenizer; None where it is missing or incomplete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -61,7 +57,7 @@ def _cached_folder(hub_id: str) -> Path | None:
     except LocalEntryNotFoundError:
         return None
     except HFValidationError as error:
-        raise SettingsError(Fault(hub_id, "it is neither a path that is there nor an id of the Hub", _GIVE)) from error
+        raise SettingsError(Fault(hub_id, "it is neither an existing path nor an id of the Hub", _GIVE)) from error
     return folder if any((folder / name).is_file() for name in _VOCABULARIES) else None
 
 
@@ -74,18 +70,18 @@ def _downloaded_folder(hub_id: str) -> Path:
     if constants.HF_HUB_OFFLINE:
         raise UnavailableError(Fault(hub_id, f"{absent}, and HF_HUB_OFFLINE forbids asking the Hub", _GIVE))
     try:
-        # The only request that may meet a dead network: it has one try and a limit, which a download has not.
+        # Asked first because it has one try and a time limit; a download without a network has neither.
         about = HfApi().model_info(hub_id, timeout=_TIMEOUT_S)
         held = {file.rfilename for file in about.siblings or ()}
         for name in _FILES:
             if name in held:
                 fetched = hf_hub_download(hub_id, name, etag_timeout=_TIMEOUT_S)
     except RepositoryNotFoundError as error:
-        reason = "nothing is at this path, and the Hub has no such repository (or shows it only to its members)"
+        reason = "nothing is at this path, and the Hub has no such repository for this account"
         raise SettingsError(Fault(hub_id, reason, "Give another id, or log in with `hf auth login`")) from error
     except Exception as error:  # its HTTP library, and with it the kinds of a failed connection, differ by version
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnavailableError(Fault(hub_id, f"{absent}, and the Hub cannot be asked ({first_line})", _GIVE)) from error
     if not held & _VOCABULARIES:
-        raise SettingsError(Fault(hub_id, "the Hub's repository of this id holds no tokenizer", _GIVE))
+        raise SettingsError(Fault(hub_id, "the Hub's repository of this id contains no tokenizer", _GIVE))
     return Path(fetched).parent

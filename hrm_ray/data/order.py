@@ -1,9 +1,7 @@
 """The order in which an epoch's samples are taken: a keyed permutation of the position.
 
-One job: position -> sample (or chunk, or sequence), as a pure function of (seed, epoch, count). It holds no table of
-samples, so memory does not grow with the data, any worker can compute any part, and resuming needs nothing but the
-position. It does not divide positions over workers.
-"""
+Position -> sample (or chunk, or sequence) is a pure function of (seed, epoch, count). There is no table of samples, so
+memory does not grow with the data, any worker can compute any part, and resuming needs nothing but the position."""
 
 from __future__ import annotations
 
@@ -21,8 +19,8 @@ _MIN_BITS = 6
 
 @dataclass(frozen=True)
 class Order:
-    """An epoch's order over `count` things: the identity when `linear`, else a permutation keyed by (seed, epoch,
-    count, what they are)."""
+    """An epoch's order over `count` items: the identity when `linear`, else a permutation keyed by (seed, epoch, count,
+    `of`, the kind of the items)."""
 
     seed: int
     epoch: int
@@ -74,7 +72,7 @@ def epoch_order(seed: int, epoch: int, count: int, linear: bool) -> Order:
 
 
 class ChunkOrder:
-    """In which order an epoch takes chunks: blocks in an order of their own, and in each its chunks in one of theirs.
+    """The order in which an epoch takes chunks: blocks are shuffled, and the chunks inside each block.
 
     A block is finished before the next one begins. Memory is one number per block.
     """
@@ -94,19 +92,19 @@ class ChunkOrder:
 
     def at(self, position: int) -> tuple[int, bool]:
         """The number of the chunk at a position of the epoch, and whether its block ends with it."""
-        turn = int(np.searchsorted(self._ends, position, side="right"))
-        size, end = int(self._sizes[turn]), int(self._ends[turn])
-        within = Order(self._seed, self._epoch, size, False, f" chunks of {self._blocks[turn]}")
+        block = int(np.searchsorted(self._ends, position, side="right"))
+        size, end = int(self._sizes[block]), int(self._ends[block])
+        within = Order(self._seed, self._epoch, size, False, f" chunks of {self._blocks[block]}")
         chosen = int(within.at(np.array([position - (end - size)]))[0])
-        return int(self._firsts[turn]) + chosen, position + 1 == end
+        return int(self._firsts[block]) + chosen, position + 1 == end
 
 
 class WindowOrder:
-    """The order of `count` sequences that wait in a shuffle buffer together, or of as many parts of them as
-    `parts` says, each shuffled in itself where the buffer is smaller than what was read at once."""
+    """The order of `count` sequences in a shuffle buffer. Where a chunk is larger than the buffer, it is divided into
+    `parts`, each shuffled in itself."""
 
     def __init__(self, seed: int, epoch: int, window: int, count: int, parts: int = 1) -> None:
-        """`window` is the place of the window in its epoch."""
+        """`window` is the position of the window in its epoch."""
         self._length = max(1, -(-count // max(1, parts)))
         self._key = (seed, epoch)
         self._window, self._count = window, count

@@ -1,8 +1,7 @@
 """Text samples: rows of `seq_len` tokens cut from a token store.
 
-One job: TextSamples, a SampleSet. Every token that follows another one of its document is the label of exactly one
-position; a document's first token is never a label, because it would be predicted from another document. Order is
-order.py's.
+Every token that follows another one of its document is the label of exactly one position; a document's first token is
+never a label, because it would be predicted from another document.
 
 - packed: the stream of all documents is cut every `seq_len` tokens; window k has the inputs stream[k*S : k*S+S].
 - not packed: each document begins a row, a long one goes on in further rows, a short row is padded.
@@ -12,8 +11,7 @@ order.py's.
   end-of-text. Packed, a row takes whole pairs in their order as long as they fit; else each row is one pair.
 
 A row consists of pieces, runs of tokens of one document; the rest is padding, which counts as a document of its own.
-Memory beyond the store: packed rows need none; the other two keep 8 bytes per row or document.
-"""
+Memory beyond the store: packed rows need none; the other two keep 8 bytes per row or document."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ _SCAN = 1 << 20
 
 @dataclass(frozen=True)
 class _Pieces:
-    """Runs of tokens, all int64 [P]: `row` and `column` of the first token, `source` its place in the stream,
+    """Runs of tokens, all int64 [P]: `row` and `column` of the first token, `source` its position in the stream,
     `length` in input positions, `end` where its document's last usable token ends, `prompt` how many of the positions
     are prompt, and `unlabelled` how many positions at the piece's start have no label."""
 
@@ -99,7 +97,7 @@ class TextSamples:
         return columns
 
     def _fill(self, pieces: _Pieces, where: Ints, count: int) -> Columns:
-        """`count` rows with `pieces` laid in; piece row r goes to row `where[r]`."""
+        """`count` rows filled with `pieces`; piece row r goes to row `where[r]`."""
         seq_len, stream = self.seq_len, self.store
         within = _runs(pieces.length)
         source = within + np.repeat(pieces.source, pieces.length)
@@ -110,10 +108,10 @@ class TextSamples:
         )
         follower = source[labelled] + 1
 
-        def laid(fill: int, values: npt.NDArray[np.int32] | Ints, at: Ints) -> npt.NDArray[np.int32]:
-            column = np.full(count * seq_len, fill, dtype=np.int32)
-            column[at] = values
-            return column.reshape(count, seq_len)
+        def column(fill: int, values: npt.NDArray[np.int32] | Ints, at: Ints) -> npt.NDArray[np.int32]:
+            filled = np.full(count * seq_len, fill, dtype=np.int32)
+            filled[at] = values
+            return filled.reshape(count, seq_len)
 
         ordinal = np.arange(len(row)) - np.searchsorted(row, row)
         # Padding is a document of its own: numbered after the row's pieces, positions counted from its first.
@@ -128,9 +126,9 @@ class TextSamples:
         prompt = np.zeros(count * seq_len, dtype=bool)
         prompt[slot] = within < np.repeat(pieces.prompt, pieces.length)
         return {
-            "inputs": laid(stream.pad_id, stream.tokens[source], slot),
-            "labels": laid(IGNORE_LABEL, stream.tokens[follower], slot[labelled]),
-            "label_bytes": laid(0, stream.token_bytes[follower], slot[labelled]),
+            "inputs": column(stream.pad_id, stream.tokens[source], slot),
+            "labels": column(IGNORE_LABEL, stream.tokens[follower], slot[labelled]),
+            "label_bytes": column(0, stream.token_bytes[follower], slot[labelled]),
             "documents": documents.reshape(count, seq_len),
             "positions": positions.reshape(count, seq_len),
             "prompt": prompt.reshape(count, seq_len),
@@ -228,10 +226,11 @@ class _Pairs:
         """Where each pair's kept tokens begin and end in the stream, how many of them are prompt, and whether it was
         cut.
 
-        S + 1 tokens fit. The prompt gives way at its start until the response has at least half of them; then the
+        S + 1 tokens fit. The prompt is cut at its start until the response has at least half of them; then the
         response at its end, end-of-text included, so that a cut answer does not teach to stop there.
         """
-        assert self._store.prompts is not None, "TextSamples checks that the store holds pairs"
+        if self._store.prompts is None:
+            raise ValueError("the store has no pairs")
         begin, end = self._store.starts[pairs], self._store.starts[pairs + 1]
         prompt = self._store.prompts[pairs].astype(np.int64)
         response = end - begin - prompt
@@ -247,9 +246,9 @@ class _Pairs:
         row = np.repeat(np.arange(len(rows)), beyond - first)
         source, end, prompt, _ = self._fitted(_runs(beyond - first) + np.repeat(first, beyond - first))
         length = end - source - 1
-        laid = np.cumsum(length) - length
+        before = np.cumsum(length) - length
         first_of_row = np.searchsorted(row, row)
-        column = laid - laid[first_of_row]
+        column = before - before[first_of_row]
         return _Pieces(row, column, source, length, end, np.minimum(prompt, length), np.maximum(prompt - 1, 0))
 
 

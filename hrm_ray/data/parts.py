@@ -1,8 +1,6 @@
-"""What a corpus consists of: its parts, in the order they are read in.
+"""The parts of a corpus in reading order: what a path, a pattern, a cloud address or a data set of the Hub consists of.
 
-One job: from what a user names (a file, a folder, a pattern, a cloud address, a data set of the Hub) to parts: files or
-archives, each one stream of rows. It opens no more than the choice of a split needs. Reading is in `readers`.
-"""
+A part is a file or an archive, one stream of rows. No more is opened than the choice of a split needs."""
 
 from __future__ import annotations
 
@@ -31,8 +29,8 @@ from hrm_ray.data.streams import ContainerUnreadable
 from hrm_ray.errors import DataError, Fault, SettingsError
 from hrm_ray.settings.hub_name import HUB
 
-_BYTES_OR_ROWS_APART = frozenset({"txt", "md", "csv", "tsv", "jsonl", "parquet"})
-"""Formats that can be read from any row on, where they are not compressed."""
+_RANDOM_ACCESS = frozenset({"txt", "md", "csv", "tsv", "jsonl", "parquet"})
+"""Formats that can be read from any row on, if they are not compressed."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class TextSource:
     prompt_column: str | None = None
     response_column: str | None = None
     apart: str | None = None
-    """A split that is held out of this one, where this one is all of a folder that has no split of its name."""
+    """A split that is held out of this one, where the folder has no split of this one's name and so is taken whole."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", os.fspath(self.path))
@@ -62,13 +60,13 @@ class Part:
     """One stream of rows: a file, or an archive of files. Plain values only, since it travels to other processes."""
 
     name: str
-    """From the corpus's root, "/" between the parts; the same when the corpus moves."""
+    """Relative to the corpus's root, "/" between the parts; the same when the corpus moves."""
     address: str
-    """What it is opened by."""
+    """What it is opened with."""
     bytes: int
-    """Its size as it is stored; 0 where that is not known."""
+    """Its size as stored; 0 where unknown."""
     stamp: str
-    """Changes when the part is written again, even if its size does not; empty where that is not known."""
+    """Changes when the part is written again, even if its size does not; empty where unknown."""
     random_access: bool
     """Whether reading can begin at any row, given the mark of the row before it, without reading those before."""
     split: str | None = None
@@ -83,14 +81,14 @@ class Part:
 
     @property
     def undecided(self) -> bool:
-        """Whether nobody has looked at the archive's names, so that reading must find out what `split` means."""
+        """Whether the archive's names are not known yet, so that reading must find out what `split` means."""
         return self.split == WHOLE and self.kind is not None and not _can_be_scanned(self.kind, self.address)
 
 
 @dataclass(frozen=True)
 class PartList:
     """The parts of a corpus in order, and how many files (or members of an archive) of other kinds lie beside them.
-    `splits` are the names that its files, or its members, are divided by (None: nobody has looked)."""
+    `splits` are the splits of its files or members (None: unknown)."""
 
     parts: tuple[Part, ...]
     skipped: int
@@ -125,7 +123,7 @@ def list_parts(source: TextSource) -> PartList:
         return _listed(source, place, matched)
     if is_local(path):
         require_path(Path(path))
-    raise SettingsError(Fault(path, "nothing is at this address", "Check the bucket and the key"))
+    raise SettingsError(Fault(path, "there is nothing at this address", "Check the bucket and the key"))
 
 
 def _listed(source: TextSource, place: FileSystem, found: list[Entry]) -> PartList:
@@ -147,7 +145,7 @@ def _splits(names: list[str]) -> tuple[str, ...]:
 
 def _part(entry: Entry, place: FileSystem) -> Part:
     kind = kind_of(entry.name)
-    random_access = kind is not None and kind.compression is None and kind.form in _BYTES_OR_ROWS_APART
+    random_access = kind is not None and kind.compression is None and kind.form in _RANDOM_ACCESS
     if kind is not None and kind.compression is None and kind.form == "arrow":
         random_access = _has_index(entry, place)
     return Part(entry.name, entry.address, entry.bytes, entry.stamp, random_access)
@@ -158,7 +156,7 @@ def _has_index(entry: Entry, place: FileSystem) -> bool:
         with place.open(entry.address) as file:
             return has_arrow_index(file)
     except OSError:
-        # What is wrong with it is told when it is read.
+        # Reading it reports what is wrong.
         return False
 
 
@@ -167,7 +165,7 @@ def _single(source: TextSource, place: FileSystem, entry: Entry) -> PartList:
     kind = kind_of(entry.name)
     if kind is None:
         suffix = Path(entry.name).suffix
-        raise DataError(Fault(source.path, f"files with the suffix `{suffix}` are not read", f"Give {READABLE}"))
+        raise DataError(Fault(source.path, f"files with the suffix `{suffix}` cannot be read", f"Give {READABLE}"))
     if kind.is_archive:
         return _archive(source, entry, kind)
     if source.split != WHOLE:
@@ -203,23 +201,23 @@ def _archive(source: TextSource, entry: Entry, kind: FileKind) -> PartList:
 
 
 def _can_be_scanned(kind: FileKind, address: str) -> bool:
-    """Whether the names in an archive can be had without reading it whole."""
+    """Whether the names in an archive can be listed without reading it whole."""
     return kind.form == "zip" or (kind.form == "tar" and kind.compression is None and is_local(address))
 
 
 def shared_part(first: TextSource, second: TextSource) -> str | None:
-    """The address of something that both sources read; None where there is none."""
+    """The address of a part that both sources read; None where there is none."""
     seen: dict[str, list[Part]] = {}
     for part in list_parts(first).parts:
         seen.setdefault(real(part.address), []).append(part)
     for part in list_parts(second).parts:
         for other in seen.get(real(part.address), []):
-            if part.split == other.split or (None in (part.split, other.split) and not _held_apart(part, other)):
+            if part.split == other.split or (None in (part.split, other.split) and not _held_out(part, other)):
                 return part.address
     return None
 
 
-def _held_apart(first: Part, second: Part) -> bool:
+def _held_out(first: Part, second: Part) -> bool:
     return (first.apart is not None and first.apart == second.split) or (
         second.apart is not None and second.apart == first.split
     )

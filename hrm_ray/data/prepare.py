@@ -65,7 +65,8 @@ class PuzzlePlan:
 @dataclass(frozen=True)
 class TokenizerChoice:
     """Which tokenizer: that of the `name` (a path or a Hub id); else the one in the bundle unless `retrain`; else a
-    byte-level BPE trained on the first `examples` documents, of `vocab_size`, or as the data bears within `bounds`."""
+    byte-level BPE trained on the first `examples` documents, of `vocab_size`, or of a size within `bounds` that is
+    chosen from the data."""
 
     name: str | None
     vocab_size: int
@@ -76,8 +77,8 @@ class TokenizerChoice:
 
 @dataclass(frozen=True)
 class PrepareRequest:
-    """What else is asked of the data: `count` the sequences of an epoch, `eval_rows` held-out sequences at most, out of
-    `max_val_examples` documents at most; `keep_evaluation` leaves those that the folder has."""
+    """What else to prepare: `count` the sequences of an epoch, at most `eval_rows` held-out sequences out of at most
+    `max_val_examples` documents; `keep_evaluation` keeps the file that the folder has."""
 
     count: bool = False
     eval_rows: int = 0
@@ -87,9 +88,8 @@ class PrepareRequest:
 
 @dataclass(frozen=True)
 class PreparedText:
-    """What prepare_text made. `first` is the first chunk that will be trained on, `notes` are sentences that a person
-    should see (to be logged at WARNING), `account` says how the vocabulary's size was chosen, where the data decided it
-    (to be logged at INFO)."""
+    """What prepare_text made. `first` is the first chunk that will be trained on, `notes` are warnings to log, and
+    `account` says how the vocabulary's size was chosen from the data (to be logged at INFO)."""
 
     tokenizer: TextTokenizer
     tokenizer_origin: TokenizerOrigin
@@ -178,10 +178,10 @@ def prepare_text(
 
 
 def evaluation_file(evaluation: TextSource, wanted: PrepareRequest) -> str:
-    """The name of the file of these held-out documents: other ones have another, so that preparing a launch which is
-    refused afterwards takes nothing away from the run it would have gone on with."""
-    said = json.dumps([asdict(evaluation), wanted.eval_rows, wanted.max_val_examples])
-    return f"eval-{hashlib.blake2b(said.encode(), digest_size=6).hexdigest()}.safetensors"
+    """The name of the file of these held-out documents. Others have another name, so that a resume which is refused
+    after preparing leaves the run's own file as it was."""
+    plain = json.dumps([asdict(evaluation), wanted.eval_rows, wanted.max_val_examples])
+    return f"eval-{hashlib.blake2b(plain.encode(), digest_size=6).hexdigest()}.safetensors"
 
 
 def _held_out(cut: ChunkingConfig, evaluation: TextSource, wanted: PrepareRequest) -> Corpus:
@@ -212,7 +212,7 @@ def _check_unchanged(folder: TextDataDir, corpus: Corpus) -> None:
 def _choose(
     head: CorpusHead, bundle: Path, choice: TokenizerChoice, notes: list[str]
 ) -> tuple[TextTokenizer, TokenizerOrigin, str | None]:
-    """The tokenizer, where it comes from, and how its size was chosen where the data decided it."""
+    """The tokenizer, where it comes from, and how its size was chosen from the data (if it was)."""
     if choice.name is not None:
         return load_named(choice.name), "loaded", None
     bounds = choice.bounds

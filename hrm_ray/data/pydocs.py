@@ -1,8 +1,6 @@
 """Text from the documentation that comes with Python: the language reference's topics and the library's docstrings.
 
-One job: the documents, in a fixed order. Modules are parsed, never imported, so nothing of them runs. It writes no
-files.
-"""
+Modules are parsed, never imported, so none of their code runs."""
 
 from __future__ import annotations
 
@@ -25,8 +23,8 @@ _LEAST_CHARACTERS = 40
 def python_documents() -> Iterator[tuple[str, str]]:
     """(source, text) pairs: each topic of pydoc, then each module of the standard library with its docstrings.
 
-    A docstring that an earlier module had already is left out, so the same words do not come twice. Which documents
-    there are depends on the Python that runs this.
+    A docstring that an earlier module had already is left out. Which documents there are depends on the Python that
+    runs this.
     """
     yield from _topics()
     library = Path(sysconfig.get_path("stdlib"))

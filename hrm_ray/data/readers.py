@@ -1,8 +1,6 @@
-"""Reading a corpus, part by part.
+"""Reading the rows of a part in a fixed order, with faults that name file and line.
 
-One job: a part -> its rows, in a fixed order, with faults that name file and line. A row that cannot be read is given
-as a BadRow and never raised: what becomes of it is for others to decide. It does not tokenise.
-"""
+A row that cannot be read becomes a BadRow and is never raised: the caller decides whether to fail or to skip it."""
 
 from __future__ import annotations
 
@@ -37,8 +35,8 @@ def read_part(
 ) -> Iterator[Row]:
     """The rows of `part` from `start_row` on, empty texts included.
 
-    `mark` is that of the row before `start_row`; without it the rows before are read and passed over. Reading in two
-    goes gives the rows of reading in one, but that `where` counts rows and not lines after a mark. `watch` follows the
+    `mark` is that of the row before `start_row`; without it the rows before are read and skipped. Reading in two goes
+    gives the rows of reading in one, except that `where` counts rows and not lines after a mark. `watch` follows the
     reading; `columns` stands in for those that `source` names.
     """
     columns = columns or Columns(source.text_column, source.prompt_column, source.response_column)
@@ -71,13 +69,13 @@ def read_documents(source: TextSource, on_bad_row: OnBadRow = "fail") -> Iterato
             any_text = any_text or bool(row.text)
             yield row
     if not any_text and bad:
-        raise DataError(Fault(source.path, f"{bad} rows are bad, and none of the others has text", "Mend the data"))
+        raise DataError(Fault(source.path, f"{bad} rows are bad, and none of the others has text", "Correct the data"))
     if not any_text:
-        raise DataError(Fault(source.path, "it is empty, there is no text in it", "Give data with text in it"))
+        raise DataError(Fault(source.path, "contains no text", "Give data with text in it"))
 
 
 def known_rows(part: Part, source: TextSource) -> int | None:
-    """The number of rows of a part (bad ones included), where that can be known without reading them."""
+    """The number of rows of a part (bad ones included), where metadata have it."""
     kind = part.kind
     if part.address.startswith(HUB) or kind is None or kind.compression is not None:
         return None
@@ -103,13 +101,14 @@ def _rows(part: Part, cursor: Cursor) -> Iterator[Row]:
         yield from hub.shard_rows(part.address, cursor)
         return
     kind = part.kind
-    assert kind is not None, "only what can be read is listed"
+    if kind is None:
+        raise ValueError(f"{part.address} is not a part of a list")
     with file_system_of(part.address).open(part.address) as stored:
         file = stored if cursor.watch is None else watched(stored, cursor.watch)
         size = file.seek(0, 2)
         if size != part.bytes:
             reason = f"it has {size} bytes, and had {part.bytes} when the files were listed"
-            raise Unreadable(Fault(part.address, reason, "Leave the data as it is while it is read, and start again"))
+            raise Unreadable(Fault(part.address, reason, "Do not change the data while it is read; start again"))
         file.seek(0)
         if kind.form == "zip":
             directory = zip_directory(part.address, part.bytes, part.stamp)
@@ -121,4 +120,4 @@ def _rows(part: Part, cursor: Cursor) -> Iterator[Row]:
             yield from format_rows(file, kind, cursor, stored_bytes=part.bytes, seekable=True)
             if kind.compression is None and kind.form in _READ_TO_THE_END and file.tell() < part.bytes:
                 reason = f"it ended at byte {file.tell()} of {part.bytes} while it was read"
-                raise Unreadable(Fault(part.address, reason, "Leave the data as it is while it is read"))
+                raise Unreadable(Fault(part.address, reason, "Do not change the data while it is read"))

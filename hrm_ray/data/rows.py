@@ -1,7 +1,4 @@
-"""Rows of a corpus: documents, and rows that are none.
-
-One job: from the values in a row's columns to a Document, or to a BadRow that says what is wrong. It reads no files.
-"""
+"""Rows of a corpus: documents, and bad rows with what is wrong with them."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ ROW_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class Document:
-    """One document: its text, and where it stands.
+    """One document: its text, and where it is.
 
     `where` is for people (file and line); `row` is its number in the part from 0, bad rows counted; `mark`, where the
     part can be read from any row, is where the next row begins. For a pair `text` is prompt + response, and both are
@@ -35,7 +32,7 @@ class Document:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that is no document, with what is wrong; `ends_part`: nothing after it in this part can be read."""
+    """A row that cannot be used, and why; `ends_part`: nothing after it in this part can be read."""
 
     fault: Fault
     where: str
@@ -47,7 +44,7 @@ class BadRow:
 Row: TypeAlias = Document | BadRow
 
 OnBadRow: TypeAlias = Literal["fail", "skip"]
-"""What becomes of bad rows."""
+"""What happens at a bad row."""
 
 
 class Columns:
@@ -64,7 +61,8 @@ class Columns:
             picked = [values[name] for name in self.names]
         except KeyError:
             absent = self.absent(values, where)
-            assert absent is not None
+            if absent is None:
+                raise
             return BadRow(absent, where, row, mark)
         return self.picked(picked, where, row, mark)
 
@@ -107,19 +105,18 @@ class Columns:
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            reason = f"character {error.start} is half of a surrogate pair, which is no text"
+            reason = f"character {error.start} is half of a surrogate pair, which is not text"
             return Fault(place, reason, "Write the character itself, or the pair")
         return None
 
 
 @dataclass
 class Cursor:
-    """Where the reading of a part stands.
+    """The state of reading a part.
 
-    `row` is the number of the next row; rows below `start` are passed over. With `mark` reading begins at the row
-    `start`, which begins there. `marked`: rows carry marks. `where` names the present file for people; in an archive
-    it moves from member to member, while rows are counted through. `watch`, where there is one, is told
-    how far reading has come.
+    `row` is the number of the next row; rows below `start` are skipped. With `mark` reading begins at the row `start`,
+    which begins there. `marked`: rows have marks. `where` names the present file for people; in an archive it moves
+    from member to member, while rows are counted through. `watch` follows how far reading has come.
     """
 
     columns: Columns
@@ -131,17 +128,17 @@ class Cursor:
     watch: ReadingWatch | None = None
 
     def next_row(self) -> int:
-        """Counts a row; its number."""
+        """Counts a row, and returns its number."""
         self.row += 1
         return self.row - 1
 
     def bad(self, fault: Fault) -> BadRow:
-        """Counts a row that is none, and gives it."""
+        """Counts a bad row, and returns it."""
         return BadRow(fault, self.where, self.next_row())
 
 
 def not_utf8(where: str, error: UnicodeDecodeError, offset: int) -> Fault:
-    """The fault of bytes that are no UTF-8; `offset` is the wrong byte's place in the file or value."""
+    """The fault of bytes that are not UTF-8; `offset` is the wrong byte's position in the file or value."""
     reason = f"byte {offset} (0x{error.object[error.start]:02x}) is not UTF-8: {error.reason}"
     return Fault(where, reason, "Convert the file to UTF-8")
 

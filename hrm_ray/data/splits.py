@@ -1,7 +1,4 @@
-"""Which names belong to a split, in a folder and in an archive alike.
-
-One job: names in, names out. It lists no folder and opens no file.
-"""
+"""Which names belong to a split; the same rules for folders and archives."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from hrm_ray.data.file_kinds import READABLE, stem_of
 from hrm_ray.errors import DataError, Fault
 
 WHOLE = "train"
-"""The split that means everything where a path is not divided into splits."""
+"""The split that means all of a path that is not divided into splits."""
 
 
 def split_of(name: str) -> str:
@@ -21,7 +18,7 @@ def split_of(name: str) -> str:
 
 
 def missing_split(path: str, split: str, splits: Sequence[str]) -> DataError:
-    """The fault for a split that is not there; says which are."""
+    """The error for an unknown split; it names those there are."""
     there = ", ".join(splits) or "none"
     return DataError(Fault(f"split `{split}` of {path}", "there is no such split", f"Splits there are: {there}"))
 

@@ -1,10 +1,8 @@
 """An epoch as one stream of packed sequences, in an order that depends on nothing but seed, epoch and settings.
 
-One job: chunks -> windows -> sequences, from any place of any epoch on. Chunks come in the epoch's order; as many of
-one block as hold `shuffle_rows` samples wait in a window together, and its sequences are taken in the window's own
-order (in linear order a window is one chunk, and keeps its order). A place is a window and how many of its sequences
-were taken, so going on in the middle of a chunk is exact. It does not divide sequences over ranks.
-"""
+Chunks come in the epoch's order; as many of one block as hold `shuffle_rows` samples form a window, whose sequences
+are shuffled together (in linear order a window is one chunk, and keeps its order). The state is a window and how many
+of its sequences were taken, so resuming in the middle of a chunk is exact."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""Byte streams: decompressing, with bounds on what comes out, and copies on disk where a format must jump about.
+"""Byte streams: decompression with bounds on its output, and copies on disk for formats that need random access.
 
-One job: bytes in, bytes out, and one exception (Unreadable) for whatever goes wrong on the way. Where the bytes come
-from is `places`, what they mean is `formats`.
-"""
+Whatever goes wrong is one exception, Unreadable."""
 
 from __future__ import annotations
 
@@ -20,19 +18,19 @@ from typing import IO, Any, BinaryIO, cast
 from hrm_ray.errors import DISK_FULL_ERRNOS, Fault, ResourceError
 
 EXPANSION = 500
-"""Text packs 3 to 20 times smaller, a log a hundred times; what grows more than this is taken for a bomb."""
+"""Text compresses 3 to 20 times, a log a hundred times; what expands more than this is taken for a bomb."""
 
 EXPANSION_FROM_BYTES = 16 << 20
-"""Up to this much (16 MiB) may come out of any file, however small: it can do no harm."""
+"""Any file may expand to this much (16 MiB), however small it is."""
 
 TOTAL_BYTES = 1 << 40
-"""What may come out of one compressed file or archive: 1 TiB."""
+"""The most that one compressed file or archive may expand to: 1 TiB."""
 
 SPOOL_MEMORY_BYTES = 16 << 20
 """A copy of this size (16 MiB) is held in memory, a longer one in a temporary file."""
 
 SPOOL_BYTES = 8 << 30
-"""What may be copied into a temporary file: 8 GiB."""
+"""The most that is copied into a temporary file: 8 GiB."""
 
 BUFFER_BYTES = 256 << 10
 _STEP_BYTES = 64 << 10
@@ -40,7 +38,7 @@ _COPY_AGAIN = "It may be damaged or cut short: copy it again"
 
 
 class Unreadable(Exception):
-    """A stream, or the rest of it, cannot be read. It never leaves the readers: they make a BadRow of it."""
+    """A stream, or the rest of it, cannot be read. Readers turn it into a BadRow."""
 
     def __init__(self, fault: Fault) -> None:
         super().__init__(str(fault))
@@ -48,7 +46,7 @@ class Unreadable(Exception):
 
 
 class ContainerUnreadable(Unreadable):
-    """The archive itself cannot be read on, not only the member that is being read."""
+    """The archive itself cannot be read further, not only the member that is being read."""
 
 
 DAMAGE: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
@@ -58,29 +56,29 @@ DAMAGE: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, lzma.LZMAE
 def damage(error: Exception, where: str) -> Unreadable:
     """The Unreadable for an exception out of DAMAGE."""
     if isinstance(error, FileNotFoundError):
-        return Unreadable(Fault(where, "the file is not there any more", "Put it back, or start again without it"))
+        return Unreadable(Fault(where, "the file is gone", "Put it back, or start again without it"))
     if isinstance(error, PermissionError):
         return Unreadable(Fault(where, "reading it is not permitted", "Make it readable for this user"))
-    return Unreadable(Fault(where, f"it cannot be read on ({_said(error)})", _COPY_AGAIN))
+    return Unreadable(Fault(where, f"it cannot be read further ({_message(error)})", _COPY_AGAIN))
 
 
-def _said(error: Exception) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).strip().rstrip(".").partition("\n")[0] or type(error).__name__
 
 
 def _nothing() -> None:
-    """What a watch does that only looks."""
+    """The default of `before_read`."""
 
 
 @dataclass
 class ReadingWatch:
     """Follows the reading of a part.
 
-    `before_read` is called before stored bytes are read, and what it raises ends the reading. `passed_bytes` is how
-    many of the part's stored bytes lie behind, about; None where nobody can say. The readers set it, and it holds
-    while they read on.
+    `before_read` is called before stored bytes are read, and what it raises ends the reading. `passed_bytes` returns
+    about how many of the part's stored bytes were read; None if unknown. The readers set it; it is valid while they
+    read.
     """
 
     before_read: Callable[[], None] = _nothing
@@ -88,7 +86,7 @@ class ReadingWatch:
 
 
 class _Watched(io.RawIOBase):
-    """A file of whose every read a watch is told first."""
+    """A file that calls a watch before every read."""
 
     def __init__(self, file: BinaryIO, watch: ReadingWatch) -> None:
         super().__init__()
@@ -112,16 +110,16 @@ class _Watched(io.RawIOBase):
 
 
 def watched(file: BinaryIO, watch: ReadingWatch) -> BinaryIO:
-    """`file` under a watch, which learns here how much of it lies behind."""
+    """`file`, followed by a watch."""
     opened = cast(BinaryIO, io.BufferedReader(_Watched(file, watch), BUFFER_BYTES))
     watch.passed_bytes = opened.tell
     return opened
 
 
 class Bounded(io.RawIOBase):
-    """What comes out of a decompressor: its errors become Unreadable, and so does too much of it.
+    """The output of a decompressor: errors become Unreadable, and so does too much output.
 
-    `stored_bytes` is what went into it. Read it through `io.BufferedReader`.
+    `stored_bytes` is the size of its input. Read it through `io.BufferedReader`.
     """
 
     def __init__(self, source: BinaryIO, where: str, stored_bytes: int) -> None:
@@ -137,7 +135,7 @@ class Bounded(io.RawIOBase):
         """As of io.RawIOBase; gives what there is before an error, then the error."""
         view = memoryview(buffer)
         try:
-            # As little as it will: what a failing call had decompressed before its error is lost.
+            # In small steps: what a failing call had decompressed before its error is lost.
             data = self._source.read1(min(len(view), _STEP_BYTES))  # type: ignore[attr-defined]
         except DAMAGE as error:
             raise damage(error, self._where) from error
@@ -157,10 +155,10 @@ class Bounded(io.RawIOBase):
 def bomb(where: str, stored_bytes: int, out_bytes: int) -> Unreadable:
     """The Unreadable for content that grows beyond the bounds."""
     if out_bytes > TOTAL_BYTES:
-        reason = f"more than {TOTAL_BYTES >> 40} TiB come out of it"
+        reason = f"it expands to more than {TOTAL_BYTES >> 40} TiB"
         return Unreadable(Fault(where, reason, "Unpack it, and give the folder"))
-    reason = f"{out_bytes} bytes come out of {stored_bytes}, more than {EXPANSION} times as much (a bomb, it seems)"
-    return Unreadable(Fault(where, reason, "Unpack it yourself, if you trust it, and give the folder"))
+    reason = f"{stored_bytes} bytes expand to {out_bytes}, more than {EXPANSION} times as much (possibly a bomb)"
+    return Unreadable(Fault(where, reason, "Unpack it, if you trust it, and give the folder"))
 
 
 def decompressed(stream: BinaryIO, compression: str | None, where: str, stored_bytes: int) -> BinaryIO:
@@ -180,7 +178,7 @@ def decompressed(stream: BinaryIO, compression: str | None, where: str, stored_b
 
 
 def bounded(source: BinaryIO, where: str, stored_bytes: int) -> BinaryIO:
-    """What comes out of a decompressor as a buffered reader, within the bounds."""
+    """A decompressor as a buffered reader, within the bounds."""
     return cast(BinaryIO, io.BufferedReader(Bounded(source, where, stored_bytes), BUFFER_BYTES))
 
 

@@ -1,8 +1,4 @@
-"""The folder in which a run keeps what it knows of its corpus.
-
-One job: its files (parts.jsonl, catalog.jsonl, chunks/, eval.safetensors) and what is opened from them: the pipeline of
-chunks, on the driver and in every worker. It decides nothing about the corpus.
-"""
+"""The folder in which a run keeps its corpus: parts.jsonl, catalog.jsonl, chunks/ and the held-out documents."""
 
 from __future__ import annotations
 
@@ -25,12 +21,12 @@ from hrm_ray.data.text_store import TextStore, load_store
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataError, Fault
 
-AGAIN = "Delete the bundle's folder data/; it is made again"
+AGAIN = "Delete the bundle's folder data/; it will be rebuilt"
 
 
 @dataclass(frozen=True)
 class ChunkingConfig:
-    """How a corpus is cut and in which order it is taken; the fields of settings of the same names."""
+    """How a corpus is cut and in which order it is read; the settings of the same names."""
 
     samples_per_block: int
     dataset_chunk_size: int
@@ -50,8 +46,8 @@ class ChunkingConfig:
 @dataclass(frozen=True)
 class TextPlan:
     """What a worker needs beside the folder's files. `evaluation` is the file of held-out documents, `start` the number
-    of the chunk that the first epoch begins with; `in_order` tells that chunks are taken as they
-    lie in the corpus, `kept` that all of them lie tokenised in the cache."""
+    of the chunk that the first epoch begins with; `in_order`: chunks are not shuffled; `kept`: the cache has all of
+    them."""
 
     cut: ChunkingConfig
     form: RowForm
@@ -63,7 +59,7 @@ class TextPlan:
 
     @property
     def shuffle_rows(self) -> int:
-        """Samples in the shuffle buffer, 0 where nothing is shuffled."""
+        """Samples in the shuffle buffer; 0 if nothing is shuffled."""
         return self.cut.shuffle_rows if self.cut.shuffled else 0
 
     @property
@@ -112,18 +108,18 @@ class TextDataDir:
         return self.root / name
 
     def write_parts(self, parts: tuple[Part, ...]) -> None:
-        """Write down which parts the corpus has."""
+        """Write the list of the corpus' parts."""
         with atomic_write(self.parts) as file:
             # In ASCII, since a file's name may be bytes that are no text.
             file.writelines(json.dumps(asdict(part)).encode("ascii") + b"\n" for part in parts)
 
     def read_parts(self) -> tuple[Part, ...]:
-        """The parts as they were written down. Raises DataError."""
+        """The parts as they were written. Raises DataError."""
         try:
             with self.parts.open(encoding="utf-8") as file:
                 return tuple(Part(**json.loads(line)) for line in file)
         except (OSError, ValueError, TypeError) as error:
-            raise DataError(Fault(str(self.parts), f"it is no list of parts ({error})", AGAIN)) from error
+            raise DataError(Fault(str(self.parts), f"not a list of parts ({error})", AGAIN)) from error
 
     def pipeline(
         self,
@@ -149,12 +145,12 @@ class TextDataDir:
         """The held-out documents. Raises DataError where they are gone or damaged."""
         store = load_store(self.evaluation(name))
         if store is None:
-            raise DataError(Fault(str(self.evaluation(name)), "it is not what was saved", AGAIN))
+            raise DataError(Fault(str(self.evaluation(name)), "missing or damaged", AGAIN))
         return store
 
 
 def corpus_of(cut: ChunkingConfig, source: TextSource, parts: tuple[Part, ...]) -> Corpus:
-    """The corpus of those parts, cut so."""
+    """The corpus of these parts."""
     return Corpus(
         source=source,
         parts=parts,

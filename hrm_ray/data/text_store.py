@@ -1,9 +1,4 @@
-"""Tokenised documents: arrays in memory, and one file of them.
-
-One job: documents -> TextStore, and a TextStore to and from a file. Each document is its tokens followed by the
-end-of-text token. How much goes into one store is the caller's choice, and with it the memory; rows of a batch are cut
-in packing.py.
-"""
+"""Tokenised documents: arrays in memory, and one file of them. Each document is its tokens and an end-of-text token."""
 
 from __future__ import annotations
 
@@ -24,7 +19,7 @@ from hrm_ray.data.tokenizer import Encoded, TextTokenizer
 
 FORMAT = "1"
 
-# A batch goes to the tokenizer's threads at once; both bounds keep memory flat for many small and for large documents.
+# A batch goes to the tokenizer's threads at once. Both bounds limit its memory: many small documents, or large ones.
 _BATCH_DOCUMENTS = 1024
 _BATCH_CHARACTERS = 1 << 20
 
@@ -60,7 +55,7 @@ class TextStore:
 def tokenise(documents: Iterable[Document], tokenizer: TextTokenizer, pairs: bool = False) -> TextStore:
     """The tokens of `documents`; those without any are left out and counted.
 
-    With `pairs` prompt and response are tokenised apart, so that the border between them lies between two tokens.
+    With `pairs` prompt and response are tokenised separately, so that no token spans both.
     """
     tokens: list[npt.NDArray[Any]] = [np.zeros(0, np.int32)]
     widths: list[npt.NDArray[Any]] = [np.zeros(0, np.uint8)]
@@ -144,7 +139,7 @@ def save_store(store: TextStore, path: Path) -> None:
 
 
 def load_store(path: Path) -> TextStore | None:
-    """The store in the file `path`; None where there is no such file, or not what was saved is in it."""
+    """The store in the file `path`; None where the file is missing or damaged."""
     try:
         with safe_open(path, framework="np") as file:
             about = file.metadata() or {}

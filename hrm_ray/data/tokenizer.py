@@ -1,9 +1,6 @@
-"""Text to tokens and back: a fast Hugging Face tokenizer with the two marks that training needs.
+"""Text to tokens and back: a fast Hugging Face tokenizer with an end-of-text and a padding token.
 
-One job: load, save, encode, decode. Every tokenizer here knows an end-of-text token; marks that happen to be
-written in a document are encoded as plain text. Training one is bpe.py, finding one by
-a name is named_tokenizer.py.
-"""
+Special tokens that happen to be written in a document are encoded as plain text."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ CONFIG_FILE = "tokenizer_config.json"
 class Encoded:
     """One document: `ids` int32 [T], and `bytes` int32 [T], the UTF-8 bytes of the text that each token stands for
     (their sum is the document's length in bytes; where a tokenizer that is not byte-level splits one character over
-    tokens, the first bears all its bytes)."""
+    tokens, the first counts all its bytes)."""
 
     ids: npt.NDArray[np.int32]
     bytes: npt.NDArray[np.int32]
@@ -45,7 +42,7 @@ class TextTokenizer:
     def __init__(self, backend: Tokenizer, end_of_text: str, pad: str | None) -> None:
         """`end_of_text` and `pad` are tokens of `backend`; without `pad` the end-of-text token pads (padding is never
         a label)."""
-        # Truncation and padding may be set in a tokenizer.json; either would lose text without a word.
+        # Truncation and padding may be set in a tokenizer.json; either would lose text silently.
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
@@ -79,8 +76,8 @@ class TextTokenizer:
         return [self._without_end(text, encoded) for text, encoded in zip(texts, self._encode(texts), strict=True)]
 
     def _of_widths(self, texts: Sequence[str], widths: npt.NDArray[np.int32]) -> list[Encoded] | None:
-        """The same without asking where in the text each token stands, which takes time; None where the tokens' bytes
-        do not add up to a text's, so that the tokenizer is not what it seemed."""
+        """The same without the tokens' offsets in the text, which take time; None where the tokens' bytes do not add up
+        to a text's, so that the vocabulary is not byte-level after all."""
         found = []
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         for text, encoding in zip(texts, encodings, strict=True):
@@ -153,7 +150,7 @@ class TextTokenizer:
         try:
             backend = Tokenizer.from_str(file.read_bytes().decode("utf-8"))
         except Exception as error:  # the library raises bare Exception for every kind of damage
-            reason = f"this is no tokenizer that the tokenizers library reads ({error})"
+            reason = f"the tokenizers library cannot read it ({error})"
             raise DataError(Fault(str(file), reason, "It may be cut short: copy it again, or train one")) from error
         end_of_text, pad = _marks_of(file.parent)
         vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -182,7 +179,7 @@ class TextTokenizer:
             raise UnavailableError(
                 Fault(
                     str(folder),
-                    f"it holds no {TOKENIZER_FILE} and Transformers is not installed",
+                    f"it has no {TOKENIZER_FILE} and Transformers is not installed",
                     "pip install transformers",
                 )
             ) from error
@@ -241,13 +238,11 @@ def _marks_of(folder: Path) -> tuple[str | None, str | None]:
         if not file.is_file():
             continue
         try:
-            said = json.loads(file.read_bytes().decode("utf-8"))
+            values = json.loads(file.read_bytes().decode("utf-8"))
         except (ValueError, RecursionError) as error:
-            raise DataError(
-                Fault(str(file), f"this is not JSON ({error})", "It may be cut short: copy it again")
-            ) from error
+            raise DataError(Fault(str(file), f"not JSON ({error})", "It may be cut short: copy it again")) from error
         for key in ("eos_token", "pad_token"):
-            token = said.get(key) if isinstance(said, dict) else None
+            token = values.get(key) if isinstance(values, dict) else None
             token = token.get("content") if isinstance(token, dict) else token
             if isinstance(token, str) and token:
                 marks[key] = token
@@ -258,7 +253,7 @@ def _id_of(backend: Tokenizer, token: str) -> int:
     index = backend.token_to_id(token)
     if index is None:
         raise DataError(
-            Fault(f"token {token}", "the tokenizer's vocabulary does not hold it", "Use the tokenizer's own files")
+            Fault(f"token {token}", "it is not in the tokenizer's vocabulary", "Use the tokenizer's own files")
         )
     return int(index)
 
@@ -267,7 +262,7 @@ def _no_end_of_text(path: Path) -> DataError:
     return DataError(
         Fault(
             str(path),
-            "this tokenizer names no end-of-text token, so documents could not be told apart",
+            "this tokenizer has no end-of-text token, so documents could not be separated",
             f'Add "eos_token" to {CONFIG_FILE} beside it',
         )
     )

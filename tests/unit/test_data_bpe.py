@@ -83,7 +83,7 @@ def test_a_sample_counts_for_as_much_text_as_there_is() -> None:
     limited = train_sized_bpe(lambda: texts, SizeBounds(260, 5000, 10**12, corpus_documents=400), 100)
     assert limited.tokenizer.vocab_size == quarter.tokenizer.vocab_size
     compressed = train_sized_bpe(lambda: texts, SizeBounds(260, 5000, size // 4), 100)
-    assert compressed.tokenizer.vocab_size == alone.tokenizer.vocab_size and "nobody knows" in compressed.account
+    assert compressed.tokenizer.vocab_size == alone.tokenizer.vocab_size and "unknown" in compressed.account
 
 
 def test_the_bounds_hold_and_are_named() -> None:
@@ -91,7 +91,7 @@ def test_the_bounds_hold_and_are_named() -> None:
     free = train_sized_bpe(lambda: texts, SizeBounds(LEAST_VOCABULARY, 5000, 0), 99).tokenizer.vocab_size
     low = train_sized_bpe(lambda: texts, SizeBounds(free + 20, 5000, 0), 99)
     assert low.tokenizer.vocab_size == free + 20
-    assert f"bears {free} tokens" in low.account and f"--min-vocab-size {free + 20}" in low.account
+    assert f"gives {free} tokens" in low.account and f"--min-vocab-size {free + 20}" in low.account
     high = train_sized_bpe(lambda: texts, SizeBounds(260, free - 5, 0), 99)
     assert high.tokenizer.vocab_size == free - 5 and f"--max-vocab-size {free - 5}" in high.account
 

@@ -72,10 +72,10 @@ def test_a_bomb_is_refused_and_text_that_packs_well_is_not(tmp_path: Path, monke
     monkeypatch.setattr(streams, "EXPANSION", 100)
     rows = rows_of(repeated)
     assert shown(rows)[-1] == "<end>" and 500 < len(rows) < 2000
-    assert "more than 100 times as much (a bomb, it seems)" in faults_of(repeated)[0]
+    assert "more than 100 times as much (possibly a bomb)" in faults_of(repeated)[0]
     monkeypatch.setattr(streams, "EXPANSION", 500)
     monkeypatch.setattr(streams, "TOTAL_BYTES", 1 << 20)
-    assert "TiB come out" in faults_of(repeated)[0]
+    assert "expands to more than" in faults_of(repeated)[0]
 
 
 def test_a_compressed_table_is_copied_and_the_copy_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_a_file_that_vanishes_or_changes_is_told(tmp_path: Path) -> None:
     assert isinstance(row, BadRow) and row.ends_part and "had" in str(row.fault) and "a.jsonl" in str(row.fault)
     (tmp_path / "a.jsonl").unlink()
     (row,) = read_part(part, source, start_row=1)
-    assert isinstance(row, BadRow) and row.row == 1 and "not there any more" in str(row.fault)
+    assert isinstance(row, BadRow) and row.row == 1 and "is gone" in str(row.fault)
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_told(tmp_path: Path) -> None:

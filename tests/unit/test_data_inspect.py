@@ -129,7 +129,7 @@ def test_bad_rows_are_told_and_do_not_fail(tmp_path: Path) -> None:
 def test_a_file_that_breaks_off(tmp_path: Path) -> None:
     content = gzip.compress(FORMATS["jsonl"]([f"{number} " + "abc" * number for number in range(400)]))
     ran = shown(write(tmp_path / "a.jsonl.gz", content[: len(content) // 2]))
-    assert "cannot be read on" in ran.out and "1 of " in ran.err
+    assert "cannot be read further" in ran.out and "1 of " in ran.err
     assert line_of(ran, "broken") == "1 part(s), with an unknown number of lost rows"
 
 

@@ -185,7 +185,7 @@ def test_an_id_is_fetched_from_the_hub_once_and_faults_come_within_seconds(hub: 
     names = ["org/name", "org/weights", "org/none", "org/slow"]
     fetched, weights, absent, slow = tried(tmp_path / "home", names, HF_ENDPOINT=hub)
     assert fetched == TOKENIZER.fingerprint
-    assert weights.startswith("SettingsError org/weights: ") and "holds no tokenizer" in weights
+    assert weights.startswith("SettingsError org/weights: ") and "contains no tokenizer" in weights
     assert absent.startswith("SettingsError org/none: ") and "no such repository" in absent
     assert slow.startswith("UnavailableError org/slow: ") and "the Hub cannot be asked" in slow
     assert time.monotonic() - begun < 20, "no minutes of retries"

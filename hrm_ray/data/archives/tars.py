@@ -74,7 +74,7 @@ class TarStream:
         except Unreadable as error:
             raise ContainerUnreadable(error.fault) from error
         except OSError as error:
-            raise ContainerUnreadable(Fault(self._where, f"it cannot be read on ({error})", _COPY_AGAIN)) from error
+            raise ContainerUnreadable(Fault(self._where, f"cannot be read further ({error})", _COPY_AGAIN)) from error
         if len(data) < length:
             raise ContainerUnreadable(Fault(self._where, "it ends in the middle of a member", _COPY_AGAIN))
         return data
@@ -210,7 +210,7 @@ def tar_directory(address: str, archive_bytes: int, stamp: str) -> tuple[list[st
 def tar_rows(stream: BinaryIO, cursor: Cursor, selection: Selection, *, undecided: bool) -> Iterator[Row]:
     """The rows of a tar stream, members in the order they are stored in. Raises ContainerUnreadable.
 
-    `undecided`: nobody has looked at the names. Then the first member decides whether the split of the selection is a
+    `undecided`: the names are not known yet. Then the first member decides whether the split of the selection is a
     part of the archive, or the archive is not divided and all of it is meant.
     """
     where, tar = cursor.where, TarStream(stream, cursor.where)

@@ -1,7 +1,4 @@
-"""Building a puzzle set out of ARC tasks: their train pairs and copies of them to train on, their test pairs held out.
-
-One job: build_arc, a folder that is complete or absent. Tasks are puzzles/arc.py.
-"""
+"""Building a puzzle set from ARC tasks: their train pairs and copies of them to train on, their test pairs held out."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Building a maze set: a start and a goal in each, and the one shortest path between them marked in the label.
-
-One job: build_maze, a folder that is complete or absent. Mazes themselves are puzzles/mazes.py, symmetries
-puzzles/dihedral.py.
-"""
+"""Building a maze set: a start and a goal in each, and the one shortest path between them marked in the label."""
 
 from __future__ import annotations
 

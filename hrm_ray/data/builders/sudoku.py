@@ -1,8 +1,4 @@
-"""Building a Sudoku set: different puzzles with one solution each, held-out ones on grids that training never sees.
-
-One job: build_sudoku, a folder that is complete or absent. Solving is puzzles/sudoku.py, symmetries are
-puzzles/symmetry.py.
-"""
+"""Building a Sudoku set: different puzzles with one solution each, held-out ones on grids that training never sees."""
 
 from __future__ import annotations
 

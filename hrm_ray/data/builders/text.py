@@ -1,7 +1,4 @@
-"""Building a text corpus out of the documentation that comes with Python, so that a first run needs no download.
-
-One job: build_text, a folder that is complete or absent. The documentation's text is pydocs.py.
-"""
+"""Building a text corpus from the documentation that comes with Python, so that a first run needs no download."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ class TextSummary:
 def build_text(out: Path, *, max_bytes: int | None = None, seed: int = 0, overwrite: bool = False) -> TextSummary:
     """A text corpus of Python's own documentation: train.jsonl and test.jsonl with rows {"text", "source"}.
 
-    Documents come in an order keyed by `seed`, each at most once; about one in 50 is held out, chosen by a hash of
+    Documents come in an order keyed by `seed`, each at most once; about one in 25 is held out, chosen by a hash of
     its text, so no held-out document occurs in training. `max_bytes` ends the corpus before the document that would
     pass it (UTF-8 bytes of text, both splits together). Raises SettingsError for values that cannot be honoured.
     """
@@ -58,7 +55,7 @@ def build_text(out: Path, *, max_bytes: int | None = None, seed: int = 0, overwr
         length = len(text.encode("utf-8"))
         if max_bytes is not None and sum(sizes.values()) + length > max_bytes:
             break
-        # The first digits order the documents, so the last ones choose: else a short corpus had all of one split.
+        # By the last digits, because the first ones order the documents: a short corpus would have one split only.
         split = "test" if int(key[-8:], 16) % _TEST_SHARE == 0 else "train"
         splits[split].append(json.dumps({"text": text, "source": source}, ensure_ascii=False))
         sizes[split] += length

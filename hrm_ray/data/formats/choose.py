@@ -1,7 +1,4 @@
-"""From a file's kind to the reader of its rows.
-
-One job: the table of formats, and what a format needs of its stream: without compression, and seekable or not.
-"""
+"""The table of formats, and what a format needs of its stream: decompressed, and seekable or not."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""Tables by column: .parquet, and .arrow files and streams.
+"""Tables by column: .parquet, and .arrow files and streams, read through pyarrow on one thread.
 
-One job: the wanted columns only, a few thousand values at a time, as rows. These formats are read through pyarrow,
-on one thread.
-"""
+Only the wanted columns are read, a few thousand values at a time."""
 
 from __future__ import annotations
 
@@ -53,7 +51,7 @@ def _parquet_rows(file: BinaryIO, cursor: Cursor) -> Iterator[Row]:
 
 
 def parquet_length(file: BinaryIO, columns: Columns) -> int | None:
-    """The number of rows of a Parquet file, from its description; None where it cannot be read as rows."""
+    """The number of rows of a Parquet file, from its metadata; None where it cannot be read as rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -133,7 +131,7 @@ def _batch_rows(batch: Any, cursor: Cursor, mark: int = 0) -> Iterator[Row]:
 
 
 def _values(column: Any) -> list[object]:
-    """A column's values; text that is no UTF-8 as bytes."""
+    """A column's values; text that is not UTF-8 as bytes."""
     try:
         values: list[object] = column.to_pylist()
     except UnicodeDecodeError:
@@ -150,8 +148,8 @@ def _value(scalar: Any) -> object:
 
 
 def _damaged(error: Exception, where: str, form: str) -> Unreadable:
-    """The Unreadable for what pyarrow says of a file that is damaged, or of another format."""
+    """The Unreadable for pyarrow's error of a file that is damaged or of another format."""
     if isinstance(error, FileNotFoundError | PermissionError):
         return damage(error, where)
-    said = str(error).strip().rstrip(".").partition("\n")[0]
-    return Unreadable(Fault(where, f"it cannot be read (on) as {form} ({said})", "It may be damaged: copy it again"))
+    message = str(error).strip().rstrip(".").partition("\n")[0]
+    return Unreadable(Fault(where, f"it cannot be read as {form} ({message})", "It may be damaged: copy it again"))

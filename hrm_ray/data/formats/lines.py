@@ -1,7 +1,4 @@
-"""JSON lines: .jsonl.
-
-One job: each line that is not blank is one row, an object. A bad line costs that line only.
-"""
+"""JSON lines (.jsonl): each line that is not blank is one row, an object. A bad line costs that line only."""
 
 from __future__ import annotations
 
@@ -52,7 +49,7 @@ def too_long(where: str) -> Fault:
 
 
 def _rest_of_line(stream: BinaryIO, line: bytes) -> int:
-    """Reads on to the end of a line, keeping nothing; the bytes that were left of it."""
+    """Skips to the end of a line; returns the number of bytes skipped."""
     length = 0
     while line and not line.endswith(b"\n"):
         line = stream.readline(_SKIPPED_AT_ONCE)
@@ -61,7 +58,7 @@ def _rest_of_line(stream: BinaryIO, line: bytes) -> int:
 
 
 def is_blank(line: bytes) -> bool:
-    """Whether nothing but white space is on a line: such a line is no row."""
+    """Whether a line is only white space, which is not a row."""
     return line.isspace() or (line.startswith(_BOM) and not line[len(_BOM) :].strip())
 
 

@@ -1,8 +1,6 @@
-"""Tables as text: .csv and .tsv, with the columns' names in the first row.
+"""Tables as text: .csv and .tsv, with the columns' names in the first row (quotes as in RFC 4180; tabs for .tsv).
 
-One job: records as the csv module reads them (quotes as in RFC 4180; tabs instead of commas for .tsv). A bad record
-costs that record only.
-"""
+A bad record costs that record only."""
 
 from __future__ import annotations
 
@@ -36,13 +34,13 @@ class _Lines:
             raise StopIteration
         begins, self.offset, self.number = self.offset, self.offset + len(line), self.number + 1
         if len(line) > ROW_BYTES:
-            # What follows would be taken for another record; nothing says where the next one begins.
+            # Nothing says where the next record begins.
             self.too_long = True
             raise StopIteration
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
-            # The record goes on to its end, so that the next one begins where it should.
+            # Read to the record's end, so that the next one begins where it should.
             self.fault = self.fault or (error, begins + error.start)
             text = line.decode("utf-8", "replace")
         return text.removeprefix("\ufeff") if begins == 0 else text
@@ -64,7 +62,7 @@ def tsv_rows(stream: BinaryIO, cursor: Cursor) -> Iterator[Row]:
 
 
 def _rows(stream: BinaryIO, cursor: Cursor, delimiter: str) -> Iterator[Row]:
-    # The limit is the csv module's, one for the process; it may only grow.
+    # The csv module has one limit for the process, which other users may have raised further.
     csv.field_size_limit(max(csv.field_size_limit(), ROW_BYTES))
     lines = _Lines(stream)
     records = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -91,7 +89,7 @@ def _rows(stream: BinaryIO, cursor: Cursor, delimiter: str) -> Iterator[Row]:
                 raise Unreadable(too_long(where)) from None
             return
         except csv.Error as error:
-            wrong = Fault(where, f"this record is no {delimiter!r}-separated one ({error})", _QUOTES)
+            wrong = Fault(where, f"not a {delimiter!r}-separated record ({error})", _QUOTES)
         row = cursor.next_row()
         if row >= cursor.start:
             mark = lines.offset if cursor.marked else None

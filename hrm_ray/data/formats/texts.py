@@ -1,8 +1,5 @@
-"""Text files: .txt and .md.
-
-One job: a file is one row; one longer than PIECE_BYTES is several, cut after the ends of lines, so that no file is
-held in memory whole. The rows of a file joined are its text.
-"""
+"""Text files (.txt, .md): a file is one row. One longer than PIECE_BYTES is several rows, cut after the ends of lines,
+so that no file is held in memory whole; the rows joined are its text."""
 
 from __future__ import annotations
 

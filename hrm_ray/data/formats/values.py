@@ -1,8 +1,6 @@
-"""JSON files: .json, an array of objects, or objects one after the other.
+"""JSON files (.json): an array of objects, or objects one after the other, one at a time out of a file of any length.
 
-One job: one object at a time out of a file of any length. What follows a syntax error cannot be told apart from it, so
-such an error ends the file.
-"""
+The rows after a syntax error cannot be told apart from it, so such an error ends the file."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from hrm_ray.errors import Fault
 _READ_BYTES = 256 << 10
 _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
-_MEND = "Write an array of objects: [{...}, {...}]"
+_HINT = "Write an array of objects: [{...}, {...}]"
 # An error, or the end of a number, nearer than this to the end of what was read may be due to what is still to come.
 _MARGIN = 16
 
@@ -36,11 +34,11 @@ def json_rows(stream: BinaryIO, cursor: Cursor) -> Iterator[Row]:
         if is_array and character == "]":
             text.step()
             if text.peek():
-                raise Unreadable(Fault(text.where(), "something follows the end of the array", _MEND))
+                raise Unreadable(Fault(text.where(), "more text follows the end of the array", _HINT))
             return
         if is_array and not first:
             if character != ",":
-                raise Unreadable(Fault(text.where(), "there is no comma between two rows", _MEND))
+                raise Unreadable(Fault(text.where(), "there is no comma between two rows", _HINT))
             text.step()
             text.peek()
         first, where = False, text.where()
@@ -50,13 +48,13 @@ def json_rows(stream: BinaryIO, cursor: Cursor) -> Iterator[Row]:
             if isinstance(value, dict):
                 yield cursor.columns.document(value, where, row, None)
             else:
-                yield BadRow(Fault(where, f"this row is {kind_name(value)}, not an object", _MEND), where, row)
+                yield BadRow(Fault(where, f"this row is {kind_name(value)}, not an object", _HINT), where, row)
     if is_array:
         raise Unreadable(Fault(text.where(), "the array does not end", "The file may be cut short: copy it again"))
 
 
 class _Window:
-    """A stretch of the stream as text: it grows at its end and is cut off at its beginning."""
+    """A part of the stream as text, read on at its end and dropped at its beginning."""
 
     def __init__(self, stream: BinaryIO, name: str) -> None:
         self._stream, self._name = stream, name
@@ -82,7 +80,7 @@ class _Window:
         self._at += 1
 
     def where(self) -> str:
-        """File and line of the present place."""
+        """File and line of the present position."""
         self._lines += self._text.count("\n", self._counted, self._at)
         self._counted = self._at
         return f"{self._name}:{self._lines + 1}"
@@ -96,9 +94,9 @@ class _Window:
                 at_the_end = error.pos + _MARGIN >= len(self._text) or error.msg.startswith("Unterminated string")
                 if self._ended or not at_the_end:
                     self._check()
-                    raise Unreadable(Fault(self.where(), f"this is not JSON ({error.msg})", _MEND)) from error
+                    raise Unreadable(Fault(self.where(), f"not JSON ({error.msg})", _HINT)) from error
             except (ValueError, RecursionError) as error:
-                raise Unreadable(Fault(self.where(), f"this is not JSON ({error})", _MEND)) from error
+                raise Unreadable(Fault(self.where(), f"not JSON ({error})", _HINT)) from error
             else:
                 if self._ended or isinstance(value, dict | list | str) or end + _MARGIN < len(self._text):
                     self._at = end
@@ -112,7 +110,7 @@ class _Window:
             raise Unreadable(self._fault)
 
     def _grow(self) -> None:
-        """Read on, as much again as there is, so that a long value is not parsed too often."""
+        """Read as much again as there is, so that a long value is not parsed too often."""
         self.where()
         self._text = self._text[self._at :]
         self._at = self._counted = 0
@@ -131,5 +129,6 @@ class _Window:
 
 
 def _end(found: re.Match[str] | None) -> int:
-    assert found is not None, "the pattern matches nothing at least"
+    if found is None:
+        raise ValueError("no match")
     return found.end()

@@ -1,8 +1,6 @@
-"""Which columns the rows of a corpus have.
+"""The columns of a corpus: names, types, and how many rows fill them, from a few rows of a few parts.
 
-One job: a few rows of a few parts, read with all their columns -> names, types, and how many rows fill them. It goes
-through the same readers as training, which take one or two columns only.
-"""
+Rows go through the same readers as in training, which take one or two columns only."""
 
 from __future__ import annotations
 
@@ -51,7 +49,7 @@ class TableFacts:
 
 
 class _Tally(Columns):
-    """Columns that take whatever there is, and count it instead of making documents of it."""
+    """Columns that count the values of all columns instead of making documents of them."""
 
     def __init__(self) -> None:
         super().__init__("", None, None)
@@ -61,7 +59,7 @@ class _Tally(Columns):
         self.filled: dict[str, int] = {}
 
     def absent(self, there: Iterable[str], where: str, what: str = "row") -> Fault | None:
-        """Readers that take the wanted columns out of a table ask this first: all that are there are wanted."""
+        """Called first by readers that select columns of a table: all of them are selected."""
         self.names = tuple(dict.fromkeys(there))
         for name in self.names:
             self.types.setdefault(name, {})
@@ -90,8 +88,8 @@ class _Tally(Columns):
 
 
 def read_columns(parts: Sequence[Part], source: TextSource, timer: Timer) -> TableFacts:
-    """The columns of the first rows of a few parts, which lie evenly in the corpus; plain texts have none. What cannot
-    be read is passed over: the reading of the texts tells of it."""
+    """The columns of the first rows of a few parts, which lie evenly in the corpus; plain texts have none. Rows
+    that cannot be read are skipped: reading the texts reports them."""
     tally = _Tally()
     tables = [part for part in parts if part.kind is None or part.kind.form not in TEXT_FORMATS]
     step = max(1, -(-len(tables) // _PARTS))

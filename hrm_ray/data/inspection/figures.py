@@ -1,7 +1,4 @@
-"""Numbers that are known, or nearly.
-
-One job: Figure, a whole number with how sure it is, and Lengths, what is kept of many numbers.
-"""
+"""Numbers in reports: exact or estimated, and the spread of many numbers in fixed memory."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ _KEPT = 1 << 17
 
 @dataclass(frozen=True)
 class Figure:
-    """A whole number: counted, estimated from a part of the data, or the least that it can be."""
+    """A whole number: counted, estimated from a part of the data, or a lower bound."""
 
     value: int
     certainty: Certainty = "exact"
@@ -41,7 +38,7 @@ class Lengths:
         self._least, self._most = 0, -1
 
     def add(self, length: int) -> bool:
-        """Takes one in; whether it is longer than all before."""
+        """Add one; returns whether it is longer than all before."""
         longer = length > self._most
         self._least = min(self._least, length) if self._most >= 0 else length
         self._most = max(self._most, length)

@@ -1,8 +1,6 @@
-"""What training would see of a set of puzzles.
+"""What training would see of a set of puzzles, with a few samples.
 
-One job: a puzzle set -> PuzzleSetFacts, with a few puzzles. A small set is read whole, with all checks that training
-makes; of a large one the description and the first puzzles are read. It prints nothing.
-"""
+A small set is read whole, with all checks that training makes; of a large one the description and the first puzzles."""
 
 from __future__ import annotations
 
@@ -98,7 +96,7 @@ def inspect_puzzles(
 
 
 def _bytes(file: Path | None) -> int:
-    """The size of a file; 0 where it is missing, of which its reader tells."""
+    """The size of a file; 0 where it is missing, which its reader reports."""
     return file.stat().st_size if file is not None and file.is_file() else 0
 
 

@@ -1,8 +1,5 @@
-"""What training would see of a corpus of text.
-
-One job: a corpus and a time -> TextFacts: its parts, columns, rows, lengths, tokens, blocks and chunks, bad rows, and a
-few samples. What was counted and what was estimated is told apart. It prints nothing.
-"""
+"""What training would see of a corpus of text, read for a limited time: parts, columns, rows, lengths, tokens, blocks
+and chunks, bad rows, and a few samples. Exact numbers are told apart from estimated ones."""
 
 from __future__ import annotations
 
@@ -63,9 +60,9 @@ class TextFacts:
     """What `inspect_text` found.
 
     `kinds` counts the parts by format and compression; `skipped` files (or members) of other kinds lie beside them.
-    `share` of the stored bytes was read (None: nobody can say), which were `rows_read` rows behind those that the
-    offset leaves out; all sums and spreads of rows are theirs. `rows` is the number of rows that training takes. Of
-    `bad` rows and of `broken` parts, whose rest cannot be read (a row of each is bad), the first ones' faults are told.
+    `share` of the stored bytes was read (None: unknown), which were `rows_read` rows after the offset;
+    all sums and spreads are of these rows. `rows` is the number of rows that training takes. `faults` are the first
+    ones of `bad` rows, `breaks` those of `broken` parts, whose rest cannot be read (a row of each is bad).
     """
 
     path: str
@@ -165,7 +162,7 @@ def _all_rows(corpus: Corpus, reading: CorpusReading, share: float | None, timer
 
 
 def _known_rows(corpus: Corpus, timer: Timer) -> int | None:
-    """The number of rows where descriptions tell it for all parts, and time is left to read those."""
+    """The number of rows, where the metadata of all parts have it and there is time to read those."""
     total = 0
     for part in corpus.parts:
         rows = None if timer.up else known_rows(part, corpus.source)

@@ -1,10 +1,7 @@
 """ARC tasks: pairs of coloured grids, read from .json files, as tokens, and under symmetries.
 
-One job: a task's grids checked, turned, recoloured and laid out. It writes no files (builders/arc.py).
-
 Layout as in the public HRM sets (sapientinc/HRM): a grid stands in the upper left of 30x30 cells, colour + 2; a row and
-a column of END close it below and to the right where there is room; the rest is PAD.
-"""
+a column of END close it below and to the right where there is room; the rest is PAD."""
 
 from __future__ import annotations
 
@@ -47,18 +44,18 @@ class Task:
 
 @dataclass(frozen=True)
 class Change:
-    """A copy of a task in other clothes: grids turned by `symmetry` (see dihedral), and colour c become colours[c]."""
+    """An augmentation of a task: grids turned by `symmetry` (see dihedral), and colour c becomes colours[c]."""
 
     symmetry: int
     colours: tuple[int, ...]
 
     @property
     def name(self) -> str:
-        """A word that tells the change."""
+        """A short name of the change."""
         return f"t{self.symmetry}_{''.join(map(str, self.colours))}"
 
     def apply(self, grid: Grid) -> Grid:
-        """The grid in its other clothes."""
+        """The augmented grid."""
         changed: Grid = dihedral.turned(np.array(self.colours, dtype=np.uint8)[grid], self.symmetry)
         return changed
 
@@ -99,7 +96,7 @@ def _read_task(file: Path, name: str) -> Task:
     try:
         raw = json.loads(file.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DataError(Fault(str(file), f"this is not JSON ({error})", "Mend the file, or take it away")) from error
+        raise DataError(Fault(str(file), f"not JSON ({error})", "Correct the file, or remove it")) from error
     parts: dict[str, tuple[Pair, ...]] = {}
     for part in ("train", "test"):
         pairs = raw.get(part) if isinstance(raw, dict) else None

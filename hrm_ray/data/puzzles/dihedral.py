@@ -1,7 +1,4 @@
-"""The eight symmetries of a square: four turns, each also mirrored.
-
-One job: turn and mirror grids. Which copies go into a set is the builders' matter.
-"""
+"""The eight symmetries of a square: four turns, each also mirrored."""
 
 from __future__ import annotations
 
@@ -19,5 +16,5 @@ def turned(grid: npt.NDArray[Any], number: int) -> npt.NDArray[Any]:
 
 
 def canonical(grid: npt.NDArray[Any]) -> bytes:
-    """The same bytes for all eight copies of a square grid, and different ones for grids that are no copies."""
+    """The same bytes for all eight copies of a square grid, and different ones for grids that are not copies."""
     return min(np.ascontiguousarray(turned(grid, number)).tobytes() for number in range(COUNT))

@@ -1,13 +1,9 @@
 """The puzzle data set on disk: a folder with `dataset.json` and one `<split>.safetensors` per split.
 
-One job: what a set of puzzles is (PuzzleFacts), and writing and reading its description. Reading the samples is
-samples.py.
-
 dataset.json: {"kind": "puzzle", "format": 1, "name", "seq_len", "vocab_size", "num_puzzle_identifiers", "pad_id"
 (token of padding), "blank_id" (puzzle identifier of padding rows), "grid": [height, width] or null, "symbols": how
 each token prints, "end_id" (token that closes a grid smaller than that, or null), "splits": {name: {"count",
-"sha256"}}, "built": how it was made}.
-"""
+"sha256"}}, "built": how it was made}."""
 
 from __future__ import annotations
 
@@ -159,7 +155,7 @@ def read_description(folder: Path) -> Description:
     try:
         raw = json.loads(path.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DataError(Fault(str(path), f"this is not JSON ({error})", REBUILD)) from error
+        raise DataError(Fault(str(path), f"not JSON ({error})", REBUILD)) from error
     if not isinstance(raw, dict) or raw.get("kind") != "puzzle" or raw.get("format") != 1:
         raise DataError(Fault(str(path), 'it does not say "kind": "puzzle", "format": 1', REBUILD))
     try:

@@ -1,8 +1,4 @@
-"""Mazes: carving a square grid, and the shortest way through it.
-
-One job: grids of open cells and walls, distances, and ends with exactly one shortest path between them. It writes no
-files (builders/maze.py).
-"""
+"""Mazes: carving a square grid, distances, and ends with exactly one shortest path between them."""
 
 from __future__ import annotations
 

@@ -1,13 +1,11 @@
-"""Puzzles as samples: reading a puzzle set and giving its rows.
+"""Puzzles as samples: from a folder with dataset.json, a plain .safetensors file or .jsonl.
 
-One job: PuzzleSamples, from a folder of our builder, a plain .safetensors file (`<split>.inputs`, `<split>.labels`,
-optional `<split>.puzzle_identifiers`; or without prefix, which is the split "train"), or .jsonl with lists `inputs`
-and `labels`. It does not choose the order (order.py).
+A plain file has `<split>.inputs`, `<split>.labels`, optional `<split>.puzzle_identifiers`; or none of the prefixes,
+which is the split "train". Rows of .jsonl have lists `inputs` and `labels`.
 
-Labels are taken as they are. IGNORE_LABEL (-100) marks a cell without loss; in a folder with dataset.json the pad
+Labels are used as they are. IGNORE_LABEL (-100) marks a cell without loss; in a folder with dataset.json the pad
 token as a label does so too (reference: sapientinc/HRM, ignore_label_id). Plain files do not say which token pads, so
-there every label counts, and padding rows use token 0 and identifier 0.
-"""
+there every label counts, and padding rows use token 0 and identifier 0."""
 
 from __future__ import annotations
 
@@ -173,7 +171,7 @@ def _open_safetensors(path: Path, split: str, first: int | None) -> PuzzleSample
         raise DataError(
             Fault(
                 str(path),
-                f"it holds no puzzles but {held}",
+                f"it has no puzzles but {held}",
                 "Puzzles are tensors <split>.inputs and <split>.labels [N, S]",
             )
         )
@@ -296,7 +294,7 @@ def _read_tensors(path: Path, first: int | None = None) -> Tensors:
         raise DataError(
             Fault(
                 str(path),
-                f"these {size} bytes are no whole safetensors file ({error})",
+                f"these {size} bytes are not a whole safetensors file ({error})",
                 "It may be cut short: copy it again",
             )
         ) from error

@@ -1,12 +1,9 @@
 """Sudoku of 4x4, 6x6 and 9x9: solving, grading, and generating puzzles with exactly one solution.
 
-One job: grids and puzzles as tuples of digits (0 = empty, row by row). It does not write files (builders/sudoku.py)
-and does not permute symmetries (symmetry.py).
-
-The solver holds all candidates of a grid in one Python integer, one bit per (digit, row, column). A constraint is "this
-group of candidates holds exactly one"; counting a whole family of groups at once (all cells, all rows, all columns, all
-boxes, for all digits) takes `size` shifts of that integer, which makes pure Python fast enough.
-"""
+Grids and puzzles are tuples of digits (0 = empty, row by row). The solver holds all candidates of a grid in one
+Python integer, one bit per (digit, row, column). A constraint is "this group of candidates holds exactly one";
+counting a whole family of groups at once (all cells, all rows, all columns, all boxes, for all digits) takes `size`
+shifts of that integer, which makes pure Python fast enough."""
 
 from __future__ import annotations
 

@@ -1,10 +1,7 @@
-"""Symmetric copies of Sudoku grids: what may be permuted without touching validity.
+"""Symmetric copies of Sudoku grids: permutations that keep a solution valid and a puzzle's solution unique.
 
-One job: draw symmetries and apply them to many grids at once. A symmetry relabels the digits, permutes bands, stacks,
-and the rows and columns inside them, and may transpose where boxes are square (else boxes would lie down). It keeps a
-solution valid and a puzzle's solution unique. It does not decide which copies are allowed in a training set
-(builders/sudoku.py).
-"""
+A symmetry relabels the digits, permutes bands, stacks, and the rows and columns inside them, and may transpose where
+boxes are square (else boxes would lie down)."""
 
 from __future__ import annotations
 
