@@ -47,7 +47,7 @@ TRAINING: dict[str, Case] = {
     "only blank rows": (
         5,
         lambda d: ["--dataset-file", written(d, "b.jsonl", '\n{"text": ""}\n')],
-        ("b.jsonl", "empty", "Give data"),
+        ("b.jsonl", "contains no text", "Give data"),
     ),
     "missing column": (
         5,
@@ -74,7 +74,7 @@ TRAINING: dict[str, Case] = {
         lambda d: ["--dataset-file", written(d, "j.jsonl", GOOD_ROWS + "{oops\n")],
         ("j.jsonl:41", "not JSON", "one JSON object"),
     ),
-    "another suffix": (5, lambda d: ["--dataset-file", written(d, "t.xls", "x")], (".xls", "not read", ".txt")),
+    "another suffix": (5, lambda d: ["--dataset-file", written(d, "t.xls", "x")], (".xls", "cannot be read", ".txt")),
     "puzzle out of its vocabulary": (
         5,
         lambda d: ["--dataset-file", written(d, "p.jsonl", '{"inputs": [0, 1], "labels": [1, -7]}\n')],
