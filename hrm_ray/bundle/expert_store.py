@@ -24,9 +24,9 @@ from hrm_ray.settings.faults import hint_of_name
 EXPERT_FILE, REGISTRY_FILE = "expert.safetensors", "registry.json"
 _LOCK_FILE = f"{REGISTRY_FILE}.lock"
 _STACK = ".mlp.experts."
-"""What the names of all stacked tensors hold, and no others."""
+"""Part of the names of all stacked experts' tensors, and of no others."""
 _FREE = frozenset({"seq_len", "dropout_rate", "moe_capacity_factor", "forward_dtype"})
-"""Parts of a configuration in which two models may differ that share experts: an expert's arithmetic has none."""
+"""Fields in which the configurations of models that share experts may differ: experts do not depend on them."""
 _LOCK_TIMEOUT_S = 10.0
 
 
@@ -56,7 +56,7 @@ def expert_tensors(weights: Mapping[str, Tensor], index: int) -> dict[str, Tenso
 
 
 def with_expert(weights: Mapping[str, Tensor], expert: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
-    """`weights` with the slices of one expert in place of those of expert `index`; nothing else is touched."""
+    """A copy of `weights` with the slices of expert `index` replaced."""
     whole = dict(weights)
     for name, tensor in expert.items():
         whole[name] = weights[name].clone()
@@ -65,12 +65,12 @@ def with_expert(weights: Mapping[str, Tensor], expert: Mapping[str, Tensor], ind
 
 
 def read_registry(folder: Path) -> dict[str, StoredExpert]:
-    """All experts of a folder by id; none where there is no registry. Raises DataError for another content,
-    SettingsError for a place that cannot be a folder."""
+    """All experts of a folder by id; none without a registry. Raises DataError for a file that is not a registry,
+    SettingsError where the folder's path is a file."""
     in_the_way = next((place for place in (folder, *folder.parents) if place.is_file()), None)
     if in_the_way is not None:
-        said = "it" if in_the_way == folder else str(in_the_way)
-        raise SettingsError(Fault(f"--experts-dir {folder}", f"{said} is a file, not a folder", "Give a folder"))
+        subject = "" if in_the_way == folder else f"{in_the_way} "
+        raise SettingsError(Fault(f"--experts-dir {folder}", f"{subject}is a file, not a folder", "Give a folder"))
     path = folder / REGISTRY_FILE
     if not path.is_file():
         return {}
@@ -79,14 +79,14 @@ def read_registry(folder: Path) -> dict[str, StoredExpert]:
     entries = plain.get("experts") if isinstance(plain, dict) else None
     if not isinstance(entries, dict) or not all(isinstance(e, dict) and e.keys() == names for e in entries.values()):
         hint = "Restore the file from a copy, or use the version of hrm_ray that wrote it"
-        raise DataError(Fault(str(path), "it is not a registry that hrm-ray train wrote", hint))
+        raise DataError(Fault(str(path), "is not a registry of experts", hint))
     return {identifier: StoredExpert(**entry) for identifier, entry in entries.items()}
 
 
 def check_place(folder: Path, identifier: str, bundle: Path) -> None:
     """Raises SettingsError where no expert of this name can be stored, or another run than that of `bundle` has."""
     entry = read_registry(folder).get(identifier)
-    # Some file systems do not tell capitals from small letters.
+    # Some file systems ignore case.
     if identifier.lower() in (REGISTRY_FILE, _LOCK_FILE):
         reason = f"a file of {folder} has this name"
         raise SettingsError(Fault(f"--expert-id {identifier}", reason, "Give another --expert-id"))
@@ -94,7 +94,7 @@ def check_place(folder: Path, identifier: str, bundle: Path) -> None:
         reason = f"{folder / identifier} is a file, not a folder"
         raise SettingsError(Fault(f"--expert-id {identifier}", reason, "Give another --expert-id, or --experts-dir"))
     if entry is not None and entry.bundle != str(bundle):
-        reason = f"there is an expert of this name in {folder}, trained in {entry.bundle}"
+        reason = f"{folder} has an expert of this name, trained in {entry.bundle}"
         raise SettingsError(Fault(f"--expert-id {identifier}", reason, "Give another --expert-id, or --experts-dir"))
 
 
@@ -124,7 +124,7 @@ def read_expert(folder: Path, identifier: str) -> tuple[StoredExpert, dict[str, 
     registry = read_registry(folder)
     if identifier not in registry:
         there = f"There are {', '.join(registry)}" if registry else "Train one with hrm-ray train --expert-id"
-        reason = f"there is no expert of this name in {folder}"
+        reason = f"no expert of this name in {folder}"
         raise SettingsError(Fault(identifier, reason, hint_of_name(identifier, registry, there)))
     path, entry = folder / identifier / EXPERT_FILE, registry[identifier]
     tensors = read_tensors(path)
@@ -135,9 +135,9 @@ def read_expert(folder: Path, identifier: str) -> tuple[StoredExpert, dict[str, 
 
 
 def put_expert(folder: Path, identifier: str, into: Path, out: Path) -> StoredExpert:
-    """Make the bundle `out`: that of `into`, of the same architecture, with the stored expert in its place.
+    """Make the bundle `out`: `into` with the stored expert in its place.
 
-    Raises SettingsError for an unknown id or a folder that is not free, DataError for files or models that do not fit.
+    Raises SettingsError for an unknown id or an existing folder, DataError for damaged files and other architectures.
     """
     entry, expert = read_expert(folder, identifier)
     config, sha256 = read_description(into)
@@ -153,7 +153,7 @@ def put_expert(folder: Path, identifier: str, into: Path, out: Path) -> StoredEx
 
 
 def differences(one: ModelConfig, other: ModelConfig) -> str:
-    """In which parts that an expert depends on two architectures differ, with their values; empty where in none."""
+    """The differences of two architectures that matter to an expert, as text; empty without any."""
     first, second = asdict(one), asdict(other)
     return ", ".join(
         f"{name} {first[name]}, not {second[name]}"

@@ -1,7 +1,4 @@
-"""Weights to start from: a bundle of this project, or an original HRM checkpoint.
-
-One job: read them and give them this project's names (`--student-init`). Shapes are checked where they are filled in.
-"""
+"""Start weights (`--student-init`) from a bundle or an original HRM checkpoint, under this project's names."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ _NOT_TENSORS = (
     struct.error,
     pickle.UnpicklingError,
 )
-"""What PyTorch's restricted unpickler raises for files that are something else."""
+"""What PyTorch's restricted unpickler raises for other files."""
 
 
 def start_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
@@ -45,7 +42,7 @@ def start_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
     if looks_like_reference(tensors):
         tensors = from_reference(tensors)
     if config.puzzle_emb_ndim == 0:
-        # The original always saves a table, of width 0 where it has none.
+        # The original saves a puzzle table always, of width 0 where the model has none.
         table = tensors.get(_PUZZLE_TABLE)
         if table is not None and table.numel() == 0:
             del tensors[_PUZZLE_TABLE]
@@ -53,7 +50,7 @@ def start_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def check_start_weights(path: Path, config: ModelConfig) -> None:
-    """Raises DataError unless the tensors at `path` fit the architecture, before a run is begun with them."""
+    """Raises DataError unless the tensors at `path` fit the architecture."""
     with torch.device("meta"):
         model = build_model(config)
     check_fit(model, start_weights(path, config), str(path))
@@ -70,11 +67,11 @@ def _read(path: Path) -> dict[str, Tensor]:
         return read_tensors(path)
     hint = "Give a bundle's folder, a .safetensors file, or a state dict saved by torch.save"
     if not path.is_file():
-        raise DataError(Fault(str(path), "there is no such file or folder", hint))
+        raise DataError(Fault(str(path), "no such file or folder", hint))
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except _NOT_TENSORS as error:
-        raise DataError(Fault(str(path), f"it is no PyTorch file of tensors ({type(error).__name__})", hint)) from None
+        raise DataError(Fault(str(path), f"is not a PyTorch file of tensors ({type(error).__name__})", hint)) from None
     if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise DataError(Fault(str(path), "it holds something else than tensors by name", hint))
+        raise DataError(Fault(str(path), "contains something else than tensors by name", hint))
     return {str(name): tensor for name, tensor in loaded.items()}

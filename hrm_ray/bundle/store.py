@@ -1,7 +1,6 @@
-"""A trained model on disk: what a bundle needs besides its checkpoints, and reading it back.
+"""Bundles: a trained model's folder with config.json, weights, tokenizer or puzzle description, and metadata.
 
-One job: config.json, weights, tokenizer or puzzle description, metadata. A bundle is read by generate, solve,
-`--student-init` and by people.
+Reading and writing everything in it but checkpoints (train/checkpoint.py).
 """
 
 from __future__ import annotations
@@ -37,8 +36,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 
 @dataclass(frozen=True)
 class BundleWeights:
-    """What is saved of a model: its tensors under their plain names, and the adapters apart where there are some, as
-    (configuration, tensors)."""
+    """A model's tensors under their plain names, and its adapters, if any, as (configuration, tensors)."""
 
     tensors: Mapping[str, Tensor]
     adapter: tuple[Mapping[str, Any], Mapping[str, Tensor]] | None = None
@@ -53,7 +51,7 @@ class BundleWeights:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A model read from a bundle, ready to compute, with its settings as they were stored."""
+    """A model read from a bundle, in evaluation mode, with its stored settings."""
 
     run_dir: RunDir
     model: ActV1 | Transformer
@@ -70,24 +68,24 @@ def open_bundle(folder: Path, device: torch.device) -> Bundle:
 
 
 def read_description(folder: Path) -> tuple[ModelConfig, str]:
-    """The architecture of a bundle, and the sha256 of its weights, which are what was saved. Raises DataError."""
+    """The architecture of a bundle, and the sha256 of its weights, which is verified. Raises DataError."""
     run_dir = RunDir(folder)
     if not folder.is_dir():
-        raise DataError(Fault(str(folder), "there is no such bundle", "Give the folder that hrm-ray train wrote"))
+        raise DataError(Fault(str(folder), "no such bundle", "Give the folder that hrm-ray train wrote"))
     if not run_dir.config.is_file():
-        reason = f"it is no bundle ({run_dir.config.name} is missing)"
+        reason = f"is not a bundle ({run_dir.config.name} is missing)"
         raise DataError(Fault(str(folder), reason, "Give the folder that hrm-ray train wrote"))
     if not run_dir.weights.is_file():
         hint = "Finish the run (hrm-ray train --resume), or give another bundle"
-        raise DataError(Fault(str(run_dir.weights), "the bundle has no final weights", hint))
+        raise DataError(Fault(str(run_dir.weights), "no final weights in the bundle", hint))
     architecture = read_json(run_dir.config)
     if not isinstance(architecture, dict):
-        reason = "it describes no architecture"
+        reason = "does not describe an architecture"
         raise DataError(Fault(str(run_dir.config), reason, "Restore the file from a whole bundle"))
     config = ModelConfig.from_plain(architecture, str(run_dir.config))
     metadata = read_json(run_dir.metadata)
     if not isinstance(metadata, dict) or "weights_sha256" not in metadata:
-        reason = "it does not say which weights were saved (weights_sha256 is missing)"
+        reason = "does not say which weights were saved (weights_sha256 is missing)"
         raise DataError(Fault(str(run_dir.metadata), reason, "Restore the file, or resume the run to write it anew"))
     if file_sha256(run_dir.weights) != metadata["weights_sha256"]:
         hint = "Copy the bundle again from its source, or resume its run to write it anew"
@@ -96,7 +94,7 @@ def read_description(folder: Path) -> tuple[ModelConfig, str]:
 
 
 def save_best(run_dir: RunDir, weights: BundleWeights, best: Mapping[str, Any]) -> None:
-    """Write best/: the weights of the best validation as a small bundle of their own, whole or as it was before."""
+    """Write best/, a bundle with the weights of the best evaluation, atomically."""
     described = _describing(run_dir)
     names = {path.name for path in (*described, run_dir.weights, run_dir.metadata, run_dir.adapter)}
     with atomic_directory(run_dir.best.root, overwrite=True, owned=frozenset(names), option="--bundle-dir") as building:
@@ -109,9 +107,9 @@ def save_best(run_dir: RunDir, weights: BundleWeights, best: Mapping[str, Any]) 
 
 
 def save_copy(source: RunDir, out: Path, tensors: Mapping[str, Tensor], **about: Any) -> None:
-    """Make the bundle `out`, described as `source` is, of other weights; `about` goes into its metadata.
+    """Make the bundle `out` with the description of `source` and other weights; `about` goes into its metadata.
 
-    Raises SettingsError where `out` is not free.
+    Raises SettingsError where `out` exists.
     """
     with atomic_directory(out, overwrite=False, owned=frozenset()) as building:
         for path in _describing(source):
@@ -128,7 +126,7 @@ def _describing(run_dir: RunDir) -> tuple[Path, ...]:
 
 
 def step_of_best(run_dir: RunDir) -> int | None:
-    """The step whose weights lie in best/, None where there are none. Raises DataError for unreadable metadata."""
+    """The step of the weights in best/, None without them. Raises DataError for unreadable metadata."""
     metadata = run_dir.best.metadata
     return int(read_json(metadata)["step"]) if metadata.is_file() else None
 

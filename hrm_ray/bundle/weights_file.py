@@ -1,7 +1,4 @@
-"""A model's tensors as a safetensors file: written atomically, loaded strictly.
-
-One job: names, shapes and files of weights. Optimizer state is elsewhere.
-"""
+"""Tensors in safetensors files: written atomically, loaded strictly."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from hrm_ray.errors import DataError, Fault, ResourceError
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write `tensors` so that `path` is whole or unchanged. Raises ResourceError where they cannot be written."""
+    """Write `tensors` to `path` atomically. Raises ResourceError where that fails, for example on a full disk."""
     try:
         with atomic_path(path) as temporary:
             # safetensors makes files that only their owner may read; a bundle's files have the user's usual mode.
@@ -31,20 +28,20 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def unwritable(path: Path, error: Exception) -> ResourceError:
-    """What to raise where a file of a run cannot be written. safetensors has an error of its own for a full disk."""
+    """The error to raise where a file of a run cannot be written."""
     hint = "Free some space there, then go on from the last checkpoint with --resume"
-    return ResourceError(Fault(str(path), f"it cannot be written ({error})", hint))
+    return ResourceError(Fault(str(path), f"cannot be written ({error})", hint))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises DataError when it is missing or cut short."""
     if not path.is_file():
-        raise DataError(Fault(str(path), "there is no such file", "Give a whole bundle or checkpoint"))
+        raise DataError(Fault(str(path), "no such file", "Give a whole bundle or checkpoint"))
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         hint = "Copy the file again from its source, or use another checkpoint"
-        raise DataError(Fault(str(path), f"it is no whole safetensors file ({error})", hint)) from None
+        raise DataError(Fault(str(path), f"is not a complete safetensors file ({error})", hint)) from None
 
 
 def fill_module(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -54,7 +51,7 @@ def fill_module(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: 
 
 
 def check_fit(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Raises DataError, with what does not agree, unless `tensors` are all that `module` holds, in the same shapes."""
+    """Raises DataError that lists the differences, unless `tensors` have exactly the names and shapes of `module`."""
     own = module.state_dict()
     wrong = [f"{n} is missing" for n in own.keys() - tensors.keys()]
     wrong += [f"{n} is not part of this architecture" for n in tensors.keys() - own.keys()]

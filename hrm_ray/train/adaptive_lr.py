@@ -1,8 +1,7 @@
-"""Learning-rate control from the loss trend: plateau lowers, stable holds, divergence steps back.
+"""The adaptive learning rate: a factor on the schedule that falls when the loss stops falling or diverges.
 
-One job: a pure rule from (state, a window's mean loss) to (new state, what to do), and the window that feeds it. The
-factor it keeps multiplies the schedule's; it never rises, so the schedule stays an upper bound. The idea of the plateau
-is PyTorch's `ReduceLROnPlateau`; here windows are counted in weight updates and hold all ranks' losses.
+The factor never rises, so the schedule stays an upper bound. Like PyTorch's `ReduceLROnPlateau`, but windows are
+counted in weight updates and their mean loss is that of all ranks.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from hrm_ray.settings.adaptive_lr import AdaptiveLrSettings
 
 @dataclass(frozen=True)
 class Trend:
-    """What is known of the loss: the factor in force, the best window since the last change, windows since without a
-    better one, and windows still to pass before the next is judged."""
+    """The present factor, the best window's loss since the last change, the windows since without a better one
+    (`waited`), and the windows left of the cool-down (`cooling`)."""
 
     factor: float = 1.0
     best: float | None = None
@@ -31,20 +30,20 @@ class Trend:
 
 @dataclass(frozen=True)
 class Action:
-    """What one window led to, and why, in a person's words."""
+    """What one window led to, and the reason as text."""
 
     kind: Literal["hold", "lower", "step_back"]
     reason: str
 
 
 def judge(rule: AdaptiveLrSettings, trend: Trend, loss: float) -> tuple[Trend, Action]:
-    """The trend after one more window of mean loss `loss`, and what to do.
+    """The trend after one more window of mean loss `loss`, and the action to take.
 
-    In this order: a window of the cool-down is only counted. A loss that is not finite, or more than `divergence_rise`
-    above the best, is divergence: the factor goes back by `divergence_factor`. A loss at least `min_improvement` below
-    the best is stable: it is the new best. `plateau_windows` others in a row are a plateau: the factor is lowered by
-    `plateau_factor`. After either change the cool-down begins and the trend is judged anew. At `min_factor` the factor
-    stays.
+    Checked in this order: a window of the cool-down is only counted. A loss that is not finite, or more than
+    `divergence_rise` above the best, is divergence: the factor is multiplied by `divergence_factor`. A loss at least
+    `min_improvement` below the best is the new best. `plateau_windows` other windows in a row are a plateau: the factor
+    is multiplied by `plateau_factor`. Each change starts the cool-down and a new trend. The factor stays above
+    `min_factor`.
     """
     if trend.cooling > 0:
         return replace(trend, cooling=trend.cooling - 1), Action("hold", "the last change is settling")
@@ -77,7 +76,7 @@ def _changed(
 
 
 class AdaptiveLr:
-    """The control of one run: gathers each rank's losses and judges every whole window, on all ranks alike."""
+    """The adaptive learning rate of one run: sums losses over a window and judges it, alike on all ranks."""
 
     def __init__(self, rule: AdaptiveLrSettings, warmup_steps: int) -> None:
         self.rule = rule
@@ -88,7 +87,7 @@ class AdaptiveLr:
 
     @property
     def factor(self) -> float:
-        """What the schedule's learning rate is multiplied by, in (0, 1]."""
+        """Multiplier of the schedule's learning rate, in (0, 1]."""
         return self.trend.factor
 
     def observe(self, position: float, loss: Tensor, sum_over_ranks: Callable[[Tensor], Tensor]) -> Action | None:
@@ -110,21 +109,17 @@ class AdaptiveLr:
         return action
 
     def state(self, sum_over_ranks: Callable[[Tensor], Tensor], leads: bool) -> dict[str, Any]:
-        """For a checkpoint, as JSON holds it; a collective.
-
-        The window begun is summed over ranks and goes on on the leading one, so that any number of ranks can take it up
-        and the run that goes on here takes the same numbers.
-        """
+        """JSON values for a checkpoint; a collective."""
         if self._loss is None:
             return {**asdict(self.trend), "window_steps": 0, "window_loss": 0.0}
+        # Rank 0 keeps the sum over ranks from here on, as after a resume with any number of ranks.
         total = sum_over_ranks(self._loss)
         self._loss = total if leads else torch.zeros_like(total)
         return {**asdict(self.trend), "window_steps": self._steps, "window_loss": float(total)}
 
     def load(self, state: dict[str, Any], leads: bool, zero: Tensor) -> None:
-        """Take up what `state` gave, on all ranks; `zero` is a scalar of the type and device that `observe` gets."""
-        known = dict(state)
-        self._steps = known.pop("window_steps")
-        begun = known.pop("window_loss")
-        self.trend = Trend(**known)
-        self._loss = None if self._steps == 0 else zero + (begun if leads else 0.0)
+        """Restore what `state` gave, on all ranks; `zero` is a scalar of the dtype and device that `observe` gets."""
+        trend = dict(state)
+        self._steps, window_loss = trend.pop("window_steps"), trend.pop("window_loss")
+        self.trend = Trend(**trend)
+        self._loss = None if self._steps == 0 else zero + (window_loss if leads else 0.0)

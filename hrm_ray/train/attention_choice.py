@@ -1,8 +1,4 @@
-"""Which attention kernel a run uses on a device, and what to say where the one asked for cannot be had.
-
-One job: settings and device into the choice of model/attention_backends.py. The driver asks for its own machine, each
-worker for its own.
-"""
+"""The attention kernel of a run on a device, and the note where --use-flash-attn cannot be honoured there."""
 
 from __future__ import annotations
 
@@ -16,12 +12,12 @@ from hrm_ray.train.precision import choose_precision
 
 
 def kernel_of(settings: RunSettings, config: ModelConfig, device: torch.device) -> KernelName:
-    """The kernel that the settings mean on this device."""
+    """The kernel that the settings choose on this device."""
     return choose_kernel(settings.model.use_flash_attn, config, _place(settings, config, device))
 
 
 def flash_notes(settings: RunSettings, config: ModelConfig, device: torch.device) -> list[str]:
-    """A sentence where --use-flash-attn was given and cannot be honoured. Raises UnavailableError under --strict."""
+    """A note where --use-flash-attn was given and cannot be honoured. Raises UnavailableError under --strict."""
     if not settings.model.use_flash_attn:
         return []
     reason = flash_obstacle(config, _place(settings, config, device))

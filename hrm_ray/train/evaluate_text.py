@@ -1,7 +1,6 @@
 """Held-out figures of text: loss, perplexity, bits per byte, accuracy, and what halting would cost and save.
 
-One job: the sums over one batch, and the figures of the sums of all. Long rows are read a chunk at a time, so that
-neither activations nor scores of a whole row are held. Which batches are read is decided in evaluate.py.
+Long rows are read a chunk at a time, so that activations and scores of a whole row never exist at once.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from hrm_ray.model.transformer import Transformer
 from hrm_ray.types import IGNORE_LABEL
 
 POSITIONS_AT_ONCE = 2048
-"""Longer rows are cut into chunks of so many positions, where training does not say how."""
+"""Chunk size of longer rows, where the training objective has none."""
 
 Sums = dict[str, Tensor]
 

@@ -108,7 +108,7 @@ class TrainingLoop:
         self.progress = Progress()
         self.clock = ScheduleClock()
         self.epoch_rows: tuple[int, int] | None = None
-        """Rows of the first epoch and of a later one, once an epoch has shown what was estimated before."""
+        """Rows of the first epoch and of a later one, counted at an epoch's end; None while they are estimates."""
         self.carries: list[Any] | None = None
         self.metrics = MetricTotals()
         self.trained = False

@@ -1,7 +1,4 @@
-"""Columns of samples as tensors on a device.
-
-One job: move what the model needs and nothing else.
-"""
+"""Columns of samples as tensors on a device: those that the model reads."""
 
 from __future__ import annotations
 
@@ -25,10 +22,8 @@ def wanted_columns(config: ModelConfig) -> frozenset[str]:
 
 
 def to_batch(columns: Columns, wanted: frozenset[str], device: torch.device) -> Batch:
-    """The wanted columns as tensors.
-
-    `documents` is left out where every row is one document: attention then needs no mask, which is faster and equal.
-    """
+    """The wanted columns as tensors."""
+    # Without `documents`, where every row is a single document, attention needs no mask: faster, with equal results.
     return {
         name: torch.from_numpy(values).to(device, non_blocking=True)
         for name, values in columns.items()

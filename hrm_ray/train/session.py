@@ -52,7 +52,7 @@ class WorkerLink(DriverLink, Protocol):
     def chunks(self, pipeline: Callable[[bool], ChunkPipeline], order: EpochOrder) -> ChunkSource:
         """Where this worker's chunks come from, in `order`.
 
-        `pipeline` opens what makes them in this process; it is told whether catalog and cache are written here.
+        `pipeline` makes them in this process; its argument says whether catalog and cache are written here.
         """
 
 
@@ -159,7 +159,7 @@ def _refine_schedule(plan: RunPlan, data: TextData, loop: TrainingLoop, logger: 
 def _data(
     data: TextData | PuzzlePlan, run_dir: RunDir, world: World, link: WorkerLink
 ) -> tuple[SampleSet | TextStream, SampleSet | None]:
-    """What is trained on, and what is held out."""
+    """The training data and the held-out data."""
     if isinstance(data, PuzzlePlan):
         return open_puzzle_sets(data)
     text, folder = data.text, TextDataDir(run_dir.data)

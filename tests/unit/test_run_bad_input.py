@@ -200,7 +200,7 @@ TRAINING: dict[str, Case] = {
     "weights that are no tensors": (
         5,
         lambda d: ["--dataset-file", puzzle_file(d), *PUZZLE, "--student-init", written(d, "w.pt", "no pickle")],
-        ("w.pt", "no PyTorch file"),
+        ("w.pt", "not a PyTorch file"),
     ),
     "nothing to train on": (2, lambda d: [], ("--dataset-file", "nothing to train on", "data build text")),
     "a resumed run that never was": (
@@ -269,7 +269,7 @@ def test_a_pickle_that_would_run_something(bundles: Path, tmp_path: Path) -> Non
 
     torch.save({"model": Harmful()}, tmp_path / "w.pt")
     words = ("train", "--dataset-file", bundles / "puzzles.safetensors", "--bundle-dir", tmp_path / "b", *PUZZLE)
-    refused(5, *words, "--student-init", tmp_path / "w.pt", naming=("w.pt", "no PyTorch file of tensors"))
+    refused(5, *words, "--student-init", tmp_path / "w.pt", naming=("w.pt", "not a PyTorch file of tensors"))
     assert entries(tmp_path) == ["w.pt"]
 
 
@@ -285,7 +285,7 @@ def test_a_bundle_of_the_other_task(bundles: Path) -> None:
 @pytest.mark.parametrize("command", [("generate", "--prompt", "x"), ("solve", "--file", "x.jsonl")])
 def test_no_bundle(command: tuple[str, ...], tmp_path: Path) -> None:
     refused(5, command[0], tmp_path / "no", *command[1:], naming=(tmp_path / "no", "no such bundle", "Give the folder"))
-    refused(5, command[0], tmp_path, *command[1:], naming=(tmp_path, "no bundle", "Give the folder"))
+    refused(5, command[0], tmp_path, *command[1:], naming=(tmp_path, "not a bundle", "Give the folder"))
 
 
 DAMAGES: dict[str, tuple[str, Callable[[bytes], bytes | None], str]] = {

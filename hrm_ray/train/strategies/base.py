@@ -35,10 +35,10 @@ class Strategy(Protocol):
         """One forward pass of the wrapped objective."""
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
-        """Round each forward and backward pass; `last` is the step's last of this worker."""
+        """The context of each forward and backward pass; `last`: the last pass of the step on this worker."""
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss`; the loop has scaled it by world size, because ranks are averaged."""
+        """Add the gradient of `loss`, which the loop has multiplied by world size, because ranks are averaged."""
 
     def any_rank(self, flag: bool) -> bool:
         """Whether `flag` holds on any rank; a collective."""
@@ -57,7 +57,7 @@ class Strategy(Protocol):
         """Clear the gradients without an update; called on all ranks alike."""
 
     def set_learning_rate(self, lr: float) -> None:
-        """For the next update."""
+        """Set the learning rate of the next update."""
 
     def non_finite_parameters(self) -> list[str]:
         """Names of the parameters whose gradient was not finite at the last skipped step."""
@@ -66,7 +66,7 @@ class Strategy(Protocol):
         """Names of the parameters that the last update made infinite in their type."""
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        """Added over ranks, in place; a collective."""
+        """`tensor` summed over ranks, in place; a collective."""
 
     def evaluating(self) -> AbstractContextManager[AnyObjective]:
         """The objective to evaluate, with the moving average as its weights where one is kept; a collective.
