@@ -10,7 +10,6 @@ from hrm_ray.settings.base import Section, option, refusal
 
 Launcher: TypeAlias = Literal["local", "ray"]
 Strategy: TypeAlias = Literal["single", "ddp", "zero1", "zero2", "zero3"]
-Device: TypeAlias = Literal["auto", "cpu", "cuda", "xpu", "mps"]
 
 
 def strategy_of_ddp(ddp: Any) -> Any:
@@ -37,7 +36,7 @@ class ClusterSettings(Section):
     gradients are averaged once per weight update. zero1, zero2, zero3: not built yet."""
     ray_address: str | None = option(None, "free", unset="a cluster started on this machine for the run")
     """Address of a running Ray cluster."""
-    device: Device = option("auto", "free", affects=("memory",))
+    device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = option("auto", "free", affects=("memory",))
     """Device type to train on; auto takes the best one available."""
     cuda_ids: str | None = option(None, "free", unset="all visible GPUs")
     """Numbers of the GPUs to use, separated by commas: "0,1"."""

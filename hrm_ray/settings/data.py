@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from hrm_ray.settings.base import Section, option
 from hrm_ray.settings.hub_name import HubName, hub_name
@@ -18,8 +18,6 @@ from hrm_ray.settings.needs import (
     TEXT,
     WHOLE_TEXTS,
 )
-
-OnBadRow: TypeAlias = Literal["fail", "skip"]
 
 
 class DataSettings(Section):
@@ -110,7 +108,7 @@ class DataSettings(Section):
     """Use at most this many rows (or puzzles) of the evaluation data, from its start."""
     ascii_only: bool = option(False, "fixed", affects=("rows",), needs=(TEXT,))
     """Leave out rows whose text has characters other than ASCII."""
-    on_bad_row: OnBadRow = option("fail", "free", affects=("rows",), needs=(TEXT,))
+    on_bad_row: Literal["fail", "skip"] = option("fail", "free", affects=("rows",), needs=(TEXT,))
     """What to do with a row that cannot be read: end the run (fail), or count it, warn and go on (skip)."""
     eval_file: str | None = option(None, "free", replaces=("data.val_split",), unset="no evaluation data")
     """Evaluation data, named like --dataset-file."""

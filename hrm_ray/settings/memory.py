@@ -9,7 +9,6 @@ from hrm_ray.settings.needs import AMP, CHUNKS, CUDA_FOR_CHUNKS, DEVICE_MEMORY, 
 
 AmpDtype: TypeAlias = Literal["auto", "bf16", "fp16"]
 ModelDtype: TypeAlias = Literal["fp32", "fp16", "bf16"]
-ChunkGradients: TypeAlias = Literal["exact", "truncated"]
 
 
 class MemorySettings(Section):
@@ -30,7 +29,7 @@ class MemorySettings(Section):
     """Train a long text chunk by chunk: activation memory grows with the chunk, not with the sequence."""
     chunk_size: int = option(2048, "free", ge=1, needs=(CHUNKS,))
     """Tokens in a chunk of --use-chunked-training."""
-    chunk_gradients: ChunkGradients = option("truncated", "free", needs=(CHUNKS,))
+    chunk_gradients: Literal["exact", "truncated"] = option("truncated", "free", needs=(CHUNKS,))
     """truncated: gradients stop at chunk borders; exact: the whole sequence's gradient, for one more forward pass of
     each chunk."""
     cpu_offload: bool = option(False, "free", needs=(CHUNKS, CUDA_FOR_CHUNKS))

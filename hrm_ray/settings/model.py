@@ -19,14 +19,6 @@ from hrm_ray.settings.needs import (
 )
 
 Task: TypeAlias = Literal["lm", "puzzle"]
-Arch: TypeAlias = Literal["actv1", "transformer"]
-PosEncodings: TypeAlias = Literal["rope", "learned", "none"]
-LmMask: TypeAlias = Literal["causal", "prefix"]
-Supervision: TypeAlias = Literal["segment", "rollout"]
-HaltRule: TypeAlias = Literal["none", "gain"]
-Activation: TypeAlias = Literal["silu", "gelu", "relu"]
-LossKind: TypeAlias = Literal["softmax", "stablemax"]
-ModelPreset: TypeAlias = Literal["nano", "tiny", "small", "medium", "large", "xlarge"]
 
 
 class ModelSettings(Section):
@@ -34,9 +26,11 @@ class ModelSettings(Section):
 
     task: Task | None = option(None, "fixed", unset="what the data is")
     """What is learned: lm (the next token of text) or puzzle (labels beside inputs)."""
-    arch: Arch = option("actv1", "fixed")
+    arch: Literal["actv1", "transformer"] = option("actv1", "fixed")
     """Architecture: actv1 is the HRM; transformer is a plain causal transformer of the same block, for comparison."""
-    model_preset: ModelPreset | None = option(None, "free", unset="no preset")
+    model_preset: Literal["nano", "tiny", "small", "medium", "large", "xlarge"] | None = option(
+        None, "free", unset="no preset"
+    )
     """Named size of about 5, 15, 50, 150, 400 or 1000 million parameters; single options override it."""
     h_layers: int = option(2, "fixed", ge=1, replaces=("model.num_layers",))
     """Layers of the high level (H)."""
@@ -58,7 +52,7 @@ class ModelSettings(Section):
     """H updates in one segment."""
     l_cycles: int = option(2, "fixed", ge=1, needs=(CYCLES,))
     """L updates before each H update."""
-    pos_encodings: PosEncodings = option("rope", "fixed", aliases={"--no-rope": "learned"})
+    pos_encodings: Literal["rope", "learned", "none"] = option("rope", "fixed", aliases={"--no-rope": "learned"})
     """Position encoding: rotary (rope), a learned table (learned), or none."""
     rope_theta: float = option(10000.0, "fixed", gt=0, needs=(ROPE,))
     """Base of the rotary frequencies."""
@@ -66,13 +60,13 @@ class ModelSettings(Section):
     """Epsilon of RMSNorm (added to the mean square) or LayerNorm (added to the variance)."""
     rmsnorm: bool = option(True, "fixed")
     """RMSNorm without a weight; otherwise LayerNorm with weight and bias."""
-    activation: Activation = option("silu", "fixed")
+    activation: Literal["silu", "gelu", "relu"] = option("silu", "fixed")
     """Activation function of the feed-forward layer."""
     swiglu: bool = option(True, "fixed")
     """Gated feed-forward layer (GLU); otherwise two matrices of the same inner width."""
     dropout_rate: float = option(0.0, "free", ge=0, lt=1)
     """Dropout after attention and after the feed-forward layer."""
-    lm_mask: LmMask = option("causal", "fixed", needs=(TEXT,))
+    lm_mask: Literal["causal", "prefix"] = option("causal", "fixed", needs=(TEXT,))
     """Attention mask of a language model: causal, or prefix (full in the prompt, causal in the response)."""
     use_moe: bool = option(True, "fixed", aliases={"--no-moe": "false"}, legacy_default=False)
     """Mixture of experts in place of every feed-forward layer."""
@@ -90,7 +84,9 @@ class ModelSettings(Section):
     """Sliding-window attention: how many positions of a text, itself included, a position attends to at most."""
     use_flash_attn: bool | None = option(None, "free", unset="on where it is installed and the GPU supports it")
     """Compute attention with FlashAttention."""
-    supervision: Supervision | None = option(None, "fixed", unset="segment for puzzles, rollout for text")
+    supervision: Literal["segment", "rollout"] | None = option(
+        None, "fixed", unset="segment for puzzles, rollout for text"
+    )
     """segment: one weight update per segment, with the carry kept; rollout: all segments, then one update."""
     bp_steps: int = option(2, "free", ge=1, needs=(CYCLES,))
     """How many of a segment's last L and H updates carry gradient; 2 is the reference's one-step gradient."""
@@ -100,11 +96,13 @@ class ModelSettings(Section):
         None, "free", ge=0, le=1, needs=(CYCLES, CARRIED_PUZZLES), unset="0.1 for puzzles, 0 for text"
     )
     """Probability that a puzzle has to run a random number of segments before it may halt."""
-    halt_rule: HaltRule = option("gain", "free", needs=(CYCLES, TEXT, SEVERAL_SEGMENTS))
+    halt_rule: Literal["none", "gain"] = option("gain", "free", needs=(CYCLES, TEXT, SEVERAL_SEGMENTS))
     """Target of a text token's halting head: gain (would one more segment lower the loss?) or none."""
     halt_margin: float = option(0.01, "free", ge=0, needs=(CYCLES, GAIN_RULE, TEXT, SEVERAL_SEGMENTS))
     """By how many nats one more segment must lower a token's loss to count as a gain."""
-    loss: LossKind | None = option(None, "fixed", unset="stablemax for puzzles, softmax for text")
+    loss: Literal["softmax", "stablemax"] | None = option(
+        None, "fixed", unset="stablemax for puzzles, softmax for text"
+    )
     """Cross entropy over softmax or stablemax."""
     puzzle_emb_ndim: int = option(0, "fixed", ge=0)
     """Width of the learned embedding of each puzzle identifier; 0 is none."""

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from hrm_ray.settings.base import Section, option
 from hrm_ray.settings.needs import EXPERTS, FALLING_LR, MOMENTS, PUZZLE_EMBEDDING, TRAINED_PUZZLE_EMBEDDING, WSD
-
-LrSchedule: TypeAlias = Literal["cosine", "linear", "constant", "wsd"]
-OptimizerKind: TypeAlias = Literal["adamw", "adam-atan2", "sgd"]
 
 
 class OptimizerSettings(Section):
@@ -33,7 +30,7 @@ class OptimizerSettings(Section):
     """Weight updates over which the learning rate rises linearly to its peak."""
     lr_min_ratio: float = option(0.1, "free", ge=0, le=1, needs=(FALLING_LR,))
     """Learning rate at the end of the schedule, relative to the peak."""
-    lr_schedule: LrSchedule = option("cosine", "free")
+    lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = option("cosine", "free")
     """Learning-rate schedule after the warm-up; wsd holds the rate, then lowers it over the last updates."""
     wsd_decay_ratio: float = option(0.2, "free", gt=0, le=1, needs=(WSD,))
     """Share of all weight updates over which the wsd schedule lowers the learning rate."""
@@ -42,7 +39,7 @@ class OptimizerSettings(Section):
     (an empty file takes the defaults)."""
     grad_clip: float = option(1.0, "free", ge=0)
     """Maximum norm of the gradients; 0 disables clipping."""
-    optimizer: OptimizerKind = option("adamw", "fixed", affects=("memory",))
+    optimizer: Literal["adamw", "adam-atan2", "sgd"] = option("adamw", "fixed", affects=("memory",))
     """Optimizer."""
     use_8bit_optimizer: bool = option(False, "fixed", affects=("memory",))
     """Keep the moments of adamw in 8 bits (bitsandbytes), a quarter of the memory."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from pydantic import field_validator
 
@@ -15,7 +15,6 @@ DEFAULT_STEPS = 200
 DEFAULT_BUNDLE_DIR = Path("artifacts") / "brains"
 DEFAULT_EXPERTS_DIR = Path("artifacts") / "experts"
 
-Profile: TypeAlias = Literal["hrm-hf", "train-advanced"]
 
 _NOT_IN_A_NAME = frozenset('/\\:*?"<>|')
 """Not allowed in file names on Windows or Linux."""
@@ -24,7 +23,7 @@ _NOT_IN_A_NAME = frozenset('/\\:*?"<>|')
 class RunSectionSettings(Section):
     """Name, length, checkpoints and logs."""
 
-    profile: Profile = option("hrm-hf", "fixed", affects=("memory",))
+    profile: Literal["hrm-hf", "train-advanced"] = option("hrm-hf", "fixed", affects=("memory",))
     """Set of defaults: those of the HRM-HF trainer, or of the train_advanced script."""
     brain_name: str | None = option(None, "free", unset="the name of the data")
     """Name of the bundle, a folder inside --bundle-dir."""

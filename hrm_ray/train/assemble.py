@@ -18,6 +18,7 @@ from hrm_ray.model.attention_backends import load_kernel
 from hrm_ray.model.build import build_model, build_objective
 from hrm_ray.model.chunked import Chunking
 from hrm_ray.model.config import ModelConfig
+from hrm_ray.model.losses import LossKind
 from hrm_ray.model.regularise import regularise
 from hrm_ray.model.router_losses import RouterLosses
 from hrm_ray.model.transforms.activation_checkpointing import apply_activation_checkpointing
@@ -28,7 +29,6 @@ from hrm_ray.model.transforms.quantise import quantise_projections
 from hrm_ray.model.transforms.single_expert import train_single_expert
 from hrm_ray.settings.adaptive_lr import AdaptiveLrSettings
 from hrm_ray.settings.memory import MemorySettings
-from hrm_ray.settings.model import LossKind
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.adaptive_lr import AdaptiveLr
 from hrm_ray.train.attention_choice import kernel_of
