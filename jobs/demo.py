@@ -1,7 +1,6 @@
-"""The demonstration: `make demo` runs it.
+"""The demonstration, run by `make demo`: a puzzle model learns 4x4 Sudoku and a language model Python's documentation.
 
-One job: show, on real input and through Ray, that a model learns: a puzzle model on 4x4 Sudoku, then a language model
-on Python's documentation. Everything it does is a `hrm-ray` command that it prints before running it.
+Every step is a `hrm-ray` command, printed before it runs, and both trainings go through Ray.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -23,14 +23,9 @@ class Precision:
     scaled: bool = False
     """Whether the loss is scaled, because something in the backward pass is float16."""
 
-    @contextmanager
-    def computing(self, device: torch.device) -> Iterator[None]:
+    def computing(self, device: torch.device) -> AbstractContextManager[None]:
         """The context of every forward pass on `device`."""
-        if self.autocast is None:
-            yield
-            return
-        with torch.autocast(device.type, self.autocast):
-            yield
+        return nullcontext() if self.autocast is None else torch.autocast(device.type, self.autocast)
 
 
 def choose_precision(amp: bool, amp_dtype: AmpDtype, model_dtype: ModelDtype, device: torch.device) -> Precision:
