@@ -25,7 +25,9 @@ from hrm_ray.errors import DataError, Fault, HrmRayError, ResourceError, Setting
 
 Row: TypeAlias = tuple[Any, ...]
 
-FORMAT = 1
+FORMAT = 2
+"""Format 1 is the same without ranges that are SKIPPED; opening one for writing makes it format 2."""
+_READABLE = (1, FORMAT)
 _APPLICATION_ID = 0x48524C47
 """Marks the file as a ledger ("HRLG")."""
 _BUSY_TIMEOUT_S = 30.0
@@ -218,6 +220,7 @@ def _take_over(path: Path, connection: sqlite3.Connection, durable: bool) -> int
     if _check_kind(path, connection, empty_allowed=True):
         for statement in _SCHEMA:
             connection.execute(statement)
+    connection.execute(f"PRAGMA user_version = {FORMAT}")
     connection.execute("UPDATE facts SET value = value + 1 WHERE name = 'owner'")
     (owner,) = connection.execute("SELECT value FROM facts WHERE name = 'owner'").fetchone()
     connection.execute("COMMIT")
@@ -299,8 +302,8 @@ def _check_kind(path: Path, connection: sqlite3.Connection, *, empty_allowed: bo
         return True
     if kind != _APPLICATION_ID or not tables:
         raise DataError(Fault(str(path), "is not a ledger of chunks", "Restore it, or delete it and train again"))
-    if version != FORMAT:
-        reason = f"has ledger format {version}; this version reads format {FORMAT}"
+    if version not in _READABLE:
+        reason = f"has ledger format {version}; this version reads formats {', '.join(map(str, _READABLE))}"
         raise DataError(Fault(str(path), reason, "Use the version of hrm_ray that wrote it"))
     return False
 

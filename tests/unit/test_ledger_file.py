@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -310,6 +311,24 @@ def write_newer(path: Path) -> None:
     connection = sqlite3.connect(path)
     connection.execute("PRAGMA user_version = 99")
     connection.close()
+
+
+def test_a_ledger_of_format_1_is_read_as_it_is_and_becomes_format_2_when_it_is_written(path: Path) -> None:
+    """A version that knows no SKIPPED ranges must refuse what may have some."""
+
+    def version(wanted: int | None = None) -> int:
+        with closing(sqlite3.connect(path)) as connection:
+            if wanted is not None:
+                connection.execute(f"PRAGMA user_version = {wanted}")
+            return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+    ledger_of(path, [1]).close()
+    assert version(1) == 1
+    with read_ledger(path) as ledger:
+        assert ledger.chunks == 1 and not ledger.shuffled
+    assert version() == 1
+    open_ledger(path).close()
+    assert version() == 2
 
 
 def write_torn(path: Path) -> None:
