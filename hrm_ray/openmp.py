@@ -1,8 +1,8 @@
-"""How long OpenMP's threads spin while they wait for work.
+"""How long OpenMP's threads spin while they wait for work; set before torch is loaded, here and in Ray workers.
 
-By default the threads of the forward pass spin for milliseconds while those of the backward pass work: with one busy
-neighbour on two cores, a step of a small model took seventeen times as long (4.6 s against 0.27 s). A spin count of
-1000 costs nothing on an idle machine. torch reads the variable when it is loaded, so it must be set before.
+GNU OpenMP's default is to spin for milliseconds: the threads of the forward pass do so while those of the backward pass
+work. With one busy neighbour on two cores a step of a small model took seventeen times as long (4.6 s against 0.27 s).
+A thousand turns cost nothing on a quiet machine.
 """
 
 from __future__ import annotations
@@ -14,6 +14,6 @@ SPIN_COUNT = "1000"
 
 
 def limit_openmp_spin(environment: MutableMapping[str, str]) -> None:
-    """Set the variable, unless the user has set it or OpenMP's own policy for waiting."""
+    """Set the variable, unless the user has set it or OMP_WAIT_POLICY."""
     if "OMP_WAIT_POLICY" not in environment:
         environment.setdefault(SPIN_VARIABLE, SPIN_COUNT)

@@ -10,7 +10,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ STOP_CHECK_INTERVAL_S = 0.1
 
 
 @dataclass(frozen=True)
-class WorkerPlace:
+class WorkerInfo:
     """Where a rank runs; shown in messages."""
 
     rank: int
@@ -40,48 +40,44 @@ class WorkerPlace:
 class StatusUpdate:
     """Records that the driver has not received yet, and the state of the worker group."""
 
-    records: list[Record] = field(default_factory=list)
-    failures: list[Failure] = field(default_factory=list)
-    workers: dict[int, WorkerPlace] = field(default_factory=dict)
+    records: tuple[Record, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    workers: Mapping[int, WorkerInfo] = field(default_factory=dict)
     finished: frozenset[int] = frozenset()
-    outcome: RunResult | None = None
+    result: RunResult | None = None
 
 
 class RunMonitor:
     """An actor on the driver's node."""
 
     def __init__(self) -> None:
-        self._records: dict[int, Record] = {}
-        self._failures: list[Failure] = []
-        self._workers: dict[int, WorkerPlace] = {}
-        self._finished: set[int] = set()
-        self._outcome: RunResult | None = None
+        # Replaced, never changed in place: what `take` has returned may not be pickled yet.
+        self._status = StatusUpdate()
         self._stop: StopReason | None = None
         self._stop_set = asyncio.Event()
         self._cancelled = False
 
-    async def announce(self, place: WorkerPlace) -> bool:
+    async def announce(self, worker: WorkerInfo) -> bool:
         """Register a worker; False: it must not begin, because the run was stopped before."""
         if not self._cancelled:
-            self._workers[place.rank] = place
+            self._status = replace(self._status, workers={**self._status.workers, worker.rank: worker})
         return not self._cancelled
 
-    async def push(self, first: int, records: list[Record]) -> None:
-        """Add records, numbered from `first` on: an actor may run concurrent calls in any order."""
-        for offset, record in enumerate(records):
-            self._records[first + offset] = record
+    async def push(self, records: list[Record]) -> None:
+        """Add records. The sender waits for each call, so they stay in order."""
+        self._status = replace(self._status, records=(*self._status.records, *records))
 
     async def fail(self, failure: Failure) -> None:
-        self._failures.append(failure)
+        self._status = replace(self._status, failures=(*self._status.failures, failure))
 
-    async def finish(self, rank: int, outcome: RunResult) -> None:
-        self._finished.add(rank)
-        if rank == 0:
-            self._outcome = outcome
+    async def finish(self, rank: int, result: RunResult) -> None:
+        """A rank has ended; the run's result is that of rank 0."""
+        status = replace(self._status, finished=self._status.finished | {rank})
+        self._status = status if rank else replace(status, result=result)
 
     async def ask_stop(self, reason: StopReason) -> bool:
         """Request a stop; False where no worker has begun, and then none will."""
-        self._cancelled = not self._workers
+        self._cancelled = not self._status.workers
         if self._stop is None:
             self._stop = reason
             self._stop_set.set()
@@ -92,16 +88,10 @@ class RunMonitor:
         await self._stop_set.wait()
         return self._stop
 
-    async def take(self, seen: int) -> StatusUpdate:
-        """Records after the first `seen`, without gaps; earlier ones are dropped."""
-        for index in [index for index in self._records if index < seen]:
-            del self._records[index]
-        records: list[Record] = []
-        while seen + len(records) in self._records:
-            records.append(self._records[seen + len(records)])
-        return StatusUpdate(
-            records, list(self._failures), dict(self._workers), frozenset(self._finished), self._outcome
-        )
+    async def take(self) -> StatusUpdate:
+        """The state of the worker group, and the records since the last call."""
+        taken, self._status = self._status, replace(self._status, records=())
+        return taken
 
 
 class MonitorSink:
@@ -134,15 +124,13 @@ class MonitorSink:
             raise self._error
 
     def _send_until_closed(self) -> None:
-        sent = 0
         try:
             closing = False
             while not closing:
                 closing = self._closing.wait(SEND_INTERVAL_S)
                 batch = [self._records.get() for _ in range(self._records.qsize())]
                 if batch:
-                    ray.get(self._monitor.push.remote(sent, batch))
-                    sent += len(batch)
+                    ray.get(self._monitor.push.remote(batch))
         except BaseException as error:  # noqa: BLE001 - raised again by write and close
             self._error = error
 
@@ -181,15 +169,15 @@ class WorkerChannel:
             return RemoteChunks(self._chunk_server, self._rank)
         return LocalChunks(pipeline(True), order)
 
-    def announce(self, place: WorkerPlace) -> bool:
+    def announce(self, worker: WorkerInfo) -> bool:
         """Register this worker; False: it must not begin."""
-        return bool(ray.get(self._monitor.announce.remote(place)))
+        return bool(ray.get(self._monitor.announce.remote(worker)))
 
-    def finish(self, outcome: RunResult) -> None:
+    def finish(self, result: RunResult) -> None:
         """Send all records, then the result."""
         if self._sink is not None:
             self._sink.close()
-        ray.get(self._monitor.finish.remote(self._rank, outcome))
+        ray.get(self._monitor.finish.remote(self._rank, result))
 
     def fail(self, failure: Failure) -> None:
         """Send all records, then the failure; the failure too where records cannot be sent."""

@@ -16,7 +16,7 @@ import ray.train
 
 from hrm_ray.errors import Fault, UnavailableError
 from hrm_ray.orchestration.failures import Failure
-from hrm_ray.orchestration.run_monitor import WorkerChannel, WorkerPlace
+from hrm_ray.orchestration.run_monitor import WorkerChannel, WorkerInfo
 from hrm_ray.train.plan import RunPlan
 from hrm_ray.types import RunResult
 
@@ -38,19 +38,19 @@ def main(config: dict[str, Any]) -> None:
     "monitor" and "chunk_server" (actor handles; the latter may be None).
     """
     rank = ray.train.get_context().get_world_rank()
-    link = WorkerChannel(config["monitor"], rank, config["chunk_server"])
-    if not link.announce(WorkerPlace(rank, os.getpid(), ray.util.get_node_ip_address())):
+    channel = WorkerChannel(config["monitor"], rank, config["chunk_server"])
+    if not channel.announce(WorkerInfo(rank, os.getpid(), ray.util.get_node_ip_address())):
         return
     try:
         check_shared(Path(config["marker"]))
         from hrm_ray.train.session import train
 
         body: Body = config["body"] or train
-        link.finish(body(RunPlan.from_plain(config["plan"]), link))
+        channel.finish(body(RunPlan.from_plain(config["plan"]), channel))
     except BaseException as error:  # noqa: BLE001 - the actor's edge: the driver reports it
         failure = Failure.of(rank, error)
         traceback.print_exc(file=sys.stderr)
-        link.fail(failure)
+        channel.fail(failure)
         if failure.peer_loss:
             threading.Event().wait(PEER_LOSS_WAIT_S)
         raise WorkerEnded(f"rank {rank}: {failure.kind}") from None

@@ -161,7 +161,6 @@ class WorkerGroupRun:
         # command line's own handlers run in the main thread, which therefore never waits for long.
         self._fit = threading.Thread(target=self._run_fit, name="ray-train-fit", daemon=True)
         self._fit_error: BaseException | None = None
-        self._seen = 0
         self._stop_sent = False
         self._status = StatusUpdate()
 
@@ -182,6 +181,12 @@ class WorkerGroupRun:
                     deadline_s = time.monotonic() + END_WAIT_S
                 self._fit.join(POLL_INTERVAL_S)
             self._update()
+        except BaseException:
+            if self._session.attached:
+                # The program's cluster stays, so its workers must be ended: without the monitor they fail.
+                ray.kill(self._monitor)
+                self._fit.join(END_WAIT_S)
+            raise
         finally:
             self._marker.unlink(missing_ok=True)
         return self._conclude()
@@ -253,13 +258,12 @@ class WorkerGroupRun:
                 self._stop_sent = True
                 if not ray.get(self._monitor.ask_stop.remote(reason), timeout=MONITOR_TIMEOUT_S):
                     raise StoppedBeforeStart(reason)
-            self._status = ray.get(self._monitor.take.remote(self._seen), timeout=MONITOR_TIMEOUT_S)
+            self._status = ray.get(self._monitor.take.remote(), timeout=MONITOR_TIMEOUT_S)
         except ray.exceptions.RayError as error:
             fault = Fault("the channel to the workers", f"does not answer ({type(error).__name__})", RESUME_HINT)
             raise shortage(error) or WorkerCrash(fault, f"{death_reason(str(error))}\n{self._logs()}") from error
         for record in self._status.records:
             self._sink.write(record)
-        self._seen += len(self._status.records)
 
     def _conclude(self) -> RunResult:
         reports, lost = list(self._status.failures), {}
@@ -272,9 +276,9 @@ class WorkerGroupRun:
         failed = first_cause(reports, lost, self._logs(lost))
         if failed is not None:
             raise failed
-        if self._status.outcome is None or len(self._status.finished) < self._request.world_size:
+        if self._status.result is None or len(self._status.finished) < self._request.world_size:
             raise self._without_result()
-        return self._status.outcome
+        return self._status.result
 
     def _without_result(self) -> HrmRayError:
         """The error where Ray Train itself gave up: the workers found no room after all, or another reason."""

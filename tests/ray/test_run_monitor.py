@@ -31,14 +31,14 @@ class Monitor:
         self.push, self.fail = Remote(self._push), Remote(self.failures.append)
         self.wait_for_stop = Remote(lambda: None)
 
-    def _push(self, first: int, records: list[Record]) -> None:
+    def _push(self, records: list[Record]) -> None:
         self.pushes += 1
         if self.pushes == self.fails_at:
             raise TypeError("cannot pickle '_thread.lock' object")
-        asyncio.run(self.monitor.push(first, records))
+        asyncio.run(self.monitor.push(records))
 
     def steps(self) -> list[int]:
-        return [record.step for record in asyncio.run(self.monitor.take(0)).records]
+        return [record.step for record in asyncio.run(self.monitor.take()).records]
 
 
 @pytest.fixture(autouse=True)

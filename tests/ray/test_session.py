@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from hrm_ray.orchestration import worker_group
 from hrm_ray.orchestration.session import Session, worker_environment
 from hrm_ray.types import StopReason
 from tests.ray.test_worker_group import Received, never
-from tests.support.ray_bodies import counts, plan_of
+from tests.support.ray_bodies import counts, plan_of, until_stopped
 
 pytestmark = pytest.mark.ray
 
@@ -78,6 +79,18 @@ def test_a_program_keeps_its_own_cluster(restored: Path, tmp_path: Path) -> None
     assert outcome.reason is StopReason.FINISHED and [record.step for record in received.records] == list(range(1, 21))
     assert ray.get_runtime_context().gcs_address == address and ray.get(kept) == "kept"
     assert dict(os.environ) == before and ray_worker._worker_logs_enabled
+
+    def interrupt() -> StopReason | None:
+        if len(received.records) > 20:
+            raise KeyboardInterrupt
+        return None
+
+    with pytest.raises(KeyboardInterrupt):
+        worker_group.run(plan_of(tmp_path), sink=received, stop=interrupt, body=until_stopped)
+    for thread in threading.enumerate():
+        if thread.name == "ray-train-fit":
+            thread.join(60.0)
+            assert not thread.is_alive(), "the workers are left on the program's cluster"
     with pytest.raises(SettingsError, match="connected to the Ray cluster at"):
         worker_group.run(plan_of(tmp_path, ray_address="198.51.100.1:6379"), sink=Received(), stop=never)
     assert ray.is_initialized()
