@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 from hrm_ray.cli.error_handler import reader_is_gone
-from hrm_ray.launch.memory_bounds import gigabytes
-from hrm_ray.launch.preflight import needed_memory
+from hrm_ray.launch.preflight import gigabytes, needed_memory
 from hrm_ray.launch.resolve import ResolvedRun, resolve
 from hrm_ray.launch.resources import WORKER_MEMORY_BYTES
 from hrm_ray.launch.run import run
-from hrm_ray.launch.run_directory import find_stored
-from hrm_ray.launch.run_directory import stored_settings as read_stored
 from hrm_ray.launch.scan_data import scan_data
 from hrm_ray.launch.stopping import StopWatch
 from hrm_ray.metrics.console import ConsoleSink
 from hrm_ray.model.describe import count_parameters
 from hrm_ray.settings.tree import RunSettings, to_dotted
 from hrm_ray.types import RunResult, StopReason, StopRequested
-
-
-def stored_settings(where: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the run that `where` names, by dotted key."""
-    return read_stored(find_stored(where["run.resume_from"], where), where)
 
 
 def run_train(settings: RunSettings, dry_run: bool) -> int:
@@ -70,7 +60,9 @@ def describe(resolved: ResolvedRun) -> str:
     vocabulary = f"vocabulary {most}{resolved.config.vocab_size}"
     if not resolved.vocab_is_certain and settings.data.auto_vocab_size:
         most = "from "
-        vocabulary = f"vocabulary {settings.data.min_vocab_size} to {settings.data.max_vocab_size}, as the data bears"
+        vocabulary = (
+            f"vocabulary {settings.data.min_vocab_size} to {settings.data.max_vocab_size}, chosen from the data"
+        )
     chosen = settings.optimizer
     effective = chosen.batch_size * chosen.gradient_accumulation_steps * devices.world_size
     size = f"{facts.puzzle.count} puzzles" if facts.puzzle is not None else f"{facts.bytes / 1e6:.1f} MB of text"
@@ -94,7 +86,7 @@ def describe(resolved: ResolvedRun) -> str:
 
 
 def describe_memory(resolved: ResolvedRun) -> str:
-    """What each worker will take of memory, found by a rehearsal of its update (some seconds)."""
+    """What each worker will take of memory, from a traced update (some seconds)."""
     account = needed_memory(resolved.settings, resolved.config, resolved.devices.device)
     process = gigabytes(WORKER_MEMORY_BYTES)
     lines = [f"memory  of each worker {account.as_text()}, and about {process} for Python and PyTorch"]

@@ -1,7 +1,4 @@
-"""Whether an address can be a Ray cluster, found out within seconds and without Ray.
-
-One job: refuse what Ray would wait for. It joins nothing.
-"""
+"""Checks within seconds, without Ray, that an address can be a Ray cluster: Ray itself would wait for minutes."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ def check_address(address: str) -> None:
         raise SettingsError(
             Fault(
                 f"ray_address {address}",
-                "Ray Client and job addresses cannot hold a training run",
+                "Ray Client and job addresses cannot be used for training",
                 "Give host:port of the cluster's head (as `ray start --head` prints it), or use `ray job submit`",
             )
         )

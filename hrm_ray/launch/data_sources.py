@@ -1,8 +1,4 @@
-"""What the settings of the data mean to its readers.
-
-One job: settings -> where the training data and the held-out data are to be read, and how they are cut. It opens
-nothing.
-"""
+"""From settings to where the training data and the held-out data are read, and how they are cut. Nothing is opened."""
 
 from __future__ import annotations
 
@@ -19,7 +15,8 @@ def source_of(settings: RunSettings, *, evaluation: bool) -> TextSource:
     """Where the training data, or the held-out data, is to be read, and how."""
     data = settings.data
     path = data.eval_file if evaluation and data.eval_file is not None else data.training_data
-    assert path is not None
+    if path is None:
+        raise ValueError("the settings name no data")
     split = data.split
     if evaluation:
         split = data.val_split if data.val_split is not None else TextSource(path).split

@@ -64,7 +64,7 @@ _COUNT: dict[str, Callable[[], int]] = {"cuda": torch.cuda.device_count, "xpu": 
 def choose_devices(cluster: ClusterSettings) -> Devices:
     """Resolve device, workers, threads and launcher. Raises UnavailableError or SettingsError.
 
-    A missing device is an error under --strict, and else a fallback to the best there is, which is said.
+    A missing device is an error under --strict; otherwise the best available device is used, with a note.
     """
     notes: list[str] = []
     address = _cluster_address(cluster)
@@ -96,7 +96,7 @@ def _cluster_address(cluster: ClusterSettings) -> str | None:
 
 
 def choose_device(wanted: str, strict: bool = False) -> tuple[str, list[str]]:
-    """The device for a command of one process (generate, solve), and what to say of it."""
+    """The device for a command of one process (generate, solve), and notes about fallbacks."""
     notes: list[str] = []
     return _device(ClusterSettings.model_validate({"device": wanted, "strict": strict}), notes), notes
 

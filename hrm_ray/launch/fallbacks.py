@@ -1,7 +1,6 @@
-"""Options about memory and adapters that this machine cannot honour, or that make little sense as they were given.
+"""Fallbacks for options about memory and adapters that the machine's libraries or device do not support.
 
-One job: hold such an option against libraries and device, and say what happens instead. Under --strict nothing is put
-in its place; where there is nothing to put in its place, the run is refused in any case.
+Each fallback is a note for the user; under --strict, and where there is no substitute, the run is refused instead.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from hrm_ray.train.host_memory import malloc_is_tunable
 def settle_memory_options(
     settings: RunSettings, device: str, trained: Mapping[str, Any] = MappingProxyType({})
 ) -> tuple[RunSettings, list[str]]:
-    """The settings with what can be had on `device`, and a sentence for each option that falls back.
+    """The settings with what `device` supports, and a note for each option that falls back.
 
-    `trained` holds the leaves that the run to resume was trained with, by dotted key; a new run has none. What its
+    `trained` are the leaves, by dotted key, that the run to resume was trained with; a new run has none. What its
     checkpoint is made of cannot fall back. Raises UnavailableError for a missing library, and UnavailableError or
     SettingsError under --strict.
     """
@@ -60,7 +59,7 @@ def _offloads_without_effect(settings: RunSettings, device: str) -> list[str]:
 
 
 def _nothing_to_keep(settings: RunSettings, device: str) -> list[str]:
-    """Where nobody can be told to keep freed memory or to give it back."""
+    """A note where this process cannot choose whether freed memory is kept."""
     keep = settings.memory.keep_freed_memory
     if keep is None or (device == "cpu" and malloc_is_tunable()):
         return []
@@ -72,8 +71,7 @@ def _nothing_to_keep(settings: RunSettings, device: str) -> list[str]:
 
 
 def _check_library(name: str, option: str, *, needed: bool) -> None:
-    """Raises UnavailableError unless the library can be imported. `needed`: by the checkpoint, with or without the
-    option."""
+    """Raises UnavailableError unless the library can be imported. `needed`: the checkpoint needs it in any case."""
     try:
         import_module(name)
     except ImportError as error:
@@ -90,7 +88,7 @@ def _needed_by_the_checkpoint(option: str, reason: str, library: str) -> Unavail
 
 
 def _random_base(settings: RunSettings, notes: list[str]) -> None:
-    """Adapters beside weights that nobody has trained: possible, and hardly what is wanted."""
+    """A note on adapters beside random weights: possible, and hardly what is wanted."""
     if settings.model.student_init is not None:
         return
     reason = "without --student-init the weights that it freezes are random, and only heads and adapters learn"
@@ -100,7 +98,7 @@ def _random_base(settings: RunSettings, notes: list[str]) -> None:
 
 
 def _eight_bits(settings: RunSettings, device: str, notes: list[str], *, needed: bool) -> RunSettings:
-    """`needed`: the moments of the checkpoint are in 8 bits, which no other optimizer goes on from."""
+    """`needed`: the moments of the checkpoint are in 8 bits, which no other optimizer can load."""
     reason = why_no_eight_bits(device)
     if reason is None:
         return settings
@@ -115,7 +113,7 @@ def _eight_bits(settings: RunSettings, device: str, notes: list[str], *, needed:
 
 
 def why_no_eight_bits(device: str) -> str | None:
-    """What is in the way of bitsandbytes' AdamW on this kind of device, None if nothing is.
+    """Why bitsandbytes' 8-bit AdamW does not work on this kind of device; None if it does.
 
     A small update is tried, since not every version computes it on every device. CUDA is what the library is made for,
     and the driver takes no GPU memory.

@@ -1,7 +1,4 @@
-"""Training in this process, without Ray.
-
-One job: the local launcher. The same session runs as in a Ray worker.
-"""
+"""The local launcher: the session of a worker runs in this process, without Ray."""
 
 from __future__ import annotations
 

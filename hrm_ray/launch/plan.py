@@ -158,7 +158,7 @@ def _prepare_text(
         on_read=on_read,
     )
     if prepared.notes and settings.cluster.strict:
-        hint = "Mend the data or the option, or leave out --strict"
+        hint = "Correct the data or the option, or leave out --strict"
         raise SettingsError([Fault("--strict", note.rstrip("."), hint) for note in prepared.notes])
     notes.extend(prepared.notes)
     if prepared.account is not None:
@@ -175,7 +175,7 @@ def _prepare_text(
 
 
 def _same_evaluation(settings: RunSettings, location: RunLocation, run_dir: RunDir, rows: int) -> bool:
-    """Whether the bundle holds the held-out data that is asked for now, and enough of it."""
+    """Whether the bundle contains the held-out data of these settings, and as much of it."""
     stored = _stored_data(location)
     if stored is None or not location.continues or stored["held_out"] != _held_out_name(settings):
         return False

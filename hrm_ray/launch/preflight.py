@@ -1,7 +1,6 @@
-"""What a run will need, held against what this machine has.
+"""Checks before a run that CPUs, GPUs, memory and disk suffice, within seconds.
 
-One job: refuse within seconds what cannot end well: too few CPUs or GPUs, too little memory for a weight update, too
-little disk for the checkpoints.
+For memory, bounds in closed form decide where they can; between them an update is traced (train/memory_estimate.py).
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import torch
 from hrm_ray.errors import Fault, ResourceError
 from hrm_ray.launch.cluster_address import check_address
 from hrm_ray.launch.devices import Devices
-from hrm_ray.launch.memory_bounds import checkpoint_bytes, gigabytes, least_bytes, most_bytes
 from hrm_ray.launch.resources import (
     ResourceRequest,
     available_memory_bytes,
@@ -24,24 +22,30 @@ from hrm_ray.launch.resources import (
     usable_cpus,
 )
 from hrm_ray.model.config import ModelConfig
+from hrm_ray.model.describe import count_parameters
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.memory_estimate import MemoryAccount, memory_estimate
 
 _ROOM_TO_KEEP = 3
-"""Freed memory is kept where so many times the peak is there: a process that keeps it has been seen to take 2.7 times
-what its tensors need (train/host_memory.py)."""
+"""Freed memory is kept where this many times the peak is available. A process that keeps it was measured to take up to
+2.7 times what its tensors need (train/host_memory.py)."""
+_MARGIN = 1.5
+"""Factor of the upper bound on what is counted in it."""
+_WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+_MOMENT_BYTES = {"adamw": 8, "adam-atan2": 8, "sgd": 0}
+"""Bytes of one weight by --model-dtype, and of what each optimizer keeps for it."""
 
 
 @lru_cache(maxsize=4)
 def needed_memory(settings: RunSettings, config: ModelConfig, device: str) -> MemoryAccount:
-    """What one worker's tensors take, by a rehearsal of its update: some seconds."""
+    """Memory of one worker's tensors, from a traced update; takes some seconds."""
     return memory_estimate(settings, config, device)
 
 
 def check_launch(devices: Devices) -> None:
-    """Whether the threads are there, and Ray could start the workers here or be at the address; nothing is started.
+    """Check that this machine has the CPUs and GPUs, or that a Ray cluster can be at the address. Nothing is started.
 
-    Raises ResourceError, UnavailableError or SettingsError. What a running cluster has is asked when it is joined.
+    Raises ResourceError, UnavailableError or SettingsError. A running cluster is checked when it is joined.
     """
     if devices.launcher != "ray":
         cpus = usable_cpus()
@@ -59,10 +63,10 @@ def check_launch(devices: Devices) -> None:
 
 
 def check_resources(settings: RunSettings, config: ModelConfig, devices: Devices, bundle: Path) -> bool:
-    """Raises ResourceError where memory or disk cannot suffice; else says whether freed memory is to be kept.
+    """Raises ResourceError where memory or disk cannot suffice; gives whether workers keep freed memory.
 
-    Memory is that of this machine's CPUs: what a cluster's nodes have is not known here, and where an accelerator runs
-    out of it the micro-batch is halved. Bounds in closed form decide where they can, a rehearsal where they cannot.
+    Only this machine's host memory is checked: that of a cluster's nodes is not known here, and where an accelerator
+    runs out of its own the micro-batch is halved.
     """
     faults, keep = [], settings.memory.keep_freed_memory
     if devices.device == "cpu" and not devices.ray_address:
@@ -74,7 +78,7 @@ def check_resources(settings: RunSettings, config: ModelConfig, devices: Devices
     disk = checkpoint_bytes(settings, config) * (settings.run.keep + 1)
     free = shutil.disk_usage(_existing(bundle)).free
     if disk > free:
-        kept = f"{settings.run.keep} checkpoints and one in the making"
+        kept = f"{settings.run.keep} checkpoints and one being written"
         reason = f"{kept} take {gigabytes(disk)}, {gigabytes(free)} are free at {bundle}"
         faults.append(Fault("disk", reason, "Lower --keep, free some space, or give another --bundle-dir"))
     if faults:
@@ -91,7 +95,7 @@ def _fits(settings: RunSettings, config: ModelConfig, available: int) -> bool:
 def _memory_fault(settings: RunSettings, config: ModelConfig, devices: Devices, available: int) -> Fault:
     least = least_bytes(settings, config)
     if least > available:
-        takes = f"weights and what must be kept of an update and of one batch take {gigabytes(least)} at the least"
+        takes = f"weights, optimizer state and one batch take at least {gigabytes(least)}"
     else:
         takes = f"an update takes {gigabytes(needed_memory(settings, config, 'cpu').peak_bytes)}"
     each = f" for each of {devices.world_size} workers" if devices.world_size > 1 else ""
@@ -103,3 +107,67 @@ def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
+
+
+def state_bytes(settings: RunSettings, config: ModelConfig) -> int:
+    """The least that weights, gradients, optimizer state and average of one worker take.
+
+    Where all but a little is frozen, that little is not counted.
+    """
+    number = count_parameters(config).total
+    gradient = 0 if _mostly_frozen(settings) else _WEIGHT_BYTES[settings.memory.model_dtype]
+    return int((_weight_bytes(settings) + gradient + _kept_beside(settings)) * number)
+
+
+def _mostly_frozen(settings: RunSettings) -> bool:
+    return settings.adapt.use_peft or settings.run.expert_id is not None
+
+
+def _weight_bytes(settings: RunSettings) -> float:
+    """Bytes of one weight, as if every weight were quantised that can be."""
+    if settings.memory.load_in_4bit:
+        return 0.5
+    return 1 if settings.memory.load_in_8bit else _WEIGHT_BYTES[settings.memory.model_dtype]
+
+
+def _kept_beside(settings: RunSettings) -> int:
+    """Bytes of moments and average for one weight."""
+    if _mostly_frozen(settings):
+        return 0
+    moments = 2 if settings.optimizer.use_8bit_optimizer else _MOMENT_BYTES[settings.optimizer.optimizer]
+    return moments + (4 if settings.optimizer.ema is not None else 0)
+
+
+def least_bytes(settings: RunSettings, config: ModelConfig) -> int:
+    """A lower bound of what an update takes: its state, and tokens, labels and two 16-bit states of a micro-batch."""
+    positions = settings.optimizer.batch_size * config.total_positions
+    return state_bytes(settings, config) + positions * (8 + 2 * 2 * config.hidden_size)
+
+
+def most_bytes(settings: RunSettings, config: ModelConfig) -> int:
+    """An upper bound of what an update takes, options that save memory not considered."""
+    width = config.intermediate_size
+    if config.num_experts:
+        places = config.num_experts_per_tok * max(1.0, config.moe_capacity_factor)
+        width = round((width + config.hidden_size) * places) + config.num_experts
+    layers = config.bp_steps * max(config.h_layers, config.l_layers)
+    if config.arch == "transformer":
+        layers = config.h_layers + config.l_layers
+    # Each tensor of a layer once for the graph and those of two layers once more, in float32; scores in float64.
+    in_layers = 4 * (layers + 2) * (24 * config.hidden_size + 10 * width)
+    in_carries = 16 * config.hidden_size * settings.optimizer.gradient_accumulation_steps
+    scores = 6 * 8 * config.vocab_size
+    positions = settings.optimizer.batch_size * config.total_positions
+    # Weights, gradients, two moments, average, and what an update makes of them on its way.
+    state = 6 * 4 * count_parameters(config).total
+    return round(_MARGIN * (state + positions * (in_layers + in_carries + scores)))
+
+
+def checkpoint_bytes(settings: RunSettings, config: ModelConfig) -> int:
+    """The least that one checkpoint takes, without carries."""
+    return int((_weight_bytes(settings) + _kept_beside(settings)) * count_parameters(config).total)
+
+
+def gigabytes(size: int) -> str:
+    """Bytes as text."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -79,7 +79,7 @@ def _look_at_data(settings: RunSettings) -> tuple[RunSettings, DataFacts, DataFa
         reason = "it would change nothing: plain texts have no columns"
         raise SettingsError(Fault(f"--text-column {settings.data.text_column}", reason, "Leave it out"))
     if evaluation is not None and evaluation.task != facts.task:
-        reason = f"it holds {evaluation.task} data, the training data is {facts.task}"
+        reason = f"it is {evaluation.task} data, the training data is {facts.task}"
         raise DataError(Fault(evaluation.path, reason, "Give held-out data of the same kind"))
     notes = _overlap(settings, facts) if evaluation is not None else []
     if evaluation is not None and facts.puzzle is not None:
@@ -196,7 +196,8 @@ def _adaptive_lr(settings: RunSettings) -> AdaptiveLrSettings | None:
 
 def _puzzle_config(settings: RunSettings, facts: DataFacts) -> ModelConfig:
     puzzle = facts.puzzle
-    assert puzzle is not None
+    if puzzle is None:
+        raise ValueError("the data is no puzzle set")
     return model_config(
         settings, puzzle.vocab_size, seq_len=puzzle.seq_len, puzzle_identifiers=puzzle.num_puzzle_identifiers
     )

@@ -1,7 +1,6 @@
-"""Asked for against there, before any worker is started: CPUs, GPUs and memory of this machine or of a cluster.
+"""Checks that CPUs, GPUs and memory suffice for the workers, on this machine or a cluster, before any is started.
 
-One job: refuse within seconds, with numbers, what Ray would wait for without end. Pure functions over numbers; the
-only look outside is at this machine. Does not start or ask Ray.
+Ray would wait without end for what is not there. Ray is neither started nor asked here.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ def available_memory_bytes() -> int:
 
 
 def check_machine(demand: ResourceRequest, cpus: int, memory_bytes: int) -> None:
-    """Raise ResourceError unless this machine can hold a local cluster with the worker group."""
+    """Raise ResourceError unless this machine has room for a local cluster with the worker group."""
     faults = []
     if demand.cpus > cpus:
         faults.append(
@@ -110,7 +109,7 @@ def places(demand: ResourceRequest, nodes: Sequence[Mapping[str, float]]) -> int
 
 
 def check_cluster(demand: ResourceRequest, nodes: Sequence[Mapping[str, float]], address: str) -> None:
-    """Raise ResourceError unless the living nodes (total resources of each) could ever hold the worker group."""
+    """Raise ResourceError unless the worker group fits on the living nodes (total resources of each)."""
     fits = places(demand, nodes)
     if fits < demand.world_size:
         raise ResourceError(

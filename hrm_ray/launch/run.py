@@ -5,26 +5,30 @@ It owns neither the process nor its signals: the caller polls them and says when
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from importlib import import_module
 
+from hrm_ray.data.corpus import CorpusReading
 from hrm_ray.launch.devices import visible_gpus
 from hrm_ray.launch.new_bundle import removed_unless_trained
 from hrm_ray.launch.plan import make_plan
-from hrm_ray.launch.reading_progress import ReadingProgress
 from hrm_ray.launch.resolve import ResolvedRun, resolve
 from hrm_ray.launch.run_directory import check_unchanged
 from hrm_ray.launch.run_lock import run_lock
 from hrm_ray.metrics.fanout import FanOut
 from hrm_ray.settings.tree import RunSettings
-from hrm_ray.types import MetricSink, RunResult, StopPoll
+from hrm_ray.types import MetricSink, Record, RunResult, StopPoll, StopRequested
 
 LAUNCHERS = {
     "local": "hrm_ray.launch.local:run",
     "ray": "hrm_ray.orchestration.worker_group:run",
 }
 """--launcher -> module and function `(plan, *, sink, stop) -> RunResult`; imported when it is used."""
+
+REPORT_EVERY_S = 5.0
+"""Seconds between two reports of how far the data was read; shorter reading is not reported."""
 
 
 def run(
@@ -49,9 +53,29 @@ def run(
         check_unchanged(resolved.settings, location)
         held.enter_context(removed_unless_trained(location))
         held.enter_context(visible_gpus(devices))
-        plan = make_plan(resolved, ReadingProgress(sink, stop))
+        plan = make_plan(resolved, _ReadingProgress(sink, stop))
         module, _, function = LAUNCHERS[devices.launcher].partition(":")
         launch: Callable[..., RunResult] = vars(import_module(module))[function]
         if on_start is not None:
             on_start()
         return launch(plan, sink=sink, stop=stop)
+
+
+class _ReadingProgress:
+    """Called while a corpus is read: reports how far that is, and raises StopRequested once a stop was asked for."""
+
+    def __init__(self, sink: MetricSink, stop: StopPoll) -> None:
+        self._sink, self._stop = sink, stop
+        self._next_s = time.monotonic() + REPORT_EVERY_S
+
+    def __call__(self, reading: CorpusReading) -> None:
+        reason = self._stop()
+        if reason is not None:
+            raise StopRequested(reason)
+        now_s = time.monotonic()
+        if now_s < self._next_s:
+            return
+        self._next_s = now_s + REPORT_EVERY_S
+        share = "" if reading.share is None else f" ({reading.share:.0%} of the data)"
+        message = f"reading the data before the first step: {reading.rows_read:,} rows{share}"
+        self._sink.write(Record("event", 0, time.time(), {"message": message, "level": "INFO"}))

@@ -1,12 +1,11 @@
-"""Which bundle a run writes, and which checkpoint it goes on from.
+"""The settings of a run, the bundle that it writes, and the checkpoint that it resumes from.
 
-One job: a new run gets a fresh folder, a resumed one its own, and nothing of anybody else's is touched. It reads
-settings and manifests; it trains nothing.
+A new run gets a folder of its own, and a resumed one that of its checkpoint. Nothing is written here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,13 @@ from hrm_ray.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 from hrm_ray.errors import DataError, Fault, SettingsError
 from hrm_ray.metrics.jsonl import read_records
 from hrm_ray.rundir import RunDir, read_json, verify_checkpoint
+from hrm_ray.settings.load import load_settings, peek_leaves
 from hrm_ray.settings.options import options
 from hrm_ray.settings.run import DEFAULT_BUNDLE_DIR
 from hrm_ray.settings.tree import RunSettings, from_plain, to_dotted
 
 REUSABLE = frozenset({TOKENIZER_FILE, CONFIG_FILE})
-"""Files that may lie in a new run's folder: a tokenizer of an earlier one is used again."""
+"""Files that the folder of a new run may contain: the tokenizer of an earlier one is used again."""
 
 PREPARED = REUSABLE | {
     "config.json",
@@ -39,12 +39,19 @@ PREPARED = REUSABLE | {
 """Files of a bundle that exist before the first step."""
 
 LOCK_FILES = frozenset({".run.lock", ".in_use.json", ".preparing"})
-"""What a run keeps in its folder while it has no bundle yet; the run's lock guards them."""
+"""What a run has in its folder beside the bundle while it runs."""
+
+
+_NAME_A_RUN = (
+    *("run.resume", "run.resume_from", "run.bundle_dir", "run.brain_name"),
+    *("data.dataset_file", "data.dataset_id"),
+)
+"""Leaves that say which run is resumed."""
 
 
 @dataclass(frozen=True)
 class RunLocation:
-    """The bundle's folder, the checkpoint to go on from, and the bundle that this one belongs to."""
+    """The bundle's folder, the checkpoint to resume from, and the bundle which that belongs to."""
 
     run_dir: RunDir
     checkpoint: Path | None
@@ -52,12 +59,30 @@ class RunLocation:
 
     @property
     def continues(self) -> bool:
-        """Whether the run goes on in the bundle of its checkpoint (else it is new, or a branch in a new folder)."""
+        """Whether the run stays in the bundle of its checkpoint. Otherwise it is new, or a branch in a new folder."""
         return self.source is not None and self.source.root.resolve() == self.run_dir.root.resolve()
 
 
-def find_stored(resume_from: Path | None, where: Mapping[str, Any]) -> RunDir:
-    """The bundle whose settings a resumed run starts from. `where` holds the leaves that name a bundle."""
+def load_run(
+    said_options: Mapping[str, str | bool],
+    config: Path | None = None,
+    *,
+    found: Sequence[Fault] = (),
+    also_known: Iterable[str] = (),
+) -> RunSettings:
+    """The settings of a new or resumed run from options and a settings file, as `load_settings` takes them.
+
+    With --resume or --resume-from they are laid over those of the run to resume.
+    """
+    where = peek_leaves(said_options, config, _NAME_A_RUN)
+    base = None
+    if where["run.resume"] or where["run.resume_from"] is not None:
+        base = _base_settings(_find_stored(where["run.resume_from"], where), where)
+    return load_settings(said_options, config, base, found=found, also_known=also_known)
+
+
+def _find_stored(resume_from: Path | None, where: Mapping[str, Any]) -> RunDir:
+    """The bundle whose settings a resumed run starts from; `where` has the leaves that name a bundle."""
     if resume_from is not None:
         source = RunDir(resume_from.absolute().parent.parent)
         if not source.training_args.is_file():
@@ -67,15 +92,15 @@ def find_stored(resume_from: Path | None, where: Mapping[str, Any]) -> RunDir:
     data = where["data.dataset_file"] or where["data.dataset_id"]
     if where["run.brain_name"] is None and where["run.bundle_dir"] is None and data is None:
         raise SettingsError(
-            Fault("--resume", "nothing says which run", "Give --bundle-dir (or --brain-name) of the run to go on with")
+            Fault("--resume", "nothing says which run", "Give --bundle-dir (or --brain-name) of the run to resume")
         )
     return RunDir(_folder(where["run.brain_name"], where["run.bundle_dir"], data))
 
 
-def stored_settings(run_dir: RunDir, where: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a bundle by dotted key, to lie under those given now. Raises SettingsError or DataError.
+def _base_settings(run_dir: RunDir, where: Mapping[str, Any]) -> dict[str, Any]:
+    """The stored settings of a bundle by dotted key. Raises SettingsError or DataError.
 
-    The bundle's place is what `where` says, or else the folder the settings were found in, wherever it has been moved.
+    The bundle's folder is the one that `where` names, or else the one the settings were found in: it may have moved.
     """
     if not run_dir.training_args.is_file():
         reason = f"there is no run in it ({run_dir.training_args.name} is missing)"
@@ -87,7 +112,7 @@ def stored_settings(run_dir: RunDir, where: Mapping[str, Any]) -> dict[str, Any]
 
 
 def stored_args(run_dir: RunDir) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings and data of a bundle as training_args.json holds them. Raises DataError for another content."""
+    """Settings and data of a bundle, as in its training_args.json. Raises DataError for other content."""
     plain = read_json(run_dir.training_args)
     if not isinstance(plain, dict) or not all(isinstance(plain.get(part), dict) for part in ("settings", "data")):
         raise _not_as_written(run_dir, "settings and data are not both in it")
@@ -251,7 +276,7 @@ def check_vacant(run_dir: RunDir) -> None:
             hint = "Nothing of it can be resumed: delete the folder, or give another --brain-name"
         raise SettingsError(Fault(str(root), f"there is a run in it already, with {reached}", hint))
     hint = "Give another --brain-name or --bundle-dir"
-    raise SettingsError(Fault(str(root), f"the folder is not empty (it holds {inside[0]})", hint))
+    raise SettingsError(Fault(str(root), f"the folder is not empty (it contains {inside[0]})", hint))
 
 
 def _check_same(settings: RunSettings, source: RunDir) -> None:

@@ -1,7 +1,4 @@
-"""Reading the data before a run, for `--dry-run`.
-
-One job: find bad rows while nothing has been started, in a bounded time, and say how much was read.
-"""
+"""Reads the data for `--dry-run`, in a bounded time, to find bad rows before anything is started."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Turns signals and the stop file into a stop that training can ask for.
-
-One job: SIGTERM, Ctrl-C and --stop-file become one StopReason; a second Ctrl-C ends at once. It does not save.
-"""
+"""Turns SIGTERM, Ctrl-C and --stop-file into one StopReason that training polls; a second Ctrl-C ends at once."""
 
 from __future__ import annotations
 

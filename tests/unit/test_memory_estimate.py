@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from hrm_ray.launch.memory_bounds import least_bytes, most_bytes
+from hrm_ray.launch.preflight import least_bytes, most_bytes
 from hrm_ray.train.fake_tensors import fake_tensors
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.memory_estimate import MemoryAccount, account_for, memory_estimate

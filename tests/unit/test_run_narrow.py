@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hrm_ray.errors import SettingsError, UnavailableError
 from hrm_ray.launch.fallbacks import settle_memory_options
-from hrm_ray.launch.memory_bounds import checkpoint_bytes, state_bytes
+from hrm_ray.launch.preflight import checkpoint_bytes, state_bytes
 from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble

@@ -13,7 +13,6 @@ from typing import Any, BinaryIO, cast
 import pytest
 
 from hrm_ray.data import file_systems
-from hrm_ray.launch import reading_progress
 from hrm_ray.train.loaders import HaltedSlots
 from hrm_ray.train.stream_loader import StreamLoader
 from hrm_ray.types import Columns
@@ -125,7 +124,7 @@ def test_training_a_tokenizer_reads_its_sample_once(corpus: Path, reads: Reads, 
 def test_a_shuffled_epoch_reads_each_file_once_and_says_so(
     corpus: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading_progress, "REPORT_EVERY_S", 0)
+    monkeypatch.setattr("hrm_ray.launch.run.REPORT_EVERY_S", 0)
     ran = hrm(*start(corpus, "--steps", "2", *SHUFFLED))
     assert ran.code == 0, ran.err
     before = reads.at_first_step
