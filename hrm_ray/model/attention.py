@@ -43,16 +43,16 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scope: AttentionScope) -
     are computed a block of queries at a time against the keys that the block can see, forward and backward:
     O(S x window) with a window, and never a tensor of S x S.
     """
-    queries, there = query.shape[2], keys.shape[2]
-    if scope.sees_all(queries, there):
+    queries, total = query.shape[2], keys.shape[2]
+    if scope.sees_all(queries, total):
         return F.scaled_dot_product_attention(query, keys, values)
-    if scope.is_plain_causal(queries, there):
+    if scope.is_plain_causal(queries, total):
         return F.scaled_dot_product_attention(query, keys, values, is_causal=True)
-    if queries * there <= WHOLE_MASK_ENTRIES:
-        mask = scope.whole_mask(queries, there, query)
+    if queries * total <= WHOLE_MASK_ENTRIES:
+        mask = scope.whole_mask(queries, total, query)
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-    first = scope.causal_from(queries, there)
-    if first == there - queries:
+    first = scope.causal_from(queries, total)
+    if first == total - queries:
         return F.scaled_dot_product_attention(query, keys[:, :, first:], values[:, :, first:], is_causal=True)
     if first is not None and query.device.type == "cpu":
         return attend_in_two(query, keys[:, :, first:], values[:, :, first:])
@@ -82,27 +82,27 @@ class _Blockwise(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, keys: Tensor, values: Tensor, scope: AttentionScope, size: int) -> Tensor:
         ctx.save_for_backward(query, keys, values)
         ctx.scope, ctx.size = scope, size
-        queries, there = query.shape[2], keys.shape[2]
-        seen = torch.empty_like(query)
-        for block, reach in scope.blocks(queries, there, size):
-            mask = scope.block_mask(block, reach, queries, there, size, query)
-            seen[:, :, block] = F.scaled_dot_product_attention(
+        queries, total = query.shape[2], keys.shape[2]
+        output = torch.empty_like(query)
+        for block, reach in scope.blocks(queries, total, size):
+            mask = scope.block_mask(block, reach, queries, total, size, query)
+            output[:, :, block] = F.scaled_dot_product_attention(
                 query[:, :, block], keys[:, :, reach], values[:, :, reach], attn_mask=mask
             )
-        return seen
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, keys, values = ctx.saved_tensors
         scope: AttentionScope = ctx.scope
-        queries, there = query.shape[2], keys.shape[2]
+        queries, total = query.shape[2], keys.shape[2]
         # A key's gradient is a sum over blocks, so it is taken in float32 whatever the type of the attention.
         wide = torch.promote_types(keys.dtype, torch.float32)
         d_query = torch.empty_like(query)
         d_keys, d_values = torch.zeros_like(keys, dtype=wide), torch.zeros_like(values, dtype=wide)
-        for block, reach in scope.blocks(queries, there, ctx.size):
-            mask = scope.block_mask(block, reach, queries, there, ctx.size, query)
+        for block, reach in scope.blocks(queries, total, ctx.size):
+            mask = scope.block_mask(block, reach, queries, total, ctx.size, query)
             parts = (query[:, :, block], keys[:, :, reach], values[:, :, reach])
             leaves = [part.detach().requires_grad_() for part in parts]
             with torch.enable_grad():
@@ -122,8 +122,8 @@ def attend_in_two(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     long.
     """
     dtype = product_dtype(query)
-    seen: Tensor = _Joined.apply(query.to(dtype), keys.to(dtype), values.to(dtype))
-    return seen
+    output: Tensor = _Joined.apply(query.to(dtype), keys.to(dtype), values.to(dtype))
+    return output
 
 
 class _Joined(torch.autograd.Function):

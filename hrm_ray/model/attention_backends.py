@@ -115,8 +115,8 @@ class FlashAttention:
         if documents is None:
             return _result(self.whole(*parts, **rule)).transpose(1, 2)
         query, keys, values = parts
-        rows, queries, there = query.shape[0], query.shape[1], keys.shape[1]
-        pieces = scope.cached(("pieces", queries, there), lambda: document_pieces(documents, queries, there))
+        rows, queries, total = query.shape[0], query.shape[1], keys.shape[1]
+        pieces = scope.cached(("pieces", queries, total), lambda: document_pieces(documents, queries, total))
         if pieces.kept is not None:
             keys, values = keys[pieces.kept], values[pieces.kept]
         seen = self.packed(
@@ -144,15 +144,15 @@ class Pieces:
     kept: Tensor | None
 
 
-def document_pieces(documents: Tensor, queries: int, there: int) -> Pieces:
+def document_pieces(documents: Tensor, queries: int, total: int) -> Pieces:
     """Cut the rows at the borders of their `documents` [B, T]; a document may begin before the first query."""
-    documents = documents[:, -there:]
-    earlier = there - queries
+    documents = documents[:, -total:]
+    earlier = total - queries
     own = documents[:, earlier:]
     begins = F.pad(own[:, 1:] != own[:, :-1], (1, 0), value=True)
-    places = begins.flatten().nonzero().flatten()
-    end = torch.tensor([own.numel()], device=places.device)
-    lengths = torch.diff(torch.cat((places, end)))
+    begin_positions = begins.flatten().nonzero().flatten()
+    end = torch.tensor([own.numel()], device=begin_positions.device)
+    lengths = torch.diff(torch.cat((begin_positions, end)))
     # Keys before the first query count if they are of its document; they lengthen the row's first piece.
     kept = documents == documents[:, earlier : earlier + 1]
     kept[:, earlier:] = True

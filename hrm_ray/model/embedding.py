@@ -93,6 +93,6 @@ class InputEmbedding(nn.Module):
             x = torch.cat((prefix, x), dim=1)
         if self.embed_pos is not None:
             table = self.embed_pos.weight.to(self.dtype)
-            places = table[: x.shape[1]] if positions is None else F.embedding(positions, table)
-            x = 0.707106781 * (x + places)
+            vectors = table[: x.shape[1]] if positions is None else F.embedding(positions, table)
+            x = 0.707106781 * (x + vectors)
         return math.sqrt(config.hidden_size) * x

@@ -34,35 +34,35 @@ made of products of few sizes."""
 
 
 @dataclass(frozen=True)
-class Sorted:
+class SortedChoices:
     """The choices of experts, k per token (A = N * k), sorted by expert.
 
-    `token` [A]: the token of each sorted choice; `place` [N, k]: the index of each choice among the sorted ones; `ends`
+    `token` [A]: the token of each sorted choice; `index` [N, k]: the index of each choice among the sorted ones; `ends`
     int32 [E]: where each expert's rows end.
     """
 
     token: Tensor
-    place: Tensor
+    index: Tensor
     ends: Tensor
 
 
-def sort_by_expert(experts: Tensor, totals: Tensor) -> Sorted:
+def sort_by_expert(experts: Tensor, totals: Tensor) -> SortedChoices:
     """Sort the choices `experts` [N, k], stably; `totals` [E] is how often each expert was chosen."""
     order = experts.reshape(-1).argsort(stable=True)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    index = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     token = order.div(experts.shape[1], rounding_mode="floor")
-    return Sorted(token, place.view(experts.shape), totals.cumsum(0, dtype=torch.int32))
+    return SortedChoices(token, index.view(experts.shape), totals.cumsum(0, dtype=torch.int32))
 
 
-def dispatch(x: Tensor, order: Sorted) -> Tensor:
+def dispatch(x: Tensor, order: SortedChoices) -> Tensor:
     """The row of `x` [N, D] of every choice, sorted by expert: [A, D]."""
-    dispatched: Tensor = _Dispatch.apply(x, order.token, order.place)
+    dispatched: Tensor = _Dispatch.apply(x, order.token, order.index)
     return dispatched
 
 
-def combine(rows: Tensor, weights: Tensor, order: Sorted) -> Tensor:
+def combine(rows: Tensor, weights: Tensor, order: SortedChoices) -> Tensor:
     """For each token the sum over its choices of `weights` [N, k] times the experts' `rows` [A, D]: [N, D]."""
-    combined: Tensor = _Combine.apply(rows, weights, order.token, order.place)
+    combined: Tensor = _Combine.apply(rows, weights, order.token, order.index)
     return combined
 
 
@@ -80,31 +80,31 @@ class _Dispatch(torch.autograd.Function):
     """Both directions gather: a scattered addition over a token's choices would sum in an order that varies."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
+    def forward(ctx: Any, x: Tensor, token: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
         return x.index_select(0, token)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (place,) = ctx.saved_tensors
-        return gradient.index_select(0, place.view(-1)).view(*place.shape, -1).sum(1), None, None
+        (index,) = ctx.saved_tensors
+        return gradient.index_select(0, index.view(-1)).view(*index.shape, -1).sum(1), None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, token: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weights, token, place)
-        back = rows.index_select(0, place.view(-1)).view(*place.shape, -1)
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, token: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights, token, index)
+        back = rows.index_select(0, index.view(-1)).view(*index.shape, -1)
         return (back * weights.to(rows.dtype).unsqueeze(-1)).sum(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weights, token, place = ctx.saved_tensors
+        rows, weights, token, index = ctx.saved_tensors
         taken = gradient.index_select(0, token)
-        for_weights = (taken * rows).sum(-1, dtype=weights.dtype)[place]
-        sorted_weights = torch.empty_like(weights.view(-1)).scatter_(0, place.view(-1), weights.view(-1))
+        for_weights = (taken * rows).sum(-1, dtype=weights.dtype)[index]
+        sorted_weights = torch.empty_like(weights.view(-1)).scatter_(0, index.view(-1), weights.view(-1))
         return taken * sorted_weights.to(rows.dtype).unsqueeze(-1), for_weights, None, None
 
 

@@ -153,8 +153,8 @@ class Attention(nn.Module):
             query, keys = rotate(query, context.rotation), rotate(keys, context.rotation)
         if context.cache is not None:
             keys, values = context.cache((context.update, layer), keys, values)
-        seen = self.kernel(query, keys, values, context.scope)
-        return self.o_proj(seen.transpose(1, 2).reshape(batch, length, hidden))
+        attended = self.kernel(query, keys, values, context.scope)
+        return self.o_proj(attended.transpose(1, 2).reshape(batch, length, hidden))
 
 
 class RmsNorm(nn.Module):

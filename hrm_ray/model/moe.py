@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hrm_ray.model.activations import inner_values
 from hrm_ray.model.autocast import product_dtype
 from hrm_ray.model.config import ModelConfig
-from hrm_ray.model.grouped_product import Sorted, combine, dispatch, grouped_product, sort_by_expert
+from hrm_ray.model.grouped_product import SortedChoices, combine, dispatch, grouped_product, sort_by_expert
 from hrm_ray.model.routing import RouterSums, Routing, Site
 
 
@@ -46,7 +46,7 @@ class StackedProjection(nn.Module):
         self.own: nn.Parameter | None
         self.expert: int | None = None
 
-    def forward(self, rows: Tensor, order: Sorted, routing: Routing | None) -> Tensor:
+    def forward(self, rows: Tensor, order: SortedChoices, routing: Routing | None) -> Tensor:
         """rows [A, in], sorted by expert -> [A, out]."""
         stack = self.weight.detach().to(rows.dtype) if routing is None else routing.cast(self.weight, rows.dtype)
         return grouped_product(rows, self.weight if self.own is None else self.own, stack, order.ends, self.expert)
@@ -90,7 +90,7 @@ class Experts(nn.Module):
         self.up_proj = StackedProjection(count, outer, inner)
         self.down_proj = StackedProjection(count, inner, outer)
 
-    def forward(self, rows: Tensor, order: Sorted, routing: Routing | None) -> Tensor:
+    def forward(self, rows: Tensor, order: SortedChoices, routing: Routing | None) -> Tensor:
         """rows [A, D], sorted by expert -> [A, D]."""
         gate = self.gate_proj(rows, order, routing) if self.gate_proj is not None else None
         inner = inner_values(self.activation, self.up_proj(rows, order, routing), gate)

@@ -457,7 +457,7 @@ def test_sorting(choices: list[list[int]]) -> None:
     order = sort_by_expert(experts, torch.bincount(experts.flatten(), minlength=7))
     want = sorted(range(2 * len(choices)), key=lambda number: (experts.flatten()[number], number))
     assert order.token.tolist() == [number // 2 for number in want]
-    assert order.place.flatten().tolist() == [want.index(number) for number in range(len(want))]
+    assert order.index.flatten().tolist() == [want.index(number) for number in range(len(want))]
     assert order.ends.tolist() == [sum(int(e) <= expert for e in experts.flatten()) for expert in range(7)]
     assert order.ends.dtype == torch.int32
 

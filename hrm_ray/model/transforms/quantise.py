@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hrm_ray.model.autocast import product_dtype
-from hrm_ray.model.grouped_product import Sorted, grouped_product
+from hrm_ray.model.grouped_product import SortedChoices, grouped_product
 from hrm_ray.model.layers import Projection
 from hrm_ray.model.moe import StackedProjection
 from hrm_ray.model.routing import Routing
@@ -107,7 +107,7 @@ class QuantisedStack(nn.Module):
         super().__init__()
         self.quantised = codes
 
-    def forward(self, rows: Tensor, order: Sorted, routing: Routing | None) -> Tensor:
+    def forward(self, rows: Tensor, order: SortedChoices, routing: Routing | None) -> Tensor:
         """rows [A, in], sorted by expert -> [A, out]."""
         product: Tensor = _StackedProduct.apply(rows, self.quantised, order.ends)
         return product
