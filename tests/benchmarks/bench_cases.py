@@ -17,12 +17,12 @@ from hrm_ray.train.world import World
 from hrm_ray.types import Columns
 
 ROWS = 4096
-"""Different rows of a random set; it repeats them."""
+"""Number of different random rows, which repeat."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model, one batch, one task. `parameters` is what the model must come to, to be the one that is meant."""
+    """One model, one batch, one task; `parameters` is checked against the model that is built."""
 
     about: str
     model: Mapping[str, Any]
@@ -32,7 +32,7 @@ class Case:
     parameters: int
     optimizer: str = "adam-atan2"
     reference: tuple[str, str] | None = None
-    """Section (without the number of threads) and entry of the reference figures to hold it against."""
+    """Section (without the number of threads) and entry of the reference figures to compare it with."""
     differs: str = ""
     """How that entry's step differs from this one."""
 

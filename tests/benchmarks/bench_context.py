@@ -81,7 +81,7 @@ class LongRows:
 
 
 def measure(way: str, length: int, steps: int, threads: int, amp: bool) -> None:
-    """In a fresh process: train, and print what was measured as JSON."""
+    """Train in this (fresh) process and print the measurements as JSON."""
     settings = RunSettings.model_validate(
         {
             "model": {**MODEL, **WAYS[way].model},
@@ -103,7 +103,7 @@ def measure(way: str, length: int, steps: int, threads: int, amp: bool) -> None:
 
 
 def measured(way: str, length: int, steps: int, threads: int, amp: bool) -> dict[str, Any]:
-    """`measure` in a process of its own; why there are no figures where it did not end well."""
+    """`measure` in a process of its own; its measurements, or the reason why it failed."""
     words = [sys.executable, "-m", "tests.benchmarks.bench_context", "--measure"]
     words += [way, str(length), str(steps), str(threads), str(int(amp))]
     try:

@@ -46,7 +46,7 @@ PROBE = (
 
 
 def feed_of(path: str, tokenizer: TextTokenizer) -> StreamLoader:
-    """The feed of one epoch of `path`, without a cache."""
+    """The loader of one epoch of `path`, without a cache."""
     source = TextSource(path)
     corpus = Corpus(source, list_parts(source).parts, samples_per_block=100_000, chunk_size=4000)
     nowhere = Path(path).with_name("not-written")
@@ -58,7 +58,7 @@ def feed_of(path: str, tokenizer: TextTokenizer) -> StreamLoader:
 
 
 def drain(loader: StreamLoader) -> int:
-    """Take every batch of a feed; how many rows there were."""
+    """Take every batch of a loader; gives the number of rows."""
     rows = 0
     while taken := int(loader.next_batch([], 0)[0]["active"].sum()):
         rows += taken
@@ -74,7 +74,7 @@ def documents(corpus: Path) -> list[str]:
 
 
 def write_lines(path: Path, texts: list[str], size_bytes: int) -> Path:
-    """The texts over and over as a .jsonl file of about so many bytes."""
+    """Repeat the texts in a .jsonl file of about that many bytes."""
     lines = [json.dumps({"text": text}) + "\n" for text in texts]
     written = 0
     with path.open("w", encoding="utf-8") as file:
@@ -87,7 +87,7 @@ def write_lines(path: Path, texts: list[str], size_bytes: int) -> Path:
 
 
 def throughput(folder: Path, texts: list[str], rounds: int) -> dict[str, Any]:
-    """File to packed batches beside `encode_batch` of the same documents, a thousand at a time."""
+    """Tokens per second from file to packed batches, against `encode_batch` of the same documents in thousands."""
     tokenizer = train_bpe(texts[:300], VOCABULARY, 300)
     file = write_lines(folder / "some.jsonl", texts, 12_000_000)
     loaded = [document.text for document in read_documents(TextSource(str(file)))]
@@ -107,7 +107,7 @@ def throughput(folder: Path, texts: list[str], rounds: int) -> dict[str, Any]:
 
 
 def waiting(folder: Path, corpus: Path) -> dict[str, Any]:
-    """The share of a run's time in which the loop waits for its feed, at the demonstration's sizes."""
+    """The share of a run's time that the loop waits for its loader, at the demonstration's sizes."""
     from hrm_ray.launch import local
     from hrm_ray.launch.plan import make_plan
     from hrm_ray.launch.resolve import resolve
@@ -158,7 +158,7 @@ def memory(folder: Path, texts: list[str], sizes_mb: list[int]) -> dict[str, Any
 
 
 def files(folder: Path, count: int, rounds: int) -> dict[str, Any]:
-    """Documents a second out of many small files and members, and out of one file of the same text."""
+    """Documents per second from many small files and archive members, and from one file of the same text."""
     text = "A small document, like one of very many others. " * 6
 
     def small() -> Iterator[tuple[str, bytes]]:

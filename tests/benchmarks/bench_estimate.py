@@ -25,12 +25,12 @@ _TEXT = (*_SIZE, "--batch-size", "16", "--no-moe", "--no-amp", "--no-gradient-ch
 _PUZZLE = ("--task", "puzzle", "--max-seq-len", "81", "--batch-size", "64")
 _WIDE = ("--hidden-size", "1024", "--batch-size", "4")
 MOST_OFF = 0.15
-"""Part of what is measured that an estimate may be off by."""
+"""Largest relative error of an estimate."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Words as on the command line, laid over those of dense text in float32, and the vocabulary."""
+    """Options on top of those of a dense text model in float32, and the vocabulary size."""
 
     about: str
     words: tuple[str, ...]
@@ -60,7 +60,7 @@ CASES: tuple[Case, ...] = (
 
 
 def estimated(case: Case) -> MemoryAccount:
-    """What the commands would print."""
+    """The estimate that the commands print."""
     options = case.options
     task: Any = options["--task"]
     settings = resolve_task(load_settings(options), task, int(options["--max-seq-len"]))
@@ -68,7 +68,7 @@ def estimated(case: Case) -> MemoryAccount:
 
 
 def measured_bytes(case: Case) -> int:
-    """What a process of its own takes for two steps, over what it takes before; Linux only."""
+    """Rise of resident memory over two steps in a process of its own; Linux only."""
     words = [sys.executable, "-m", "tests.support.measured_memory", json.dumps([case.options, case.vocab_size])]
     return int(run_quietly(words)[1].splitlines()[-1])
 

@@ -33,7 +33,7 @@ class Product:
 
 
 class ProductRecorder(TorchDispatchMode):
-    """Notes every matrix product that runs inside it, forward and backward.
+    """Records every matrix product that runs inside it, forward and backward.
 
     Attention kernels count as the products they stand for: two forward, four backward (the kernel's own recomputation
     of the scores is not part of the floor). With a causal rule half of the keys count, which is the triangle's work.
@@ -122,7 +122,7 @@ _NOT_COUNTED = frozenset({"matmul", "linear", "mv", "addmv", "dot", "addbmm", "c
 
 
 class Floor:
-    """Executes the recorded products in their order, on random operands, into memory that is there already."""
+    """Executes the recorded products in their order, on random operands, into memory allocated before."""
 
     def __init__(self, products: list[Product]) -> None:
         self.flops = sum(product.flops for product in products)

@@ -25,11 +25,11 @@ CHUNKS_PER_BLOCK = 25
 """100,000 samples to a block and 4,000 to a chunk."""
 SEQUENCES = 100
 CLAIM = "claim, CPU us"
-"""What does not wait for the disk is counted in CPU time, which other work on the machine changes little."""
+"""Calls that do not wait for the disk are measured in CPU time, which other load changes little."""
 
 
 def shuffled(chunks: int) -> ClaimOrder:
-    """The keyed order, a thousand positions computed at once, as a feed would."""
+    """The keyed order, computed a thousand positions at a time as a loader does."""
     ready: dict[tuple[int, int], list[int]] = {}
 
     def order(epoch: int, position: int) -> int:
@@ -68,12 +68,12 @@ class Bench:
             self.leases.append(lease)
 
     def measure(self) -> None:
-        """Tell the length of each chunk that is leased."""
+        """Report the length of each leased chunk to the ledger."""
         for lease in self.leases:
             self.run.measure(lease.chunk, SEQUENCES)
 
     def commit(self) -> None:
-        """All that is leased, as one checkpoint."""
+        """Commit everything leased as one checkpoint."""
         spans = [Span(lease.epoch, lease.chunk, 0, SEQUENCES) for lease in self.leases]
         self.trained += len(spans)
         self.leases = []

@@ -20,7 +20,7 @@ from hrm_ray.train.storage_tracker import StorageTracker
 from tests.benchmarks.timing import in_turn, machine, plain, summary, table
 
 WHOLE = 2**62
-"""Bytes of scores that no sequence reaches."""
+"""A limit that no sequence reaches, so that its scores are computed whole."""
 
 
 def problem(tokens: int, vocabulary: int, hidden_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,7 +53,7 @@ def peak_bytes(once: Callable[[], None], head: Tensor) -> int:
 
 
 def measure(tokens: int, vocabulary: int, hidden_size: int, rounds: int, whole_too: bool) -> dict[str, Any]:
-    """One row: bytes and seconds in pieces, and beside the whole where that is wanted."""
+    """One row: bytes and seconds in pieces and, where asked for, whole."""
     pieces, head = work(tokens, vocabulary, hidden_size, SCORES_BYTES)
     row: dict[str, Any] = {"tokens": tokens, "pieces_bytes": peak_bytes(pieces, head)}
     if not whole_too:

@@ -17,13 +17,13 @@ from tests.benchmarks.timing import run_quietly, table
 SEGMENTS = (2, 4, 8, 16)
 STEPS = 3
 CONTROL = 2
-"""How many times the batch of the control row is, which must need more: what is shown flat can be seen to grow."""
+"""Batch size of the control row, in batches: it must take more memory, which shows that growth is detected."""
 FLAT_WITHIN = 0.05
-"""Of the growth that the control shows per segment's worth of activations; resident memory is not exact to the byte."""
+"""Tolerance, as a share of the growth that keeping every segment's graph would show; resident memory is not exact."""
 
 
 def peak_bytes() -> int:
-    """The most resident memory that this process has had."""
+    """Peak resident memory of this process."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     import resource
@@ -33,7 +33,7 @@ def peak_bytes() -> int:
 
 
 def measure(segments: int, batches: int, threads: int) -> None:
-    """In a fresh process: print the bytes resident with the model built, and the peak after a few steps."""
+    """Print the resident bytes of this (fresh) process with the model built, and the peak after a few steps."""
     case = CASES["text_m2"]
     case = replace(case, batch_size=batches * case.batch_size)
     loop = build_loop(case, threads, halt_max_steps=segments)

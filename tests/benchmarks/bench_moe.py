@@ -29,7 +29,7 @@ from hrm_ray.train.world import World
 from tests.benchmarks.timing import Spent, Summary, in_turn, machine, plain, summary, table
 
 MARK = 1.5
-"""What the issue asks of the ratio to the dense FFN on a CPU."""
+"""The largest acceptable ratio to the dense FFN on a CPU."""
 WARM_UP_ROUNDS = 3
 SITE = (0, 0)
 

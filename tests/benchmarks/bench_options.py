@@ -39,7 +39,7 @@ from tests.benchmarks.option_cases import CASES, PLAIN, OptionCase
 from tests.benchmarks.timing import Summary, hrm_ray_command, in_turn, machine, plain, summary, table
 
 SIZE = ("--hidden-size", "128", "--num-heads", "4", "--max-seq-len", "128", "--batch-size", "8")
-"""The model and the micro-batch that are measured, unless told otherwise."""
+"""The default model and micro-batch."""
 BASE_STEPS = 40
 """Updates of the bundle that cases with a frozen base start from."""
 
@@ -72,7 +72,7 @@ class Place:
 
 
 def options_of(words: Sequence[str]) -> dict[str, str | bool]:
-    """Command-line words as `load_settings` takes them; of an option said twice the last counts."""
+    """Command-line words as the options of `load_settings`; the last value of a repeated option counts."""
     said: dict[str, str | bool] = {}
     name = ""
     for word in words:
@@ -99,7 +99,7 @@ def loop_of(case: OptionCase, place: Place) -> TrainingLoop:
 
 
 def account(loop: TrainingLoop) -> Account:
-    """Bytes of one step, the optimizer's state being there already."""
+    """Bytes of a step that finds the optimizer's state in place."""
     strategy, objective = loop.parts.strategy, loop.parts.objective
     assert isinstance(strategy, SingleStrategy)
     optimizer = strategy.optimizer
@@ -140,7 +140,7 @@ def loss_after(loop: TrainingLoop, steps: int) -> tuple[float, float]:
 
 
 def measure(case: OptionCase, place: Place, rounds: int) -> dict[str, Any]:
-    """One row, or the reason why there is none here."""
+    """One row, or the reason why the case cannot run here."""
     if case.needs_gpu and place.device == "cpu":
         return {"case": case.name, "refused": "needs a device with memory of its own"}
     try:

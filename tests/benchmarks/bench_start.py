@@ -17,7 +17,7 @@ from tests.benchmarks.timing import Summary, hrm_ray_command, plain, summary, ta
 
 STEPS = 60
 FIRST_STEPS = 10
-"""Not counted: caches, allocator and Ray's own threads settle."""
+"""Steps left out at the start, while caches, the allocator and Ray's threads settle."""
 HELP_RUNS = 7
 HELP_LIMIT_S = 0.5
 MODEL = (

@@ -99,7 +99,7 @@ def report_steps(timed: dict[str, Timed], threads: int) -> None:
 
 
 def against_reference(timed: dict[str, Timed], path: Path, threads: int) -> dict[str, Any] | None:
-    """Ratios to the reference's CPU time per step, said with what differs; None (and said) without its figures."""
+    """Print the ratios to the reference's CPU time per step and what differs; None without its figures."""
     compared = {name: one for name, one in timed.items() if one.case.reference is not None}
     if not compared:
         return None

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PLAIN = ("--no-gradient-checkpointing", "--no-amp", "--no-moe")
-"""What every case starts from: float32, everything kept, dense."""
+"""The base of every case: float32, no checkpointing, dense."""
 
 
 @dataclass(frozen=True)
 class OptionCase:
-    """One row of the table: words laid over PLAIN; `starts` says whether it starts from the trained base bundle."""
+    """One row of the table: options on top of PLAIN; `starts` says whether it starts from the trained base bundle."""
 
     name: str
     words: tuple[str, ...]
@@ -45,4 +45,4 @@ CASES: tuple[OptionCase, ...] = (
                                           "--use-chunked-training", "--chunk-size", "64")),
     OptionCase("nf4 base + lora, checkpointing, amp", (*_PEFT, "--load-in-4bit", *_CHECKPOINTS, *_AMP), starts=True),
 )  # fmt: skip
-"""Each option alone, then the stacks that make sense."""
+"""Each option alone, then useful combinations."""

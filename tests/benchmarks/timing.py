@@ -21,21 +21,21 @@ COMMAND_TIMEOUT_S = 600.0
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds that something took: of this process's CPU time (all threads), and of the clock on the wall."""
+    """Seconds of this process's CPU time (all threads), and by the wall clock."""
 
     cpu_s: float
     wall_s: float
 
 
 def spent(work: Callable[[], object]) -> Spent:
-    """Do `work` once and say what it took."""
+    """Run `work` once and time it."""
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     return Spent(time.process_time() - cpu, time.perf_counter() - wall)
 
 
 def in_turn(number: int, works: Sequence[Callable[[], object]]) -> list[Spent]:
-    """Each work once, in an order that turns round with the round's number; results in the order of `works`."""
+    """Each work once, in an order that rotates with the round's number; results in the order of `works`."""
     order = list(range(len(works)))
     if number % 2:
         order.reverse()
@@ -77,7 +77,7 @@ def summary(values: Sequence[float], confidence: float = 0.95) -> Summary:
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """On what was measured."""
+    """The machine and the library versions."""
     load = list(os.getloadavg()) if sys.platform != "win32" else None
     return {
         "processor": _processor(),
