@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from hrm_ray.data.chunk_source import ChunkPipeline, ChunkSource, EpochOrder, LocalChunks
 from hrm_ray.train.plan import RunPlan
 from hrm_ray.train.session import train
@@ -29,5 +31,11 @@ class LocalLink:
 
 
 def run(plan: RunPlan, *, sink: MetricSink, stop: StopPoll) -> RunResult:
-    """Train as the plan says, here and now; the plan's world size is 1."""
-    return train(plan, LocalLink(sink, stop))
+    """Train as the plan says, with a world size of 1; PyTorch's threads and random numbers are as before afterwards."""
+    threads = torch.get_num_threads()
+    devices = [torch.cuda.current_device()] if plan.device == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            return train(plan, LocalLink(sink, stop))
+    finally:
+        torch.set_num_threads(threads)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hrm_ray.bundle.store import step_of_best
 from hrm_ray.errors import ResourceError
@@ -126,6 +127,25 @@ def test_a_launch_that_ends_before_the_first_step_leaves_no_bundle(
         assert hrm(*words).code != 0
         assert not bundle.exists()
     train(data, bundle, *TEXT, "--steps", "1")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_in_this_process_leaves_pytorch_as_it_was(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads and random numbers belong to the program that a run is part of, also after a run that fails."""
+    data, before = text_folder(tmp_path / "data"), torch.get_num_threads()
+    if fails:
+        monkeypatch.setattr("hrm_ray.train.loop.TrainingLoop.step", lambda self: 1 / 0)
+    torch.set_num_threads(2)
+    state = torch.get_rng_state()
+    try:
+        words = ("train", "--dataset-file", data, "--bundle-dir", tmp_path / "b", *TEXT, "--steps", "1")
+        assert (hrm(*words).code == 0) != fails
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_bundle_that_was_only_prepared_gives_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
