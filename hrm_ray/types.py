@@ -78,7 +78,7 @@ StopPoll: TypeAlias = Callable[[], "StopReason | None"]
 
 
 class StopRequested(Exception):
-    """Ends the preparing of a run, before its first step, where a stop was asked for."""
+    """A stop was requested before any worker began to train: there is no result, and nothing was trained."""
 
     def __init__(self, reason: StopReason) -> None:
         super().__init__(reason.value)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError, RayTaskError
 
 from hrm_ray.errors import ERROR_KINDS, Fault, HrmRayError, ResourceError
-from hrm_ray.types import StopReason
 
 PEER_LOSS_MARKS = (
     "gloo/transport",
@@ -53,24 +52,6 @@ class WorkerCrash(HrmRayError):
 
     def __str__(self) -> str:
         return f"{super().__str__()}\n{self.detail}".rstrip()
-
-
-class StoppedBeforeStart(HrmRayError):
-    """A stop was requested before any worker began to train; nothing was changed.
-
-    The exit code is the reason's: 75 for SIGTERM, 130 for Ctrl-C, 0 for a stop file.
-    """
-
-    def __init__(self, reason: StopReason) -> None:
-        super().__init__(
-            Fault(
-                reason.value,
-                "stopped before the workers had started; nothing was trained or written",
-                "Run the same command again",
-            )
-        )
-        self.reason = reason
-        self.exit_code = reason.exit_code
 
 
 @dataclass(frozen=True)

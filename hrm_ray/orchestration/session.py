@@ -29,8 +29,7 @@ import hrm_ray
 from hrm_ray.errors import Fault, HrmRayError, SettingsError, UnavailableError
 from hrm_ray.launch.resources import ResourceRequest, usable_cpus
 from hrm_ray.openmp import SPIN_VARIABLE, limit_openmp_spin
-from hrm_ray.orchestration.failures import StoppedBeforeStart
-from hrm_ray.types import StopPoll
+from hrm_ray.types import StopPoll, StopRequested
 
 NAMESPACE = "hrm_ray"
 OBJECT_STORE_BYTES = 200 * 2**20
@@ -125,7 +124,7 @@ class Session:
         self._thread = threading.Thread(target=self._hold, name="ray-session", daemon=True)
 
     def open(self, stop: StopPoll) -> None:
-        """Return when connected; raises StoppedBeforeStart where `stop` says so meanwhile, or what went wrong."""
+        """Return when connected; raises StopRequested where `stop` says so meanwhile, or what went wrong."""
         # Ray reads its settings from the environment, here and in every process that it starts.
         settings = dict(SETTINGS)
         if self.private:
@@ -150,7 +149,7 @@ class Session:
         while not self._ready.wait(POLL_INTERVAL_S):
             stopped = stop()
             if stopped is not None:
-                raise StoppedBeforeStart(stopped)
+                raise StopRequested(stopped)
             if time.monotonic() > deadline_s:
                 raise self._explain(TimeoutError(f"no connection within {timeout_s:.0f} s"))
         if self._problem is not None:

@@ -30,7 +30,6 @@ from hrm_ray.orchestration.datasets import TASK_CPUS, ChunkTaskContext
 from hrm_ray.orchestration.failures import (
     RESUME_HINT,
     Failure,
-    StoppedBeforeStart,
     WorkerCrash,
     death_reason,
     first_cause,
@@ -39,7 +38,7 @@ from hrm_ray.orchestration.failures import (
 from hrm_ray.orchestration.run_monitor import RunMonitor, StatusUpdate
 from hrm_ray.orchestration.session import POLL_INTERVAL_S, Session, worker_environment
 from hrm_ray.train.plan import RunPlan, TextData
-from hrm_ray.types import MetricSink, Record, RunResult, StopPoll
+from hrm_ray.types import MetricSink, Record, RunResult, StopPoll, StopRequested
 
 if TYPE_CHECKING:
     # It loads ray.train, and with it torch, which the session loads while the cluster starts.
@@ -64,7 +63,7 @@ def run(plan: RunPlan, *, sink: MetricSink, stop: StopPoll, body: Body | None = 
     Each worker runs `body`: `train.session.train`, unless another is given. In a program that is connected to Ray
     already, the workers run on its cluster.
 
-    Raises ResourceError or UnavailableError before anything has started, StoppedBeforeStart, the error of the
+    Raises ResourceError or UnavailableError before anything has started, StopRequested, the error of the
     worker that failed first, or WorkerCrash.
     """
     request = ResourceRequest(plan.world_size, plan.threads, 1 if plan.device == "cuda" else 0)
@@ -257,7 +256,7 @@ class WorkerGroupRun:
             if reason is not None:
                 self._stop_sent = True
                 if not ray.get(self._monitor.ask_stop.remote(reason), timeout=MONITOR_TIMEOUT_S):
-                    raise StoppedBeforeStart(reason)
+                    raise StopRequested(reason)
             self._status = ray.get(self._monitor.take.remote(), timeout=MONITOR_TIMEOUT_S)
         except ray.exceptions.RayError as error:
             fault = Fault("the channel to the workers", f"does not answer ({type(error).__name__})", RESUME_HINT)

@@ -12,13 +12,11 @@ from hypothesis import strategies as st
 from hrm_ray.errors import DataError, DivergedError, Fault, ResourceError
 from hrm_ray.orchestration.failures import (
     Failure,
-    StoppedBeforeStart,
     WorkerCrash,
     death_reason,
     first_cause,
     shortage,
 )
-from hrm_ray.types import StopReason
 
 GLOO = RuntimeError(
     "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:2"
@@ -68,10 +66,6 @@ def test_a_reason_of_ones_own_wins_whatever_the_order(order: random.Random) -> N
 
 def test_nothing_failed() -> None:
     assert first_cause([], {}, "") is None
-
-
-def test_the_stop_before_the_start_ends_as_its_reason_does() -> None:
-    assert StoppedBeforeStart(StopReason.SIGTERM).exit_code == 75
 
 
 def test_the_account_of_a_death_is_one_short_line() -> None:

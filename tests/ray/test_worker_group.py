@@ -15,9 +15,9 @@ import pytest
 from hrm_ray.errors import DataError, ResourceError, UnavailableError
 from hrm_ray.launch.resources import ResourceRequest, usable_cpus
 from hrm_ray.orchestration import session, worker, worker_group
-from hrm_ray.orchestration.failures import StoppedBeforeStart, WorkerCrash
+from hrm_ray.orchestration.failures import WorkerCrash
 from hrm_ray.orchestration.worker import Body
-from hrm_ray.types import Record, RunResult, StopReason
+from hrm_ray.types import Record, RunResult, StopReason, StopRequested
 from tests.support import ray_bodies
 from tests.support.ray_bodies import counts, plan_of, until_stopped
 
@@ -202,9 +202,9 @@ def test_a_stop_reaches_the_workers_within_a_second(temp_root: Path, tmp_path: P
 
 @pytest.mark.ray
 def test_a_stop_before_the_workers_are_there_ends_at_once(temp_root: Path, tmp_path: Path) -> None:
-    with pytest.raises(StoppedBeforeStart) as caught:
+    with pytest.raises(StopRequested) as caught:
         worker_group.run(plan_of(tmp_path), sink=Received(), stop=lambda: StopReason.INTERRUPT, body=counts)
-    assert caught.value.exit_code == 130
+    assert caught.value.reason.exit_code == 130
     assert list(temp_root.iterdir()) == []
 
 

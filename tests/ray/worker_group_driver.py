@@ -13,7 +13,7 @@ from hrm_ray.errors import HrmRayError
 from hrm_ray.launch.stopping import StopWatch
 from hrm_ray.orchestration import worker_group
 from hrm_ray.train.plan import RunPlan
-from hrm_ray.types import Record
+from hrm_ray.types import Record, StopRequested
 from tests.support.ray_bodies import until_stopped
 
 
@@ -36,6 +36,9 @@ def main() -> int:
     except KeyboardInterrupt:
         print("error KeyboardInterrupt", flush=True)
         return 130
+    except StopRequested as stopped:
+        print("stopped", stopped.reason.value, flush=True)
+        return stopped.reason.exit_code
     except HrmRayError as error:
         print("error", type(error).__name__, flush=True)
         return error.exit_code

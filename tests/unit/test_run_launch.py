@@ -12,11 +12,11 @@ from hrm_ray.bundle.store import step_of_best
 from hrm_ray.errors import ResourceError
 from hrm_ray.launch.devices import choose_devices
 from hrm_ray.orchestration import worker_group
-from hrm_ray.orchestration.failures import StoppedBeforeStart, WorkerCrash
+from hrm_ray.orchestration.failures import WorkerCrash
 from hrm_ray.rundir import RunDir
 from hrm_ray.settings.cluster import ClusterSettings
 from hrm_ray.train.plan import RunPlan
-from hrm_ray.types import StopReason
+from hrm_ray.types import StopReason, StopRequested
 from tests.support.runs import (
     PUZZLE,
     TEXT,
@@ -105,7 +105,7 @@ def test_what_ray_cannot_hold_is_refused_before_anything_is_made(tmp_path: Path)
 @pytest.mark.parametrize(
     "error",
     [
-        StoppedBeforeStart(StopReason.SIGTERM),
+        StopRequested(StopReason.SIGTERM),
         ResourceError([]),
         KeyboardInterrupt(),
     ],
