@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hrm_ray.errors import DataError
 from hrm_ray.rundir import RunDir, read_json
 
 STATE = "state.json"
@@ -42,6 +43,9 @@ def stored_counts(run_dir: RunDir) -> dict[int, tuple[int | None, int | None]]:
     """By step: samples trained and skipped, as each checkpoint of a bundle has counted them."""
     found = {}
     for step in run_dir.checkpoint_steps():
-        progress = Progress.from_plain(read_json(run_dir.checkpoint(step) / STATE)["progress"])
+        try:
+            progress = Progress.from_plain(read_json(run_dir.checkpoint(step) / STATE)["progress"])
+        except DataError:
+            continue  # deleted meanwhile by the run; a damaged checkpoint is reported where a run resumes from it
         found[step] = progress.trained_samples, progress.skipped_samples
     return found

@@ -111,6 +111,9 @@ class Trainer:
     def _end(self, reason: StopReason) -> RunResult:
         """The last record and checkpoint; after a run that was not stopped, the last evaluation and the expert."""
         self.logger.train()
+        skipped = self.loop.progress.skipped_samples
+        if skipped:
+            self.logger.event("INFO", f"{skipped} samples were read in skipped updates and are not learned.")
         if reason is StopReason.FINISHED:
             self._evaluate()
         self._save()

@@ -164,6 +164,7 @@ def test_the_ledger_counts_what_was_skipped(order: str, tmp_path: Path, monkeypa
     metadata = json.loads((bundle / "metadata.json").read_text())
     assert (metadata["trained_samples"], metadata["skipped_samples"]) == (20, 12)
     assert records(bundle)[-1]["skipped_samples"] == 12
+    assert "12 samples were read in skipped updates" in str(records(bundle, "event")[-1]["message"])
     verified = hrm("ledger", "verify", bundle)
     assert verified.code == 0 and "20 sequences are merged" in verified.out, verified.out
     shown = hrm("ledger", "show", bundle).out

@@ -71,7 +71,8 @@ class Strategy(Protocol):
     def evaluating(self) -> AbstractContextManager[AnyObjective]:
         """The objective to evaluate, with the moving average as its weights where one is kept; a collective.
 
-        Inside the context `full_weights` gives those weights. After it the weights are the trained ones, to the bit.
+        Inside the context `full_weights` gives those weights, and on the leading rank the objective's model holds them
+        whole, for code that reads it, such as merging adapters. After it the weights are the trained ones, to the bit.
         """
 
     def full_weights(self) -> dict[str, Tensor]:
