@@ -24,6 +24,7 @@ from hrm_ray.launch.preflight import check_launch, check_resources
 from hrm_ray.launch.run_directory import RunLocation, check_effective_batch, check_own_files, locate_run, trained_with
 from hrm_ray.model.architecture import model_config
 from hrm_ray.model.config import ModelConfig
+from hrm_ray.model.transforms.compile import compile_notes
 from hrm_ray.rundir import MANIFEST, RunDir, read_json
 from hrm_ray.settings.adaptive_lr import AdaptiveLrSettings, read_adaptive_lr
 from hrm_ray.settings.needs import OWN_TOKENIZER
@@ -109,7 +110,8 @@ def _resolve_on(
         vocab_size, certain = _expected_vocabulary(settings, location)
         config = model_config(settings, vocab_size)
     if not devices.ray_address:
-        notes += flash_notes(settings, config, torch.device(devices.device))
+        device = torch.device(devices.device)
+        notes += flash_notes(settings, config, device) + compile_notes(settings, device)
     notes += _chunk_notes(settings)
     keep_freed = check_resources(settings, config, devices, location.run_dir.root)
     resumes = location.checkpoint is not None

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hrm_ray.model.activations import inner_values
 from hrm_ray.model.attention import AttentionKernel, attend
+from hrm_ray.model.attention_backends import FlexAttention
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.moe import MixtureOfExperts
 from hrm_ray.model.routing import Routing
@@ -102,12 +103,19 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotate pairs (x_j, x_{j+d/2}) of `x` [B, heads, T, d] by their position's angle, in float32 (Su et al. 2021)."""
+    if torch.compiler.is_compiling():
+        # The same numbers in the form that inductor makes one kernel of; of halves it makes two, with a float32 copy.
+        wide = x.float()
+        return (wide * rotation.cos + wide.roll(x.shape[-1] // 2, dims=-1) * rotation.sin).to(x.dtype)
     turned: Tensor = _Rotate.apply(x, rotation.cos, rotation.sin)
     return turned
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T with the float32 weight cast to the activations' type at use (ACTV1_SPEC, section 8)."""
+    if torch.is_autocast_enabled(x.device.type):
+        # Autocast makes the cast, and keeps it for the other uses of the weight in this pass.
+        return F.linear(x, weight)
     return F.linear(x, weight.to(x.dtype))
 
 
@@ -126,6 +134,11 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
+def call(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)` as it is; `transforms.compile` puts compiled functions in its place."""
+    return function(*args)
+
+
 class Attention(nn.Module):
     """Multi-head attention with separate q, k, v, o projections; scale 1/sqrt(head_dim), no dropout.
 
@@ -141,20 +154,33 @@ class Attention(nn.Module):
         self.v_proj = Projection(hidden_size, hidden_size)
         self.o_proj = Projection(hidden_size, hidden_size)
         self.kernel: AttentionKernel = attend
+        self.call = call
+
+    def is_plain(self, x: Tensor, context: Context) -> bool:
+        """Whether whole rows attend to themselves by PyTorch's kernel without a mask."""
+        if context.cache is not None or not (self.kernel is attend or isinstance(self.kernel, FlexAttention)):
+            return False
+        length = x.shape[1]
+        return context.scope.is_plain_causal(length, length) or context.scope.sees_all(length, length)
 
     def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
-        """x [B, T, D] -> [B, T, D]."""
-        batch, length, hidden = x.shape
-        split = (batch, length, self.num_heads, hidden // self.num_heads)
-        query = self.q_proj(x).view(split).transpose(1, 2)
-        keys = self.k_proj(x).view(split).transpose(1, 2)
-        values = self.v_proj(x).view(split).transpose(1, 2)
-        if context.rotation is not None:
-            query, keys = rotate(query, context.rotation), rotate(keys, context.rotation)
+        """x [B, T, D] -> the heads' results [B, heads, T, d], before the output projection."""
+        query, keys, values = self.call(project, self, x, context.rotation)
         if context.cache is not None:
             keys, values = context.cache((context.update, layer), keys, values)
-        attended = self.kernel(query, keys, values, context.scope)
-        return self.o_proj(attended.transpose(1, 2).reshape(batch, length, hidden))
+        return self.kernel(query, keys, values, context.scope)
+
+
+def project(attention: Attention, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+    """x [B, T, D] -> queries, keys and values [B, heads, T, d], queries and keys rotated."""
+    batch, length, hidden = x.shape
+    split = (batch, length, attention.num_heads, hidden // attention.num_heads)
+    query = attention.q_proj(x).view(split).transpose(1, 2)
+    keys = attention.k_proj(x).view(split).transpose(1, 2)
+    values = attention.v_proj(x).view(split).transpose(1, 2)
+    if rotation is not None:
+        query, keys = rotate(query, rotation), rotate(keys, rotation)
+    return query, keys, values
 
 
 class RmsNorm(nn.Module):
@@ -212,17 +238,55 @@ class Block(nn.Module):
         self.attn_norm = norm(config)
         self.mlp = MixtureOfExperts(config) if config.num_experts else FeedForward(config)
         self.mlp_norm = norm(config)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        # nn.Dropout reads the training mode, and an evaluation would be compiled for anew.
+        self.dropout = nn.Dropout(config.dropout_rate) if config.dropout_rate else nn.Identity()
+        self.call = call
 
     def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
         """x [B, T, D] -> [B, T, D]; `layer` is the block's number in its level."""
-        x = self.attn_norm(x + self.dropout(self.self_attn(x, context, layer)))
-        if isinstance(self.mlp, MixtureOfExperts):
-            fed = self.mlp(x, (context.update, layer), context.routing)
+        sparse = isinstance(self.mlp, MixtureOfExperts)
+        causal = context.scope.is_plain_causal(x.shape[1], x.shape[1])
+        if self.self_attn.is_plain(x, context):
+            x = self.call(attention_layer if sparse else dense_block, self, x, context.rotation, causal)
         else:
-            fed = self.mlp(x)
-        result: Tensor = self.mlp_norm(x + self.dropout(fed))
-        return result
+            # Attention stays outside what is compiled: masks, caches and sites would each be compiled for.
+            attended = self.self_attn(x, context, layer)
+            x = self.call(add_attention if sparse else add_both, self, x, attended)
+        if not sparse:
+            return x
+        fed = self.mlp(x, (context.update, layer), context.routing)
+        return add_feed_forward(self, x, fed)
+
+
+def attention_layer(block: Block, x: Tensor, rotation: Rotation | None, causal: bool) -> Tensor:
+    """x [B, T, D] -> N(x + Attention(x)) over whole rows, by PyTorch's kernel without a mask."""
+    attended = F.scaled_dot_product_attention(*project(block.self_attn, x, rotation), is_causal=causal)
+    return add_attention(block, x, attended)
+
+
+def dense_block(block: Block, x: Tensor, rotation: Rotation | None, causal: bool) -> Tensor:
+    """A block without experts over whole rows."""
+    x = attention_layer(block, x, rotation, causal)
+    return add_feed_forward(block, x, block.mlp(x))
+
+
+def add_attention(block: Block, x: Tensor, attended: Tensor) -> Tensor:
+    """x [B, T, D] and the heads' results [B, heads, T, d] -> N(x + Attention(x))."""
+    joined = block.self_attn.o_proj(attended.transpose(1, 2).reshape(x.shape))
+    result: Tensor = block.attn_norm(x + block.dropout(joined))
+    return result
+
+
+def add_feed_forward(block: Block, x: Tensor, fed: Tensor) -> Tensor:
+    """x and FFN(x) -> N(x + FFN(x))."""
+    result: Tensor = block.mlp_norm(x + block.dropout(fed))
+    return result
+
+
+def add_both(block: Block, x: Tensor, attended: Tensor) -> Tensor:
+    """What follows attention in a block without experts."""
+    x = add_attention(block, x, attended)
+    return add_feed_forward(block, x, block.mlp(x))
 
 
 class Level(nn.Module):

@@ -42,6 +42,9 @@ class ClusterSettings(Section):
     """Numbers of the GPUs to use, separated by commas: "0,1"."""
     threads: int | None = option(None, "free", ge=1, unset="the machine's CPUs divided among its workers")
     """CPU threads of each worker."""
+    compile: bool | None = option(None, "free", unset="on for CUDA with Triton and a C compiler")
+    """Compile the blocks with torch.compile: faster steps, a slower first step. Compiled code is kept for later runs in
+    the folder of TORCHINDUCTOR_CACHE_DIR."""
     strict: bool = option(False, "free")
     """Treat every fallback as an error."""
 

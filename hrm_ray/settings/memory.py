@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Literal, TypeAlias
 
 from hrm_ray.settings.base import Section, option
-from hrm_ray.settings.needs import AMP, CHUNKS, CUDA_FOR_CHUNKS, DEVICE_MEMORY, MOMENTS_TO_OFFLOAD, SEVERAL_CHUNKS
+from hrm_ray.settings.needs import (
+    AMP,
+    CHUNKS,
+    CUDA_FOR_CHUNKS,
+    DEVICE_MEMORY,
+    FLOAT32_WEIGHTS,
+    MOMENTS_TO_OFFLOAD,
+    SEVERAL_CHUNKS,
+)
 
 AmpDtype: TypeAlias = Literal["auto", "bf16", "fp16"]
 ModelDtype: TypeAlias = Literal["fp32", "fp16", "bf16"]
@@ -25,6 +33,15 @@ class MemorySettings(Section):
     model_dtype: ModelDtype = option("fp32", "fixed")
     """Type of weights, activations and the gradients of one pass. Gradients of several passes or workers are added in
     float32; updates of 16-bit weights are rounded stochastically."""
+    activations: Literal["fp32", "bf16"] | None = option(
+        None,
+        "free",
+        needs=(FLOAT32_WEIGHTS,),
+        legacy_default="fp32",
+        unset="bf16 with --amp on a GPU that computes in it",
+    )
+    """Type of states, residuals and saved activations beside float32 weights. Norms, losses and halting scores are
+    computed in float32."""
     use_chunked_training: bool = option(False, "free", needs=(SEVERAL_CHUNKS,))
     """Train a long text chunk by chunk: activation memory grows with the chunk, not with the sequence."""
     chunk_size: int = option(2048, "free", ge=1, needs=(CHUNKS,))

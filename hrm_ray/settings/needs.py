@@ -174,6 +174,11 @@ MOMENTS_TO_OFFLOAD = Needs(
 
 # Memory and adapters
 
+FLOAT32_WEIGHTS = Needs(
+    "activations_of_float32_weights",
+    lambda s: s.memory.model_dtype == "fp32",
+    "with --model-dtype the activations have the type of the weights",
+)
 AMP = Needs("amp_dtype_of_amp", lambda s: s.memory.amp, "mixed precision is off", "Leave it out, or give --amp")
 CHUNKS = Needs(
     "chunk_leaves_of_chunked_training",

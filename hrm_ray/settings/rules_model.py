@@ -201,6 +201,12 @@ MODEL_RULES: dict[str, Rule] = {
         "a prompt has full attention, so its beginning cannot be computed before its end",
         "Give --lm-mask causal, or leave --use-chunked-training out",
     ),
+    "one_type_of_16_bits": refuse(
+        lambda s: s.memory.activations == "bf16" and s.memory.amp and s.memory.amp_dtype == "fp16",
+        ("memory.activations", "memory.amp_dtype"),
+        "products in float16 and states in bfloat16 are added in float32, which saves nothing",
+        "Give --amp-dtype bf16, or leave --activations out",
+    ),
     "eight_bits_of_adamw": refuse(
         lambda s: s.optimizer.use_8bit_optimizer and s.optimizer.optimizer != "adamw",
         ("optimizer.use_8bit_optimizer", "optimizer.optimizer"),

@@ -6,6 +6,7 @@ The only place where settings become objects, as straight-line code. It starts n
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -24,6 +25,7 @@ from hrm_ray.model.router_losses import RouterLosses
 from hrm_ray.model.transforms.activation_checkpointing import apply_activation_checkpointing
 from hrm_ray.model.transforms.attend import use_kernel
 from hrm_ray.model.transforms.cast_weights import cast_weights
+from hrm_ray.model.transforms.compile import compile_blocks, compiles
 from hrm_ray.model.transforms.peft import Adapters, apply_peft
 from hrm_ray.model.transforms.quantise import quantise_projections
 from hrm_ray.model.transforms.single_expert import train_single_expert
@@ -37,7 +39,7 @@ from hrm_ray.train.loop import TrainingLoop, TrainState
 from hrm_ray.train.microbatch import wanted_columns
 from hrm_ray.train.optimizers import BuildOptimizer, SparseSignSGD, builder, followed_by
 from hrm_ray.train.per_parameter_optimizer import PerParameterOptimizer, StateStorage
-from hrm_ray.train.precision import NARROW, LossScaler, choose_precision
+from hrm_ray.train.precision import NARROW, LossScaler, activation_dtype, choose_precision
 from hrm_ray.train.schedules import LrSchedule, Schedule
 from hrm_ray.train.strategies import STRATEGIES
 from hrm_ray.train.stream_loader import StreamLoader, TextStream
@@ -58,6 +60,7 @@ def assemble(
 ) -> TrainingLoop:
     """The loop of one worker. `settings` are resolved; `schedule_steps` is the schedule's length; `adaptive_lr` is the
     content of --adaptive-lr-config."""
+    config = replace(config, forward_dtype=activation_dtype(settings.memory, world.device))
     model = build_model(config)
     model.initialise(settings.run.seed)
     # A resumed run has its weights in the checkpoint, and the start weights may be gone by now.
@@ -66,6 +69,7 @@ def assemble(
     adapters = _transform(model, settings, schedule_steps)
     use_kernel(model, load_kernel(kernel_of(settings, config, world.device)))
     memory = settings.memory
+    calls = compile_blocks(model, strict=settings.cluster.strict) if compiles(settings, world.device) else None
     if memory.gradient_checkpointing:
         apply_activation_checkpointing(model)
     objective = build_objective(
@@ -110,6 +114,7 @@ def assemble(
         else None,
         scaler=LossScaler() if precision.scaled else None,
         adapters=adapters,
+        compiled=calls,
     )
     objective.train()
     return TrainingLoop(parts, stop_poll)

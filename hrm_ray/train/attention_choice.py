@@ -8,19 +8,19 @@ from hrm_ray.errors import Fault, UnavailableError
 from hrm_ray.model.attention_backends import KernelCapabilities, KernelName, choose_kernel, flash_obstacle
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.settings.tree import RunSettings
-from hrm_ray.train.precision import choose_precision
+from hrm_ray.train.precision import activation_dtype, choose_precision
 
 
 def kernel_of(settings: RunSettings, config: ModelConfig, device: torch.device) -> KernelName:
     """The kernel that the settings choose on this device."""
-    return choose_kernel(settings.model.use_flash_attn, config, _place(settings, config, device))
+    return choose_kernel(settings.model.use_flash_attn, config, _place(settings, device))
 
 
 def flash_notes(settings: RunSettings, config: ModelConfig, device: torch.device) -> list[str]:
     """A note where --use-flash-attn was given and cannot be honoured. Raises UnavailableError under --strict."""
     if not settings.model.use_flash_attn:
         return []
-    reason = flash_obstacle(config, _place(settings, config, device))
+    reason = flash_obstacle(config, _place(settings, device))
     if reason is None:
         return []
     if settings.cluster.strict:
@@ -29,9 +29,9 @@ def flash_notes(settings: RunSettings, config: ModelConfig, device: torch.device
     return [f"--use-flash-attn: {reason}; PyTorch's own kernels are used instead, with the same results."]
 
 
-def _place(settings: RunSettings, config: ModelConfig, device: torch.device) -> KernelCapabilities:
+def _place(settings: RunSettings, device: torch.device) -> KernelCapabilities:
     memory = settings.memory
     precision = choose_precision(memory.amp, memory.amp_dtype, memory.model_dtype, device)
     return KernelCapabilities.here(
-        device.type, narrow=precision.autocast is not None or config.forward_dtype != "float32"
+        device.type, narrow=precision.autocast is not None or activation_dtype(memory, device) != "float32"
     )

@@ -20,6 +20,7 @@ from torch import Tensor
 from hrm_ray.bundle.progress import Progress
 from hrm_ray.errors import DivergedError, Fault
 from hrm_ray.model.objective import AnyObjective, Batch, SegmentOutput
+from hrm_ray.model.transforms.compile import CompiledCalls
 from hrm_ray.model.transforms.peft import Adapters
 from hrm_ray.train.adaptive_lr import Action
 from hrm_ray.train.loaders import BatchLoader, BatchSize
@@ -79,6 +80,7 @@ class TrainState:
     sparse: SparseSignSGD | None = None
     scaler: LossScaler | None = None
     adapters: Adapters | None = None
+    compiled: CompiledCalls | None = None
     seed: int = 0
 
 

@@ -28,7 +28,7 @@ from hrm_ray.train.assemble import assemble
 from hrm_ray.train.fake_tensors import fake_tensors
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.optimizer_state import state_tensors, state_tensors_of
-from hrm_ray.train.precision import sum_gradients_in_float32
+from hrm_ray.train.precision import activation_dtype, sum_gradients_in_float32
 from hrm_ray.train.storage_tracker import OTHER, Allocation, StorageTracker, storage_bytes
 from hrm_ray.train.strategies.single import SingleStrategy
 from hrm_ray.train.world import World
@@ -83,6 +83,10 @@ def memory_estimate(settings: RunSettings, config: ModelConfig, device: str = "c
     Kernels are those of a CPU; those of another `device` keep about the same. Optimizer state that --optimizer-offload
     keeps in host memory is reported, and is no part of the peak.
     """
+    memory = settings.memory
+    if memory.model_dtype == "fp32" and activation_dtype(memory, torch.device(device)) == "bfloat16":
+        # The update below is traced on a CPU, where the default is another.
+        settings = settings.model_copy(update={"memory": memory.model_copy(update={"activations": "bf16"})})
     trace = _trace_rows(settings, config)
     account = trace.account(offloaded=settings.memory.optimizer_offload and device != "cpu")
     # Each further micro-batch keeps its columns, and its carry: those of the last update live until all new ones exist.
@@ -218,7 +222,8 @@ def _trace_fake_update(settings: RunSettings, config: ModelConfig) -> _Trace:
     several_passes = config.halt_max_steps > 1 and settings.model.supervision == "rollout"
     number = min(settings.optimizer.gradient_accumulation_steps, 1 if several_passes else PASSES)
     optimizer = settings.optimizer.model_copy(update={"gradient_accumulation_steps": number})
-    cluster = settings.cluster.model_copy(update={"strategy": "single"})
+    # Compiled blocks keep no more than eager ones.
+    cluster = settings.cluster.model_copy(update={"strategy": "single", "compile": False})
     settings = settings.model_copy(update={"optimizer": optimizer, "cluster": cluster})
     world = World(0, 1, torch.device("cpu"), grouped=False)
     with fake_tensors():

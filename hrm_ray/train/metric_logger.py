@@ -46,7 +46,8 @@ class MetricLogger:
         loop, step = self.loop, self.loop.progress.step
         per_segment = report.totals.get("tokens", report.totals["rows"])
         self._throughput.add(round(per_segment / loop.parts.objective.segments_per_step))
-        for note in loop.parts.loader.take_notes():
+        compiled = loop.parts.compiled
+        for note in (*loop.parts.loader.take_notes(), *(compiled.take_notes() if compiled is not None else ())):
             self.event("WARNING", note)
         size = report.new_batch_size
         if size is not None:
@@ -90,6 +91,8 @@ class MetricLogger:
             values["skipped_samples"] = progress.skipped_samples
         if parts.scaler is not None:
             values["loss_scale"] = parts.scaler.scale
+        if parts.compiled is not None:
+            values["compiled_graphs"] = parts.compiled.graphs
         rate = self._throughput.per_s()
         if rate is not None:
             values["tokens_per_s" if "tokens" in report.totals else "samples_per_s"] = rate

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hrm_ray.settings.memory import AmpDtype, ModelDtype
+from hrm_ray.model.config import FORWARD_DTYPES, ForwardDtype
+from hrm_ray.settings.memory import AmpDtype, MemorySettings, ModelDtype
 
 NARROW: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,6 +47,21 @@ def sum_gradients_in_float32(parameters: Iterable[nn.Parameter]) -> None:
     for parameter in parameters:
         if parameter.requires_grad and parameter.grad_dtype != torch.float32:
             parameter.grad_dtype = torch.float32
+
+
+def activation_dtype(memory: MemorySettings, device: torch.device) -> ForwardDtype:
+    """Type of states and residuals on this device: `ModelConfig.forward_dtype` of the model that is trained.
+
+    Like mixed precision it belongs to a run and a device; a bundle's own configuration knows the weights' type only.
+    """
+    if memory.model_dtype != "fp32":
+        return FORWARD_DTYPES[memory.model_dtype]
+    if memory.activations is not None:
+        return FORWARD_DTYPES[memory.activations]
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "float32"
+    autocast = choose_precision(memory.amp, memory.amp_dtype, memory.model_dtype, device).autocast
+    return "bfloat16" if autocast == torch.bfloat16 else "float32"
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -25,6 +25,7 @@ from hrm_ray.log_filters import silence_unused_kernels
 from hrm_ray.metrics.fanout import FanOut
 from hrm_ray.metrics.jsonl import JsonlSink
 from hrm_ray.metrics.tensorboard import TensorBoardSink
+from hrm_ray.model.transforms.compile import compile_notes
 from hrm_ray.rundir import MANIFEST, RunDir, file_sha256
 from hrm_ray.settings.schedule_length import schedule_length
 from hrm_ray.settings.tree import RunSettings
@@ -109,8 +110,8 @@ def _train(plan: RunPlan, link: WorkerLink) -> RunResult:
         if isinstance(plan.data, TextData) and plan.data.rows_estimated:
             _refine_schedule(plan, plan.data, loop, logger)
         # On a running cluster the driver has not seen the workers' machines.
-        own = flash_notes(settings, config, world.device) if plan.ray_address else []
-        for note in (*plan.notes, *own):
+        own = flash_notes(settings, config, world.device) + compile_notes(settings, world.device)
+        for note in (*plan.notes, *(own if plan.ray_address else ())):
             logger.event("WARNING", note)
         for remark in plan.remarks:
             logger.event("INFO", remark)

@@ -46,6 +46,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "fp16": FP16,
     "bf16, adam-atan2": (*BF16, "--optimizer", "adam-atan2"),
     "bf16, sgd": (*BF16, "--optimizer", "sgd", "--lr", "1e-2"),
+    "bf16 activations, amp": ("--activations", "bf16", "--amp"),
     "bf16, 8 bit, averaged": (*BF16, *EIGHT, "--ema", "0.9"),
 }
 

@@ -68,6 +68,16 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
         {"--force-train": True, "--resume": True, "--epochs": "2"},
         "--resume",
     ),
+    "activations_of_float32_weights": (
+        {"--activations": "fp32", "--model-dtype": "bf16"},
+        {"--activations": "fp32", "--amp-dtype": "fp16"},
+        "Leave it out",
+    ),
+    "one_type_of_16_bits": (
+        {"--activations": "bf16", "--amp-dtype": "fp16"},
+        {"--activations": "bf16", "--amp-dtype": "bf16"},
+        "--amp-dtype bf16",
+    ),
     "amp_dtype_of_amp": (
         {"--amp-dtype": "fp16", "--no-amp": True},
         {"--amp-dtype": "fp16"},
