@@ -8,11 +8,13 @@ from typing import TypeAlias
 
 from hrm_ray.data.catalog import RowPosition
 from hrm_ray.data.file_kinds import FileKind
+from hrm_ray.data.hub import split_rows
 from hrm_ray.data.parts import Part, TextSource
 from hrm_ray.data.readers import known_rows, read_part
 from hrm_ray.data.rows import BadRow, OnBadRow, Row
 from hrm_ray.data.streams import ReadingWatch
 from hrm_ray.data.timer import TimeUp
+from hrm_ray.settings.hub_name import HUB
 
 PlacedRow: TypeAlias = tuple[Row, RowPosition]
 """A row, and the position after it."""
@@ -63,6 +65,7 @@ class CorpusReading:
         on_read: Callable[[CorpusReading], None] | None = None,
     ) -> None:
         self._corpus, self._position, self._on_read = corpus, start, on_read
+        self._from_beginning = start == _BEGINNING
         self._passed_bytes: int | None = 0
         self.rows_read = 0
         self.ended = False
@@ -99,14 +102,17 @@ class CorpusReading:
 
     @property
     def share(self) -> float | None:
-        """Which share of the corpus was read or skipped, as far as bytes tell, 0 to 1; None where they do not, or
-        without `on_read`."""
+        """Which share of the corpus was read or skipped, as far as bytes (of a data set of the Hub: rows) tell,
+        0 to 1; None where they do not, or without `on_read`."""
         if self.ended:
             return 1.0
         parts, number = self._corpus.parts, self._position.part
         if number == len(parts):
             return None
         present, total = parts[number], self._corpus.bytes
+        if present.address.startswith(HUB):
+            rows = split_rows(present.address)
+            return self.rows_read / rows if rows and self._from_beginning and self.rows_read < rows else None
         passed = sum(part.bytes for part in parts[:number]) + self._bytes_of(present)
         compressed = present.kind is not None and present.kind.compression is not None
         return passed / total if (_SURE_BYTES if compressed else 0) < passed < total else None

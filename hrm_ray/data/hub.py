@@ -58,14 +58,28 @@ def list_shards(address: str, split: str) -> tuple[list[Shard], tuple[str, ...]]
     return shards, splits
 
 
-def shard_rows(address: str, cursor: Cursor) -> Iterator[Row]:
-    """The rows of a shard. Raises Unreadable for damaged data, UnavailableError where the Hub cannot be reached."""
-    import pyarrow as pa
+def split_rows(address: str) -> int | None:
+    """The number of rows in the split that the shard at `address` belongs to, where the data set's card has it."""
+    name, found = _parsed(address)
+    splits = _open(name, found["revision"])[0].info.splits or {}
+    entry = splits.get(name.split)
+    return None if entry is None else entry.num_examples or None
 
+
+def _parsed(address: str) -> tuple[HubName, re.Match[str]]:
+    """The name and the other parts of a shard's address."""
     found = _ADDRESS.fullmatch(address)
     name = hub_name(found["name"]) if found is not None else None
     if found is None or name is None:
         raise ValueError(f"{address} is not an address that list_shards made")
+    return name, found
+
+
+def shard_rows(address: str, cursor: Cursor) -> Iterator[Row]:
+    """The rows of a shard. Raises Unreadable for damaged data, UnavailableError where the Hub cannot be reached."""
+    import pyarrow as pa
+
+    name, found = _parsed(address)
     _require_datasets(address)
     cursor.where = f"{name}, shard {found['index']}"
     shard = _open(name, found["revision"])[0].shard(num_shards=int(found["count"]), index=int(found["index"]))

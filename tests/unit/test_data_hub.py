@@ -18,6 +18,8 @@ import pytest
 from huggingface_hub import constants
 
 from hrm_ray.data import hub
+from hrm_ray.data.chunks import CorpusHead
+from hrm_ray.data.corpus import Corpus
 from hrm_ray.data.detect import detect
 from hrm_ray.data.parts import TextSource, list_parts
 from hrm_ray.data.readers import known_rows, read_part
@@ -76,6 +78,20 @@ def test_every_file_is_a_part_and_every_row_comes_once(layout: Path) -> None:
     assert all(part.stamp and not part.random_access and known_rows(part, source) is None for part in parts)
     tail = list(read_part(parts[1], source, start_row=3))
     assert tail == list(read_part(parts[1], source))[3:] and [row.row for row in tail] == [3, 4]
+
+
+def test_rows_of_the_card_tell_the_share_that_was_read(layout: Path, tmp_path: Path) -> None:
+    """So an epoch's sequences are estimated without reading all of a data set."""
+    card = "dataset_info:\n- config_name: en\n  splits:\n  - name: train\n    num_examples: 15\n---\n"
+    copied = Path(shutil.copytree(layout, tmp_path / "set"))
+    (copied / "README.md").write_text(LAYOUT.removesuffix("---\n") + card)
+    for path, share in ((copied, 0.4), (layout, None)):
+        source = TextSource(f"hf://{path}:en")
+        head = CorpusHead(Corpus(source, list_parts(source).parts, 100, 6), lambda _: None)
+        first = next(iter(head))
+        assert first.entry.rows == 6 and head.reading.share == share
+        whole = head.estimate_text_bytes()
+        assert whole == 15 * 3 and len(head.chunks) == (1 if share else 3)
 
 
 def test_configurations_and_splits(layout: Path) -> None:
