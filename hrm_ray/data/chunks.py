@@ -95,7 +95,7 @@ class CorpusHead:
 
     def estimate_text_bytes(self) -> float:
         """Bytes of text in the corpus, judged by the chunks that were kept and the share of all rows that they are.
-        Reads on until that share is known, and to the end of the corpus where nothing tells."""
+        Reads on until that share is known, and to the end of the corpus where it stays unknown."""
         corpus, reading = self.corpus, self.reading
         while (not self.chunks or reading.share is None) and self._read_one():
             pass

@@ -22,8 +22,8 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class StreamState:
-    """A place in an epoch: the position of a window's first chunk in the epoch's order, how many of its sequences were
-    taken, how many of the epoch in all, and rows of earlier windows that were bad or left out."""
+    """A position in an epoch: that of a window's first chunk in the epoch's order, how many of its sequences were
+    `taken`, how many of the epoch in all, and rows of earlier windows that were bad or left out."""
 
     position: int = 0
     taken: int = 0
@@ -96,7 +96,7 @@ class Window:
 
     def consumed(self, epoch: int, first: int, beyond: int) -> list[ConsumedRange]:
         """What the places first..beyond-1 of the window are of its chunks. One without a sequence is done once all
-        before it is; `first` is -1 where nothing was told of the window yet."""
+        before it is; `first` is -1 where nothing of the window was reported yet."""
         found = []
         for start, samples, end in zip(self._starts, self._samples, self._ends.tolist(), strict=True):
             begin = end - len(samples)
@@ -149,7 +149,7 @@ class SequenceStream:
         self._epoch, self._shown = epoch, state.taken or -1
         self._consumed: list[ConsumedRange] = []
         self.data_ended = False
-        """Whether the epoch's last chunk has come."""
+        """Whether the last chunk of the epoch was read."""
         self._notes: list[str] = []
 
     def take(self, count: int, *, within_block: bool = False) -> list[RowSlice]:
@@ -169,7 +169,7 @@ class SequenceStream:
         while count:
             window = self._current(within_block)
             if window is None:
-                # Nothing at all says that the block is done; what is asked for next lies in another one.
+                # An empty result means that the block is done: the next sequences are of another one.
                 self._in_block = bool(row_slices)
                 break
             taken = min(count, len(window) - self._taken)
@@ -182,7 +182,7 @@ class SequenceStream:
 
     @property
     def state(self) -> StreamState:
-        """Where the next sequence stands."""
+        """The position of the next sequence."""
         window = self._window
         if window is None:
             return self._begin
@@ -204,13 +204,13 @@ class SequenceStream:
         return consumed
 
     def _report(self) -> None:
-        """Write down what was taken of the present window."""
+        """Record what was taken of the present window."""
         if self._window is not None:
             self._consumed += self._window.consumed(self._epoch, self._shown, self._taken)
             self._shown = self._taken
 
     def take_notes(self) -> list[str]:
-        """What is to be said of the chunks that came since the last call."""
+        """Warnings about the chunks that came since the last call."""
         notes, self._notes = self._notes, []
         return notes
 

@@ -20,7 +20,7 @@ from hrm_ray.data.splits import missing_split, split_of
 from hrm_ray.data.streams import ContainerUnreadable, Unreadable
 from hrm_ray.errors import Fault
 
-# Most names, told at once: no part begins with a dot, nothing is absolute, nothing is another system's.
+# Most names match: no part begins with a dot, no absolute path, no backslash.
 _PLAIN = re.compile(r"(?![A-Za-z]:)[^./\\][^/\\]*(?:/[^./\\][^/\\]*)*")
 _DRIVE = re.compile(r"[A-Za-z]:")
 _WITHOUT = "Make the archive again without this member"

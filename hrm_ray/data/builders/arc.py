@@ -123,7 +123,7 @@ def _changes(tasks: list[arc.Task], augment: int, seed: int) -> Iterator[tuple[a
 
 
 def _shown(task: arc.Task, change: arc.Change | None) -> bytes:
-    """A task's train pairs under a change, as bytes that tell them from others."""
+    """A task's train pairs under a change, as bytes, to compare them with others."""
     grids = [grid for pair in task.train for grid in (pair.shown, pair.wanted) if grid is not None]
     changed = grids if change is None else [change.apply(grid) for grid in grids]
     return b"".join(bytes(grid.shape) + grid.tobytes() for grid in changed)

@@ -61,7 +61,7 @@ def build_sudoku(
 
     Tokens: 0 pad, 1 empty, digit + 1. Held-out puzzles never share a solution grid with training puzzles or their
     copies. 4x4: 72 of the 288 grids are held out. 9x9: held-out grids are essentially different from all training
-    grids, that is, no symmetry maps one to the other (told by sudoku.grid_class). 6x6: the same, by holding out classes
+    grids, that is, no symmetry maps one to the other (see sudoku.grid_class). 6x6: the same, by holding out classes
     with about a fifth of all grids.
 
     Raises SettingsError for values that cannot be honoured, among them more or harder puzzles than there seem to be.

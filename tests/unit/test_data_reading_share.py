@@ -141,5 +141,5 @@ def test_a_dry_run_ends_when_its_time_is_up(tmp_path: Path, monkeypatch: pytest.
     ran = hrm("train", "--dataset-file", data, *TEXT, "--dry-run")
     assert ran.code == 0, ran.err
     (said,) = [line for line in ran.out.splitlines() if line.startswith("data: ")]
-    assert said.startswith("data: the first ") and "what follows was not read" in said and "--all" in said
+    assert said.startswith("data: the first ") and "the time limit was reached there" in said and "--all" in said
     assert "about 3.3" in said or "about 1.6" in said
