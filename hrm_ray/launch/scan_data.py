@@ -34,7 +34,6 @@ def _read(resolved: ResolvedRun, timer: Timer, *, evaluation: bool) -> str:
     corpus = corpus_to_read(resolved.settings, source, list_parts(source).parts, evaluation=evaluation)
     reading = CorpusReading(corpus, on_read=lambda _: timer.raise_if_up())
     documents = bad = left_out = 0
-    whole = False
     for chunk in read_chunks(corpus, rows=reading):
         documents += len(chunk.documents)
         bad += chunk.entry.bad
@@ -46,6 +45,6 @@ def _read(resolved: ResolvedRun, timer: Timer, *, evaluation: bool) -> str:
         return f"{documents} documents are readable{others}"
     share = "" if reading.share is None else f", about {100 * reading.share:.3g} % of the data"
     return (
-        f"the first {documents} documents are readable{others}{share}; the time for it ended there, and what follows "
-        f"was not read (`hrm-ray data inspect {shlex.quote(source.path)} --all` reads all)"
+        f"the first {documents} documents are readable{others}{share}; the time limit was reached there "
+        f"(`hrm-ray data inspect {shlex.quote(source.path)} --all` reads all)"
     )
