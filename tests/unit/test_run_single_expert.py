@@ -304,7 +304,7 @@ def test_the_parameter_and_its_stack_stay_one() -> None:
     model.to(torch.float32).load_state_dict(state)
     assert torch.equal(projection.own, state[f"{name}.weight"][INDEX])  # type: ignore[arg-type]
     projection.own.data = torch.zeros_like(projection.own)  # type: ignore[arg-type, union-attr]
-    with pytest.raises(RuntimeError, match="no longer part"):
+    with pytest.raises(RuntimeError, match="no longer shares the memory"):
         model.state_dict()
 
 
