@@ -6,7 +6,7 @@ The samples are the same for any number of workers; sums are added over ranks be
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -14,23 +14,14 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from hrm_ray.model.chunked import ChunkedTextObjective, ChunkedTransformerObjective
 from hrm_ray.model.objective import AnyObjective, Batch
 from hrm_ray.model.puzzle_objective import PuzzleObjective
-from hrm_ray.model.text_objective import TextObjective, TransformerObjective
 from hrm_ray.settings.tree import RunSettings
-from hrm_ray.train.evaluate_text import (
-    Sums,
-    text_figures,
-    text_names,
-    text_sums,
-)
+from hrm_ray.train.evaluate_text import Sums, TextObjectives, text_figures, text_names, text_sums
 from hrm_ray.train.microbatch import to_batch, wanted_columns
 from hrm_ray.train.out_of_memory import halved, reading_data, too_large, unless_out_of_memory
 from hrm_ray.train.world import World
 from hrm_ray.types import IGNORE_LABEL, SampleSet
-
-Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,7 @@ def evaluate(objective: AnyObjective, held_out: EvalSet, world: World) -> dict[s
 
     Where memory runs out on any rank, all halve their batches. Raises ResourceError where one row is too much.
     """
-    _, names_of, figures_of = _KINDS[type(objective)]
+    _, names, figures_of = _functions_of(objective)
     objective.eval()
     while True:
         totals = unless_out_of_memory(partial(_own_sums, objective, held_out, world), world.device)
@@ -74,7 +65,6 @@ def evaluate(objective: AnyObjective, held_out: EvalSet, world: World) -> dict[s
             raise too_large("an evaluation", "with one row at a time")
         held_out = held_out.with_batch(rows)
     objective.train()
-    names = names_of(objective)
     vector = torch.stack([totals.get(name, torch.zeros((), dtype=torch.float64)) for name in names])
     if world.device.type != "mps":
         vector = vector.to(world.device)
@@ -84,7 +74,7 @@ def evaluate(objective: AnyObjective, held_out: EvalSet, world: World) -> dict[s
 
 def _own_sums(objective: AnyObjective, held_out: EvalSet, world: World) -> Sums:
     """Sums over this rank's batches."""
-    sums_of = _KINDS[type(objective)][0]
+    sums_of = _functions_of(objective)[0]
     wanted = wanted_columns(objective.model.config) | {"label_bytes"}
     totals: Sums = {}
     with torch.no_grad():
@@ -100,9 +90,11 @@ def _own_sums(objective: AnyObjective, held_out: EvalSet, world: World) -> Sums:
     return totals
 
 
-def _puzzle_sums(objective: AnyObjective, batch: Batch) -> Sums:
+_PUZZLE_SUMS = ("rows", "loss", "cells", "exact", "exact_q", "steps_q", "q_right")
+
+
+def _puzzle_sums(puzzle: PuzzleObjective, batch: Batch) -> Sums:
     """Sums over puzzles at the last segment, and (`_q`) at the first segment where q_halt > q_continue."""
-    puzzle = cast(PuzzleObjective, objective)
     labels = batch["labels"]
     supervised = labels != IGNORE_LABEL
     counts = supervised.sum(-1)
@@ -145,19 +137,13 @@ def _puzzle_figures(sums: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def _puzzle_names(objective: AnyObjective) -> list[str]:
-    return ["rows", "loss", "cells", "exact", "exact_q", "steps_q", "q_right"]
-
-
-_TEXT = (text_sums, text_names, text_figures)
-_KINDS: dict[type, tuple[Callable[..., Sums], Callable[..., list[str]], Callable[[Mapping[str, float]], Figures]]] = {
-    TextObjective: _TEXT,
-    ChunkedTextObjective: _TEXT,
-    TransformerObjective: _TEXT,
-    ChunkedTransformerObjective: _TEXT,
-    PuzzleObjective: (_puzzle_sums, _puzzle_names, _puzzle_figures),
-}
-"""By kind of objective: the sums over one batch, their names, and the figures of all sums."""
+def _functions_of(
+    objective: AnyObjective,
+) -> tuple[Callable[..., Sums], Sequence[str], Callable[..., dict[str, float]]]:
+    """The function that sums over one batch, the sums' names, and the function from all sums to metrics."""
+    if isinstance(objective, PuzzleObjective):
+        return _puzzle_sums, _PUZZLE_SUMS, _puzzle_figures
+    return text_sums, text_names(cast(TextObjectives, objective)), text_figures
 
 
 def better(figures: Mapping[str, float], best: Mapping[str, Any] | None) -> bool:
