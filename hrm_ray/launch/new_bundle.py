@@ -12,7 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hrm_ray.atomic_files import atomic_write, sync_folder
-from hrm_ray.launch.run_directory import LOCK_FILES, PREPARED, REUSABLE, RunLocation, check_vacant, never_trained
+from hrm_ray.launch.run_directory import (
+    LOCK_FILES,
+    PREPARED,
+    REUSABLE,
+    RunLocation,
+    check_folder_is_free,
+    never_trained,
+)
 from hrm_ray.rundir import RunDir
 
 
@@ -33,7 +40,7 @@ def new_bundle(location: RunLocation) -> Iterator[RunDir]:
                 shutil.copyfile(tokenizers.root / name, preparing.root / name)
         yield preparing
         # Preparing can take hours. In that time somebody may have put files of their own here.
-        check_vacant(location.run_dir)
+        check_folder_is_free(location.run_dir)
         # First what marks the folder as a prepared bundle: a later run may take the place of a part of one.
         os.replace(preparing.training_args, location.run_dir.training_args)
         for name in PREPARED - REUSABLE - {preparing.training_args.name}:

@@ -168,7 +168,7 @@ def locate_run(settings: RunSettings) -> RunLocation:
             hint = "Leave out --resume and give another --brain-name, or --resume-from a checkpoint"
             raise SettingsError(Fault(str(run_dir.root), "there is no checkpoint to resume from", hint))
         return _resumed(settings, run_dir, run_dir.checkpoint(steps[-1]), run_dir)
-    check_vacant(run_dir)
+    check_folder_is_free(run_dir)
     return RunLocation(run_dir, None, None)
 
 
@@ -188,7 +188,7 @@ def check_unchanged(settings: RunSettings, location: RunLocation) -> None:
     """Look again, under the run's lock, at what `locate_run` found. Raises SettingsError if another run changed it."""
     run_dir = location.run_dir
     if not location.continues:
-        check_vacant(run_dir)
+        check_folder_is_free(run_dir)
     elif settings.run.resume_from is None and location.checkpoint != run_dir.checkpoint(run_dir.checkpoint_steps()[-1]):
         reason = "another run has saved a checkpoint in it while this one was starting"
         raise SettingsError(Fault(str(run_dir.root), reason, "Give the command again"))
@@ -237,7 +237,8 @@ def _folder(brain_name: str | None, bundle_dir: Path | None, data: str | None) -
         return (bundle_dir or DEFAULT_BUNDLE_DIR) / brain_name
     if bundle_dir is not None:
         return bundle_dir
-    assert data is not None
+    if data is None:
+        raise ValueError("nothing names the folder of the bundle")
     return DEFAULT_BUNDLE_DIR / name_for_runs(data)
 
 
@@ -249,11 +250,11 @@ def _resumed(settings: RunSettings, run_dir: RunDir, checkpoint: Path, source: R
     _check_same(settings, source)
     location = RunLocation(run_dir, checkpoint, source)
     if not location.continues:
-        check_vacant(run_dir)
+        check_folder_is_free(run_dir)
     return location
 
 
-def check_vacant(run_dir: RunDir) -> None:
+def check_folder_is_free(run_dir: RunDir) -> None:
     """Raises SettingsError unless a new run can have this folder."""
     root = run_dir.root
     if root.is_file():
