@@ -1,4 +1,4 @@
-"""Which of several failures is told, and how: pure decisions, no Ray."""
+"""Which of several failures is reported, and how: pure decisions, no Ray cluster."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_rank_that_reported_is_not_counted_as_lost() -> None:
     assert "Connection closed by peer" in str(error)
 
 
-def test_an_unforeseen_error_shows_its_traceback_once() -> None:
+def test_an_unexpected_error_shows_its_traceback_once() -> None:
     try:
         raise ValueError("odd\nsecond line")
     except ValueError as caught:
@@ -87,10 +87,10 @@ SHORTAGES = [
 def test_what_ray_ran_out_of_is_named_and_is_not_the_batch(error: Exception, names: str, in_a_task: bool) -> None:
     if in_a_task:
         error = ray.exceptions.RayTaskError("read", "Traceback ...", error).as_instanceof_cause()
-    told = first_cause([Failure.of(0, GLOO), Failure.of(1, error)], {}, "the logs")
-    assert isinstance(told, ResourceError) and told.exit_code == 4
-    assert names in str(told) and "--resume" in str(told) and len(str(told)) < 300
-    assert "--max-seq-len" not in str(told) and "PID" not in str(told)
+    reported = first_cause([Failure.of(0, GLOO), Failure.of(1, error)], {}, "the logs")
+    assert isinstance(reported, ResourceError) and reported.exit_code == 4
+    assert names in str(reported) and "--resume" in str(reported) and len(str(reported)) < 300
+    assert "--max-seq-len" not in str(reported) and "PID" not in str(reported)
 
 
 def test_other_errors_are_no_shortage() -> None:

@@ -32,14 +32,14 @@ pytestmark = [
 class Driver:
     """A run in a process group of its own, as a shell starts it; everything it starts carries its TMPDIR."""
 
-    def __init__(self, temp: Path, environment: dict[str, str], **changes: Any) -> None:
+    def __init__(self, temp: Path, environment: dict[str, str], body: str = "until_stopped", **changes: Any) -> None:
         self.temp = temp
         self.bundle = temp / "bundle"
         self.bundle.mkdir()
         plan = replace(plan_of(self.bundle, steps=20), **changes)
         (temp / "plan.json").write_text(json.dumps(plan.to_plain()))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.ray.worker_group_driver", str(temp / "plan.json")],
+            [sys.executable, "-m", "tests.ray.worker_group_driver", str(temp / "plan.json"), body],
             # Unbuffered: `communicate` reads past a buffer, so what a line-wise read had taken ahead would be lost.
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0, start_new_session=True,
             env={**os.environ, **environment, "TMPDIR": str(temp)},
@@ -59,7 +59,7 @@ class Driver:
 
     def end(self) -> tuple[int, list[str]]:
         """Exit code, and what was printed besides records."""
-        output, _ = self.process.communicate(timeout=60)
+        output, _ = self.process.communicate(timeout=180)
         lines = output.decode().splitlines()
         return self.process.returncode, [line for line in lines if not line.startswith("record")]
 
@@ -183,7 +183,7 @@ def test_a_given_cluster_is_used_checked_and_left_alone(start: Callable[..., Dri
     too_much = start(OPEN_TO_ALL, ray_address=cluster, world_size=2)
     assert too_much.end() == (4, ["error ResourceError"])
     # Also named by the environment, as `ray job submit` does it; the CPU is free again.
-    second = start({**OPEN_TO_ALL, "RAY_ADDRESS": cluster}, body="tests.support.ray_bodies:counts")
+    second = start({**OPEN_TO_ALL, "RAY_ADDRESS": cluster}, body="counts")
     assert second.end() == (0, ["outcome finished 20"])
     assert all(is_clean(driver) for driver in (first, busy, too_much, second))
 

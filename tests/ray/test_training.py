@@ -1,6 +1,6 @@
 """Real training through Ray: the same loop, files and numbers as in one process.
 
-What Ray itself does at failures and stops is in test_gang.py and test_signals.py.
+What Ray itself does at failures and stops is in test_worker_group.py and test_signals.py.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def test_an_expected_error_of_one_rank_is_the_one_error(
 
 @pytest.mark.ray
 @needs_two_cpus
-def test_an_unforeseen_error_of_all_ranks_is_one_traceback(
+def test_an_unexpected_error_of_all_ranks_is_one_traceback(
     temp_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     error, received = fail(ray_bodies.value_error_after_records, tmp_path, world_size=2)
@@ -166,7 +166,7 @@ def test_a_worker_group_that_cannot_be_built_is_an_error_not_a_wait(
 
 
 @pytest.mark.ray
-def test_processes_that_ray_kills_for_want_of_memory_are_told_as_that(
+def test_a_process_killed_by_rays_memory_monitor_is_a_resource_error(
     temp_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Ray's memory monitor ends processes from the first moment on.

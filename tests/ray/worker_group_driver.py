@@ -1,4 +1,4 @@
-"""A driver process, for tests that send it signals: `python -m tests.ray.worker_group_driver PLAN.json`.
+"""A driver process, for tests that send it signals: `python -m tests.ray.worker_group_driver PLAN.json BODY`.
 
 Prints one line per event: `record N` for records, `outcome REASON STEP`, or `error KIND`; exits like the command.
 """
@@ -14,7 +14,7 @@ from hrm_ray.launch.stopping import StopWatch
 from hrm_ray.orchestration import worker_group
 from hrm_ray.train.plan import RunPlan
 from hrm_ray.types import Record, StopRequested
-from tests.support.ray_bodies import until_stopped
+from tests.support import ray_bodies
 
 
 class PrintedRecords:
@@ -32,7 +32,7 @@ def main() -> int:
     try:
         with StopWatch(None) as watch:
             watch.begin()
-            outcome = worker_group.run(plan, sink=PrintedRecords(), stop=watch.poll, body=until_stopped)
+            outcome = worker_group.run(plan, sink=PrintedRecords(), stop=watch.poll, body=vars(ray_bodies)[sys.argv[2]])
     except KeyboardInterrupt:
         print("error KeyboardInterrupt", flush=True)
         return 130
