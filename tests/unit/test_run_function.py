@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -9,14 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from hrm_ray.data.prepare import PuzzlePlan
 from hrm_ray.errors import SettingsError
+from hrm_ray.launch.plan import make_plan
 from hrm_ray.launch.resolve import resolve
 from hrm_ray.launch.run import run
 from hrm_ray.rundir import RunDir
 from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.tree import RunSettings
+from hrm_ray.train.plan import RunPlan, TextData
 from hrm_ray.types import Record, RunResult, StopReason
-from tests.support.runs import text_file
+from tests.support.runs import puzzle_file, text_file
 
 
 def settings_for(data: Path, bundle: Path, **more: str | bool) -> RunSettings:
@@ -26,6 +30,16 @@ def settings_for(data: Path, bundle: Path, **more: str | bool) -> RunSettings:
         **{"--vocab-size": "300", "--max-seq-len": "16", "--batch-size": "4", "--log-every": "1"},
     }
     return load_settings({**options, **more})
+
+
+@pytest.mark.parametrize("task", ["lm", "puzzle"])
+def test_a_plan_travels_as_json(task: str, tmp_path: Path) -> None:
+    data = text_file(tmp_path) if task == "lm" else puzzle_file(tmp_path)
+    options: dict[str, str | bool] = {"--dataset-file": str(data), "--bundle-dir": str(tmp_path / "b")}
+    more: dict[str, str | bool] = {"--vocab-size": "300", "--epochs": "1"} if task == "lm" else {}
+    plan = make_plan(resolve(load_settings({**options, **more, "--hidden-size": "32", "--num-heads": "2"})))
+    assert isinstance(plan.data, TextData if task == "lm" else PuzzlePlan)
+    assert RunPlan.from_plain(json.loads(json.dumps(plan.to_plain()))) == plan
 
 
 class Kept:
