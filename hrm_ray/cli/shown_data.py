@@ -114,8 +114,8 @@ def _how_much(facts: TextFacts, elapsed_s: float) -> str:
 def _rows(facts: TextFacts, corpus: Corpus) -> str:
     cut = [f"the first {corpus.offset:,} left out"] if corpus.offset else []
     cut += [f"{corpus.max_rows:,} at most"] if corpus.max_rows is not None else []
-    said = f" ({', '.join(cut)})" if cut else ""
-    return f"{_number(facts.rows)}{said}"
+    limits = f" ({', '.join(cut)})" if cut else ""
+    return f"{_number(facts.rows)}{limits}"
 
 
 def _tokens(facts: TextFacts, tokenizer: str | None) -> str:

@@ -76,8 +76,8 @@ def _event_summary(record: Record) -> Summary:
     """One text: level and message, then the event's other values, if any."""
     others = dict(record.values)
     level, message = others.pop("level", "INFO"), others.pop("message", "")
-    told = [f"{level}: {message}", *(f"{name} = {value}" for name, value in others.items())]
-    return Summary(value=[_text("event", "\n\n".join(told))])
+    parts = [f"{level}: {message}", *(f"{name} = {value}" for name, value in others.items())]
+    return Summary(value=[_text("event", "\n\n".join(parts))])
 
 
 def _scalar(tag: str, value: float | bool) -> Summary.Value:

@@ -14,7 +14,7 @@ PeftMethod: TypeAlias = Literal["lora", "adalora", "ia3", "loha", "lokr"]
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS = (*ATTENTION_PROJECTIONS, *FFN_PROJECTIONS)
-"""Names of a block's linear layers, which adapters can be laid beside."""
+"""Names of a block's linear layers, which can have adapters."""
 
 
 class AdaptSettings(Section):
