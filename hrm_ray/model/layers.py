@@ -107,15 +107,15 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
         # The same numbers in the form that inductor makes one kernel of; of halves it makes two, with a float32 copy.
         wide = x.float()
         return (wide * rotation.cos + wide.roll(x.shape[-1] // 2, dims=-1) * rotation.sin).to(x.dtype)
+    if not torch.is_grad_enabled():
+        return _rotated(x, rotation.cos, rotation.sin)  # a decoded token is so little that the detour shows
     turned: Tensor = _Rotate.apply(x, rotation.cos, rotation.sin)
     return turned
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T with the float32 weight cast to the activations' type at use (ACTV1_SPEC, section 8)."""
-    if torch.is_autocast_enabled(x.device.type):
-        # Autocast makes the cast, and keeps it for the other uses of the weight in this pass.
-        return F.linear(x, weight)
+    # Where `x` has 16 bits each use casts the weight anew, so that gradients of several uses are added in float32.
     return F.linear(x, weight.to(x.dtype))
 
 

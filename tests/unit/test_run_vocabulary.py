@@ -20,7 +20,7 @@ def test_the_log_says_how_the_data_decided_the_size(tmp_path: Path) -> None:
     corpus = text_file(tmp_path, rows=300)
     ran = train(corpus, tmp_path / "b", *AUTO, "--min-vocab-size", "300", "--max-vocab-size", "400")
     size = TextTokenizer.load(tmp_path / "b").vocab_size
-    assert 300 <= size <= 400 and "vocabulary 300 to 400, as the data bears" in ran.out
+    assert 300 <= size <= 400 and "vocabulary 300 to 400, chosen from the data" in ran.out
     assert read_json(RunDir(tmp_path / "b").config)["vocab_size"] == size
     told = [record["message"] for record in records(tmp_path / "b", "event") if record["level"] == "INFO"]
     assert any(f"has {size} tokens, chosen from the data" in message for message in told)
@@ -37,7 +37,7 @@ def test_a_size_that_the_data_does_not_bear_is_said(tmp_path: Path) -> None:
 
 
 def test_a_size_that_may_never_come_refuses_no_run(tmp_path: Path) -> None:
-    """A vocabulary of the largest size would not fit into any memory; the one that the data bears does."""
+    """A vocabulary of the largest size would not fit into any memory; the one chosen from the data does."""
     bounds = ("--min-vocab-size", "300", "--max-vocab-size", "100000000000")
     train(text_file(tmp_path), tmp_path / "b", *AUTO, *bounds)
 
