@@ -15,6 +15,12 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _no_graphs_of_other_tests() -> None:
+    """PyTorch keeps graphs by code and shape, so a scenario of the same shapes would compile nothing."""
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(
     ("scenario", "bf16", "tolerance"),
     [
