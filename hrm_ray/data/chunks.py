@@ -187,13 +187,15 @@ class _Open:
             yield f"{fault.value}: {fault.reason}. The rest of this file is skipped; its row count is unknown."
 
 
-def reread(corpus: Corpus, entries: Sequence[ChunkEntry]) -> Iterator[ChunkEntry]:
+def reread(
+    corpus: Corpus, entries: Sequence[ChunkEntry], on_read: Callable[[CorpusReading], None]
+) -> Iterator[ChunkEntry]:
     """Each of `entries` (rising) as the corpus gives it now."""
     reading: Iterator[RawChunk] | None = None
     expected = -1
     for entry in entries:
         if reading is None or entry.number != expected:
-            reading = read_chunks(corpus, entry.start)
+            reading = read_chunks(corpus, entry.start, CorpusReading(corpus, entry.start.place, on_read))
         found = next(reading, None)
         if found is not None:
             yield found.entry

@@ -133,7 +133,7 @@ def prepare_text(
     folder = TextDataDir(data)
     folder.root.mkdir(parents=True, exist_ok=True)
     corpus = corpus_of(cut, train, list_parts(train).parts)
-    _check_unchanged(folder, corpus)
+    _check_unchanged(folder, corpus, on_read)
     folder.write_parts(corpus.parts)
     head = CorpusHead(corpus, on_read)
     check_usable(head)
@@ -195,13 +195,13 @@ def _held_out(cut: ChunkingConfig, evaluation: TextSource, wanted: PrepareReques
     return corpus_of(of_training, evaluation, list_parts(evaluation).parts)
 
 
-def _check_unchanged(folder: TextDataDir, corpus: Corpus) -> None:
+def _check_unchanged(folder: TextDataDir, corpus: Corpus, on_read: Callable[[CorpusReading], None]) -> None:
     """Raises DataError where the corpus is not the one that the folder's catalog was made from."""
     if not folder.parts.is_file():
         return
     doubtful = check_parts(folder.read_parts(), corpus.parts)
     entries = touching(Catalog(folder.catalog, writes=False).entries, doubtful, len(corpus.parts))
-    found = list(reread(corpus, entries))
+    found = list(reread(corpus, entries, on_read))
     for known, now in zip(entries, found, strict=False):
         if known != now:
             raise changed(known.name, "it does not hold the rows that it held when it was read first")

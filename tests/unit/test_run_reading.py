@@ -166,6 +166,23 @@ def test_a_stop_ends_the_reading(
     assert not (corpus.parent / "b").exists() and not list(corpus.parent.glob(".b*"))
 
 
+def test_checking_a_copied_corpus_is_shown_and_a_stop_ends_it(
+    corpus: Path, reads: Reads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of another time are read again before a resume, to see that their content is the same."""
+    assert hrm(*start(corpus, "--steps", "1", *SHUFFLED)).code == 0
+    for file in corpus.iterdir():
+        os.utime(file, ns=(1, 1))
+    monkeypatch.setattr("hrm_ray.launch.run.REPORT_EVERY_S", 0)
+    monkeypatch.setattr("hrm_ray.launch.stopping._LOOK_EVERY_S", 0)
+    stop_file = corpus.parent / "stop"
+    reads.bytes.clear()
+    reads.on_open = lambda files: stop_file.touch() if files == 5 else None
+    ran = hrm("train", "--bundle-dir", corpus.parent / "b", "--resume", "--steps", "2", "--stop-file", stop_file)
+    assert ran.code == 0 and "stop_file before the first step" in ran.out, ran
+    assert len(reads.bytes) <= 6 and "reading the data before the first step" in ran.out
+
+
 def test_an_estimated_schedule_is_the_same_after_a_resume(corpus: Path, reads: Reads) -> None:
     """More of the corpus is known by then, and changes nothing."""
     words = ("--epochs", "1", "--lr-schedule", "linear", "--lr-min-ratio", "0", "--save-every", "0")
