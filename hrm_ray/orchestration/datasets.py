@@ -44,10 +44,12 @@ ChunkResult = Chunk | HrmRayError | None
 
 @dataclass(frozen=True)
 class ChunkTaskContext:
-    """What tasks open: the bundle, and the plan of its text. Hashable, so that a process opens each once."""
+    """What tasks open: the bundle, and the plan of its text. Hashable, so that a process opens each once in a run."""
 
     bundle: Path
     text: TextPlan
+    run: str
+    """A token of the run. Ray uses the processes of tasks again, and another run may have replaced the bundle."""
 
     @property
     def folder(self) -> TextDataDir:
@@ -56,14 +58,12 @@ class ChunkTaskContext:
     def pipeline(self, *, writes: bool) -> ChunkPipeline:
         """A pipeline for this process, with the catalog as it is now."""
         text = self.text
-        return self.folder.pipeline(
-            text.cut, text.source, _tokenizer(self.bundle), pairs=text.form.prefix, writes=writes
-        )
+        return self.folder.pipeline(text.cut, text.source, _tokenizer(self), pairs=text.form.prefix, writes=writes)
 
 
 @lru_cache(maxsize=2)
-def _tokenizer(bundle: Path) -> TextTokenizer:
-    return TextTokenizer.load(bundle)
+def _tokenizer(context: ChunkTaskContext) -> TextTokenizer:
+    return TextTokenizer.load(context.bundle)
 
 
 @lru_cache(maxsize=2)
@@ -112,7 +112,7 @@ def chunks_of(context: ChunkTaskContext, entries: Sequence[ChunkEntry]) -> Itera
 def _tokenised(context: ChunkTaskContext, raw: RawChunk) -> Chunk:
     # One thread per task, because many tasks run at once. The library reads the variable when it is first used.
     os.environ["RAYON_NUM_THREADS"] = "1"
-    store = tokenise(raw.documents, _tokenizer(context.bundle), context.text.form.prefix)
+    store = tokenise(raw.documents, _tokenizer(context), context.text.form.prefix)
     return Chunk(raw.entry, store, notes=raw.notes)
 
 

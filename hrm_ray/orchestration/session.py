@@ -247,11 +247,13 @@ class _EnvironmentChanges:
     def recorded(self) -> Iterator[None]:
         """Also undo what other code, here Ray, sets inside."""
         before = dict(os.environ)
-        yield
-        for name, value in os.environ.items():
-            if before.get(name) != value:
-                self._before.setdefault(name, before.get(name))
-                self._set[name] = value
+        try:
+            yield
+        finally:
+            for name, value in os.environ.items():
+                if before.get(name) != value:
+                    self._before.setdefault(name, before.get(name))
+                    self._set[name] = value
 
     def undo(self) -> None:
         for name, value in self._set.items():

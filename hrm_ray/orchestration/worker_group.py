@@ -213,7 +213,8 @@ class WorkerGroupRun:
             return None
         world_size = self._request.world_size
         server = self._on_this_node(ChunkServer, max_concurrency=4 * world_size)
-        return server.remote(ChunkTaskContext(self._plan.bundle, self._plan.data.text), world_size)
+        context = ChunkTaskContext(self._plan.bundle, self._plan.data.text, run=self._marker.name)
+        return server.remote(context, world_size)
 
     def _run_fit(self) -> None:
         request = self._request

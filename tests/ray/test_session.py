@@ -16,7 +16,7 @@ import pytest
 import ray
 import ray._private.worker as ray_worker
 
-from hrm_ray.errors import SettingsError
+from hrm_ray.errors import SettingsError, UnavailableError
 from hrm_ray.launch.resources import ResourceRequest
 from hrm_ray.orchestration import session as session_module
 from hrm_ray.orchestration import worker_group
@@ -94,6 +94,21 @@ def test_a_program_keeps_its_own_cluster(restored: Path, tmp_path: Path) -> None
     with pytest.raises(SettingsError, match="connected to the Ray cluster at"):
         worker_group.run(plan_of(tmp_path, ray_address="198.51.100.1:6379"), sink=Received(), stop=never)
     assert ray.is_initialized()
+
+
+def test_what_a_failed_connection_has_set_is_undone_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(**options: object) -> None:
+        os.environ["SET_BY_RAY"] = "1"
+        raise ConnectionError("no cluster")
+
+    monkeypatch.setattr(ray, "init", failing)
+    monkeypatch.setattr(session_module, "_load_ray_train", lambda: None)
+    before = dict(os.environ)
+    session = Session(None, ONE_CPU)
+    with pytest.raises(UnavailableError, match="no cluster"):
+        session.open(never)
+    session.close()
+    assert dict(os.environ) == before
 
 
 def test_the_environment_of_workers_begins_with_this_package() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hrm_ray.data.bpe import train_bpe
 from hrm_ray.launch import local
 from hrm_ray.launch.plan import make_plan
 from hrm_ray.launch.resolve import resolve
@@ -15,10 +16,11 @@ from hrm_ray.launch.resources import usable_cpus
 from hrm_ray.ledger import read_ledger
 from hrm_ray.ledger.verify import violations
 from hrm_ray.orchestration import worker_group
+from hrm_ray.orchestration.datasets import ChunkTaskContext
 from hrm_ray.orchestration.failures import WorkerCrash
 from hrm_ray.rundir import RunDir
 from hrm_ray.settings.load import load_settings
-from hrm_ray.train.plan import RunPlan
+from hrm_ray.train.plan import RunPlan, TextData
 from tests.ray.test_worker_group import Received, never
 from tests.support.numbered_corpora import TOKENIZER, Row, Shape, rows_of_corpus, texts_of, write_corpus
 from tests.support.recorded_training import recorded, rows_by_step
@@ -79,6 +81,19 @@ def test_ray_data_gives_the_rows_of_one_process(corpus: Path, tmp_path: Path, or
     assert [record["loss"] for record in records(tmp_path / "two")] == pytest.approx(losses, rel=1e-4)
     with read_ledger(RunDir(tmp_path / "two").ledger) as ledger:
         assert list(violations(ledger)) == [] and ledger.complete(0)
+
+
+def test_a_process_that_served_another_run_opens_this_ones_tokenizer(corpus: Path, tmp_path: Path) -> None:
+    """On a program's cluster Ray uses the processes of tasks again, also for a new run of the same name."""
+    plan = plan_of(corpus, tmp_path / "b", 2)
+    assert isinstance(plan.data, TextData)
+    text = plan.data.text
+    first = ChunkTaskContext(plan.bundle, text, run="first")
+    assert first.pipeline(writes=False).tokenizer.fingerprint == TOKENIZER.fingerprint
+    other = train_bpe(TEXTS, TOKENIZER.vocab_size + 20, 10)
+    other.save(plan.bundle)
+    second = ChunkTaskContext(plan.bundle, text, run="second")
+    assert second.pipeline(writes=False).tokenizer.fingerprint == other.fingerprint
 
 
 @pytest.mark.slow
