@@ -17,6 +17,8 @@ _STEP = re.compile(r"step_(\d+)")
 _PARTIAL = ".partial"
 _OLD = f".old{_PARTIAL}"
 MANIFEST = "manifest.json"
+DRIVER_MARKER = ".driver-"
+"""How the name of a Ray driver's file begins. By this file a worker knows that its node has the same bundle."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from hrm_ray.data.file_systems import name_for_runs
 from hrm_ray.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 from hrm_ray.errors import DataError, Fault, SettingsError
 from hrm_ray.metrics.jsonl import read_records
-from hrm_ray.rundir import RunDir, read_json, verify_checkpoint
+from hrm_ray.rundir import DRIVER_MARKER, RunDir, read_json, verify_checkpoint
 from hrm_ray.settings.load import load_settings, peek_leaves
 from hrm_ray.settings.options import options
 from hrm_ray.settings.run import DEFAULT_BUNDLE_DIR
@@ -39,7 +39,7 @@ PREPARED = REUSABLE | {
 """Files of a bundle that exist before the first step."""
 
 LOCK_FILES = frozenset({".run.lock", ".in_use.json", ".preparing"})
-"""What a run has in its folder beside the bundle while it runs."""
+"""What a run has in its folder beside the bundle while it runs; a Ray run has a DRIVER_MARKER file too."""
 
 
 _NAME_A_RUN = (
@@ -179,9 +179,15 @@ def never_trained(run_dir: RunDir) -> bool:
     """
     if not run_dir.training_args.is_file() or run_dir.weights.is_file() or run_dir.checkpoints.exists():
         return False
-    if any(path.name not in PREPARED | LOCK_FILES for path in run_dir.root.iterdir()):
+    if not PREPARED.issuperset(_names_in(run_dir)):
         return False
     return not run_dir.metrics.is_file() or run_dir.metrics.stat().st_size == 0
+
+
+def _names_in(run_dir: RunDir) -> set[str]:
+    """What the bundle's folder contains, without the files that a run has there while it runs."""
+    names = {path.name for path in run_dir.root.iterdir()} - LOCK_FILES
+    return {name for name in names if not name.startswith(DRIVER_MARKER)}
 
 
 def check_unchanged(settings: RunSettings, location: RunLocation) -> None:
@@ -264,7 +270,7 @@ def check_folder_is_free(run_dir: RunDir) -> None:
         raise SettingsError(Fault(str(root), "part of the path is a file, not a folder", hint))
     if not root.is_dir():
         return
-    inside = sorted(path.name for path in root.iterdir() if path.name not in REUSABLE | LOCK_FILES)
+    inside = sorted(_names_in(run_dir) - REUSABLE)
     if not inside:
         return
     if never_trained(run_dir):

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from filelock import FileLock, Timeout
 
 from hrm_ray.errors import Fault, ResourceError, SettingsError
-from hrm_ray.rundir import RunDir
+from hrm_ray.rundir import DRIVER_MARKER, RunDir
 
 
 @contextmanager
@@ -36,6 +36,8 @@ def run_lock(run_dir: RunDir) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
+            if not run_dir.run_lock.exists():
+                continue  # The run that held it has ended meanwhile, and removed its folder.
             hint = "Wait for it to end, or stop it; for another run give another --brain-name"
             raise SettingsError(Fault(str(root), f"{_holder(run_dir)} is training in it", hint)) from None
         except FileNotFoundError:
@@ -48,6 +50,9 @@ def run_lock(run_dir: RunDir) -> Iterator[None]:
         # Without it the run is as safe; only the message that refuses another run says less.
         with suppress(OSError):
             run_dir.lock_holder.write_text(json.dumps(holder), encoding="utf-8")
+        for marker in root.glob(f"{DRIVER_MARKER}*"):  # of a launch that was killed
+            with suppress(OSError):
+                marker.unlink()
         yield
     finally:
         with suppress(OSError):

@@ -37,6 +37,7 @@ from hrm_ray.orchestration.failures import (
 )
 from hrm_ray.orchestration.run_monitor import RunMonitor, StatusUpdate
 from hrm_ray.orchestration.session import POLL_INTERVAL_S, Session, worker_environment
+from hrm_ray.rundir import DRIVER_MARKER
 from hrm_ray.train.plan import RunPlan, TextData
 from hrm_ray.types import MetricSink, Record, RunResult, StopPoll, StopRequested
 
@@ -147,7 +148,7 @@ class WorkerGroupRun:
         self._sink = sink
         self._stop = stop
         # By it each worker knows that its node has this bundle, not another folder of the same name.
-        self._marker = plan.bundle / f".driver-{secrets.token_hex(8)}"
+        self._marker = plan.bundle / f"{DRIVER_MARKER}{secrets.token_hex(8)}"
         self._monitor: Any = self._on_this_node(RunMonitor).remote()
         self._config = {
             "body": body,

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from hrm_ray.errors import ResourceError
+from hrm_ray.errors import ResourceError, SettingsError
+from hrm_ray.launch.run_directory import never_trained
 from hrm_ray.launch.run_lock import run_lock
-from hrm_ray.rundir import RunDir
+from hrm_ray.rundir import DRIVER_MARKER, RunDir
 from tests.support import paused_command
 from tests.support.runs import TEXT, files_below, hrm, refused, text_file, train
 
 PREPARING = "hrm_ray.launch.plan:check_resources"
+LAUNCHING = "hrm_ray.launch.local:run"
 BEFORE_THE_LOCK = "hrm_ray.launch.run:run_lock"
 
 
@@ -85,6 +89,45 @@ def test_what_a_killed_launch_left_is_taken_over(tmp_path: Path) -> None:
     assert RunDir(bundle).preparing.is_dir() and RunDir(bundle).lock_holder.is_file()
     train(data, bundle, *TEXT, "--steps", "1")
     assert not RunDir(bundle).preparing.exists() and not RunDir(bundle).lock_holder.exists()
+
+
+def test_what_a_killed_ray_launch_left_is_taken_over(tmp_path: Path) -> None:
+    data, bundle = text_file(tmp_path), tmp_path / "b"
+    killed = paused_command.start(LAUNCHING, "train", "--dataset-file", data, "--bundle-dir", bundle, *TEXT)
+    killed.kill()
+    killed.communicate()
+    marker = bundle / f"{DRIVER_MARKER}0123456789abcdef"
+    marker.touch()
+    assert never_trained(RunDir(bundle))
+    train(data, bundle, *TEXT, "--steps", "1")
+    assert not marker.exists()
+    marker.touch()
+    assert hrm("train", "--bundle-dir", bundle, "--resume", "--steps", "2").code == 0
+    assert not marker.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there an open file cannot be removed")
+def test_a_lock_that_is_given_back_while_another_run_takes_it_is_held_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run ends, and removes its folder, after the second has opened the lock's file."""
+    import fcntl
+
+    run_dir = RunDir(tmp_path / "new")
+    first, flock = ExitStack(), fcntl.flock
+    first.enter_context(run_lock(run_dir))
+
+    def flock_after_the_first_run(descriptor: int, operation: int) -> None:
+        if operation & fcntl.LOCK_EX:
+            monkeypatch.undo()
+            first.close()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_after_the_first_run)
+    with run_lock(run_dir):
+        assert run_dir.run_lock.exists()
+        with pytest.raises(SettingsError, match="is training in it"), run_lock(run_dir):
+            pass
 
 
 @pytest.mark.parametrize("more", [(), ("--retrain-tokenizer",)], ids=["reused", "retrained"])
