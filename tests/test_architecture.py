@@ -13,7 +13,7 @@ from typing import get_args
 import pytest
 
 from hrm_ray.errors import SettingsError
-from hrm_ray.settings.cluster import Launcher, Strategy
+from hrm_ray.settings.cluster import Launcher, StrategyName
 from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.options import options, spellings
 from hrm_ray.settings.tree import SECTIONS
@@ -170,13 +170,13 @@ def test_every_strategy_is_there_or_refused() -> None:
     from hrm_ray.train.strategies import STRATEGIES
 
     refused = set()
-    for name in get_args(Strategy):
+    for name in get_args(StrategyName):
         try:
             load_settings({"--strategy": name})
         except SettingsError as error:
             assert "not built yet" in str(error) and error.exit_code == 2
             refused.add(name)
-    assert set(STRATEGIES) == set(get_args(Strategy)) - refused
+    assert set(STRATEGIES) == set(get_args(StrategyName)) - refused
 
 
 def test_no_vague_module_names() -> None:

@@ -221,8 +221,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and end the process with its exit code."""
     limit_openmp_spin(os.environ)
     root = get_command(app)
-    words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    sys.exit(exit_code_of(lambda: root.main(words, prog_name="hrm-ray", standalone_mode=False)))
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    sys.exit(exit_code_of(lambda: root.main(arguments, prog_name="hrm-ray", standalone_mode=False)))
 
 
 if __name__ == "__main__":

@@ -53,13 +53,13 @@ def check_usable(head: CorpusHead) -> None:
     raise DataError(Fault(name, "contains no text", _OTHER_DATA))
 
 
-def first_chunk(pipeline: ChunkPipeline, cut: ChunkingConfig, form: RowForm) -> Chunk:
+def first_chunk(pipeline: ChunkPipeline, chunking_config: ChunkingConfig, form: RowForm) -> Chunk:
     """The first chunk with a document that an epoch begins with.
 
     Raises SettingsError for a start that is not there, or where all of the corpus is shorter than one row; DataError
     where no row can be trained on.
     """
-    chunk = _started(pipeline, cut)
+    chunk = _started(pipeline, chunking_config)
     while chunk is not None and not chunk.store.documents:
         chunk = pipeline.get(chunk.entry.number + 1)
     if chunk is None:
@@ -85,10 +85,10 @@ def _check_length(pipeline: ChunkPipeline, chunk: Chunk, form: RowForm) -> None:
         raise SettingsError(Fault(f"max_seq_len {form.seq_len}", reason, hint))
 
 
-def _started(pipeline: ChunkPipeline, cut: ChunkingConfig) -> Chunk | None:
-    if cut.start_block is None and cut.start_chunk is None:
+def _started(pipeline: ChunkPipeline, chunking_config: ChunkingConfig) -> Chunk | None:
+    if chunking_config.start_block is None and chunking_config.start_chunk is None:
         return pipeline.get(0)
-    block, chunk = cut.start_block or 0, cut.start_chunk or 0
+    block, chunk = chunking_config.start_block or 0, chunking_config.start_chunk or 0
     entry = pipeline.find(block, chunk)
     if entry is not None:
         return pipeline.get(entry.number)

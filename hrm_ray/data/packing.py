@@ -73,13 +73,13 @@ class TextSamples:
         if form.prefix and store.prompts is None:
             reason = "these are plain documents, not pairs of prompt and response"
             raise DataError(Fault("--lm-mask prefix", reason, "Give --prompt-column and --response-column"))
-        self._layout: _Stream | _Rows | _Pairs
+        self._layout: _PackedRows | _Rows | _Pairs
         if form.prefix:
             pairs = _Pairs(store, form.seq_len, form.packing)
             self._layout, self.cut_pairs = pairs, pairs.cut
         else:
             stride = form.stride if form.stride is not None else form.seq_len
-            self._layout = (_Stream if form.packing else _Rows)(store, form.seq_len, stride)
+            self._layout = (_PackedRows if form.packing else _Rows)(store, form.seq_len, stride)
 
     def __len__(self) -> int:
         return self._layout.count
@@ -149,7 +149,7 @@ def padding_rows(seq_len: int, count: int, pad_id: int) -> Columns:
     }
 
 
-class _Stream:
+class _PackedRows:
     """Packed documents: row k is stream[k*N : k*N+S], N being the stride."""
 
     def __init__(self, store: TextStore, seq_len: int, stride: int) -> None:

@@ -110,23 +110,23 @@ def list_parts(source: TextSource) -> PartList:
         found, splits = hub.list_shards(source.path, source.split)
         parts = tuple(Part(shard.name, shard.address, shard.bytes, shard.stamp, False) for shard in found)
         return PartList(parts, skipped=0, splits=splits)
-    place, path = file_system_of(source.path), source.path
-    if place.is_folder(path):
-        return _listed(source, place, in_order(place.walk(path)))
-    entry = place.file(path)
+    file_system, path = file_system_of(source.path), source.path
+    if file_system.is_folder(path):
+        return _listed(source, file_system, in_order(file_system.walk(path)))
+    entry = file_system.file(path)
     if entry is not None:
-        return _single(source, place, entry)
+        return _single(source, file_system, entry)
     if has_wildcards(path):
-        matched = in_order(place.matching(path))
+        matched = in_order(file_system.matching(path))
         if not matched:
             raise SettingsError(Fault(path, "no file matches this pattern", "Give another, or a folder"))
-        return _listed(source, place, matched)
+        return _listed(source, file_system, matched)
     if is_local(path):
         require_path(Path(path))
     raise SettingsError(Fault(path, "there is nothing at this address", "Check the bucket and the key"))
 
 
-def _listed(source: TextSource, place: FileSystem, found: list[Entry]) -> PartList:
+def _listed(source: TextSource, file_system: FileSystem, found: list[Entry]) -> PartList:
     """The parts of a folder or a pattern."""
     readable = [entry for entry in found if kind_of(entry.name) is not None and not is_hidden(entry.name)]
     skipped = len(found) - len(readable)
@@ -136,31 +136,31 @@ def _listed(source: TextSource, place: FileSystem, found: list[Entry]) -> PartLi
     else:
         check_left(source.path, names, source.apart)
         chosen = [entry for entry in readable if split_of(entry.name) != source.apart]
-    return PartList(tuple(_part(entry, place) for entry in chosen), skipped, _splits(names))
+    return PartList(tuple(_part(entry, file_system) for entry in chosen), skipped, _splits(names))
 
 
 def _splits(names: list[str]) -> tuple[str, ...]:
     return tuple(sorted({split_of(name) for name in names}))
 
 
-def _part(entry: Entry, place: FileSystem) -> Part:
+def _part(entry: Entry, file_system: FileSystem) -> Part:
     kind = kind_of(entry.name)
     random_access = kind is not None and kind.compression is None and kind.form in _RANDOM_ACCESS
     if kind is not None and kind.compression is None and kind.form == "arrow":
-        random_access = _has_index(entry, place)
+        random_access = _has_index(entry, file_system)
     return Part(entry.name, entry.address, entry.bytes, entry.stamp, random_access)
 
 
-def _has_index(entry: Entry, place: FileSystem) -> bool:
+def _has_index(entry: Entry, file_system: FileSystem) -> bool:
     try:
-        with place.open(entry.address) as file:
+        with file_system.open(entry.address) as file:
             return has_arrow_index(file)
     except OSError:
         # Reading it reports what is wrong.
         return False
 
 
-def _single(source: TextSource, place: FileSystem, entry: Entry) -> PartList:
+def _single(source: TextSource, file_system: FileSystem, entry: Entry) -> PartList:
     """The part of one file."""
     kind = kind_of(entry.name)
     if kind is None:
@@ -170,7 +170,7 @@ def _single(source: TextSource, place: FileSystem, entry: Entry) -> PartList:
         return _archive(source, entry, kind)
     if source.split != WHOLE:
         raise missing_split(source.path, source.split, [WHOLE])
-    return PartList((_part(entry, place),), 0, (WHOLE,))
+    return PartList((_part(entry, file_system),), 0, (WHOLE,))
 
 
 def _archive(source: TextSource, entry: Entry, kind: FileKind) -> PartList:

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 from hrm_ray.data.bpe import SizeBounds, train_bpe, train_sized_bpe
 from hrm_ray.data.catalog import Catalog, changed, check_parts, touching
-from hrm_ray.data.chunk_source import Chunk
+from hrm_ray.data.chunk_source import Chunk, ChunkPipeline
 from hrm_ray.data.chunks import CorpusHead, reread
 from hrm_ray.data.corpus import Corpus, CorpusReading
 from hrm_ray.data.corpus_facts import Sequences, check_usable, count_sequences, first_chunk, read_held_out
@@ -118,8 +118,8 @@ def prepare_text(
     data: Path,
     choice: TokenizerChoice,
     form: RowForm,
-    cut: ChunkingConfig,
-    wanted: PrepareRequest = PrepareRequest(),
+    chunking_config: ChunkingConfig,
+    request: PrepareRequest = PrepareRequest(),
     on_read: Callable[[CorpusReading], None] = lambda _: None,
 ) -> PreparedText:
     """Chooses the tokenizer, saves it in `bundle`, and writes to the folder `data`: parts, catalog, the first chunk,
@@ -132,40 +132,30 @@ def prepare_text(
     notes: list[str] = []
     folder = TextDataDir(data)
     folder.root.mkdir(parents=True, exist_ok=True)
-    corpus = corpus_of(cut, train, list_parts(train).parts)
+    corpus = corpus_of(chunking_config, train, list_parts(train).parts)
     _check_unchanged(folder, corpus, on_read)
     folder.write_parts(corpus.parts)
     head = CorpusHead(corpus, on_read)
     check_usable(head)
     tokenizer, origin, account = _choose(head, bundle, choice, notes)
-    pipeline = folder.pipeline(cut, train, tokenizer, pairs=form.prefix, writes=True, head=head)
+    pipeline = folder.pipeline(chunking_config, train, tokenizer, pairs=form.prefix, writes=True, head=head)
     try:
-        first = first_chunk(pipeline, cut, form)
-        in_order = not cut.shuffled or not corpus.random_access
-        if cut.shuffled and in_order:
-            notes.append(
-                "The data can only be read in its order (it is compressed, an archive or a stream): sequences are "
-                f"shuffled within the buffer of {cut.shuffle_rows} samples, blocks and chunks are not."
-            )
-        if not in_order:
-            # The order of blocks and chunks depends on their number.
-            pipeline.scan()
+        first = first_chunk(pipeline, chunking_config, form)
+        in_order = _prepare_order(pipeline, chunking_config, notes)
         sequences = None
-        start = 0 if cut.start_block is None and cut.start_chunk is None else first.entry.number
-        if wanted.count or not cut.streaming:
-            sequences = count_sequences(pipeline, head, first, form, start=start, all_of_it=not cut.streaming)
-        if not cut.streaming and pipeline.cache.refusal is not None:
+        start = 0 if chunking_config.start_block is None and chunking_config.start_chunk is None else first.entry.number
+        streaming = chunking_config.streaming
+        if request.count or not streaming:
+            sequences = count_sequences(pipeline, head, first, form, start=start, all_of_it=not streaming)
+        if not streaming and pipeline.cache.refusal is not None:
             hint = "Give a larger --cache-gb (0 keeps nothing on the disk), or leave out --no-streaming"
             raise ResourceError(Fault("--no-streaming", pipeline.cache.refusal, hint))
-        held_out = None
-        name = None if evaluation is None else evaluation_file(evaluation, wanted)
-        if name is not None and wanted.keep_evaluation and folder.evaluation(name).is_file():
-            held_out = folder.read_evaluation(name)
-        elif evaluation is not None and name is not None:
-            documents = CorpusHead(_held_out(cut, evaluation, wanted), on_read)
-            held_out, skipped = read_held_out(documents, tokenizer, form, wanted.eval_rows)
+        name = held_out = None
+        if evaluation is not None:
+            name, held_out, skipped = _prepare_held_out(
+                folder, evaluation, tokenizer, form, chunking_config, request, on_read
+            )
             notes += skipped
-            save_store(held_out, folder.evaluation(name))
     finally:
         pipeline.catalog.close()
     # Last, so that data that cannot be used leaves the bundle's tokenizer as it was.
@@ -173,26 +163,56 @@ def prepare_text(
         tokenizer.save(bundle)
     notes += pipeline.warnings
     notes.extend(_losses(head.documents(), tokenizer))
-    plan = TextPlan(cut, form, train, name, start, in_order, pipeline.all_cached)
+    plan = TextPlan(chunking_config, form, train, name, start, in_order, pipeline.all_cached)
     return PreparedText(tokenizer, origin, plan, first, sequences, held_out, tuple(notes), account)
 
 
-def evaluation_file(evaluation: TextSource, wanted: PrepareRequest) -> str:
+def _prepare_order(pipeline: ChunkPipeline, chunking_config: ChunkingConfig, notes: list[str]) -> bool:
+    """Whether epochs take the chunks in the order of the corpus. Otherwise all of the corpus is scanned."""
+    if not chunking_config.shuffled:
+        return True
+    if not pipeline.corpus.random_access:
+        notes.append(
+            "The data can only be read in its order (it is compressed, an archive or a stream): sequences are "
+            f"shuffled within the buffer of {chunking_config.shuffle_rows} samples, blocks and chunks are not."
+        )
+        return True
+    # The order of blocks and chunks depends on their number.
+    pipeline.scan()
+    return False
+
+
+def evaluation_file(evaluation: TextSource, request: PrepareRequest) -> str:
     """The name of the file of these held-out documents. Others have another name, so that a resume which is refused
     after preparing leaves the run's own file as it was."""
-    plain = json.dumps([asdict(evaluation), wanted.eval_rows, wanted.max_val_examples])
+    plain = json.dumps([asdict(evaluation), request.eval_rows, request.max_val_examples])
     return f"eval-{hashlib.blake2b(plain.encode(), digest_size=6).hexdigest()}.safetensors"
 
 
-def _held_out(cut: ChunkingConfig, evaluation: TextSource, wanted: PrepareRequest) -> Corpus:
-    """The held-out data as a corpus: from its beginning, in small chunks."""
-    of_training = replace(
-        cut,
+def _prepare_held_out(
+    folder: TextDataDir,
+    evaluation: TextSource,
+    tokenizer: TextTokenizer,
+    form: RowForm,
+    chunking_config: ChunkingConfig,
+    request: PrepareRequest,
+    on_read: Callable[[CorpusReading], None],
+) -> tuple[str, TextStore, list[str]]:
+    """The file of the held-out documents, these documents, and warnings about rows that were skipped. They are read
+    from the beginning, in small chunks, unless the folder's file is kept."""
+    name = evaluation_file(evaluation, request)
+    if request.keep_evaluation and folder.evaluation(name).is_file():
+        return name, folder.read_evaluation(name), []
+    held_out_config = replace(
+        chunking_config,
         dataset_start_offset=0,
-        max_train_examples=wanted.max_val_examples,
-        dataset_chunk_size=min(cut.dataset_chunk_size, _EVAL_CHUNK),
+        max_train_examples=request.max_val_examples,
+        dataset_chunk_size=min(chunking_config.dataset_chunk_size, _EVAL_CHUNK),
     )
-    return corpus_of(of_training, evaluation, list_parts(evaluation).parts)
+    corpus = corpus_of(held_out_config, evaluation, list_parts(evaluation).parts)
+    store, skipped = read_held_out(CorpusHead(corpus, on_read), tokenizer, form, request.eval_rows)
+    save_store(store, folder.evaluation(name))
+    return name, store, skipped
 
 
 def _check_unchanged(folder: TextDataDir, corpus: Corpus, on_read: Callable[[CorpusReading], None]) -> None:

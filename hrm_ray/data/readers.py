@@ -16,7 +16,7 @@ from hrm_ray.data.formats.choose import format_rows
 from hrm_ray.data.formats.columnar import parquet_length
 from hrm_ray.data.formats.texts import PIECE_BYTES
 from hrm_ray.data.parts import Part, TextSource, list_parts
-from hrm_ray.data.rows import BadRow, Columns, Cursor, Document, OnBadRow, Row
+from hrm_ray.data.rows import BadRow, Cursor, Document, OnBadRow, Row, TextColumns
 from hrm_ray.data.streams import DAMAGE, ReadingWatch, Unreadable, damage, decompressed, watched
 from hrm_ray.errors import DataError, Fault
 from hrm_ray.settings.hub_name import HUB
@@ -31,7 +31,7 @@ def read_part(
     mark: int | None = None,
     *,
     watch: ReadingWatch | None = None,
-    columns: Columns | None = None,
+    columns: TextColumns | None = None,
 ) -> Iterator[Row]:
     """The rows of `part` from `start_row` on, empty texts included.
 
@@ -39,7 +39,7 @@ def read_part(
     gives the rows of reading in one, except that `where` counts rows and not lines after a mark. `watch` follows the
     reading; `columns` stands in for those that `source` names.
     """
-    columns = columns or Columns(source.text_column, source.prompt_column, source.response_column)
+    columns = columns or TextColumns(source.text_column, source.prompt_column, source.response_column)
     cursor = Cursor(columns, part.address, start_row, mark if part.random_access else None, part.random_access)
     cursor.watch = watch
     try:
@@ -89,7 +89,7 @@ def known_rows(part: Part, source: TextSource) -> int | None:
             chosen = directory.chosen(Selection(part.split, part.apart))
             return len(chosen) if chosen and all(member.is_one_row for member, _ in chosen) else None
         with file_system_of(part.address).open(part.address) as file:
-            return parquet_length(file, Columns(source.text_column, source.prompt_column, source.response_column))
+            return parquet_length(file, TextColumns(source.text_column, source.prompt_column, source.response_column))
     except Unreadable:
         return None
     except DAMAGE:

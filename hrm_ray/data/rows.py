@@ -47,7 +47,7 @@ OnBadRow: TypeAlias = Literal["fail", "skip"]
 """What happens at a bad row."""
 
 
-class Columns:
+class TextColumns:
     """The columns that hold a document: one of text, or prompt and response."""
 
     def __init__(self, text: str, prompt: str | None, response: str | None) -> None:
@@ -119,7 +119,7 @@ class Cursor:
     from member to member, while rows are counted through. `watch` follows how far reading has come.
     """
 
-    columns: Columns
+    columns: TextColumns
     where: str
     start: int = 0
     mark: int | None = None

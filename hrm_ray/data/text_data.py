@@ -21,6 +21,8 @@ from hrm_ray.data.text_store import TextStore, load_store
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataError, Fault
 
+CHUNKING_KEY = "cut"
+"""The name of `TextPlan.chunking_config` in training_args.json."""
 AGAIN = "Delete the bundle's folder data/; it will be rebuilt"
 
 
@@ -49,7 +51,7 @@ class TextPlan:
     of the chunk that the first epoch begins with; `in_order`: chunks are not shuffled; `kept`: the cache has all of
     them."""
 
-    cut: ChunkingConfig
+    chunking_config: ChunkingConfig
     form: RowForm
     source: TextSource
     evaluation: str | None
@@ -60,22 +62,23 @@ class TextPlan:
     @property
     def shuffle_rows(self) -> int:
         """Samples in the shuffle buffer; 0 if nothing is shuffled."""
-        return self.cut.shuffle_rows if self.cut.shuffled else 0
+        return self.chunking_config.shuffle_rows if self.chunking_config.shuffled else 0
 
     @property
     def epoch_order(self) -> EpochOrder:
         """The order in which epochs take chunks."""
-        return EpochOrder(self.cut.seed, shuffled=not self.in_order, start=self.start)
+        return EpochOrder(self.chunking_config.seed, shuffled=not self.in_order, start=self.start)
 
     def plain(self) -> dict[str, Any]:
         """JSON values."""
-        return asdict(self)
+        plain = asdict(self)
+        return {CHUNKING_KEY: plain.pop("chunking_config"), **plain}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> TextPlan:
         """What `plain` gave."""
         return cls(
-            cut=ChunkingConfig(**plain["cut"]),
+            chunking_config=ChunkingConfig(**plain[CHUNKING_KEY]),
             form=RowForm(**plain["form"]),
             source=TextSource(**plain["source"]),
             evaluation=plain["evaluation"],
@@ -123,7 +126,7 @@ class TextDataDir:
 
     def pipeline(
         self,
-        cut: ChunkingConfig,
+        chunking_config: ChunkingConfig,
         source: TextSource,
         tokenizer: TextTokenizer,
         *,
@@ -133,10 +136,10 @@ class TextDataDir:
     ) -> ChunkPipeline:
         """The pipeline of the corpus' chunks; one process `writes` catalog and cache."""
         return ChunkPipeline(
-            corpus_of(cut, source, self.read_parts()),
+            corpus_of(chunking_config, source, self.read_parts()),
             tokenizer,
             Catalog(self.catalog, writes=writes),
-            ChunkCache(self.chunks, cut.cache_bytes, writes=writes),
+            ChunkCache(self.chunks, chunking_config.cache_bytes, writes=writes),
             pairs=pairs,
             head=head,
         )
@@ -149,15 +152,15 @@ class TextDataDir:
         return store
 
 
-def corpus_of(cut: ChunkingConfig, source: TextSource, parts: tuple[Part, ...]) -> Corpus:
+def corpus_of(chunking_config: ChunkingConfig, source: TextSource, parts: tuple[Part, ...]) -> Corpus:
     """The corpus of these parts."""
     return Corpus(
         source=source,
         parts=parts,
-        samples_per_block=cut.samples_per_block,
-        chunk_size=cut.dataset_chunk_size,
-        offset=cut.dataset_start_offset,
-        max_rows=cut.max_train_examples,
-        ascii_only=cut.ascii_only,
-        on_bad_row=cut.on_bad_row,
+        samples_per_block=chunking_config.samples_per_block,
+        chunk_size=chunking_config.dataset_chunk_size,
+        offset=chunking_config.dataset_start_offset,
+        max_rows=chunking_config.max_train_examples,
+        ascii_only=chunking_config.ascii_only,
+        on_bad_row=chunking_config.on_bad_row,
     )

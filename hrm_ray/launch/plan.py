@@ -148,8 +148,8 @@ def _prepare_text(
         data=run_dir.data,
         choice=_tokenizer_choice(resolved),
         form=row_form(settings),
-        cut=chunking_config(settings),
-        wanted=PrepareRequest(
+        chunking_config=chunking_config(settings),
+        request=PrepareRequest(
             count=settings.run.epochs is not None and (stored is None or stored["rows"] is None),
             eval_rows=rows,
             max_val_examples=settings.data.max_val_examples,

@@ -56,10 +56,10 @@ def check_launch(devices: Devices) -> None:
     if devices.ray_address is not None:
         check_address(devices.ray_address)
         return
-    demand = ResourceRequest(devices.world_size, devices.threads, 1 if devices.device == "cuda" else 0)
-    check_machine(demand, usable_cpus(), available_memory_bytes())
-    if demand.gpus:
-        check_local_gpus(demand, torch.cuda.device_count())
+    request = ResourceRequest(devices.world_size, devices.threads, 1 if devices.device == "cuda" else 0)
+    check_machine(request, usable_cpus(), available_memory_bytes())
+    if request.gpus:
+        check_local_gpus(request, torch.cuda.device_count())
 
 
 def check_resources(settings: RunSettings, config: ModelConfig, devices: Devices, bundle: Path) -> bool:

@@ -63,23 +63,23 @@ def available_memory_bytes() -> int:
     return available if limit == "max" else max(0, min(available, int(limit) - used))
 
 
-def check_machine(demand: ResourceRequest, cpus: int, memory_bytes: int) -> None:
+def check_machine(request: ResourceRequest, cpus: int, memory_bytes: int) -> None:
     """Raise ResourceError unless this machine has room for a local cluster with the worker group."""
     faults = []
-    if demand.cpus > cpus:
+    if request.cpus > cpus:
         faults.append(
             Fault(
-                f"world_size {demand.world_size} x threads {demand.threads} = {demand.cpus} CPUs",
+                f"world_size {request.world_size} x threads {request.threads} = {request.cpus} CPUs",
                 f"this machine offers {cpus}",
-                f"Use at most --world-size {max(1, cpus // demand.threads)} with --threads {demand.threads}, "
+                f"Use at most --world-size {max(1, cpus // request.threads)} with --threads {request.threads}, "
                 "or give a cluster with --ray-address",
             )
         )
-    need = RAY_MEMORY_BYTES + demand.world_size * WORKER_MEMORY_BYTES
+    need = RAY_MEMORY_BYTES + request.world_size * WORKER_MEMORY_BYTES
     if need > memory_bytes:
         faults.append(
             Fault(
-                f"world_size {demand.world_size}",
+                f"world_size {request.world_size}",
                 f"Ray and the workers need about {need / 2**30:.1f} GiB of memory before any model, "
                 f"{memory_bytes / 2**30:.1f} GiB is available",
                 "Use fewer workers, free memory, or use --launcher local for one device",
@@ -89,56 +89,56 @@ def check_machine(demand: ResourceRequest, cpus: int, memory_bytes: int) -> None
         raise ResourceError(faults)
 
 
-def check_local_gpus(demand: ResourceRequest, gpus: int) -> None:
+def check_local_gpus(request: ResourceRequest, gpus: int) -> None:
     """Raise ResourceError unless this machine has a GPU per worker."""
-    if demand.gpus > gpus:
+    if request.gpus > gpus:
         raise ResourceError(
             Fault(
-                f"world_size {demand.world_size} with device cuda",
+                f"world_size {request.world_size} with device cuda",
                 f"this machine has {gpus} visible GPUs",
                 f"Use --world-size {max(1, gpus)}" if gpus else "Use --device cpu",
             )
         )
 
 
-def places(demand: ResourceRequest, nodes: Sequence[Mapping[str, float]]) -> int:
+def places(request: ResourceRequest, nodes: Sequence[Mapping[str, float]]) -> int:
     """How many workers fit on these nodes, each worker whole on one node."""
     return sum(
-        min(int(node.get(name, 0.0) // amount) for name, amount in demand.per_worker().items()) for node in nodes
+        min(int(node.get(name, 0.0) // amount) for name, amount in request.per_worker().items()) for node in nodes
     )
 
 
-def check_cluster(demand: ResourceRequest, nodes: Sequence[Mapping[str, float]], address: str) -> None:
+def check_cluster(request: ResourceRequest, nodes: Sequence[Mapping[str, float]], address: str) -> None:
     """Raise ResourceError unless the worker group fits on the living nodes (total resources of each)."""
-    fits = places(demand, nodes)
-    if fits < demand.world_size:
+    fits = places(request, nodes)
+    if fits < request.world_size:
         raise ResourceError(
             Fault(
-                f"world_size {demand.world_size} with {_words(demand)} per worker",
+                f"world_size {request.world_size} with {_words(request)} per worker",
                 f"the cluster at {address} has room for {fits}: {_totals(nodes)} on {len(nodes)} node(s)",
                 f"Use --world-size {fits}" if fits else "Lower --threads, use another device, or add nodes",
             )
         )
 
 
-def check_free(demand: ResourceRequest, free: Mapping[str, float], total: Mapping[str, float], address: str) -> None:
+def check_free(request: ResourceRequest, free: Mapping[str, float], total: Mapping[str, float], address: str) -> None:
     """Raise ResourceError unless the cluster has enough free right now; others may be using it."""
-    need = {"CPU": float(demand.cpus), "GPU": float(demand.gpus)}
+    need = {"CPU": float(request.cpus), "GPU": float(request.gpus)}
     short = [name for name, amount in need.items() if amount > free.get(name, 0.0)]
     if short:
         state = ", ".join(f"{free.get(name, 0.0):g} of {total.get(name, 0.0):g} {name}s free" for name in short)
         raise ResourceError(
             Fault(
-                f"world_size {demand.world_size} with {_words(demand)} per worker",
+                f"world_size {request.world_size} with {_words(request)} per worker",
                 f"the cluster at {address} is busy: {state}",
                 "Wait until it is free (`ray status` shows who uses it) or use fewer workers",
             )
         )
 
 
-def _words(demand: ResourceRequest) -> str:
-    gpu = f" and {demand.gpus_per_worker} GPU" if demand.gpus_per_worker else ""
-    return f"{demand.threads} CPU{'s' if demand.threads > 1 else ''}{gpu}"
+def _words(request: ResourceRequest) -> str:
+    gpu = f" and {request.gpus_per_worker} GPU" if request.gpus_per_worker else ""
+    return f"{request.threads} CPU{'s' if request.threads > 1 else ''}{gpu}"
 
 
 def _totals(nodes: Sequence[Mapping[str, float]]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from hrm_ray.data.file_systems import name_for_runs
 from hrm_ray.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 from hrm_ray.errors import DataError, Fault, SettingsError
+from hrm_ray.ledger.database import SIDE_FILES
 from hrm_ray.metrics.jsonl import read_records
 from hrm_ray.rundir import DRIVER_MARKER, RunDir, read_json, verify_checkpoint
 from hrm_ray.settings.load import load_settings, peek_leaves
@@ -31,9 +32,7 @@ PREPARED = REUSABLE | {
     "metrics.jsonl",
     "tensorboard",
     "ledger.sqlite",
-    "ledger.sqlite-wal",
-    "ledger.sqlite-shm",
-    "ledger.sqlite-journal",
+    *(f"ledger.sqlite{ending}" for ending in SIDE_FILES),
     "chunk_tracker_state.json",
 }
 """Files of a bundle that exist before the first step."""
@@ -64,7 +63,7 @@ class RunLocation:
 
 
 def load_run(
-    said_options: Mapping[str, str | bool],
+    flat_options: Mapping[str, str | bool],
     config: Path | None = None,
     *,
     found: Sequence[Fault] = (),
@@ -74,11 +73,11 @@ def load_run(
 
     With --resume or --resume-from they are laid over those of the run to resume.
     """
-    where = peek_leaves(said_options, config, _NAME_A_RUN)
+    where = peek_leaves(flat_options, config, _NAME_A_RUN)
     base = None
     if where["run.resume"] or where["run.resume_from"] is not None:
         base = _base_settings(_find_stored(where["run.resume_from"], where), where)
-    return load_settings(said_options, config, base, found=found, also_known=also_known)
+    return load_settings(flat_options, config, base, found=found, also_known=also_known)
 
 
 def _find_stored(resume_from: Path | None, where: Mapping[str, Any]) -> RunDir:

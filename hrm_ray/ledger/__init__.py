@@ -7,12 +7,11 @@ from hrm_ray.ledger.database import copy as copy_ledger
 from hrm_ray.ledger.database import delete as delete_ledger
 from hrm_ray.ledger.owner import Ledger, open_ledger
 from hrm_ray.ledger.ranges import ClaimOrder
-from hrm_ray.ledger.reader import Block, Contribution, EpochCounts, LedgerReader, Round, StateCount, read_ledger
+from hrm_ray.ledger.reader import Contribution, EpochCounts, LedgerBlock, LedgerReader, Round, StateCount, read_ledger
 from hrm_ray.ledger.states import Idle, Lease, Range, Refused, Span, State
 from hrm_ray.ledger.synchronous import SynchronousRun
 
 __all__ = [
-    "Block",
     "BlockLength",
     "ClaimOrder",
     "Contribution",
@@ -20,6 +19,7 @@ __all__ = [
     "Idle",
     "Lease",
     "Ledger",
+    "LedgerBlock",
     "LedgerReader",
     "Range",
     "Refused",

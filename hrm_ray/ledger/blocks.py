@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hrm_ray.errors import DataError, Fault
 from hrm_ray.ledger import ranges
 from hrm_ray.ledger.ranges import ClaimOrder
-from hrm_ray.ledger.reader import Block, LedgerReader
+from hrm_ray.ledger.reader import LedgerBlock, LedgerReader
 from hrm_ray.ledger.states import Idle, Range
 
 
@@ -28,17 +28,17 @@ def add_blocks(ledger: LedgerReader, blocks: Iterable[BlockLength]) -> None:
     changed, ValueError for a block out of order.
     """
     row = ledger.database.row("SELECT block, first_chunk, chunks, sealed FROM blocks ORDER BY block DESC LIMIT 1")
-    last = Block(row[0], row[1], row[2], bool(row[3])) if row is not None else Block(-1, 0, 0, True)
-    changed: dict[int, Block] = {}
+    last = LedgerBlock(row[0], row[1], row[2], bool(row[3])) if row is not None else LedgerBlock(-1, 0, 0, True)
+    changed: dict[int, LedgerBlock] = {}
     for block in blocks:
         if block.block == last.block + 1 and last.sealed:
             if ledger.data_ended:
                 raise _changed(ledger, block, f"the data ended with block {last.block} before")
-            last = Block(block.block, last.first_chunk + last.chunks, block.chunks, block.sealed)
+            last = LedgerBlock(block.block, last.first_chunk + last.chunks, block.chunks, block.sealed)
         elif block.block == last.block and not last.sealed:
             if block.chunks < last.chunks:
                 raise _changed(ledger, block, f"it had {last.chunks} chunks before")
-            last = Block(last.block, last.first_chunk, block.chunks, block.sealed)
+            last = LedgerBlock(last.block, last.first_chunk, block.chunks, block.sealed)
         else:
             _check_known(ledger, block, changed.get(block.block))
             continue
@@ -88,7 +88,7 @@ def _rest(ledger: LedgerReader, epochs: int) -> Idle:
     return Idle.OTHERS if ledger.epoch < epochs else Idle.DONE
 
 
-def _check_known(ledger: LedgerReader, block: BlockLength, added: Block | None) -> None:
+def _check_known(ledger: LedgerReader, block: BlockLength, added: LedgerBlock | None) -> None:
     row = ledger.database.row("SELECT chunks FROM blocks WHERE block = ?", (block.block,))
     chunks = added.chunks if added is not None else row[0] if row is not None else None
     if chunks is None:

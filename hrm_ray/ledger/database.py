@@ -23,7 +23,7 @@ import psutil
 
 from hrm_ray.errors import DataError, Fault, HrmRayError, ResourceError, SettingsError
 
-Row: TypeAlias = tuple[Any, ...]
+SqlRow: TypeAlias = tuple[Any, ...]
 
 FORMAT = 2
 """Format 1 is the same without ranges that are SKIPPED; opening one for writing makes it format 2."""
@@ -90,7 +90,7 @@ class Database:
         self._in_transaction = False
         self._waits_for_disk = False
 
-    def rows(self, statement: str, values: Sequence[Any] = ()) -> list[Row]:
+    def rows(self, statement: str, values: Sequence[Any] = ()) -> list[SqlRow]:
         """All rows of one statement. Raises an HrmRayError where the file fails."""
         with self._lock:
             try:
@@ -100,12 +100,12 @@ class Database:
             except sqlite3.Error as error:
                 raise fault_of(error, self.path) from error
 
-    def row(self, statement: str, values: Sequence[Any] = ()) -> Row | None:
+    def row(self, statement: str, values: Sequence[Any] = ()) -> SqlRow | None:
         """The first row of one statement, or None."""
         found = self.rows(statement, values)
         return found[0] if found else None
 
-    def each(self, statement: str, values: Sequence[Any] = ()) -> Iterator[Row]:
+    def each(self, statement: str, values: Sequence[Any] = ()) -> Iterator[SqlRow]:
         """Rows one by one, for many; nothing may be written meanwhile."""
         with self._lock:
             try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hrm_ray.ledger import ranges
-from hrm_ray.ledger.reader import Block, EpochCounts, LedgerReader
+from hrm_ray.ledger.reader import EpochCounts, LedgerBlock, LedgerReader
 from hrm_ray.ledger.states import Range, State
 from hrm_ray.rundir import write_json
 
@@ -76,7 +76,7 @@ def _listed(name: str, entries: Iterable[Any]) -> dict[str, Any]:
     return {name: first, f"{name}_left_out": left_out} if left_out else {name: first}
 
 
-def _blocks(blocks: list[Block]) -> Iterator[dict[str, Any]]:
+def _blocks(blocks: list[LedgerBlock]) -> Iterator[dict[str, Any]]:
     """Blocks, with neighbours of the same length as one entry."""
     for (chunks, sealed), alike in groupby(blocks, key=lambda block: (block.chunks, block.sealed)):
         numbers = [block.block for block in alike]

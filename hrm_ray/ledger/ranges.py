@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from typing import TypeAlias
 
-from hrm_ray.ledger.database import Database, Row
+from hrm_ray.ledger.database import Database, SqlRow
 from hrm_ray.ledger.states import Range, State, join
 
 ClaimOrder: TypeAlias = Callable[[int, int], "int | None"]
@@ -143,11 +143,11 @@ def _many(database: Database, index: str, where: str, *values: object) -> list[R
     return [_range(row) for row in rows]
 
 
-def _row(changed: Range) -> Row:
+def _row(changed: Range) -> SqlRow:
     return tuple(vars(changed).values())
 
 
-def _range(row: Row) -> Range:
+def _range(row: SqlRow) -> Range:
     values = list(row)
     values[_STATE] = _STATES[values[_STATE]]
     return Range(*values)

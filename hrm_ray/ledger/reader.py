@@ -20,7 +20,7 @@ _ROUND = "round, parent, anchor, checksum, sequences, total_sequences"
 
 
 @dataclass(frozen=True)
-class Block:
+class LedgerBlock:
     """A block of the data: chunks first_chunk .. first_chunk + chunks - 1. It can grow until it is `sealed`."""
 
     block: int
@@ -117,12 +117,12 @@ class LedgerReader:
             first = begun[0] if begun is not None and begun[0] is not None else 0
         return first + 1 if self.complete(first) else first
 
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[LedgerBlock]:
         """All blocks, in order."""
         rows = self.database.rows("SELECT block, first_chunk, chunks, sealed FROM blocks ORDER BY block")
-        return [Block(block, first, chunks, bool(sealed)) for block, first, chunks, sealed in rows]
+        return [LedgerBlock(block, first, chunks, bool(sealed)) for block, first, chunks, sealed in rows]
 
-    def block_of(self, chunk: int) -> Block:
+    def block_of(self, chunk: int) -> LedgerBlock:
         """The block of a chunk. Raises ValueError for a chunk that no block has."""
         row = self.database.row(
             "SELECT block, first_chunk, chunks, sealed FROM blocks WHERE first_chunk <= ? AND chunks > 0"
@@ -131,7 +131,7 @@ class LedgerReader:
         )
         if row is None or not row[1] <= chunk < row[1] + row[2]:
             raise ValueError(f"no block has chunk {chunk}; {self.chunks} are known")
-        return Block(row[0], row[1], row[2], bool(row[3]))
+        return LedgerBlock(row[0], row[1], row[2], bool(row[3]))
 
     def sequences(self, chunk: int) -> int | None:
         """How many packed sequences a chunk has; None until it has been measured."""

@@ -43,7 +43,7 @@ def score_tokens(
         logits = F.linear(hidden.to(dtype), weight.to(dtype))
         return Scored(CROSS_ENTROPIES[kind](logits, labels), _hits(logits, labels))
     flat = hidden.reshape(tokens, hidden.shape[-1])
-    loss, hit = _Pieces.apply(flat, weight, labels.reshape(tokens), kind, rows, dtype)
+    loss, hit = _ScoresInPieces.apply(flat, weight, labels.reshape(tokens), kind, rows, dtype)
     return Scored(loss.view(labels.shape), hit.view(labels.shape))
 
 
@@ -52,7 +52,7 @@ def _hits(logits: Tensor, labels: Tensor) -> Tensor:
         return (labels != IGNORE_LABEL) & (logits.argmax(-1) == labels)
 
 
-class _Pieces(torch.autograd.Function):
+class _ScoresInPieces(torch.autograd.Function):
     """Cross entropy over pieces of `rows` tokens; saves hidden states and labels only."""
 
     @staticmethod

@@ -110,7 +110,7 @@ class ChunkServer:
         pipeline, text = self._pipeline, self._context.text
         catalog = pipeline.catalog
         slots = text.epoch_order.slots(catalog, epoch, position)
-        if catalog.ended and all(pipeline.is_cached(number) for number in range(len(catalog))):
+        if pipeline.all_cached:
             for slot in slots:
                 chunk = pipeline.get(slot.number)
                 if chunk is None:

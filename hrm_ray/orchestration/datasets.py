@@ -37,7 +37,7 @@ CHUNKS_PER_DATASET = 1000
 BLOCK_BYTES = 1 << 20
 """A task passes its results on at this size; most chunks are larger."""
 
-Batch = dict[str, npt.NDArray[Any]]
+TaskBatch = dict[str, npt.NDArray[Any]]
 ChunkResult = Chunk | HrmRayError | None
 """What a task returns for a chunk; None where it is in the cache already."""
 
@@ -58,7 +58,9 @@ class ChunkTaskContext:
     def pipeline(self, *, writes: bool) -> ChunkPipeline:
         """A pipeline for this process, with the catalog as it is now."""
         text = self.text
-        return self.folder.pipeline(text.cut, text.source, _tokenizer(self), pairs=text.form.prefix, writes=writes)
+        return self.folder.pipeline(
+            text.chunking_config, text.source, _tokenizer(self), pairs=text.form.prefix, writes=writes
+        )
 
 
 @lru_cache(maxsize=2)
@@ -68,13 +70,13 @@ def _tokenizer(context: ChunkTaskContext) -> TextTokenizer:
 
 @lru_cache(maxsize=2)
 def _corpus(context: ChunkTaskContext) -> Corpus:
-    return corpus_of(context.text.cut, context.text.source, context.folder.read_parts())
+    return corpus_of(context.text.chunking_config, context.text.source, context.folder.read_parts())
 
 
 def chunks_from(context: ChunkTaskContext, first: int) -> Iterator[tuple[int, ChunkResult]]:
     """Chunks from number `first` to the end of the corpus: one task reads, several tokenise."""
 
-    def read(batch: Batch) -> Iterator[Batch]:
+    def read(batch: TaskBatch) -> Iterator[TaskBatch]:
         pipeline = context.pipeline(writes=False)
         for number in count(int(batch["first"][0])):
             try:
@@ -86,7 +88,7 @@ def chunks_from(context: ChunkTaskContext, first: int) -> Iterator[tuple[int, Ch
                 return
             yield _row(number, raw)
 
-    def tokenise_chunk(batch: Batch) -> Batch:
+    def tokenise_chunk(batch: TaskBatch) -> TaskBatch:
         number, raw = _content(batch)
         return _row(number, _tokenised(context, raw) if isinstance(raw, RawChunk) else raw)
 
@@ -96,7 +98,7 @@ def chunks_from(context: ChunkTaskContext, first: int) -> Iterator[tuple[int, Ch
 def chunks_of(context: ChunkTaskContext, entries: Sequence[ChunkEntry]) -> Iterator[tuple[int, ChunkResult]]:
     """The chunks of `entries`, each read and tokenised in a task of its own."""
 
-    def make(batch: Batch) -> Batch:
+    def make(batch: TaskBatch) -> TaskBatch:
         number, entry = _content(batch)
         try:
             raw = next(read_chunks(_corpus(context), entry.start), None)
@@ -116,14 +118,14 @@ def _tokenised(context: ChunkTaskContext, raw: RawChunk) -> Chunk:
     return Chunk(raw.entry, store, notes=raw.notes)
 
 
-def _row(number: int, content: object) -> Batch:
+def _row(number: int, content: object) -> TaskBatch:
     """A batch of one row; in an object column Ray keeps Python objects as they are."""
     column = np.empty(1, dtype=object)
     column[0] = content
     return {"number": np.array([number]), "content": column}
 
 
-def _content(row: Batch) -> tuple[int, Any]:
+def _content(row: TaskBatch) -> tuple[int, Any]:
     return int(row["number"][0]), row["content"][0]
 
 

@@ -54,7 +54,7 @@ END_WAIT_S = 15.0
 
 def reads_text(plan: RunPlan) -> bool:
     """Whether the run tokenises text while it trains."""
-    return isinstance(plan.data, TextData) and plan.data.text.cut.streaming and not plan.data.text.kept
+    return isinstance(plan.data, TextData) and plan.data.text.chunking_config.streaming and not plan.data.text.kept
 
 
 def run(plan: RunPlan, *, sink: MetricSink, stop: StopPoll, body: Body | None = None) -> RunResult:

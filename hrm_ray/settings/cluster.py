@@ -9,7 +9,7 @@ from pydantic import field_validator, model_validator
 from hrm_ray.settings.base import Section, option, refusal
 
 Launcher: TypeAlias = Literal["local", "ray"]
-Strategy: TypeAlias = Literal["single", "ddp", "zero1", "zero2", "zero3"]
+StrategyName: TypeAlias = Literal["single", "ddp", "zero1", "zero2", "zero3"]
 
 
 def strategy_of_ddp(ddp: Any) -> Any:
@@ -26,7 +26,7 @@ class ClusterSettings(Section):
     """local: in this process; ray: through Ray Train."""
     world_size: int | None = option(None, "free", ge=1, unset="one per visible GPU, else one")
     """Number of workers that train together."""
-    strategy: Strategy | None = option(
+    strategy: StrategyName | None = option(
         None,
         "free",
         aliases={"--ddp": "ddp", "--no-ddp": "single", "--zero-stage": None},
@@ -75,7 +75,7 @@ class ClusterSettings(Section):
             raise refusal("names a GPU twice", "Name each GPU once")
         return ",".join(str(number) for number in numbers)
 
-    def strategy_for(self, world_size: int) -> Strategy:
+    def strategy_for(self, world_size: int) -> StrategyName:
         """The strategy for so many workers."""
         return self.strategy or ("ddp" if world_size > 1 else "single")
 

@@ -20,8 +20,10 @@ from hrm_ray.model.build import build_model, build_objective
 from hrm_ray.model.chunked import Chunking
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.losses import LossKind
+from hrm_ray.model.objective import AnyObjective
 from hrm_ray.model.regularise import regularise
 from hrm_ray.model.router_losses import RouterLosses
+from hrm_ray.model.transformer import Transformer
 from hrm_ray.model.transforms.activation_checkpointing import apply_activation_checkpointing
 from hrm_ray.model.transforms.attend import use_kernel
 from hrm_ray.model.transforms.cast_weights import cast_weights
@@ -31,6 +33,7 @@ from hrm_ray.model.transforms.quantise import quantise_projections
 from hrm_ray.model.transforms.single_expert import train_single_expert
 from hrm_ray.settings.adaptive_lr import AdaptiveLrSettings
 from hrm_ray.settings.memory import MemorySettings
+from hrm_ray.settings.optimizer import OptimizerSettings
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.adaptive_lr import AdaptiveLr
 from hrm_ray.train.attention_choice import kernel_of
@@ -72,16 +75,7 @@ def assemble(
     calls = compile_blocks(model, strict=settings.cluster.strict) if compiles(settings, world.device) else None
     if memory.gradient_checkpointing:
         apply_activation_checkpointing(model)
-    objective = build_objective(
-        model,
-        cast(LossKind, settings.model.loss),
-        supervision=str(settings.model.supervision),
-        halt_margin=settings.model.halt_margin,
-        router_losses=RouterLosses(settings.model.moe_load_balance_coef, settings.model.moe_router_z_coef),
-        chunking=_chunking(memory),
-    )
-    if adapters is not None and adapters.ranks is not None:
-        regularise(objective, adapters.ranks.regulariser())
+    objective = _objective(model, settings, adapters)
     precision = choose_precision(memory.amp, memory.amp_dtype, memory.model_dtype, world.device)
     chosen = settings.cluster.strategy_for(world.size)
     if chosen == "single" and world.size > 1:
@@ -98,12 +92,7 @@ def assemble(
         objective=objective,
         loader=_loader(settings, config, data, shape, carried),
         shape=shape,
-        lr_schedule=LrSchedule(
-            _schedule(settings, schedule_steps),
-            settings.optimizer.lr,
-            settings.optimizer.puzzle_emb_lr,
-            AdaptiveLr(adaptive_lr, settings.optimizer.warmup_steps) if adaptive_lr is not None else None,
-        ),
+        lr_schedule=_lr_schedule(settings.optimizer, schedule_steps, adaptive_lr),
         wanted=wanted_columns(config),
         carried=carried,
         grad_clip=settings.optimizer.grad_clip,
@@ -135,6 +124,21 @@ def _transform(model: nn.Module, settings: RunSettings, schedule_steps: int) -> 
     return apply_peft(model, settings.adapt, seed=settings.run.seed, total_steps=schedule_steps)
 
 
+def _objective(model: ActV1 | Transformer, settings: RunSettings, adapters: Adapters | None) -> AnyObjective:
+    chosen = settings.model
+    objective = build_objective(
+        model,
+        cast(LossKind, chosen.loss),
+        supervision=str(chosen.supervision),
+        halt_margin=chosen.halt_margin,
+        router_losses=RouterLosses(chosen.moe_load_balance_coef, chosen.moe_router_z_coef),
+        chunking=_chunking(settings.memory),
+    )
+    if adapters is not None and adapters.ranks is not None:
+        regularise(objective, adapters.ranks.regulariser())
+    return objective
+
+
 def _build_optimizer(settings: RunSettings, world: World, adapters: Adapters | None) -> BuildOptimizer:
     build = builder(settings.optimizer)
     offload = settings.memory.optimizer_offload and world.device.type != "cpu"
@@ -156,15 +160,16 @@ def _loader(
     settings: RunSettings, config: ModelConfig, data: SampleSet | TextStream, shape: BatchSize, carried: bool
 ) -> BatchLoader:
     seed, linear, run = settings.run.seed, settings.data.linear_dataset, settings.run
-    ends = StopCondition(run.epochs, after_epoch=run.stop_after_epoch, after_block=run.stop_after_block)
+    stop_condition = StopCondition(run.epochs, after_epoch=run.stop_after_epoch, after_block=run.stop_after_block)
     if isinstance(data, TextStream):
-        return StreamLoader(data, shape, seed=seed, ends=ends)
+        return StreamLoader(data, shape, seed=seed, stop_condition=stop_condition)
     if not carried:
-        return RolloutLoader(data, shape, seed=seed, linear=linear, ends=ends)
+        return RolloutLoader(data, shape, seed=seed, linear=linear, stop_condition=stop_condition)
     explore = exploration(seed, settings.model.halt_exploration_prob or 0.0, config.halt_max_steps)
-    return SlotLoader(data, shape, seed=seed, linear=linear, ends=ends, explore=explore)
+    return SlotLoader(data, shape, seed=seed, linear=linear, stop_condition=stop_condition, explore=explore)
 
 
-def _schedule(settings: RunSettings, steps: int) -> Schedule:
-    chosen = settings.optimizer
-    return Schedule(chosen.lr_schedule, chosen.warmup_steps, steps, chosen.lr_min_ratio, chosen.wsd_decay_ratio)
+def _lr_schedule(chosen: OptimizerSettings, steps: int, adaptive_lr: AdaptiveLrSettings | None) -> LrSchedule:
+    schedule = Schedule(chosen.lr_schedule, chosen.warmup_steps, steps, chosen.lr_min_ratio, chosen.wsd_decay_ratio)
+    adaptive = AdaptiveLr(adaptive_lr, chosen.warmup_steps) if adaptive_lr is not None else None
+    return LrSchedule(schedule, chosen.lr, chosen.puzzle_emb_lr, adaptive)

@@ -31,6 +31,8 @@ from hrm_ray.train.precision import LossScaler
 from hrm_ray.types import StopReason
 
 RANKS = "ranks.safetensors"
+_LOADER = "feed."
+"""Prefix of the loader's arrays in slots_*.safetensors: the name in the files of all versions."""
 
 
 class Checkpointer:
@@ -192,7 +194,7 @@ def load_checkpoint(loop: TrainingLoop, folder: Path) -> dict[str, Any]:
         loop.set_microbatch(rows)
     slots = _own_slots(loop, folder)
     position = {
-        name.removeprefix("feed."): tensor.numpy() for name, tensor in slots.items() if name.startswith("feed.")
+        name.removeprefix(_LOADER): tensor.numpy() for name, tensor in slots.items() if name.startswith(_LOADER)
     }
     parts.loader.load_state_dict(state["epoch"], position)
     if parts.carried:
@@ -204,7 +206,7 @@ def load_checkpoint(loop: TrainingLoop, folder: Path) -> dict[str, Any]:
 def _slots(loop: TrainingLoop) -> dict[str, Tensor]:
     """This rank's carries, slot by slot, and the state of its loader."""
     tensors = {
-        f"feed.{n}": torch.from_numpy(np.ascontiguousarray(v)) for n, v in loop.parts.loader.state_dict().items()
+        f"{_LOADER}{n}": torch.from_numpy(np.ascontiguousarray(v)) for n, v in loop.parts.loader.state_dict().items()
     }
     if loop.parts.carried and loop.carries is not None:
         carry = PuzzleCarry.joined(loop.carries)

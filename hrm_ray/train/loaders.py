@@ -70,9 +70,9 @@ class StopCondition:
 class BatchLoader:
     """Gives the rows of one step at a time; this base has what a loader without chunks needs."""
 
-    def __init__(self, shape: BatchSize, ends: StopCondition) -> None:
+    def __init__(self, shape: BatchSize, stop_condition: StopCondition) -> None:
         self.shape = shape
-        self.ends = ends
+        self.stop_condition = stop_condition
         self.epoch = 0
 
     def next_batch(self, halted: HaltedSlots, step: int) -> list[Columns]:
@@ -127,8 +127,8 @@ class BatchLoader:
 
     def one_epoch_more(self) -> None:
         """Allow one more epoch than before."""
-        if self.ends.epochs is not None:
-            self.ends = replace(self.ends, epochs=self.ends.epochs + 1)
+        if self.stop_condition.epochs is not None:
+            self.stop_condition = replace(self.stop_condition, epochs=self.stop_condition.epochs + 1)
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -137,8 +137,10 @@ class BatchLoader:
 class RolloutLoader(BatchLoader):
     """Whole batches: every step takes the next `effective` samples; the last of an epoch may be smaller."""
 
-    def __init__(self, samples: SampleSet, shape: BatchSize, *, seed: int, linear: bool, ends: StopCondition) -> None:
-        super().__init__(shape, ends)
+    def __init__(
+        self, samples: SampleSet, shape: BatchSize, *, seed: int, linear: bool, stop_condition: StopCondition
+    ) -> None:
+        super().__init__(shape, stop_condition)
         self.samples = samples
         self.seed = seed
         self.linear = linear
@@ -152,7 +154,7 @@ class RolloutLoader(BatchLoader):
 
     def start_epoch(self, trained: bool) -> bool:
         # Past the last epoch the position stays: a checkpoint of the end must not begin that epoch again.
-        if self.ends.at_epoch_end(self.epoch, trained):
+        if self.stop_condition.at_epoch_end(self.epoch, trained):
             return False
         self._enter(self.epoch + 1)
         self.taken[:] = 0
@@ -189,10 +191,10 @@ class SlotLoader(RolloutLoader):
         *,
         seed: int,
         linear: bool,
-        ends: StopCondition,
+        stop_condition: StopCondition,
         explore: Callable[[int, npt.NDArray[np.int64]], npt.NDArray[np.int32]],
     ) -> None:
-        super().__init__(samples, shape, seed=seed, linear=linear, ends=ends)
+        super().__init__(samples, shape, seed=seed, linear=linear, stop_condition=stop_condition)
         self.explore = explore
         self.taken = np.zeros((shape.accumulation, shape.batch_size), dtype=np.int64)
 

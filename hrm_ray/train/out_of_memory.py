@@ -46,8 +46,8 @@ def reading_data(what: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        said = " ".join(str(error).split())[:120]
-        reason = f"host memory ran out while reading the data ({said or type(error).__name__})"
+        message = " ".join(str(error).split())[:120]
+        reason = f"host memory ran out while reading the data ({message or type(error).__name__})"
         hint = "Free host memory, use a smaller --shuffle-buffer-size or a larger object store, then --resume"
         raise ResourceError(Fault(what, reason, hint)) from error
 

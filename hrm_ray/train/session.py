@@ -167,11 +167,13 @@ def _data(
     tokenizer = TextTokenizer.load(run_dir.root)
 
     def pipeline(writes: bool) -> ChunkPipeline:
-        return folder.pipeline(text.cut, text.source, tokenizer, pairs=text.form.prefix, writes=writes and world.leads)
+        return folder.pipeline(
+            text.chunking_config, text.source, tokenizer, pairs=text.form.prefix, writes=writes and world.leads
+        )
 
     source = (
         link.chunks(pipeline, text.epoch_order)
-        if text.cut.streaming
+        if text.chunking_config.streaming
         else InMemoryChunks(pipeline(False), text.epoch_order)
     )
     held_out = TextSamples(folder.read_evaluation(text.evaluation), text.form) if text.evaluation else None

@@ -34,8 +34,8 @@ class TextStream:
 class StreamLoader(BatchLoader):
     """BatchLoader of text: every step takes the next `effective` sequences, the last of an epoch maybe fewer."""
 
-    def __init__(self, text: TextStream, shape: BatchSize, *, seed: int, ends: StopCondition) -> None:
-        super().__init__(shape, ends)
+    def __init__(self, text: TextStream, shape: BatchSize, *, seed: int, stop_condition: StopCondition) -> None:
+        super().__init__(shape, stop_condition)
         self.text = text
         self.seed = seed
         self._notes: list[str] = []
@@ -46,7 +46,7 @@ class StreamLoader(BatchLoader):
 
     def next_batch(self, halted: HaltedSlots, step: int) -> list[Columns]:
         append_ranges(self._consumed, self.stream.take_consumed())  # of the last batch, which was not skipped
-        row_slices = self.stream.take(self.shape.effective, within_block=self.ends.after_block)
+        row_slices = self.stream.take(self.shape.effective, within_block=self.stop_condition.after_block)
         rows = self._own(row_slices)
         size = self.shape.batch_size
         return [
@@ -56,7 +56,7 @@ class StreamLoader(BatchLoader):
 
     def start_epoch(self, trained: bool) -> bool:
         """See BatchLoader. Raises DataError after an epoch without a single sequence: all others would be empty too."""
-        if (trained and self.ends.after_block) or self.ends.at_epoch_end(self.epoch, trained):
+        if (trained and self.stop_condition.after_block) or self.stop_condition.at_epoch_end(self.epoch, trained):
             return False
         if not self.stream.state.sequences:
             reason = "no row is left to train on"

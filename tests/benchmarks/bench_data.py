@@ -54,7 +54,7 @@ def feed_of(path: str, tokenizer: TextTokenizer) -> StreamLoader:
         corpus, tokenizer, Catalog(nowhere, writes=False), ChunkCache(nowhere, 0, writes=False), pairs=False
     )
     text = TextStream(LocalChunks(pipeline, EpochOrder(0, shuffled=False)), RowForm(SEQ_LEN), tokenizer.pad_id)
-    return StreamLoader(text, BatchSize(ROWS, 1, 0, 1), seed=0, ends=StopCondition(1))
+    return StreamLoader(text, BatchSize(ROWS, 1, 0, 1), seed=0, stop_condition=StopCondition(1))
 
 
 def drain(loader: StreamLoader) -> int:

@@ -169,7 +169,7 @@ def prepare(folder: Path, corpus: Path | None, size: tuple[str, ...], device: st
     config = ModelConfig.from_plain(read_json(run_dir.config), str(run_dir.config))
     plan = TextPlan.from_plain(data)
     pipeline = TextDataDir(run_dir.data).pipeline(
-        plan.cut, plan.source, TextTokenizer.load(run_dir.root), pairs=False, writes=False
+        plan.chunking_config, plan.source, TextTokenizer.load(run_dir.root), pairs=False, writes=False
     )
     chunk = pipeline.get(0)
     assert chunk is not None, "the base was trained on it"

@@ -157,7 +157,7 @@ def test_a_worker_group_that_cannot_be_built_is_an_error_not_a_wait(
     temp_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Each worker asks for more than there is, after the checks: as when somebody else has taken the CPUs meanwhile.
-    monkeypatch.setattr(ResourceRequest, "per_worker", lambda demand: {"CPU": 2.0 * demand.threads})
+    monkeypatch.setattr(ResourceRequest, "per_worker", lambda request: {"CPU": 2.0 * request.threads})
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
     error, _ = fail(counts, tmp_path)
     assert isinstance(error, ResourceError)

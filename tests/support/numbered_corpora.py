@@ -79,7 +79,7 @@ class Opened:
     corpus: Path
     shape: Shape
     batches: Sequence[BatchSize]
-    ends: StopCondition = field(default_factory=StopCondition)
+    stop_condition: StopCondition = field(default_factory=StopCondition)
     start: int = 0
     cache_bytes: int = 0
     catalog: Path | None = None
@@ -104,7 +104,7 @@ class Opened:
             pipeline.scan()
         order = EpochOrder(shape.seed, shuffled=bool(shape.shuffle_rows), start=self.start)
         text = TextStream(LocalChunks(pipeline, order), RowForm(shape.seq_len), TOKENIZER.pad_id, shape.shuffle_rows)
-        return StreamLoader(text, batch, seed=shape.seed, ends=self.ends)
+        return StreamLoader(text, batch, seed=shape.seed, stop_condition=self.stop_condition)
 
     def step(self) -> list[Row] | None:
         """The rows of the next effective batch, by slot; None when all epochs are over."""

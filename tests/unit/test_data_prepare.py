@@ -74,8 +74,8 @@ def prepared(
         data=base / "data",
         choice=choice,
         form=form,
-        cut=cut,
-        wanted=wanted,
+        chunking_config=cut,
+        request=wanted,
     )
 
 
@@ -85,7 +85,7 @@ def test_a_worker_opens_what_was_prepared(corpus: Path) -> None:
     assert plan == result.plan
     folder = TextDataDir(corpus.parent / "bundle" / "data")
     pipeline = folder.pipeline(
-        plan.cut, plan.source, TextTokenizer.load(corpus.parent / "bundle"), pairs=False, writes=False
+        plan.chunking_config, plan.source, TextTokenizer.load(corpus.parent / "bundle"), pairs=False, writes=False
     )
     chunks = []
     while (chunk := pipeline.get(len(chunks))) is not None:

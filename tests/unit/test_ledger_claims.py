@@ -9,7 +9,7 @@ import pytest
 
 from hrm_ray.data.order import epoch_order
 from hrm_ray.errors import DataError
-from hrm_ray.ledger import Block, BlockLength, Idle, Lease, Ledger, Refused, Span, State, open_ledger
+from hrm_ray.ledger import BlockLength, Idle, Lease, Ledger, LedgerBlock, Refused, Span, State, open_ledger
 from hrm_ray.ledger.states import MAX_ATTEMPTS
 from tests.support.ledgers import claimed, ledger_of, linear, reported, states
 
@@ -31,11 +31,11 @@ def finish(ledger: Ledger, *leases: Lease) -> None:
 def test_blocks_number_their_chunks_on(path: Path) -> None:
     with ledger_of(path, [3, 0, 2], ended=False) as ledger:
         assert ledger.chunks == 5
-        assert ledger.block_of(2) == Block(0, 0, 3, True)
-        assert ledger.block_of(3) == Block(2, 3, 2, True)
+        assert ledger.block_of(2) == LedgerBlock(0, 0, 3, True)
+        assert ledger.block_of(3) == LedgerBlock(2, 3, 2, True)
         ledger.add_blocks([BlockLength(3, 1, sealed=False)])
         ledger.add_blocks([BlockLength(3, 4, sealed=False), BlockLength(3, 6), BlockLength(4, 1)])
-        assert ledger.blocks()[3:] == [Block(3, 5, 6, True), Block(4, 11, 1, True)]
+        assert ledger.blocks()[3:] == [LedgerBlock(3, 5, 6, True), LedgerBlock(4, 11, 1, True)]
         for chunk in (-1, 12):
             with pytest.raises(ValueError, match=f"chunk {chunk}"):
                 ledger.block_of(chunk)

@@ -103,7 +103,11 @@ def test_random_tokens_stay_at_ln_v(case: str) -> None:
     strategy.prepare(objective, builder(settings))
     shape = BatchSize(BATCH, 1, 0, 1)
     loader = RolloutLoader(
-        RandomTokens(STEPS * BATCH, 7, config.lm_mask == "prefix"), shape, seed=0, linear=True, ends=StopCondition(1)
+        RandomTokens(STEPS * BATCH, 7, config.lm_mask == "prefix"),
+        shape,
+        seed=0,
+        linear=True,
+        stop_condition=StopCondition(1),
     )
     loop = TrainingLoop(
         TrainState(

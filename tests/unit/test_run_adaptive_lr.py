@@ -24,8 +24,8 @@ def rule_file(folder: Path, text: str = RULE) -> Path:
 @pytest.mark.parametrize(("usual", "data"), [(TEXT, text_file), (PUZZLE, puzzle_file)], ids=["text", "puzzle"])
 def test_a_plateau_lowers_the_rate_and_says_why(usual: tuple[str, ...], data: Any, tmp_path: Path) -> None:
     train(data(tmp_path), tmp_path / "b", *usual, *STEADY, "--steps", "9", "--adaptive-lr-config", rule_file(tmp_path))
-    lr_schedule = [record["lr"] for record in records(tmp_path / "b")]
-    assert lr_schedule == pytest.approx([1e-3] * 4 + [5e-4] * 4 + [2.5e-4])
+    rates = [record["lr"] for record in records(tmp_path / "b")]
+    assert rates == pytest.approx([1e-3] * 4 + [5e-4] * 4 + [2.5e-4])
     told = [(event["step"], event["level"], event["message"]) for event in records(tmp_path / "b", "event")]
     assert [(step, level) for step, level, _ in told] == [(4, "INFO"), (8, "INFO")]
     assert "Learning rate lowered at step 4: 1 window(s) brought nothing better than a mean loss of" in told[0][2]
@@ -49,8 +49,8 @@ def test_divergence_steps_back(tmp_path: Path) -> None:
     train(text_file(tmp_path), tmp_path / "b", *TEXT, *words, "--steps", "8", "--adaptive-lr-config", file)
     first = next(event for event in records(tmp_path / "b", "event") if event["level"] == "WARNING")
     assert "Learning rate stepped back" in first["message"] and "the mean loss rose to" in first["message"]
-    lr_schedule = {record["step"]: record["lr"] for record in records(tmp_path / "b")}
-    assert lr_schedule[first["step"]] == 200 and lr_schedule[first["step"] + 1] == pytest.approx(0.2)
+    rates = {record["step"]: record["lr"] for record in records(tmp_path / "b")}
+    assert rates[first["step"]] == 200 and rates[first["step"] + 1] == pytest.approx(0.2)
 
 
 def test_the_schedule_and_the_warm_up_stay(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_rollout(case: dict[str, Any]) -> None:
         samples = Recording(case["count"])
         shape = BatchSize(case["batch"], case["accumulation"], rank, case["ranks"])
         loader = RolloutLoader(
-            samples, shape, seed=case["seed"], linear=case["linear"], ends=StopCondition(case["epochs"])
+            samples, shape, seed=case["seed"], linear=case["linear"], stop_condition=StopCondition(case["epochs"])
         )
         for epoch in range(case["epochs"]):
             assert loader.epoch == epoch
@@ -95,7 +95,7 @@ def test_carried(case: dict[str, Any], halt_max_steps: int, chance: float, draw:
             shape,
             seed=case["seed"],
             linear=case["linear"],
-            ends=StopCondition(case["epochs"]),
+            stop_condition=StopCondition(case["epochs"]),
             explore=explore,
         )
         halted = [np.ones(case["batch"], dtype=np.bool_) for _ in range(case["accumulation"])]

@@ -276,8 +276,8 @@ def test_a_refused_launch_leaves_the_held_out_data(corpus: Path, seen: Seen) -> 
 def test_the_schedule_is_that_of_the_rest(corpus: Path, seen: Seen) -> None:
     words = ("--samples-per-block", "10", "--epochs", "1", "--lr-schedule", "linear", "--lr-min-ratio", "0")
     bundle = run(corpus, *words, "--start-block-id", "1")
-    lr_schedule = [record["lr"] for record in records(bundle)]
-    assert len(lr_schedule) == 4 and lr_schedule[-1] < 0.3 * lr_schedule[0]
+    rates = [record["lr"] for record in records(bundle)]
+    assert len(rates) == 4 and rates[-1] < 0.3 * rates[0]
 
 
 def test_a_stream_is_shuffled_within_its_buffer(corpus: Path, seen: Seen) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from hrm_ray.data.rows import Columns, Cursor, Row
+from hrm_ray.data.rows import Cursor, Row, TextColumns
 from hrm_ray.data.streams import Unreadable, damage
 from hrm_ray.errors import Fault
 
@@ -50,7 +50,7 @@ def _parquet_rows(file: BinaryIO, cursor: Cursor) -> Iterator[Row]:
             yield from _batch_rows(batch, cursor, cursor.row - base)
 
 
-def parquet_length(file: BinaryIO, columns: Columns) -> int | None:
+def parquet_length(file: BinaryIO, columns: TextColumns) -> int | None:
     """The number of rows of a Parquet file, from its metadata; None where it cannot be read as rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -98,7 +98,7 @@ def _arrow_file_rows(file: BinaryIO, cursor: Cursor) -> Iterator[Row]:
         yield from _batch_rows(batch, cursor, number << _BATCH_BITS)
 
 
-def _only(schema: Any, columns: Columns) -> Any:
+def _only(schema: Any, columns: TextColumns) -> Any:
     import pyarrow as pa
 
     return pa.ipc.IpcReadOptions(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from hrm_ray.data.rows import ROW_BYTES, BadRow, Columns, Cursor, Row, kind_name, not_utf8
+from hrm_ray.data.rows import ROW_BYTES, BadRow, Cursor, Row, TextColumns, kind_name, not_utf8
 from hrm_ray.errors import DataError, Fault
 
 _BOM = b"\xef\xbb\xbf"
@@ -33,7 +33,7 @@ def jsonl_rows(stream: BinaryIO, cursor: Cursor) -> Iterator[Row]:
             yield _row(line, where, begins, cursor.columns, row, offset if cursor.marked else None)
 
 
-def _row(line: bytes, where: str, begins: int, columns: Columns, row: int, mark: int | None) -> Row:
+def _row(line: bytes, where: str, begins: int, columns: TextColumns, row: int, mark: int | None) -> Row:
     if len(line) > ROW_BYTES:
         return BadRow(too_long(where), where, row, mark)
     try:

@@ -11,7 +11,7 @@ from itertools import islice
 from hrm_ray.data.file_kinds import TEXT_FORMATS
 from hrm_ray.data.parts import Part, TextSource
 from hrm_ray.data.readers import read_part
-from hrm_ray.data.rows import Columns, Document, Row
+from hrm_ray.data.rows import Document, Row, TextColumns
 from hrm_ray.data.streams import ReadingWatch
 from hrm_ray.data.timer import Timer, TimeUp
 from hrm_ray.errors import Fault
@@ -48,7 +48,7 @@ class TableFacts:
     columns: tuple[ColumnFacts, ...]
 
 
-class _Tally(Columns):
+class _Tally(TextColumns):
     """Columns that count the values of all columns instead of making documents of them."""
 
     def __init__(self) -> None:
