@@ -42,7 +42,8 @@ def run(
     before the first step.
 
     Records go to `sink` besides the files of the bundle. `stop` is polled about once per step; a reason ends the run in
-    order, with a checkpoint. `on_start` is called once everything is prepared, just before training starts.
+    order, with a checkpoint. `on_start` is called once everything is prepared, just before training starts. A local
+    run on the CPU sets what glibc does with freed memory (--keep-freed-memory); that outlives the run.
     """
     sink, stop = sink or FanOut([]), stop or (lambda: None)
     resolved = resolve(settings) if isinstance(settings, RunSettings) else settings

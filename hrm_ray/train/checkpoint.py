@@ -81,11 +81,14 @@ class Checkpointer:
 
 
 def bundle_weights(loop: TrainingLoop) -> BundleWeights:
-    """The weights that a bundle stores, inside `strategy.evaluating()`; a collective. Adapters are merged into them and
-    stored apart too."""
-    weights, adapters = loop.parts.strategy.full_weights(), loop.parts.adapters
+    """The weights that a bundle stores, on the leading rank (elsewhere possibly none); called inside
+    `strategy.evaluating()`, a collective. Adapters are merged into them and stored apart too."""
+    adapters = loop.parts.adapters
     if adapters is None:
-        return BundleWeights(weights)
+        return BundleWeights(loop.parts.strategy.full_weights())
+    # The model's weights are whole on the leading rank alone.
+    if not loop.world.leads:
+        return BundleWeights({})
     return BundleWeights(adapters.merged_weights(), adapters.in_file())
 
 
@@ -229,8 +232,10 @@ def _own_slots(loop: TrainingLoop, folder: Path) -> dict[str, Tensor]:
 
 def _carries(loop: TrainingLoop, slots: dict[str, Tensor]) -> list[PuzzleCarry]:
     carried = {name: tensor.to(loop.world.device) for name, tensor in slots.items() if name.startswith("carry.")}
+    # A resumed run may have another type of activations than the run that stored the states.
+    dtype = loop.parts.objective.model.embedding.dtype
     whole = PuzzleCarry(
-        states=States(carried["carry.z_h"], carried["carry.z_l"]),
+        states=States(carried["carry.z_h"].to(dtype), carried["carry.z_l"].to(dtype)),
         steps=carried["carry.steps"],
         halted=carried["carry.halted"],
         data={name: carried[f"carry.data.{name}"] for name in ROW_FIELDS},

@@ -91,16 +91,23 @@ def _train(plan: RunPlan, link: WorkerLink) -> RunResult:
             loop.parts.loader.one_epoch_more()
         resumed_step = loop.progress.step
         world.barrier()  # until every rank has read the checkpoint nothing in the bundle may move
-        if plan.continues:
-            world.from_leader(lambda: rewind_to(run_dir, plan, loop.progress.step))
     with ExitStack() as closing:
         closing.callback(loop.parts.loader.close)
-        sink = _sinks(settings, run_dir, resumed_step, link) if world.leads else None
-        if sink is not None:
+        sink: MetricSink | None = None
+        ledger_writer: LedgerWriter | None = None
+
+        def open_files() -> None:
+            nonlocal sink, ledger_writer
+            # First the ledger, which may refuse the checkpoint: the rest of the bundle then stays as it was.
+            ledger_writer = _ledger_writer(plan, run_dir, resumed_step, extra)
+            if ledger_writer is not None:
+                closing.callback(ledger_writer.close)
+            if resumed_step is not None and plan.continues:
+                rewind_to(run_dir, plan, resumed_step)
+            sink = _sinks(settings, run_dir, resumed_step, link)
             closing.callback(sink.close)
-        ledger_writer = _ledger_writer(plan, run_dir, resumed_step, extra) if world.leads else None
-        if ledger_writer is not None:
-            closing.callback(ledger_writer.close)
+
+        world.from_leader(open_files)
         expert = ExpertRun(**extra["expert"]) if extra.get("expert") else ExpertRun.of_new_run(settings)
         logger = MetricLogger(loop, sink)
         source = (str(settings.data.eval_file), settings.data.val_split)
@@ -120,7 +127,7 @@ def _train(plan: RunPlan, link: WorkerLink) -> RunResult:
         if plan.checkpoint is not None:
             trainer.resume(extra)
             logger.event("INFO", f"resumed from {plan.checkpoint}")
-            _log_rank_schedule(logger, plan.schedule_steps)
+            _log_rank_schedule(logger)
         return trainer.run()
 
 
@@ -151,6 +158,7 @@ def _refine_schedule(plan: RunPlan, data: TextData, loop: TrainingLoop, logger: 
         if steps != before:
             text = f"Epoch {epoch} had {sequences} sequences: the learning-rate schedule is laid out for {steps} steps"
             logger.event("INFO", f"{text} from here on, instead of {before}.")
+            _log_rank_schedule(logger)
 
     if loop.epoch_rows is not None:
         lay_out(*loop.epoch_rows)
@@ -194,9 +202,10 @@ def _ledger_writer(
     return LedgerWriter(run_dir, catalog, text.start, resume_point, shuffled=text.shuffle_rows > 0)
 
 
-def _log_rank_schedule(logger: MetricLogger, schedule_steps: int) -> None:
+def _log_rank_schedule(logger: MetricLogger) -> None:
     """Warn where AdaLoRA's ranks keep the schedule of another number of steps than the learning rate has now."""
-    adapters = logger.loop.parts.adapters
+    parts = logger.loop.parts
+    adapters, schedule_steps = parts.adapters, parts.lr_schedule.schedule.total_steps
     if adapters is None or adapters.ranks is None or adapters.ranks.plan.total_steps == schedule_steps:
         return
     planned = adapters.ranks.plan

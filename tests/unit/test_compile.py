@@ -161,6 +161,12 @@ def test_a_compiled_run_is_resumed_compiled_and_eagerly(tmp_path: Path) -> None:
     assert [r["loss"] for r in found[:2]] == pytest.approx([r["loss"] for r in records(tmp_path / "e")], rel=1e-5)
 
 
+def test_a_run_leaves_the_limit_of_recompilations_as_it_was(tmp_path: Path) -> None:
+    with torch._dynamo.config.patch(recompile_limit=5):
+        train(text_file(tmp_path), tmp_path / "b", *TEXT, "--steps", "1", "--compile")
+        assert torch._dynamo.config.recompile_limit == 5
+
+
 def test_where_blocks_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = RunSettings()
     asked = settings_with("text", True)

@@ -6,11 +6,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from hrm_ray.train.checkpoint import bundle_weights
+from hrm_ray.train.loop import TrainingLoop
+from hrm_ray.train.world import World
 from tests.support.runs import (
     EXPERTS,
     PUZZLE,
@@ -138,6 +143,18 @@ def test_a_checkpoint_holds_what_is_needed(base: Path, tmp_path: Path) -> None:
             assert kinds == {"torch.int8"}
     # 48 KB of projections become 12 KB of codes and 3 KB of scales.
     assert sizes["lora, int8, averaged"]["model.safetensors"] < sizes["lora"]["model.safetensors"] - 100_000
+
+
+def test_adapters_are_merged_on_the_leading_rank_alone() -> None:
+    """Elsewhere the model need not hold whole weights, and whoever merges needs no second copy of them."""
+
+    class Untouched:
+        def __getattr__(self, name: str) -> Any:
+            raise AssertionError(f"{name} is of no use on this rank")
+
+    parts = SimpleNamespace(strategy=Untouched(), adapters=Untouched())
+    loop = SimpleNamespace(parts=parts, world=World(1, 2, torch.device("cpu"), grouped=False))
+    assert bundle_weights(cast(TrainingLoop, loop)).tensors == {}
 
 
 def test_settled_ranks_stay_settled(base: Path, tmp_path: Path) -> None:

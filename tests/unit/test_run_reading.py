@@ -199,6 +199,19 @@ def test_an_estimated_schedule_is_the_same_after_a_resume(corpus: Path, reads: R
     assert stored["rows_estimated"] and abs(stored["rows"] - 160) < 60
 
 
+def test_ranks_that_keep_the_estimated_schedule_are_reported(corpus: Path, reads: Reads) -> None:
+    """When the epoch has been counted, and again when the run is resumed."""
+    adapters = ("--use-peft", "--peft-method", "adalora", "--lora-target-modules", "q_proj,v_proj")
+    words = ("--epochs", "2", "--lr-schedule", "linear", *adapters)
+    with stopping_at(45):
+        assert hrm(*start(corpus, *words)).code == 0
+    with stopping_at(46):
+        assert hrm("train", "--bundle-dir", corpus.parent / "b", "--resume").code == 0
+    said = [event for event in records(corpus.parent / "b", "event") if "AdaLoRA's ranks keep" in event["message"]]
+    assert [event["step"] for event in said] == [40, 45]
+    assert all("the run has 80 steps now" in event["message"] for event in said)
+
+
 def test_the_schedule_is_laid_out_anew_when_an_epoch_has_been_counted(corpus: Path, reads: Reads) -> None:
     words = ("--epochs", "3", "--lr-schedule", "linear", "--lr-min-ratio", "0", "--save-every", "0", "--log-every", "1")
     assert hrm(*start(corpus, *words)).code == 0

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from hrm_ray.train import session
+from hrm_ray.train.world import World
 from tests.support.runs import (
     EXPERTS,
     PUZZLE,
@@ -284,6 +289,53 @@ def test_a_resumed_run_of_puzzles_may_explore_otherwise(tmp_path: Path) -> None:
     train(puzzle_file(tmp_path), tmp_path / "b", *PUZZLE, "--steps", "2")
     ran = hrm("train", "--bundle-dir", tmp_path / "b", "--resume", "--steps", "3", "--halt-exploration-prob", "0.1")
     assert ran.code == 0, ran.err
+
+
+def test_a_checkpoint_that_the_ledger_does_not_know_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And rank 0, which alone opens the ledger, refuses it where the other ranks wait for its answer."""
+    bundle, waiting = tmp_path / "b", [False]
+    train(text_file(tmp_path), bundle, *TEXT, "--steps", "4", "--save-every", "2", "--keep", "9")
+    with sqlite3.connect(bundle / "ledger.sqlite") as database:
+        database.execute("DELETE FROM rounds WHERE round = 2")
+    before = files_below(bundle)
+    real_from_leader, real_opening = World.from_leader, session._ledger_writer
+
+    def from_leader(world: World, make: Callable[[], Any]) -> Any:
+        waiting[0] = True
+        try:
+            return real_from_leader(world, make)
+        finally:
+            waiting[0] = False
+
+    def opening(*words: Any) -> Any:
+        assert waiting[0]
+        return real_opening(*words)
+
+    monkeypatch.setattr(World, "from_leader", from_leader)
+    monkeypatch.setattr(session, "_ledger_writer", opening)
+    refused(5, "train", "--resume-from", bundle / "checkpoints" / "step_2", naming=("ledger",))
+    after = files_below(bundle)
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert {name for name in changed if not name.startswith("ledger.sqlite")} == set()
+
+
+@pytest.mark.parametrize(("before", "after"), [("fp32", "bf16"), ("bf16", "fp32")])
+def test_resumed_puzzles_take_the_type_of_activations_of_now(before: str, after: str, tmp_path: Path) -> None:
+    bundle, names = tmp_path / "b", {"fp32": "F32", "bf16": "BF16"}
+    train(puzzle_file(tmp_path), bundle, *PUZZLE, "--activations", before, "--steps", "2")
+    ran = hrm("train", "--bundle-dir", bundle, "--resume", "--activations", after, "--steps", "4")
+    assert ran.code == 0, ran.err
+    for step, kind in ((2, before), (4, after)):
+        (slots,) = (bundle / "checkpoints" / f"step_{step}").glob("slots_*.safetensors")
+        assert stored_type(slots, "carry.z_h") == stored_type(slots, "carry.z_l") == names[kind]
+
+
+def stored_type(file: Path, name: str) -> str:
+    with safe_open(file, "numpy") as tensors:
+        stored: str = tensors.get_slice(name).get_dtype()
+    return stored
 
 
 def test_the_refusal_names_the_default_that_the_run_was_trained_with(tmp_path: Path) -> None:

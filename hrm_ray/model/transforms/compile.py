@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -89,6 +90,16 @@ def compile_blocks(model: nn.Module, *, strict: bool) -> CompiledCalls:
         if isinstance(module, Block | Attention):
             module.call = calls
     return calls
+
+
+def recompile_limit_restored(settings: RunSettings, device: torch.device) -> AbstractContextManager[Any]:
+    """A context that ends with PyTorch's limit as it began; a run without compiled blocks does not import the
+    compiler."""
+    if not compiles(settings, device):
+        return nullcontext()
+    from torch._dynamo import config
+
+    return config.patch(recompile_limit=config.recompile_limit)
 
 
 def compiles(settings: RunSettings, device: torch.device) -> bool:

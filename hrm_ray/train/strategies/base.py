@@ -1,7 +1,9 @@
 """What a training strategy is: it owns the parameters and turns gradients into weight updates.
 
-A strategy holds the objective, the optimizer and the moving average, whole or as shards; nothing else in the package
-reads or writes parameters while a run trains. The loop owns accumulation.
+A strategy holds the objective, the optimizer and the moving average, whole or as shards, and while a run trains it
+alone reads or writes parameters, with these exceptions: the loop updates the rows of a puzzle table (`SparseSignSGD`),
+AdaLoRA masks ranks after an update, and adapters are merged inside `evaluating`. `assemble` fills in the first weights
+before it calls `prepare`. The loop owns accumulation.
 """
 
 from __future__ import annotations
