@@ -119,6 +119,15 @@ class RunDir:
         matches = (_STEP.fullmatch(path.name) for path in self.checkpoints.iterdir())
         return sorted(int(match.group(1)) for match in matches if match)
 
+    def newest_checkpoint(self) -> Path | None:
+        """The complete checkpoint of the highest step, also where an interrupted replacement has moved it aside."""
+        found = {step: self.checkpoint(step) for step in self.checkpoint_steps()}
+        for aside in self.checkpoints.glob(f"step_*{_OLD}"):
+            match = _STEP.fullmatch(aside.name.removesuffix(_OLD))
+            if match and (aside / MANIFEST).is_file():
+                found.setdefault(int(match.group(1)), aside)
+        return found[max(found)] if found else None
+
     def describe_checkpoint(self, step: int) -> str:
         """Write the manifest of the partial checkpoint of `step` over all its files, those in subfolders
         too, each of which has reached the disk; give its sha256."""
@@ -144,7 +153,10 @@ class RunDir:
         return whole
 
     def recover(self) -> None:
-        """Restore what an interrupted replacement moved aside: a complete checkpoint, or best/."""
+        """Restore what an interrupted replacement moved aside: a complete checkpoint, or best/.
+
+        Only under the run's lock: what another process is writing just now looks as if it had been interrupted.
+        """
         for aside in self.checkpoints.glob(f"step_*{_OLD}"):
             place = aside.with_name(aside.name.removesuffix(_OLD))
             if (aside / MANIFEST).is_file() and not place.exists():

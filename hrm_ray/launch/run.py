@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from importlib import import_module
 
 from hrm_ray.data.corpus import CorpusReading
@@ -47,12 +48,12 @@ def run(
     """
     sink, stop = sink or FanOut([]), stop or (lambda: None)
     resolved = resolve(settings) if isinstance(settings, RunSettings) else settings
-    location, devices = resolved.location, resolved.devices
+    devices = resolved.devices
     with ExitStack() as held:
-        held.enter_context(run_lock(location.run_dir))
+        held.enter_context(run_lock(resolved.location.run_dir))
         # Another run may have used the folder between the first check and the lock.
-        check_unchanged(resolved.settings, location)
-        held.enter_context(removed_unless_trained(location))
+        resolved = replace(resolved, location=check_unchanged(resolved.settings, resolved.location))
+        held.enter_context(removed_unless_trained(resolved.location))
         held.enter_context(visible_gpus(devices))
         plan = make_plan(resolved, _ReadingProgress(sink, stop))
         module, _, function = LAUNCHERS[devices.launcher].partition(":")

@@ -6,7 +6,7 @@ A new run gets a folder of its own, and a resumed one that of its checkpoint. No
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,12 +161,11 @@ def locate_run(settings: RunSettings) -> RunLocation:
         source = RunDir(run.resume_from.absolute().parent.parent)
         return _resumed(settings, run_dir, run.resume_from.absolute(), source)
     if run.resume:
-        run_dir.recover()
-        steps = run_dir.checkpoint_steps()
-        if not steps:
+        newest = run_dir.newest_checkpoint()
+        if newest is None:
             hint = "Leave out --resume and give another --brain-name, or --resume-from a checkpoint"
             raise SettingsError(Fault(str(run_dir.root), "there is no checkpoint to resume from", hint))
-        return _resumed(settings, run_dir, run_dir.checkpoint(steps[-1]), run_dir)
+        return _resumed(settings, run_dir, newest, run_dir)
     check_folder_is_free(run_dir)
     return RunLocation(run_dir, None, None)
 
@@ -189,14 +188,21 @@ def _names_in(run_dir: RunDir) -> set[str]:
     return {name for name in names if not name.startswith(DRIVER_MARKER)}
 
 
-def check_unchanged(settings: RunSettings, location: RunLocation) -> None:
-    """Look again, under the run's lock, at what `locate_run` found. Raises SettingsError if another run changed it."""
+def check_unchanged(settings: RunSettings, location: RunLocation) -> RunLocation:
+    """Look again, under the run's lock, at what `locate_run` found. Raises SettingsError if another run changed it.
+
+    A checkpoint that an interrupted replacement moved aside is put back: gives where it is now.
+    """
     run_dir = location.run_dir
     if not location.continues:
         check_folder_is_free(run_dir)
-    elif settings.run.resume_from is None and location.checkpoint != run_dir.checkpoint(run_dir.checkpoint_steps()[-1]):
-        reason = "another run has saved a checkpoint in it while this one was starting"
-        raise SettingsError(Fault(str(run_dir.root), reason, "Give the command again"))
+    elif settings.run.resume_from is None:
+        if location.checkpoint != run_dir.newest_checkpoint():
+            reason = "another run has saved a checkpoint in it while this one was starting"
+            raise SettingsError(Fault(str(run_dir.root), reason, "Give the command again"))
+        run_dir.recover()
+        return replace(location, checkpoint=run_dir.newest_checkpoint())
+    return location
 
 
 def check_effective_batch(location: RunLocation, effective: int) -> None:

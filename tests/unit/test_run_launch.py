@@ -11,6 +11,7 @@ import torch
 from hrm_ray.bundle.store import step_of_best
 from hrm_ray.errors import ResourceError
 from hrm_ray.launch.devices import choose_devices
+from hrm_ray.launch.run_lock import run_lock
 from hrm_ray.orchestration import worker_group
 from hrm_ray.orchestration.failures import WorkerCrash
 from hrm_ray.rundir import RunDir
@@ -220,7 +221,14 @@ def test_what_an_interrupted_replacement_moved_aside_comes_back(tmp_path: Path) 
     (bundle / "best").rename(bundle / ".best.replaced-0a1b")
     (bundle / ".best.building-0a1b").mkdir()
     assert run_dir.checkpoint_steps() == []
-    assert hrm("train", "--bundle-dir", bundle, "--resume", "--steps", "4").code == 0
+    again = ("train", "--bundle-dir", bundle, "--resume", "--steps", "4")
+    # Another process may be in the middle of the replacement: nothing is touched without the lock.
+    before = files_below(bundle)
+    assert hrm(*again, "--dry-run").code == 0
+    with run_lock(run_dir):
+        refused(2, *again, naming=("is training in it",))
+    assert files_below(bundle) == before and (bundle / ".best.building-0a1b").is_dir()
+    assert hrm(*again).code == 0
     assert run_dir.checkpoint_steps() == [3, 4]
     assert (bundle / "best" / "model.safetensors").is_file()
     assert not list(bundle.glob(".best.*"))
