@@ -29,7 +29,7 @@ EXPANDED = frozenset({"model.model_preset", "model.num_layers", "run.profile", "
 def section_of(node: ast.expr, variables: dict[str, str]) -> str | None:
     """The section that an expression stands for: `settings.run`, or a variable that holds one."""
     if isinstance(node, ast.Attribute) and node.attr in SECTIONS:
-        return node.attr
+        return node.attr if ast.unparse(node.value).rpartition(".")[2] == "settings" else None
     return variables.get(node.id) if isinstance(node, ast.Name) else None
 
 
@@ -91,6 +91,8 @@ def test_an_option_that_nobody_reads_is_found() -> None:
     source = "def f(settings):\n    run = settings.run\n    return run.seed, settings.data.split, run.not_an_option\n"
     assert {"run.seed", "data.split"} <= set(reads(ast.parse(source)))
     assert "run.keep" not in set(reads(ast.parse(source)))
+    assert list(reads(ast.parse("def f(plan):\n    return plan.data.split\n"))) == [], "another object of the name"
+    assert list(reads(ast.parse("self.settings.data.split"))) == ["data.split"]
 
 
 PROPERTIES = properties()
