@@ -73,5 +73,5 @@ def _read(path: Path) -> dict[str, Tensor]:
     except _NOT_TENSORS as error:
         raise DataError(Fault(str(path), f"is not a PyTorch file of tensors ({type(error).__name__})", hint)) from None
     if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise DataError(Fault(str(path), "contains something else than tensors by name", hint))
+        raise DataError(Fault(str(path), "is not a state dict (names with tensors)", hint))
     return {str(name): tensor for name, tensor in loaded.items()}

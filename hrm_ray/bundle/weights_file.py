@@ -29,7 +29,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def unwritable(path: Path, error: Exception) -> ResourceError:
     """The error to raise where a file of a run cannot be written."""
-    hint = "Free some space there, then go on from the last checkpoint with --resume"
+    hint = "Free some space there, then run the command again (training: with --resume)"
     return ResourceError(Fault(str(path), f"cannot be written ({error})", hint))
 
 
@@ -63,4 +63,4 @@ def check_fit(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: st
     if wrong:
         shown = "; ".join(sorted(wrong)[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
         hint = "Give weights of the same architecture, or set the model options to those of the weights"
-        raise DataError(Fault(source, f"these weights are of another architecture: {shown}", hint))
+        raise DataError(Fault(source, f"the weights do not fit the architecture: {shown}", hint))

@@ -15,7 +15,7 @@ Out: TypeAlias = Annotated[Path, typer.Option(help="Folder to write; it must be 
 Seed: TypeAlias = Annotated[int, typer.Option(help="Random seed.")]
 Overwrite: TypeAlias = Annotated[bool, typer.Option("--overwrite", help="Replace an existing data set.")]
 
-build_app = typer.Typer(help="Build a data set from nothing, without a download.", rich_markup_mode=None)
+build_app = typer.Typer(help="Build a data set without a download.", rich_markup_mode=None)
 
 
 @build_app.command("sudoku")
@@ -26,7 +26,7 @@ def sudoku(
     train: Annotated[int, typer.Option(help="Training puzzles, before augmentation.")] = 1000,
     test: Annotated[int, typer.Option(help="Test puzzles, on other grids than the training puzzles.")] = 1000,
     difficulty: Annotated[
-        Difficulty, typer.Option(help="Guesses needed: easy none, medium 1 to 3, hard more.")
+        Difficulty, typer.Option(help="By guesses that a solver needs: easy none, medium 1 to 3, hard more.")
     ] = "any",
     clues: Annotated[int | None, typer.Option(help="Clues in a puzzle [default: as few as possible].")] = None,
     augment: Annotated[int, typer.Option(help="Symmetric copies to add for each training puzzle.")] = 0,
@@ -63,10 +63,10 @@ def maze(
     train: Annotated[int, typer.Option(help="Training mazes, before augmentation.")] = 1000,
     test: Annotated[int, typer.Option(help="Test mazes, with other walls than the training mazes.")] = 1000,
     min_path: Annotated[
-        int | None, typer.Option(help="Fewest moves from start to goal [default: the maze's width].")
+        int | None, typer.Option(help="Minimum number of moves from start to goal [default: the maze's width].")
     ] = None,
     openings: Annotated[float, typer.Option(help="Share of walls between rooms to remove; 0: no loops.")] = 0.05,
-    augment: Annotated[int, typer.Option(help="Turned or mirrored copies to add for each maze, up to 7.")] = 0,
+    augment: Annotated[int, typer.Option(help="Rotated or mirrored copies to add for each maze, up to 7.")] = 0,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> int:
@@ -97,7 +97,9 @@ def maze(
 def arc(
     tasks: Annotated[Path, typer.Argument(metavar="FOLDER", help="ARC tasks, one .json file each; subfolders too.")],
     out: Out,
-    augment: Annotated[int, typer.Option(help="Maximum turned, mirrored and recoloured copies of each task.")] = 0,
+    augment: Annotated[
+        int, typer.Option(help="Maximum number of rotated, mirrored and recoloured copies of each task.")
+    ] = 0,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> int:

@@ -63,7 +63,7 @@ def _report(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, _USAGE_ERRORS):
         message = str(error.format_message()).rstrip()
-        print(f"error: {message}{'' if message[-1:] in '.?!' else '.'} `--help` lists what there is.", file=sys.stderr)
+        print(f"error: {message}{'' if message[-1:] in '.?!' else '.'} `--help` lists the choices.", file=sys.stderr)
         return EXIT_USAGE
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)

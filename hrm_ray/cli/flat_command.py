@@ -96,9 +96,9 @@ class FlatCommand:
 
     def _check(self, found: Arguments, own: Mapping[str, bool]) -> None:
         for word in found.positional[self.positionals :]:
-            only = f"options and {self.positionals} other word" if self.positionals else "options only"
+            only = f"options and {self.positionals} argument" if self.positionals else "options only"
             hint = "Options begin with --; put text with spaces in quotation marks"
-            found.faults.append(Fault(word, f"stands alone, and this command takes {only}", hint))
+            found.faults.append(Fault(word, f"belongs to no option, and this command takes {only}", hint))
         for name, value in list(found.own.items()):
             if own[name] and (value is True or value == ""):
                 found.faults.append(Fault(name, "needs a value", f"Write {name} VALUE"))

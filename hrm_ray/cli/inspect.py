@@ -45,10 +45,12 @@ def inspect_command(argv: Sequence[str]) -> int:
     samples = arguments.number("--samples", whole=True, above=-1)
     read_all, flat, faults = "--all" in arguments.own, arguments.options, arguments.faults
     if read_all and "--timeout-s" in arguments.own:
-        faults.append(Fault("--all and --timeout-s", "one reads all, the other a part", "Give one of the two"))
+        faults.append(
+            Fault("--all and --timeout-s", "--all reads all data, --timeout-s stops early", "Give one of the two")
+        )
     path = next(iter(arguments.positional), None)
     if path is not None and ("--dataset-file" in flat or "--dataset-id" in flat):
-        faults.append(Fault(path, "the data is named by an option as well", "Name it once"))
+        faults.append(Fault(path, "an option names the data too", "Name it once"))
     elif path is not None:
         flat["--dataset-file"] = path
     if any(peek_leaves(flat, arguments.config, ("data.prompt_column", "data.response_column")).values()):

@@ -72,12 +72,14 @@ def arch_summary(ctx: typer.Context) -> int:
 def generate(
     bundle: Annotated[Path, typer.Argument(help="Folder of a trained bundle.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, help="Top-k sampling; 0 disables it.")] = 0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Top-p (nucleus) sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
-    adaptive: Annotated[bool, typer.Option(help="Stop each token's segments when the halting head says so.")] = False,
+    adaptive: Annotated[
+        bool, typer.Option(help="Adaptive computation: stop a token's segments when its halting head halts.")
+    ] = False,
     device: Annotated[DeviceChoice, typer.Option(help="Device to run on.")] = "auto",
 ) -> int:
     """Generate text with a trained language model."""
@@ -100,12 +102,13 @@ def generate(
 def solve(
     bundle: Annotated[Path, typer.Argument(help="Folder of a trained bundle.")],
     puzzles: Annotated[
-        list[str] | None, typer.Argument(help="Puzzles, a word each with a symbol per cell; 0 or . is an empty cell.")
+        list[str] | None,
+        typer.Argument(help="Puzzles, one word each with one symbol per cell; 0 or . is an empty cell."),
     ] = None,
     file: Annotated[Path | None, typer.Option(help="Data set of puzzles to solve: a file or a folder.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of --file to solve; the test split if there is one.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Solve the first N puzzles only.", metavar="N")] = None,
-    stop_by_q: Annotated[bool, typer.Option(help="Stop a puzzle's segments when the halting head says so.")] = False,
+    stop_by_q: Annotated[bool, typer.Option(help="Stop a puzzle's segments when its halting head halts.")] = False,
     device: Annotated[DeviceChoice, typer.Option(help="Device to run on.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object per puzzle.")] = False,
 ) -> int:

@@ -91,7 +91,7 @@ def describe_memory(resolved: ResolvedRun) -> str:
     process = gigabytes(WORKER_MEMORY_BYTES)
     lines = [f"memory  of each worker {account.as_text()}, and about {process} for Python and PyTorch"]
     if resolved.devices.device == "cpu" and resolved.keep_freed_memory:
-        lines.append("        there is room to keep freed memory, which is faster and takes up to three times as much")
+        lines.append("        enough is free to keep freed memory (faster, up to three times as much)")
     return "\n".join(lines)
 
 

@@ -68,7 +68,7 @@ def text_warnings(facts: TextFacts, *, skips: bool) -> Iterator[str]:
     if not facts.whole and not facts.rows_read:
         yield "no row was read within the time; give a longer --timeout-s, or --all."
     elif not facts.text_bytes.value:
-        yield f"there is no text in {'it' if facts.whole else 'what was read'}; train needs some."
+        yield f"{'the data' if facts.whole else 'what was read'} contains no text; train needs some."
 
 
 def puzzle_lines(facts: PuzzleSetFacts, elapsed_s: float) -> list[str]:

@@ -15,7 +15,7 @@ from typing import TextIO
 from hrm_ray.data.parts import Part
 from hrm_ray.errors import DataError, Fault
 
-CHANGED = "Put the earlier data back, or start a new run with --student-init from this one"
+CHANGED = "Restore the earlier data, or start a new run with --student-init from this one"
 """What to do about data that is not what a run was trained on."""
 
 _END = "end"

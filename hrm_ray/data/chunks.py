@@ -64,7 +64,7 @@ def read_chunks(
 def _next(chunk: RawChunk) -> ChunkStart:
     start = chunk.entry.next
     if start is None:
-        raise RuntimeError("a chunk that was just read ends nowhere")
+        raise RuntimeError("the chunk that was just read has no end")
     return start
 
 

@@ -37,7 +37,7 @@ def cloud_of(address: str) -> FileSystem:
     scheme, _, path = address.partition("://")
     bucket = path.partition("/")[0]
     if not bucket:
-        raise SettingsError(Fault(address, "it names no bucket", f"Write {scheme}://BUCKET/KEY"))
+        raise SettingsError(Fault(address, "the address has no bucket", f"Write {scheme}://BUCKET/KEY"))
     try:
         return _Cloud(scheme, _file_system(scheme, bucket, tuple(os.environ.get(name) for name in _ENVIRONMENT)))
     except OSError as error:

@@ -42,14 +42,14 @@ def check_usable(head: CorpusHead) -> None:
         faults += (*chunk.faults, *chunk.broken)
     name, offset = str(head.corpus.source.path), head.corpus.offset
     if left_out:
-        reason = f"{left_out} of {rows} rows are left out by --ascii-only, and none of the others has text"
+        reason = f"{left_out} of {rows} rows are left out by --ascii-only, and the others contain no text"
         raise DataError(Fault(name, reason, "Leave out --ascii-only, or give other data"))
     if bad:
-        reason = f"none of its {rows} rows has text that can be read ({faults[0].value}: {faults[0].reason})"
+        reason = f"none of its {rows} rows contains readable text ({faults[0].value}: {faults[0].reason})"
         raise DataError(Fault(name, reason, "Correct the data"))
     if not rows and offset:
-        reason = f"{name} has no row after so many"
-        raise SettingsError(Fault(f"--dataset-start-offset {offset}", reason, "Give a smaller one"))
+        reason = f"{name} has no more rows than that"
+        raise SettingsError(Fault(f"--dataset-start-offset {offset}", reason, "Give a smaller offset"))
     raise DataError(Fault(name, "contains no text", _OTHER_DATA))
 
 
@@ -63,7 +63,7 @@ def first_chunk(pipeline: ChunkPipeline, chunking_config: ChunkingConfig, form: 
     while chunk is not None and not chunk.store.documents:
         chunk = pipeline.get(chunk.entry.number + 1)
     if chunk is None:
-        raise DataError(Fault(str(pipeline.corpus.source.path), "no document has a single token", _OTHER_DATA))
+        raise DataError(Fault(str(pipeline.corpus.source.path), "no document contains a token", _OTHER_DATA))
     _check_length(pipeline, chunk, form)
     return chunk
 
@@ -146,6 +146,6 @@ def read_held_out(head: CorpusHead, tokenizer: TextTokenizer, form: RowForm, row
         if have >= rows:
             break
     if not any(store.documents for store in stores):
-        reason = "no document has a single token"
+        reason = "no document contains a token"
         raise DataError(Fault(str(head.corpus.source.path), reason, "Give held-out data with text in it"))
     return joined(stores), notes

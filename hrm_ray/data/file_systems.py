@@ -92,7 +92,7 @@ def file_system_of(address: str) -> FileSystem:
     if not address.startswith(CLOUDS):
         scheme = address.partition("://")[0]
         hint = f"Give a path, {', '.join(CLOUDS)}... or {HUB}..."
-        raise SettingsError(Fault(address, f"addresses of the kind `{scheme}://` are not supported", hint))
+        raise SettingsError(Fault(address, f"`{scheme}://` addresses are not supported", hint))
     from hrm_ray.data.cloud import cloud_of
 
     return cloud_of(address)
@@ -102,7 +102,7 @@ def require_path(path: Path) -> None:
     """Raises SettingsError where nothing is at `path`."""
     if not os.path.exists(path):
         nearest = next((parent for parent in path.absolute().parents if os.path.exists(parent)), Path(path.anchor))
-        reason = f"nothing is at this path (the nearest folder there is: {nearest})"
+        reason = f"no such file or folder (the nearest existing folder is {nearest})"
         hint = f"Give a file or a folder of these: {READABLE}; or a folder made by `hrm-ray data build`"
         raise SettingsError(Fault(str(path), reason, hint))
 

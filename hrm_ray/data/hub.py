@@ -122,12 +122,12 @@ def _next(rows: Iterator[dict[str, object]], where: str) -> dict[str, object] | 
     try:
         return next(rows, None)
     except FileNotFoundError as error:
-        raise Unreadable(Fault(where, "a file of it is gone", "Put it back, or start again")) from error
+        raise Unreadable(Fault(where, "a file of the data set is gone", "Restore it, or start again")) from error
     except _network_errors() as error:
         raise _no_hub(where, error) from error
     except (DatasetsError, pa.ArrowException, OSError, ValueError, TypeError, EOFError) as error:
         hint = "Correct the data set, or name another --dataset-config or split"
-        raise Unreadable(Fault(where, f"it cannot be read further ({_first_line(error)})", hint)) from error
+        raise Unreadable(Fault(where, f"the rest cannot be read ({_first_line(error)})", hint)) from error
 
 
 def _require_datasets(address: str) -> None:

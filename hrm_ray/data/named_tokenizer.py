@@ -57,7 +57,7 @@ def _cached_folder(hub_id: str) -> Path | None:
     except LocalEntryNotFoundError:
         return None
     except HFValidationError as error:
-        raise SettingsError(Fault(hub_id, "it is neither an existing path nor an id of the Hub", _GIVE)) from error
+        raise SettingsError(Fault(hub_id, "is neither an existing path nor a Hub id", _GIVE)) from error
     return folder if any((folder / name).is_file() for name in _VOCABULARIES) else None
 
 
@@ -66,7 +66,7 @@ def _downloaded_folder(hub_id: str) -> Path:
     from huggingface_hub import HfApi, constants, hf_hub_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    absent = f"nothing is at this path, the cache {constants.HF_HUB_CACHE} holds no tokenizer of this id"
+    absent = f"no such path, no tokenizer of this id in the cache {constants.HF_HUB_CACHE}"
     if constants.HF_HUB_OFFLINE:
         raise UnavailableError(Fault(hub_id, f"{absent}, and HF_HUB_OFFLINE forbids asking the Hub", _GIVE))
     try:
@@ -77,11 +77,13 @@ def _downloaded_folder(hub_id: str) -> Path:
             if name in held:
                 fetched = hf_hub_download(hub_id, name, etag_timeout=_TIMEOUT_S)
     except RepositoryNotFoundError as error:
-        reason = "nothing is at this path, and the Hub has no such repository for this account"
+        reason = "no such path, and the Hub has no such repository for this account"
         raise SettingsError(Fault(hub_id, reason, "Give another id, or log in with `hf auth login`")) from error
     except Exception as error:  # its HTTP library, and with it the kinds of a failed connection, differ by version
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UnavailableError(Fault(hub_id, f"{absent}, and the Hub cannot be asked ({first_line})", _GIVE)) from error
+        raise UnavailableError(
+            Fault(hub_id, f"{absent}, and the Hub cannot be reached ({first_line})", _GIVE)
+        ) from error
     if not held & _VOCABULARIES:
         raise SettingsError(Fault(hub_id, "the Hub's repository of this id contains no tokenizer", _GIVE))
     return Path(fetched).parent

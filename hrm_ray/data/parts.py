@@ -123,7 +123,7 @@ def list_parts(source: TextSource) -> PartList:
         return _listed(source, file_system, matched)
     if is_local(path):
         require_path(Path(path))
-    raise SettingsError(Fault(path, "there is nothing at this address", "Check the bucket and the key"))
+    raise SettingsError(Fault(path, "nothing exists at this address", "Check the bucket and the key"))
 
 
 def _listed(source: TextSource, file_system: FileSystem, found: list[Entry]) -> PartList:
@@ -228,7 +228,7 @@ def _check_columns(source: TextSource) -> None:
         raise SettingsError(
             Fault(
                 f"column `{source.prompt_column or source.response_column}`",
-                "a prompt column and a response column go together",
+                "pairs need both a prompt and a response column",
                 "Give both --prompt-column and --response-column, or neither",
             )
         )

@@ -69,7 +69,9 @@ def read_documents(source: TextSource, on_bad_row: OnBadRow = "fail") -> Iterato
             any_text = any_text or bool(row.text)
             yield row
     if not any_text and bad:
-        raise DataError(Fault(source.path, f"{bad} rows are bad, and none of the others has text", "Correct the data"))
+        raise DataError(
+            Fault(source.path, f"{bad} rows cannot be read, and the others contain no text", "Correct the data")
+        )
     if not any_text:
         raise DataError(Fault(source.path, "contains no text", "Give data with text in it"))
 
@@ -107,7 +109,7 @@ def _rows(part: Part, cursor: Cursor) -> Iterator[Row]:
         file = stored if cursor.watch is None else watched(stored, cursor.watch)
         size = file.seek(0, 2)
         if size != part.bytes:
-            reason = f"it has {size} bytes, and had {part.bytes} when the files were listed"
+            reason = f"has {size} bytes, but had {part.bytes} when the files were listed"
             raise Unreadable(Fault(part.address, reason, "Do not change the data while it is read; start again"))
         file.seek(0)
         if kind.form == "zip":

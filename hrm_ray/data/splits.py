@@ -20,7 +20,7 @@ def split_of(name: str) -> str:
 def missing_split(path: str, split: str, splits: Sequence[str]) -> DataError:
     """The error for an unknown split; it names those there are."""
     there = ", ".join(splits) or "none"
-    return DataError(Fault(f"split `{split}` of {path}", "there is no such split", f"Splits there are: {there}"))
+    return DataError(Fault(f"split `{split}` of {path}", "there is no such split", f"The splits are: {there}"))
 
 
 def has_split(path: str, names: Sequence[str], split: str, skipped: int) -> bool:
@@ -34,7 +34,7 @@ def has_split(path: str, names: Sequence[str], split: str, skipped: int) -> bool
     if split != WHOLE:
         raise missing_split(path, split, sorted({split_of(name) for name in names}))
     if not names:
-        reason = f"there is no readable file in it ({skipped} of other kinds)"
+        reason = f"contains no readable file ({skipped} of other kinds)"
         raise DataError(Fault(path, reason, f"Give {READABLE}"))
     return False
 
@@ -42,7 +42,7 @@ def has_split(path: str, names: Sequence[str], split: str, skipped: int) -> bool
 def check_left(path: str, names: Sequence[str], apart: str | None) -> None:
     """Raises DataError where nothing is left of the whole once the split `apart` is held out."""
     if all(split_of(name) == apart for name in names):
-        reason = f"all of its files are of the split `{apart}`, which is held out"
+        reason = f"all files belong to the split `{apart}`, which is held out"
         raise DataError(Fault(path, reason, "Add training data, or hold out another split"))
 
 

@@ -56,10 +56,10 @@ DAMAGE: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, lzma.LZMAE
 def damage(error: Exception, where: str) -> Unreadable:
     """The Unreadable for an exception out of DAMAGE."""
     if isinstance(error, FileNotFoundError):
-        return Unreadable(Fault(where, "the file is gone", "Put it back, or start again without it"))
+        return Unreadable(Fault(where, "the file is gone", "Restore it, or start again without it"))
     if isinstance(error, PermissionError):
-        return Unreadable(Fault(where, "reading it is not permitted", "Make it readable for this user"))
-    return Unreadable(Fault(where, f"it cannot be read further ({_message(error)})", _COPY_AGAIN))
+        return Unreadable(Fault(where, "no permission to read it", "Make it readable for this user"))
+    return Unreadable(Fault(where, f"the rest cannot be read ({_message(error)})", _COPY_AGAIN))
 
 
 def _message(error: Exception) -> str:
@@ -156,9 +156,9 @@ def bomb(where: str, stored_bytes: int, out_bytes: int) -> Unreadable:
     """The Unreadable for content that grows beyond the bounds."""
     if out_bytes > TOTAL_BYTES:
         reason = f"it expands to more than {TOTAL_BYTES >> 40} TiB"
-        return Unreadable(Fault(where, reason, "Unpack it, and give the folder"))
+        return Unreadable(Fault(where, reason, "Unpack it and give the folder"))
     reason = f"{stored_bytes} bytes expand to {out_bytes}, more than {EXPANSION} times as much (possibly a bomb)"
-    return Unreadable(Fault(where, reason, "Unpack it, if you trust it, and give the folder"))
+    return Unreadable(Fault(where, reason, "If you trust it, unpack it and give the folder"))
 
 
 def decompressed(stream: BinaryIO, compression: str | None, where: str, stored_bytes: int) -> BinaryIO:
@@ -207,7 +207,7 @@ def seekable_copy(stream: BinaryIO, where: str) -> BinaryIO:
                 reason = (
                     f"it is longer than {SPOOL_BYTES >> 30} GiB unpacked, and its format cannot be read in a stream"
                 )
-                raise Unreadable(Fault(where, reason, "Unpack it, and give the folder"))
+                raise Unreadable(Fault(where, reason, "Unpack it and give the folder"))
             _write(copy, data, where)
             data = stream.read(BUFFER_BYTES)
         copy.seek(0)
@@ -223,5 +223,5 @@ def _write(copy: IO[bytes], data: bytes, where: str) -> None:
     except OSError as error:
         if error.errno not in DISK_FULL_ERRNOS:
             raise
-        reason = f"there is no room for its copy in {tempfile.gettempdir()}"
+        reason = f"no space for its unpacked copy in {tempfile.gettempdir()}"
         raise ResourceError(Fault(where, reason, "Free some space there, set TMPDIR, or unpack it")) from error

@@ -138,7 +138,7 @@ class TextTokenizer:
         """
         if not path.exists():
             hint = f"Give a folder with {TOKENIZER_FILE}, or leave it out to train one on the data"
-            raise SettingsError(Fault(str(path), "nothing is at this path", hint))
+            raise SettingsError(Fault(str(path), "no such file or folder", hint))
         if path.is_file():
             return cls._from_file(path)
         if (path / TOKENIZER_FILE).is_file():
@@ -189,10 +189,12 @@ class TextTokenizer:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(
-                Fault(str(folder), f"Transformers finds no tokenizer in it ({first_line})", hint)
+                Fault(str(folder), f"Transformers found no tokenizer in it ({first_line})", hint)
             ) from error
         if not found.is_fast:
-            raise DataError(Fault(str(folder), "it gives a slow tokenizer, which cannot tell a token's bytes", hint))
+            raise DataError(
+                Fault(str(folder), "contains a slow tokenizer, which cannot report the bytes of a token", hint)
+            )
         if found.eos_token is None:
             raise _no_end_of_text(folder)
         return cls(found.backend_tokenizer, str(found.eos_token), found.pad_token and str(found.pad_token))

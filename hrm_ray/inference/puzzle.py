@@ -78,7 +78,7 @@ class PuzzleModel:
         """Read a bundle. Raises DataError where it is damaged or its model writes text."""
         model = open_bundle(bundle, device).model
         if not isinstance(model, ActV1) or model.config.task != "puzzle":
-            raise DataError(Fault(str(bundle), "this model writes text", "Use `hrm-ray generate` with it"))
+            raise DataError(Fault(str(bundle), "this is a language model", "Use `hrm-ray generate` with it"))
         return cls(model, PuzzleFacts.from_plain(read_json(RunDir(bundle).puzzle)))
 
     def from_file(self, path: Path, split: str | None = None, limit: int | None = None) -> Columns:

@@ -135,7 +135,7 @@ class DecodingSession:
         device = model.lm_head.weight.device
         start, new = self.length, len(tokens)
         if start > 0 and new != 1:
-            raise ValueError(f"{new} tokens at once; after the prompt tokens are read one at a time")
+            raise ValueError(f"{new} tokens at once; after the prompt, tokens are read one at a time")
         ids = torch.tensor([tokens], device=device)
         positions = torch.arange(start, start + new, device=device).unsqueeze(0)
         x = model.embedding(ids, None, positions if config.pos_encodings == "learned" else None)
@@ -241,7 +241,7 @@ class TextModel:
         """Read a bundle. Raises DataError where it is damaged or its model solves puzzles."""
         model = open_bundle(bundle, device).model
         if model.config.task != "lm":
-            raise DataError(Fault(str(bundle), "this model solves puzzles", "Use `hrm-ray solve` with it"))
+            raise DataError(Fault(str(bundle), "this is a puzzle model", "Use `hrm-ray solve` with it"))
         tokenizer_file = RunDir(bundle).tokenizer
         if not tokenizer_file.is_file():
             raise DataError(Fault(str(tokenizer_file), "the bundle has no tokenizer", "Give a whole bundle"))

@@ -121,7 +121,7 @@ def _chosen_gpus(cluster: ClusterSettings, address: str | None, device: str, not
     missing = [number for number in cluster.cuda_numbers if number >= there]
     if missing and cluster.strict:
         reason = f"this machine has {there} CUDA devices"
-        raise UnavailableError(Fault(f"--cuda-ids {cluster.cuda_ids}", reason, "Name GPUs that are there"))
+        raise UnavailableError(Fault(f"--cuda-ids {cluster.cuda_ids}", reason, "Give the numbers of existing GPUs"))
     kept = [number for number in cluster.cuda_numbers if number < there]
     if missing:
         rest = f"GPUs {kept}" if kept else device

@@ -187,7 +187,7 @@ def _check_start_tokenizer(settings: RunSettings, tokenizer: TextTokenizer) -> N
     """Weights of a bundle mean something only under its own tokenizer. Raises SettingsError."""
     start = start_tokenizer(settings)
     if start is not None and TextTokenizer.load(start).fingerprint != tokenizer.fingerprint:
-        reason = "its weights belong to its own tokenizer, and another one was chosen"
+        reason = "its weights were trained with its own tokenizer, but another one was chosen"
         raise SettingsError(Fault(f"--student-init {start}", reason, f"Give --tokenizer-path {start}"))
 
 

@@ -77,10 +77,10 @@ def _look_at_data(settings: RunSettings) -> tuple[RunSettings, DataFacts, DataFa
     puzzle_len = facts.puzzle.seq_len if facts.puzzle is not None else None
     settings = resolve_task(settings, facts.task, puzzle_len)
     if "data.text_column" in settings.given and not any(each.columns for each in (facts, evaluation) if each):
-        reason = "it would change nothing: plain texts have no columns"
+        reason = "it would change nothing: plain text files have no columns"
         raise SettingsError(Fault(f"--text-column {settings.data.text_column}", reason, "Leave it out"))
     if evaluation is not None and evaluation.task != facts.task:
-        reason = f"it is {evaluation.task} data, the training data is {facts.task}"
+        reason = f"contains {evaluation.task} data, but the training data is {facts.task}"
         raise DataError(Fault(evaluation.path, reason, "Give held-out data of the same kind"))
     notes = _overlap(settings, facts) if evaluation is not None else []
     if evaluation is not None and facts.puzzle is not None:
@@ -190,7 +190,7 @@ def _adaptive_lr(settings: RunSettings) -> AdaptiveLrSettings | None:
     needed = settings.optimizer.warmup_steps + 2 * rule.window_steps
     if limit is not None and needed > limit:
         reason = (
-            f"with windows of {rule.window_steps} steps it cannot act before step {needed}, and the run ends at {limit}"
+            f"windows of {rule.window_steps} steps cannot act before step {needed}, but the run ends at step {limit}"
         )
         raise SettingsError(Fault(f"--adaptive-lr-config {path}", reason, "Lower window_steps, or give more --steps"))
     return rule
@@ -234,7 +234,7 @@ def _overlap(settings: RunSettings, facts: DataFacts) -> list[str]:
         both = shared_part(train, held_out)
     if both is None:
         return []
-    reason = "it is in the training data and in the held-out data, so the figures do not tell what was learned"
+    reason = "it is in both training and held-out data, so evaluation does not measure generalisation"
     if settings.cluster.strict:
         hint = "Give --eval-file data that is not in --dataset-file, or --val-split another split"
         raise SettingsError(Fault(both, reason, hint))

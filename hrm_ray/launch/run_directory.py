@@ -86,12 +86,12 @@ def _find_stored(resume_from: Path | None, where: Mapping[str, Any]) -> RunDir:
         source = RunDir(resume_from.absolute().parent.parent)
         if not source.training_args.is_file():
             hint = "Give a checkpoint's folder, BUNDLE/checkpoints/step_N, or --bundle-dir BUNDLE --resume"
-            raise SettingsError(Fault(f"--resume-from {resume_from}", "there is no checkpoint of a bundle here", hint))
+            raise SettingsError(Fault(f"--resume-from {resume_from}", "is not a checkpoint of a bundle", hint))
         return source
     data = where["data.dataset_file"] or where["data.dataset_id"]
     if where["run.brain_name"] is None and where["run.bundle_dir"] is None and data is None:
         raise SettingsError(
-            Fault("--resume", "nothing says which run", "Give --bundle-dir (or --brain-name) of the run to resume")
+            Fault("--resume", "no run is named", "Give --bundle-dir (or --brain-name) of the run to resume")
         )
     return RunDir(_folder(where["run.brain_name"], where["run.bundle_dir"], data))
 
@@ -102,7 +102,7 @@ def _base_settings(run_dir: RunDir, where: Mapping[str, Any]) -> dict[str, Any]:
     The bundle's folder is the one that `where` names, or else the one the settings were found in: it may have moved.
     """
     if not run_dir.training_args.is_file():
-        reason = f"there is no run in it ({run_dir.training_args.name} is missing)"
+        reason = f"contains no run ({run_dir.training_args.name} is missing)"
         hint = "Give --bundle-dir (or --brain-name) of an earlier run, or leave out --resume"
         raise SettingsError(Fault(str(run_dir.root), reason, hint))
     dotted = _stored_leaves(run_dir)
@@ -132,7 +132,7 @@ def _stored_leaves(run_dir: RunDir) -> dict[str, Any]:
 
 def _not_as_written(run_dir: RunDir, what: str) -> DataError:
     hint = "Restore the file from a copy of the bundle, or use the version of hrm_ray that wrote it"
-    return DataError(Fault(str(run_dir.training_args), f"it is not what hrm-ray train wrote ({what})", hint))
+    return DataError(Fault(str(run_dir.training_args), f"is not what hrm-ray train wrote ({what})", hint))
 
 
 def trained_with(settings: RunSettings) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def check_own_files(settings: RunSettings, location: RunLocation) -> None:
     DataError for a log file that a resumed run cannot have written."""
     stop, log = settings.run.stop_file, settings.run.log_file
     if stop is not None and stop.exists():
-        reason = "it is there already, so the run would stop at its first step"
+        reason = "the file already exists, so the run would stop at its first step"
         raise SettingsError(Fault(f"--stop-file {stop}", reason, "Remove it, or name another"))
     if log is None:
         return
@@ -235,7 +235,7 @@ def check_own_files(settings: RunSettings, location: RunLocation) -> None:
     if not log.exists() or not log.stat().st_size:
         return
     if not location.continues or not read_records(log):
-        reason = "there is something in it already that this run has not written"
+        reason = "it already contains data that this run did not write"
         raise SettingsError(Fault(f"--log-file {log}", reason, "Name another file, or move this one away"))
 
 
@@ -256,7 +256,7 @@ def _folder(brain_name: str | None, bundle_dir: Path | None, data: str | None) -
 def _resumed(settings: RunSettings, run_dir: RunDir, checkpoint: Path, source: RunDir) -> RunLocation:
     verify_checkpoint(checkpoint)
     if not source.training_args.is_file():
-        reason = "it does not lie in a bundle, as checkpoints/step_N of it"
+        reason = "is not a folder checkpoints/step_N of a bundle"
         raise DataError(Fault(str(checkpoint), reason, "Give the path of a checkpoint inside its bundle"))
     _check_same(settings, source)
     location = RunLocation(run_dir, checkpoint, source)
@@ -269,7 +269,7 @@ def check_folder_is_free(run_dir: RunDir) -> None:
     """Raises SettingsError unless a new run can have this folder."""
     root = run_dir.root
     if root.is_file():
-        raise SettingsError(Fault(str(root), "there is a file of this name", "Give another --brain-name"))
+        raise SettingsError(Fault(str(root), "a file has this name", "Give another --brain-name"))
     if _behind_a_file(root):
         hint = "Give another --bundle-dir"
         raise SettingsError(Fault(str(root), "part of the path is a file, not a folder", hint))
@@ -283,10 +283,10 @@ def check_folder_is_free(run_dir: RunDir) -> None:
     if run_dir.training_args.is_file():
         steps = run_dir.checkpoint_steps()
         reached = f"a checkpoint at step {steps[-1]}" if steps else "no checkpoint yet"
-        hint = "Give --resume to go on with it, or another --brain-name"
+        hint = "Give --resume to continue it, or another --brain-name"
         if not steps:
-            hint = "Nothing of it can be resumed: delete the folder, or give another --brain-name"
-        raise SettingsError(Fault(str(root), f"there is a run in it already, with {reached}", hint))
+            hint = "There is nothing to resume: delete the folder, or give another --brain-name"
+        raise SettingsError(Fault(str(root), f"already contains a run, with {reached}", hint))
     hint = "Give another --brain-name or --bundle-dir"
     raise SettingsError(Fault(str(root), f"the folder is not empty (it contains {inside[0]})", hint))
 

@@ -165,7 +165,7 @@ class Database:
     def _check_owner(self) -> None:
         found = self.row("SELECT value FROM facts WHERE name = 'owner'")
         if found is None or found[0] != self._owner:
-            reason = "another process has opened this run's ledger for writing since"
+            reason = "another process has since opened this run's ledger for writing"
             raise DataError(Fault(str(self.path), reason, "End one of the two runs of this bundle"))
 
 
@@ -211,7 +211,7 @@ def _take_over(path: Path, connection: sqlite3.Connection, durable: bool) -> int
     # Where WAL is not possible after all SQLite stays with the rollback journal, which is right too.
     (mode,) = connection.execute(f"PRAGMA journal_mode = {wanted}").fetchone()
     if wanted == "delete" and mode != wanted:
-        reason = "another process has it open, so its write-ahead log cannot be ended"
+        reason = "another process has it open, so its journal mode cannot be changed"
         raise ResourceError(Fault(str(path), reason, "End the other run of this bundle, then use --resume"))
     connection.execute("PRAGMA locking_mode = NORMAL")
     connection.execute(f"PRAGMA synchronous = {'EXTRA' if durable else 'OFF'}")
@@ -252,7 +252,7 @@ def read(path: Path) -> Database:
     """
     if not path.is_file():
         hint = "Give the folder of a run that hrm-ray train wrote"
-        raise SettingsError(Fault(str(path), "there is no ledger of chunks", hint))
+        raise SettingsError(Fault(str(path), "no ledger of chunks at this path", hint))
     # Without a log beside it nobody has a WAL file open; a plain read would leave SQLite's files beside it.
     closed = _is_wal(path) and not path.with_name(path.name + "-wal").exists()
     try:

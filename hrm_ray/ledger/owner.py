@@ -72,7 +72,7 @@ class Ledger(LedgerReader):
         if known == sequences:
             return
         if known is not None:
-            value, reason = f"chunk {chunk}", f"has {sequences} packed sequences now, and had {known} before"
+            value, reason = f"chunk {chunk}", f"has {sequences} packed sequences, but had {known} before"
             hint = "Restore the data and the tokenizer of the run, or train again"
             raise DataError(Fault(value, reason, hint))
         with self.database.transaction():

@@ -46,7 +46,7 @@ def add(database: Database, untouched: Range) -> None:
         before = at(database, untouched.epoch, untouched.chunk, untouched.start)
         place = before.position if before is not None else "?"
         raise ValueError(
-            f"the order of epoch {untouched.epoch} has chunk {untouched.chunk} at positions {place} and"
+            f"the order of epoch {untouched.epoch} has chunk {untouched.chunk} at two positions, {place} and"
             f" {untouched.position}"
         ) from None
 

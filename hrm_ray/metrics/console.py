@@ -200,7 +200,7 @@ class ConsoleSink:
             if isinstance(error, ValueError) and not self._stream.closed:
                 raise  # not the stream's error: a closed stream is the only one that raises ValueError
             if not self._broken:
-                _LOG.warning("the display has ended, the run goes on: %s", error)
+                _LOG.warning("the display failed, the run continues: %s", error)
             self._broken = True
 
     def _step(self, record: Record) -> str:

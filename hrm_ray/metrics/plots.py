@@ -160,7 +160,7 @@ def _panels(runs: Sequence[_Run], metrics: list[str] | None) -> list[str]:
     missing = [name for name in metrics if name not in known]
     if missing or not metrics:
         value = ", ".join(missing) or "metrics"
-        raise DataError(Fault(value, "none of the runs has such figures", f"They have: {', '.join(sorted(known))}"))
+        raise DataError(Fault(value, "no run has this metric", f"They have: {', '.join(sorted(known))}"))
     return list(dict.fromkeys(metrics))
 
 

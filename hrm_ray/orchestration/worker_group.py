@@ -206,7 +206,7 @@ class WorkerGroupRun:
         if not isinstance(self._plan.data, TextData) or not reads_text(self._plan):
             return None
         if not self._session.private and ray.available_resources().get("CPU", 0.0) < self._request.cpus + TASK_CPUS:
-            reason = f"the cluster has less than {TASK_CPUS:g} CPU beside the workers'"
+            reason = f"the cluster has less than {TASK_CPUS:g} CPU left besides those of the workers"
             if self._plan.settings.cluster.strict:
                 hint = "Free a CPU, or leave --strict out"
                 raise ResourceError(Fault("--strict", f"no CPU for Ray Data: {reason}", hint))

@@ -21,16 +21,16 @@ class AdaptSettings(Section):
     """Which adapters are trained in place of the weights."""
 
     use_peft: bool = option(False, "fixed", aliases={"--use-lora": "true", "--no-use-lora": "false"})
-    """Freeze the weights, heads excepted, and train adapters."""
+    """Freeze the weights except the heads, and train adapters."""
     peft_method: PeftMethod = option("lora", "fixed", needs=(ADAPTERS,))
-    """Adapter method: low-rank products (lora), the same with ranks allotted during training (adalora), scaling
-    factors of outputs and inputs (ia3), Hadamard (loha) or Kronecker products (lokr)."""
+    """Adapter method: low-rank matrices (lora), the same with ranks allocated during training (adalora), learned
+    scaling of activations (ia3), Hadamard (loha) or Kronecker products (lokr)."""
     lora_r: int = option(16, "fixed", ge=1, needs=(ADAPTERS, MATRIX_ADAPTERS), aliases={"--lora-rank": None})
-    """Rank of the adapters; for adalora the mean rank at the end, which starts half as large again."""
+    """Rank of the adapters; for adalora the mean final rank (the initial rank is 1.5 times as large)."""
     lora_alpha: int = option(32, "fixed", ge=1, needs=(ADAPTERS, MATRIX_ADAPTERS))
     """Scale of the adapters: their output is multiplied by alpha / rank."""
     lora_dropout: float = option(0.05, "free", ge=0, lt=1, needs=(ADAPTERS, MATRIX_ADAPTERS))
-    """Dropout of the adapters' inputs (for loha and lokr: of their ranks)."""
+    """Dropout on the adapters' inputs (for loha and lokr: on their ranks)."""
     lora_target_modules: str = option("q_proj,v_proj", "fixed", needs=(ADAPTERS,))
     """Layers that get an adapter, separated by commas."""
 

@@ -28,11 +28,11 @@ class AdaptiveLrSettings(Section):
     plateau_windows: int = Field(default=3, ge=1)
     """Consecutive windows without an improvement that count as a plateau."""
     plateau_factor: float = Field(default=0.5, gt=0, lt=1)
-    """Factor on the learning rate at a plateau."""
+    """Factor that multiplies the learning rate at a plateau."""
     divergence_rise: float = Field(default=0.2, gt=0)
     """Share by which a window's loss must be above the best one to count as divergence."""
     divergence_factor: float = Field(default=0.25, gt=0, lt=1)
-    """Factor on the learning rate at divergence; at most plateau_factor."""
+    """Factor that multiplies the learning rate at divergence; at most plateau_factor."""
     cooldown_windows: int = Field(default=1, ge=0)
     """Windows that are ignored after a change, while the loss settles."""
     min_factor: float = Field(default=0.01, gt=0, le=1)
@@ -52,7 +52,7 @@ def read_adaptive_lr(path: Path) -> AdaptiveLrSettings:
         faults += [fault_of_error(each, _quoted(each["loc"][0], each["input"], path)) for each in error.errors()]
     else:
         if settings.divergence_factor > settings.plateau_factor:
-            reason = f"it is above plateau_factor {settings.plateau_factor}: divergence needs the larger step back"
+            reason = f"is above plateau_factor {settings.plateau_factor}, but divergence must not lower the rate less"
             quoted = _quoted("divergence_factor", settings.divergence_factor, path)
             faults.append(Fault(quoted, reason, f"Give {settings.plateau_factor} or less"))
     if faults:

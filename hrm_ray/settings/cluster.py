@@ -32,7 +32,7 @@ class ClusterSettings(Section):
         aliases={"--ddp": "ddp", "--no-ddp": "single", "--zero-stage": None},
         unset="ddp for several workers, else single",
     )
-    """How several workers train together. single: there is one worker. ddp: every worker has the whole model, and
+    """How several workers train together. single: one worker. ddp: every worker has the whole model, and
     gradients are averaged once per weight update. zero1, zero2, zero3: not built yet."""
     ray_address: str | None = option(None, "free", unset="a cluster started on this machine for the run")
     """Address of a running Ray cluster."""

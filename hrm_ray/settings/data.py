@@ -28,7 +28,7 @@ class DataSettings(Section):
     )
     """Training data: a file, a folder, a pattern such as "logs/*.jsonl.gz", a cloud address (s3://, gs://, az://),
     or hf://id:config:split. Text: .txt, .md, .csv, .tsv, .json, .jsonl, .parquet or .arrow, also compressed or in
-    archives. Puzzles: as `hrm-ray data build sudoku` writes."""
+    archives. Puzzles: what `hrm-ray data build` writes."""
     dataset_id: str | None = option(
         None, "free", affects=("rows",), replaces=("data.dataset_file", "data.dataset_config"), unset="--dataset-file"
     )
@@ -64,7 +64,7 @@ class DataSettings(Section):
     max_vocab_size: int = option(50000, "fixed", ge=300, needs=(TEXT, OWN_TOKENIZER, AUTO_VOCABULARY))
     """Largest vocabulary that --auto-vocab-size may choose."""
     tokenizer_train_examples: int = option(10000, "fixed", ge=1, needs=(TEXT, OWN_TOKENIZER))
-    """Documents that the byte-level BPE is trained on."""
+    """Number of documents to train the byte-level BPE on."""
     retrain_tokenizer: bool = option(False, "fixed", needs=(TEXT, OWN_TOKENIZER))
     """Train a new byte-level BPE even if the bundle has one."""
     max_seq_len: int | None = option(
@@ -87,9 +87,9 @@ class DataSettings(Section):
     cache_gb: float = option(8.0, "free", ge=0, needs=(TEXT,))
     """Gigabytes of tokenised chunks to keep in the bundle, so that later epochs do not tokenise again."""
     linear_dataset: bool = option(True, "fixed")
-    """Read the data in order; otherwise in an order drawn from the seed and the epoch."""
+    """Read the data in order; otherwise shuffle it, by the seed and the epoch."""
     shuffle_buffer_size: int = option(10000, "fixed", ge=1, needs=(TEXT, SHUFFLED))
-    """Samples whose sequences are shuffled together, for --no-linear-dataset."""
+    """Size of the shuffle buffer in samples, for --no-linear-dataset."""
     samples_per_block: int = option(100000, "fixed", ge=1, affects=("rows",), needs=(TEXT,))
     """Samples (rows of the data) in a block; an epoch finishes one block before it begins another."""
     dataset_chunk_size: int = option(4000, "fixed", ge=1, affects=("rows",), needs=(TEXT,))
@@ -99,7 +99,7 @@ class DataSettings(Section):
     start_chunk_id: int | None = option(None, "fixed", ge=0, needs=(TEXT,), unset="the block's first chunk")
     """Chunk of that block that the first epoch begins with, counted from 0."""
     force_train: bool = option(False, "free")
-    """On a resumed run: train one epoch more than --epochs, on chunks that have all been trained already."""
+    """On a resumed run: train one more epoch than --epochs, although all chunks have been trained."""
     dataset_start_offset: int = option(0, "fixed", ge=0, affects=("rows",), needs=(TEXT,))
     """Skip this many rows at the start of the data."""
     max_train_examples: int | None = option(None, "fixed", ge=1, affects=("rows",), unset="all rows")
@@ -107,9 +107,9 @@ class DataSettings(Section):
     max_val_examples: int | None = option(None, "free", ge=1, needs=(EVALUATION,), unset="all rows")
     """Use at most this many rows (or puzzles) of the evaluation data, from its start."""
     ascii_only: bool = option(False, "fixed", affects=("rows",), needs=(TEXT,))
-    """Leave out rows whose text has characters other than ASCII."""
+    """Skip rows whose text contains non-ASCII characters."""
     on_bad_row: Literal["fail", "skip"] = option("fail", "free", affects=("rows",), needs=(TEXT,))
-    """What to do with a row that cannot be read: end the run (fail), or count it, warn and go on (skip)."""
+    """What to do with a row that cannot be read: end the run (fail), or count it, warn and continue (skip)."""
     eval_file: str | None = option(None, "free", replaces=("data.val_split",), unset="no evaluation data")
     """Evaluation data, named like --dataset-file."""
     val_split: str | None = option(

@@ -47,7 +47,7 @@ def fault_of_error(error: Any, quoted: str) -> Fault:
     for beginning, (reason, hint) in _KINDS.items():
         if kind.startswith(beginning):
             return Fault(quoted, reason, hint)
-    return Fault(quoted, f"cannot be used ({error['msg']})", "Give a value as `hrm-ray train --help` says")
+    return Fault(quoted, f"cannot be used ({error['msg']})", "See `hrm-ray train --help` for the allowed values")
 
 
 def nearest(name: str, known: Iterable[str], at_most: int = 3) -> list[str]:

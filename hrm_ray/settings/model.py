@@ -24,14 +24,14 @@ Task: TypeAlias = Literal["lm", "puzzle"]
 class ModelSettings(Section):
     """The network and its objective."""
 
-    task: Task | None = option(None, "fixed", unset="what the data is")
-    """What is learned: lm (the next token of text) or puzzle (labels beside inputs)."""
+    task: Task | None = option(None, "fixed", unset="detected from the data")
+    """Task: lm (predict the next token of text) or puzzle (predict a label for each cell)."""
     arch: Literal["actv1", "transformer"] = option("actv1", "fixed")
     """Architecture: actv1 is the HRM; transformer is a plain causal transformer of the same block, for comparison."""
     model_preset: Literal["nano", "tiny", "small", "medium", "large", "xlarge"] | None = option(
         None, "free", unset="no preset"
     )
-    """Named size of about 5, 15, 50, 150, 400 or 1000 million parameters; single options override it."""
+    """Named size of about 5, 15, 50, 150, 400 or 1000 million parameters; other options override it."""
     h_layers: int = option(2, "fixed", ge=1, replaces=("model.num_layers",))
     """Layers of the high level (H)."""
     l_layers: int = option(2, "fixed", ge=1, replaces=("model.num_layers",))
@@ -45,7 +45,7 @@ class ModelSettings(Section):
     num_heads: int = option(8, "fixed", ge=1)
     """Attention heads."""
     expansion: float = option(2.0, "fixed", gt=0, replaces=("model.d_ff",))
-    """Width of the feed-forward layer relative to the model, before the 2/3 of SwiGLU and rounding up to 256."""
+    """Width of the feed-forward layer relative to the model, before SwiGLU's 2/3, rounded up to a multiple of 256."""
     d_ff: int | None = option(None, "fixed", ge=1, unset="the width of --expansion")
     """Exact width of the feed-forward layer."""
     h_cycles: int = option(2, "fixed", ge=1, needs=(CYCLES,))
@@ -81,7 +81,7 @@ class ModelSettings(Section):
     moe_router_z_coef: float = option(0.001, "free", ge=0, needs=(EXPERTS,))
     """Coefficient of the router z-loss, which keeps the routers' logits small."""
     window_size: int | None = option(None, "fixed", ge=1, needs=(WINDOW_WITHIN_ROW,), unset="all positions before it")
-    """Sliding-window attention: how many positions of a text, itself included, a position attends to at most."""
+    """Sliding-window attention on text: the most positions, itself included, that a position attends to."""
     use_flash_attn: bool | None = option(None, "free", unset="on where it is installed and the GPU supports it")
     """Compute attention with FlashAttention."""
     supervision: Literal["segment", "rollout"] | None = option(
@@ -95,7 +95,7 @@ class ModelSettings(Section):
     halt_exploration_prob: float | None = option(
         None, "free", ge=0, le=1, needs=(CYCLES, CARRIED_PUZZLES), unset="0.1 for puzzles, 0 for text"
     )
-    """Probability that a puzzle has to run a random number of segments before it may halt."""
+    """Halting exploration: probability that a puzzle must run a random minimum number of segments."""
     halt_rule: Literal["none", "gain"] = option("gain", "free", needs=(CYCLES, TEXT, SEVERAL_SEGMENTS))
     """Target of a text token's halting head: gain (would one more segment lower the loss?) or none."""
     halt_margin: float = option(0.01, "free", ge=0, needs=(CYCLES, GAIN_RULE, TEXT, SEVERAL_SEGMENTS))
@@ -105,7 +105,7 @@ class ModelSettings(Section):
     )
     """Cross entropy over softmax or stablemax."""
     puzzle_emb_ndim: int = option(0, "fixed", ge=0)
-    """Width of the learned embedding of each puzzle identifier; 0 is none."""
+    """Width of the learned embedding of each puzzle identifier; 0 disables it."""
     student_init: Path | None = option(None, "fixed", unset="random weights")
     """Start from the weights of this bundle, or of an original HRM checkpoint."""
     expert_index: int | None = option(None, "fixed", ge=0, needs=(ONE_EXPERT,), unset="all experts")

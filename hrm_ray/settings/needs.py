@@ -71,7 +71,7 @@ GAIN_RULE = Needs(
 SEVERAL_SEGMENTS = Needs(
     "halting_of_several_segments",
     lambda s: s.model.task != "lm" or s.model.halt_max_steps > 1,
-    "with one segment there is no later one to halt before",
+    "with one segment there is nothing to halt early",
     "Leave it out, or give a larger --halt-max-steps",
 )
 CARRIED_PUZZLES = Needs(

@@ -138,7 +138,7 @@ MODEL_RULES: dict[str, Rule] = {
     "text_in_rollout": refuse(
         lambda s: s.model.task == "lm" and s.model.supervision == "segment",
         ("model.supervision", "text"),
-        "a language model learns all segments of a batch together",
+        "a language model is trained on all segments of a batch in one update",
         "Give --supervision rollout, or leave it out",
     ),
     "text_without_exploration": refuse(
@@ -181,7 +181,7 @@ MODEL_RULES: dict[str, Rule] = {
         lambda s: s.model.task == "puzzle" and s.model.arch == "transformer",
         ("model.arch", "puzzles"),
         "it is the causal baseline for text, and a puzzle needs full attention",
-        "Give --arch actv1, or text",
+        "Give --arch actv1, or text data",
     ),
     "puzzle_embedding_for_puzzles": refuse(
         lambda s: s.model.task == "lm" and s.model.puzzle_emb_ndim > 0,
@@ -216,7 +216,7 @@ MODEL_RULES: dict[str, Rule] = {
     "one_quantised_load": refuse(
         lambda s: s.memory.load_in_8bit and s.memory.load_in_4bit,
         ("memory.load_in_8bit", "memory.load_in_4bit"),
-        "weights are held in one or the other",
+        "weights are stored in 8 or in 4 bits, not both",
         "Give one of the two",
     ),
     "quantised_needs_peft": _quantised_needs_peft,

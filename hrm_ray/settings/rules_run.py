@@ -48,9 +48,9 @@ def _schedule_of_endless_run(settings: RunSettings) -> Fault | None:
     if not endless or run.steps is not None or run.epochs is not None:
         return None
     if schedule != "constant":
-        what = f"--lr-schedule {schedule} follows"
+        what = f"--lr-schedule {schedule} depends on"
     elif settings.adapt.use_peft and settings.adapt.peft_method == "adalora":
-        what = "the ranks of adalora follow"
+        what = "the rank schedule of adalora depends on"
     else:
         return None
     return Fault(
@@ -64,7 +64,7 @@ def _training_again_needs_a_run(settings: RunSettings) -> Fault | None:
     resumes = settings.run.resume or settings.run.resume_from is not None
     if not settings.data.force_train or (resumes and settings.run.epochs is not None):
         return None
-    reason = "a new run has trained no chunk yet that could be trained again"
+    reason = "a new run has no trained chunks to train again"
     if resumes:
         reason = "without --epochs a run trains its chunks again anyway"
     return Fault(written(settings, "data.force_train"), reason, "Leave it out, or give --resume and --epochs")
@@ -145,7 +145,7 @@ RUN_RULES: dict[str, Rule] = {
     "iterate_without_end": refuse(
         lambda s: s.run.iterate and s.run.epochs is not None,
         ("run.iterate", "run.epochs"),
-        "one trains until the run is stopped, the other ends it",
+        "--iterate trains until the run is stopped, --epochs ends it",
         "Give one of the two",
     ),
     "schedule_of_endless_run": _schedule_of_endless_run,
@@ -172,7 +172,7 @@ RUN_RULES: dict[str, Rule] = {
     "single_has_one_worker": refuse(
         lambda s: s.cluster.strategy == "single" and s.cluster.world_size not in (None, 1),
         ("cluster.strategy", "cluster.world_size"),
-        "the strategy single has one worker",
+        "the strategy single runs one worker",
         "Use --strategy ddp, or --world-size 1",
     ),
     "ddp_needs_ray": refuse(

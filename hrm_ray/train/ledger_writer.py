@@ -140,5 +140,5 @@ class LedgerWriter:
     def _foreign(self, item: ConsumedRange, lease: Lease | None) -> Fault:
         given = "nothing" if lease is None else f"chunk {lease.chunk} of epoch {lease.epoch} from {lease.start} on"
         value = f"chunk {item.chunk} of epoch {item.epoch} from sequence {item.start} on"
-        reason = f"it was trained, and the ledger of {self._run_dir.root} gives out {given}"
-        return Fault(value, reason, "Go on from the last checkpoint with --resume")
+        reason = f"was trained, but the ledger of {self._run_dir.root} leases {given}"
+        return Fault(value, reason, "Resume from the last checkpoint with --resume")

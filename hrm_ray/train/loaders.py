@@ -89,7 +89,7 @@ class BatchLoader:
     def set_microbatch(self, shape: BatchSize) -> None:
         """Split this rank's rows into other micro-batches from now on."""
         if (shape.first_slot, shape.effective) != (self.shape.first_slot, self.shape.effective):
-            raise ValueError(f"{shape} has other slots than {self.shape}")
+            raise ValueError(f"{shape} does not have the slots of {self.shape}")
         self.shape = shape
 
     def state_dict(self) -> dict[str, npt.NDArray[np.int64]]:

@@ -295,7 +295,7 @@ class TrainingLoop:
         names = self.parts.strategy.overflowed_parameters()
         if names:
             reason = f"weights overflowed float16 (> 65504) in {_first_of(names)}"
-            hint = "Resume from the last checkpoint with a lower --lr, or start anew with --model-dtype bf16"
+            hint = "Resume from the last checkpoint with a lower --lr, or start a new run with --model-dtype bf16"
             raise DivergedError(Fault(f"float16 weights at step {number}", reason, hint))
 
     def _observed(self, metrics: MetricTotals) -> Action | None:

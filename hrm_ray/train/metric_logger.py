@@ -53,7 +53,7 @@ class MetricLogger:
         if size is not None:
             self.event(
                 "WARNING",
-                f"Out of memory at step {step}: from here on micro-batches of {size.batch_size} with "
+                f"Out of memory at step {step}: continuing with micro-batches of {size.batch_size}, "
                 f"{size.accumulation} accumulated; the effective batch stays {size.effective}.",
             )
         if report.adapted is not None and report.adapted.kind != "hold":

@@ -123,7 +123,7 @@ def _train(plan: RunPlan, link: WorkerLink) -> RunResult:
         for remark in plan.remarks:
             logger.event("INFO", remark)
         if loop.parts.strategy.precision.autocast is not None and slow_bfloat16(world.device):
-            logger.event("INFO", "This CPU has no 16-bit units: --amp saves memory and costs time, --no-amp is faster.")
+            logger.event("INFO", "This CPU has no bfloat16 units: --amp saves memory but is slower than --no-amp.")
         if plan.checkpoint is not None:
             trainer.resume(extra)
             logger.event("INFO", f"resumed from {plan.checkpoint}")

@@ -71,8 +71,8 @@ class StreamLoader(BatchLoader):
 
     def load_state_dict(self, epoch: int, state_dict: dict[str, npt.NDArray[np.int64]]) -> None:
         if state_dict and state_dict.keys() != asdict(StreamState()).keys():
-            reason = "its position in the data was written by an earlier version, which counted otherwise"
-            raise DataError(Fault("the checkpoint", reason, "Train anew, with --student-init from this bundle"))
+            reason = "its position in the data was saved by an earlier version, which counted differently"
+            raise DataError(Fault("the checkpoint", reason, "Start a new run with --student-init from this bundle"))
         self._enter(epoch, StreamState(**{name: int(values[0]) for name, values in state_dict.items()}))
 
     @property

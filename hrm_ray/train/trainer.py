@@ -113,7 +113,7 @@ class Trainer:
         self.logger.train()
         skipped = self.loop.progress.skipped_samples
         if skipped:
-            self.logger.event("INFO", f"{skipped} samples were read in skipped updates and are not learned.")
+            self.logger.event("INFO", f"{skipped} samples were read in skipped updates and not trained on.")
         if reason is StopReason.FINISHED:
             self._evaluate()
         self._save()

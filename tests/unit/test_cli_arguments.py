@@ -36,9 +36,9 @@ def test_words_become_options(words: list[str], options: dict[str, str | bool], 
 @pytest.mark.parametrize(
     ("words", "value", "reason"),
     [
-        (["stray", "--lr", "1"], "stray", "stands alone"),
-        (["--packing", "no"], "no", "stands alone"),
-        (["--dryrun", "stray"], "stray", "stands alone"),
+        (["stray", "--lr", "1"], "stray", "belongs to no option"),
+        (["--packing", "no"], "no", "belongs to no option"),
+        (["--dryrun", "stray"], "stray", "belongs to no option"),
         (["--lr", "1", "--lr", "2"], "--lr 1 and --lr 2", "given twice"),
         (["--config"], "--config", "needs a value"),
         (["--config="], "--config", "needs a value"),

@@ -142,7 +142,7 @@ def test_outputs_that_are_kept_back_are_counted(tmp_path: Path) -> None:
 
 
 BAD: dict[str, tuple[Any, str]] = {
-    "ragged": (pair([[1, 2], [3]], [[1]]), r"input: row 1 has 1 cells, the first one 2"),
+    "ragged": (pair([[1, 2], [3]], [[1]]), r"input: row 1 has 1 cells, the first row 2"),
     "tall": (pair([[1]] * 31, [[1]]), "31 rows of 1 cells"),
     "wide": (pair([[1]], [[1] * 31]), "output: it has 1 rows of 31 cells"),
     "colour 10": (pair([[10]], [[1]]), "row 0 holds 10"),
@@ -181,13 +181,13 @@ def test_folders_without_tasks_are_told(tmp_path: Path) -> None:
     (tmp_path / "file.json").write_text("{}")
     for path, reason in (
         ("empty", "no .json file"),
-        ("nothing", "nothing is at this path"),
+        ("nothing", "no such folder"),
         ("file.json", "a file of"),
     ):
         with pytest.raises(SettingsError, match=reason):
             build_arc(tmp_path / path, tmp_path / "set")
     tasks = write_tasks(tmp_path / "tasks")
-    with pytest.raises(SettingsError, match="would be read as one of them"):
+    with pytest.raises(SettingsError, match="would be read as a task"):
         build_arc(tasks, tasks / "set")
     with pytest.raises(SettingsError, match="--augment 0 or more"):
         build_arc(tasks, tmp_path / "set", augment=-1)

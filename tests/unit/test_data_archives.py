@@ -83,11 +83,11 @@ def test_splits_in_an_archive_are_those_of_a_folder(tmp_path: Path, suffix: str)
     assert sorted(texts_of(path)) == ["1", "2"]
     assert texts_of(path, split="test") == ["3"]
     if suffix in ("zip", "tar"):
-        with pytest.raises(DataError, match="Splits there are: other, test, train"):
+        with pytest.raises(DataError, match="The splits are: other, test, train"):
             list_parts(TextSource(str(path), "valid"))
     else:
         assert texts_of(path, split="valid") == ["<end>"]
-        assert "Splits there are: other, test, train" in faults_of(path, split="valid")[0]
+        assert "The splits are: other, test, train" in faults_of(path, split="valid")[0]
     assert shared_part(TextSource(str(path)), TextSource(str(path), "test")) is None
     assert shared_part(TextSource(str(path)), TextSource(str(path))) == str(path)
 
@@ -110,9 +110,9 @@ def test_an_archive_without_splits_is_all_training_data_but_for_what_is_held_out
 def test_a_packed_tar_that_mixes_splits_with_others_is_told(tmp_path: Path) -> None:
     mixed = write_tar(tmp_path / "a.tar.gz", {"a.txt": b"1", "train.txt": b"2"})
     assert texts_of(mixed) == ["1", "<end>"]
-    assert "train.txt is of the split `train`" in faults_of(mixed)[0]
+    assert "train.txt belongs to the split `train`" in faults_of(mixed)[0]
     only_test = write_tar(tmp_path / "b.tar.gz", {"test/a.txt": b"1"})
-    assert "Splits there are: test" in faults_of(only_test)[0]
+    assert "The splits are: test" in faults_of(only_test)[0]
 
 
 @pytest.mark.parametrize("suffix", ARCHIVES)
@@ -275,7 +275,7 @@ def test_a_tar_without_its_end_or_that_is_none_is_told(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1024])
     assert texts_of(path) == ["a", "<end>"]
     other = write(tmp_path / "b.tar.gz", COMPRESSIONS["gz"](b"this is no tar at all" * 100))
-    assert "no .tar archive" in faults_of(other)[0]
+    assert "not a .tar archive" in faults_of(other)[0]
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -332,12 +332,12 @@ def test_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_an_archive_without_readable_members_is_told(tmp_path: Path) -> None:
     for suffix in ("zip", "tar"):
         path = write_archive(tmp_path / f"a.{suffix}", {"a.png": b"x"})
-        with pytest.raises(DataError, match=r"no readable file in it \(1 of other kinds\)"):
+        with pytest.raises(DataError, match=r"no readable file \(1 of other kinds\)"):
             list_parts(TextSource(str(path)))
     for suffix in ("tar.gz", "zip"):
         (tmp_path / suffix).mkdir()
         write_archive(tmp_path / suffix / f"train.{suffix}", {"a.png": b"x"})
-        assert "no readable member in it (1 of other kinds)" in faults_of(tmp_path / suffix)[0]
+        assert "no readable member (1 of other kinds)" in faults_of(tmp_path / suffix)[0]
 
 
 def test_members_of_other_kinds_are_counted(tmp_path: Path) -> None:

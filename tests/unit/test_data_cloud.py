@@ -86,7 +86,7 @@ def test_folders_splits_and_patterns(bucket: Any) -> None:
     assert texts_of("s3://data/**/[a-b]?txt", split="c") == ["b"]
     assert texts_of("s3://data/c/*/*.txt", split="test") == ["b"]
     assert texts_of("s3://data/c/test/*.jsonl") == ["test 1", "test 2"]
-    with pytest.raises(DataError, match="Splits there are: test, train"):
+    with pytest.raises(DataError, match="The splits are: test, train"):
         list_parts(TextSource("s3://data/c", "valid"))
 
 
@@ -121,10 +121,10 @@ def test_archives_are_read_where_they_are(bucket: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("address", "kind", "said"),
     [
-        ("s3://data/none.txt", SettingsError, "there is nothing at this address"),
+        ("s3://data/none.txt", SettingsError, "nothing exists at this address"),
         ("s3://no-such-bucket/a.txt", HrmRayError, "no-such-bucket"),
         ("s3://data/*.txt", SettingsError, "no file matches"),
-        ("s3:///a.txt", SettingsError, "names no bucket"),
+        ("s3:///a.txt", SettingsError, "has no bucket"),
         ("s3://data/a.docx", DataError, "`.docx` cannot be read"),
         ("ftp://data/a.txt", SettingsError, "`ftp://` are not supported"),
         ("az://data/a.txt", UnavailableError, "AZURE_STORAGE_ACCOUNT_NAME"),

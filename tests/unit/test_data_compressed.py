@@ -129,7 +129,7 @@ def test_a_file_that_is_cut_while_it_is_read_is_told(tmp_path: Path) -> None:
 def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "a")
     path.chmod(0)
-    assert "not permitted" in faults_of(path)[0]
+    assert "no permission" in faults_of(path)[0]
 
 
 def test_reading_is_not_permitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +141,7 @@ def test_reading_is_not_permitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("builtins.open", refuse)
     rows = rows_of(path)
     monkeypatch.undo()
-    assert shown(rows) == ["<end>"] and "not permitted" in str(rows[0].fault)  # type: ignore[union-attr]
+    assert shown(rows) == ["<end>"] and "no permission" in str(rows[0].fault)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv.zst", "a.txt", "a.parquet.bz2", "a.arrow"])

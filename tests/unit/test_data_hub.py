@@ -105,7 +105,7 @@ def test_configurations_and_splits(layout: Path) -> None:
     [
         ("", SettingsError, "--dataset-config"),
         (":de", SettingsError, "'de' not found"),
-        (":en:valid", DataError, "Splits there are: test, train"),
+        (":en:valid", DataError, "The splits are: test, train"),
     ],
 )
 def test_what_is_not_there_is_told(layout: Path, rest: str, kind: type[HrmRayError], said: str) -> None:

@@ -129,14 +129,14 @@ def test_bad_rows_are_told_and_do_not_fail(tmp_path: Path) -> None:
 def test_a_file_that_breaks_off(tmp_path: Path) -> None:
     content = gzip.compress(FORMATS["jsonl"]([f"{number} " + "abc" * number for number in range(400)]))
     ran = shown(write(tmp_path / "a.jsonl.gz", content[: len(content) // 2]))
-    assert "cannot be read further" in ran.out and "1 of " in ran.err
+    assert "the rest cannot be read" in ran.out and "1 of " in ran.err
     assert line_of(ran, "broken") == "1 part(s), with an unknown number of lost rows"
 
 
 def test_a_column_that_is_not_there(tmp_path: Path) -> None:
     ran = shown(write(tmp_path / "a.parquet", parquet_bytes(TEXTS)), "--text-column", "body")
     assert "`body`: the file has no such column; it has: n, text" in ran.out
-    assert "there is no text in it" in ran.err and "n     integer, 100 % filled" in ran.out
+    assert "contains no text" in ran.err and "n     integer, 100 % filled" in ran.out
 
 
 def test_what_options_leave_out(tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_a_large_puzzle_set_is_read_in_part(tmp_path: Path, monkeypatch: pytest.
     [
         ((), ("PATH", "--dataset-id")),
         (("none",), ("none", "nothing is at this path")),
-        (("a.txt", "b.txt"), ("b.txt", "stands alone")),
+        (("a.txt", "b.txt"), ("b.txt", "belongs to no option")),
         (("a.txt", "--dataset-id", "org/name"), ("a.txt", "once")),
         (("a.txt", "--lr", "1"), ("--lr",)),
         (("a.txt", "--timeout-s", "soon"), ("--timeout-s soon",)),

@@ -102,7 +102,7 @@ def test_rows_of_jsonl_are_read(tmp_path: Path) -> None:
         ('{"inputs": [1, 2], "labels": [1, -1]}', "`labels` holds -1"),
         ('{"inputs": [1, 2], "labels": [1, 4294967296]}', "`labels` holds 4294967296"),
         ('{"inputs": [1, 2], "labels": [1, 2, 3]}', "2 inputs but 3 labels"),
-        ('{"inputs": [1, 2, 3], "labels": [1, 2, 3]}', "3 long, the first one 2"),
+        ('{"inputs": [1, 2, 3], "labels": [1, 2, 3]}', "3 inputs, the first row 2"),
         ('{"inputs": [1, 2], "labels": [1, 2], "puzzle_identifier": -1}', "`puzzle_identifier` is -1"),
     ],
 )
@@ -133,8 +133,8 @@ def test_a_row_without_labels_is_refused(tmp_path: Path) -> None:
         ({"train.inputs": INPUTS[:0], "train.labels": LABELS[:0]}, "shape"),
         ({"train.inputs": INPUTS.astype(np.float32), "train.labels": LABELS}, "float32"),
         ({"inputs": INPUTS, "labels": LABELS, "puzzle_identifiers": INPUTS}, "puzzle_identifiers"),
-        ({"weights": INPUTS}, "no puzzles but weights"),
-        ({"test.inputs": INPUTS, "test.labels": LABELS}, "Splits there are: test"),
+        ({"weights": INPUTS}, "no puzzles, but weights"),
+        ({"test.inputs": INPUTS, "test.labels": LABELS}, "The splits are: test"),
         ({"inputs": INPUTS.astype(np.int32) - 1, "labels": LABELS}, "holds -1"),
     ],
 )
@@ -162,7 +162,7 @@ def test_a_description_that_does_not_fit_is_refused(tmp_path: Path, changes: dic
 
 def test_damage_is_told_with_its_mend(tmp_path: Path) -> None:
     folder = built(tmp_path / "toy")
-    with pytest.raises(DataError, match="Splits there are: test, train"):
+    with pytest.raises(DataError, match="The splits are: test, train"):
         open_puzzles(folder, "valid")
     whole = (folder / "train.safetensors").read_bytes()
     for damaged, expected in ((whole[:-2], "cut short"), (b"", "cut short"), (whole[:-1] + b"\x07", "checksum")):

@@ -83,7 +83,7 @@ def test_without_splits_train_is_everything_and_another_name_is_a_fault(tmp_path
     (tmp_path / "b.txt").write_text("B")
     assert texts(TextSource(tmp_path)) == ["A", "B"]
     assert "a, b" in fault_of(TextSource(tmp_path, "test"))
-    assert "Splits there are: train" in fault_of(TextSource(tmp_path / "a.txt", "test"))
+    assert "The splits are: train" in fault_of(TextSource(tmp_path / "a.txt", "test"))
 
 
 def test_a_path_that_is_not_there_is_a_settings_error(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_a_bad_first_row_is_passed_over_where_such_rows_are(tmp_path: Path, cont
 
 
 def test_rows_that_are_all_bad_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="2 rows are bad, and none of the others has text"):
+    with pytest.raises(DataError, match="2 rows cannot be read, and the others contain no text"):
         detect(TextSource(write(tmp_path / "a.jsonl", b'{"txt": 1}\n{"text": ""}\n{"text": 2}\n')), "skip")
 
 

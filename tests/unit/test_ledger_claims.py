@@ -210,7 +210,7 @@ def test_a_measure_ends_the_ranges_of_all_epochs_and_stays(path: Path) -> None:
         ledger.measure(0, 7)
         assert claimed(ledger, "w", generation, None).end == 7
         assert states(ledger) == [(0, 0, 7, State.LEASED)] == states(ledger, 1)
-        with pytest.raises(DataError, match="chunk 0.*6 packed sequences now, and had 7"):
+        with pytest.raises(DataError, match="chunk 0.*6 packed sequences, but had 7"):
             ledger.measure(0, 6)
         for chunk, sequences in ((1, 3), (0, -1)):
             with pytest.raises(ValueError, match=f"chunk {chunk}"):

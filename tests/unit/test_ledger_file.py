@@ -144,7 +144,7 @@ def test_the_last_to_open_is_the_owner(path: Path) -> None:
     with ledger_of(path, [3]) as first, open_ledger(path) as second:
         generation = second.start_worker("w")
         for late in (lambda: first.start_worker("w"), lambda: first.claim("w", generation, linear), first.end_data):
-            with pytest.raises(DataError, match="another process has opened"):
+            with pytest.raises(DataError, match="another process has since opened"):
                 late()
         assert claimed(second, "w", generation).chunk == 0
         assert first.leases("w") == second.leases("w")

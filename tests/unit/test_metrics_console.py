@@ -188,7 +188,7 @@ def test_live_display_gives_the_standard_streams_back(
         stream.close()
         sink.write(_event(1, "ERROR", "the terminal is gone"))
         sink.close()
-    assert caplog.text.count("the display has ended") == 1
+    assert caplog.text.count("the display failed") == 1
     assert (sys.stdout, sys.stderr) == before
 
 
@@ -256,4 +256,4 @@ def test_a_broken_pipe_ends_the_display_not_the_run(caplog: pytest.LogCaptureFix
     sink.write(_train(2))
     sink.close()
     assert stream.writes == 1
-    assert caplog.text.count("the display has ended, the run goes on: nobody reads") == 1
+    assert caplog.text.count("the display failed, the run continues: nobody reads") == 1

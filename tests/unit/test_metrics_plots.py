@@ -131,7 +131,7 @@ def test_all_that_is_wrong_with_runs_is_told_at_once_and_the_old_plot_stays(tmp_
 
 def test_unknown_metric_is_a_fault_that_names_the_known(tmp_path: Path) -> None:
     run = _bundle(tmp_path / "run")
-    with pytest.raises(DataError, match=r"perplexity: none of the runs.*bits_per_byte, loss, lr"):
+    with pytest.raises(DataError, match=r"perplexity: no run has this metric.*bits_per_byte, loss, lr"):
         plot_runs([run], tmp_path / "a.png", ["loss", "perplexity"])
     assert not (tmp_path / "a.png").exists()
 

@@ -31,7 +31,7 @@ PUZZLES = (*SIZE, "--halt-max-steps", "3", "--halt-exploration-prob", "0.5")
 ADAPTED = ("int8", "nf4", "lora", "adalora", "ia3", "loha", "lokr")
 REFUSED: dict[frozenset[str], str] = {
     frozenset({"8bit-optimizer", "adam-atan2"}): "bitsandbytes keeps the moments of adamw in 8 bits",
-    frozenset({"int8", "nf4"}): "weights are held in one or the other",
+    frozenset({"int8", "nf4"}): "weights are stored in 8 or in 4 bits, not both",
     frozenset({"all-updates", "transformer"}): "a transformer reads its input once",
     **{frozenset({"expert", adapted}): "one trains an expert with all else frozen" for adapted in ADAPTED},
 }

@@ -41,7 +41,7 @@ Case = tuple[int, Callable[[Path], list[object]], tuple[str, ...]]
 """Exit code, the words for a folder, what the message must name."""
 
 TRAINING: dict[str, Case] = {
-    "wrong path": (2, lambda d: ["--dataset-file", d / "no.txt"], ("no.txt", "nothing is at this path", "Give a")),
+    "wrong path": (2, lambda d: ["--dataset-file", d / "no.txt"], ("no.txt", "no such file or folder", "Give a")),
     "empty file": (5, lambda d: ["--dataset-file", written(d, "e.txt", "")], ("e.txt", "empty", "Give data")),
     "empty folder": (5, lambda d: ["--dataset-file", d], ("no readable file", ".jsonl")),
     "only blank rows": (
@@ -137,7 +137,7 @@ TRAINING: dict[str, Case] = {
     "held-out data that is not there": (
         2,
         lambda d: ["--dataset-file", text_file(d), "--eval-file", d / "no.txt"],
-        ("no.txt", "nothing is at this path"),
+        ("no.txt", "no such file or folder"),
     ),
     "a split that is not there": (
         5,
@@ -160,7 +160,7 @@ TRAINING: dict[str, Case] = {
     "no tokenizer at this path": (
         2,
         lambda d: ["--dataset-file", text_file(d), "--tokenizer-path", d / "no" / "such"],
-        ("such", "nothing is at this path"),
+        ("such", "no such file or folder"),
     ),
     "a bundle below a file": (
         2,
@@ -170,7 +170,7 @@ TRAINING: dict[str, Case] = {
     "a bundle in a file's place": (
         2,
         lambda d: ["--dataset-file", text_file(d), "--bundle-dir", written(d, "taken", "x")],
-        ("taken", "there is a file of this name"),
+        ("taken", "a file has this name"),
     ),
     "a log below a file": (
         2,
@@ -180,12 +180,12 @@ TRAINING: dict[str, Case] = {
     "a log over somebody's notes": (
         2,
         lambda d: ["--dataset-file", text_file(d), "--log-file", written(d, "notes.txt", "mine, no newline")],
-        ("--log-file", "notes.txt", "something in it already"),
+        ("--log-file", "notes.txt", "data that this run did not write"),
     ),
     "a stop file that is there": (
         2,
         lambda d: ["--dataset-file", text_file(d), "--stop-file", written(d, "stop", "")],
-        ("--stop-file", "there already", "Remove it"),
+        ("--stop-file", "already exists", "Remove it"),
     ),
     "weights that are not there": (
         5,
@@ -206,12 +206,12 @@ TRAINING: dict[str, Case] = {
     "a resumed run that never was": (
         2,
         lambda d: ["--resume"],
-        ("there is no run in it", "--resume"),
+        ("contains no run", "--resume"),
     ),
     "a checkpoint that is not there": (
         2,
         lambda d: ["--resume-from", d / "b" / "checkpoints" / "step_3"],
-        ("step_3", "there is no checkpoint of a bundle"),
+        ("step_3", "is not a checkpoint of a bundle"),
     ),
 }
 
@@ -359,7 +359,7 @@ def test_a_used_name(bundles: Path, tmp_path: Path) -> None:
     before = files_below(bundle)
     data = bundles / "corpus.txt"
     again = ("train", "--dataset-file", data, *TEXT)
-    naming = (bundle, "a run in it already", "checkpoint at step 2", "--resume", "--brain-name")
+    naming = (bundle, "already contains a run", "checkpoint at step 2", "--resume", "--brain-name")
     refused(2, *again, "--bundle-dir", bundle, naming=naming)
     refused(2, *again, "--bundle-dir", tmp_path, "--brain-name", "text", naming=naming)
     (tmp_path / "mine").mkdir()
@@ -390,5 +390,7 @@ def test_a_log_file_of_a_resumed_run(bundles: Path, tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 2, 3, 4]
     log.write_text("something else by now")
     before = files_below(tmp_path)
-    refused(2, "train", "--bundle-dir", bundle, "--resume", "--steps", "5", naming=(log, "something in it already"))
+    refused(
+        2, "train", "--bundle-dir", bundle, "--resume", "--steps", "5", naming=(log, "data that this run did not write")
+    )
     assert files_below(tmp_path) == before

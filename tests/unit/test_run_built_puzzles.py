@@ -60,7 +60,7 @@ BAD = {
     "a maze too wide": (2, ("maze", "--size", "31"), ("size 31", "5 to 30")),
     "a path too long": (2, ("maze", "--size", "7", "--min-path", "31"), ("min_path 31", "--min-path 30")),
     "nine copies": (2, ("maze", "--augment", "9"), ("augment 9", "0 to 7")),
-    "no folder": (2, ("arc", "nowhere"), ("nowhere", "nothing is at this path")),
+    "no folder": (2, ("arc", "nowhere"), ("nowhere", "no such folder")),
     "no tasks": (2, ("arc", "EMPTY"), ("empty", "no .json file")),
     "a ragged grid": (5, ("arc", "RAGGED"), ("bad.json, train pair 0, input", "row 1 has 1 cells")),
     "a colour too high": (5, ("arc", "COLOUR"), ("bad.json, test pair 0, output", "holds 10")),

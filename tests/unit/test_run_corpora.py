@@ -59,7 +59,7 @@ def test_a_relative_pattern_is_taken_up_from_another_folder(tmp_path: Path, monk
     [
         ("zip", ("--split", "other"), ("a.zip", "test, train")),
         ("csv", ("--text-column", "body"), ("a.csv", "no such column; it has: n, text")),
-        ("packed", ("--split", "test"), ("a.jsonl.xz", "Splits there are: train")),
+        ("packed", ("--split", "test"), ("a.jsonl.xz", "The splits are: train")),
     ],
 )
 def test_what_cannot_be_read_is_refused_before_a_run(
@@ -73,7 +73,7 @@ def test_what_cannot_be_read_is_refused_before_a_run(
 def test_the_same_archive_held_out_is_told(tmp_path: Path) -> None:
     address = write_zip(tmp_path / "a.zip", {"a.jsonl": ROWS})
     words = ("--dataset-file", address, "--eval-file", address, "--bundle-dir", tmp_path / "b", "--steps", "1")
-    assert "in the training data and in the held-out data" in hrm("train", *words, *TEXT).out
+    assert "in both training and held-out data" in hrm("train", *words, *TEXT).out
     packed = write_zip(tmp_path / "c.zip", {"a.jsonl": ROWS, "held/b.txt": b"some words " * 30})
     apart = ("--dataset-file", packed, "--val-split", "held", "--bundle-dir", tmp_path / "d", "--steps", "1")
     ran = hrm("train", *apart, *TEXT)

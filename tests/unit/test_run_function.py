@@ -78,5 +78,5 @@ def test_records_stops_and_the_start_reach_the_program(tmp_path: Path) -> None:
     result = run(resolved, sink=kept, stop=stop, on_start=lambda: begun.append((tmp_path / "b").is_dir()))
     assert (result.reason, result.step, begun) == (StopReason.SIGTERM, 2, [True])
     assert RunDir(tmp_path / "b").checkpoint_steps() == [2]
-    with pytest.raises(SettingsError, match="there is a run in it already"):
+    with pytest.raises(SettingsError, match="already contains a run"):
         run(resolved)

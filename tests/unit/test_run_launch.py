@@ -158,7 +158,7 @@ def test_a_bundle_that_was_only_prepared_gives_way(tmp_path: Path, monkeypatch: 
     assert (bundle / "training_args.json").is_file()
     monkeypatch.undo()
     train(data, bundle, *TEXT, "--steps", "1")
-    refused(2, "train", "--dataset-file", data, "--bundle-dir", bundle, *TEXT, naming=("a run in it already",))
+    refused(2, "train", "--dataset-file", data, "--bundle-dir", bundle, *TEXT, naming=("already contains a run",))
 
 
 @pytest.mark.parametrize("where", ["preflight", "cluster"])

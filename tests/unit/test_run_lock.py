@@ -65,7 +65,7 @@ def test_a_second_run_of_a_name_is_refused_that_began_when_the_folder_was_free(t
     train(data, bundle, *TEXT, "--steps", "2")
     before = files_below(bundle)
     code, err = paused_command.go_on(second)
-    assert code == 2 and "there is a run in it already" in err
+    assert code == 2 and "already contains a run" in err
     assert files_below(bundle) == before
 
 
@@ -77,7 +77,7 @@ def test_a_resume_that_began_before_another_one_is_refused(tmp_path: Path) -> No
     second = paused_command.start(BEFORE_THE_LOCK, *again, "3")
     assert hrm(*again, "4").code == 0
     code, err = paused_command.go_on(second)
-    assert code == 2 and "another run has saved a checkpoint" in err
+    assert code == 2 and "another run saved a checkpoint" in err
     assert RunDir(bundle).checkpoint_steps() == [2, 4]
 
 

@@ -101,7 +101,7 @@ def test_data_that_has_moved(tmp_path: Path) -> None:
     train(data, tmp_path / "b", *TEXT, "--steps", "2")
     moved = data.rename(second / "elsewhere.txt")
     resume = ("train", "--bundle-dir", tmp_path / "b", "--resume", "--steps", "4")
-    refused(2, *resume, naming=(data, "nothing is at this path"))
+    refused(2, *resume, naming=(data, "no such file or folder"))
     other = text_file(first, name="other.txt", seed=5)
     refused(5, *resume, "--dataset-file", other, naming=("not what the run was trained on", "--student-init"))
     assert hrm(*resume, "--dataset-file", moved).code == 0
@@ -154,7 +154,7 @@ def test_a_column_of_plain_text_is_refused(tmp_path: Path) -> None:
         "--text-column",
         "t",
     )
-    refused(2, *words, naming=("--text-column t", "plain texts have no columns"))
+    refused(2, *words, naming=("--text-column t", "plain text files have no columns"))
     assert not (tmp_path / "b").exists()
 
 

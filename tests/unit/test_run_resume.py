@@ -406,4 +406,4 @@ def test_a_branch_in_another_bundle(tmp_path: Path) -> None:
     assert files_below(tmp_path / "trunk") == before
     assert (tmp_path / "branch" / "model.safetensors").read_bytes() == before["model.safetensors"]
     assert hrm("generate", tmp_path / "branch" / "best", "--prompt", "a", "--max-new-tokens", "2").code == 0
-    refused(2, *from_4, "--bundle-dir", tmp_path / "branch", naming=(tmp_path / "branch", "a run in it already"))
+    refused(2, *from_4, "--bundle-dir", tmp_path / "branch", naming=(tmp_path / "branch", "already contains a run"))

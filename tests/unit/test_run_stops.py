@@ -92,7 +92,7 @@ def test_the_stop_file(tmp_path: Path) -> None:
     stop.touch()
     code, out, err = ended(process)
     assert (code, err) == (0, "") and "ended   stop_file" in out
-    refused(2, "train", "--bundle-dir", bundle, "--resume", naming=("--stop-file", stop, "there already", "Remove it"))
+    refused(2, "train", "--bundle-dir", bundle, "--resume", naming=("--stop-file", stop, "already exists", "Remove it"))
     assert f"(remove {stop} first)" in out
     stop.unlink()
     check_and_resume(bundle, out)

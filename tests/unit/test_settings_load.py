@@ -78,11 +78,11 @@ def test_every_fault_in_one_message(tmp_path: Path) -> None:
         {"--batch-size": "0", "--hiden-size": "64", "--lr-schedule": "cosin", "--lr": True, "--lm-mask": "prefix"},
         file,
         trial={"optimizer.weight_decay": -1},
-        found=[Fault("stray", "stands alone", "Leave it out")],
+        found=[Fault("stray", "belongs to no option", "Leave it out")],
     )
     lines = message.splitlines()
     expected = [
-        ("stray", "stands alone"),
+        ("stray", "belongs to no option"),
         ("optimizer.lrr", "optimizer.lr"),
         ("modle", ""),
         ("--hiden-size 64", "--hidden-size"),

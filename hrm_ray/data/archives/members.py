@@ -121,9 +121,9 @@ def nothing_chosen(archive: str, selection: Selection, splits: Sequence[str], sk
     """What to raise where no member is of the selection; `splits` are those there are, `skipped` counts members of
     other kinds."""
     if not splits:
-        reason = f"there is no readable member in it ({skipped} of other kinds)"
+        reason = f"contains no readable member ({skipped} of other kinds)"
         return ContainerUnreadable(Fault(archive, reason, f"Give {READABLE}"))
     if selection.split is not None:
         return ContainerUnreadable(missing_split(archive, selection.split, splits).faults[0])
-    reason = f"all of its members are of the split `{selection.apart}`, which is held out"
+    reason = f"all members belong to the split `{selection.apart}`, which is held out"
     return ContainerUnreadable(Fault(archive, reason, "Add training data, or hold out another split"))

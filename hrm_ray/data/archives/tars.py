@@ -74,9 +74,9 @@ class TarStream:
         except Unreadable as error:
             raise ContainerUnreadable(error.fault) from error
         except OSError as error:
-            raise ContainerUnreadable(Fault(self._where, f"cannot be read further ({error})", _COPY_AGAIN)) from error
+            raise ContainerUnreadable(Fault(self._where, f"the rest cannot be read ({error})", _COPY_AGAIN)) from error
         if len(data) < length:
-            raise ContainerUnreadable(Fault(self._where, "it ends in the middle of a member", _COPY_AGAIN))
+            raise ContainerUnreadable(Fault(self._where, "the archive ends in the middle of a member", _COPY_AGAIN))
         return data
 
     def _pass(self, length: int) -> None:
@@ -96,7 +96,7 @@ class TarStream:
             if not block[0] and block == _END:
                 return None
             if not _sums_up(block):
-                reason = "a header is damaged, or this is no .tar archive"
+                reason = "a header is damaged, or this is not a .tar archive"
                 raise ContainerUnreadable(Fault(self._where, reason, _COPY_AGAIN))
             kind, size = block[156:157], self._number(block[124:136])
             if kind == _LONG_NAME:
@@ -116,7 +116,7 @@ class TarStream:
 
     def _extra(self, size: int) -> bytes:
         if size > _LONGEST_NAME_BYTES:
-            raise ContainerUnreadable(Fault(self._where, f"a header of {size} bytes is no header", _COPY_AGAIN))
+            raise ContainerUnreadable(Fault(self._where, f"a name or pax header has {size} bytes", _COPY_AGAIN))
         data = self._read(size + -size % _BLOCK)
         return data[:size]
 
@@ -127,7 +127,9 @@ class TarStream:
         try:
             return int(field.strip(b" \0") or b"0", 8)
         except ValueError as error:
-            raise ContainerUnreadable(Fault(self._where, "a header holds no size", _COPY_AGAIN)) from error
+            raise ContainerUnreadable(
+                Fault(self._where, "the size in a header is not a number", _COPY_AGAIN)
+            ) from error
 
     def _pax(self, records: bytes) -> dict[str, str]:
         """`length key=value\\n`, one after the other; the length counts itself and the end of the line."""
@@ -143,7 +145,7 @@ class TarStream:
 
     def _pax_size(self, written: str) -> int:
         if not (written.isascii() and written.isdigit()):
-            raise ContainerUnreadable(Fault(self._where, "a pax header holds no size", _COPY_AGAIN))
+            raise ContainerUnreadable(Fault(self._where, "the size in a pax header is not a number", _COPY_AGAIN))
         return int(written)
 
 
@@ -222,8 +224,8 @@ def tar_rows(stream: BinaryIO, cursor: Cursor, selection: Selection, *, undecide
             undecided, whole = False, split not in USUAL_SPLITS
             selection = Selection(None, selection.apart) if whole else selection
         if whole and split == WHOLE:
-            reason = f"its first member is of no split, but {member.name} is of the split `{WHOLE}`"
-            hint = f"Put the members of the split `{WHOLE}` first, or unpack the archive, and give the folder"
+            reason = f"its first member belongs to no split, but {member.name} belongs to the split `{WHOLE}`"
+            hint = f"Put the members of the split `{WHOLE}` first, or unpack the archive and give the folder"
             raise ContainerUnreadable(Fault(where, reason, hint))
         if selection.wants(member.name):
             read = True

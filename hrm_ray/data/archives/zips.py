@@ -65,7 +65,7 @@ def zip_directory(address: str, archive_bytes: int, stamp: str) -> ZipDirectory:
             if len(infos) != count:
                 raise zipfile.BadZipFile(f"it names {len(infos)} members instead of {count}")
         except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
-            hint = "It may be cut short, or no .zip archive: copy it again"
+            hint = "It may be cut short, or not a .zip archive: copy it again"
             raise ContainerUnreadable(Fault(address, f"its directory cannot be read: {error}", hint)) from error
         except OSError as error:
             raise ContainerUnreadable(damage(error, address).fault) from error

@@ -61,9 +61,9 @@ def build_arc(tasks: Path, out: Path, *, augment: int = 0, seed: int = 0, overwr
     that is no task.
     """
     if augment < 0:
-        raise SettingsError(Fault(f"augment {augment}", "it is at least 0", "Give --augment 0 or more"))
+        raise SettingsError(Fault(f"augment {augment}", "must be at least 0", "Give --augment 0 or more"))
     if out.resolve().is_relative_to(tasks.resolve()):
-        reason = f"it lies in the folder of the tasks, {tasks}, and would be read as one of them"
+        reason = f"it is inside the folder of tasks, {tasks}, and would be read as a task"
         raise SettingsError(Fault(str(out), reason, "Give --out another folder"))
     check_vacant(out, overwrite=overwrite, owned=_OWNED, option="--out")
     read = arc.read_tasks(tasks)
@@ -72,12 +72,14 @@ def build_arc(tasks: Path, out: Path, *, augment: int = 0, seed: int = 0, overwr
     test = _samples([(task.test if change is None else (), None) for task, change in changes], frozenset())
     if not len(test.inputs):
         hint = "Give tasks whose test pairs have an output"
-        raise SettingsError(Fault(str(tasks), "the output of every test pair is kept back: none can be held out", hint))
+        raise SettingsError(Fault(str(tasks), "no test pair has an output, so none can be held out", hint))
     held_out = {_key(shown, wanted) for shown, wanted in zip(test.inputs, test.labels, strict=True)}
     train = _samples([(task.train, change) for task, change in changes], held_out)
     if not len(train.inputs):
         hint = "Give tasks whose train pairs are not their test pairs"
-        raise SettingsError(Fault(str(tasks), "every training pair is also held out: none is left", hint))
+        raise SettingsError(
+            Fault(str(tasks), "every training pair is also a test pair, so none is left to train on", hint)
+        )
     built = {"augment": augment, "seed": seed, "tasks": len(read), "copies": len(changes) - len(read)}
     with atomic_directory(out, overwrite=overwrite, owned=_OWNED) as building:
         splits: dict[str, SplitEntry] = {

@@ -100,13 +100,13 @@ def _check_maze(size: int, train: int, test: int, min_path: int, openings: float
     faults = []
     if size not in SIZES:
         sizes = f"{SIZES[0]} to {SIZES[-1]}"
-        faults.append(Fault(f"size {size}", f"mazes have {sizes} cells to a side", f"Give --size {sizes}"))
+        faults.append(Fault(f"size {size}", f"a maze has {sizes} cells to a side", f"Give --size {sizes}"))
     for name, value, least, most in (("train", train, 1, None), ("test", test, 1, None), ("augment", augment, 0, 7)):
         if value < least or (most is not None and value > most):
             bounds = f"at least {least}" if most is None else f"{least} to {most}"
-            faults.append(Fault(f"{name} {value}", f"it is {bounds}", f"Give --{name} {bounds}"))
+            faults.append(Fault(f"{name} {value}", f"must be {bounds}", f"Give --{name} {bounds}"))
     if not 0 <= openings <= 1:
-        faults.append(Fault(f"openings {openings}", "it is a share of the walls", "Give --openings 0 to 1"))
+        faults.append(Fault(f"openings {openings}", "must be a share of the walls", "Give --openings 0 to 1"))
     if size in SIZES and not 1 <= min_path <= mazes.most_moves(size):
         most_moves = mazes.most_moves(size)
         reason = f"a path through {size}x{size} cells has 1 to {most_moves} moves"

@@ -45,7 +45,7 @@ def build_text(out: Path, *, max_bytes: int | None = None, seed: int = 0, overwr
         raise UnavailableError(
             Fault(
                 f"Python {platform.python_version()}",
-                "it comes without its library's sources",
+                "the sources of its standard library are missing",
                 "Use a complete installation of Python",
             )
         )
@@ -63,7 +63,7 @@ def build_text(out: Path, *, max_bytes: int | None = None, seed: int = 0, overwr
         raise SettingsError(
             Fault(
                 f"max_bytes {max_bytes}",
-                "so little text leaves nothing to train on or to hold out",
+                "too little text for a training and a test split",
                 "Give --max-bytes 1000000 or more",
             )
         )

@@ -83,11 +83,11 @@ def read_tasks(folder: Path) -> list[Task]:
     Raises SettingsError for a path without such files, DataError for a file that is no task.
     """
     if not folder.is_dir():
-        reason = "there is a file of this name, not a folder" if folder.exists() else "nothing is at this path"
+        reason = "is a file, not a folder" if folder.exists() else "no such folder"
         raise SettingsError(Fault(str(folder), reason, "Give a folder of ARC tasks, one .json file each"))
     files = sorted(file for file in folder.rglob("*.json") if file.is_file())
     if not files:
-        raise SettingsError(Fault(str(folder), "there is no .json file in it", "Give a folder of ARC tasks"))
+        raise SettingsError(Fault(str(folder), "contains no .json file", "Give a folder of ARC tasks"))
     return [_read_task(file, file.relative_to(folder).with_suffix("").as_posix()) for file in files]
 
 
@@ -101,7 +101,7 @@ def _read_task(file: Path, name: str) -> Task:
     for part in ("train", "test"):
         pairs = raw.get(part) if isinstance(raw, dict) else None
         if not isinstance(pairs, list) or not pairs or not all(isinstance(pair, dict) for pair in pairs):
-            raise DataError(Fault(str(file), f"it is no ARC task: there is no list `{part}` of pairs in it", hint))
+            raise DataError(Fault(str(file), f"is not an ARC task: it has no list of pairs `{part}`", hint))
         where = (f"{file}, {part} pair {number}" for number in range(len(pairs)))
         parts[part] = tuple(_pair(pair, at, part == "test") for pair, at in zip(pairs, where, strict=True))
     return Task(name, parts["train"], parts["test"])
@@ -109,7 +109,7 @@ def _read_task(file: Path, name: str) -> Task:
 
 def _pair(raw: dict[str, Any], where: str, may_lack: bool) -> Pair:
     if "input" not in raw:
-        raise DataError(Fault(where, "it has no `input`", "Give each pair an input and an output"))
+        raise DataError(Fault(where, "the pair has no `input`", "Give each pair an input and an output"))
     shown = _grid(raw["input"], f"{where}, input")
     if "output" not in raw and may_lack:
         return Pair(shown, None)
@@ -120,14 +120,16 @@ def _grid(raw: Any, where: str) -> Grid:
     """A grid out of JSON. Raises DataError for what is none, ragged, too large, or holds other than colours."""
     hint = f"A grid is 1 to {MOST_SIDE} rows of 1 to {MOST_SIDE} colours each, 0 to {COLOURS - 1}"
     if not isinstance(raw, list) or not raw or not all(isinstance(row, list) and row for row in raw):
-        raise DataError(Fault(where, "it is not a list of rows", hint))
+        raise DataError(Fault(where, "is not a list of rows", hint))
     for number, row in enumerate(raw):
         if len(row) != len(raw[0]):
-            reason = f"row {number} has {len(row)} cells, the first one {len(raw[0])}"
+            reason = f"row {number} has {len(row)} cells, the first row {len(raw[0])}"
             raise DataError(Fault(where, reason, hint))
         for colour in row:
             if type(colour) is not int or not 0 <= colour < COLOURS:
-                raise DataError(Fault(where, f"row {number} holds {json.dumps(colour)}, which is no colour", hint))
+                raise DataError(
+                    Fault(where, f"row {number} contains {json.dumps(colour)}, which is not a colour", hint)
+                )
     if len(raw) > MOST_SIDE or len(raw[0]) > MOST_SIDE:
-        raise DataError(Fault(where, f"it has {len(raw)} rows of {len(raw[0])} cells", hint))
+        raise DataError(Fault(where, f"the grid has {len(raw)} rows of {len(raw[0])} cells", hint))
     return np.array(raw, dtype=np.uint8)

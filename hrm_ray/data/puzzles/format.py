@@ -91,13 +91,13 @@ class PuzzleFacts:
         tokens = {symbol: token for token, symbol in enumerate(self.symbols)}
         if not tokens or max(map(len, tokens)) != 1:
             raise SettingsError(
-                Fault(self.name, "its tokens have no symbols to write a puzzle with", "Give a data file")
+                Fault(self.name, "its tokens have no symbols, so puzzles cannot be typed", "Give --file")
             )
         written = [sign for sign in text if not sign.isspace() or sign in tokens]
         known = " ".join("(space)" if symbol == " " else symbol for symbol in self.symbols)
         for symbol in written:
             if symbol not in tokens:
-                raise SettingsError(Fault(f"symbol {symbol!r}", f"{self.name} has none such", f"Use {known}"))
+                raise SettingsError(Fault(f"symbol {symbol!r}", f"{self.name} has no such symbol", f"Use {known}"))
         if len(written) != self.seq_len:
             reason = f"{self.name} has {self.seq_len} cells"
             raise SettingsError(Fault(f"{len(written)} symbols", reason, f"Write all cells, with {known}"))

@@ -56,7 +56,7 @@ class PuzzleSamples:
         unlabelled = np.flatnonzero(~counted.any(axis=1))
         if unlabelled.size:
             raise DataError(
-                Fault(f"{source}, sample {unlabelled[0]}", "it has no label at all", "Give it labels or leave it out")
+                Fault(f"{source}, sample {unlabelled[0]}", "has no labels", "Give it labels or leave it out")
             )
 
     def __len__(self) -> int:
@@ -113,7 +113,7 @@ class PuzzleSamples:
             ),
         ):
             if not fits:
-                reason = f"it has {there} {what}, the training data {known}"
+                reason = f"has {there} {what}, the training data has {known}"
                 raise DataError(Fault(own.name, reason, "Evaluate on data of the same kind as the training data"))
         self.facts = replace(facts, count=own.count)
 
@@ -171,7 +171,7 @@ def _open_safetensors(path: Path, split: str, first: int | None) -> PuzzleSample
         raise DataError(
             Fault(
                 str(path),
-                f"it has no puzzles but {held}",
+                f"contains no puzzles, but {held}",
                 "Puzzles are tensors <split>.inputs and <split>.labels [N, S]",
             )
         )
@@ -214,7 +214,7 @@ def open_puzzle_rows(paths: Sequence[Path], first: int | None = None) -> PuzzleS
         raise DataError(
             Fault(
                 ", ".join(map(str, paths[:1])) or "no .jsonl file",
-                "there is no row in it",
+                "contains no rows",
                 'Give rows like {"inputs": [...], "labels": [...]}',
             )
         )
@@ -249,7 +249,7 @@ def _parse_row(line: bytes, where: str, seq_len: int | None) -> tuple[list[int],
         wrong = [value for value in values if not (0 <= value < 2**31 or value == least)]
         if wrong:
             raise DataError(
-                Fault(where, f"`{name}` holds {wrong[0]}", f"Ids are 0 or more (labels: or {IGNORE_LABEL} for none)")
+                Fault(where, f"`{name}` contains {wrong[0]}", f"Ids are 0 or more (labels: or {IGNORE_LABEL} for none)")
             )
     if "puzzle_identifiers" in row:
         raise DataError(Fault(where, "a row has one puzzle, not `puzzle_identifiers`", "Name it `puzzle_identifier`"))
@@ -258,10 +258,10 @@ def _parse_row(line: bytes, where: str, seq_len: int | None) -> tuple[list[int],
         raise DataError(Fault(where, f"{len(inputs)} inputs but {len(labels)} labels", hint))
     if seq_len is not None and len(inputs) != seq_len:
         raise DataError(
-            Fault(where, f"this row is {len(inputs)} long, the first one {seq_len}", "Pad all rows to one length")
+            Fault(where, f"this row has {len(inputs)} inputs, the first row {seq_len}", "Pad all rows to one length")
         )
     if type(identifier) is not int or not 0 <= identifier < 2**31:
-        raise DataError(Fault(where, f"`puzzle_identifier` is {identifier!r}", "It is a whole number, 0 or more"))
+        raise DataError(Fault(where, f"`puzzle_identifier` is {identifier!r}", "Give a whole number, 0 or more"))
     return inputs, labels, identifier
 
 
@@ -294,7 +294,7 @@ def _read_tensors(path: Path, first: int | None = None) -> Tensors:
         raise DataError(
             Fault(
                 str(path),
-                f"these {size} bytes are not a whole safetensors file ({error})",
+                f"its {size} bytes are not a complete safetensors file ({error})",
                 "It may be cut short: copy it again",
             )
         ) from error
@@ -307,7 +307,7 @@ def _check_shapes(tensors: Tensors, path: Path, prefix: str) -> None:
     for name in ("inputs", "labels"):
         if prefix + name not in tensors:
             held = ", ".join(sorted(tensors)) or "nothing"
-            raise DataError(Fault(str(path), f"there is no tensor `{prefix}{name}`; it holds {held}", hint))
+            raise DataError(Fault(str(path), f"has no tensor `{prefix}{name}`; its tensors are: {held}", hint))
     inputs = tensors[f"{prefix}inputs"]
     if inputs.ndim != 2 or inputs.size == 0:
         raise DataError(Fault(str(path), f"`{prefix}inputs` has the shape {list(inputs.shape)}", hint))
@@ -324,4 +324,4 @@ def _check_shapes(tensors: Tensors, path: Path, prefix: str) -> None:
 def _check_ids(ids: npt.NDArray[Any], least: int, bound: int, source: Path, name: str, what: str) -> None:
     if ids.size and (int(ids.min()) < least or int(ids.max()) >= bound):
         wrong = int(ids.min()) if int(ids.min()) < least else int(ids.max())
-        raise DataError(Fault(f"{source}, `{name}`", f"it holds {wrong}, {what} is 0..{bound - 1}", REBUILD))
+        raise DataError(Fault(f"{source}, `{name}`", f"contains {wrong}; {what} is 0..{bound - 1}", REBUILD))
