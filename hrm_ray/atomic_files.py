@@ -1,4 +1,4 @@
-"""Atomic writing: a file or folder is written under a temporary name beside its path, synced, and renamed."""
+"""Atomic writes: a file or folder is written under a temporary name beside its path, synced, and renamed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """As `atomic_write`, for libraries that write a file by its name: write the path that this gives."""
+    """Like `atomic_write`, for libraries that take a path: write to the path that this yields."""
     # In the same folder, because a rename is atomic only within one file system. A random name, because a process
     # number is unique on one machine only and the folder may be shared by several.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -112,7 +112,7 @@ def check_vacant(out: Path, *, overwrite: bool, owned: frozenset[str], option: s
 
 
 def _put_in_place(building: Path, out: Path) -> None:
-    """Renames `building` to `out`. An older folder steps aside first and comes back if the rename fails."""
+    """Renames `building` to `out`. An older folder is renamed first and restored if the rename fails."""
     if not out.exists():
         os.rename(building, out)
         return

@@ -1,8 +1,8 @@
-"""How long OpenMP's threads spin while they wait for work; set before torch is loaded, here and in Ray workers.
+"""Limits how long OpenMP threads spin while they wait for work; set before torch is loaded, here and in Ray workers.
 
 GNU OpenMP's default is to spin for milliseconds: the threads of the forward pass do so while those of the backward pass
 work. With one busy neighbour on two cores a step of a small model took seventeen times as long (4.6 s against 0.27 s).
-A thousand turns cost nothing on a quiet machine.
+A thousand spins cost nothing on an idle machine.
 """
 
 from __future__ import annotations

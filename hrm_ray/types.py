@@ -1,4 +1,4 @@
-"""Values that are passed between layers and processes: metric records, results of runs, columns of samples."""
+"""Values passed between layers and processes: metric records, results of runs, columns of samples."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class StopRequested(Exception):
 
 
 class DriverLink(Protocol):
-    """What a training worker knows of the driver, whatever launcher started it."""
+    """A worker's view of the driver, for any launcher."""
 
     def sink(self) -> MetricSink:
         """Where the leading rank's records go, besides its files (the driver's display)."""
@@ -96,7 +96,7 @@ class DriverLink(Protocol):
 
 
 class SampleSet(Protocol):
-    """A finite set of samples with random access; what both the text and the puzzle side offer the loop."""
+    """A finite set of samples with random access, for text and puzzles."""
 
     def __len__(self) -> int:
         """Number of samples (packed sequences or puzzles)."""

@@ -84,7 +84,7 @@ def read_registry(folder: Path) -> dict[str, StoredExpert]:
 
 
 def check_place(folder: Path, identifier: str, bundle: Path) -> None:
-    """Raises SettingsError where no expert of this name can be stored, or another run than that of `bundle` has."""
+    """Raises SettingsError if no expert of this name can be stored, or another run than `bundle` has stored one."""
     entry = read_registry(folder).get(identifier)
     # Some file systems ignore case.
     if identifier.lower() in (REGISTRY_FILE, _LOCK_FILE):
@@ -135,7 +135,7 @@ def read_expert(folder: Path, identifier: str) -> tuple[StoredExpert, dict[str, 
 
 
 def put_expert(folder: Path, identifier: str, into: Path, out: Path) -> StoredExpert:
-    """Make the bundle `out`: `into` with the stored expert in its place.
+    """Write the bundle `out`: a copy of `into` with the stored expert in it.
 
     Raises SettingsError for an unknown id or an existing folder, DataError for damaged files and other architectures.
     """
@@ -153,7 +153,7 @@ def put_expert(folder: Path, identifier: str, into: Path, out: Path) -> StoredEx
 
 
 def differences(one: ModelConfig, other: ModelConfig) -> str:
-    """The differences of two architectures that matter to an expert, as text; empty without any."""
+    """The differences of two architectures that matter to an expert, as text; empty if there are none."""
     first, second = asdict(one), asdict(other)
     return ", ".join(
         f"{name} {first[name]}, not {second[name]}"

@@ -1,4 +1,4 @@
-"""How far a run has come, as checkpoints and bundles store it."""
+"""The progress of a run, as checkpoints and bundles store it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STATE = "state.json"
 
 @dataclass
 class Progress:
-    """Weight updates (`step`), batches taken (`batch_idx`), skipped updates in a row (`bad_steps`) and in all.
+    """Weight updates (`step`), batches taken (`batch_idx`), skipped updates in a row (`bad_steps`) and in total.
 
     A skipped update had non-finite gradients: its samples were read and not learned. The two counts of samples are None
     in a run that began before checkpoints had them.

@@ -1,6 +1,6 @@
 """Bundles: a trained model's folder with config.json, weights, tokenizer or puzzle description, and metadata.
 
-Reading and writing everything in it but checkpoints (train/checkpoint.py).
+Reads and writes everything in the folder except checkpoints (see train/checkpoint.py).
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def save_best(run_dir: RunDir, weights: BundleWeights, best: Mapping[str, Any]) 
 
 
 def save_copy(source: RunDir, out: Path, tensors: Mapping[str, Tensor], **about: Any) -> None:
-    """Make the bundle `out` with the description of `source` and other weights; `about` goes into its metadata.
+    """Write the bundle `out`: the description of `source` with other weights; `about` goes into its metadata.
 
     Raises SettingsError where `out` exists.
     """

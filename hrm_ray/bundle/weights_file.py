@@ -45,7 +45,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def fill_module(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Load `tensors` into `module`; every name and shape must agree. Raises DataError that lists what does not."""
+    """Load `tensors` into `module`; every name and shape must agree. Raises DataError that lists the differences."""
     check_fit(module, tensors, source)
     module.load_state_dict(dict(tensors))
 

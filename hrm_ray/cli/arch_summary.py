@@ -29,7 +29,7 @@ DEFAULT_SEQ_LEN = 128
 
 
 def arch_summary_command(argv: Sequence[str]) -> int:
-    """Run the command on the words after its name; gives the exit code."""
+    """Run the command on its arguments; returns the exit code."""
     arguments = COMMAND.parse(argv)
     # Not the setting of that name, which starts at 300: puzzles have fewer.
     vocab_size = arguments.number("--vocab-size", whole=True, above=0)

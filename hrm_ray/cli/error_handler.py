@@ -1,4 +1,4 @@
-"""The one place where an exception becomes a message and an exit code, as the README's table says."""
+"""Turns exceptions into messages and exit codes (the table in the README)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _USAGE_ERRORS: type[Any] = next(kind for kind in BadParameter.__mro__ if kind.__
 
 
 class Aborted(Exception):
-    """Carries an exception of a command past Typer, which would end quietly on a broken pipe of any socket."""
+    """Carries an exception past Typer, which would exit silently on any broken pipe, also of a socket."""
 
 
 def command(body: Callable[..., int]) -> Callable[..., int]:
@@ -39,7 +39,7 @@ def command(body: Callable[..., int]) -> Callable[..., int]:
 
 
 def exit_code_of(command: Callable[[], object]) -> int:
-    """Run `command`, print its errors on stderr, and give the exit code: the one it returns, or 0."""
+    """Run `command`, print its errors on stderr, and return the exit code: the one that `command` returns, or 0."""
     try:
         result = command()
         sys.stdout.flush()

@@ -17,7 +17,7 @@ _FIGURES = ("exact_accuracy", "loss")
 
 
 def run_list(experts_dir: Path | None, *, as_json: bool) -> int:
-    """Print the experts of a folder; gives the exit code."""
+    """Print the experts of a folder; returns the exit code."""
     folder = experts_dir if experts_dir is not None else DEFAULT_EXPERTS_DIR
     registry = read_registry(folder)
     if as_json:
@@ -35,7 +35,7 @@ def run_list(experts_dir: Path | None, *, as_json: bool) -> int:
 
 
 def run_put(identifier: str, into: Path, out: Path, experts_dir: Path | None) -> int:
-    """Put a stored expert into a copy of a bundle; gives the exit code."""
+    """Put a stored expert into a copy of a bundle; returns the exit code."""
     folder = experts_dir if experts_dir is not None else DEFAULT_EXPERTS_DIR
     entry = put_expert(folder, identifier, into.absolute(), out)
     if entry.base != str(into.absolute()):
@@ -51,7 +51,7 @@ def _row(identifier: str, entry: StoredExpert) -> tuple[str, ...]:
 
 
 def _change(before: Mapping[str, float] | None, after: Mapping[str, float] | None) -> str:
-    """A figure that both evaluations have."""
+    """The first metric that both evaluations have, as "name before -> after"."""
     for name in _FIGURES:
         if before is not None and after is not None and name in before and name in after:
             return f"{name} {before[name]:.4g} -> {after[name]:.4g}"

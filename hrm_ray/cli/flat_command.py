@@ -34,7 +34,7 @@ class Arguments:
         return Path(str(self.own["--config"])) if "--config" in self.own else None
 
     def number(self, name: str, *, whole: bool, above: float) -> float | None:
-        """One of the command's own options as a number above a bound; a fault is added where it is none."""
+        """One of the command's own options as a number above a bound; adds a fault if it is not one."""
         text = self.own.get(name)
         if not isinstance(text, str):
             return None
@@ -51,8 +51,8 @@ class Arguments:
 
 @dataclass(frozen=True)
 class FlatCommand:
-    """What such a command takes. `own` are options (or, for the help page, arguments) that no setting is, as
-    "--config FILE" with its help; `takes` says which options of the settings it uses, others are refused as `unused`.
+    """A command with flat options. `own` are its other options (and, for the help page, arguments), such as "--config
+    FILE", with their help; `takes` says which options of the settings it uses, others are refused as `unused`.
     """
 
     usage: str
@@ -64,7 +64,7 @@ class FlatCommand:
 
     @property
     def own_names(self) -> dict[str, bool]:
-        """The command's own options, each with whether it takes a value."""
+        """The command's own options, and whether each takes a value."""
         names = (spelling.partition(" ") for spelling in self.own)
         return {name: bool(value) for name, _, value in names if name.startswith("--")}
 

@@ -22,7 +22,7 @@ from hrm_ray.launch.devices import choose_device
 def run_generate(
     bundle: Path, *, prompt: str, sampling: Sampling, max_new_tokens: int, seed: int, adaptive: bool, device: str
 ) -> int:
-    """Print the prompt and its continuation, as it is generated; gives the exit code."""
+    """Print the prompt and its continuation, as it is generated; returns the exit code."""
     model = TextModel.open(bundle, _device(device))
     completion = model.complete(prompt, sampling=sampling, max_new_tokens=max_new_tokens, seed=seed, adaptive=adaptive)
     for note in completion.notes:
@@ -49,7 +49,7 @@ def run_solve(
     device: str,
     as_json: bool,
 ) -> int:
-    """Solve puzzles and print them with their answers; gives the exit code."""
+    """Solve puzzles and print them with their answers; returns the exit code."""
     if bool(puzzles) == (file is not None):
         raise SettingsError(Fault("PUZZLE or --file", "exactly one of them is needed", "Give puzzles, or --file PATH"))
     model = PuzzleModel.open(bundle, _device(device))

@@ -39,7 +39,7 @@ COMMAND = FlatCommand(
 
 
 def inspect_command(argv: Sequence[str]) -> int:
-    """Run the command on the words after its name; gives the exit code."""
+    """Run the command on its arguments; returns the exit code."""
     arguments = COMMAND.parse(argv)
     timeout_s = arguments.number("--timeout-s", whole=False, above=0)
     samples = arguments.number("--samples", whole=True, above=-1)

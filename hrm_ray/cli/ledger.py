@@ -1,4 +1,4 @@
-"""`hrm-ray ledger`: prints a run's ledger and checks it. It only reads, so the run may go on meanwhile."""
+"""`hrm-ray ledger`: prints a run's ledger and checks it. It only reads, so the run may be training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _VIOLATIONS = 50
 
 
 def run_show(run: Path, json_file: Path | None) -> int:
-    """Print a run's ledger, or write it as JSON; gives the exit code."""
+    """Print a run's ledger, or write it as JSON; returns the exit code."""
     with _opened(run) as ledger:
         if json_file is not None:
             if not json_file.absolute().parent.is_dir():
@@ -32,7 +32,7 @@ def run_show(run: Path, json_file: Path | None) -> int:
 
 
 def run_verify(run: Path) -> int:
-    """Print the violations of a run's ledger; gives the exit code, 1 if there are any."""
+    """Print the violations of a run's ledger; returns the exit code, 1 if there are any."""
     with _opened(run) as ledger:
         found = violations(ledger, stored_counts(RunDir(run)))
         first = list(islice(found, _VIOLATIONS))

@@ -1,4 +1,4 @@
-"""The body of `hrm-ray train`: it starts the run and prints what is about to be trained and how it ended."""
+"""The body of `hrm-ray train`: starts the run, and prints what will be trained and how the run ended."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hrm_ray.types import RunResult, StopReason, StopRequested
 
 
 def run_train(settings: RunSettings, dry_run: bool) -> int:
-    """Train, or with `dry_run` only print what would be done; gives the exit code."""
+    """Train, or with `dry_run` only print what would be done; returns the exit code."""
     with StopWatch(settings.run.stop_file) as watch:
         resolved = resolve(settings)
         _print(describe(resolved))
@@ -43,7 +43,7 @@ def run_train(settings: RunSettings, dry_run: bool) -> int:
 
 
 def _print(text: str) -> None:
-    """Print it, if somebody still reads it; a run does not end because nobody does."""
+    """Print, ignoring a closed pipe: a run does not end because its output is no longer read."""
     try:
         print(text, flush=True)
     except OSError:
@@ -52,7 +52,7 @@ def _print(text: str) -> None:
 
 
 def describe(resolved: ResolvedRun) -> str:
-    """What is about to be trained, on what, where."""
+    """The model, data, batch, device and bundle of a run, as text."""
     settings, facts, devices = resolved.settings, resolved.facts, resolved.devices
     parameters = count_parameters(resolved.config)
     active = f" ({parameters.active:,} active per token)" if parameters.idle else ""
@@ -86,7 +86,7 @@ def describe(resolved: ResolvedRun) -> str:
 
 
 def describe_memory(resolved: ResolvedRun) -> str:
-    """What each worker will take of memory, from a traced update (some seconds)."""
+    """The memory that each worker will need, from a traced update (takes some seconds)."""
     account = needed_memory(resolved.settings, resolved.config, resolved.devices.device)
     process = gigabytes(WORKER_MEMORY_BYTES)
     lines = [f"memory  of each worker {account.as_text()}, and about {process} for Python and PyTorch"]

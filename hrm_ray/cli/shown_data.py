@@ -1,6 +1,6 @@
 """The facts of a data set as lines of text.
 
-Estimates are marked "about"; control characters are escaped, so that no row can change the terminal.
+Estimates are marked "about"; control characters are escaped, so that data cannot send commands to the terminal.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def _skipped(count: int) -> str:
 
 
 def _root(corpus: Corpus) -> str:
-    """The beginning of all row positions, which is left out of them."""
+    """The common prefix of all row positions, which is not printed."""
     if not is_local(corpus.source.path) or not corpus.parts:
         return ""
     path = absolute(corpus.source.path)

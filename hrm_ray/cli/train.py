@@ -1,4 +1,4 @@
-"""`hrm-ray train`: options, settings file and a resumed run's settings become one tree, which is run."""
+"""`hrm-ray train`: merges options, settings file and a resumed run's settings, and starts the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OWN = {
 
 
 def train_command(argv: Sequence[str], name: str) -> int:
-    """Run the command on the words after its name; gives the exit code."""
+    """Run the command on its arguments; returns the exit code."""
     command = FlatCommand(f"{name} [OPTIONS]", "Trains a model on text or puzzles, in this process or on Ray.", OWN)
     arguments = command.parse(argv)
     # Only now: a help page needs none of it.

@@ -1,4 +1,4 @@
-"""Training a byte-level BPE on a sample of the documents, of a given size or of one chosen from the data."""
+"""Trains a byte-level BPE on a sample of the documents, with a given vocabulary size or one chosen from the data."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ LEAST_SAMPLE_COUNTS = 5
 
 @dataclass(frozen=True)
 class SizeBounds:
-    """The bounds of a vocabulary's size, and how much text there is to train on: bytes as stored (0 if unknown), and at
-    most so many documents."""
+    """The bounds of the vocabulary size, and how much text there is to train on: stored bytes (0 if unknown), and the
+    maximum number of documents."""
 
     least: int
     most: int

@@ -1,7 +1,7 @@
 """The catalog of a corpus: which rows make up each chunk of each block, and a fingerprint of their text.
 
-Entries are facts about the corpus, not about a run: they are found once, as the corpus is read, and hold for every
-epoch. They also show whether a corpus is still the one that a run was trained on.
+Entries are facts about the corpus, not about a run: they are recorded once, as the corpus is read, and are valid for
+every epoch. They also show whether a corpus is still the one that a run was trained on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _END = "end"
 
 @dataclass(frozen=True)
 class RowPosition:
-    """Where a row stands: number of its part, of the row in the part, and the mark that reading can begin at."""
+    """The position of a row: number of its part, number of the row in the part, and the mark at which reading can
+    start."""
 
     part: int
     row: int
@@ -32,8 +33,8 @@ class RowPosition:
 
 @dataclass(frozen=True)
 class ChunkStart:
-    """Where a chunk begins, and its numbers: in the corpus, of its block, in its block; `block_rows` of its block lie
-    before it, `first_row` rows of the corpus."""
+    """Where a chunk begins; its number in the corpus, its block, and its number in the block; `block_rows` and
+    `first_row` count the rows before it in the block and in the corpus."""
 
     number: int
     block: int
@@ -64,7 +65,7 @@ class ChunkEntry:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The chunk's name in messages."""
         return f"block {self.start.block}, chunk {self.start.chunk}"
 
     @property
@@ -124,7 +125,7 @@ class Catalog:
         self._write(json.dumps(astuple(entry), separators=(",", ":")))
 
     def end(self) -> None:
-        """There is no chunk after those that are known."""
+        """Record that there are no more chunks."""
         if not self.ended:
             self.ended = True
             self._write(json.dumps(_END))
@@ -213,7 +214,7 @@ def check_parts(stored: Sequence[Part], now: Sequence[Part]) -> list[int]:
 
 
 def touching(entries: Sequence[ChunkEntry], parts: Iterable[int], count: int) -> list[ChunkEntry]:
-    """The entries that have rows of any of `parts`; the corpus has `count` parts."""
+    """The entries with rows from any of `parts`; the corpus has `count` parts."""
     wanted = set(parts)
     found = []
     for entry, follower in zip(entries, [*entries[1:], None], strict=True):
@@ -224,5 +225,5 @@ def touching(entries: Sequence[ChunkEntry], parts: Iterable[int], count: int) ->
 
 
 def changed(what: str, how: str) -> DataError:
-    """The refusal of a corpus that is not the one of the catalog."""
+    """The error for a corpus that is not the one of the catalog."""
     return DataError(Fault(what, f"the corpus is not what the run was trained on: {how}", CHANGED))

@@ -1,7 +1,7 @@
-"""Tokenised chunks in the order of an epoch, just in time.
+"""Tokenised chunks in the order of an epoch, made on demand.
 
 A text loader reads from a ChunkSource. LocalChunks reads and tokenises in this process, in a thread that stays a few
-chunks ahead of the training (the tokenizer computes outside Python's lock).
+chunks ahead of training (the tokenizer releases the GIL).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ AHEAD = 2
 
 @dataclass(frozen=True)
 class Chunk:
-    """A tokenised chunk: its catalog entry, its tokens, its position in the epoch's order, whether its block ends with
-    it there, and warnings about its rows."""
+    """A tokenised chunk: its catalog entry, its tokens, its position in the epoch's order, whether it is the last of
+    its block in this order, and warnings about its rows."""
 
     entry: ChunkEntry
     store: TextStore
@@ -44,7 +44,7 @@ class ChunkSource(Protocol):
     shared: bool
 
     def chunks(self, epoch: int, position: int) -> Generator[Chunk, None, None]:
-        """The chunks from `position` on to the epoch's end. Close it when it is not read to its end."""
+        """The chunks from `position` to the end of the epoch. Close the iterator if it is not exhausted."""
 
 
 class ChunkPipeline:
@@ -103,7 +103,8 @@ class ChunkPipeline:
         return self.catalog.ended and all(self.is_cached(number) for number in range(len(self.catalog)))
 
     def scan(self, before: int | None = None) -> None:
-        """Read what the catalog does not know yet, without tokenising: to chunk `before`, or to the corpus' end."""
+        """Read what the catalog does not know yet, without tokenising: up to chunk `before`, or to the end of the
+        corpus."""
         while not self.catalog.ended and (before is None or len(self.catalog) < before):
             self.read(len(self.catalog))
 

@@ -1,4 +1,4 @@
-"""Cuts the rows of a corpus into chunks, from any chunk on, each with its catalog entry.
+"""Cuts the rows of a corpus into chunks, starting at any chunk, each with its catalog entry.
 
 A chunk is at most `chunk_size` rows and about 16 MiB of text, whichever is reached first, and never lies in two blocks;
 a block is `samples_per_block` rows.

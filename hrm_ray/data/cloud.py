@@ -1,10 +1,10 @@
 """Files in the cloud (s3://, gs://, az://), through pyarrow, or through fsspec where pyarrow has no such file system.
 
-A missing file is the data's error; what the network or the account refuses is an UnavailableError and ends the reading,
-since rows must not be lost to it.
+A missing file is an error of the data. Errors of the network or the account raise UnavailableError and end reading, so
+that no rows are lost silently.
 
-Credentials are those of the environment, as each cloud's own tools take them. S3: AWS_ENDPOINT_URL_S3 or
-AWS_ENDPOINT_URL name another server. Google: STORAGE_EMULATOR_HOST does. Azure: AZURE_STORAGE_ACCOUNT_NAME, and
+Credentials come from the environment, as for each cloud's own tools. Another server: AWS_ENDPOINT_URL_S3 or
+AWS_ENDPOINT_URL for S3, STORAGE_EMULATOR_HOST for Google. Azure needs AZURE_STORAGE_ACCOUNT_NAME, and
 AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN."""
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def cloud_of(address: str) -> FileSystem:
 
 
 class _Cloud:
-    """A FileSystem over one of pyarrow, whose paths are addresses without the scheme."""
+    """A FileSystem on top of a pyarrow file system, whose paths are addresses without the scheme."""
 
     def __init__(self, scheme: str, files: Any) -> None:
         self._prefix, self._files = f"{scheme}://", files
@@ -103,7 +103,7 @@ class _Cloud:
 
 
 class _Remote(io.RawIOBase):
-    """A file of a pyarrow file system as Python's own."""
+    """A pyarrow file as a Python raw stream."""
 
     def __init__(self, file: Any, address: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A corpus of text as one sequence of rows, and the share of it that was read."""
+"""A text corpus as one sequence of rows, and how much of it was read."""
 
 from __future__ import annotations
 

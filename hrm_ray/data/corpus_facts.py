@@ -1,5 +1,5 @@
-"""What must be known of a corpus before the first step: that it can be used, its first chunk, how many sequences an
-epoch has, and the held-out documents. Each reads as little as it can."""
+"""What must be known about a corpus before the first step: that it is usable, its first chunk, the number of sequences
+in an epoch, and the held-out documents. Each function reads as little as possible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a path holds, puzzles or text, and how much of it. Text is not read beyond its first document."""
+"""Detects whether a path contains puzzles or text, and how much. Text is read up to its first document only."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from hrm_ray.errors import DataError
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What `detect` found. `bytes` and `files` are those of the split, `skipped_files` lie in the folder (or archive)
-    but are not read; `columns` is False where no part can have any (plain texts); `puzzle` is there where the task is
+    """What `detect` found. `bytes` and `files` are those of the split, `skipped_files` are in the folder (or archive)
+    but not read; `columns` is False if no part can have any (plain text files); `puzzle` is set if the task is
     "puzzle"."""
 
     task: Literal["lm", "puzzle"]

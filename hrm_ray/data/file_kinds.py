@@ -1,4 +1,4 @@
-"""The format and compression of a file, told from its name. A wrong suffix shows only when the file is read."""
+"""The format and compression of a file, from its name. A wrong suffix is noticed only when the file is read."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def file_system_of(address: str) -> FileSystem:
 
 
 def require_path(path: Path) -> None:
-    """Raises SettingsError where nothing is at `path`."""
+    """Raises SettingsError if `path` does not exist."""
     if not os.path.exists(path):
         nearest = next((parent for parent in path.absolute().parents if os.path.exists(parent)), Path(path.anchor))
         reason = f"no such file or folder (the nearest existing folder is {nearest})"

@@ -20,13 +20,13 @@ _GIVE = f"Give a folder with {TOKENIZER_FILE}, or leave it out to train one on t
 
 
 def absolute_name(name: str) -> str:
-    """`name` as it holds from any working folder: absolute where it is a path, and as it is where it is a Hub id."""
+    """`name` independent of the working folder: a path made absolute, a Hub id unchanged."""
     path = Path(name).expanduser()
     return str(path.absolute()) if path.exists() or not _is_hub_id(name) else name
 
 
 def load_named(name: str) -> TextTokenizer:
-    """The tokenizer at the path `name`; where nothing is there, the Hub's of that id.
+    """The tokenizer at the path `name`, or with the Hub id `name` if there is no such path.
 
     Files in the Hub's cache on this machine are used without asking the Hub, so that machines without a network work
     and a run keeps its tokenizer. Raises SettingsError for an unknown name, UnavailableError where the Hub cannot be

@@ -1,6 +1,6 @@
 """The parts of a corpus in reading order: what a path, a pattern, a cloud address or a data set of the Hub consists of.
 
-A part is a file or an archive, one stream of rows. No more is opened than the choice of a split needs."""
+A part is a file or an archive, one stream of rows. Only what the choice of a split needs is opened."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Preparing data once, before workers start: the tokenizer, the first chunk, the held-out documents, and a plan that
-tells workers what to open. Of text only what must be known before the first step is read."""
+"""Prepares the data once, before workers start: the tokenizer, the first chunk, the held-out documents, and a plan that
+says what workers open. Text is read only as far as the first step needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading the rows of a part in a fixed order, with faults that name file and line.
+"""Reads the rows of a part in a fixed order, with faults that name file and line.
 
 A row that cannot be read becomes a BadRow and is never raised: the caller decides whether to fail or to skip it."""
 
@@ -33,11 +33,11 @@ def read_part(
     watch: ReadingWatch | None = None,
     columns: TextColumns | None = None,
 ) -> Iterator[Row]:
-    """The rows of `part` from `start_row` on, empty texts included.
+    """The rows of `part` from `start_row`, empty texts included.
 
-    `mark` is that of the row before `start_row`; without it the rows before are read and skipped. Reading in two goes
-    gives the rows of reading in one, except that `where` counts rows and not lines after a mark. `watch` follows the
-    reading; `columns` stands in for those that `source` names.
+    `mark` is where `start_row` begins, as the row before it said (`Document.mark`); without it the earlier rows are
+    read and skipped. The rows are the same either way, except that after a mark `where` counts rows instead of lines.
+    `watch` is called as bytes are read; `columns` overrides those of `source`.
     """
     columns = columns or TextColumns(source.text_column, source.prompt_column, source.response_column)
     cursor = Cursor(columns, part.address, start_row, mark if part.random_access else None, part.random_access)
@@ -55,8 +55,8 @@ def read_part(
 def read_documents(source: TextSource, on_bad_row: OnBadRow = "fail") -> Iterator[Document]:
     """All documents of `source`, empty texts included.
 
-    Raises what `list_parts` raises, and DataError at the first bad row unless such rows are skipped, or where there is
-    no text in any row.
+    Raises what `list_parts` raises, and DataError at the first bad row unless such rows are skipped, or if no row
+    contains text.
     """
     any_text, bad = False, 0
     for part in list_parts(source).parts:
@@ -77,7 +77,7 @@ def read_documents(source: TextSource, on_bad_row: OnBadRow = "fail") -> Iterato
 
 
 def known_rows(part: Part, source: TextSource) -> int | None:
-    """The number of rows of a part (bad ones included), where metadata have it."""
+    """The number of rows of a part (bad ones included) if metadata say it, else None."""
     kind = part.kind
     if part.address.startswith(HUB) or kind is None or kind.compression is not None:
         return None

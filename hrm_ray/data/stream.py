@@ -1,4 +1,4 @@
-"""An epoch as one stream of packed sequences, in an order that depends on nothing but seed, epoch and settings.
+"""An epoch as one stream of packed sequences, in an order that depends only on seed, epoch and settings.
 
 Chunks come in the epoch's order; as many of one block as hold `shuffle_rows` samples form a window, whose sequences
 are shuffled together (in linear order a window is one chunk, and keeps its order). The state is a window and how many
@@ -22,8 +22,8 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class StreamState:
-    """A position in an epoch: that of a window's first chunk in the epoch's order, how many of its sequences were
-    `taken`, how many of the epoch in all, and rows of earlier windows that were bad or left out."""
+    """A position in an epoch: the position of the window's first chunk in the epoch's order, how many sequences were
+    `taken` of the window and of the epoch, and how many rows of earlier windows were bad or left out."""
 
     position: int = 0
     taken: int = 0

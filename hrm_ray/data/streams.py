@@ -1,6 +1,6 @@
 """Byte streams: decompression with bounds on its output, and copies on disk for formats that need random access.
 
-Whatever goes wrong is one exception, Unreadable."""
+Every failure is raised as Unreadable."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class Bounded(io.RawIOBase):
 
 
 def bomb(where: str, stored_bytes: int, out_bytes: int) -> Unreadable:
-    """The Unreadable for content that grows beyond the bounds."""
+    """The Unreadable for a decompression bomb."""
     if out_bytes > TOTAL_BYTES:
         reason = f"it expands to more than {TOTAL_BYTES >> 40} TiB"
         return Unreadable(Fault(where, reason, "Unpack it and give the folder"))
@@ -192,7 +192,7 @@ def _zstd(stream: BinaryIO, where: str) -> Any:
 
 
 def seekable_copy(stream: BinaryIO, where: str) -> BinaryIO:
-    """A copy of a stream for formats that must jump about (Parquet, Arrow): in memory while it is small, else in a
+    """A copy of a stream for formats that need seeking (Parquet, Arrow): in memory while it is small, else in a
     temporary file that vanishes when it is closed. Raises Unreadable for a longer one than SPOOL_BYTES, ResourceError
     where the disk is full."""
     begin = stream.read(SPOOL_MEMORY_BYTES + 1)

@@ -1,4 +1,5 @@
-"""Tokenised documents: arrays in memory, and one file of them. Each document is its tokens and an end-of-text token."""
+"""Tokenised documents: arrays in memory, and the file that stores them. Each document is its tokens and an end-of-text
+token."""
 
 from __future__ import annotations
 

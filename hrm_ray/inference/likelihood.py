@@ -18,8 +18,8 @@ POSITIONS_AT_ONCE = 2048
 def token_log_probabilities(model: ActV1 | Transformer, tokens: list[int]) -> Tensor:
     """The log-probability (natural, float32 [T - 1]) of each of `tokens` [T] after the first, given those before it.
 
-    ACTv1 runs all its segments. Attention is causal throughout; no part is a prompt that sees itself fully. The model
-    must be in evaluation mode.
+    ACTv1 runs all its segments. Attention is causal throughout; no prompt gets full attention. The model must be in
+    evaluation mode.
     """
     if not 2 <= len(tokens) <= model.config.seq_len + 1:
         raise ValueError(f"{len(tokens)} tokens; the model scores 2 to {model.config.seq_len + 1}")

@@ -1,4 +1,4 @@
-"""Puzzle solving with a trained model: from puzzles in a file or in words to answers."""
+"""Puzzle solving with a trained model: puzzles come from a file or are typed."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ class PuzzleModel:
         return samples.rows(np.arange(count, dtype=np.int64))
 
     def from_words(self, words: list[str]) -> Columns:
-        """Puzzles written with a symbol for each cell. An empty cell may also be written 0 where 0 is no symbol, and .
-        where a space is the empty one."""
+        """Puzzles typed with one symbol per cell. An empty cell may also be written 0 where 0 is no symbol, and . where
+        a space is the empty one."""
         symbols = self.facts.symbols
         empty = "." if "." in symbols else " "
         others = [sign for sign in "0." if sign not in symbols and empty in symbols]

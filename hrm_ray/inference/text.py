@@ -279,8 +279,8 @@ class TextModel:
 
 
 class Completion:
-    """A text that is being generated: iterating gives it piece by piece. `notes` say what of the request is not met;
-    `segments` holds the number of segments behind each token so far."""
+    """A text that is being generated: iterating gives it piece by piece. `notes` say which parts of the request cannot
+    be met; `segments` holds the number of segments behind each token so far."""
 
     def __init__(self, tokenizer: TextTokenizer, tokens: Iterator[SampledToken], notes: list[str]) -> None:
         self.notes = notes

@@ -1,4 +1,4 @@
-"""Checks within seconds, without Ray, that an address can be a Ray cluster: Ray itself would wait for minutes."""
+"""Checks without Ray, within seconds, that an address can be a Ray cluster; Ray itself would wait for minutes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From settings to where the training data and the held-out data are read, and how they are cut. Nothing is opened."""
+"""Turns settings into the sources of training and held-out data, and how they are cut into chunks. Opens nothing."""
 
 from __future__ import annotations
 

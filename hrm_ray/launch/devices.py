@@ -1,4 +1,4 @@
-"""Which device, launcher, workers and threads a run has, by its settings and what this machine has."""
+"""Chooses device, launcher, workers and threads of a run from its settings and this machine."""
 
 from __future__ import annotations
 

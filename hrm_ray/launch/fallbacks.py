@@ -1,4 +1,4 @@
-"""Fallbacks for options about memory and adapters that the machine's libraries or device do not support.
+"""Fallbacks for memory and adapter options that the installed libraries or the device do not support.
 
 Each fallback is a note for the user; under --strict, and where there is no substitute, the run is refused instead.
 """
@@ -88,7 +88,7 @@ def _needed_by_the_checkpoint(option: str, reason: str, library: str) -> Unavail
 
 
 def _random_base(settings: RunSettings, notes: list[str]) -> None:
-    """A note on adapters beside random weights: possible, and hardly what is wanted."""
+    """A note on adapters over random weights: possible, but hardly what is wanted."""
     if settings.model.student_init is not None:
         return
     reason = "without --student-init the weights that it freezes are random, and only heads and adapters learn"

@@ -1,4 +1,4 @@
-"""The folder of a new bundle: filled at once with what was prepared, and emptied again if nothing was trained.
+"""The folder of a new bundle: its prepared content appears at once, and is removed again if nothing was trained.
 
 A file that was in the folder before the run is never removed. The run's lock is held all the while.
 """

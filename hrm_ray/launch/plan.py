@@ -1,4 +1,4 @@
-"""The driver's part of a run before workers start: the bundle and the data are made ready, and the plan is made."""
+"""What the driver does before workers start: it prepares the bundle and the data, and makes the plan."""
 
 from __future__ import annotations
 
@@ -38,12 +38,13 @@ from hrm_ray.train.resume import write_description
 
 
 def make_plan(resolved: ResolvedRun, on_read: Callable[[CorpusReading], None] = lambda _: None) -> RunPlan:
-    """Make the bundle's folder and the data ready, and write the plan down. `on_read` is called while text is read.
+    """Prepare the bundle's folder and the data, and write the plan. `on_read` is called while text is read.
 
-    A new bundle is prepared in a folder of its own and appears as a whole. Raises ResourceError where the disk is full.
+    A new bundle is prepared in a temporary folder and moved into place when complete. Raises ResourceError if the disk
+    is full.
     """
     try:
-        return _made_plan(resolved, on_read)
+        return _prepare(resolved, on_read)
     except OSError as error:
         if error.errno not in DISK_FULL_ERRNOS:
             raise
@@ -52,7 +53,7 @@ def make_plan(resolved: ResolvedRun, on_read: Callable[[CorpusReading], None] = 
         raise ResourceError(Fault(str(root), f"it cannot be written ({error})", hint)) from error
 
 
-def _made_plan(resolved: ResolvedRun, on_read: Callable[[CorpusReading], None]) -> RunPlan:
+def _prepare(resolved: ResolvedRun, on_read: Callable[[CorpusReading], None]) -> RunPlan:
     location = resolved.location
     with nullcontext(location.run_dir) if location.continues else new_bundle(location) as run_dir:
         notes, remarks = list(resolved.notes), list[str]()
@@ -67,13 +68,13 @@ def _made_plan(resolved: ResolvedRun, on_read: Callable[[CorpusReading], None]) 
             check_start_weights(start, config)
         if resolved.facts.task == "lm" and resolved.location.source is None:
             _check_start_tokenizer(resolved.settings, TextTokenizer.load(run_dir.root))
-        plan = _plan(resolved, config, data, notes, tuple(remarks), keep_freed_memory=keep_freed)
+        plan = _run_plan(resolved, config, data, notes, tuple(remarks), keep_freed_memory=keep_freed)
         if not resolved.location.continues:
             write_description(run_dir, plan)
     return plan
 
 
-def _plan(
+def _run_plan(
     resolved: ResolvedRun,
     config: ModelConfig,
     data: TextData | PuzzlePlan,
@@ -175,7 +176,7 @@ def _prepare_text(
 
 
 def _same_evaluation(settings: RunSettings, location: RunLocation, run_dir: RunDir, rows: int) -> bool:
-    """Whether the bundle contains the held-out data of these settings, and as much of it."""
+    """Whether the bundle already contains the held-out data of these settings, in the same amount."""
     stored = _stored_data(location)
     if stored is None or not location.continues or stored["held_out"] != _held_out_name(settings):
         return False
@@ -184,7 +185,8 @@ def _same_evaluation(settings: RunSettings, location: RunLocation, run_dir: RunD
 
 
 def _check_start_tokenizer(settings: RunSettings, tokenizer: TextTokenizer) -> None:
-    """Weights of a bundle mean something only under its own tokenizer. Raises SettingsError."""
+    """Raises SettingsError if --student-init is a bundle with another tokenizer: its embeddings would be
+    meaningless."""
     start = start_tokenizer(settings)
     if start is not None and TextTokenizer.load(start).fingerprint != tokenizer.fingerprint:
         reason = "its weights were trained with its own tokenizer, but another one was chosen"
@@ -192,8 +194,8 @@ def _check_start_tokenizer(settings: RunSettings, tokenizer: TextTokenizer) -> N
 
 
 def _tokenizer_choice(resolved: ResolvedRun) -> TokenizerChoice:
-    """What the settings say; a resumed run or a branch keeps the tokenizer of its checkpoint in any case, and weights
-    of a bundle bring their tokenizer along unless another is asked for."""
+    """The tokenizer of the settings. A resumed run or a branch always keeps the tokenizer of its checkpoint, and
+    --student-init brings the tokenizer of its bundle unless another is chosen."""
     data = resolved.settings.data
     start = start_tokenizer(resolved.settings)
     if resolved.location.source is None and start is not None and not asks_for_tokenizer(resolved.settings):
@@ -242,7 +244,7 @@ def _prepare_puzzles(resolved: ResolvedRun, run_dir: RunDir) -> PuzzlePlan:
 
 
 def _held_out_name(settings: RunSettings) -> str | None:
-    """One word for which held-out data a run evaluates on."""
+    """The held-out data of a run as `path:split`; None without evaluation."""
     if not has_evaluation(settings):
         return None
     source = source_of(settings, evaluation=True)
@@ -256,7 +258,8 @@ def _stored_data(location: RunLocation) -> dict[str, Any] | None:
 
 
 def _check_puzzles_unchanged(location: RunLocation, data: PuzzlePlan) -> None:
-    """A resumed run must see the puzzles that its place in the data was counted in; text has its catalog for that."""
+    """Raises DataError if a resumed run would read other puzzles, since its position in the data would be wrong; for
+    text the catalog checks this."""
     stored = _stored_data(location)
     if stored is not None and stored["fingerprint"] != data.fingerprint:
         reason = "the data is not what the checkpoint was trained on (its fingerprint differs)"

@@ -1,6 +1,6 @@
-"""Checks before a run that CPUs, GPUs, memory and disk suffice, within seconds.
+"""Checks within seconds, before a run, that CPUs, GPUs, memory and disk suffice.
 
-For memory, bounds in closed form decide where they can; between them an update is traced (train/memory_estimate.py).
+Memory is decided by closed-form bounds if possible; between the bounds an update is traced (train/memory_estimate.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run will be: settings resolved against data, devices, folders and resources. Nothing is written."""
+"""Resolves the settings of a run against data, devices, folders and resources. Writes nothing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from hrm_ray.train.expert_run import check_expert_run
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """What is known of a run before anything is written: resolved settings, data, devices, bundle, architecture."""
+    """What is known about a run before anything is written: resolved settings, data, devices, bundle, architecture."""
 
     settings: RunSettings
     facts: DataFacts
@@ -160,7 +160,7 @@ def asks_for_tokenizer(settings: RunSettings) -> bool:
 
 
 def _already_there(settings: RunSettings, location: RunLocation) -> list[str]:
-    """What to say where a resumed run has no step left to take."""
+    """A note if a resumed run has no step left."""
     limit = settings.run.step_limit
     if location.checkpoint is None or limit is None:
         return []
@@ -225,7 +225,7 @@ def _expected_vocabulary(settings: RunSettings, location: RunLocation) -> tuple[
 
 
 def _overlap(settings: RunSettings, facts: DataFacts) -> list[str]:
-    """What to say where a file is trained on and evaluated on. Raises SettingsError under --strict."""
+    """A note if the same file is used for training and evaluation. Raises SettingsError under --strict."""
     train, held_out = source_of(settings, evaluation=False), source_of(settings, evaluation=True)
     both: str | None = None
     if real(train.path) == real(held_out.path) and train.split == held_out.split:

@@ -1,6 +1,6 @@
 """Checks that CPUs, GPUs and memory suffice for the workers, on this machine or a cluster, before any is started.
 
-Ray would wait without end for what is not there. Ray is neither started nor asked here.
+Ray would wait forever for missing resources. This module neither starts nor queries Ray.
 """
 
 from __future__ import annotations

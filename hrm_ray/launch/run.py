@@ -1,4 +1,4 @@
-"""A run as a function: everything from settings to how the run ended.
+"""A run as a function: from settings to its result.
 
 It owns neither the process nor its signals: the caller polls them and says when to stop.
 """

@@ -1,4 +1,4 @@
-"""Reads the data for `--dry-run`, in a bounded time, to find bad rows before anything is started."""
+"""Reads the data for `--dry-run`, in a bounded time, to find bad rows before anything starts."""
 
 from __future__ import annotations
 

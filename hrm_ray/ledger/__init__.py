@@ -1,4 +1,4 @@
-"""The ledger of chunks: who trains what, what was reported, and which rounds count."""
+"""The ledger of chunks: which worker trains which range, what was reported, and which rounds are in the lineage."""
 
 from __future__ import annotations
 

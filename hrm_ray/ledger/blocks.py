@@ -1,4 +1,4 @@
-"""Blocks as they become known, and the next chunk of an epoch that has no row yet."""
+"""Adds blocks as they are found, and gives the next chunk of an epoch its first row."""
 
 from __future__ import annotations
 

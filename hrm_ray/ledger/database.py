@@ -1,8 +1,8 @@
 """The ledger's SQLite file: its tables, its single owner, its readers, and how durable a commit is.
 
 A commit survives the death of the process. Only a `durable` commit waits for the disk and survives power loss too: a
-round (checkpoints and anchors refer to it), a rollback, a worker's generation. A claim or report that power loss takes
-is trained again; the order of commits is kept.
+round (checkpoints and anchors refer to it), a rollback, a worker's generation. A claim or report lost to a power
+failure is trained again; the order of commits is kept.
 
 On a local disk the journal is a write-ahead log (WAL), in which a commit that is not durable waits for nothing. WAL
 needs memory shared by all processes that have the file open, which a network file system cannot give: there the

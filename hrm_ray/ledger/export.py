@@ -1,4 +1,4 @@
-"""The ledger as a document for people, chunk_tracker_state.json. It is never read back."""
+"""The ledger as a human-readable document, chunk_tracker_state.json, which is never read back."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def shown(one: Range) -> str:
 
 def _epoch(ledger: LedgerReader, counts: EpochCounts) -> dict[str, Any]:
     """One epoch: its counts, and the chunks in each state."""
-    lists = _runs(ranges.every(ledger.database, counts.epoch))
+    lists = _ranges_by_state(ranges.of_epoch(ledger.database, counts.epoch))
     return {
         "epoch": counts.epoch,
         "complete": counts.complete,
@@ -83,13 +83,13 @@ def _blocks(blocks: list[LedgerBlock]) -> Iterator[dict[str, Any]]:
         yield {"block": _span(numbers[0], numbers[-1]), "chunks": chunks, "sealed": sealed}
 
 
-def _runs(found: Iterable[Range]) -> dict[State, list[str]]:
-    """The ranges of an epoch by state, neighbouring whole chunks as one entry. `found` comes by chunk and start."""
+def _ranges_by_state(found: Iterable[Range]) -> dict[State, list[str]]:
+    """The ranges of an epoch by state, neighbouring whole chunks as one entry. `found` is sorted by chunk and start."""
     lists: dict[State, list[str]] = {state: [] for state in State}
     first = last = 0
     running: State | None = None
     for chunk, parts in groupby(found, key=lambda one: one.chunk):
-        alike = _same(parts)
+        alike = _join_neighbours(parts)
         if len(alike) == 1 and alike[0].state is running and chunk == last + 1:
             last = chunk
             continue
@@ -105,7 +105,7 @@ def _runs(found: Iterable[Range]) -> dict[State, list[str]]:
     return lists
 
 
-def _same(parts: Iterable[Range]) -> list[Range]:
+def _join_neighbours(parts: Iterable[Range]) -> list[Range]:
     """A chunk's ranges, with neighbours of one state joined."""
     found: list[Range] = []
     for one in parts:

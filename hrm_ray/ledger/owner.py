@@ -1,7 +1,7 @@
-"""The ledger for its single owner: each call is one transaction of transitions in `states`.
+"""The ledger for its single owner: each call applies transitions of `states` in one transaction.
 
-A call that comes late or twice returns `Refused`, because such calls are ordinary. An exception means a bug in the
-calling code (ValueError) or a damaged file (HrmRayError). Times are the caller's; no clock is read here.
+A late or repeated call returns `Refused`, because such calls are normal. An exception means a bug in the calling code
+(ValueError) or a damaged file (HrmRayError). Times are the caller's; no clock is read here.
 """
 
 from __future__ import annotations

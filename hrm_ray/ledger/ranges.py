@@ -1,4 +1,4 @@
-"""The ledger's rows of ranges. Which transition a range makes is decided in `states`."""
+"""Queries and updates of the table `ranges`. The transitions between states are in `states`."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _UNSETTLED = ((State.PENDING, "pending"), (State.LEASED, "leased"), (State.TRAIN
 
 
 def put(database: Database, *changed: Range) -> None:
-    """Write ranges; each replaces the one that begins at the same sequence."""
+    """Insert or replace `changed`; a range replaces the one that begins at the same sequence."""
     put_all(database, changed)
 
 
 def put_all(database: Database, changed: Iterable[Range]) -> None:
-    """Write many ranges; each replaces the one that begins at the same sequence."""
+    """Like `put`, for an iterable."""
     database.write(_PUT, map(_row, changed))
 
 
@@ -60,9 +60,10 @@ def at(database: Database, epoch: int, chunk: int, start: int) -> Range | None:
 
 
 def first_pending(database: Database, epochs: int | None) -> Range | None:
-    """The first PENDING range in order that has a row, of the epochs before `epochs`.
+    """Take the first PENDING range in order that has a row, of the epochs before `epochs`.
 
-    The PENDING ranges that follow it in its chunk are joined to it, so that returned pieces are leased as one again.
+    The PENDING ranges that follow it in its chunk are joined to it, so that returned pieces are leased as one again;
+    their rows are deleted, so the caller must write the result. Call inside a transaction.
     """
     row = database.row(
         f"SELECT {_COLUMNS} FROM ranges INDEXED BY pending WHERE state = 0 AND epoch < ?"
@@ -100,7 +101,7 @@ def leased(database: Database) -> list[Range]:
 
 
 def of_contribution(database: Database, number: int) -> list[Range]:
-    """The ranges of a report."""
+    """The ranges of a contribution, by its number."""
     return _many(database, "of_contribution", "WHERE contribution = ? ORDER BY epoch, position, start", number)
 
 
@@ -110,12 +111,12 @@ def quarantined(database: Database) -> list[Range]:
 
 
 def unmeasured(database: Database, chunk: int) -> list[Range]:
-    """The ranges of a chunk, one per epoch, whose end is not known."""
+    """The ranges of a chunk, one per epoch, whose end is unknown because the chunk was not measured."""
     return _many(database, "unmeasured", "WHERE end IS NULL AND chunk = ?", chunk)
 
 
 def earliest_epoch(database: Database) -> int | None:
-    """The first epoch with a range, of those that have a row, that is neither MERGED nor QUARANTINED."""
+    """The first epoch with a PENDING, LEASED or TRAINED range that has a row."""
     found = (
         database.row(f"SELECT min(epoch) FROM ranges INDEXED BY {index} WHERE state = {state.value}")
         for state, index in _UNSETTLED
@@ -124,14 +125,14 @@ def earliest_epoch(database: Database) -> int | None:
 
 
 def unsettled(database: Database, epoch: int) -> bool:
-    """Whether an epoch has a range, of those that have a row, that is neither MERGED nor QUARANTINED."""
+    """Whether an epoch has a PENDING, LEASED or TRAINED range that has a row."""
     return any(
         database.row(f"SELECT 1 FROM ranges INDEXED BY {index} WHERE state = {state.value} AND epoch = ?", (epoch,))
         for state, index in _UNSETTLED
     )
 
 
-def every(database: Database, epoch: int) -> Iterator[Range]:
+def of_epoch(database: Database, epoch: int) -> Iterator[Range]:
     """All ranges of an epoch that have a row, by chunk and start."""
     for row in database.each(f"SELECT {_COLUMNS} FROM ranges WHERE epoch = ? ORDER BY chunk, start", (epoch,)):
         yield _range(row)

@@ -1,4 +1,4 @@
-"""What can be read from a ledger: blocks, epochs, leases, rounds and their lineage."""
+"""Reads a ledger: blocks, epochs, leases, rounds and their lineage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The invariants of a ledger, each violation as a sentence.
+"""Checks the invariants of a ledger; each violation is a sentence.
 
 (1) The ranges of every touched chunk lie end to end from its first sequence to its last, each in one state. (2) The
 sequences MERGED are those of the rounds in the head's lineage. (3) A range is MERGED, or SKIPPED where its update was
@@ -63,7 +63,7 @@ def _epoch(
     positions = bytearray(cursor)
     chunk, position, end, known = -1, -1, 0, ledger.chunks
     length: int | None = None
-    for one in ranges.every(ledger.database, epoch):
+    for one in ranges.of_epoch(ledger.database, epoch):
         where = f"epoch {epoch}, chunk {one.chunk}"
         if one.chunk != chunk:
             yield from _ended(epoch, chunk, end, length)

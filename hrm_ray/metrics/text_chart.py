@@ -1,4 +1,4 @@
-"""The train loss of a run as a small chart in text."""
+"""The training loss of a run as a small text chart."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class ActV1(nn.Module):
             start.copy_(truncated_normal_(wide, 1.0, generator))
 
     def initial_states(self, batch_size: int, length: int) -> States:
-        """Both levels' starting states at every position; [B, length, D]."""
+        """Both levels' starting states at every position, each [B, length, D]."""
         shape = (batch_size, length, self.config.hidden_size)
         return States(self.H_init.expand(shape), self.L_init.expand(shape))
 
@@ -89,7 +89,7 @@ class ActV1(nn.Module):
         return self.updates(states, x, context, first, self.config.updates_per_segment)
 
     def updates(self, states: States, x: Tensor, context: Context, first: int, stop: int) -> States:
-        """The updates `first` to `stop` (exclusive) of a segment, in time order, in the present gradient mode."""
+        """Run the updates `first` to `stop` (exclusive) of a segment, in time order, in the current gradient mode."""
         z_h, z_l = states.z_h, states.z_l
         if torch.is_grad_enabled() and torch.is_autocast_enabled(x.device.type):
             # Autocast caches the weights' casts; those made without a graph would cut off the weights' gradients.
@@ -100,15 +100,16 @@ class ActV1(nn.Module):
             else:
                 z_h = self.H_level(z_h, z_l, context.at(number))
         if torch.is_grad_enabled() and stop == self.config.updates_per_segment and self.config.bp_steps == 1:
-            z_h = z_h + self._untrained(x)
+            z_h = z_h + self._zero_of_l_level(x)
         return States(z_h, z_l)
 
     def is_l_update(self, number: int) -> bool:
-        """Whether update `number` of a segment is the L level's; after every `l_cycles` of them comes one of H."""
+        """Whether update `number` of a segment is one of L; every `l_cycles` L updates are followed by one H update."""
         return number % (self.config.l_cycles + 1) < self.config.l_cycles
 
-    def _untrained(self, x: Tensor) -> Tensor:
-        """A zero that depends on what only L updates use, so that neither DDP nor ZeRO waits for its gradient."""
+    def _zero_of_l_level(self, x: Tensor) -> Tensor:
+        """A zero that depends on `x` and the L level, which get no other gradient if the last update alone (H) carries
+        gradient: DDP and ZeRO would wait for it."""
         trained = (p.sum(dtype=torch.float32) for p in self.L_level.parameters() if p.requires_grad)
         return 0.0 * torch.stack([x.sum(dtype=torch.float32), *trained]).sum()
 

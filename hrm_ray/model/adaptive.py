@@ -1,4 +1,5 @@
-"""Adaptive reading of whole rows: each token is read out at the segment where it halts, as generation with caches does.
+"""Adaptive evaluation of whole rows: each token is read out at the segment where it halts, as in generation with
+caches.
 
 A token that halted after segment m keeps its segment-m keys and values in every later segment, at the same cycle, level
 and layer (ACTV1_SPEC, section 13). inference/text.py decodes token by token and gives the same numbers.

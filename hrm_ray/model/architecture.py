@@ -1,4 +1,4 @@
-"""The architecture that settings ask for: settings -> ModelConfig."""
+"""Turns settings into a ModelConfig."""
 
 from __future__ import annotations
 

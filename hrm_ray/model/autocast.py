@@ -1,4 +1,4 @@
-"""The type of a pass's matrix products, for code whose operators PyTorch's autocast does not know."""
+"""The dtype of matrix products, for operators that PyTorch's autocast does not know."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The network and the objective of a configuration."""
+"""Builds the network and the objective of a configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The passes of one segment that carry gradient, a chunk of positions each, and what they hand to one another."""
+"""The passes of one segment that carry gradient, one chunk of positions each, and what they pass to each other."""
 
 from __future__ import annotations
 

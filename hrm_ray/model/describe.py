@@ -135,7 +135,7 @@ def training_flops(config: ModelConfig, supervision: str) -> int:
 
 
 def summarise(config: ModelConfig) -> Summary:
-    """All of it."""
+    """Parameters and FLOPs of an architecture."""
     count = count_parameters(config)
     forward, _ = segment_flops(config)
     return Summary(

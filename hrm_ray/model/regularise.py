@@ -1,4 +1,4 @@
-"""Regularisation: a loss of the weights alone, added to an objective's losses of the data."""
+"""Regularisation: a loss of the weights alone, added to the losses of an objective."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Which one error a failed worker group is reported as: the first cause, from what ranks and Ray say of the failure."""
+"""Chooses the one error that a failed worker group is reported as: the first cause, from the reports of ranks and
+Ray."""
 
 from __future__ import annotations
 
@@ -116,8 +117,8 @@ def first_cause(reports: Sequence[Failure], lost: Mapping[int, str], logs: str) 
     """The one error that stands for the whole failure; None where nothing failed.
 
     `reports` are in order of arrival. `lost` gives Ray's message for each rank that died without a report; `logs` says
-    where the workers' output is. An error of a rank's own comes first, then a death without a report, then broken
-    collectives, which are only the effect of another rank's end.
+    where the workers' output is. A rank's own error comes first, then a death without a report, then failed
+    collectives, which only follow from the end of another rank.
     """
     own = [report for report in reports if not report.peer_loss]
     if own:

@@ -1,7 +1,7 @@
 """One run's connection to Ray: a private cluster on this machine, a cluster at an address, or the program's own.
 
 A program that has called `ray.init` already keeps its cluster: the run uses it and leaves it as it was. Otherwise
-`Session` opens a connection and closes it completely: no process is left, and no file unless the logs are wanted.
+`Session` opens a connection and closes it completely: no process is left, and no file unless the logs are kept.
 """
 
 from __future__ import annotations

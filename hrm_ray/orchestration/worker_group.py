@@ -1,4 +1,5 @@
-"""The driver's side of a distributed run: starts Ray Train workers, passes on records and stop requests, and ends.
+"""The driver's side of a distributed run: starts Ray Train workers, and passes on records and stop requests until they
+end.
 
 How a run ends:
   * every rank returns: the RunResult of rank 0, whose reason may be a stop;

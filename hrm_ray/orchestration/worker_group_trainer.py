@@ -1,8 +1,8 @@
 """TorchTrainer without two of Ray Train's helper actors, which a run here does not use.
 
 Each is a Python process that starts while the workers do: without them a run on two cores begins about two seconds
-earlier and ends one second earlier. Ray Train chooses them in a private method; a version without this method starts
-all of them. Imports torch and ray.train, so import this module late.
+earlier and ends one second earlier. Ray Train lists them in a private method; a version without this method starts all
+of them. This module imports torch and ray.train, so import it late.
 """
 
 from __future__ import annotations

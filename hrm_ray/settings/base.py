@@ -1,4 +1,4 @@
-"""The base class of the settings' sections, and `option`, which declares a field with all that is known of it."""
+"""The base class of the settings' sections, and `option`, which declares a field with its properties."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Effect: TypeAlias = Literal["rows", "memory"]
 
 @dataclass(frozen=True)
 class Traits:
-    """What is known of an option besides its type, default and help. See `option`."""
+    """The properties of an option besides its type, default and help; see `option`."""
 
     on_resume: OnResume
     needs: tuple[Needs, ...] = ()
@@ -92,7 +92,7 @@ class Section(BaseModel):
 
 
 def refusal(reason: str, hint: str) -> PydanticCustomError:
-    """What a section's own check raises: `fault_of_error` makes the message of the reason and the hint."""
+    """The error that a section's own check raises; `fault_of_error` turns it into a Fault with this reason and hint."""
     return PydanticCustomError("refused", "{reason}", {"reason": reason, "hint": hint})
 
 

@@ -13,7 +13,7 @@ StrategyName: TypeAlias = Literal["single", "ddp", "zero1", "zero2", "zero3"]
 
 
 def strategy_of_ddp(ddp: Any) -> Any:
-    """What `ddp`, a setting of version 0.1, is as `strategy`. A value that it cannot have stays, to be refused."""
+    """The `strategy` for a value of `ddp`, a setting of version 0.1. An invalid value is kept, and refused later."""
     return {"True": "ddp", "False": "single"}.get(str(ddp), ddp)
 
 

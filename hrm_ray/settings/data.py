@@ -121,7 +121,7 @@ class DataSettings(Section):
 
     @property
     def training_data(self) -> str | None:
-        """Where the training data lies, in one word; a data set of the Hub as hf://id:config."""
+        """The training data as one string; a data set of the Hub as hf://id:config."""
         name = hub_name(self.dataset_file or "") if self.dataset_id is None else HubName(self.dataset_id, None, None)
         if name is None:
             return self.dataset_file

@@ -1,4 +1,4 @@
-"""Errors of pydantic, and names that nothing has, as messages for the user."""
+"""Turns pydantic errors and unknown names into messages for the user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading the settings: file, options, a resumed run and a trial become one validated tree, or a list of all faults.
+"""Loads the settings: file, options, a resumed run and a trial become one validated tree, or a list of all faults.
 
 Precedence: defaults < profile < resumed run < preset < file < options < trial. A preset or `num_layers`, wherever it
 is given, fills only leaves that the user did not set.

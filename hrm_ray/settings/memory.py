@@ -20,7 +20,7 @@ ModelDtype: TypeAlias = Literal["fp32", "fp16", "bf16"]
 
 
 class MemorySettings(Section):
-    """How memory is traded for time and precision."""
+    """Trade-offs between memory, time and precision."""
 
     gradient_checkpointing: bool = option(True, "free")
     """Activation checkpointing: keep each block's input only and recompute the block in the backward pass."""

@@ -1,6 +1,6 @@
-"""Conditions without which an option changes nothing. A field of the settings names those it needs.
+"""Conditions that options need to have an effect. A field of the settings names the conditions that it needs.
 
-An option that the user gave where a condition does not hold is refused; a default that is not used is no error.
+An option that the user gave where a condition does not hold is refused; an unused default is not an error.
 """
 
 from __future__ import annotations

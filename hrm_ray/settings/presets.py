@@ -1,4 +1,4 @@
-"""Named sizes, and the layers that `num_layers` stands for. `load` puts them below what the user gave."""
+"""Model presets, and the layers that `num_layers` sets. What the user gave overrides them (see `load`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Named sets of defaults. `load` puts them below everything that the user or a resumed run gives."""
+"""Named sets of defaults. Everything that the user or a resumed run gives overrides them (see `load`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a rule between options is written. The rules are in `rules_model` and `rules_run`."""
+"""Helpers to write a rule between options. The rules are in `rules_model` and `rules_run`."""
 
 from __future__ import annotations
 

@@ -73,6 +73,6 @@ class RunSectionSettings(Section):
 
     @property
     def step_limit(self) -> int | None:
-        """Weight updates after which the run ends; None where it is not steps that limit it."""
+        """Weight updates after which the run ends; None if the run is not limited by steps."""
         unlimited = self.iterate or self.stop_after_epoch or self.stop_after_block
         return DEFAULT_STEPS if self.steps is None and self.epochs is None and not unlimited else self.steps

@@ -1,4 +1,4 @@
-"""How many weight updates the learning-rate schedule is laid out for."""
+"""The length of the learning-rate schedule in weight updates."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from hrm_ray.settings.tree import RunSettings
 def schedule_length(
     settings: RunSettings, samples: int, effective_batch: int, halt_max_steps: int, *, first_samples: int | None = None
 ) -> int:
-    """Weight updates the learning-rate schedule is laid out for.
+    """The length of the learning-rate schedule in weight updates.
 
-    With --steps that many (or what the epochs need, if fewer). With --epochs alone: batches in all epochs; in carried
-    supervision a row stays for up to `halt_max_steps` updates, so that is an upper bound, and the schedule may not
-    reach its end. The first epoch may have fewer samples than the others; --force-train adds one.
+    With --steps, that number (or what --epochs needs, if fewer). With --epochs alone, the batches of all epochs; in
+    carried supervision a row stays for up to `halt_max_steps` updates, so the length is an upper bound, and the
+    schedule may not reach its end. `first_samples` are those of the first epoch, if fewer than `samples`. --force-train
+    adds one epoch.
     """
     limit = settings.run.step_limit
     if settings.run.epochs is None:

@@ -1,6 +1,6 @@
-"""From settings to one worker's training loop: model, weights, objective, optimizer, strategy, loader.
+"""Builds one worker's training loop from the settings: model, weights, objective, optimizer, strategy, loader.
 
-The only place where settings become objects, as straight-line code. It starts nothing and writes nothing.
+The only place where settings become objects, as straight-line code. The module starts nothing and writes nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The attention kernel of a run on a device, and the note where --use-flash-attn cannot be honoured there."""
+"""Chooses the attention kernel of a run, with a note if --use-flash-attn is not possible on its device."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def kernel_of(settings: RunSettings, config: ModelConfig, device: torch.device) 
 
 
 def flash_notes(settings: RunSettings, config: ModelConfig, device: torch.device) -> list[str]:
-    """A note where --use-flash-attn was given and cannot be honoured. Raises UnavailableError under --strict."""
+    """A note if --use-flash-attn was given but is not possible. Raises UnavailableError under --strict."""
     if not settings.model.use_flash_attn:
         return []
     reason = flash_obstacle(config, _place(settings, device))

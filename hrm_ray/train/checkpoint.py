@@ -1,7 +1,7 @@
-"""Saving and restoring the state of a run, whole or not at all.
+"""Saves and restores the state of a run, completely or not at all.
 
-The strategy writes weights, optimizer state and moving average; each rank writes its slots (carries and place in the
-data); rank 0 writes counters as JSON. Nothing is pickled. A checkpoint's folder counts once its manifest is there.
+The strategy writes weights, optimizer state and moving average; each rank writes its slots (carries and position in the
+data); rank 0 writes counters as JSON. Nothing is pickled. A checkpoint's folder is valid once its manifest exists.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Checkpointer:
         """Read and not yet in a whole checkpoint."""
 
     def save(self, extra: dict[str, Any]) -> None:
-        """Save the present step, if that was not done; a collective. `extra` are JSON values that loading returns."""
+        """Save the current step, unless that was done; a collective. `extra` are JSON values that loading returns."""
         step, loader, ledger_writer = self.loop.progress.step, self.loop.parts.loader, self.ledger_writer
         if self.saved_step == step:
             return

@@ -1,4 +1,4 @@
-"""How much memory tensors take on an accelerator."""
+"""Memory of tensors on an accelerator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Held-out figures of text: loss, perplexity, bits per byte, accuracy, and what halting would cost and save.
+"""Held-out metrics of text: loss, perplexity, bits per byte, accuracy, and the loss and segments with adaptive halting.
 
 Long rows are read a chunk at a time, so that activations and scores of a whole row never exist at once.
 """

@@ -38,7 +38,8 @@ class Evaluator:
             self.held_out = held_out.with_batch(batch_size)
 
     def evaluate(self) -> bool | None:
-        """Evaluate the present step, if that was not done: whether it is the best so far. None: nothing was done."""
+        """Evaluate the current step, unless that was done; returns whether it is the best so far, None if nothing was
+        done."""
         step = self.loop.progress.step
         if self.held_out is None or self.evaluated_step == step:
             return None

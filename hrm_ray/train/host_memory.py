@@ -1,4 +1,4 @@
-"""What this process's C library does with memory that tensors on the CPU free."""
+"""Whether the C library of this process keeps or returns the memory that CPU tensors free."""
 
 from __future__ import annotations
 

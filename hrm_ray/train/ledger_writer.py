@@ -1,4 +1,4 @@
-"""Writes the ledger of a run on text: every checkpoint is a round with what was trained since the one before.
+"""Writes the ledger of a text run: every checkpoint is a round with what was trained since the previous one.
 
 All ranks take each step together, so they are one worker to the ledger, and rank 0 writes it.
 """
@@ -39,7 +39,7 @@ class LedgerWriter:
     ) -> None:
         """`start` is the chunk that the first epoch begins with; `shuffled` says that epochs have shuffle windows.
 
-        Raises DataError where the ledger does not know the checkpoint that the run resumes from.
+        Raises DataError if the checkpoint that the run resumes from is not in the ledger.
         """
         self._run_dir = run_dir
         self._ledger = open_ledger(run_dir.ledger)

@@ -1,7 +1,7 @@
-"""The memory that a weight update of one worker takes, estimated without allocating it.
+"""Estimates the memory of one worker's weight update without allocating it.
 
-The real training step runs on fake tensors, and every storage that would be alive is counted. The same account can be
-made of a step on real tensors.
+The real training step runs on fake tensors, and every storage that would be alive is counted. The same count can be
+made for a step on real tensors.
 """
 
 from __future__ import annotations

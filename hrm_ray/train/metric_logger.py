@@ -1,4 +1,4 @@
-"""Records of a run: the metrics of steps and evaluations, and messages for people."""
+"""Records of a run: the metrics of steps and evaluations, and messages for the user."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class MetricLogger:
             self.sink.write(Record(kind, self.loop.progress.step, time.time(), values))
 
     def event(self, level: str, message: str) -> None:
-        """A message for people."""
+        """Write a message for the user."""
         self.write("event", {"level": level, "message": message})
 
     @contextmanager
@@ -42,7 +42,7 @@ class MetricLogger:
         self._throughput.resume()
 
     def observe(self, report: StepReport) -> None:
-        """Count a step, and write a message for everything about it that a person should know."""
+        """Count a step, and write a message for each of its events that the user should know."""
         loop, step = self.loop, self.loop.progress.step
         per_segment = report.totals.get("tokens", report.totals["rows"])
         self._throughput.add(round(per_segment / loop.parts.objective.segments_per_step))

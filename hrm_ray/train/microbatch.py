@@ -1,4 +1,4 @@
-"""Columns of samples as tensors on a device: those that the model reads."""
+"""Turns the columns of samples that the model reads into tensors on a device."""
 
 from __future__ import annotations
 

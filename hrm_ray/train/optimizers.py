@@ -106,7 +106,7 @@ OPTIMIZERS: dict[str, Callable[[OptimizerSettings, Iterable[torch.nn.Parameter]]
 
 
 def builder(settings: OptimizerSettings) -> BuildOptimizer:
-    """A function that makes the optimizer of the settings for its parameters."""
+    """A function that builds the chosen optimizer for given parameters."""
     make = _adamw_8bit if settings.use_8bit_optimizer else OPTIMIZERS[settings.optimizer]
     return lambda params: make(settings, params)
 

@@ -79,7 +79,7 @@ def split_microbatches(columns: list[Columns], rows: int) -> list[Columns]:
 
 
 def too_large(where: str, doing: str) -> ResourceError:
-    """The error to raise where no smaller micro-batch can help."""
+    """The error if no smaller micro-batch can help."""
     return ResourceError(
         Fault(
             where,

@@ -1,4 +1,4 @@
-"""A weight update that takes one parameter after the other, for narrow weights and for state kept in host memory."""
+"""Updates one parameter at a time, for 16-bit weights and for optimizer state in host memory."""
 
 from __future__ import annotations
 

@@ -53,7 +53,8 @@ class TextData:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Everything that a worker needs beside the files of the bundle."""
+    """Everything that a worker needs besides the files of the bundle. Workers log `notes` as warnings and `remarks` as
+    INFO."""
 
     settings: RunSettings
     config: ModelConfig

@@ -1,4 +1,4 @@
-"""Mixed precision: autocast, the type that gradients are added in, and the loss scale of float16."""
+"""Mixed precision: autocast, the dtype in which gradients are accumulated, and the loss scale of float16."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The random numbers of a training step: dropout's, also in adapters.
+"""Seeds the random numbers of a training step, which dropout draws.
 
 Orders of samples, exploration and initial weights have generators of their own.
 """

@@ -1,4 +1,4 @@
-"""Changes to the bundle of a resumed run that wait until the run really starts.
+"""Changes to the bundle of a resumed run that are delayed until the run starts.
 
 A launch that is refused before that leaves the bundle as it was.
 """

@@ -1,6 +1,6 @@
-"""What one worker does from start to end, whatever launcher started it.
+"""One worker of a run from start to end, for any launcher.
 
-The driver has prepared the bundle's folder and the data beforehand; a worker puts the parts together, restores the
+The driver has prepared the bundle's folder and the data beforehand; a worker assembles its loop, restores the
 checkpoint if the plan names one, trains, and closes everything.
 """
 

@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive, by category, counted exactly at every operation inside a context.
+"""Counts the bytes of live tensors by category, exactly, at every operation inside a context.
 
 Real and fake tensors are counted alike. What an operation returns is seen, not what a kernel allocates while it runs.
 """

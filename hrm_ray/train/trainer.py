@@ -1,4 +1,4 @@
-"""A whole run on one worker: steps, and between them logging, evaluation, checkpoints and the end."""
+"""A run on one worker: steps, and between them logging, evaluation and checkpoints."""
 
 from __future__ import annotations
 

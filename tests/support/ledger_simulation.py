@@ -99,7 +99,7 @@ class Simulation:
         assert ledger is not None
         learned = self._anchor()
         expected = np.ones_like(learned)
-        for one in (one for epoch in range(self.epochs) for one in rows.every(ledger.database, epoch)):
+        for one in (one for epoch in range(self.epochs) for one in rows.of_epoch(ledger.database, epoch)):
             if one.state in (State.QUARANTINED, State.SKIPPED):
                 expected[self.cells(one.epoch, one.chunk, one.start, one.end or one.start)] = 0
         self.outcome.lost = int((learned < expected).sum())

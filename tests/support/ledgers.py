@@ -45,7 +45,7 @@ def reported(ledger: Ledger, name: str, *leases: Lease) -> Contribution:
 def standing(ledger: LedgerReader, epoch: int = 0) -> dict[State, Counter[tuple[int, int]]]:
     """State -> the (chunk, sequence) pairs of an epoch that have a row in that state, each with how often."""
     found: dict[State, Counter[tuple[int, int]]] = {}
-    for one in rows.every(ledger.database, epoch):
+    for one in rows.of_epoch(ledger.database, epoch):
         cells = found.setdefault(one.state, Counter())
         cells.update((one.chunk, at) for at in range(one.start, one.end or one.start))
     return found
@@ -53,4 +53,4 @@ def standing(ledger: LedgerReader, epoch: int = 0) -> dict[State, Counter[tuple[
 
 def states(ledger: LedgerReader, epoch: int = 0) -> list[tuple[int, int, int | None, State]]:
     """The ranges of an epoch: chunk, start, end, state."""
-    return [(one.chunk, one.start, one.end, one.state) for one in rows.every(ledger.database, epoch)]
+    return [(one.chunk, one.start, one.end, one.state) for one in rows.of_epoch(ledger.database, epoch)]

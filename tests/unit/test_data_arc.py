@@ -133,7 +133,7 @@ def test_outputs_that_are_kept_back_are_counted(tmp_path: Path) -> None:
     made = build_arc(write_tasks(tmp_path / "tasks", hidden=hidden), tmp_path / "set")
     assert (made.kept_back, made.test) == (1, 1)
     all_hidden = {"train": COUNT["train"], "test": [{"input": [[1]]}]}
-    with pytest.raises(SettingsError, match="kept back"):
+    with pytest.raises(SettingsError, match="no test pair has an output"):
         build_arc(write_tasks(tmp_path / "more", hidden=all_hidden), tmp_path / "none")
     with pytest.raises(SettingsError, match="none is left"):
         same = {"train": COUNT["test"], "test": COUNT["test"]}
@@ -144,17 +144,17 @@ def test_outputs_that_are_kept_back_are_counted(tmp_path: Path) -> None:
 BAD: dict[str, tuple[Any, str]] = {
     "ragged": (pair([[1, 2], [3]], [[1]]), r"input: row 1 has 1 cells, the first row 2"),
     "tall": (pair([[1]] * 31, [[1]]), "31 rows of 1 cells"),
-    "wide": (pair([[1]], [[1] * 31]), "output: it has 1 rows of 31 cells"),
-    "colour 10": (pair([[10]], [[1]]), "row 0 holds 10"),
-    "below 0": (pair([[-1]], [[1]]), "holds -1"),
-    "a word": (pair([["red"]], [[1]]), 'holds "red"'),  # type: ignore[list-item]
-    "a fraction": (pair([[1.0]], [[1]]), "holds 1.0"),  # type: ignore[list-item]
-    "true": (pair([[True]], [[1]]), "holds true"),
+    "wide": (pair([[1]], [[1] * 31]), "output: the grid has 1 rows of 31 cells"),
+    "colour 10": (pair([[10]], [[1]]), "row 0 contains 10"),
+    "below 0": (pair([[-1]], [[1]]), "contains -1"),
+    "a word": (pair([["red"]], [[1]]), 'contains "red"'),  # type: ignore[list-item]
+    "a fraction": (pair([[1.0]], [[1]]), "contains 1.0"),  # type: ignore[list-item]
+    "true": (pair([[True]], [[1]]), "contains true"),
     "empty": (pair([], [[1]]), "not a list of rows"),
     "empty row": (pair([[]], [[1]]), "not a list of rows"),
     "a number": ({"input": 3, "output": [[1]]}, "not a list of rows"),
     "no input": ({"output": [[1]]}, "no `input`"),
-    "no output": ({"input": [[1]]}, "output: it is not a list of rows"),
+    "no output": ({"input": [[1]]}, "output: is not a list of rows"),
 }
 
 
@@ -182,7 +182,7 @@ def test_folders_without_tasks_are_told(tmp_path: Path) -> None:
     for path, reason in (
         ("empty", "no .json file"),
         ("nothing", "no such folder"),
-        ("file.json", "a file of"),
+        ("file.json", "is a file"),
     ):
         with pytest.raises(SettingsError, match=reason):
             build_arc(tmp_path / path, tmp_path / "set")

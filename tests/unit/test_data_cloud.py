@@ -126,7 +126,7 @@ def test_archives_are_read_where_they_are(bucket: Any, tmp_path: Path) -> None:
         ("s3://data/*.txt", SettingsError, "no file matches"),
         ("s3:///a.txt", SettingsError, "has no bucket"),
         ("s3://data/a.docx", DataError, "`.docx` cannot be read"),
-        ("ftp://data/a.txt", SettingsError, "`ftp://` are not supported"),
+        ("ftp://data/a.txt", SettingsError, "`ftp://` addresses are not supported"),
         ("az://data/a.txt", UnavailableError, "AZURE_STORAGE_ACCOUNT_NAME"),
     ],
 )

@@ -98,7 +98,7 @@ def test_no_room_for_the_copy_is_not_the_data_s_fault(tmp_path: Path, monkeypatc
     path = write(tmp_path / "a.parquet.gz", gzip.compress(FORMATS["parquet"](varied(300))))
     monkeypatch.setattr(streams, "SPOOL_MEMORY_BYTES", 1000)
     monkeypatch.setattr("tempfile.TemporaryFile", Full)
-    with pytest.raises(ResourceError, match="no room"):
+    with pytest.raises(ResourceError, match="no space"):
         rows_of(path)
 
 

@@ -277,7 +277,7 @@ def test_a_large_puzzle_set_is_read_in_part(tmp_path: Path, monkeypatch: pytest.
     ("words", "naming"),
     [
         ((), ("PATH", "--dataset-id")),
-        (("none",), ("none", "nothing is at this path")),
+        (("none",), ("none", "no such file or folder")),
         (("a.txt", "b.txt"), ("b.txt", "belongs to no option")),
         (("a.txt", "--dataset-id", "org/name"), ("a.txt", "once")),
         (("a.txt", "--lr", "1"), ("--lr",)),

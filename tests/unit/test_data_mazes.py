@@ -20,7 +20,7 @@ from hrm_ray.errors import SettingsError
 Grid = tuple[tuple[int, ...], ...]
 
 
-def paths(walk: np.ndarray, start: tuple[int, int], goal: tuple[int, int], most: int) -> list[list[tuple[int, int]]]:
+def paths(free: np.ndarray, start: tuple[int, int], goal: tuple[int, int], most: int) -> list[list[tuple[int, int]]]:
     """Every path without repetition of at most `most` moves, by trying all."""
     found, unfinished = [], [[start]]
     while unfinished:
@@ -30,7 +30,7 @@ def paths(walk: np.ndarray, start: tuple[int, int], goal: tuple[int, int], most:
         elif len(path) <= most:
             r, c = path[-1]
             for cell in ((r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)):
-                if min(cell) >= 0 and max(cell) < len(walk) and walk[cell] and cell not in path:
+                if min(cell) >= 0 and max(cell) < len(free) and free[cell] and cell not in path:
                     unfinished.append([*path, cell])
     return found
 
@@ -38,11 +38,11 @@ def paths(walk: np.ndarray, start: tuple[int, int], goal: tuple[int, int], most:
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32), size=st.integers(5, 14), openings=st.sampled_from([0.0, 0.1, 0.5, 1.0]))
 def test_a_carved_maze_is_one_whole_and_a_tree_without_openings(seed: int, size: int, openings: float) -> None:
-    walk = mazes.carve(size, random.Random(seed), openings)
-    cells = np.flatnonzero(walk)
-    found = mazes.reach(walk, int(cells[0]))
+    free = mazes.carve(size, random.Random(seed), openings)
+    cells = np.flatnonzero(free)
+    found = mazes.distances(free, int(cells[0]))
     assert all(found.moves[cell] >= 0 for cell in cells.tolist()), "every open cell can be reached"
-    joins = int((walk[1:] & walk[:-1]).sum() + (walk[:, 1:] & walk[:, :-1]).sum())
+    joins = int((free[1:] & free[:-1]).sum() + (free[:, 1:] & free[:, :-1]).sum())
     rooms = (size + 1) // 2
     if openings == 0.0:
         assert joins == len(cells) - 1 and len(cells) == 2 * rooms**2 - 1, "a tree over all rooms"
@@ -55,11 +55,11 @@ def test_a_carved_maze_is_one_whole_and_a_tree_without_openings(seed: int, size:
 def test_distances_and_shortest_paths_are_those_of_brute_force(seed: int, size: int, share: float) -> None:
     """On cells opened at random too, where several shortest paths are common."""
     rng = np.random.default_rng(seed)
-    walk = rng.random((size, size)) < share
-    walk[0, 0] = True
-    found = mazes.reach(walk, 0)
-    for cell in rng.choice(np.flatnonzero(walk), 5).tolist():
-        tried = paths(walk, (0, 0), divmod(cell, size), 8)
+    free = rng.random((size, size)) < share
+    free[0, 0] = True
+    found = mazes.distances(free, 0)
+    for cell in rng.choice(np.flatnonzero(free), 5).tolist():
+        tried = paths(free, (0, 0), divmod(cell, size), 8)
         shortest = min(map(len, tried), default=0) - 1
         if shortest < 0:
             assert found.moves[cell] < 0 or found.moves[cell] > 8
@@ -67,20 +67,20 @@ def test_distances_and_shortest_paths_are_those_of_brute_force(seed: int, size: 
         best = [path for path in tried if len(path) == shortest + 1]
         assert (found.moves[cell], found.ways[cell]) == (shortest, len(best))
         if len(best) == 1:
-            assert [divmod(step, size) for step in mazes.shortest_path(walk, 0, cell)] == best[0]
+            assert [divmod(step, size) for step in mazes.shortest_path(free, 0, cell)] == best[0]
         else:
             with pytest.raises(ValueError, match=f"{len(best)} shortest paths"):
-                mazes.shortest_path(walk, 0, cell)
+                mazes.shortest_path(free, 0, cell)
 
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32), size=st.integers(5, 12), min_path=st.integers(1, 30))
 def test_ends_have_one_shortest_path_that_is_long_enough(seed: int, size: int, min_path: int) -> None:
     rng = random.Random(seed)
-    walk = mazes.carve(size, rng, 0.2)
-    ends = mazes.draw_ends(walk, rng, min_path)
+    free = mazes.carve(size, rng, 0.2)
+    ends = mazes.draw_endpoints(free, rng, min_path)
     if ends is not None:
-        path = mazes.shortest_path(walk, *ends)
+        path = mazes.shortest_path(free, *ends)
         assert min_path <= len(path) - 1 <= mazes.most_moves(size) and (path[0], path[-1]) == ends
 
 
@@ -89,9 +89,9 @@ def test_no_path_is_longer_than_the_bound() -> None:
     rng = random.Random(0)
     longest = 0
     for _ in range(400):
-        walk = mazes.carve(5, rng, rng.choice([0.0, 0.0, 0.1]))
-        for start in np.flatnonzero(walk).tolist():
-            longest = max(longest, *mazes.reach(walk, start).moves)
+        free = mazes.carve(5, rng, rng.choice([0.0, 0.0, 0.1]))
+        for start in np.flatnonzero(free).tolist():
+            longest = max(longest, *mazes.distances(free, start).moves)
     assert longest == mazes.most_moves(5) == 16
 
 
@@ -121,14 +121,14 @@ def test_mazes_are_right_and_held_out(tmp_path: Path, size: int, openings: float
         inputs, labels = split_of(tmp_path / "set", split)
         assert len(inputs) == count
         for maze, answer in zip(inputs, labels, strict=True):
-            walk = maze != WALL
+            free = maze != WALL
             (start,), (goal,) = (np.flatnonzero(maze == token).tolist() for token in (START, GOAL))
-            path = mazes.shortest_path(walk, start, goal)
+            path = mazes.shortest_path(free, start, goal)
             marked = maze.copy()
             marked.ravel()[path[1:-1]] = WAY
             assert np.array_equal(marked, answer) and len(path) - 1 >= size
             assert set(np.unique(maze).tolist()) <= {WALL, OPEN, START, GOAL}
-            layouts.setdefault(split, set()).add(dihedral.canonical(walk))
+            layouts.setdefault(split, set()).add(dihedral.canonical(free))
     assert not layouts["train"] & layouts["test"], "not even turned or mirrored"
     inputs, _ = split_of(tmp_path / "set", "train")
     assert len({maze.tobytes() for maze in inputs}) == summary.train

@@ -98,9 +98,9 @@ def test_rows_of_jsonl_are_read(tmp_path: Path) -> None:
         ('{"inputs": [1, "a"], "labels": [1, 2]}', "`inputs` is not a list of whole numbers"),
         ('{"inputs": [1, true], "labels": [1, 2]}', "`inputs` is not a list of whole numbers"),
         ('{"inputs": [1, 2], "labels": []}', "`labels` is not a list"),
-        ('{"inputs": [1, -100], "labels": [1, 2]}', "`inputs` holds -100"),
-        ('{"inputs": [1, 2], "labels": [1, -1]}', "`labels` holds -1"),
-        ('{"inputs": [1, 2], "labels": [1, 4294967296]}', "`labels` holds 4294967296"),
+        ('{"inputs": [1, -100], "labels": [1, 2]}', "`inputs` contains -100"),
+        ('{"inputs": [1, 2], "labels": [1, -1]}', "`labels` contains -1"),
+        ('{"inputs": [1, 2], "labels": [1, 4294967296]}', "`labels` contains 4294967296"),
         ('{"inputs": [1, 2], "labels": [1, 2, 3]}', "2 inputs but 3 labels"),
         ('{"inputs": [1, 2, 3], "labels": [1, 2, 3]}', "3 inputs, the first row 2"),
         ('{"inputs": [1, 2], "labels": [1, 2], "puzzle_identifier": -1}', "`puzzle_identifier` is -1"),
@@ -135,7 +135,7 @@ def test_a_row_without_labels_is_refused(tmp_path: Path) -> None:
         ({"inputs": INPUTS, "labels": LABELS, "puzzle_identifiers": INPUTS}, "puzzle_identifiers"),
         ({"weights": INPUTS}, "no puzzles, but weights"),
         ({"test.inputs": INPUTS, "test.labels": LABELS}, "The splits are: test"),
-        ({"inputs": INPUTS.astype(np.int32) - 1, "labels": LABELS}, "holds -1"),
+        ({"inputs": INPUTS.astype(np.int32) - 1, "labels": LABELS}, "contains -1"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, tensors: dict[str, np.ndarray], expected: str) -> None:
@@ -148,8 +148,8 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, tensors: dict[str, 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"vocab_size": 3}, r"holds 3, the vocabulary is 0\.\.2"),
-        ({"num_puzzle_identifiers": 2}, r"holds 2, the identifiers is 0\.\.1|holds 2"),
+        ({"vocab_size": 3}, r"contains 3, outside the vocabulary 0\.\.2"),
+        ({"num_puzzle_identifiers": 2}, r"contains 2, outside the identifiers 0\.\.1|contains 2"),
         ({"seq_len": 4}, r"inputs are \[2, 3\]"),
         ({"kind": "text"}, "puzzle"),
         ({"format": 2}, "format"),

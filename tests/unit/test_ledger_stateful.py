@@ -200,7 +200,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert list(violations(self.ledger)) == []
         for epoch in range(EPOCHS):
             seen: set[tuple[int, int, int]] = set()
-            for found in rows.every(self.ledger.database, epoch):
+            for found in rows.of_epoch(self.ledger.database, epoch):
                 span = Span(epoch, found.chunk, found.start, found.end or self.lengths[found.chunk])
                 for at in range(span.start, span.end):
                     cell = self.naive.cells[epoch, found.position, at]

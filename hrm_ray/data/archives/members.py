@@ -1,7 +1,7 @@
-"""Members of an archive, .zip or .tar: which are read, which are refused, and their rows.
+"""Members of .zip and .tar archives: which are read, which are refused, and their rows.
 
-Nothing is ever unpacked into a folder; a name that would leave one is refused all the same, since such an archive was
-not made in good faith, or not for training.
+Nothing is unpacked to disk. A name that would escape the target folder is refused all the same: such an archive is
+malicious or was not made for training.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Member(NamedTuple):
 
     @property
     def is_one_row(self) -> bool:
-        """Whether it counts as exactly one row, whatever is in it."""
+        """Whether the member is exactly one row, whatever its content."""
         if self.refused:
             return True
         return self.kind.form in TEXT_FORMATS and self.kind.compression is None and self.size <= PIECE_BYTES
@@ -88,8 +88,8 @@ def member_of(stored_name: str, size: int, stored: int, unusual: str = "") -> Me
 def member_rows(
     member: Member, cursor: Cursor, archive: str, whole: Callable[[], bytes], stream: Callable[[], BinaryIO]
 ) -> Iterator[Row]:
-    """The rows of one member. A short one is taken with `whole` at once, which is quicker for a hundred thousand of
-    them, a long one with `stream`. What is wrong with it costs only this member, but for a ContainerUnreadable."""
+    """The rows of one member. A short member is read at once with `whole` (faster for a hundred thousand of them), a
+    long one with `stream`. An error affects this member only, unless it is a ContainerUnreadable."""
     # A text file below the row where reading begins need not be looked at.
     if member.is_one_row and cursor.row < cursor.start:
         cursor.row += 1
@@ -118,8 +118,8 @@ def _buffered(data: bytes) -> BinaryIO:
 
 
 def nothing_chosen(archive: str, selection: Selection, splits: Sequence[str], skipped: int) -> ContainerUnreadable:
-    """What to raise where no member is of the selection; `splits` are those there are, `skipped` counts members of
-    other kinds."""
+    """The error if the selection has no member; `splits` are those of the archive, `skipped` counts members of other
+    kinds."""
     if not splits:
         reason = f"contains no readable member ({skipped} of other kinds)"
         return ContainerUnreadable(Fault(archive, reason, f"Give {READABLE}"))

@@ -1,4 +1,4 @@
-"""Zip archives, read as they are: the directory once, then the members in the order of their paths, as in a folder."""
+"""Zip archives: reads the directory once, then the members in path order, as in a folder."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _member_count(file: BinaryIO) -> int:
 
 
 def _unusual(info: zipfile.ZipInfo) -> str:
-    """What a member is that is no plain file; empty for a plain one."""
+    """What kind of entry a member is if it is not a plain file; empty for a plain file."""
     mode = info.external_attr >> 16
     if stat.S_IFMT(mode) and not stat.S_ISREG(mode):
         return "a link" if stat.S_ISLNK(mode) else "no plain file"
@@ -133,7 +133,7 @@ def _passed(before: int, info: zipfile.ZipInfo, file: BinaryIO) -> int:
 
 
 class _Contents:
-    """The bytes of an archive's members, of one at a time."""
+    """The bytes of an archive's members, one member at a time."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -146,7 +146,7 @@ class _Contents:
         self._info, self._where = info, where
 
     def whole(self) -> bytes:
-        """The bytes of a short member, without the layers of zipfile, which take most of the time of small ones."""
+        """The bytes of a short member, without zipfile's layers, which take most of the time for small members."""
         info = self._info
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             with self.stream() as stream:

@@ -1,4 +1,5 @@
-"""Building a puzzle set from ARC tasks: their train pairs and copies of them to train on, their test pairs held out."""
+"""Builds a puzzle set from ARC tasks: their train pairs and augmented copies for training, their test pairs held
+out."""
 
 from __future__ import annotations
 

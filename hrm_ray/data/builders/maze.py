@@ -1,4 +1,4 @@
-"""Building a maze set: a start and a goal in each, and the one shortest path between them marked in the label."""
+"""Builds a maze set: each maze has a start, a goal, and one shortest path between them, which is the label."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def build_maze(
 
     The label is the maze with the path marked. No two puzzles of a split are copies of each other, and walls of a
     held-out maze are not those of a training maze, also turned or mirrored: a hash of the walls decides the split.
-    Raises SettingsError for values that cannot be honoured, among them longer paths than there seem to be.
+    Raises SettingsError for values that cannot be satisfied, such as longer paths than can be found.
     """
     min_path = size if min_path is None else min_path
     _check_maze(size, train, test, min_path, openings, augment)
@@ -132,19 +132,19 @@ class _MazeMaker:
             idle += 1
             if idle > _PATIENCE:
                 raise self._exhausted(count, len(found), split)
-            walk = mazes.carve(self._size, rng, self._openings)
-            if self._split_of(walk) != split:
+            free = mazes.carve(self._size, rng, self._openings)
+            if self._split_of(free) != split:
                 continue
-            ends = mazes.draw_ends(walk, rng, self._min_path)
+            ends = mazes.draw_endpoints(free, rng, self._min_path)
             if ends is None:
                 continue
-            maze = _marked(walk, *ends)
+            maze = _marked(free, *ends)
             if found.setdefault(dihedral.canonical(maze), maze) is maze:
                 idle = 0
         return np.array(list(found.values()))
 
-    def _split_of(self, walk: mazes.Open) -> str:
-        digest = hashlib.sha256(f"{self._seed} ".encode() + dihedral.canonical(walk)).digest()
+    def _split_of(self, free: mazes.FreeCells) -> str:
+        digest = hashlib.sha256(f"{self._seed} ".encode() + dihedral.canonical(free)).digest()
         return "test" if int.from_bytes(digest[:8], "big") % _TEST_SHARE == 0 else "train"
 
     def _exhausted(self, count: int, found: int, split: str) -> SettingsError:
@@ -154,10 +154,10 @@ class _MazeMaker:
         return SettingsError(Fault(f"{split} {count}", reason, hint))
 
 
-def _marked(walk: mazes.Open, start: int, goal: int) -> Grids:
+def _marked(free: mazes.FreeCells, start: int, goal: int) -> Grids:
     """Tokens of a maze with its path, uint8 [size, size]."""
-    cells = np.where(walk, OPEN, WALL).astype(np.uint8)
-    cells.ravel()[mazes.shortest_path(walk, start, goal)] = WAY
+    cells = np.where(free, OPEN, WALL).astype(np.uint8)
+    cells.ravel()[mazes.shortest_path(free, start, goal)] = WAY
     cells.ravel()[[start, goal]] = START, GOAL
     return cells
 

@@ -1,4 +1,4 @@
-"""Building a Sudoku set: different puzzles with one solution each, held-out ones on grids that training never sees."""
+"""Builds a Sudoku set: distinct puzzles with one solution each; held-out puzzles use grids that training never sees."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def build_sudoku(
     grids, that is, no symmetry maps one to the other (see sudoku.grid_class). 6x6: the same, by holding out classes
     with about a fifth of all grids.
 
-    Raises SettingsError for values that cannot be honoured, among them more or harder puzzles than there seem to be.
+    Raises SettingsError for values that cannot be satisfied, such as more or harder puzzles than can be found.
     """
     _check_sudoku(size, train, test, difficulty, clues, augment)
     check_vacant(out, overwrite=overwrite, owned=BUILT_FILES, option="--out")

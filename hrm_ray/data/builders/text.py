@@ -1,4 +1,4 @@
-"""Building a text corpus from the documentation that comes with Python, so that a first run needs no download."""
+"""Builds a text corpus from the documentation that comes with Python, so that a first run needs no download."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class TextSummary:
 def build_text(out: Path, *, max_bytes: int | None = None, seed: int = 0, overwrite: bool = False) -> TextSummary:
     """A text corpus of Python's own documentation: train.jsonl and test.jsonl with rows {"text", "source"}.
 
-    Documents come in an order keyed by `seed`, each at most once; about one in 25 is held out, chosen by a hash of
-    its text, so no held-out document occurs in training. `max_bytes` ends the corpus before the document that would
-    pass it (UTF-8 bytes of text, both splits together). Raises SettingsError for values that cannot be honoured.
+    Documents come in an order keyed by `seed`, each at most once; about one in 25 is held out, chosen by a hash of its
+    text, so no held-out document occurs in training. `max_bytes` ends the corpus before the document that would pass it
+    (UTF-8 bytes of text, both splits together). Raises SettingsError for values that cannot be satisfied.
     """
     check_vacant(out, overwrite=overwrite, owned=_TEXT_FILES, option="--out")
     unique: dict[str, tuple[str, str]] = {}

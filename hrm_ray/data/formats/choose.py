@@ -1,4 +1,4 @@
-"""The table of formats, and what a format needs of its stream: decompressed, and seekable or not."""
+"""The table of formats, and what each needs from its stream: decompressed, seekable or not."""
 
 from __future__ import annotations
 

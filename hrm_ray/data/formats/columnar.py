@@ -1,4 +1,4 @@
-"""Tables by column: .parquet, and .arrow files and streams, read through pyarrow on one thread.
+"""Columnar tables: .parquet, and .arrow files and streams, read through pyarrow on one thread.
 
 Only the wanted columns are read, a few thousand values at a time."""
 

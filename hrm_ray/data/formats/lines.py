@@ -1,4 +1,4 @@
-"""JSON lines (.jsonl): each line that is not blank is one row, an object. A bad line costs that line only."""
+"""JSON lines (.jsonl): each non-blank line is one row, an object. A bad line is lost alone."""
 
 from __future__ import annotations
 

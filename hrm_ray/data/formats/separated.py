@@ -1,6 +1,6 @@
 """Tables as text: .csv and .tsv, with the columns' names in the first row (quotes as in RFC 4180; tabs for .tsv).
 
-A bad record costs that record only."""
+A bad record is lost alone."""
 
 from __future__ import annotations
 

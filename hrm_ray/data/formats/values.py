@@ -1,6 +1,6 @@
 """JSON files (.json): an array of objects, or objects one after the other, one at a time out of a file of any length.
 
-The rows after a syntax error cannot be told apart from it, so such an error ends the file."""
+The rows after a syntax error cannot be separated from it, so such an error ends the file."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What the readers see in a data set, found out in a bounded time."""
+"""Inspects what the readers see in a data set, in a bounded time."""

@@ -1,6 +1,6 @@
-"""What training would see of a set of puzzles, with a few samples.
+"""Inspects a puzzle set as training would read it, with a few samples.
 
-A small set is read whole, with all checks that training makes; of a large one the description and the first puzzles."""
+A small set is read completely, with all checks of training; of a large one, the description and the first puzzles."""
 
 from __future__ import annotations
 

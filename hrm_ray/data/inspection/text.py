@@ -1,5 +1,5 @@
-"""What training would see of a corpus of text, read for a limited time: parts, columns, rows, lengths, tokens, blocks
-and chunks, bad rows, and a few samples. Exact numbers are told apart from estimated ones."""
+"""Inspects a text corpus for a limited time, as training would read it: parts, columns, rows, lengths, tokens, blocks,
+chunks, bad rows, and a few samples. Each number is marked exact, estimated or a lower bound."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Longest:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of the rows, with an end-of-text mark after each. `tokenised_rows` were tokenised to find out; none where
-    no tokenizer is given: then there are BYTES_PER_TOKEN bytes to a token."""
+    """The number of tokens, with an end-of-text token per row, measured on `tokenised_rows`; without a tokenizer that
+    is 0, and BYTES_PER_TOKEN gives an estimate."""
 
     count: Figure
     tokenised_rows: int
@@ -60,9 +60,10 @@ class TextFacts:
     """What `inspect_text` found.
 
     `kinds` counts the parts by format and compression; `skipped` files (or members) of other kinds lie beside them.
-    `share` of the stored bytes was read (None: unknown), which were `rows_read` rows after the offset;
-    all sums and spreads are of these rows. `rows` is the number of rows that training takes. `faults` are the first
-    ones of `bad` rows, `breaks` those of `broken` parts, whose rest cannot be read (a row of each is bad).
+    `share` of the stored bytes was read (None: unknown), which were `rows_read` rows after the offset; all sums and
+    spreads are of these rows. `rows` is the number of rows that training takes. `faults` are the first ones of the
+    `bad` rows; `breaks` are the faults of the `broken` parts, whose rest cannot be read (each also counts as one bad
+    row).
     """
 
     path: str
@@ -102,7 +103,7 @@ def inspect_text(
     table = read_columns(corpus.parts, corpus.source, timer.part(_COLUMNS_UNTIL))
     rows_timer = timer.part(_ROWS_UNTIL)
     reading = CorpusReading(corpus, on_read=lambda _: rows_timer.raise_if_up())
-    seen = _Seen(corpus, samples, _Tokeniser(tokenizer, corpus.source.pairs, timer))
+    seen = _Totals(corpus, samples, _Tokeniser(tokenizer, corpus.source.pairs, timer))
     for chunk in read_chunks(corpus, rows=reading):
         seen.take(chunk)
     whole = reading.ended or (corpus.max_rows is not None and seen.rows >= corpus.max_rows)
@@ -195,7 +196,7 @@ class _Tokeniser:
             self._spent_s += self._timer.elapsed_s - began_s
 
 
-class _Seen:
+class _Totals:
     """Sums over the chunks that were read."""
 
     def __init__(self, corpus: Corpus, samples: int, tokeniser: _Tokeniser) -> None:
@@ -250,7 +251,8 @@ class _Seen:
         return Tokens(Figure(count.value, "about" if count.certainty == "exact" else count.certainty), done.rows)
 
     def all_chunks(self, rows: Figure, whole: bool) -> Figure:
-        """How many chunks all rows make: as many rows to a chunk as in those that were read whole."""
+        """The number of chunks of all rows, assuming as many rows per chunk as in the chunks that were read
+        completely."""
         if whole:
             return Figure(self._chunks)
         size = float(self._corpus.chunk_size)

@@ -1,4 +1,4 @@
-"""ARC tasks: pairs of coloured grids, read from .json files, as tokens, and under symmetries.
+"""ARC tasks: pairs of coloured grids, read from .json files, tokenised and augmented.
 
 Layout as in the public HRM sets (sapientinc/HRM): a grid stands in the upper left of 30x30 cells, colour + 2; a row and
 a column of END close it below and to the right where there is room; the rest is PAD."""

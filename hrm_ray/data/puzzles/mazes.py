@@ -1,4 +1,4 @@
-"""Mazes: carving a square grid, distances, and ends with exactly one shortest path between them."""
+"""Mazes: generation on a square grid, distances, and endpoints with exactly one shortest path between them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Open = npt.NDArray[np.bool_]
+FreeCells = npt.NDArray[np.bool_]
 """Which cells of a maze can be walked on, bool [size, size]."""
 
 _STARTS = 8
@@ -17,9 +17,9 @@ _STARTS = 8
 
 
 @dataclass(frozen=True)
-class Reach:
-    """Moves from a start to each cell (-1: no way), and the number of shortest ways, both by cell number (row * size +
-    column)."""
+class Distances:
+    """For each cell (number: row * size + column), the moves from `start` (-1: unreachable) and the number of shortest
+    paths."""
 
     start: int
     moves: list[int]
@@ -31,37 +31,37 @@ class Reach:
         return max(range(len(self.moves)), key=self.moves.__getitem__)
 
 
-def carve(size: int, rng: random.Random, openings: float) -> Open:
+def carve(size: int, rng: random.Random, openings: float) -> FreeCells:
     """A maze of size x size cells without a border of walls: rooms on every second row and column, joined into a tree
-    by a random walk that goes back where it is stuck, and then a share `openings` of the walls left between
-    neighbouring rooms taken away, so that there are loops.
+    by depth-first search in random order; then a share `openings` of the walls left between neighbouring rooms is
+    removed, which makes loops.
 
-    Where the size is even one row and one column, drawn from the two ends, are walls.
+    If the size is even, one row and one column at a random edge are walls.
     """
     rooms = (size + 1) // 2
     top, left = (rng.randrange(2), rng.randrange(2)) if size % 2 == 0 else (0, 0)
-    walk: Open = np.zeros((size, size), dtype=np.bool_)
+    free: FreeCells = np.zeros((size, size), dtype=np.bool_)
     stack = [(rng.randrange(rooms), rng.randrange(rooms))]
-    walk[top + 2 * stack[0][0], left + 2 * stack[0][1]] = True
+    free[top + 2 * stack[0][0], left + 2 * stack[0][1]] = True
     while stack:
         row, column = stack[-1]
-        closed = [(r, c) for r, c in _beside(row, column, rooms) if not walk[top + 2 * r, left + 2 * c]]
+        closed = [(r, c) for r, c in _beside(row, column, rooms) if not free[top + 2 * r, left + 2 * c]]
         if not closed:
             stack.pop()
             continue
         r, c = rng.choice(closed)
-        walk[top + row + r, left + column + c] = walk[top + 2 * r, left + 2 * c] = True
+        free[top + row + r, left + column + c] = free[top + 2 * r, left + 2 * c] = True
         stack.append((r, c))
     between = [
         (top + row + r, left + column + c)
         for row in range(rooms)
         for column in range(rooms)
         for r, c in _beside(row, column, rooms)
-        if (r, c) > (row, column) and not walk[top + row + r, left + column + c]
+        if (r, c) > (row, column) and not free[top + row + r, left + column + c]
     ]
     for cell in rng.sample(between, round(openings * len(between))):
-        walk[cell] = True
-    return walk
+        free[cell] = True
+    return free
 
 
 def most_moves(size: int) -> int:
@@ -69,54 +69,54 @@ def most_moves(size: int) -> int:
     return 2 * ((size + 1) // 2) ** 2 - 2
 
 
-def reach(walk: Open, start: int) -> Reach:
-    """How far every cell is from `start`, and in how many shortest ways."""
-    size = len(walk)
-    free = walk.ravel().tolist()
-    moves, ways = [-1] * len(free), [0] * len(free)
+def distances(free: FreeCells, start: int) -> Distances:
+    """Breadth-first search from `start`."""
+    size = len(free)
+    passable = free.ravel().tolist()
+    moves, ways = [-1] * len(passable), [0] * len(passable)
     moves[start], ways[start] = 0, 1
-    edge = [start]
-    while edge:
-        further = []
-        for cell in edge:
+    frontier = [start]
+    while frontier:
+        next_frontier = []
+        for cell in frontier:
             for beside in _neighbours(cell, size):
-                if not free[beside]:
+                if not passable[beside]:
                     continue
                 if moves[beside] < 0:
                     moves[beside] = moves[cell] + 1
-                    further.append(beside)
+                    next_frontier.append(beside)
                 if moves[beside] == moves[cell] + 1:
                     ways[beside] += ways[cell]
-        edge = further
-    return Reach(start, moves, ways)
+        frontier = next_frontier
+    return Distances(start, moves, ways)
 
 
-def draw_ends(walk: Open, rng: random.Random, min_path: int) -> tuple[int, int] | None:
-    """A start and a goal with exactly one shortest path between them, of at least `min_path` moves; None where none
-    were found. Short ways are more numerous than long ones, and come more often."""
-    cells = np.flatnonzero(walk).tolist()
-    ends = reach(walk, reach(walk, rng.choice(cells)).farthest)
+def draw_endpoints(free: FreeCells, rng: random.Random, min_path: int) -> tuple[int, int] | None:
+    """A start and a goal with exactly one shortest path between them, of at least `min_path` moves; None if none were
+    found. Short paths are more numerous than long ones, so they are drawn more often."""
+    cells = np.flatnonzero(free).tolist()
+    ends = distances(free, distances(free, rng.choice(cells)).farthest)
     if ends.moves[ends.farthest] < min_path:
         # In a tree no path is longer than this one; loops only shorten.
         return None
     for attempt in range(_STARTS + 1):
-        found = ends if attempt == _STARTS else reach(walk, rng.choice(cells))
+        found = ends if attempt == _STARTS else distances(free, rng.choice(cells))
         goals = [cell for cell in cells if found.moves[cell] >= min_path and found.ways[cell] == 1]
         if goals:
             return found.start, rng.choice(goals)
     return None
 
 
-def shortest_path(walk: Open, start: int, goal: int) -> list[int]:
+def shortest_path(free: FreeCells, start: int, goal: int) -> list[int]:
     """The cells of the shortest path from start to goal, both included. Raises ValueError unless there is exactly
     one."""
-    found = reach(walk, start)
+    found = distances(free, start)
     if found.ways[goal] != 1:
         raise ValueError(f"there are {found.ways[goal]} shortest paths from {start} to {goal}")
     path = [goal]
     while path[-1] != start:
         nearer = found.moves[path[-1]] - 1
-        path.append(next(cell for cell in _neighbours(path[-1], len(walk)) if found.moves[cell] == nearer))
+        path.append(next(cell for cell in _neighbours(path[-1], len(free)) if found.moves[cell] == nearer))
     return path[::-1]
 
 

@@ -324,4 +324,4 @@ def _check_shapes(tensors: Tensors, path: Path, prefix: str) -> None:
 def _check_ids(ids: npt.NDArray[Any], least: int, bound: int, source: Path, name: str, what: str) -> None:
     if ids.size and (int(ids.min()) < least or int(ids.max()) >= bound):
         wrong = int(ids.min()) if int(ids.min()) < least else int(ids.max())
-        raise DataError(Fault(f"{source}, `{name}`", f"contains {wrong}; {what} is 0..{bound - 1}", REBUILD))
+        raise DataError(Fault(f"{source}, `{name}`", f"contains {wrong}, outside {what} 0..{bound - 1}", REBUILD))

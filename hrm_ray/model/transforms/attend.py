@@ -1,4 +1,4 @@
-"""The kernel of a model's attentions; kernels are in `attention` and `attention_backends`."""
+"""Sets the attention kernel of a model; the kernels are in `attention` and `attention_backends`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks compiled by torch.compile: what stands in the way of it, and the functions that blocks then call.
+"""Compiles blocks with torch.compile: what prevents it, and the compiled functions that blocks call.
 
 A dense block over whole rows is compiled as one function, other blocks in the parts around attention and experts; each
 function serves all blocks of a model. Weights are inputs of the functions, so the state dict keeps its names.
@@ -52,7 +52,7 @@ class CompiledCalls:
         return self._graphs_of_process() - self._graphs_before
 
     def take_notes(self) -> list[str]:
-        """What a person must see since the last call."""
+        """Notes for the user since the last call."""
         notes, self._notes = self._notes, []
         return notes
 
@@ -130,8 +130,7 @@ def compile_obstacle(settings: RunSettings, device: torch.device) -> str | None:
 
 
 def compile_notes(settings: RunSettings, device: torch.device) -> list[str]:
-    """What a person must know: --compile cannot be honoured, or experts stay eager. Raises UnavailableError under
-    --strict."""
+    """Notes for the user: --compile cannot be used, or experts stay eager. Raises UnavailableError under --strict."""
     reason = compile_obstacle(settings, device) if settings.cluster.compile else None
     if reason is not None:
         if settings.cluster.strict:

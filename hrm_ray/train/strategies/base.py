@@ -1,4 +1,4 @@
-"""What a training strategy is: it owns the parameters and turns gradients into weight updates.
+"""The interface of a training strategy, which owns the parameters and turns gradients into weight updates.
 
 A strategy holds the objective, the optimizer and the moving average, whole or as shards, and while a run trains it
 alone reads or writes parameters, with these exceptions: the loop updates the rows of a puzzle table (`SparseSignSGD`),
