@@ -13,6 +13,9 @@ from torch import Tensor
 from hrm_ray.atomic_files import atomic_path
 from hrm_ray.errors import DataError, Fault, ResourceError
 
+_SHOWN = 2
+"""Differences of an architecture that a message names: names of tensors are long."""
+
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write `tensors` to `path` atomically. Raises ResourceError where that fails, for example on a full disk."""
@@ -61,6 +64,6 @@ def check_fit(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: st
         if tensors[n].shape != own[n].shape
     ]
     if wrong:
-        shown = "; ".join(sorted(wrong)[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+        shown = "; ".join(sorted(wrong)[:_SHOWN]) + (f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else "")
         hint = "Give weights of the same architecture, or set the model options to those of the weights"
-        raise DataError(Fault(source, f"the weights do not fit the architecture: {shown}", hint))
+        raise DataError(Fault(source, f"the weights belong to another architecture: {shown}", hint))

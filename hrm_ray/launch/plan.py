@@ -92,12 +92,12 @@ def _run_plan(
     estimated = isinstance(data, TextData) and data.rows_estimated and schedule_steps != settings.run.step_limit
     if estimated and settings.optimizer.lr_schedule != "constant":
         notes.append(
-            f"The learning-rate schedule is laid out for about {schedule_steps} steps, estimated from the beginning of "
+            f"The learning-rate schedule has about {schedule_steps} steps, estimated from the beginning of "
             "the data; give --steps for a schedule that reaches its end exactly."
         )
     if settings.run.step_limit is None and settings.model.supervision == "segment":
         notes.append(
-            f"The learning-rate schedule is laid out for {schedule_steps} steps, the most that {settings.run.epochs} "
+            f"The learning-rate schedule has {schedule_steps} steps, the most that {settings.run.epochs} "
             "epoch(s) can take when no puzzle halts early; give --steps for a schedule that reaches its end."
         )
     warmup = settings.optimizer.warmup_steps
@@ -169,7 +169,7 @@ def _prepare_text(
         # Where the tokenizer came from when the run began.
         data = replace(data, tokenizer=stored["tokenizer"])
         if stored["rows"] is not None:
-            # What the learning-rate schedule was laid out for stays, although more is known by now.
+            # The length of the learning-rate schedule is kept, although more is known by now.
             counts = {name: stored[name] for name in ("rows", "first_rows", "rows_estimated")}
             data = replace(data, **counts)
     return replace(resolved.config, vocab_size=data.vocab_size), data

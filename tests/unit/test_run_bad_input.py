@@ -132,7 +132,7 @@ TRAINING: dict[str, Case] = {
             *("--dataset-file", puzzle_file(d), *PUZZLE),
             *("--eval-file", written(d, "e.jsonl", '{"inputs": [0, 1], "labels": [1, 1]}\n')),
         ],
-        ("e: it has 2 cells", "6", "Evaluate on"),
+        ("e: has 2 cells", "6", "Evaluate on"),
     ),
     "held-out data that is not there": (
         2,

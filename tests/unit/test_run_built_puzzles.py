@@ -63,7 +63,7 @@ BAD = {
     "no folder": (2, ("arc", "nowhere"), ("nowhere", "no such folder")),
     "no tasks": (2, ("arc", "EMPTY"), ("empty", "no .json file")),
     "a ragged grid": (5, ("arc", "RAGGED"), ("bad.json, train pair 0, input", "row 1 has 1 cells")),
-    "a colour too high": (5, ("arc", "COLOUR"), ("bad.json, test pair 0, output", "holds 10")),
+    "a colour too high": (5, ("arc", "COLOUR"), ("bad.json, test pair 0, output", "contains 10")),
 }
 
 

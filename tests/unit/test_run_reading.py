@@ -188,7 +188,7 @@ def test_an_estimated_schedule_is_the_same_after_a_resume(corpus: Path, reads: R
     words = ("--epochs", "1", "--lr-schedule", "linear", "--lr-min-ratio", "0", "--save-every", "0")
     assert hrm(*start(corpus, *words)).code == 0
     whole = computed(corpus.parent / "b")
-    note = "laid out for about"
+    note = "schedule has about"
     assert any(note in event["message"] for event in records(corpus.parent / "b", "event"))
     with stopping_at(17):
         assert hrm(*start(corpus, *words, "--bundle-dir", corpus.parent / "c")).code == 0
@@ -217,7 +217,7 @@ def test_the_schedule_is_laid_out_anew_when_an_epoch_has_been_counted(corpus: Pa
     assert hrm(*start(corpus, *words)).code == 0
     whole = computed(corpus.parent / "b")
     assert len(whole) == 120 and whole[-1]["lr"] == 0 and whole[-2]["lr"] > 0, "the end of 3 epochs of 40 steps"
-    said = [event for event in records(corpus.parent / "b", "event") if "is laid out for 120 steps" in event["message"]]
+    said = [event for event in records(corpus.parent / "b", "event") if "now has 120 steps" in event["message"]]
     assert len(said) == 1 and "Epoch 0 had 160 sequences" in said[0]["message"] and said[0]["step"] == 40
     for step in (30, 40, 55):
         folder = corpus.parent / f"c{step}"

@@ -57,5 +57,5 @@ def test_a_tokenizer_of_the_hub_is_taken_out_of_its_cache(tmp_path: Path, monkey
     unknown = (*words, "--bundle-dir", tmp_path / "c", "--model", "org/none")
     refused(3, "train", "--dataset-file", corpus, *unknown, naming=("org/none", "HF_HUB_OFFLINE"))
     missing = (*words, "--bundle-dir", tmp_path / "c", "--model", tmp_path / "none")
-    refused(2, "train", "--dataset-file", corpus, *missing, naming=(tmp_path / "none", "nothing is at this path"))
+    refused(2, "train", "--dataset-file", corpus, *missing, naming=(tmp_path / "none", "no such file or folder"))
     assert not (tmp_path / "c").exists()
