@@ -15,7 +15,7 @@ DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong: the value, the reason why it cannot be used, and what to do instead."""
+    """One fault: the value, the reason why it cannot be used, and a hint what to do instead."""
 
     value: str
     reason: str

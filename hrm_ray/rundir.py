@@ -83,7 +83,7 @@ class RunDir:
 
     @property
     def chunk_tracker(self) -> Path:
-        """The ledger as JSON, for people."""
+        """The ledger as JSON, human-readable."""
         return self.root / "chunk_tracker_state.json"
 
     @property
@@ -93,7 +93,7 @@ class RunDir:
 
     @property
     def lock_holder(self) -> Path:
-        """Which process that is."""
+        """The process that holds the lock."""
         return self.root / ".in_use.json"
 
     @property
@@ -129,8 +129,8 @@ class RunDir:
         return found[max(found)] if found else None
 
     def describe_checkpoint(self, step: int) -> str:
-        """Write the manifest of the partial checkpoint of `step` over all its files, those in subfolders
-        too, each of which has reached the disk; give its sha256."""
+        """Write the manifest of the partial checkpoint of `step` over all its files, those in subfolders too, each of
+        which has reached the disk; returns its sha256."""
         partial = self.partial_checkpoint(step)
         files = [path for path in _files(partial) if path != partial / MANIFEST]
         entries = {

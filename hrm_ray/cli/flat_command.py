@@ -19,7 +19,7 @@ from hrm_ray.settings.options import Option, options, spellings
 
 @dataclass
 class Arguments:
-    """What was on the command line."""
+    """The parsed command line."""
 
     options: dict[str, str | bool] = field(default_factory=dict)
     """By spelling; True for a switch, and for an option whose value is missing. Unknown options are here too."""

@@ -44,9 +44,9 @@ class SizedBpe:
 def train_bpe(documents: Iterable[str], vocab_size: int, examples: int, least_count: int = 0) -> TextTokenizer:
     """A byte-level BPE trained on the first `examples` documents. The same documents give the same file.
 
-    Two tokens are merged while they stand side by side at least `least_count` times. Where the data offers fewer
-    merges than asked for, the vocabulary is smaller: see `vocab_size` of the result. Raises SettingsError for a
-    vocabulary that cannot hold all bytes, DataError for documents without text.
+    Two tokens are merged while they are adjacent at least `least_count` times. If the data offers fewer merges than
+    asked for, the vocabulary is smaller: see `vocab_size` of the result. Raises SettingsError for a vocabulary that
+    cannot hold all bytes, DataError for documents without text.
     """
     if vocab_size < LEAST_VOCABULARY:
         reason = f"256 bytes and {len(MARKS)} marks need {LEAST_VOCABULARY}"
@@ -76,12 +76,12 @@ def train_sized_bpe(read: Callable[[], Iterable[str]], bounds: SizeBounds, examp
     `read` starts the documents from the first; it is called two or three times. A pair is merged as long as it occurs
     ENOUGH_COUNTS (100) times in all of the text, since a row of the embedding is learned from its occurrences only.
     Gowda and May ("Finding the optimal vocabulary size for neural machine translation", 2020) found that a token needs
-    about 100 of them: the largest BPE of which 95 % of the types occur 100 times or more. Their share of 95 % is left
-    out here, because up to a tenth of a byte-level BPE's tokens are nearly always part of longer ones.
+    about 100 of them: the largest BPE of which 95 % of the types occur 100 times or more. The 95 % rule is not used
+    here, because up to a tenth of a byte-level BPE's tokens are nearly always part of longer ones.
 
-    In a sample of the text the number is smaller by the ratio of bytes, but at least LEAST_SAMPLE_COUNTS (5): rarer
-    pairs are accidents of the sample. Bytes as stored stand for those of the text: compressed text counts as less,
-    which gives a smaller vocabulary, and where they are unknown the sample counts as all.
+    For a sample of the text the threshold is scaled by the ratio of bytes, but is at least LEAST_SAMPLE_COUNTS (5):
+    rarer pairs are chance. Bytes as stored stand for those of the text: compressed text counts as less, which gives a
+    smaller vocabulary, and where they are unknown the sample counts as all.
 
     Merges are learned greedily, the most frequent first, so the vocabulary is the beginning of any larger one. The same
     documents and bounds give the same file. Raises as `train_bpe`.

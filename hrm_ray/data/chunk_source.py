@@ -70,7 +70,7 @@ class ChunkPipeline:
         """Warnings about the chunks that were committed here."""
 
     def get(self, number: int) -> Chunk | None:
-        """Chunk `number`, None behind the last one. Chunks before it that the catalog does not know are read.
+        """Chunk `number`, None after the last one. Earlier chunks that the catalog does not know are read first.
 
         Raises DataError for a bad row, or a corpus that has changed.
         """
@@ -109,7 +109,8 @@ class ChunkPipeline:
             self.read(len(self.catalog))
 
     def find(self, block: int, chunk: int) -> ChunkEntry | None:
-        """The entry of a chunk by its block and number in it, reading as far as it takes; None where there is none."""
+        """The entry of a chunk by block and number in the block, reading as far as needed; None if there is no such
+        chunk."""
         number = 0
         while True:
             if self.catalog.get(number) is None and (self.catalog.ended or self.read(number) is None):
@@ -122,9 +123,9 @@ class ChunkPipeline:
             number += 1
 
     def read(self, number: int) -> RawChunk | None:
-        """Chunk `number` as documents, None behind the last one.
+        """Chunk `number` as documents, None after the last one.
 
-        Where it follows the one that was read last, reading just goes on. Raises as `get`.
+        If it follows the chunk read last, reading continues from there. Raises as `get`.
         """
         self.scan(before=number)
         if self.catalog.ended and number >= len(self.catalog):
@@ -159,7 +160,7 @@ class ChunkPipeline:
         return chunks
 
     def _key(self, entry: ChunkEntry) -> str:
-        """The cache's key: all that decides a chunk's tokens."""
+        """The cache key: everything that determines a chunk's tokens."""
         plain = f"{entry.fingerprint} {self.tokenizer.fingerprint} {self.pairs} {self.corpus.ascii_only}"
         return hashlib.blake2b(plain.encode(), digest_size=16).hexdigest()
 
@@ -196,8 +197,8 @@ class EpochOrder:
     start: int = 0
 
     def slots(self, catalog: Catalog, epoch: int, position: int) -> Iterator[ChunkSlot]:
-        """The slots from a position of the epoch on. In the order of the corpus they go on without end; a shuffled
-        epoch needs a catalog that has ended."""
+        """The slots from a position of the epoch. In corpus order the iterator is endless; a shuffled epoch needs a
+        complete catalog."""
         first = self.start if epoch == 0 else 0
         if not self.shuffled:
             for number in count(max(position, first)):
@@ -261,7 +262,7 @@ class InMemoryChunks:
 
 
 class _Prefetcher:
-    """Reads an iterator in a thread, at most AHEAD items ahead."""
+    """Reads an iterator in a thread, up to AHEAD items ahead."""
 
     def __init__(self, items: Iterator[Chunk]) -> None:
         self._items = items
@@ -284,7 +285,7 @@ class _Prefetcher:
             yield item
 
     def close(self) -> None:
-        """End the thread once it has finished its present item."""
+        """Stop the thread after its current item."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -41,8 +41,8 @@ FIRST = ChunkStart(0, 0, 0, 0, 0, RowPosition(0, 0))
 def read_chunks(
     corpus: Corpus, start: ChunkStart = FIRST, rows: Iterable[PlacedRow] | None = None
 ) -> Iterator[RawChunk]:
-    """The chunks from `start` on; none where the corpus ends there. `rows` are those of the corpus from there on,
-    where the caller has them. Raises DataError for a bad row, unless such rows are skipped."""
+    """The chunks from `start`; none if the corpus ends there. `rows` may be a reading of the corpus that is already at
+    `start`. Raises DataError for a bad row, unless such rows are skipped."""
     begun = _Open(corpus, start)
     first_row = start.first_row
     for row, after in CorpusReading(corpus, start.place) if rows is None else rows:
@@ -69,7 +69,8 @@ def _next(chunk: RawChunk) -> ChunkStart:
 
 
 class CorpusHead:
-    """The chunks of a corpus from its beginning, as often as they are asked for: the first HEAD_BYTES are read once."""
+    """The chunks of a corpus from its beginning, re-iterable: the first HEAD_BYTES of text are kept, the rest is read
+    again."""
 
     def __init__(self, corpus: Corpus, on_read: Callable[[CorpusReading], None]) -> None:
         self.corpus, self.on_read = corpus, on_read
@@ -107,7 +108,7 @@ class CorpusHead:
         return text_bytes / rows * (usable if corpus.max_rows is None else min(usable, corpus.max_rows))
 
     def _read_one(self) -> bool:
-        """Whether there was one more chunk to read, and room to keep it."""
+        """Read one more chunk and keep it; False at the end of the corpus or once HEAD_BYTES are kept."""
         chunk = next(self._unread, None) if self._kept_bytes < HEAD_BYTES else None
         if chunk is not None:
             self.chunks.append(chunk)

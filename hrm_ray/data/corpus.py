@@ -54,8 +54,8 @@ class CorpusReading:
     """The rows of `corpus` from `start` on, each with the position after it; rows before the offset are included.
 
     `on_read` is called with this reading after each row and before stored bytes are read, so that it can show progress
-    or end the reading even on a long way to the first row. What it raises passes through, except that TimeUp just ends
-    the rows. What the library for data sets of the Hub does between two rows cannot be ended.
+    or stop reading even before the first row. What it raises propagates, except that TimeUp just ends the rows. Reading
+    of the Hub cannot be stopped between two rows.
     """
 
     def __init__(
@@ -102,8 +102,8 @@ class CorpusReading:
 
     @property
     def share(self) -> float | None:
-        """Which share of the corpus was read or skipped, as far as bytes (of a data set of the Hub: rows) tell,
-        0 to 1; None where they do not, or without `on_read`."""
+        """The share of the corpus that was read or skipped, by bytes (for a data set of the Hub, by rows), 0 to 1; None
+        if unknown or without `on_read`."""
         if self.ended:
             return 1.0
         parts, number = self._corpus.parts, self._position.part
@@ -118,7 +118,7 @@ class CorpusReading:
         return passed / total if (_SURE_BYTES if compressed else 0) < passed < total else None
 
     def _bytes_of(self, part: Part) -> float:
-        """Bytes of the present part that were read."""
+        """Bytes read of the current part."""
         if part.kind == FileKind("parquet", None):
             # Columns do not lie in the order of rows.
             rows = known_rows(part, self._corpus.source)

@@ -21,8 +21,8 @@ larger one their number is estimated."""
 
 @dataclass(frozen=True)
 class Sequences:
-    """How many sequences an epoch has, and the first one, which may begin later in the corpus; `estimated` where not
-    all of the corpus was tokenised to find out."""
+    """The number of sequences in an epoch, and in the first epoch, which may start later in the corpus; `estimated` if
+    not all of the corpus was tokenised to count them."""
 
     count: int
     first_epoch: int

@@ -19,8 +19,8 @@ from hrm_ray.errors import DataError
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What `detect` found. `bytes` and `files` are those of the split, `skipped_files` are in the folder (or archive)
-    but not read; `columns` is False if no part can have any (plain text files); `puzzle` is set if the task is
+    """The result of `detect`. `bytes` and `files` are those of the split, `skipped_files` are in the folder (or
+    archive) but not read; `columns` is False if no part can have any (plain text files); `puzzle` is set if the task is
     "puzzle"."""
 
     task: Literal["lm", "puzzle"]

@@ -38,7 +38,7 @@ class Shard(NamedTuple):
 
 
 def list_shards(address: str, split: str) -> tuple[list[Shard], tuple[str, ...]]:
-    """The shards of a split of a data set, and the splits there are; one that the address names stands above `split`.
+    """The shards of a split of a data set, and all its splits; a split in the address overrides `split`.
 
     Raises UnavailableError where the library is missing or the Hub cannot be reached, SettingsError for an id or a
     configuration that is not there, DataError for a split that is not there or data that cannot be opened.

@@ -28,9 +28,9 @@ def absolute_name(name: str) -> str:
 def load_named(name: str) -> TextTokenizer:
     """The tokenizer at the path `name`, or with the Hub id `name` if there is no such path.
 
-    Files in the Hub's cache on this machine are used without asking the Hub, so that machines without a network work
-    and a run keeps its tokenizer. Raises SettingsError for an unknown name, UnavailableError where the Hub cannot be
-    asked, DataError for files that cannot be used.
+    Files in the Hub's cache on this machine are used without asking the Hub, so that it works offline and a run keeps
+    its tokenizer. Raises SettingsError for an unknown name, UnavailableError where the Hub cannot be asked, DataError
+    for files that cannot be used.
     """
     path = Path(name).expanduser()
     if path.exists() or not _is_hub_id(name):

@@ -110,7 +110,7 @@ class WindowOrder:
         self._window, self._count = window, count
 
     def at(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Which sequences stand at `positions` (int64 [N], each in 0..count-1)."""
+        """The sequences at `positions` (int64 [N], each in 0..count-1)."""
         part = positions // self._length
         found = np.empty_like(positions)
         for number in np.unique(part).tolist():

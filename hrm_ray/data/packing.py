@@ -32,9 +32,9 @@ _SCAN = 1 << 20
 
 @dataclass(frozen=True)
 class _Pieces:
-    """Runs of tokens, all int64 [P]: `row` and `column` of the first token, `source` its position in the stream,
-    `length` in input positions, `end` where its document's last usable token ends, `prompt` how many of the positions
-    are prompt, and `unlabelled` how many positions at the piece's start have no label."""
+    """Runs of tokens as arrays, all int64 [P]: `row` and `column` of the first token, `source` its position in the
+    stream, `length` in input positions, `end` where its document's last usable token ends, `prompt` how many of the
+    positions are prompt, and `unlabelled` how many positions at the piece's start have no label."""
 
     row: Ints
     column: Ints
@@ -57,7 +57,7 @@ class RowForm:
 
 
 class TextSamples:
-    """Packed or padded rows over a token store (values.Columns, text). Rows without any label do not exist."""
+    """Packed or padded rows over a token store (types.Columns of text). Rows without any label do not exist."""
 
     def __init__(self, store: TextStore, form: RowForm) -> None:
         """Raises SettingsError for a row of less than 2 tokens, DataError for a store of plain documents where the
@@ -85,7 +85,7 @@ class TextSamples:
         return self._layout.count
 
     def rows(self, indices: npt.NDArray[np.int64]) -> Columns:
-        """The rows at `indices` (int64 [B]; -1 gives an inactive padding row) as columns of values.Columns."""
+        """The rows at `indices` (int64 [B]; -1 gives an inactive padding row) as types.Columns."""
         indices = np.asarray(indices, dtype=np.int64)
         if indices.size and (indices.min() < -1 or indices.max() >= len(self)):
             raise IndexError(f"samples are 0..{len(self) - 1}, asked for {indices.min()}..{indices.max()}")
@@ -195,8 +195,8 @@ class _Rows:
 
 
 def _windows(labels: Ints, seq_len: int, stride: int) -> Ints:
-    """How many rows of `seq_len` positions, `stride` apart, hold so many labels: the first has `seq_len` of them, each
-    further one adds `stride`."""
+    """The number of rows of `seq_len` positions, `stride` apart, that hold this many labels: `seq_len` in the first row
+    and `stride` in each further one."""
     beyond = -(-(labels - seq_len) // stride)
     return np.where(labels > 0, 1 + np.maximum(beyond, 0), 0)
 

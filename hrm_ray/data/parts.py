@@ -87,8 +87,8 @@ class Part:
 
 @dataclass(frozen=True)
 class PartList:
-    """The parts of a corpus in order, and how many files (or members of an archive) of other kinds lie beside them.
-    `splits` are the splits of its files or members (None: unknown)."""
+    """The parts of a corpus in order, and the number of files (or archive members) of other kinds. `splits` are the
+    splits of its files or members (None: unknown)."""
 
     parts: tuple[Part, ...]
     skipped: int

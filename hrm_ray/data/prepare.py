@@ -64,9 +64,9 @@ class PuzzlePlan:
 
 @dataclass(frozen=True)
 class TokenizerChoice:
-    """Which tokenizer: that of the `name` (a path or a Hub id); else the one in the bundle unless `retrain`; else a
-    byte-level BPE trained on the first `examples` documents, of `vocab_size`, or of a size within `bounds` that is
-    chosen from the data."""
+    """The tokenizer to use: the one called `name` (a path or a Hub id); else the one in the bundle unless `retrain`;
+    else a byte-level BPE trained on the first `examples` documents, of `vocab_size`, or of a size within `bounds` that
+    is chosen from the data."""
 
     name: str | None
     vocab_size: int
@@ -88,7 +88,7 @@ class PrepareRequest:
 
 @dataclass(frozen=True)
 class PreparedText:
-    """What prepare_text made. `first` is the first chunk that will be trained on, `notes` are warnings to log, and
+    """The result of prepare_text. `first` is the first chunk that will be trained on, `notes` are warnings to log, and
     `account` says how the vocabulary's size was chosen from the data (to be logged at INFO)."""
 
     tokenizer: TextTokenizer
@@ -103,7 +103,7 @@ class PreparedText:
 
 @dataclass(frozen=True)
 class PreparedPuzzles:
-    """What prepare_puzzles checked: facts of both splits, and the plan."""
+    """The result of prepare_puzzles: facts of both splits, and the plan."""
 
     train: PuzzleFacts
     evaluation: PuzzleFacts | None
@@ -124,7 +124,7 @@ def prepare_text(
 ) -> PreparedText:
     """Chooses the tokenizer, saves it in `bundle`, and writes to the folder `data`: parts, catalog, the first chunk,
     and the held-out documents. Where `data` has a catalog already, the corpus must be the same. `on_read` is called
-    often while the corpus is read; what it raises ends the preparing.
+    often while the corpus is read; what it raises propagates.
 
     Raises SettingsError for paths, columns or a row length that cannot be used, DataError for data that cannot be read
     or has changed.
@@ -262,7 +262,7 @@ def _choose(
 
 
 def _losses(documents: Iterable[Document], tokenizer: TextTokenizer) -> list[str]:
-    """A note where the first documents do not come back from the tokenizer as they were."""
+    """A note if encoding and decoding changes the first documents."""
     for document in islice(documents, _TRIED_DOCUMENTS):
         text = document.text[:_TRIED_CHARACTERS]
         if tokenizer.decode(tokenizer.encode(text), keep_marks=True) != text:

@@ -17,7 +17,7 @@ ROW_BYTES = 64 << 20
 class Document:
     """One document: its text, and where it is.
 
-    `where` is for people (file and line); `row` is its number in the part from 0, bad rows counted; `mark`, where the
+    `where` is for messages (file and line); `row` is its number in the part from 0, bad rows counted; `mark`, where the
     part can be read from any row, is where the next row begins. For a pair `text` is prompt + response, and both are
     given as well.
     """
@@ -32,7 +32,7 @@ class Document:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used, and why; `ends_part`: nothing after it in this part can be read."""
+    """A row that cannot be read, and why; `ends_part`: the rest of the part cannot be read either."""
 
     fault: Fault
     where: str

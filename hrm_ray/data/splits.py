@@ -40,7 +40,7 @@ def has_split(path: str, names: Sequence[str], split: str, skipped: int) -> bool
 
 
 def check_left(path: str, names: Sequence[str], apart: str | None) -> None:
-    """Raises DataError where nothing is left of the whole once the split `apart` is held out."""
+    """Raises DataError if nothing is left to train on once the split `apart` is held out."""
     if all(split_of(name) == apart for name in names):
         reason = f"all files belong to the split `{apart}`, which is held out"
         raise DataError(Fault(path, reason, "Add training data, or hold out another split"))

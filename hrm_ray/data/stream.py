@@ -63,7 +63,7 @@ def append_ranges(ranges: list[ConsumedRange], more: Iterable[ConsumedRange]) ->
 
 @dataclass(frozen=True)
 class Shuffle:
-    """How sequences of an epoch are mixed: `rows` samples wait in the buffer."""
+    """A shuffle buffer of `rows` samples."""
 
     seed: int
     epoch: int
@@ -95,8 +95,8 @@ class Window:
         return int(self._ends[-1])
 
     def consumed(self, epoch: int, first: int, beyond: int) -> list[ConsumedRange]:
-        """What the places first..beyond-1 of the window are of its chunks. One without a sequence is done once all
-        before it is; `first` is -1 where nothing of the window was reported yet."""
+        """The ranges of chunks that the places first..beyond-1 of the window stand for. A chunk without sequences is
+        consumed once all before it are; `first` is -1 if nothing of the window was reported yet."""
         found = []
         for start, samples, end in zip(self._starts, self._samples, self._ends.tolist(), strict=True):
             begin = end - len(samples)
@@ -112,7 +112,7 @@ class Window:
         return chunk, sequences - np.where(chunk > 0, self._ends[chunk - 1], 0)
 
     def rows(self, positions: Ints) -> Columns:
-        """The sequences at `positions` (int64 [B], each in the window) as columns of values.Columns."""
+        """The sequences at `positions` (int64 [B], each in the window) as types.Columns."""
         chunk, sequence = self.where(positions)
         pieces, places = [], []
         for number in np.unique(chunk).tolist():
@@ -153,8 +153,8 @@ class SequenceStream:
         self._notes: list[str] = []
 
     def take(self, count: int, *, within_block: bool = False) -> list[RowSlice]:
-        """The next `count` sequences; fewer at the end of the epoch, or `within_block` at the end of the block that was
-        taken from last. Where the data cannot be read on, that is raised and nothing has been taken."""
+        """The next `count` sequences; fewer at the end of the epoch, or `within_block` at the end of the current block.
+        If reading fails, the error is raised and nothing is taken."""
         before = (self._window, self._taken, self._sequences, self._bad, self._left_out, self._shown, self._in_block)
         reported = len(self._consumed)
         try:
@@ -204,7 +204,7 @@ class SequenceStream:
         return consumed
 
     def _report(self) -> None:
-        """Record what was taken of the present window."""
+        """Record what was taken of the current window."""
         if self._window is not None:
             self._consumed += self._window.consumed(self._epoch, self._shown, self._taken)
             self._shown = self._taken

@@ -47,9 +47,9 @@ class ChunkingConfig:
 
 @dataclass(frozen=True)
 class TextPlan:
-    """What a worker needs beside the folder's files. `evaluation` is the file of held-out documents, `start` the number
-    of the chunk that the first epoch begins with; `in_order`: chunks are not shuffled; `kept`: the cache has all of
-    them."""
+    """What a worker needs besides the files of the folder. `evaluation` is the file of held-out documents, `start` the
+    number of the chunk that the first epoch begins with; `in_order`: chunks are not shuffled; `kept`: the cache has all
+    of them."""
 
     chunking_config: ChunkingConfig
     form: RowForm

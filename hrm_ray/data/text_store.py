@@ -111,7 +111,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def joined(stores: Sequence[TextStore]) -> TextStore:
-    """One store of the documents of several (at least one), in their order."""
+    """Several stores (at least one) concatenated into one."""
     begins = np.cumsum([0, *(len(store.tokens) for store in stores)])
     starts = [store.starts[:-1] + begin for store, begin in zip(stores, begins, strict=False)]
     prompts = [store.prompts for store in stores if store.prompts is not None]

@@ -115,8 +115,8 @@ class TextTokenizer:
         ]
 
     def _without_end(self, text: str, encoded: Encoded) -> Encoded:
-        """The text's tokens. Where they hold the end of text, which a model of whole pieces may know as a piece, the
-        text is encoded in parts, cut inside each such mark that is written in it."""
+        """The text's tokens. If they contain the end-of-text token (a model of whole pieces may know it as a piece),
+        the text is encoded in parts, cut inside each written mark."""
         if not (encoded.ids == self.end_of_text_id).any():
             return encoded
         first, rest = re.escape(self._end_of_text[:1]), re.escape(self._end_of_text[1:])
@@ -214,9 +214,9 @@ def _widths(backend: Tokenizer, vocab_size: int) -> npt.NDArray[np.int32] | None
 
 
 def _bytes_per_token(text: str, offsets: Sequence[tuple[int, int]]) -> npt.NDArray[np.int32]:
-    """UTF-8 bytes per token from character offsets: from where the tokens before ended to where this one ends. What
-    no token covers (a tokenizer may drop spaces) falls to the token after it, at the end of the text to the last
-    one."""
+    """UTF-8 bytes per token from character offsets: from where the tokens before ended to where this one ends.
+    Characters that no token covers (a tokenizer may drop spaces) count to the next token, at the end of the text to the
+    last one."""
     if not offsets:
         return np.zeros(0, dtype=np.int32)
     ends = np.array(offsets, dtype=np.int64)[:, 1]

@@ -55,7 +55,7 @@ class AttentionCache:
         self._start = self._stop = 0
 
     def append(self, keys: Tensor, values: Tensor) -> KeysValues:
-        """Add new tokens; gives all keys and values that they may see."""
+        """Add new tokens; returns all keys and values that they may see."""
         new = keys.shape[2]
         if self._window is not None:
             self._start = max(self._start, self._stop - self._window + 1)
@@ -113,7 +113,7 @@ class SegmentCaches:
 
 
 class DecodingSession:
-    """Reads tokens into a model's caches and gives the logits of the next one."""
+    """Reads tokens into a model's caches and returns the logits of the next one."""
 
     def __init__(self, model: ActV1 | Transformer, adaptive: bool) -> None:
         self.model = model

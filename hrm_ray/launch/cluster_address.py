@@ -38,7 +38,7 @@ def check_address(address: str) -> None:
 
 
 def _probe(host: str, port: int) -> str | None:
-    """What is wrong with a would-be head, if anything: it must speak HTTP/2, as every gRPC server does.
+    """What is wrong with the address, or None: a head speaks HTTP/2, as every gRPC server does.
 
     Ray itself would try for minutes and print warnings on the way.
     """

@@ -12,7 +12,7 @@ from hrm_ray.settings.tree import RunSettings
 
 
 def source_of(settings: RunSettings, *, evaluation: bool) -> TextSource:
-    """Where the training data, or the held-out data, is to be read, and how."""
+    """The source of the training data, or of the held-out data."""
     data = settings.data
     path = data.eval_file if evaluation and data.eval_file is not None else data.training_data
     if path is None:

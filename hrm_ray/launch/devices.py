@@ -18,8 +18,8 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 @dataclass(frozen=True)
 class Devices:
-    """Where a run takes place. `visible_gpus` is CUDA_VISIBLE_DEVICES for the run, None to leave the variable as it is;
-    `notes` are fallbacks that a person must see."""
+    """The devices of a run. `visible_gpus` is CUDA_VISIBLE_DEVICES for the run, None to leave the variable as it is;
+    `notes` are messages about fallbacks."""
 
     device: str
     world_size: int

@@ -63,10 +63,10 @@ def check_launch(devices: Devices) -> None:
 
 
 def check_resources(settings: RunSettings, config: ModelConfig, devices: Devices, bundle: Path) -> bool:
-    """Raises ResourceError where memory or disk cannot suffice; gives whether workers keep freed memory.
+    """Raises ResourceError if memory or disk cannot suffice; returns whether workers keep freed memory.
 
-    Only this machine's host memory is checked: that of a cluster's nodes is not known here, and where an accelerator
-    runs out of its own the micro-batch is halved.
+    Only the host memory of this machine is checked: that of a cluster's nodes is unknown here, and if an accelerator
+    runs out of memory the micro-batch is halved.
     """
     faults, keep = [], settings.memory.keep_freed_memory
     if devices.device == "cpu" and not devices.ray_address:
@@ -110,9 +110,9 @@ def _existing(path: Path) -> Path:
 
 
 def state_bytes(settings: RunSettings, config: ModelConfig) -> int:
-    """The least that weights, gradients, optimizer state and average of one worker take.
+    """A lower bound of the weights, gradients, optimizer state and average of one worker.
 
-    Where all but a little is frozen, that little is not counted.
+    If nearly everything is frozen, the trained rest is not counted.
     """
     number = count_parameters(config).total
     gradient = 0 if _mostly_frozen(settings) else _WEIGHT_BYTES[settings.memory.model_dtype]

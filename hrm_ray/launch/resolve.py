@@ -70,7 +70,7 @@ def resolve(settings: RunSettings) -> ResolvedRun:
 
 
 def _look_at_data(settings: RunSettings) -> tuple[RunSettings, DataFacts, DataFacts | None, list[str]]:
-    """What the training data and the held-out data are, the settings resolved for them, and doubts about them."""
+    """Facts about the training and held-out data, the settings resolved for them, and notes."""
     on_bad_row = settings.data.on_bad_row
     facts = detect(source_of(settings, evaluation=False), on_bad_row)
     evaluation = detect(source_of(settings, evaluation=True), on_bad_row) if has_evaluation(settings) else None
@@ -142,7 +142,7 @@ def effective_batch(settings: RunSettings, devices: Devices) -> int:
 
 
 def row_form(settings: RunSettings) -> RowForm:
-    """How tokens become sequences."""
+    """The form of the rows: length, packing, stride."""
     data = settings.data
     return RowForm(data.max_seq_len or 0, data.packing, prefix=settings.model.lm_mask == "prefix", stride=data.stride)
 
@@ -171,7 +171,7 @@ def _already_there(settings: RunSettings, location: RunLocation) -> list[str]:
 
 
 def _chunk_notes(settings: RunSettings) -> list[str]:
-    """What truncated gradients leave out."""
+    """A note on what truncated gradients leave out."""
     memory = settings.memory
     if not memory.use_chunked_training or memory.chunk_gradients == "exact":
         return []
@@ -242,7 +242,7 @@ def _overlap(settings: RunSettings, facts: DataFacts) -> list[str]:
 
 
 def _absolute(settings: RunSettings) -> RunSettings:
-    """Every path absolute: workers and later runs may stand in other folders."""
+    """The settings with absolute paths: workers and later runs may have other working folders."""
     changed: dict[str, Any] = {}
     for section in SECTIONS:
         values = getattr(settings, section)

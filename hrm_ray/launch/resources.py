@@ -22,7 +22,7 @@ WORKER_MEMORY_BYTES = 500 * 2**20
 
 @dataclass(frozen=True)
 class ResourceRequest:
-    """What a worker group needs: so many workers, each with so many CPUs (threads) and GPUs (0 or 1)."""
+    """The resources of a worker group: the number of workers, and the CPUs (threads) and GPUs (0 or 1) of each."""
 
     world_size: int
     threads: int

@@ -39,8 +39,8 @@ def run(
     stop: StopPoll | None = None,
     on_start: Callable[[], None] | None = None,
 ) -> RunResult:
-    """Train as the settings say, and return how it ended. Raises HrmRayError, and StopRequested for a stop
-    before the first step.
+    """Train with these settings and return the result. Raises HrmRayError, and StopRequested for a stop before the
+    first step.
 
     Records go to `sink` besides the files of the bundle. `stop` is polled about once per step; a reason ends the run in
     order, with a checkpoint. `on_start` is called once everything is prepared, just before training starts. A local

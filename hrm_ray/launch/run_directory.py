@@ -138,7 +138,7 @@ def _not_as_written(run_dir: RunDir, what: str) -> DataError:
 def trained_with(settings: RunSettings) -> dict[str, Any]:
     """The leaves, by dotted key, that the run to resume was really trained with; none for a new run.
 
-    What fell back when it began is in them as it fell back. Raises DataError.
+    Options that fell back then have the value that was used. Raises DataError.
     """
     run = settings.run
     if run.resume_from is not None:
@@ -151,9 +151,9 @@ def trained_with(settings: RunSettings) -> dict[str, Any]:
 
 
 def locate_run(settings: RunSettings) -> RunLocation:
-    """Bundle and checkpoint of this run; checks that the folder is free, or the checkpoint whole.
+    """Bundle and checkpoint of this run; checks that the folder is free, or the checkpoint complete.
 
-    Raises SettingsError for a used name or settings that the checkpoint cannot go on with, DataError for a damaged one.
+    Raises SettingsError for a used name or settings that do not fit the checkpoint, DataError for a damaged one.
     """
     run = settings.run
     run_dir = RunDir(_folder(run.brain_name, run.bundle_dir, settings.data.training_data).absolute())
@@ -206,8 +206,8 @@ def check_unchanged(settings: RunSettings, location: RunLocation) -> RunLocation
 
 
 def check_effective_batch(location: RunLocation, effective: int) -> None:
-    """A checkpoint goes on with the effective batch it was trained with, since slots and the place in the data are
-    counted in it. Raises SettingsError."""
+    """Raises SettingsError if the effective batch is not that of the checkpoint, whose slots and position in the data
+    depend on it."""
     if location.checkpoint is None:
         return
     trained: int = read_json(location.checkpoint / "state.json")["effective_batch_size"]

@@ -84,7 +84,7 @@ def _touch(ledger: LedgerReader, order: ClaimOrder, epoch: int, start_chunk: int
 
 
 def _rest(ledger: LedgerReader, epochs: int) -> Idle:
-    """Where nothing of the requested epochs is PENDING: whether anything is still LEASED or TRAINED."""
+    """Why nothing of the requested epochs is PENDING: whether anything is still LEASED or TRAINED."""
     return Idle.OTHERS if ledger.epoch < epochs else Idle.DONE
 
 

@@ -246,7 +246,7 @@ def _is_wal(path: Path) -> bool:
 
 
 def read(path: Path) -> Database:
-    """Open a copy in memory of the file as it is now; its owner goes on.
+    """Open an in-memory copy of the current file; its owner can keep writing.
 
     Raises SettingsError where there is none, DataError for another file.
     """
@@ -280,15 +280,15 @@ def _copy_in_memory(path: Path, mode: str) -> Database:
 
 
 def copy(path: Path, to: Path) -> None:
-    """Copy a ledger, where there is one, into the new file `to`; its owner goes on."""
+    """Copy a ledger, if it exists, into the new file `to`; its owner can keep writing."""
     if path.is_file():
         with closing(read(path)) as source:
             source.copy_to(to)
 
 
 def delete(path: Path) -> None:
-    """Delete a ledger that nobody has open, with SQLite's files beside it: the next file of that name would take a
-    leftover journal for its own."""
+    """Delete a ledger that is not open anywhere, and SQLite's files beside it: a new file of that name would adopt a
+    leftover journal."""
     for name in (*(path.name + ending for ending in SIDE_FILES), path.name):
         path.with_name(name).unlink(missing_ok=True)
 
@@ -309,7 +309,7 @@ def _check_kind(path: Path, connection: sqlite3.Connection, *, empty_allowed: bo
 
 
 def fault_of(error: sqlite3.Error, path: Path) -> HrmRayError:
-    """The error for a person that stands for an error of SQLite."""
+    """The HrmRayError for an error of SQLite."""
     text = str(error)
     if "is full" in text or "disk I/O" in text or "locking protocol" in text:
         hint = "Check the disk's free space and, on a network file system, that it supports file locks"

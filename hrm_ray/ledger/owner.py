@@ -300,7 +300,7 @@ class Ledger(LedgerReader):
         return held
 
     def _claimed(self, key: str) -> Lease | Refused | None:
-        """The lease that an earlier claim with that key got."""
+        """The lease that an earlier claim with this key returned."""
         row = self.database.row("SELECT attempt, epoch, chunk, start FROM claims WHERE key = ?", (key,))
         if row is None:
             return None

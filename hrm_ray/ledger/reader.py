@@ -253,6 +253,6 @@ class LedgerReader:
 
 
 def read_ledger(path: Path) -> LedgerReader:
-    """Read a ledger as it is now; a run that writes it goes on. Raises SettingsError where there is none, DataError for
-    another file."""
+    """Read the current ledger; a run may be writing it. Raises SettingsError where there is none, DataError for another
+    file."""
     return LedgerReader(read(path))

@@ -113,7 +113,7 @@ class Range:
 
     @property
     def sequences(self) -> int:
-        """How many; 0 while that is not known."""
+        """The number of sequences; 0 while unknown."""
         return 0 if self.end is None else self.end - self.start
 
 

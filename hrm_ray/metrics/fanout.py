@@ -9,7 +9,8 @@ from hrm_ray.types import MetricSink, Record
 
 
 class FanOut:
-    """Writes each record to all sinks in their order; an error of one is raised: metrics are not lost silently."""
+    """Writes each record to all sinks in their order; an error of one is raised, so that metrics are not lost
+    silently."""
 
     def __init__(self, sinks: Sequence[MetricSink]) -> None:
         self._sinks = tuple(sinks)

@@ -33,7 +33,7 @@ class Throughput:
         self._marks: deque[tuple[float, int]] = deque([(0.0, 0)])
 
     def add(self, amount: int) -> None:
-        """`amount` more are done now. RuntimeError while paused."""
+        """Add `amount` processed tokens or samples. RuntimeError while paused."""
         if self._paused:
             raise RuntimeError("throughput is paused: resume it before adding")
         self._count_time()

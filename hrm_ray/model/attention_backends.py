@@ -34,7 +34,7 @@ FLEX_HEAD_DIM = 16
 
 @dataclass(frozen=True)
 class KernelCapabilities:
-    """What the choice of a kernel depends on: the kind of device, its CUDA capability, the installed libraries, and
+    """What determines the choice of a kernel: the kind of device, its CUDA capability, the installed libraries, and
     whether attention is computed in a 16-bit type."""
 
     device: str
@@ -165,7 +165,7 @@ def document_pieces(documents: Tensor, queries: int, total: int) -> Pieces:
 
 
 def _result(returned: Any) -> Tensor:
-    """FlashAttention 3's first releases return the normalisers beside the result."""
+    """The first releases of FlashAttention 3 return a tuple (result, normalisers)."""
     result: Tensor = returned[0] if isinstance(returned, tuple) else returned
     return result
 

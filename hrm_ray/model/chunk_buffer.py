@@ -195,7 +195,7 @@ class KVBuffer:
         self._recorded = 0
 
     def update(self, chunk: int, keys: Tensor, values: Tensor) -> KeysValues:
-        """Store a chunk's own keys and values, which have no graph, and give all that the chunk sees.
+        """Store a chunk's own keys and values, which have no graph, and return all that the chunk sees.
 
         Chunks come in order; one that is computed again is not stored again.
         """

@@ -29,8 +29,8 @@ from hrm_ray.model.transformer import Transformer
 
 @dataclass(frozen=True)
 class Chunking:
-    """How rows are cut: positions of a chunk, whether gradients are exact, and whether what passes hand to one another
-    is kept in host memory."""
+    """How rows are cut: positions per chunk, whether gradients are exact, and whether tensors passed between passes are
+    kept in host memory."""
 
     size: int
     exact: bool
@@ -68,7 +68,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class ChunkCarry:
-    """Segments done and, in the present segment, passes done; the states and token losses that the last segment ended
+    """Segments done, and passes done in the current segment; the states and token losses that the last segment ended
     with, or the present segment once it has begun."""
 
     segments: int = 0
@@ -146,7 +146,7 @@ class ChunkedTextObjective(RolloutOnText[ChunkCarry]):
         return Segment(passes, previous_states.z_h, previous_loss, states, ChunkBuffer(rows.parts, stream))
 
     def _updates_with_gradient(self, rows: ChunkedRows, chunk: int, states: States, context: Context) -> States:
-        """The updates that carry gradient, over one chunk, in the present gradient mode."""
+        """The updates that carry gradient, over one chunk, in the current gradient mode."""
         config = self.model.config
         first = config.updates_per_segment - config.bp_steps
         return self.model.updates(states, rows.injection(chunk), context, first, config.updates_per_segment)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def last_segment(steps: Tensor, halt_max_steps: int) -> Tensor:
-    """Whether each row [B] has run all its segments; `steps` counts them, the present one included."""
+    """Whether each row [B] has run all its segments; `steps` counts them, including the current one."""
     return steps >= halt_max_steps
 
 

@@ -61,7 +61,8 @@ class RotaryTable(nn.Module):
 
 @dataclass(frozen=True)
 class Context:
-    """What the layers of a pass share: attention scope, rotary positions, key/value cache, update, routers' record.
+    """The state that the layers of a pass share: attention scope, rotary positions, key/value cache, update, routers'
+    record.
 
     `update` counts the L and H updates of a segment in time order. `routing` collects what the routers of a model with
     experts do; None collects nothing.
@@ -284,7 +285,7 @@ def add_feed_forward(block: Block, x: Tensor, fed: Tensor) -> Tensor:
 
 
 def add_both(block: Block, x: Tensor, attended: Tensor) -> Tensor:
-    """What follows attention in a block without experts."""
+    """The part after attention of a block without experts."""
     x = add_attention(block, x, attended)
     return add_feed_forward(block, x, block.mlp(x))
 

@@ -73,7 +73,7 @@ class Objective(nn.Module, Generic[CarryT]):
         raise NotImplementedError
 
     def restarted(self, carry: CarryT) -> CarryT:
-        """The carry after a skipped update, without what is not finite in it."""
+        """The carry after a skipped update, with non-finite states restarted."""
         return carry
 
     def forward(self, batch: Batch, carry: CarryT) -> SegmentOutput[CarryT]:

@@ -109,7 +109,7 @@ class PuzzleObjective(Objective[PuzzleCarry]):
         return own | router_weights(self.model.config, active, self.segments_per_step)
 
     def refill(self, batch: Batch, carry: PuzzleCarry) -> PuzzleCarry:
-        """Halted slots start anew with the row of the batch; the others keep theirs."""
+        """Halted slots take the row of the batch and restart; the others keep theirs."""
         fresh = carry.halted
         return PuzzleCarry(
             states=self._restarted_where(fresh, carry.states),

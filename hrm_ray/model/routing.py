@@ -17,7 +17,7 @@ Site = tuple[int, int]
 
 @dataclass(frozen=True)
 class RouterSums:
-    """What one router did in a pass, summed by row over the positions that count.
+    """The choices of one router in a pass, summed by row over the positions that count.
 
     `positions` [B]: their number; `assigned` [B, E]: how often each expert was chosen, before drops; `so_far`: the same
     with the earlier chunks of the row; `probability` [B, E]: routing probabilities, with their graph; `squares` [B]:

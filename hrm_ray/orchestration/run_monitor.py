@@ -29,7 +29,7 @@ STOP_CHECK_INTERVAL_S = 0.1
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """Where a rank runs; shown in messages."""
+    """The process and node of a rank, for messages."""
 
     rank: int
     pid: int

@@ -232,7 +232,7 @@ class Session:
 
 
 class _EnvironmentChanges:
-    """Environment variables set for a while; undone where nobody has changed them since."""
+    """Environment variables set for a while, and restored unless other code has changed them since."""
 
     def __init__(self) -> None:
         self._before: dict[str, str | None] = {}

@@ -18,7 +18,7 @@ PROJECTIONS = (*ATTENTION_PROJECTIONS, *FFN_PROJECTIONS)
 
 
 class AdaptSettings(Section):
-    """Which adapters are trained in place of the weights."""
+    """Adapters that are trained instead of the weights."""
 
     use_peft: bool = option(False, "fixed", aliases={"--use-lora": "true", "--no-use-lora": "false"})
     """Freeze the weights except the heads, and train adapters."""

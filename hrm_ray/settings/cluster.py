@@ -18,7 +18,7 @@ def strategy_of_ddp(ddp: Any) -> Any:
 
 
 class ClusterSettings(Section):
-    """Where the run takes place."""
+    """Launcher, workers and devices."""
 
     launcher: Launcher | None = option(
         None, "free", replaces_stored=("cluster.strategy",), unset="local for one device without a cluster"

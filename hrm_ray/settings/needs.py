@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Needs:
-    """A condition. Where `holds` is false the option changes nothing; `because` and `hint` are for the message."""
+    """A condition. If `holds` is false the option changes nothing; `because` and `hint` are for the message."""
 
     name: str
     holds: Callable[[RunSettings], bool]

@@ -10,7 +10,7 @@ from hrm_ray.settings.needs import EXPERTS, FALLING_LR, MOMENTS, PUZZLE_EMBEDDIN
 
 
 class OptimizerSettings(Section):
-    """How weights are updated."""
+    """Batch, learning rate and optimizer."""
 
     batch_size: int = option(8, "free", ge=1, affects=("memory",))
     """Sequences or puzzles in one micro-batch of one worker."""

@@ -53,7 +53,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Spelling:
-    """What a spelling on the command line means: its option, and the value it fixes (None: a value follows)."""
+    """The meaning of a spelling on the command line: its option, and the value that it sets (None: a value follows)."""
 
     option: Option
     fixed: bool | str | None

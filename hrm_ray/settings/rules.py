@@ -29,7 +29,7 @@ def broken_rules(settings: RunSettings, faulty: Set[str] = frozenset()) -> list[
 
 
 def check(rule: Rule, settings: RunSettings) -> tuple[Fault | None, set[str]]:
-    """What a rule finds wrong, and the leaves that it read, by dotted key."""
+    """The fault that a rule finds, if any, and the leaves that it read, by dotted key."""
     recorder = _Recorder(settings)
     return rule(cast(RunSettings, recorder)), recorder.reads
 

@@ -19,8 +19,8 @@ from hrm_ray.settings.adaptive_lr import AdaptiveLrSettings
 
 @dataclass(frozen=True)
 class Trend:
-    """The present factor, the best window's loss since the last change, the windows since without a better one
-    (`waited`), and the windows left of the cool-down (`cooling`)."""
+    """The current factor, the best window's loss since the last change, the number of windows since then without
+    improvement (`waited`), and the windows left of the cool-down (`cooling`)."""
 
     factor: float = 1.0
     best: float | None = None
@@ -30,7 +30,7 @@ class Trend:
 
 @dataclass(frozen=True)
 class Action:
-    """What one window led to, and the reason as text."""
+    """The decision after one window, and the reason as text."""
 
     kind: Literal["hold", "lower", "step_back"]
     reason: str

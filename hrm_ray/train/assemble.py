@@ -110,7 +110,7 @@ def assemble(
 
 
 def _transform(model: nn.Module, settings: RunSettings, schedule_steps: int) -> Adapters | None:
-    """Change the model's weights as the settings ask; gives the adapters, if there are some."""
+    """Apply the transforms of the settings to the model; returns the adapters, if any."""
     # This order: quantising starts from float32 weights, and adapters stay float32 beside narrow ones.
     memory = settings.memory
     if memory.load_in_8bit or memory.load_in_4bit:

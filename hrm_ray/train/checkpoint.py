@@ -99,7 +99,7 @@ def save_checkpoint(
     keep: int,
     enter: Callable[[str], None] = lambda checksum: None,
 ) -> Path:
-    """Write a checkpoint of the present step; called on all ranks, returns when it is whole.
+    """Write a checkpoint of the current step; called on all ranks, returns when it is complete.
 
     `extra` is the trainer's own JSON-able state. `enter` is called on rank 0 with the sha256 of the manifest when all
     files are written, before the rename that makes the checkpoint whole. Raises ResourceError on every rank where one

@@ -20,7 +20,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the present weights."""
+        """Move the average towards the current weights."""
         pairs = [(average, self.trained[name].detach()) for name, average in self.average.items()]
         wide = [(average, weight) for average, weight in pairs if weight.dtype == torch.float32]
         if wide:

@@ -34,7 +34,7 @@ class EvalSet:
 
     @classmethod
     def of_run(cls, samples: SampleSet | None, settings: RunSettings, world: World) -> EvalSet | None:
-        """What a run evaluates on: --eval-batches of its effective batches, however those are split."""
+        """The held-out set of a run: --eval-batches effective batches, independent of how those are split."""
         chosen = settings.optimizer
         batches = settings.data.eval_batches * chosen.gradient_accumulation_steps * world.size
         return None if samples is None else cls(samples, chosen.batch_size, batches)
@@ -49,9 +49,9 @@ class EvalSet:
 
 
 def evaluate(objective: AnyObjective, held_out: EvalSet, world: World) -> dict[str, float]:
-    """Metrics of the objective's present weights; a collective. Leaves the objective in training mode.
+    """Metrics of the objective's current weights; a collective. Leaves the objective in training mode.
 
-    Where memory runs out on any rank, all halve their batches. Raises ResourceError where one row is too much.
+    If memory runs out on any rank, all halve their batches. Raises ResourceError if one row is too much.
     """
     _, names, figures_of = _functions_of(objective)
     objective.eval()

@@ -40,7 +40,7 @@ class ExpertRun:
         return asdict(self)
 
     def store(self, settings: RunSettings, run_dir: RunDir, step: int, figures: Mapping[str, float]) -> Path:
-        """Store the expert of the run's final weights; gives its folder."""
+        """Store the expert of the run's final weights; returns its folder."""
         index, identifier = settings.model.expert_index, settings.run.expert_id
         if index is None or identifier is None:
             raise RuntimeError("a run of an expert has --expert-index and --expert-id")

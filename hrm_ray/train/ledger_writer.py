@@ -72,7 +72,7 @@ class LedgerWriter:
         self._head, self._of_head = step, list(covered)
 
     def _settle(self, resume_point: ResumePoint) -> None:
-        """Where a run died between the commit of a round and the rename of its checkpoint, give the round the ranges of
+        """If a run died between the commit of a round and the rename of its checkpoint, give the round the ranges of
         the checkpoint that exists."""
         known = self._ledger.round(resume_point.step)
         if known is not None and known.checksum != resume_point.checksum:

@@ -47,7 +47,7 @@ SAMPLES = "samples"
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did.
+    """The result of one step.
 
     `applied` is False for a skipped update (non-finite gradients); `norm` is the gradient norm before clipping;
     `totals` are the denominators over all micro-batches and ranks.
@@ -269,7 +269,7 @@ class TrainingLoop:
         return metrics, carries
 
     def _pass(self, batch: Batch, carry: Any, totals: dict[str, float], scale: float, metrics: MetricTotals) -> Any:
-        """One forward and backward; gives the new carry."""
+        """One forward and backward; returns the new carry."""
         # A function of its own, so that `output` dies here: its graph, though freed, still refers to what the layers
         # were given, such as the keys and values of a whole row in chunks.
         output = self.parts.strategy.segment(batch, carry)

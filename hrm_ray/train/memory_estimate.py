@@ -264,7 +264,7 @@ def _trace(loop: TrainingLoop, batches: list[Batch]) -> _Trace:
 
 
 def _update(loop: TrainingLoop, strategy: SingleStrategy, tracker: StorageTracker) -> list[int]:
-    """A weight update; gives the bytes of each parameter's optimizer state."""
+    """Run a weight update; returns the bytes of each parameter's optimizer state."""
     if loop.parts.sparse is not None:
         loop.parts.sparse.forget()
     strategy.step(loop.parts.grad_clip, 1.0)

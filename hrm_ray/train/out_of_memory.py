@@ -53,7 +53,7 @@ def reading_data(what: str) -> Iterator[None]:
 
 
 def unless_out_of_memory(run: Callable[[], T], device: torch.device) -> T | None:
-    """What `run` returns; None where memory ran out in it, after freeing what it used."""
+    """The result of `run`, or None if it ran out of memory, after freeing what it used."""
     try:
         return run()
     except (MemoryError, RuntimeError) as error:

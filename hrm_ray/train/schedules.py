@@ -88,5 +88,5 @@ class ScheduleClock:
     samples_per_update: int | None = None
 
     def advance(self, samples: float) -> None:
-        """Count one applied update of so many samples."""
+        """Count one applied update of `samples` samples."""
         self.position += 1 if self.samples_per_update is None else samples / self.samples_per_update

@@ -48,7 +48,7 @@ from hrm_ray.types import DriverLink, MetricSink, RunResult, SampleSet
 
 
 class WorkerLink(DriverLink, Protocol):
-    """What the launcher gives a worker: the driver, and where chunks of text come from."""
+    """A worker's access to the driver, and to chunks of text; each launcher has its own."""
 
     def chunks(self, pipeline: Callable[[bool], ChunkPipeline], order: EpochOrder) -> ChunkSource:
         """Where this worker's chunks come from, in `order`.
@@ -132,7 +132,7 @@ def _train(plan: RunPlan, link: WorkerLink) -> RunResult:
 
 
 def _refine_schedule(plan: RunPlan, data: TextData, loop: TrainingLoop, logger: MetricLogger) -> None:
-    """Lay out a schedule whose rows were estimated anew at the end of each epoch, when the rows are known.
+    """Recompute a schedule whose rows were estimated at the end of each epoch, when they are known.
 
     The rows are in the checkpoint, so that a resumed run has the learning rate of the run that was not stopped.
     """

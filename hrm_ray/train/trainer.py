@@ -18,8 +18,8 @@ from hrm_ray.types import RunResult, StopReason
 class Trainer:
     """Drives a loop to its end. Every rank of a group runs one.
 
-    What is written, and where, is decided by the parts that it is given: a logger's sink, an evaluator's and a
-    checkpointer's folders.
+    What is written, and where, depends on its components: the logger's sink, and the folders of evaluator and
+    checkpointer.
     """
 
     def __init__(

@@ -55,7 +55,8 @@ class World:
             dist.barrier()
 
     def from_leader(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0, on every rank; an error that it raises is raised on every rank. A collective.
+        """Return on every rank what `make` returns on rank 0; an error that it raises is raised on every rank. A
+        collective.
 
         For what must be decided once, such as what a file on the disk says, and for writing that others wait for.
         """

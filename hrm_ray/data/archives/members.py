@@ -46,7 +46,7 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class Selection:
-    """Which members are read: those of `split`, or (None) all but those of the split `apart`."""
+    """The members to read: those of `split`, or (None) all except those of the split `apart`."""
 
     split: str | None = None
     apart: str | None = None

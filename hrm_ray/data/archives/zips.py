@@ -128,7 +128,7 @@ def zip_rows(file: BinaryIO, cursor: Cursor, selection: Selection, directory: Zi
 
 
 def _passed(before: int, info: zipfile.ZipInfo, file: BinaryIO) -> int:
-    """Bytes of members that were read, those of the present one included."""
+    """Bytes read so far, including the current member."""
     return before + min(max(0, file.tell() - info.header_offset), info.compress_size)
 
 

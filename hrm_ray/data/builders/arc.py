@@ -29,8 +29,8 @@ Tokens = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class ArcSummary:
-    """What build_arc made: tasks and copies of them, pairs per split, and what was left out: test pairs whose output
-    is kept back, and training pairs that are also held out."""
+    """The result of build_arc: tasks and augmented copies, pairs per split, and what was left out: test pairs without
+    an output, and training pairs that are also test pairs."""
 
     folder: Path
     tasks: int

@@ -31,8 +31,8 @@ Grids = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class MazeSummary:
-    """What build_maze made: puzzles per split, those of training before augmentation, and the fewest, median and most
-    moves of a path in training."""
+    """The result of build_maze: puzzles per split, training puzzles before augmentation, and the minimum, median and
+    maximum path length in training."""
 
     folder: Path
     size: int

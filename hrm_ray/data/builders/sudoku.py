@@ -29,7 +29,7 @@ _PATIENCE = {4: 20_000, 6: 20_000, 9: 2_000}
 
 @dataclass(frozen=True)
 class SudokuSummary:
-    """What build_sudoku made. `grades` and `clues` count the training set's base puzzles by grade and by number of
+    """The result of build_sudoku. `grades` and `clues` count the training set's base puzzles by grade and by number of
     clues."""
 
     folder: Path

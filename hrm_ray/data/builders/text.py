@@ -18,7 +18,7 @@ _TEXT_FILES = frozenset({"train.jsonl", "test.jsonl"})
 
 @dataclass(frozen=True)
 class TextSummary:
-    """What build_text made: documents and UTF-8 bytes of text per split, and exact duplicates left out."""
+    """The result of build_text: documents and UTF-8 bytes of text per split, and exact duplicates left out."""
 
     folder: Path
     train_documents: int

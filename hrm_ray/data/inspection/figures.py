@@ -22,7 +22,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Spread:
-    """Least, middle and greatest of some numbers; the middle is that of a sample where there are very many."""
+    """Minimum, median and maximum of some numbers; the median is that of a sample if there are very many."""
 
     least: int
     median: int

@@ -36,8 +36,8 @@ class PuzzleSample:
 
 @dataclass(frozen=True)
 class PuzzleSetFacts:
-    """What `inspect_puzzles` found. `checked` of the `puzzles` there are were read and found sound; `used` are trained
-    on. `open_cells` is about the cells of a puzzle whose label differs from the input, in the first 4096."""
+    """The result of `inspect_puzzles`. `checked` of all `puzzles` were read and found valid; `used` are trained on.
+    `open_cells` is about the cells of a puzzle whose label differs from the input, in the first 4096."""
 
     path: str
     split: str

@@ -57,11 +57,11 @@ class Tokens:
 
 @dataclass(frozen=True)
 class TextFacts:
-    """What `inspect_text` found.
+    """The result of `inspect_text`.
 
-    `kinds` counts the parts by format and compression; `skipped` files (or members) of other kinds lie beside them.
-    `share` of the stored bytes was read (None: unknown), which were `rows_read` rows after the offset; all sums and
-    spreads are of these rows. `rows` is the number of rows that training takes. `faults` are the first ones of the
+    `kinds` counts the parts by format and compression; `skipped` counts files (or members) of other kinds. `share` is
+    the share of stored bytes that was read (None: unknown), `rows_read` the rows read after the offset; sums and
+    spreads are over these rows. `rows` is the number of rows that training takes. `faults` are the first ones of the
     `bad` rows; `breaks` are the faults of the `broken` parts, whose rest cannot be read (each also counts as one bad
     row).
     """
@@ -148,7 +148,7 @@ def _kind_name(part: Part) -> str:
 
 
 def _all_rows(corpus: Corpus, reading: CorpusReading, share: float | None, timer: Timer) -> Figure:
-    """Rows that training takes, where not all of them were read."""
+    """The number of rows that training uses, if not all of them were read."""
     total = _known_rows(corpus, timer)
     certainty: Certainty = "exact"
     if total is None:

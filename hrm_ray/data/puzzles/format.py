@@ -55,7 +55,7 @@ class Description(BaseModel):
 
 @dataclass(frozen=True)
 class PuzzleFacts:
-    """What a model and a display need to know of one split of a puzzle set.
+    """What a model and a display need to know about one split of a puzzle set.
 
     `pad_id` is the token of padding rows, `blank_id` their puzzle identifier; `grid` is (height, width) where the
     tokens form one; `symbols` says how tokens print (empty: print the numbers); `end_id` is the token that closes a
@@ -74,10 +74,10 @@ class PuzzleFacts:
     end_id: int | None = None
 
     def render(self, tokens: npt.NDArray[Any]) -> str:
-        """One sample's tokens [seq_len] for a person: a line per grid row, or one line where there is no grid.
+        """One sample's tokens [seq_len] as text: one line per grid row, or a single line without a grid.
 
-        A grid is shown up to where it is closed, and without rows and columns of padding at its end. Where a space is a
-        symbol, none stands between.
+        A grid is shown up to its end tokens, without trailing rows and columns of padding. Symbols are separated by
+        spaces unless a space is a symbol.
         """
         between = "" if " " in self.symbols else " "
         rows = tokens.reshape(1, -1) if self.grid is None else self._inside(tokens.reshape(self.grid))

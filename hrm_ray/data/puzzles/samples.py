@@ -63,7 +63,7 @@ class PuzzleSamples:
         return len(self._inputs)
 
     def first(self, count: int | None) -> PuzzleSamples:
-        """The first `count` puzzles, or all of them where there are no more (None: all)."""
+        """The first `count` puzzles (None, or more than there are: all)."""
         if count is None or count >= len(self):
             return self
         few = copy(self)
@@ -72,7 +72,7 @@ class PuzzleSamples:
         return few
 
     def rows(self, indices: npt.NDArray[np.int64]) -> Columns:
-        """The puzzles at `indices` (int64 [B]; -1 gives an inactive padding row) as columns of values.Columns."""
+        """The puzzles at `indices` (int64 [B]; -1 gives an inactive padding row) as types.Columns."""
         indices = np.asarray(indices, dtype=np.int64)
         if indices.size and (indices.min() < -1 or indices.max() >= len(self)):
             raise IndexError(f"samples are 0..{len(self) - 1}, asked for {indices.min()}..{indices.max()}")
@@ -86,7 +86,7 @@ class PuzzleSamples:
         return {"inputs": inputs, "labels": labels, "puzzle_identifiers": identifiers, "active": active}
 
     def fingerprint(self) -> str:
-        """SHA-256 over the samples in order: the same data, wherever it lies and however it is stored."""
+        """SHA-256 over the samples in order, independent of where and how they are stored."""
         digest = hashlib.sha256()
         for first in range(0, len(self), _FINGERPRINT_ROWS):
             columns = self.rows(np.arange(first, min(first + _FINGERPRINT_ROWS, len(self)), dtype=np.int64))
@@ -119,8 +119,8 @@ class PuzzleSamples:
 
 
 def open_puzzles(path: Path, split: str = "train", first: int | None = None) -> PuzzleSamples:
-    """The split of the puzzle set at `path`; with `first` at most so many of its puzzles, and no more than those is
-    read and checked. Raises DataError for what is no puzzle set, a missing split or damaged data."""
+    """The split of the puzzle set at `path`; with `first`, only its first puzzles are read and checked. Raises
+    DataError for what is no puzzle set, a missing split or damaged data."""
     require_path(path)
     if path.is_dir() and (path / DESCRIPTION).is_file():
         return _open_built(path, split, first)
@@ -283,7 +283,7 @@ def _plain_facts(
 
 
 def _read_tensors(path: Path, first: int | None = None) -> Tensors:
-    """The tensors of a file; with `first` at most so many rows of each."""
+    """The tensors of a file; with `first`, only the first rows of each."""
     try:
         if first is not None:
             with safe_open(path, framework="np") as file:

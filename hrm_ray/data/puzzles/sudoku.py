@@ -144,7 +144,7 @@ def _branch_cell(table: Board, candidates: int) -> int:
 
 @dataclass
 class SearchCost:
-    """How much a search had to guess: the number of cells at which it tried digits one after the other."""
+    """The cost of a search: the number of cells at which it had to guess."""
 
     guesses: int = 0
 

@@ -102,7 +102,7 @@ class RankSchedule:
         )
 
     def mean_rank(self) -> Tensor:
-        """The mean of the layers' present ranks."""
+        """The mean of the layers' current ranks."""
         pattern = self._config.rank_pattern
         if not pattern:
             return torch.tensor(float(self.plan.first_rank))

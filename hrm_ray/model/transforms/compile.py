@@ -30,7 +30,7 @@ _COMPILER_VARIABLES = {"cuda": "CC", "cpu": "CXX"}
 
 
 class CompiledCalls:
-    """Calls compiled functions in place of plain ones. Where compiling fails, all calls are plain from then on."""
+    """Calls compiled functions instead of eager ones. If compiling fails, all later calls are eager."""
 
     def __init__(self, *, strict: bool) -> None:
         # Takes a second to import, which a run without it need not wait for.
