@@ -47,10 +47,10 @@ def run_put(identifier: str, into: Path, out: Path, experts_dir: Path | None) ->
 
 
 def _row(identifier: str, entry: StoredExpert) -> tuple[str, ...]:
-    return (identifier, str(entry.index), str(entry.step), _change(entry.before, entry.after), entry.base)
+    return (identifier, str(entry.index), str(entry.step), _metric_change(entry.before, entry.after), entry.base)
 
 
-def _change(before: Mapping[str, float] | None, after: Mapping[str, float] | None) -> str:
+def _metric_change(before: Mapping[str, float] | None, after: Mapping[str, float] | None) -> str:
     """The first metric that both evaluations have, as "name before -> after"."""
     for name in _FIGURES:
         if before is not None and after is not None and name in before and name in after:

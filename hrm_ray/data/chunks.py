@@ -43,12 +43,12 @@ def read_chunks(
 ) -> Iterator[RawChunk]:
     """The chunks from `start`; none if the corpus ends there. `rows` may be a reading of the corpus that is already at
     `start`. Raises DataError for a bad row, unless such rows are skipped."""
-    begun = _Open(corpus, start)
+    begun = _OpenChunk(corpus, start)
     first_row = start.first_row
     for row, after in CorpusReading(corpus, start.place) if rows is None else rows:
         if start == FIRST and first_row < corpus.offset:
             first_row += 1
-            begun = _Open(corpus, ChunkStart(0, 0, 0, 0, first_row, after))
+            begun = _OpenChunk(corpus, ChunkStart(0, 0, 0, 0, first_row, after))
             continue
         if corpus.max_rows is not None and begun.rows_before - corpus.offset >= corpus.max_rows:
             break
@@ -56,7 +56,7 @@ def read_chunks(
         if begun.is_full:
             chunk = begun.closed(after)
             yield chunk
-            begun = _Open(corpus, _next(chunk))
+            begun = _OpenChunk(corpus, _next(chunk))
     if begun.rows:
         yield begun.closed(RowPosition(len(corpus.parts), 0))
 
@@ -116,7 +116,7 @@ class CorpusHead:
         return chunk is not None
 
 
-class _Open:
+class _OpenChunk:
     """A chunk that is being read."""
 
     def __init__(self, corpus: Corpus, start: ChunkStart) -> None:

@@ -229,7 +229,7 @@ def _check_unchanged(folder: TextDataDir, corpus: Corpus, on_read: Callable[[Cor
         raise changed(entries[len(found)].name, "its rows are gone")
 
 
-def _choose(
+def _choose_tokenizer(
     head: CorpusHead, bundle: Path, choice: TokenizerChoice, notes: list[str]
 ) -> tuple[TextTokenizer, TokenizerOrigin, str | None]:
     """The tokenizer, where it comes from, and how its size was chosen from the data (if it was)."""
@@ -261,7 +261,7 @@ def _choose(
     return tokenizer, "trained", account
 
 
-def _losses(documents: Iterable[Document], tokenizer: TextTokenizer) -> list[str]:
+def _round_trip_notes(documents: Iterable[Document], tokenizer: TextTokenizer) -> list[str]:
     """A note if encoding and decoding changes the first documents."""
     for document in islice(documents, _TRIED_DOCUMENTS):
         text = document.text[:_TRIED_CHARACTERS]

@@ -68,7 +68,7 @@ def _message(error: Exception) -> str:
     return str(error).strip().rstrip(".").partition("\n")[0] or type(error).__name__
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     """The default of `before_read`."""
 
 
@@ -81,7 +81,7 @@ class ReadingWatch:
     read.
     """
 
-    before_read: Callable[[], None] = _nothing
+    before_read: Callable[[], None] = _do_nothing
     passed_bytes: Callable[[], int] | None = None
 
 

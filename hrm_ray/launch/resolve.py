@@ -62,14 +62,14 @@ def resolve(settings: RunSettings) -> ResolvedRun:
             "Give --dataset-file or --dataset-id; `hrm-ray data build text --out corpus` makes one without a download"
         )
         raise SettingsError(Fault("--dataset-file", "there is nothing to train on", hint))
-    settings, facts, evaluation, notes = _look_at_data(_absolute(settings))
+    settings, facts, evaluation, notes = _resolve_data(_with_absolute_paths(settings))
     devices = choose_devices(settings.cluster)
     # Some checks ask CUDA what it can do, and CUDA keeps to the GPUs that it sees the first time.
     with visible_gpus(devices):
         return _resolve_on(devices, settings, facts, evaluation, notes)
 
 
-def _look_at_data(settings: RunSettings) -> tuple[RunSettings, DataFacts, DataFacts | None, list[str]]:
+def _resolve_data(settings: RunSettings) -> tuple[RunSettings, DataFacts, DataFacts | None, list[str]]:
     """Facts about the training and held-out data, the settings resolved for them, and notes."""
     on_bad_row = settings.data.on_bad_row
     facts = detect(source_of(settings, evaluation=False), on_bad_row)
@@ -82,7 +82,7 @@ def _look_at_data(settings: RunSettings) -> tuple[RunSettings, DataFacts, DataFa
     if evaluation is not None and evaluation.task != facts.task:
         reason = f"contains {evaluation.task} data, but the training data is {facts.task}"
         raise DataError(Fault(evaluation.path, reason, "Give held-out data of the same kind"))
-    notes = _overlap(settings, facts) if evaluation is not None else []
+    notes = _overlap_notes(settings, facts) if evaluation is not None else []
     if evaluation is not None and facts.puzzle is not None:
         open_puzzles(Path(evaluation.path), evaluation.split).fit_to(facts.puzzle)
     return settings, facts, evaluation, notes
@@ -100,7 +100,7 @@ def _resolve_on(
     notes += fallbacks
     check_launch(devices)
     location = locate_run(settings)
-    notes += _already_there(settings, location)
+    notes += _no_steps_left(settings, location)
     check_effective_batch(location, effective_batch(settings, devices))
     check_own_files(settings, location)
     if facts.puzzle is not None:
@@ -159,7 +159,7 @@ def asks_for_tokenizer(settings: RunSettings) -> bool:
     return settings.data.tokenizer_path is not None or trains_one
 
 
-def _already_there(settings: RunSettings, location: RunLocation) -> list[str]:
+def _no_steps_left(settings: RunSettings, location: RunLocation) -> list[str]:
     """A note if a resumed run has no step left."""
     limit = settings.run.step_limit
     if location.checkpoint is None or limit is None:
@@ -224,7 +224,7 @@ def _expected_vocabulary(settings: RunSettings, location: RunLocation) -> tuple[
     return (settings.data.min_vocab_size if settings.data.auto_vocab_size else settings.data.vocab_size), False
 
 
-def _overlap(settings: RunSettings, facts: DataFacts) -> list[str]:
+def _overlap_notes(settings: RunSettings, facts: DataFacts) -> list[str]:
     """A note if the same file is used for training and evaluation. Raises SettingsError under --strict."""
     train, held_out = source_of(settings, evaluation=False), source_of(settings, evaluation=True)
     both: str | None = None
@@ -241,7 +241,7 @@ def _overlap(settings: RunSettings, facts: DataFacts) -> list[str]:
     return [f"{both}: {reason}."]
 
 
-def _absolute(settings: RunSettings) -> RunSettings:
+def _with_absolute_paths(settings: RunSettings) -> RunSettings:
     """The settings with absolute paths: workers and later runs may have other working folders."""
     changed: dict[str, Any] = {}
     for section in SECTIONS:

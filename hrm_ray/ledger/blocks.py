@@ -61,12 +61,12 @@ def next_untouched(ledger: LedgerReader, order: ClaimOrder, epochs: int | None) 
         epoch, start_chunk, cursor = row if row is not None else (-1, known, 0)
         if start_chunk + cursor < known:
             if epochs is not None and epoch >= epochs:
-                return _rest(ledger, epochs)
+                return _idle_reason(ledger, epochs)
             return _touch(ledger, order, epoch, start_chunk, cursor)
         if epoch >= 0 and not ledger.data_ended:
             return Idle.MORE_DATA
         if epochs is not None and epoch + 1 >= epochs:
-            return _rest(ledger, epochs)
+            return _idle_reason(ledger, epochs)
         ledger.database.rows("INSERT INTO epochs VALUES (?, 0, 0)", (epoch + 1,))
 
 
@@ -83,7 +83,7 @@ def _touch(ledger: LedgerReader, order: ClaimOrder, epoch: int, start_chunk: int
     return untouched
 
 
-def _rest(ledger: LedgerReader, epochs: int) -> Idle:
+def _idle_reason(ledger: LedgerReader, epochs: int) -> Idle:
     """Why nothing of the requested epochs is PENDING: whether anything is still LEASED or TRAINED."""
     return Idle.OTHERS if ledger.epoch < epochs else Idle.DONE
 

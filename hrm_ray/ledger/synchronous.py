@@ -34,7 +34,7 @@ class SynchronousRun:
         """
         self.ledger = ledger
         with ledger.database.transaction(durable=True):
-            self.undone = _done(ledger, ledger.rollback(checkpoint))
+            self.undone = _accepted(ledger, ledger.rollback(checkpoint))
             """Rounds that this start has undone, newest first."""
             rounds.stop_all(ledger)
             self.generation = ledger.start_worker(_WORKER)
@@ -42,7 +42,7 @@ class SynchronousRun:
     def claim(self, order: ClaimOrder, epochs: int | None = None) -> Lease | None:
         """The next range in order, or None where there is none yet, or none in the first `epochs`."""
         given = self.ledger.claim(_WORKER, self.generation, order, epochs=epochs)
-        return None if isinstance(given, Idle) else _done(self.ledger, given)
+        return None if isinstance(given, Idle) else _accepted(self.ledger, given)
 
     def measure(self, chunk: int, sequences: int) -> None:
         """Set how many packed sequences a chunk has."""
@@ -67,10 +67,10 @@ class SynchronousRun:
                 reported = self.ledger.report(
                     name, learned, skipped=skipped, base=parent, path=anchor, checksum=checksum
                 )
-                _done(self.ledger, reported)
+                _accepted(self.ledger, reported)
             accepted = [name] if finished else []
             committed = self.ledger.commit(step, parent=parent, accepted=accepted, anchor=anchor, checksum=checksum)
-            return _done(self.ledger, committed)
+            return _accepted(self.ledger, committed)
 
     def close(self) -> None:
         """Release leases that were not committed; the ledger stays open."""
@@ -90,7 +90,7 @@ class SynchronousRun:
             )
         if span.end == lease.end:
             return lease
-        first = _done(self.ledger, self.ledger.split(lease, span.end))
+        first = _accepted(self.ledger, self.ledger.split(lease, span.end))
         rest = ranges.at(self.ledger.database, span.epoch, span.chunk, span.end)
         if rest is None:
             raise RuntimeError(f"no range follows {first} after its split")
@@ -98,7 +98,7 @@ class SynchronousRun:
         return first
 
 
-def _done(ledger: Ledger, answer: _Answer | Refused) -> _Answer:
+def _accepted(ledger: Ledger, answer: _Answer | Refused) -> _Answer:
     """The answer, or a DataError for `Refused`: with a single worker no call is late in ordinary use."""
     if isinstance(answer, Refused):
         hint = "Resume from a checkpoint that is in the ledger, or train again under another --brain-name"

@@ -78,7 +78,7 @@ def run(plan: RunPlan, *, sink: MetricSink, stop: StopPoll, body: Body | None = 
             check_address(plan.ray_address)
         session.open(stop)
         opened = True
-        _put_handlers_back()
+        _restore_signal_handlers()
         _check_cluster(session, request, sink)
         return WorkerGroupRun(session, request, plan, sink, stop, body).run()
     except (WorkerCrash, UnavailableError) as error:
@@ -89,7 +89,7 @@ def run(plan: RunPlan, *, sink: MetricSink, stop: StopPoll, body: Body | None = 
         session.close(keep_logs)
 
 
-def _put_handlers_back() -> None:
+def _restore_signal_handlers() -> None:
     """Install the command line's signal handlers again where Ray has put its own over them.
 
     Ray's native library takes SIGTERM below Python's table of handlers: it prints a stack trace before it passes

@@ -80,7 +80,7 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _neither_switch_nor_nothing(cls, value: Any, info: ValidationInfo) -> Any:
+    def _reject_empty_and_boolean(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse empty text, and true/false for a number or text."""
         if isinstance(value, str) and not value.strip():
             raise refusal("is empty", "Give a value, or leave it out")

@@ -43,14 +43,16 @@ def text_sums(text: TextObjectives, batch: Batch) -> Sums:
         "tokens": (batch["labels"] != IGNORE_LABEL).sum(),
         "bytes": batch["label_bytes"].sum(),
     }
-    if _halts(text.model):
+    if _has_halting_head(text.model):
         sums |= _adaptive_sums(text, text.model, rows, stream)
     return sums
 
 
 def text_names(text: TextObjectives) -> list[str]:
     """Names of what `text_sums` gives."""
-    return ["loss", "hits", "tokens", "bytes"] + (["adaptive_loss", "segments"] if _halts(text.model) else [])
+    return ["loss", "hits", "tokens", "bytes"] + (
+        ["adaptive_loss", "segments"] if _has_halting_head(text.model) else []
+    )
 
 
 def _rows(text: TextObjectives, batch: Batch) -> tuple[ChunkedRows, CopyStream | None]:
@@ -62,7 +64,7 @@ def _rows(text: TextObjectives, batch: Batch) -> tuple[ChunkedRows, CopyStream |
     return ChunkedRows(text.model, batch, size), None
 
 
-def _halts(model: ActV1 | Transformer) -> TypeGuard[ActV1]:
+def _has_halting_head(model: ActV1 | Transformer) -> TypeGuard[ActV1]:
     """Whether the model has a trained halting head."""
     return model.config.halt_rule == "gain" and model.config.halt_max_steps > 1
 

@@ -46,7 +46,9 @@ class LedgerWriter:
         self._ledger.set_shuffled(shuffled)
         if start:
             # Chunks before the start are in the catalog: the start was found by reading them.
-            self._grow([BlockLength(e.start.block, e.start.chunk + 1, False) for e in catalog.entries[:start]])
+            self._add_new_blocks(
+                [BlockLength(e.start.block, e.start.chunk + 1, False) for e in catalog.entries[:start]]
+            )
             self._ledger.start_at(start)
         if catalog.ended and not self._ledger.data_ended:
             self._ledger.add_blocks([BlockLength(block, size) for block, size in enumerate(catalog.block_sizes())])
@@ -112,13 +114,13 @@ class LedgerWriter:
             if item.epoch:
                 self._end_data()
             else:
-                self._grow([BlockLength(item.block, item.chunk_in_block + 1, False)])
+                self._add_new_blocks([BlockLength(item.block, item.chunk_in_block + 1, False)])
         lease = self._run.claim(lambda epoch, position: item.chunk)
         if lease is None or (lease.epoch, lease.chunk, lease.start) != (item.epoch, item.chunk, item.start):
-            raise DataError(self._foreign(item, lease))
+            raise DataError(self._not_leased(item, lease))
         self._run.measure(item.chunk, item.sequences)
 
-    def _grow(self, found: Sequence[BlockLength]) -> None:
+    def _add_new_blocks(self, found: Sequence[BlockLength]) -> None:
         """Add blocks as they are found; a block that another follows is complete."""
         blocks = self._ledger.blocks()
         last = BlockLength(blocks[-1].block, blocks[-1].chunks, blocks[-1].sealed) if blocks else None
@@ -137,7 +139,7 @@ class LedgerWriter:
             self._ledger.add_blocks([BlockLength(blocks[-1].block, blocks[-1].chunks, True)])
         self._ledger.end_data()
 
-    def _foreign(self, item: ConsumedRange, lease: Lease | None) -> Fault:
+    def _not_leased(self, item: ConsumedRange, lease: Lease | None) -> Fault:
         given = "nothing" if lease is None else f"chunk {lease.chunk} of epoch {lease.epoch} from {lease.start} on"
         value = f"chunk {item.chunk} of epoch {item.epoch} from sequence {item.start} on"
         reason = f"was trained, but the ledger of {self._run_dir.root} leases {given}"

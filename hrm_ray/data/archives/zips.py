@@ -122,12 +122,12 @@ def zip_rows(file: BinaryIO, cursor: Cursor, selection: Selection, directory: Zi
     for member, info in chosen:
         contents.choose(info, f"{where}/{member.name}")
         if cursor.watch is not None:
-            cursor.watch.passed_bytes = partial(_passed, passed_bytes, info, file)
+            cursor.watch.passed_bytes = partial(_bytes_read, passed_bytes, info, file)
         yield from member_rows(member, cursor, where, contents.whole, contents.stream)
         passed_bytes += info.compress_size + _ABOUT_MEMBER_BYTES + 2 * len(member.name)
 
 
-def _passed(before: int, info: zipfile.ZipInfo, file: BinaryIO) -> int:
+def _bytes_read(before: int, info: zipfile.ZipInfo, file: BinaryIO) -> int:
     """Bytes read so far, including the current member."""
     return before + min(max(0, file.tell() - info.header_offset), info.compress_size)
 
