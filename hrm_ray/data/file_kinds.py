@@ -17,8 +17,8 @@ TEXT_FORMATS = frozenset({"txt", "md"})
 """Formats without rows: a file is one document (a very long one several)."""
 
 READABLE = (
-    ".txt, .md, .csv, .tsv, .json, .jsonl, .parquet or .arrow files, also with .gz, .bz2, .xz or .zst behind it, "
-    "or .zip, .tar, .tar.gz archives of them"
+    ".txt, .md, .csv, .tsv, .json, .jsonl, .parquet or .arrow files, also compressed (.gz, .bz2, .xz, .zst) "
+    "or in .zip or .tar archives"
 )
 """What can be read, for messages."""
 

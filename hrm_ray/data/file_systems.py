@@ -103,7 +103,7 @@ def require_path(path: Path) -> None:
     if not os.path.exists(path):
         nearest = next((parent for parent in path.absolute().parents if os.path.exists(parent)), Path(path.anchor))
         reason = f"no such file or folder (the nearest existing folder is {nearest})"
-        hint = f"Give a file or a folder of these: {READABLE}; or a folder made by `hrm-ray data build`"
+        hint = f"Give {READABLE}, or a folder made by `hrm-ray data build`"
         raise SettingsError(Fault(str(path), reason, hint))
 
 
