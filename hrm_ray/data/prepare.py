@@ -137,7 +137,7 @@ def prepare_text(
     folder.write_parts(corpus.parts)
     head = CorpusHead(corpus, on_read)
     check_usable(head)
-    tokenizer, origin, account = _choose(head, bundle, choice, notes)
+    tokenizer, origin, account = _choose_tokenizer(head, bundle, choice, notes)
     pipeline = folder.pipeline(chunking_config, train, tokenizer, pairs=form.prefix, writes=True, head=head)
     try:
         first = first_chunk(pipeline, chunking_config, form)
@@ -162,7 +162,7 @@ def prepare_text(
     if origin != "reused":
         tokenizer.save(bundle)
     notes += pipeline.warnings
-    notes.extend(_losses(head.documents(), tokenizer))
+    notes.extend(_round_trip_notes(head.documents(), tokenizer))
     plan = TextPlan(chunking_config, form, train, name, start, in_order, pipeline.all_cached)
     return PreparedText(tokenizer, origin, plan, first, sequences, held_out, tuple(notes), account)
 
@@ -183,8 +183,8 @@ def _prepare_order(pipeline: ChunkPipeline, chunking_config: ChunkingConfig, not
 
 
 def evaluation_file(evaluation: TextSource, request: PrepareRequest) -> str:
-    """The name of the file of these held-out documents. Others have another name, so that a resume which is refused
-    after preparing leaves the run's own file as it was."""
+    """The name of the file of these held-out documents. Other held-out data gets another name, so that a resume that is
+    refused later leaves the run's own file unchanged."""
     plain = json.dumps([asdict(evaluation), request.eval_rows, request.max_val_examples])
     return f"eval-{hashlib.blake2b(plain.encode(), digest_size=6).hexdigest()}.safetensors"
 

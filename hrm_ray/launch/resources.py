@@ -102,7 +102,7 @@ def check_local_gpus(request: ResourceRequest, gpus: int) -> None:
 
 
 def places(request: ResourceRequest, nodes: Sequence[Mapping[str, float]]) -> int:
-    """How many workers fit on these nodes, each worker whole on one node."""
+    """The number of workers that fit on these nodes; a worker does not span nodes."""
     return sum(
         min(int(node.get(name, 0.0) // amount) for name, amount in request.per_worker().items()) for node in nodes
     )

@@ -164,7 +164,7 @@ def locate_run(settings: RunSettings) -> RunLocation:
         newest = run_dir.newest_checkpoint()
         if newest is None:
             hint = "Leave out --resume and give another --brain-name, or --resume-from a checkpoint"
-            raise SettingsError(Fault(str(run_dir.root), "there is no checkpoint to resume from", hint))
+            raise SettingsError(Fault(str(run_dir.root), "contains no checkpoint to resume from", hint))
         return _resumed(settings, run_dir, newest, run_dir)
     check_folder_is_free(run_dir)
     return RunLocation(run_dir, None, None)
@@ -198,8 +198,8 @@ def check_unchanged(settings: RunSettings, location: RunLocation) -> RunLocation
         check_folder_is_free(run_dir)
     elif settings.run.resume_from is None:
         if location.checkpoint != run_dir.newest_checkpoint():
-            reason = "another run has saved a checkpoint in it while this one was starting"
-            raise SettingsError(Fault(str(run_dir.root), reason, "Give the command again"))
+            reason = "another run saved a checkpoint in it while this one was starting"
+            raise SettingsError(Fault(str(run_dir.root), reason, "Run the command again"))
         run_dir.recover()
         return replace(location, checkpoint=run_dir.newest_checkpoint())
     return location

@@ -106,7 +106,7 @@ class Database:
         return found[0] if found else None
 
     def each(self, statement: str, values: Sequence[Any] = ()) -> Iterator[SqlRow]:
-        """Rows one by one, for many; nothing may be written meanwhile."""
+        """Iterate over many rows; nothing may be written meanwhile."""
         with self._lock:
             try:
                 yield from self._connection.execute(statement, values)

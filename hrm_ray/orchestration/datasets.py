@@ -44,7 +44,7 @@ ChunkResult = Chunk | HrmRayError | None
 
 @dataclass(frozen=True)
 class ChunkTaskContext:
-    """What tasks open: the bundle, and the plan of its text. Hashable, so that a process opens each once in a run."""
+    """What a task opens: the bundle, and the plan of its text. Hashable, so that a process opens each once in a run."""
 
     bundle: Path
     text: TextPlan

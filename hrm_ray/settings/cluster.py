@@ -76,7 +76,7 @@ class ClusterSettings(Section):
         return ",".join(str(number) for number in numbers)
 
     def strategy_for(self, world_size: int) -> StrategyName:
-        """The strategy for so many workers."""
+        """The strategy for `world_size` workers."""
         return self.strategy or ("ddp" if world_size > 1 else "single")
 
     @property

@@ -156,8 +156,8 @@ def _refine_schedule(plan: RunPlan, data: TextData, loop: TrainingLoop, logger: 
         loop.epoch_rows = first_rows, rows
         before, steps = parts.lr_schedule.schedule.total_steps, lay_out(first_rows, rows)
         if steps != before:
-            text = f"Epoch {epoch} had {sequences} sequences: the learning-rate schedule is laid out for {steps} steps"
-            logger.event("INFO", f"{text} from here on, instead of {before}.")
+            text = f"Epoch {epoch} had {sequences} sequences: the learning-rate schedule now has {steps} steps"
+            logger.event("INFO", f"{text} instead of {before}.")
             _log_rank_schedule(logger)
 
     if loop.epoch_rows is not None:

@@ -75,7 +75,7 @@ def between(scores: Tensor) -> float:
 
 def text_batch(seed: int, rows: Sequence[Sequence[int]], *, prompts: Sequence[int] | None = None) -> Batch:
     """Packed rows: `rows[r]` are the lengths of row r's documents. `prompts[r]` positions of its first document are a
-    prompt, and labels before its last prompt position are ignored. Labels follow the memo of values.Columns."""
+    prompt, and labels before its last prompt position are ignored. Labels follow the memo of types.Columns."""
     rng = np.random.default_rng(seed)
     batch, length = len(rows), sum(rows[0])
     inputs = rng.integers(0, VOCAB, (batch, length))
