@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 
@@ -14,6 +15,10 @@ from hrm_ray.launch.resources import usable_cpus
 from hrm_ray.settings.cluster import ClusterSettings
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+LAUNCHERS = {"local": "hrm_ray.launch.local", "ray": "hrm_ray.orchestration.worker_group"}
+"""--launcher -> module, imported when it is used. Its function `run(plan, *, sink, stop)` gives a RunResult; that of a
+launcher with a cluster has `attached()` too: whether the program has connected this process to a cluster itself."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +69,20 @@ _COUNT: dict[str, Callable[[], int]] = {"cuda": torch.cuda.device_count, "xpu": 
 def choose_devices(cluster: ClusterSettings) -> Devices:
     """Resolve device, workers, threads and launcher. Raises UnavailableError or SettingsError.
 
-    A missing device is an error under --strict; otherwise the best available device is used, with a note.
+    A missing device is an error under --strict; otherwise the best available device is used, with a note. The cluster
+    that a program is connected to counts as one at an address.
     """
-    notes: list[str] = []
     address = _cluster_address(cluster)
+    if address is None:
+        # Without --strict: what this machine lacks, the program's cluster may have.
+        here = _choose(cluster.model_copy(update={"strict": False}), None)
+        if here.launcher != "local" and import_module(LAUNCHERS[here.launcher]).attached():
+            cluster, address = cluster.model_copy(update={"world_size": here.world_size}), "auto"
+    return _choose(cluster, address)
+
+
+def _choose(cluster: ClusterSettings, address: str | None) -> Devices:
+    notes: list[str] = []
     # The devices of a running cluster are the cluster's: it is asked when the run connects.
     device = cluster.device if address and cluster.device != "auto" else _device(cluster, notes)
     gpus = _chosen_gpus(cluster, address, device, notes) if cluster.cuda_numbers else []

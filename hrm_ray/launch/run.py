@@ -12,7 +12,7 @@ from dataclasses import replace
 from importlib import import_module
 
 from hrm_ray.data.corpus import CorpusReading
-from hrm_ray.launch.devices import visible_gpus
+from hrm_ray.launch.devices import LAUNCHERS, visible_gpus
 from hrm_ray.launch.new_bundle import removed_unless_trained
 from hrm_ray.launch.plan import make_plan
 from hrm_ray.launch.resolve import ResolvedRun, resolve
@@ -21,12 +21,6 @@ from hrm_ray.launch.run_lock import run_lock
 from hrm_ray.metrics.fanout import FanOut
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.types import MetricSink, Record, RunResult, StopPoll, StopRequested
-
-LAUNCHERS = {
-    "local": "hrm_ray.launch.local:run",
-    "ray": "hrm_ray.orchestration.worker_group:run",
-}
-"""--launcher -> module and function `(plan, *, sink, stop) -> RunResult`; imported when it is used."""
 
 REPORT_EVERY_S = 5.0
 """Seconds between two reports of how far the data was read; shorter reading is not reported."""
@@ -43,8 +37,10 @@ def run(
     first step.
 
     Records go to `sink` besides the files of the bundle. `stop` is polled about once per step; a reason ends the run in
-    order, with a checkpoint. `on_start` is called once everything is prepared, just before training starts. A local
-    run on the CPU sets what glibc does with freed memory (--keep-freed-memory); that outlives the run.
+    order, with a checkpoint. In a program that has called `ray.init` Ray's workers run on its cluster, with the
+    defaults of --ray-address auto but for the number of workers. `on_start` is called once everything is prepared, just
+    before training starts. A local run on the CPU sets what glibc does with freed memory (--keep-freed-memory); that
+    outlives the run.
     """
     sink, stop = sink or FanOut([]), stop or (lambda: None)
     resolved = resolve(settings) if isinstance(settings, RunSettings) else settings
@@ -56,8 +52,7 @@ def run(
         held.enter_context(removed_unless_trained(resolved.location))
         held.enter_context(visible_gpus(devices))
         plan = make_plan(resolved, _ReadingProgress(sink, stop))
-        module, _, function = LAUNCHERS[devices.launcher].partition(":")
-        launch: Callable[..., RunResult] = vars(import_module(module))[function]
+        launch: Callable[..., RunResult] = import_module(LAUNCHERS[devices.launcher]).run
         if on_start is not None:
             on_start()
         return launch(plan, sink=sink, stop=stop)

@@ -66,6 +66,15 @@ LOCAL_SETTINGS = {
 }
 
 
+_OWN_CONNECTION = threading.Lock()
+"""Held by the session that has connected this process to Ray. A process has one connection, which all threads see."""
+
+
+def attached() -> bool:
+    """Whether the program itself has connected this process to Ray."""
+    return ray.is_initialized() and not _OWN_CONNECTION.locked()
+
+
 @functools.cache
 def _token() -> str:
     """One token per process: Ray's client keeps the first one it sees."""
@@ -108,12 +117,13 @@ class Session:
 
     def __init__(self, address: str | None, request: ResourceRequest, *, data: bool = False) -> None:
         self.address = address
-        self.attached = ray.is_initialized()
+        self.attached = attached()
         """Whether the connection is the program's own, and stays open."""
         self.private = address is None and not self.attached
         """Whether the cluster is this run's alone, and ends with it."""
-        self.where = address or ("this machine" if self.private else "the program's Ray cluster")
+        self.where = "the program's Ray cluster" if self.attached else address or "this machine"
         """The cluster's name in messages."""
+        self._owns_connection = False
         self._data = data
         self._request = request
         self.folder = Path(tempfile.mkdtemp(prefix="hrm-", dir=_temp_root()))
@@ -125,6 +135,11 @@ class Session:
 
     def open(self, stop: StopPoll) -> None:
         """Return when connected; raises StopRequested where `stop` says so meanwhile, or what went wrong."""
+        if not self.attached:
+            self._owns_connection = _OWN_CONNECTION.acquire(blocking=False)
+            if not self._owns_connection:
+                hint = "Start this run after that one, or in a process of its own"
+                raise SettingsError(Fault("--launcher ray", "another run of this program is connected to Ray", hint))
         # Ray reads its settings from the environment, here and in every process that it starts.
         settings = dict(SETTINGS)
         if self.private:
@@ -174,6 +189,9 @@ class Session:
             self._thread.join(CLOSE_TIMEOUT_S if self._ready.is_set() or self.private else 0.0)
         _end(processes)
         self._environment.undo()
+        if self._owns_connection:
+            self._owns_connection = False
+            _OWN_CONNECTION.release()
         if not keep_logs:
             shutil.rmtree(self.folder, ignore_errors=True)
 

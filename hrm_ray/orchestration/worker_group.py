@@ -37,7 +37,7 @@ from hrm_ray.orchestration.failures import (
     shortage,
 )
 from hrm_ray.orchestration.run_monitor import RunMonitor, StatusUpdate
-from hrm_ray.orchestration.session import POLL_INTERVAL_S, Session, worker_environment
+from hrm_ray.orchestration.session import POLL_INTERVAL_S, Session, attached, worker_environment
 from hrm_ray.rundir import DRIVER_MARKER
 from hrm_ray.train.plan import RunPlan, TextData
 from hrm_ray.types import MetricSink, Record, RunResult, StopPoll, StopRequested
@@ -45,6 +45,8 @@ from hrm_ray.types import MetricSink, Record, RunResult, StopPoll, StopRequested
 if TYPE_CHECKING:
     # It loads ray.train, and with it torch, which the session loads while the cluster starts.
     from hrm_ray.orchestration.worker import Body
+
+__all__ = ["attached", "run"]
 
 MONITOR_TIMEOUT_S = 60.0
 FREE_WAIT_S = 10.0

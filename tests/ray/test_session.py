@@ -17,10 +17,13 @@ import ray
 import ray._private.worker as ray_worker
 
 from hrm_ray.errors import SettingsError, UnavailableError
+from hrm_ray.launch.devices import choose_devices
+from hrm_ray.launch.preflight import check_launch
 from hrm_ray.launch.resources import ResourceRequest
 from hrm_ray.orchestration import session as session_module
 from hrm_ray.orchestration import worker_group
-from hrm_ray.orchestration.session import Session, worker_environment
+from hrm_ray.orchestration.session import Session, attached, worker_environment
+from hrm_ray.settings.cluster import ClusterSettings
 from hrm_ray.types import StopReason
 from tests.ray.test_worker_group import Received, never
 from tests.support.ray_bodies import counts, plan_of, until_stopped
@@ -51,6 +54,12 @@ def test_a_private_session_undoes_only_what_it_has_changed(restored: Path) -> No
         before = dict(os.environ)
         session = Session(None, ONE_CPU)
         session.open(never)
+        # Another thread of the program must not take this cluster for the program's.
+        second = Session(None, ONE_CPU)
+        assert not second.attached and not attached()
+        with pytest.raises(SettingsError, match="another run of this program"):
+            second.open(never)
+        second.close()
         assert session.private and ray.is_initialized() and not ray_worker._worker_logs_enabled
         meanwhile = {"OF_THE_PROGRAM": "after", "NEW": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "7"}
         assert meanwhile.keys() - os.environ.keys() == {"NEW"}
@@ -65,7 +74,7 @@ def test_a_private_session_undoes_only_what_it_has_changed(restored: Path) -> No
     assert list(restored.iterdir()) == []
 
 
-def test_a_program_keeps_its_own_cluster(restored: Path, tmp_path: Path) -> None:
+def test_a_program_keeps_its_own_cluster(restored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.environ["RAY_AUTH_TOKEN"] = session_module._token()
     context = ray.init(
         address="local", num_cpus=2, num_gpus=0, _temp_dir=str(restored), logging_level=logging.ERROR,
@@ -74,6 +83,11 @@ def test_a_program_keeps_its_own_cluster(restored: Path, tmp_path: Path) -> None
     address = context.address_info["gcs_address"]
     kept = ray.put("kept")
     before = dict(os.environ)
+    # The cluster may be larger than this machine, which is not asked.
+    monkeypatch.setattr("hrm_ray.launch.preflight.usable_cpus", lambda: 1)
+    many = ClusterSettings(launcher="ray", world_size=64, threads=8, device="cuda", strict=True)
+    check_launch(choose_devices(many))
+    assert choose_devices(ClusterSettings(device="cpu")).launcher == "local"
     received = Received()
     outcome = worker_group.run(plan_of(tmp_path, steps=20), sink=received, stop=never, body=counts)
     assert outcome.reason is StopReason.FINISHED and [record.step for record in received.records] == list(range(1, 21))
