@@ -203,7 +203,7 @@ def _network_errors() -> tuple[type[Exception], ...]:
 def _config_hint(message: str) -> str:
     if "onfig" in message:
         return "Name one of its configurations with --dataset-config"
-    return "Check the id; a folder must be laid out as a data set of the Hub"
+    return "Check the id; a folder must have the structure of a data set of the Hub"
 
 
 def _first_line(error: Exception) -> str:

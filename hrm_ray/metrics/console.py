@@ -224,7 +224,7 @@ class ConsoleSink:
 
 
 class _Block:
-    """The live block, laid out for the terminal's width at each refresh: place and bar, figures, evaluation."""
+    """The live block, fitted to the terminal's width at each refresh: place and bar, figures, evaluation."""
 
     def __init__(self, sink: ConsoleSink) -> None:
         self._sink = sink

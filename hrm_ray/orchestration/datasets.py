@@ -31,7 +31,7 @@ READ_CPUS, TOKEN_CPUS = 0.4, 0.5
 """CPUs of a task that reads and of one that tokenises. They differ, because Ray fuses stages of equal resources into
 one task, which would read and tokenise in turn."""
 TASK_CPUS = 1.0
-"""CPUs that both kinds of task need beside each other: either kind alone would wait for the other for ever."""
+"""CPUs that both kinds of task need at the same time, since each waits for the other."""
 CHUNKS_PER_DATASET = 1000
 """Ray Data lists all tasks of a dataset before it begins, so a longer epoch is several datasets."""
 BLOCK_BYTES = 1 << 20

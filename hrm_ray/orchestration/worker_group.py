@@ -204,7 +204,7 @@ class WorkerGroupRun:
     def _chunk_server(self) -> Any:
         """The actor that makes chunks of text for all ranks; None where none is left to make, or no CPU is free.
 
-        Its tasks need CPUs beside the workers', or they would wait for ever. Without them each worker reads for itself.
+        Its tasks need CPUs beside the workers', or they would never start. Without them each worker reads for itself.
         """
         if not isinstance(self._plan.data, TextData) or not reads_text(self._plan):
             return None

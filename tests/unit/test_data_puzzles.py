@@ -160,7 +160,7 @@ def test_a_description_that_does_not_fit_is_refused(tmp_path: Path, changes: dic
         open_puzzles(built(tmp_path / "toy", **changes))
 
 
-def test_damage_is_told_with_its_mend(tmp_path: Path) -> None:
+def test_damage_is_reported_with_a_hint(tmp_path: Path) -> None:
     folder = built(tmp_path / "toy")
     with pytest.raises(DataError, match="The splits are: test, train"):
         open_puzzles(folder, "valid")

@@ -126,7 +126,7 @@ def test_its_state_survives_a_file(at: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("at", [1, 7, 16, 18])
 @pytest.mark.parametrize("longer", [5 * STEPS, STEPS // 2])
 def test_a_schedule_is_kept_in_a_longer_run(at: int, longer: int) -> None:
-    """Taken up where a plan of another length was laid out: masks, weights and what peft is told are those of the run
+    """Resumed under a plan of another length: masks, weights and the arguments of peft are those of the run
     that went on, and ranks that had settled stay so."""
     model, _, ranks = adapted()
     step = trainer(model, ranks)

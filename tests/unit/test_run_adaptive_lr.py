@@ -1,4 +1,5 @@
-"""Runs under --adaptive-lr-config: it acts, says so, is resumed to the bit, and heeds no option of logging."""
+"""Runs under --adaptive-lr-config: the rate changes, a message says so, a resume gives the same bits, and options of
+logging change nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bad input to whole commands: one message with value, reason and mend, the right exit code, nothing half made."""
+"""Bad input to whole commands: one message with value, reason and hint, the right exit code, nothing half made."""
 
 from __future__ import annotations
 

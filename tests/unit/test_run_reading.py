@@ -212,7 +212,7 @@ def test_ranks_that_keep_the_estimated_schedule_are_reported(corpus: Path, reads
     assert all("the run has 80 steps now" in event["message"] for event in said)
 
 
-def test_the_schedule_is_laid_out_anew_when_an_epoch_has_been_counted(corpus: Path, reads: Reads) -> None:
+def test_the_schedule_has_a_new_length_when_an_epoch_has_been_counted(corpus: Path, reads: Reads) -> None:
     words = ("--epochs", "3", "--lr-schedule", "linear", "--lr-min-ratio", "0", "--save-every", "0", "--log-every", "1")
     assert hrm(*start(corpus, *words)).code == 0
     whole = computed(corpus.parent / "b")

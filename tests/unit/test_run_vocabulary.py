@@ -29,7 +29,7 @@ def test_the_log_says_how_the_data_decided_the_size(tmp_path: Path) -> None:
     refused(2, "train", "--bundle-dir", tmp_path / "b", "--resume", "--max-vocab-size", "500", naming=("400", "500"))
 
 
-def test_a_size_that_the_data_does_not_bear_is_said(tmp_path: Path) -> None:
+def test_a_size_that_the_data_cannot_fill_is_reported(tmp_path: Path) -> None:
     words = (text_file(tmp_path), tmp_path / "b", *AUTO)
     train(*words)
     told = [record["message"] for record in records(tmp_path / "b", "event") if record["level"] == "WARNING"]
