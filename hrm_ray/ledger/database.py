@@ -253,7 +253,7 @@ def read(path: Path) -> Database:
     if not path.is_file():
         hint = "Give the folder of a run that hrm-ray train wrote"
         raise SettingsError(Fault(str(path), "no ledger of chunks at this path", hint))
-    # Without a log beside it nobody has a WAL file open; a plain read would leave SQLite's files beside it.
+    # No process has a WAL file open that has no log beside it; a plain read would leave SQLite's files beside it.
     closed = _is_wal(path) and not path.with_name(path.name + "-wal").exists()
     try:
         return _copy_in_memory(path, "ro&immutable=1" if closed else "ro")
