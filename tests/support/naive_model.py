@@ -128,10 +128,10 @@ class NaiveModel:
             for name in ("gate_proj", "up_proj", "down_proj")
             if name != "gate_proj" or self.config.swiglu
         }
-        loader = naive_feed_forward(self.config, stacks, self._bent)
+        expert_output = naive_feed_forward(self.config, stacks, self._bent)
         counted = len(x) if self.counted is None else self.counted
         router = self.weights[f"{at}.router.weight"]
-        out, told = naive_experts(self.config, router, loader, x, training=self.training, counted=counted)
+        out, told = naive_experts(self.config, router, expert_output, x, training=self.training, counted=counted)
         self.told.append(told)
         return out
 

@@ -80,9 +80,9 @@ def naive_feed_forward(
 ) -> FeedForward:
     """One expert's FFN out of the stacked `weights` by projection; `bent` is the activation."""
 
-    def loader(expert: int, x: Tensor) -> Tensor:
+    def expert_output(expert: int, x: Tensor) -> Tensor:
         up = weights["up_proj"][expert] @ x
         inner = bent(weights["gate_proj"][expert] @ x) * up if config.swiglu else bent(up)
         return weights["down_proj"][expert] @ inner
 
-    return loader
+    return expert_output

@@ -199,14 +199,14 @@ SMALL = (*SMALL, "--h-cycles", "1", "--l-cycles", "1", "--max-seq-len", "16", "-
 def test_both_commands_tell_the_memory_of_the_settings(tmp_path: Path) -> None:
     """The same account, of the options given: more rows take more activations, an 8-bit optimizer less state."""
     data = text_file(tmp_path)
-    ledger_writer = []
+    accounts = []
     for more in ((), ("--batch-size", "64", "--use-8bit-optimizer", "--ema", "0.9")):
         words = (*SMALL, "--no-moe", *more)
         told = json.loads(hrm("arch-summary", *words, "--json").out)["memory"]
         dry = hrm("train", "--dry-run", "--dataset-file", data, *words)
         assert f"memory  of each worker {MemoryAccount(**told).as_text()}" in dry.out, dry.out
-        ledger_writer.append(told)
-    plain, changed = ledger_writer
+        accounts.append(told)
+    plain, changed = accounts
     assert changed["activations_bytes"] > 4 * plain["activations_bytes"]
     assert changed["optimizer_bytes"] < 0.35 * plain["optimizer_bytes"]
     assert changed["average_bytes"] == plain["gradients_bytes"]
