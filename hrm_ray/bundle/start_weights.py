@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hrm_ray.bundle.weights_file import check_fit, read_tensors
-from hrm_ray.errors import DataError, Fault
+from hrm_ray.errors import DataError, Fault, SettingsError
 from hrm_ray.model.build import build_model
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.import_reference import from_reference, looks_like_reference
@@ -36,7 +36,7 @@ def start_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
     """Tensors by this project's names from a bundle's folder, a .safetensors file, or a PyTorch file of the original.
 
     PyTorch files are read with `weights_only`, which admits tensors and nothing that runs. Fused projections are split.
-    Raises DataError.
+    Raises SettingsError for a path that does not exist, DataError for a file that holds no weights.
     """
     tensors = _read(path)
     if looks_like_reference(tensors):
@@ -50,7 +50,7 @@ def start_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def check_start_weights(path: Path, config: ModelConfig) -> None:
-    """Raises DataError unless the tensors at `path` fit the architecture."""
+    """Raises DataError unless the tensors at `path` fit the architecture, SettingsError if there is no such path."""
     with torch.device("meta"):
         model = build_model(config)
     check_fit(model, start_weights(path, config), str(path))
@@ -63,11 +63,11 @@ def _read(path: Path) -> dict[str, Tensor]:
             reason = "there are no weights in this folder (model.safetensors is missing)"
             raise DataError(Fault(str(path), reason, hint))
         return read_tensors(RunDir(path).weights)
-    if path.suffix == ".safetensors":
-        return read_tensors(path)
     hint = "Give a bundle's folder, a .safetensors file, or a state dict saved by torch.save"
     if not path.is_file():
-        raise DataError(Fault(str(path), "no such file or folder", hint))
+        raise SettingsError(Fault(str(path), "no such file or folder", hint))
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except _NOT_TENSORS as error:

@@ -21,7 +21,7 @@ from hrm_ray.atomic_files import atomic_directory
 from hrm_ray.bundle.progress import Progress
 from hrm_ray.bundle.weights_file import fill_module, read_tensors, save_tensors
 from hrm_ray.data.tokenizer import CONFIG_FILE
-from hrm_ray.errors import DataError, Fault
+from hrm_ray.errors import DataError, Fault, SettingsError
 from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.build import build_model
 from hrm_ray.model.config import ModelConfig
@@ -59,7 +59,7 @@ class Bundle:
 
 
 def open_bundle(folder: Path, device: torch.device) -> Bundle:
-    """Read a bundle (or a bundle's best/) onto `device`. Raises DataError that names what is missing or wrong."""
+    """Read a bundle (or a bundle's best/) onto `device`. Raises as `read_description` does, and for wrong weights."""
     run_dir = RunDir(folder)
     config, _ = read_description(folder)
     model = build_model(config)
@@ -68,10 +68,13 @@ def open_bundle(folder: Path, device: torch.device) -> Bundle:
 
 
 def read_description(folder: Path) -> tuple[ModelConfig, str]:
-    """The architecture of a bundle, and the sha256 of its weights, which is verified. Raises DataError."""
+    """The architecture of a bundle, and the sha256 of its weights, which is verified.
+
+    Raises SettingsError for a folder that does not exist, DataError for one that is not a whole bundle.
+    """
     run_dir = RunDir(folder)
     if not folder.is_dir():
-        raise DataError(Fault(str(folder), "no such bundle", "Give the folder that hrm-ray train wrote"))
+        raise SettingsError(Fault(str(folder), "no such bundle", "Give the folder that hrm-ray train wrote"))
     if not run_dir.config.is_file():
         reason = f"is not a bundle ({run_dir.config.name} is missing)"
         raise DataError(Fault(str(folder), reason, "Give the folder that hrm-ray train wrote"))

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hrm_ray.bundle.expert_store import StoredExpert, put_expert, read_registry
+from hrm_ray.errors import Fault, SettingsError
 from hrm_ray.settings.run import DEFAULT_EXPERTS_DIR
 
 _FIGURES = ("exact_accuracy", "loss")
@@ -20,6 +21,9 @@ def run_list(experts_dir: Path | None, *, as_json: bool) -> int:
     """Print the experts of a folder; returns the exit code."""
     folder = experts_dir if experts_dir is not None else DEFAULT_EXPERTS_DIR
     registry = read_registry(folder)
+    if experts_dir is not None and not folder.is_dir():
+        hint = "Give the folder in which hrm-ray train --expert-id stored experts"
+        raise SettingsError(Fault(f"--experts-dir {folder}", "there is no such folder", hint))
     if as_json:
         print(json.dumps({identifier: asdict(entry) for identifier, entry in registry.items()}, indent=2))
         return 0

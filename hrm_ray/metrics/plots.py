@@ -80,8 +80,8 @@ def plot_runs(runs: list[Path], out: Path, metrics: list[str] | None = None) -> 
     raw and smoothed, evaluation as points), bits per byte or exact accuracy, and the learning rate; with it, a panel
     for each metric named.
 
-    SettingsError: no runs, or `out` is not a .png. DataError: a run is missing or has no train or eval records, or no
-    run has a metric. UnavailableError: no matplotlib.
+    SettingsError: no runs, a run that does not exist, a metric that no run has, or `out` is not a .png. DataError: a
+    run has no train or eval records. UnavailableError: no matplotlib.
     """
     if not runs:
         raise SettingsError(Fault("runs", "none given", "Name at least one bundle folder or metrics.jsonl file"))
@@ -100,7 +100,7 @@ def plot_runs(runs: list[Path], out: Path, metrics: list[str] | None = None) -> 
 
 
 def _load(paths: Sequence[Path]) -> list[_Run]:
-    """The runs. Raises DataError with everything that is wrong with them."""
+    """The runs. Raises everything that is wrong with them: SettingsError if a path does not exist, else DataError."""
     faults: list[Fault] = []
     runs: list[_Run] = []
     names = _names(paths)
@@ -121,7 +121,7 @@ def _load(paths: Sequence[Path]) -> list[_Run]:
             )
         runs.append(_Run(name, _colour(index, len(paths)), records))
     if faults:
-        raise DataError(faults)
+        raise DataError(faults) if all(path.exists() for path in paths) else SettingsError(faults)
     return runs
 
 
@@ -156,11 +156,11 @@ def _panels(runs: Sequence[_Run], metrics: list[str] | None) -> list[str]:
         wanted = [name for name in ("loss", *_HELD_OUT_FIGURES, "lr") if name in known]
         if wanted:
             return wanted
-        metrics = ["loss"]
+        raise DataError(Fault("loss", "no run has this metric", f"They have: {', '.join(sorted(known))}"))
     missing = [name for name in metrics if name not in known]
     if missing or not metrics:
-        value = ", ".join(missing) or "metrics"
-        raise DataError(Fault(value, "no run has this metric", f"They have: {', '.join(sorted(known))}"))
+        value = f"--metric {', '.join(missing)}".rstrip()
+        raise SettingsError(Fault(value, "no run has this metric", f"They have: {', '.join(sorted(known))}"))
     return list(dict.fromkeys(metrics))
 
 

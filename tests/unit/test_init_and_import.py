@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hrm_ray.bundle.start_weights import start_weights
 from hrm_ray.bundle.weights_file import fill_module, save_tensors
-from hrm_ray.errors import DataError
+from hrm_ray.errors import DataError, SettingsError
 from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.build import build_model
 from hrm_ray.model.import_reference import bare_name, from_reference, looks_like_reference, split_fused
@@ -265,6 +265,7 @@ def test_a_file_that_is_half_a_pickle_is_refused_by_name(content: bytes, tmp_pat
         start_weights(path, c1().config())
 
 
-def test_no_such_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file or folder"):
-        start_weights(tmp_path / "w.pt", c1().config())
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors", "bundle"])
+def test_a_path_that_does_not_exist_is_wrong_usage(name: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no such file or folder"):
+        start_weights(tmp_path / name, c1().config())

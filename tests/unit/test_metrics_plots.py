@@ -118,7 +118,7 @@ def test_all_that_is_wrong_with_runs_is_told_at_once_and_the_old_plot_stays(tmp_
     (tmp_path / "fresh" / "metrics.jsonl").touch()
     (tmp_path / "bad.jsonl").write_text("not json\n", encoding="utf-8")
     runs = [tmp_path / name for name in ("nowhere", "empty", "fresh", "bad.jsonl")]
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(SettingsError) as caught:
         plot_runs(runs, out)
     reasons = ["no such run", "has no metrics.jsonl", "no train or eval records", "not a metrics record"]
     for fault, run, reason in zip(caught.value.faults, runs, reasons, strict=True):
@@ -129,9 +129,15 @@ def test_all_that_is_wrong_with_runs_is_told_at_once_and_the_old_plot_stays(tmp_
     assert sorted(file.name for file in tmp_path.iterdir()) == ["bad.jsonl", "empty", "fresh", "plot.png"]
 
 
+def test_a_run_without_records_is_a_fault_of_the_data(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="has no metrics.jsonl"):
+        plot_runs([tmp_path / "empty"], tmp_path / "plot.png")
+
+
 def test_unknown_metric_is_a_fault_that_names_the_known(tmp_path: Path) -> None:
     run = _bundle(tmp_path / "run")
-    with pytest.raises(DataError, match=r"perplexity: no run has this metric.*bits_per_byte, loss, lr"):
+    with pytest.raises(SettingsError, match=r"perplexity: no run has this metric.*bits_per_byte, loss, lr"):
         plot_runs([run], tmp_path / "a.png", ["loss", "perplexity"])
     assert not (tmp_path / "a.png").exists()
 

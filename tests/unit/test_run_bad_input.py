@@ -188,7 +188,7 @@ TRAINING: dict[str, Case] = {
         ("--stop-file", "already exists", "Remove it"),
     ),
     "weights that are not there": (
-        5,
+        2,
         lambda d: ["--dataset-file", puzzle_file(d), *PUZZLE, "--student-init", d / "no.pt"],
         ("no.pt", "no such file"),
     ),
@@ -284,7 +284,7 @@ def test_a_bundle_of_the_other_task(bundles: Path) -> None:
 
 @pytest.mark.parametrize("command", [("generate", "--prompt", "x"), ("solve", "--file", "x.jsonl")])
 def test_no_bundle(command: tuple[str, ...], tmp_path: Path) -> None:
-    refused(5, command[0], tmp_path / "no", *command[1:], naming=(tmp_path / "no", "no such bundle", "Give the folder"))
+    refused(2, command[0], tmp_path / "no", *command[1:], naming=(tmp_path / "no", "no such bundle", "Give the folder"))
     refused(5, command[0], tmp_path, *command[1:], naming=(tmp_path, "not a bundle", "Give the folder"))
 
 

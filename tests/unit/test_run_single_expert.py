@@ -215,6 +215,7 @@ def test_a_place_that_is_no_folder(made: tuple[str, Path], tmp_path: Path) -> No
         resumed = ("train", "--bundle-dir", folder / "first", "--resume", "--steps", "7", "--experts-dir", place)
         refused(2, *resumed, naming=naming)
         refused(2, "expert", "list", "--experts-dir", place, naming=naming)
+    refused(2, "expert", "list", "--experts-dir", tmp_path / "none", naming=("none", "there is no such folder"))
     naming = ("--expert-id file", f"{file} is a file")
     refused(2, *words, "--experts-dir", tmp_path, "--expert-id", "file", naming=naming)
     assert not (tmp_path / "b").exists()
