@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
-from hrm_ray.data.file_kinds import READABLE, stem_of
+from hrm_ray.data.file_kinds import stem_of
 from hrm_ray.data.splits import in_path_order
 from hrm_ray.data.streams import BUFFER_BYTES
 from hrm_ray.errors import DataError, Fault, SettingsError
@@ -98,12 +98,11 @@ def file_system_of(address: str) -> FileSystem:
     return cloud_of(address)
 
 
-def require_path(path: Path) -> None:
-    """Raises SettingsError if `path` does not exist."""
+def require_path(path: Path, hint: str = "Give an existing path; `hrm-ray data build` makes a data set") -> None:
+    """Raises SettingsError, with `hint`, if `path` does not exist."""
     if not os.path.exists(path):
         nearest = next((parent for parent in path.absolute().parents if os.path.exists(parent)), Path(path.anchor))
         reason = f"no such file or folder (the nearest existing folder is {nearest})"
-        hint = f"Give {READABLE}, or a folder made by `hrm-ray data build`"
         raise SettingsError(Fault(str(path), reason, hint))
 
 

@@ -165,7 +165,8 @@ def _single(source: TextSource, file_system: FileSystem, entry: Entry) -> PartLi
     kind = kind_of(entry.name)
     if kind is None:
         suffix = Path(entry.name).suffix
-        raise DataError(Fault(source.path, f"files with the suffix `{suffix}` cannot be read", f"Give {READABLE}"))
+        files = f"files with the suffix `{suffix}`" if suffix else "files without a suffix"
+        raise DataError(Fault(source.path, f"{files} cannot be read", f"Give {READABLE}"))
     if kind.is_archive:
         return _archive(source, entry, kind)
     if source.split != WHOLE:

@@ -10,7 +10,7 @@ import torch
 
 from hrm_ray.bundle.start_weights import check_start_weights, start_weights
 from hrm_ray.data.detect import DataFacts, detect
-from hrm_ray.data.file_systems import absolute, real
+from hrm_ray.data.file_systems import absolute, has_wildcards, is_local, real, require_path
 from hrm_ray.data.named_tokenizer import absolute_name, load_named
 from hrm_ray.data.packing import RowForm
 from hrm_ray.data.parts import shared_part
@@ -72,6 +72,9 @@ def resolve(settings: RunSettings) -> ResolvedRun:
 def _resolve_data(settings: RunSettings) -> tuple[RunSettings, DataFacts, DataFacts | None, list[str]]:
     """Facts about the training and held-out data, the settings resolved for them, and notes."""
     on_bad_row = settings.data.on_bad_row
+    path = settings.data.dataset_file
+    if settings.run.resume and path is not None and is_local(path) and not has_wildcards(path):
+        require_path(Path(path), "If the data has moved, give its new place: --resume --dataset-file NEW_PLACE")
     facts = detect(source_of(settings, evaluation=False), on_bad_row)
     evaluation = detect(source_of(settings, evaluation=True), on_bad_row) if has_evaluation(settings) else None
     puzzle_len = facts.puzzle.seq_len if facts.puzzle is not None else None

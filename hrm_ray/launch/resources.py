@@ -69,7 +69,7 @@ def check_machine(request: ResourceRequest, cpus: int, memory_bytes: int) -> Non
     if request.cpus > cpus:
         faults.append(
             Fault(
-                f"world_size {request.world_size} x threads {request.threads} = {request.cpus} CPUs",
+                f"--world-size {request.world_size} x --threads {request.threads} = {request.cpus} CPUs",
                 f"this machine offers {cpus}",
                 f"Use at most --world-size {max(1, cpus // request.threads)} with --threads {request.threads}, "
                 "or give a cluster with --ray-address",
@@ -79,7 +79,7 @@ def check_machine(request: ResourceRequest, cpus: int, memory_bytes: int) -> Non
     if need > memory_bytes:
         faults.append(
             Fault(
-                f"world_size {request.world_size}",
+                f"--world-size {request.world_size}",
                 f"Ray and the workers need about {need / 2**30:.1f} GiB of memory before any model, "
                 f"{memory_bytes / 2**30:.1f} GiB is available",
                 "Use fewer workers, free memory, or use --launcher local for one device",
@@ -94,7 +94,7 @@ def check_local_gpus(request: ResourceRequest, gpus: int) -> None:
     if request.gpus > gpus:
         raise ResourceError(
             Fault(
-                f"world_size {request.world_size} with device cuda",
+                f"--world-size {request.world_size} with --device cuda",
                 f"this machine has {gpus} visible GPUs",
                 f"Use --world-size {max(1, gpus)}" if gpus else "Use --device cpu",
             )
@@ -114,7 +114,7 @@ def check_cluster(request: ResourceRequest, nodes: Sequence[Mapping[str, float]]
     if fits < request.world_size:
         raise ResourceError(
             Fault(
-                f"world_size {request.world_size} with {_words(request)} per worker",
+                f"--world-size {request.world_size} with {_words(request)} per worker",
                 f"the cluster at {address} has room for {fits}: {_totals(nodes)} on {len(nodes)} node(s)",
                 f"Use --world-size {fits}" if fits else "Lower --threads, use another device, or add nodes",
             )
@@ -129,7 +129,7 @@ def check_free(request: ResourceRequest, free: Mapping[str, float], total: Mappi
         state = ", ".join(f"{free.get(name, 0.0):g} of {total.get(name, 0.0):g} {name}s free" for name in short)
         raise ResourceError(
             Fault(
-                f"world_size {request.world_size} with {_words(request)} per worker",
+                f"--world-size {request.world_size} with {_words(request)} per worker",
                 f"the cluster at {address} is busy: {state}",
                 "Wait until it is free (`ray status` shows who uses it) or use fewer workers",
             )

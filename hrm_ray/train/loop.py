@@ -294,8 +294,8 @@ class TrainingLoop:
         """Raises DivergedError, on every rank, where the update made weights infinite: nothing can repair them."""
         names = self.parts.strategy.overflowed_parameters()
         if names:
-            reason = f"weights overflowed float16 (> 65504) in {_first_of(names)}"
-            hint = "Resume from the last checkpoint with a lower --lr, or start a new run with --model-dtype bf16"
+            reason = f"weights overflowed float16 (> 65504) first in {_first_of(names)}"
+            hint = "Lower --lr and --resume from the last checkpoint, or start a new run with --model-dtype bf16"
             raise DivergedError(Fault(f"float16 weights at step {number}", reason, hint))
 
     def _observed(self, metrics: MetricTotals) -> Action | None:
@@ -322,8 +322,8 @@ class TrainingLoop:
             raise DivergedError(
                 Fault(
                     f"gradient norm {norm} at step {number}",
-                    f"{self.progress.bad_steps} updates in a row had non-finite gradients, in {_first_of(names)}",
-                    "Lower --lr, lengthen --warmup-steps or set --grad-clip, and resume from the last checkpoint",
+                    f"{self.progress.bad_steps} updates in a row had non-finite gradients, first in {_first_of(names)}",
+                    "Lower --lr or set --grad-clip; --resume from the last checkpoint, or start anew if there is none",
                 )
             )
 
@@ -349,7 +349,7 @@ class TrainingLoop:
 
 
 def _first_of(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
 
 
 def weighted_loss(output: SegmentOutput[Any], totals: dict[str, float]) -> Tensor:

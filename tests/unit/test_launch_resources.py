@@ -23,8 +23,9 @@ GIB = 2**30
 def test_every_shortage_of_this_machine_is_told_at_once() -> None:
     with pytest.raises(ResourceError) as caught:
         check_machine(ResourceRequest(64, 2, 0), cpus=8, memory_bytes=2 * GIB)
-    assert "128 CPUs: this machine offers 8" in str(caught.value)
+    assert "--world-size 64 x --threads 2 = 128 CPUs: this machine offers 8" in str(caught.value)
     assert "--world-size 4" in str(caught.value)
+    assert "world_size" not in str(caught.value)
     assert "31.9 GiB" in str(caught.value)
     assert caught.value.exit_code == 4
 

@@ -41,7 +41,12 @@ Case = tuple[int, Callable[[Path], list[object]], tuple[str, ...]]
 """Exit code, the words for a folder, what the message must name."""
 
 TRAINING: dict[str, Case] = {
-    "wrong path": (2, lambda d: ["--dataset-file", d / "no.txt"], ("no.txt", "no such file or folder", "Give .txt")),
+    "wrong path": (
+        2,
+        lambda d: ["--dataset-file", d / "no.txt"],
+        ("no.txt", "no such file or folder", "Give an existing path"),
+    ),
+    "no suffix": (5, lambda d: ["--dataset-file", written(d, "e", "x")], ("files without a suffix", "Give .txt")),
     "empty file": (5, lambda d: ["--dataset-file", written(d, "e.txt", "")], ("e.txt", "empty", "Give data")),
     "empty folder": (5, lambda d: ["--dataset-file", d], ("no readable file", ".jsonl")),
     "only blank rows": (

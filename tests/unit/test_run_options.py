@@ -101,11 +101,18 @@ def test_data_that_has_moved(tmp_path: Path) -> None:
     train(data, tmp_path / "b", *TEXT, "--steps", "2")
     moved = data.rename(second / "elsewhere.txt")
     resume = ("train", "--bundle-dir", tmp_path / "b", "--resume", "--steps", "4")
-    refused(2, *resume, naming=(data, "no such file or folder"))
+    refused(2, *resume, naming=(data, "no such file or folder", "--resume --dataset-file NEW_PLACE"))
     other = text_file(first, name="other.txt", seed=5)
     refused(5, *resume, "--dataset-file", other, naming=("not what the run was trained on", "--student-init"))
     assert hrm(*resume, "--dataset-file", moved).code == 0
     assert [record["step"] for record in records(tmp_path / "b")] == [1, 2, 3, 4]
+
+
+def test_divergence_names_one_parameter_and_what_to_do(tmp_path: Path) -> None:
+    words = (*TEXT, "--steps", "9", "--lr", "1e30", "--grad-clip", "0", "--max-bad-steps", "1", "--optimizer", "sgd")
+    command = ("train", "--dataset-file", text_file(tmp_path), "--bundle-dir", tmp_path / "b", *words)
+    naming = ("gradient norm", "non-finite gradients, first in ", "more)", "start anew if there is none")
+    assert len(refused(6, *command, naming=naming)) < 300
 
 
 def test_weights_of_a_bundle_bring_their_tokenizer(tmp_path: Path) -> None:
