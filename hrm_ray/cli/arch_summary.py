@@ -43,7 +43,7 @@ def arch_summary_command(argv: Sequence[str]) -> int:
 
 def _print_summary(settings: RunSettings, vocab_size: int, as_json: bool) -> None:
     from hrm_ray.launch.fallbacks import settle_memory_options
-    from hrm_ray.model.architecture import model_config
+    from hrm_ray.model.config import model_config
     from hrm_ray.model.describe import summarise
     from hrm_ray.train.memory_estimate import memory_estimate
 

@@ -33,8 +33,7 @@ from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import RunDir, write_json
 from hrm_ray.settings.schedule_length import schedule_length
 from hrm_ray.settings.tree import RunSettings
-from hrm_ray.train.plan import RunPlan, TextData
-from hrm_ray.train.resume import write_description
+from hrm_ray.train.plan import RunPlan, TextData, write_description
 
 
 def make_plan(resolved: ResolvedRun, on_read: Callable[[CorpusReading], None] = lambda _: None) -> RunPlan:

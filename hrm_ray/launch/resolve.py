@@ -22,8 +22,7 @@ from hrm_ray.launch.devices import Devices, choose_devices, visible_gpus
 from hrm_ray.launch.fallbacks import settle_memory_options
 from hrm_ray.launch.preflight import check_launch, check_resources
 from hrm_ray.launch.run_directory import RunLocation, check_effective_batch, check_own_files, locate_run, trained_with
-from hrm_ray.model.architecture import model_config
-from hrm_ray.model.config import ModelConfig
+from hrm_ray.model.config import ModelConfig, model_config
 from hrm_ray.model.transforms.compile import compile_notes
 from hrm_ray.rundir import MANIFEST, RunDir, read_json
 from hrm_ray.settings.adaptive_lr import AdaptiveLrSettings, read_adaptive_lr

@@ -20,8 +20,7 @@ from hrm_ray.model.build import build_model, build_objective
 from hrm_ray.model.chunked import Chunking
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.losses import LossKind
-from hrm_ray.model.objective import AnyObjective
-from hrm_ray.model.regularise import regularise
+from hrm_ray.model.objective import AnyObjective, regularise
 from hrm_ray.model.router_losses import RouterLosses
 from hrm_ray.model.transformer import Transformer
 from hrm_ray.model.transforms.activation_checkpointing import apply_activation_checkpointing

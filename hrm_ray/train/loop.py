@@ -35,7 +35,6 @@ from hrm_ray.train.out_of_memory import (
     unless_out_of_memory,
 )
 from hrm_ray.train.precision import LossScaler
-from hrm_ray.train.randomness import seed_step
 from hrm_ray.train.schedules import LrSchedule, ScheduleClock
 from hrm_ray.train.strategies.base import Strategy
 from hrm_ray.types import Columns, StopReason
@@ -362,3 +361,13 @@ def weighted_loss(output: SegmentOutput[Any], totals: dict[str, float]) -> Tenso
     for part in parts[1:]:
         loss = loss + part
     return loss
+
+
+def seed_step(seed: int, batch_idx: int, rank: int) -> None:
+    """Seed PyTorch's generators of all devices from the run's seed, the batch's number and the rank.
+
+    A resumed run and a step repeated after out of memory draw the same numbers, with no state to save. Rows draw one
+    after the other, so the split into micro-batches decides which row gets which numbers.
+    """
+    mixed = np.random.SeedSequence((seed, batch_idx, rank)).generate_state(1, np.uint64)
+    torch.manual_seed(int(mixed[0]))

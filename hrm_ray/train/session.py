@@ -38,9 +38,8 @@ from hrm_ray.train.expert_run import ExpertRun
 from hrm_ray.train.ledger_writer import LedgerWriter, ResumePoint
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.metric_logger import MetricLogger
-from hrm_ray.train.plan import RunPlan, TextData
+from hrm_ray.train.plan import RunPlan, TextData, rewind_to
 from hrm_ray.train.precision import slow_bfloat16
-from hrm_ray.train.resume import rewind_to
 from hrm_ray.train.stream_loader import StreamLoader, TextStream
 from hrm_ray.train.trainer import Trainer
 from hrm_ray.train.world import World

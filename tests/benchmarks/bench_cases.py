@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hrm_ray.model.architecture import model_config
+from hrm_ray.model.config import model_config
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.loop import TrainingLoop

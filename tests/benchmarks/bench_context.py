@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from hrm_ray.model.architecture import model_config
+from hrm_ray.model.config import model_config
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.world import World

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hrm_ray.model.architecture import model_config
+from hrm_ray.model.config import model_config
 from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.resolve import resolve_task
 from hrm_ray.train.memory_estimate import MemoryAccount, memory_estimate

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hrm_ray.model.architecture import model_config
+from hrm_ray.model.config import model_config
 from hrm_ray.settings.presets import PRESETS
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble

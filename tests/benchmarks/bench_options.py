@@ -23,8 +23,7 @@ from hrm_ray.data.packing import TextSamples
 from hrm_ray.data.text_data import TextDataDir, TextPlan
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import HrmRayError
-from hrm_ray.model.architecture import model_config
-from hrm_ray.model.config import ModelConfig
+from hrm_ray.model.config import ModelConfig, model_config
 from hrm_ray.rundir import RunDir, read_json
 from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.resolve import resolve_task

@@ -15,9 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hrm_ray.bundle.weights_file import save_tensors
-from hrm_ray.model.architecture import model_config
 from hrm_ray.model.build import build_model
-from hrm_ray.model.config import ModelConfig
+from hrm_ray.model.config import ModelConfig, model_config
 from hrm_ray.settings.adaptive_lr import read_adaptive_lr
 from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.resolve import resolve_task

@@ -18,8 +18,7 @@ import numpy.typing as npt
 import psutil
 
 from hrm_ray.metrics.meters import peak_resident_bytes
-from hrm_ray.model.architecture import model_config
-from hrm_ray.model.config import ModelConfig
+from hrm_ray.model.config import ModelConfig, model_config
 from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.resolve import resolve_task
 from hrm_ray.settings.tree import RunSettings

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hrm_ray.data.prepare import PuzzlePlan
 from hrm_ray.errors import DataError, Fault
-from hrm_ray.model.architecture import model_config
+from hrm_ray.model.config import model_config
 from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.resolve import resolve_task
 from hrm_ray.train.plan import RunPlan

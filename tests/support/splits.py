@@ -18,8 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hrm_ray.model.architecture import model_config
-from hrm_ray.model.config import ModelConfig
+from hrm_ray.model.config import ModelConfig, model_config
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.loop import TrainingLoop

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hrm_ray.model.architecture import model_config
+from hrm_ray.model.config import model_config
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.loop import TrainingLoop

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hrm_ray.train.clipping import clip_factor, total_norm
-from hrm_ray.train.ema import Ema
+from hrm_ray.train.strategies.single import Ema, clip_factor, total_norm
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e6])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hrm_ray.metrics.meters import DeviceMemory
-from hrm_ray.train.device_memory import accelerator_memory
+from hrm_ray.train.metric_logger import accelerator_memory
 
 
 def test_the_cpu_has_none() -> None:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from hrm_ray.bundle.weights_file import read_tensors, save_tensors
 from hrm_ray.model.build import build_objective
-from hrm_ray.model.objective import AnyObjective, Batch
-from hrm_ray.model.regularise import Regulariser, regularise
+from hrm_ray.model.objective import AnyObjective, Batch, Regulariser, regularise
 from hrm_ray.model.transforms.adalora import RankPlan, RankSchedule
 from hrm_ray.model.transforms.peft import Adapters, apply_peft
 from hrm_ray.settings.adapt import AdaptSettings

@@ -14,9 +14,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hrm_ray.model.architecture import model_config
 from hrm_ray.model.build import build_model, build_objective
-from hrm_ray.model.config import ModelConfig
+from hrm_ray.model.config import ModelConfig, model_config
 from hrm_ray.model.describe import count_parameters, segment_flops, summarise, training_flops
 from hrm_ray.model.objective import AnyObjective, Batch
 from hrm_ray.settings.load import load_settings

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from hrm_ray.inference.puzzle import solve
 from hrm_ray.inference.text import DecodingSession
-from hrm_ray.model.architecture import model_config
 from hrm_ray.model.build import build_model, build_objective
-from hrm_ray.model.config import ModelConfig
+from hrm_ray.model.config import ModelConfig, model_config
 from hrm_ray.model.layers import Block, Context, LayerNorm
 from hrm_ray.model.objective import AnyObjective
 from hrm_ray.model.scope import CAUSAL, FULL
@@ -27,7 +26,7 @@ from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.resolve import resolve_task
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.evaluate import EvalSet, evaluate
-from hrm_ray.train.randomness import seed_step
+from hrm_ray.train.loop import seed_step
 from hrm_ray.train.world import World
 from tests.support.splits import Rows
 from tests.support.tiny_models import backward_all, puzzle_batch, text_batch, tiny_actv1, tiny_config, tiny_model

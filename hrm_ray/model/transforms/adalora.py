@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hrm_ray.model.regularise import Regulariser
+from hrm_ray.model.objective import Regulariser
 
 if TYPE_CHECKING:
     from peft import PeftModel

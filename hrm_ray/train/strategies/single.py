@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hrm_ray.bundle.weights_file import fill_module, read_tensors, save_tensors
 from hrm_ray.model.objective import AnyObjective, Batch, SegmentOutput
-from hrm_ray.train.clipping import clip_factor, total_norm
-from hrm_ray.train.ema import Ema
 from hrm_ray.train.optimizer_state import load_optimizer, save_optimizer
 from hrm_ray.train.optimizers import BuildOptimizer
 from hrm_ray.train.per_parameter_optimizer import PerParameterOptimizer, multiply_gradients
@@ -23,6 +21,63 @@ from hrm_ray.train.world import World
 
 WEIGHTS, AVERAGE = "model.safetensors", "ema.safetensors"
 """Files of a checkpoint."""
+
+
+class Ema:
+    """average <- decay * average + (1 - decay) * weight after every weight update (HRM-Text's rule, no warm-up)."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.decay = decay
+        # float32 whatever the weights' type: what one update adds is too small for bfloat16.
+        self.average = {name: p.detach().to(torch.float32, copy=True) for name, p in self.trained.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the current weights."""
+        pairs = [(average, self.trained[name].detach()) for name, average in self.average.items()]
+        wide = [(average, weight) for average, weight in pairs if weight.dtype == torch.float32]
+        if wide:
+            torch._foreach_lerp_([average for average, _ in wide], [weight for _, weight in wide], 1 - self.decay)
+        # One by one: only one float32 copy of a narrow weight exists at a time.
+        for average, weight in pairs:
+            if weight.dtype != torch.float32:
+                average.lerp_(weight.float(), 1 - self.decay)
+
+    def load(self, average: dict[str, Tensor]) -> None:
+        """Restore a stored average."""
+        for name, tensor in average.items():
+            self.average[name].copy_(tensor)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model computes with the average inside this context, with its own weights after it, to the bit."""
+        kept = {name: p.detach().clone() for name, p in self.trained.items()}
+        try:
+            self._fill(self.average)
+            yield
+        finally:
+            self._fill(kept)
+
+    @torch.no_grad()
+    def _fill(self, source: dict[str, Tensor]) -> None:
+        for name, parameter in self.trained.items():
+            parameter.copy_(source[name])
+
+
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """Euclidean norm of all gradients together, float32."""
+    # Squares of float16 numbers overflow above 255, and a sum in bfloat16 keeps eight bits.
+    norms = torch._foreach_norm(gradients, 2, torch.float32)
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """The factor that brings gradients of norm `norm` to a norm of at most `max_norm` (0: no clipping)."""
+    if max_norm == 0:
+        return torch.ones_like(norm)
+    # The small number is PyTorch's, against a norm of zero (torch.nn.utils.clip_grads_with_norm_).
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 class SingleStrategy:
