@@ -13,6 +13,7 @@ from typing import Any
 from hrm_ray.data.file_systems import name_for_runs
 from hrm_ray.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 from hrm_ray.errors import DataError, Fault, SettingsError
+from hrm_ray.launch.run_lock import check_not_in_use
 from hrm_ray.ledger.database import SIDE_FILES
 from hrm_ray.metrics.jsonl import read_records
 from hrm_ray.rundir import DRIVER_MARKER, RunDir, read_json, verify_checkpoint
@@ -166,7 +167,7 @@ def locate_run(settings: RunSettings) -> RunLocation:
             hint = "Leave out --resume and give another --brain-name, or --resume-from a checkpoint"
             raise SettingsError(Fault(str(run_dir.root), "contains no checkpoint to resume from", hint))
         return _resumed(settings, run_dir, newest, run_dir)
-    check_folder_is_free(run_dir)
+    _check_new_folder(run_dir)
     return RunLocation(run_dir, None, None)
 
 
@@ -261,8 +262,18 @@ def _resumed(settings: RunSettings, run_dir: RunDir, checkpoint: Path, source: R
     _check_same(settings, source)
     location = RunLocation(run_dir, checkpoint, source)
     if not location.continues:
-        check_folder_is_free(run_dir)
+        _check_new_folder(run_dir)
     return location
+
+
+def _check_new_folder(run_dir: RunDir) -> None:
+    """As `check_folder_is_free`, for a process without the run's lock: a run that is training there is named."""
+    try:
+        check_folder_is_free(run_dir)
+    except SettingsError:
+        # The advice to delete the folder or to resume the run is wrong while the run is going on.
+        check_not_in_use(run_dir)
+        raise
 
 
 def check_folder_is_free(run_dir: RunDir) -> None:

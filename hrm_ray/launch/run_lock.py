@@ -38,8 +38,7 @@ def run_lock(run_dir: RunDir) -> Iterator[None]:
         except Timeout:
             if not run_dir.run_lock.exists():
                 continue  # The run that held it has ended meanwhile, and removed its folder.
-            hint = "Wait for it to end, or stop it; for another run give another --brain-name"
-            raise SettingsError(Fault(str(root), f"{_holder(run_dir)} is training in it", hint)) from None
+            raise _in_use(run_dir) from None
         except FileNotFoundError:
             continue  # Another run that trained nothing has just removed the folder.
         except OSError as error:
@@ -65,6 +64,26 @@ def run_lock(run_dir: RunDir) -> Iterator[None]:
                     run_dir.run_lock.unlink()
                     root.rmdir()
         lock.release()
+
+
+def check_not_in_use(run_dir: RunDir) -> None:
+    """Raises SettingsError where another process is training in the bundle. Creates nothing."""
+    if not run_dir.run_lock.exists():
+        return
+    lock = FileLock(run_dir.run_lock)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise _in_use(run_dir) from None
+    except OSError:
+        pass  # A folder that cannot be locked is reported by the run that needs it.
+    finally:
+        lock.release()
+
+
+def _in_use(run_dir: RunDir) -> SettingsError:
+    hint = "Wait for it to end, or stop it; for another run give another --brain-name"
+    return SettingsError(Fault(str(run_dir.root), f"{_holder(run_dir)} is training in it", hint))
 
 
 def _holder(run_dir: RunDir) -> str:

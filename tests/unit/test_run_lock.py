@@ -36,6 +36,22 @@ def test_a_bundle_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert files_below(bundle) == before
 
 
+def test_a_new_run_in_the_folder_of_a_live_one_is_refused_with_its_process(tmp_path: Path) -> None:
+    """It may neither be resumed nor deleted, before its first checkpoint and after it."""
+    data, bundle = text_file(tmp_path), tmp_path / "b"
+    train(data, bundle, *TEXT, "--steps", "2")
+    new = ("train", "--dataset-file", data, "--bundle-dir", bundle, *TEXT)
+    with run_lock(RunDir(bundle)):
+        for more in ((), ("--dry-run",)):
+            message = refused(2, *new, *more, naming=(bundle, f"process {os.getpid()} on", "is training in it"))
+            assert "--resume" not in message
+        shutil.rmtree(bundle / "checkpoints")
+        assert "delete" not in refused(2, *new, naming=(f"process {os.getpid()} on", "is training in it"))
+    before = files_below(bundle)
+    refused(2, *new, naming=(bundle, "no checkpoint yet", "delete the folder"))
+    assert files_below(bundle) == before
+
+
 def test_it_is_given_back_after_an_error(tmp_path: Path) -> None:
     for folder in (tmp_path / "new", tmp_path):
         with pytest.raises(ValueError, match="out"), run_lock(RunDir(folder)):
