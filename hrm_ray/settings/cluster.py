@@ -81,5 +81,7 @@ class ClusterSettings(Section):
 
     @property
     def cuda_numbers(self) -> tuple[int, ...]:
-        """The GPU numbers of `cuda_ids`; empty where none were named."""
-        return () if self.cuda_ids is None else tuple(int(part) for part in self.cuda_ids.split(","))
+        """The GPU numbers of `cuda_ids`; empty where none were named, or --device is not CUDA."""
+        if self.cuda_ids is None or self.device not in ("auto", "cuda"):
+            return ()
+        return tuple(int(part) for part in self.cuda_ids.split(","))

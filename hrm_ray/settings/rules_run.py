@@ -187,8 +187,13 @@ RUN_RULES: dict[str, Rule] = {
         "the local launcher uses no cluster",
         "Give --launcher ray, or leave the address out",
     ),
+    # Only numbers that the user gave: a run that is resumed on another device does without those stored.
     "gpu_numbers_for_gpus": refuse(
-        lambda s: s.cluster.cuda_ids is not None and s.cluster.device not in ("auto", "cuda"),
+        lambda s: (
+            "cluster.cuda_ids" in s.given
+            and s.cluster.cuda_ids is not None
+            and s.cluster.device not in ("auto", "cuda")
+        ),
         ("cluster.cuda_ids", "cluster.device"),
         "GPU numbers apply to CUDA devices only",
         "Give --device cuda, or leave the numbers out",
