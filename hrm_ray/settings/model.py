@@ -82,7 +82,12 @@ class ModelSettings(Section):
     """Coefficient of the router z-loss, which keeps the routers' logits small."""
     window_size: int | None = option(None, "fixed", ge=1, needs=(WINDOW_WITHIN_ROW,), unset="all positions before it")
     """Sliding-window attention on text: the most positions, itself included, that a position attends to."""
-    use_flash_attn: bool | None = option(None, "free", unset="on where it is installed and the GPU supports it")
+    use_flash_attn: bool | None = option(
+        None,
+        "free",
+        aliases={"--flash-attn": "true", "--no-flash-attn": "false"},
+        unset="on where it is installed and the GPU supports it",
+    )
     """Compute attention with FlashAttention."""
     supervision: Literal["segment", "rollout"] | None = option(
         None, "fixed", unset="segment for puzzles, rollout for text"
