@@ -19,6 +19,7 @@ from hrm_ray.metrics.jsonl import read_records
 from hrm_ray.rundir import DRIVER_MARKER, RunDir, read_json, verify_checkpoint
 from hrm_ray.settings.load import load_settings, peek_leaves
 from hrm_ray.settings.options import options
+from hrm_ray.settings.presets import layer_leaves, preset_leaves
 from hrm_ray.settings.run import DEFAULT_BUNDLE_DIR
 from hrm_ray.settings.tree import RunSettings, from_plain, to_dotted
 
@@ -306,13 +307,25 @@ def _check_same(settings: RunSettings, source: RunDir) -> None:
     """Refuse settings that would make the checkpoint's tensors or its place in the data mean something else."""
     stored = _stored_leaves(source)
     now = to_dotted(settings)
+    hint = "Leave it out to resume the run, or start a new one under another --brain-name"
     faults = []
+    # What a preset or a number of layers has set is one fault, under the option that the user gave.
+    sets = {"model.model_preset": preset_leaves(str(settings.model.model_preset)), "model.num_layers": layer_leaves(2)}
+    set_by = {giver: list[str]() for giver in sets}
     for key, option in options().items():
         then, value, on_resume = stored[key], now[key], option.traits.on_resume
         one_is_absent = on_resume == "presence_fixed" and (then is None or value is None)
-        if then != value and (on_resume == "fixed" or one_is_absent):
-            hint = "Leave it out to resume the run, or start a new one under another --brain-name"
-            reason = f"the run to resume was trained with {option.described(then)}"
-            faults.append(Fault(option.written(value), reason, hint))
+        if then == value or not (on_resume == "fixed" or one_is_absent):
+            continue
+        givers = [giver for giver, leaves in sets.items() if giver in settings.given and key in leaves]
+        if givers and key not in settings.given:
+            set_by[givers[-1]].append(option.written(then))
+            continue
+        reason = f"the run to resume was trained with {option.described(then)}"
+        faults.append(Fault(option.written(value), reason, hint))
+    for giver, trained in set_by.items():
+        if trained:
+            reason = f"the run to resume was trained with {' '.join(trained)}"
+            faults.append(Fault(options()[giver].written(now[giver]), reason, hint))
     if faults:
         raise SettingsError(faults)

@@ -47,8 +47,10 @@ class Option:
         return f"{self.flag} {value}"
 
     def described(self, value: Any) -> str:
-        """The value for a message; where it is None, what the option does by default."""
-        return f"the default ({self.traits.unset})" if value is None else str(value)
+        """The value for a message; where it is None, what the option does by default. A switch is named with it."""
+        if value is None:
+            return f"the default ({self.traits.unset})"
+        return self.written(value) if self.is_switch else str(value)
 
 
 @dataclass(frozen=True)

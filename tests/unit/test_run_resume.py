@@ -346,11 +346,22 @@ def test_the_refusal_names_the_default_that_the_run_was_trained_with(tmp_path: P
         ("--d-ff", "64"): "the default (the width of --expansion)",
         ("--ema", "0.5"): "the default (no moving average)",
         ("--l-cycles", "3"): "2",
+        ("--no-packing",): "--packing.",
+        ("--use-moe",): "--no-use-moe.",
     }.items():
         message = refused(2, *resume, *words, naming=(" ".join(words), f"was trained with {then}"))
         assert "None" not in message
     train(text_file(tmp_path), tmp_path / "e", *TEXT, "--steps", "1", "--ema", "0.5")
     assert hrm("train", "--bundle-dir", tmp_path / "e", "--resume", "--steps", "2", "--ema", "0.9").code == 0
+
+
+def test_a_preset_that_does_not_fit_the_run_to_resume_is_one_fault(tmp_path: Path) -> None:
+    """Not one for each option that the preset sets and the user did not give."""
+    train(text_file(tmp_path), tmp_path / "b", *TEXT, "--steps", "1")
+    resume = ("train", "--bundle-dir", tmp_path / "b", "--resume", "--steps", "2")
+    message = refused(2, *resume, "--model-preset", "nano", naming=("error: --model-preset nano", "--hidden-size 32"))
+    assert len(message) < 300
+    refused(2, *resume, "--num-layers", "6", naming=("error: --num-layers 6", "--h-layers 1 --l-layers 1"))
 
 
 def test_every_change_is_told_at_once(tmp_path: Path) -> None:

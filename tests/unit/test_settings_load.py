@@ -39,6 +39,14 @@ def test_precedence_defaults_base_file_options_trial(tmp_path: Path) -> None:
     assert settings.given == {"run.keep", "run.log_every", "optimizer.batch_size"}
 
 
+def test_stored_gpu_numbers_hold_only_on_gpus() -> None:
+    stored = {"cluster.cuda_ids": "0,1", "cluster.device": "cuda"}
+    on_cpu = load_settings({"--device": "cpu", "--world-size": "4"}, base=stored)
+    assert on_cpu.cluster.cuda_numbers == ()
+    assert load_settings({"--device": "cuda"}, base=to_dotted(on_cpu) | {"cluster.world_size": 2}).cluster.cuda_numbers
+    assert "--cuda-ids 0 with --device cpu" in refused({"--device": "cpu", "--cuda-ids": "0"}, base=stored)
+
+
 @pytest.mark.parametrize("name", ["--lr", "lr", "optimizer.lr", "--learning-rate", "learning_rate"])
 def test_an_option_may_be_named_in_several_ways(name: str) -> None:
     assert load_settings({name: "1e-3"}).optimizer.lr == 1e-3
@@ -55,6 +63,8 @@ def test_an_option_may_be_named_in_several_ways(name: str) -> None:
         ("--learning-rate", "0.5", "optimizer.lr", 0.5),
         ("--save-dir", "a", "run.bundle_dir", Path("a")),
         ("--output-dir", "a", "run.bundle_dir", Path("a")),
+        ("--flash-attn", True, "model.use_flash_attn", True),
+        ("--no-flash-attn", True, "model.use_flash_attn", False),
         ("--no-packing", True, "data.packing", False),
         ("--packing", "false", "data.packing", False),
         ("--retrain-tokenizer", True, "data.retrain_tokenizer", True),
