@@ -179,9 +179,8 @@ class Catalog:
                 entry = replace(ChunkEntry(start, *about[:6]), after=after)
             except (ValueError, TypeError) as error:
                 hint = "Delete the bundle's folder data/; it will be rebuilt"
-                raise DataError(
-                    Fault(f"{self._path}:{number}", f"not an entry of a catalog ({error})", hint)
-                ) from error
+                reason = f"not an entry of a catalog ({error})"
+                raise DataError(Fault(f"{self._path}:{number}", reason, hint)) from error
             if entry.number > len(self._entries) or (known := self.get(entry.number)) not in (None, entry):
                 reason = f"found chunk {entry.number}, expected chunk {len(self._entries)}"
                 hint = "Delete the bundle's folder data/; it will be rebuilt"

@@ -81,9 +81,8 @@ def _downloaded_folder(hub_id: str) -> Path:
         raise SettingsError(Fault(hub_id, reason, "Give another id, or log in with `hf auth login`")) from error
     except Exception as error:  # its HTTP library, and with it the kinds of a failed connection, differ by version
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UnavailableError(
-            Fault(hub_id, f"{absent}, and the Hub cannot be reached ({first_line})", _GIVE)
-        ) from error
+        reason = f"{absent}, and the Hub cannot be reached ({first_line})"
+        raise UnavailableError(Fault(hub_id, reason, _GIVE)) from error
     if not held & _VOCABULARIES:
         raise SettingsError(Fault(hub_id, "the Hub's repository of this id contains no tokenizer", _GIVE))
     return Path(fetched).parent

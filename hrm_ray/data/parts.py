@@ -226,10 +226,6 @@ def _held_out(first: Part, second: Part) -> bool:
 
 def _check_columns(source: TextSource) -> None:
     if (source.prompt_column is None) != (source.response_column is None):
-        raise SettingsError(
-            Fault(
-                f"column `{source.prompt_column or source.response_column}`",
-                "pairs need both a prompt and a response column",
-                "Give both --prompt-column and --response-column, or neither",
-            )
-        )
+        reason = "pairs need both a prompt and a response column"
+        hint = "Give both --prompt-column and --response-column, or neither"
+        raise SettingsError(Fault(f"column `{source.prompt_column or source.response_column}`", reason, hint))

@@ -69,9 +69,8 @@ def read_documents(source: TextSource, on_bad_row: OnBadRow = "fail") -> Iterato
             any_text = any_text or bool(row.text)
             yield row
     if not any_text and bad:
-        raise DataError(
-            Fault(source.path, f"{bad} rows cannot be read, and the others contain no text", "Correct the data")
-        )
+        reason = f"{bad} rows cannot be read, and the others contain no text"
+        raise DataError(Fault(source.path, reason, "Correct the data"))
     if not any_text:
         raise DataError(Fault(source.path, "contains no text", "Give data with text in it"))
 

@@ -162,13 +162,8 @@ class TextTokenizer:
             raise _no_end_of_text(file)
         for mark in filter(None, (end_of_text, pad)):
             if mark not in vocabulary:
-                raise DataError(
-                    Fault(
-                        str(file),
-                        f"the token {mark} named in {CONFIG_FILE} is not in it",
-                        "Take both files from one tokenizer",
-                    )
-                )
+                reason = f"the token {mark} named in {CONFIG_FILE} is not in it"
+                raise DataError(Fault(str(file), reason, "Take both files from one tokenizer"))
         return cls(backend, end_of_text, pad)
 
     @classmethod
@@ -176,25 +171,18 @@ class TextTokenizer:
         try:
             from transformers import AutoTokenizer
         except ImportError as error:
-            raise UnavailableError(
-                Fault(
-                    str(folder),
-                    f"it has no {TOKENIZER_FILE} and Transformers is not installed",
-                    "pip install transformers",
-                )
-            ) from error
+            reason = f"it has no {TOKENIZER_FILE} and Transformers is not installed"
+            raise UnavailableError(Fault(str(folder), reason, "pip install transformers")) from error
         hint = f"Give a folder with {TOKENIZER_FILE}"
         try:
             found = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, use_fast=True)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise DataError(
-                Fault(str(folder), f"Transformers found no tokenizer in it ({first_line})", hint)
-            ) from error
+            reason = f"Transformers found no tokenizer in it ({first_line})"
+            raise DataError(Fault(str(folder), reason, hint)) from error
         if not found.is_fast:
-            raise DataError(
-                Fault(str(folder), "contains a slow tokenizer, which cannot report the bytes of a token", hint)
-            )
+            reason = "contains a slow tokenizer, which cannot report the bytes of a token"
+            raise DataError(Fault(str(folder), reason, hint))
         if found.eos_token is None:
             raise _no_end_of_text(folder)
         return cls(found.backend_tokenizer, str(found.eos_token), found.pad_token and str(found.pad_token))
@@ -254,17 +242,11 @@ def _marks_of(folder: Path) -> tuple[str | None, str | None]:
 def _id_of(backend: Tokenizer, token: str) -> int:
     index = backend.token_to_id(token)
     if index is None:
-        raise DataError(
-            Fault(f"token {token}", "it is not in the tokenizer's vocabulary", "Use the tokenizer's own files")
-        )
+        reason = "it is not in the tokenizer's vocabulary"
+        raise DataError(Fault(f"token {token}", reason, "Use the tokenizer's own files"))
     return int(index)
 
 
 def _no_end_of_text(path: Path) -> DataError:
-    return DataError(
-        Fault(
-            str(path),
-            "this tokenizer has no end-of-text token, so documents could not be separated",
-            f'Add "eos_token" to {CONFIG_FILE} beside it',
-        )
-    )
+    reason = "this tokenizer has no end-of-text token, so documents could not be separated"
+    return DataError(Fault(str(path), reason, f'Add "eos_token" to {CONFIG_FILE} beside it'))

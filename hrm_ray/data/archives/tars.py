@@ -127,9 +127,8 @@ class TarStream:
         try:
             return int(field.strip(b" \0") or b"0", 8)
         except ValueError as error:
-            raise ContainerUnreadable(
-                Fault(self._where, "the size in a header is not a number", _COPY_AGAIN)
-            ) from error
+            reason = "the size in a header is not a number"
+            raise ContainerUnreadable(Fault(self._where, reason, _COPY_AGAIN)) from error
 
     def _pax(self, records: bytes) -> dict[str, str]:
         """`length key=value\\n`, one after the other; the length counts itself and the end of the line."""

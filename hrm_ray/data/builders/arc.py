@@ -78,9 +78,8 @@ def build_arc(tasks: Path, out: Path, *, augment: int = 0, seed: int = 0, overwr
     train = _samples([(task.train, change) for task, change in changes], held_out)
     if not len(train.inputs):
         hint = "Give tasks whose train pairs are not their test pairs"
-        raise SettingsError(
-            Fault(str(tasks), "every training pair is also a test pair, so none is left to train on", hint)
-        )
+        reason = "every training pair is also a test pair, so none is left to train on"
+        raise SettingsError(Fault(str(tasks), reason, hint))
     built = {"augment": augment, "seed": seed, "tasks": len(read), "copies": len(changes) - len(read)}
     with atomic_directory(out, overwrite=overwrite, owned=_OWNED) as building:
         splits: dict[str, SplitEntry] = {

@@ -196,13 +196,8 @@ class _PuzzleMaker:
         kind = f"{self._size}x{self._size} puzzles of difficulty {self._difficulty}"
         kind += " that are minimal" if self._clues is None else f" with {self._clues} clues"
         reason = f"only {found} different {kind} were found, {_PATIENCE[self._size]} draws in a row gave no new one"
-        return SettingsError(
-            Fault(
-                f"{split} {count}",
-                reason,
-                f"Give a smaller --{split}, another --difficulty or another --clues, or use --augment",
-            )
-        )
+        hint = f"Give a smaller --{split}, another --difficulty or another --clues, or use --augment"
+        return SettingsError(Fault(f"{split} {count}", reason, hint))
 
 
 def _held_out_classes_6x6(seed: int) -> Iterator[object]:

@@ -42,13 +42,9 @@ def build_text(out: Path, *, max_bytes: int | None = None, seed: int = 0, overwr
         documents += 1
         unique.setdefault(hashlib.sha256(f"{seed} {text}".encode()).hexdigest(), (source, text))
     if not unique:
-        raise UnavailableError(
-            Fault(
-                f"Python {platform.python_version()}",
-                "the sources of its standard library are missing",
-                "Use a complete installation of Python",
-            )
-        )
+        reason = "the sources of its standard library are missing"
+        hint = "Use a complete installation of Python"
+        raise UnavailableError(Fault(f"Python {platform.python_version()}", reason, hint))
     splits: dict[str, list[str]] = {"train": [], "test": []}
     sizes = {"train": 0, "test": 0}
     for key, (source, text) in sorted(unique.items()):
@@ -60,13 +56,8 @@ def build_text(out: Path, *, max_bytes: int | None = None, seed: int = 0, overwr
         splits[split].append(json.dumps({"text": text, "source": source}, ensure_ascii=False))
         sizes[split] += length
     if not all(splits.values()):
-        raise SettingsError(
-            Fault(
-                f"max_bytes {max_bytes}",
-                "too little text for a training and a test split",
-                "Give --max-bytes 1000000 or more",
-            )
-        )
+        reason = "too little text for a training and a test split"
+        raise SettingsError(Fault(f"max_bytes {max_bytes}", reason, "Give --max-bytes 1000000 or more"))
     with atomic_directory(out, overwrite=overwrite, owned=_TEXT_FILES) as building:
         for split, rows in splits.items():
             (building / f"{split}.jsonl").write_bytes(("\n".join(rows) + "\n").encode("utf-8"))

@@ -127,9 +127,8 @@ def _grid(raw: Any, where: str) -> Grid:
             raise DataError(Fault(where, reason, hint))
         for colour in row:
             if type(colour) is not int or not 0 <= colour < COLOURS:
-                raise DataError(
-                    Fault(where, f"row {number} contains {json.dumps(colour)}, which is not a colour", hint)
-                )
+                reason = f"row {number} contains {json.dumps(colour)}, which is not a colour"
+                raise DataError(Fault(where, reason, hint))
     if len(raw) > MOST_SIDE or len(raw[0]) > MOST_SIDE:
         raise DataError(Fault(where, f"the grid has {len(raw)} rows of {len(raw[0])} cells", hint))
     return np.array(raw, dtype=np.uint8)

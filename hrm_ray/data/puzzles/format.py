@@ -90,9 +90,8 @@ class PuzzleFacts:
         """
         tokens = {symbol: token for token, symbol in enumerate(self.symbols)}
         if not tokens or max(map(len, tokens)) != 1:
-            raise SettingsError(
-                Fault(self.name, "its tokens have no symbols, so puzzles cannot be typed", "Give --file")
-            )
+            reason = "its tokens have no symbols, so puzzles cannot be typed"
+            raise SettingsError(Fault(self.name, reason, "Give --file"))
         written = [sign for sign in text if not sign.isspace() or sign in tokens]
         known = " ".join("(space)" if symbol == " " else symbol for symbol in self.symbols)
         for symbol in written:

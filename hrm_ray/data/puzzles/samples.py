@@ -55,9 +55,8 @@ class PuzzleSamples:
         _check_ids(self._labels[counted], 0, facts.vocab_size, source, "labels", "the vocabulary")
         unlabelled = np.flatnonzero(~counted.any(axis=1))
         if unlabelled.size:
-            raise DataError(
-                Fault(f"{source}, sample {unlabelled[0]}", "has no labels", "Give it labels or leave it out")
-            )
+            reason = "has no labels"
+            raise DataError(Fault(f"{source}, sample {unlabelled[0]}", reason, "Give it labels or leave it out"))
 
     def __len__(self) -> int:
         return len(self._inputs)
@@ -156,9 +155,8 @@ def _open_built(folder: Path, split: str, first: int | None) -> PuzzleSamples:
     _check_shapes(tensors, path, "")
     wanted = [entry.count if first is None else min(entry.count, first), facts.seq_len]
     if list(tensors["inputs"].shape) != wanted:
-        raise DataError(
-            Fault(str(path), f"inputs are {list(tensors['inputs'].shape)}, {DESCRIPTION} says {wanted}", REBUILD)
-        )
+        reason = f"inputs are {list(tensors['inputs'].shape)}, {DESCRIPTION} says {wanted}"
+        raise DataError(Fault(str(path), reason, REBUILD))
     return PuzzleSamples(facts, tensors, path, pad_labels_count=False)
 
 
@@ -168,13 +166,8 @@ def _open_safetensors(path: Path, split: str, first: int | None) -> PuzzleSample
     splits = safetensors_splits(list(tensors))
     if not splits:
         held = ", ".join(sorted(tensors)) or "nothing"
-        raise DataError(
-            Fault(
-                str(path),
-                f"contains no puzzles, but {held}",
-                "Puzzles are tensors <split>.inputs and <split>.labels [N, S]",
-            )
-        )
+        reason = f"contains no puzzles, but {held}"
+        raise DataError(Fault(str(path), reason, "Puzzles are tensors <split>.inputs and <split>.labels [N, S]"))
     if split not in splits:
         raise missing_split(str(path), split, splits)
     for name in splits:
@@ -211,13 +204,8 @@ def open_puzzle_rows(paths: Sequence[Path], first: int | None = None) -> PuzzleS
                     labels.append(row[1])
                     identifiers.append(row[2])
     if not inputs:
-        raise DataError(
-            Fault(
-                ", ".join(map(str, paths[:1])) or "no .jsonl file",
-                "contains no rows",
-                'Give rows like {"inputs": [...], "labels": [...]}',
-            )
-        )
+        hint = 'Give rows like {"inputs": [...], "labels": [...]}'
+        raise DataError(Fault(", ".join(map(str, paths[:1])) or "no .jsonl file", "contains no rows", hint))
     tensors: Tensors = {
         "inputs": np.array(inputs, dtype=np.int32),
         "labels": np.array(labels, dtype=np.int32),
@@ -240,26 +228,23 @@ def _parse_row(line: bytes, where: str, seq_len: int | None) -> tuple[list[int],
         raise DataError(Fault(where, "this row is not an object", hint))
     for name, least in (("inputs", 0), ("labels", IGNORE_LABEL)):
         if name not in row:
-            raise DataError(
-                Fault(where, f"there is no `{name}`; the row has {', '.join(sorted(row)) or 'nothing'}", hint)
-            )
+            reason = f"there is no `{name}`; the row has {', '.join(sorted(row)) or 'nothing'}"
+            raise DataError(Fault(where, reason, hint))
         values = row[name]
         if not isinstance(values, list) or not values or not all(type(value) is int for value in values):
             raise DataError(Fault(where, f"`{name}` is not a list of whole numbers", hint))
         wrong = [value for value in values if not (0 <= value < 2**31 or value == least)]
         if wrong:
-            raise DataError(
-                Fault(where, f"`{name}` contains {wrong[0]}", f"Ids are 0 or more (labels: or {IGNORE_LABEL} for none)")
-            )
+            reason = f"`{name}` contains {wrong[0]}"
+            raise DataError(Fault(where, reason, f"Ids are 0 or more (labels: or {IGNORE_LABEL} for none)"))
     if "puzzle_identifiers" in row:
         raise DataError(Fault(where, "a row has one puzzle, not `puzzle_identifiers`", "Name it `puzzle_identifier`"))
     inputs, labels, identifier = row["inputs"], row["labels"], row.get("puzzle_identifier", 0)
     if len(inputs) != len(labels):
         raise DataError(Fault(where, f"{len(inputs)} inputs but {len(labels)} labels", hint))
     if seq_len is not None and len(inputs) != seq_len:
-        raise DataError(
-            Fault(where, f"this row has {len(inputs)} inputs, the first row {seq_len}", "Pad all rows to one length")
-        )
+        reason = f"this row has {len(inputs)} inputs, the first row {seq_len}"
+        raise DataError(Fault(where, reason, "Pad all rows to one length"))
     if type(identifier) is not int or not 0 <= identifier < 2**31:
         raise DataError(Fault(where, f"`puzzle_identifier` is {identifier!r}", "Give a whole number, 0 or more"))
     return inputs, labels, identifier
@@ -291,13 +276,8 @@ def _read_tensors(path: Path, first: int | None = None) -> Tensors:
         tensors: Tensors = load_file(path)
     except (SafetensorError, ValueError) as error:
         size = path.stat().st_size
-        raise DataError(
-            Fault(
-                str(path),
-                f"its {size} bytes are not a complete safetensors file ({error})",
-                "It may be cut short: copy it again",
-            )
-        ) from error
+        reason = f"its {size} bytes are not a complete safetensors file ({error})"
+        raise DataError(Fault(str(path), reason, "It may be cut short: copy it again")) from error
     return tensors
 
 
