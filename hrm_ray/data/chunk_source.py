@@ -15,11 +15,10 @@ from itertools import count
 from typing import Protocol
 
 from hrm_ray.data.catalog import Catalog, ChunkEntry, changed
-from hrm_ray.data.chunk_cache import ChunkCache
 from hrm_ray.data.chunks import FIRST, CorpusHead, RawChunk, read_chunks
 from hrm_ray.data.corpus import Corpus, CorpusReading
 from hrm_ray.data.order import ChunkOrder
-from hrm_ray.data.text_store import TextStore, tokenise
+from hrm_ray.data.text_store import ChunkCache, TextStore, tokenise
 from hrm_ray.data.tokenizer import TextTokenizer
 
 AHEAD = 2

@@ -10,14 +10,13 @@ from typing import Any
 
 from hrm_ray.atomic_files import atomic_write
 from hrm_ray.data.catalog import Catalog
-from hrm_ray.data.chunk_cache import ChunkCache
 from hrm_ray.data.chunk_source import ChunkPipeline, EpochOrder
 from hrm_ray.data.chunks import CorpusHead
 from hrm_ray.data.corpus import Corpus
 from hrm_ray.data.packing import RowForm
 from hrm_ray.data.parts import Part, TextSource
 from hrm_ray.data.rows import OnBadRow
-from hrm_ray.data.text_store import TextStore, load_store
+from hrm_ray.data.text_store import ChunkCache, TextStore, load_store
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataError, Fault
 

@@ -23,12 +23,12 @@ from typing import Any
 
 from hrm_ray.data.bpe import train_bpe
 from hrm_ray.data.catalog import Catalog
-from hrm_ray.data.chunk_cache import ChunkCache
 from hrm_ray.data.chunk_source import ChunkPipeline, EpochOrder, LocalChunks
 from hrm_ray.data.corpus import Corpus
 from hrm_ray.data.packing import RowForm
 from hrm_ray.data.parts import TextSource, list_parts
 from hrm_ray.data.readers import read_documents
+from hrm_ray.data.text_store import ChunkCache
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.train.loaders import BatchSize, StopCondition
 from hrm_ray.train.stream_loader import StreamLoader, TextStream

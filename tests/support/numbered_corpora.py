@@ -11,11 +11,11 @@ import numpy as np
 
 from hrm_ray.data.bpe import train_bpe
 from hrm_ray.data.catalog import Catalog
-from hrm_ray.data.chunk_cache import ChunkCache
 from hrm_ray.data.chunk_source import ChunkPipeline, EpochOrder, LocalChunks
 from hrm_ray.data.corpus import Corpus
 from hrm_ray.data.packing import RowForm
 from hrm_ray.data.parts import TextSource, list_parts
+from hrm_ray.data.text_store import ChunkCache
 from hrm_ray.train.loaders import BatchSize, StopCondition
 from hrm_ray.train.stream_loader import StreamLoader, TextStream
 from hrm_ray.types import Columns

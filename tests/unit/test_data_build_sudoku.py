@@ -10,7 +10,7 @@ import pytest
 
 from hrm_ray.data.builders import sudoku as builder
 from hrm_ray.data.builders.sudoku import Difficulty, build_sudoku
-from hrm_ray.data.puzzles import sudoku, symmetry
+from hrm_ray.data.puzzles import sudoku
 from hrm_ray.data.puzzles.samples import open_puzzles
 from hrm_ray.errors import SettingsError
 
@@ -51,7 +51,7 @@ def test_training_keeps_clear_of_symmetric_copies_of_held_out_grids(
     """With only two essentially different grids to draw from, training gets those of the one that is not held out."""
     rng = random.Random(0)
     bases = [sudoku.random_grid(9, rng), sudoku.random_grid(9, rng)]
-    copies = symmetry.draw(40, 9, np.random.default_rng(0)).apply(np.array(bases * 20, dtype=np.uint8))
+    copies = sudoku.draw_symmetries(40, 9, np.random.default_rng(0)).apply(np.array(bases * 20, dtype=np.uint8))
     monkeypatch.setattr(sudoku, "random_grid", lambda size, rng: tuple(copies[rng.randrange(40)].tolist()))
     build_sudoku(tmp_path / "set", size=9, train=12, test=1, augment=1)
     classes = {sudoku.grid_class(9, grid) for grid in split_of(tmp_path / "set", "train")[1]}

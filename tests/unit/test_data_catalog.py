@@ -13,12 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrm_ray.data.catalog import Catalog, ChunkEntry, check_parts
-from hrm_ray.data.chunk_cache import ChunkCache
 from hrm_ray.data.chunk_source import ChunkPipeline
 from hrm_ray.data.chunks import read_chunks
 from hrm_ray.data.corpus import Corpus
 from hrm_ray.data.parts import TextSource, list_parts
-from hrm_ray.data.text_store import load_store
+from hrm_ray.data.text_store import ChunkCache, load_store
 from hrm_ray.errors import DataError
 from tests.support.numbered_corpora import TOKENIZER, texts_of, write_corpus
 

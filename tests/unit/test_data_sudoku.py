@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hrm_ray.data.puzzles import sudoku, symmetry
+from hrm_ray.data.puzzles import sudoku
 
 # An example with a known solution (the one in the Wikipedia article on Sudoku), solvable without guessing.
 KNOWN = "530070000600195000098000060800060003400803001700020006060000280000419005000080079"
@@ -132,7 +132,7 @@ def test_symmetries_keep_validity_uniqueness_clues_and_class(size: int, seed: in
     rng = random.Random(seed)
     grid = sudoku.random_grid(size, rng)
     puzzle = sudoku.reduce_clues(size, grid, rng, None)
-    drawn = symmetry.draw(3, size, np.random.default_rng(seed))
+    drawn = sudoku.draw_symmetries(3, size, np.random.default_rng(seed))
     grids = drawn.apply(np.array([grid] * 3, dtype=np.uint8))
     puzzles = drawn.apply(np.array([puzzle] * 3, dtype=np.uint8))
     for new_grid, new_puzzle in zip(grids.tolist(), puzzles.tolist(), strict=True):
@@ -158,7 +158,7 @@ def test_symmetries_reach_the_whole_class() -> None:
     for grid in sudoku.all_grids_4x4():
         kind = sudoku.grid_class(4, grid)
         if kind not in sizes:
-            reached = symmetry.draw(4000, 4, rng).apply(np.array([grid] * 4000, dtype=np.uint8))
+            reached = sudoku.draw_symmetries(4000, 4, rng).apply(np.array([grid] * 4000, dtype=np.uint8))
             sizes[kind] = len(np.unique(reached, axis=0))
     assert sorted(sizes.values()) == [96, 192]
 
@@ -183,7 +183,7 @@ def test_the_ordered_6x6_grids_stand_for_all() -> None:
 
 def test_6x6_symmetries_are_all_that_keep_boxes_lying() -> None:
     """48 orders of rows (3 bands of 2) times 72 of columns (2 stacks of 3), each drawn, and no transposition."""
-    drawn = symmetry.draw(60_000, 6, np.random.default_rng(0))
+    drawn = sudoku.draw_symmetries(60_000, 6, np.random.default_rng(0))
     assert len(np.unique(drawn.cells, axis=0)) == 48 * 72
     rows = drawn.cells.reshape(-1, 6, 6) // 6
     assert (rows == rows[:, :, :1]).all(), "a row stays a row"

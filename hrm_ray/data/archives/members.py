@@ -103,7 +103,9 @@ def member_rows(
             data, row = whole(), cursor.next_row()
             yield text_row(data, cursor, row, mark=row + 1 if cursor.marked else None)
             return
-        with _buffered(whole()) if member.size <= PIECE_BYTES else stream() as opened:
+        with (
+            cast(BinaryIO, io.BufferedReader(io.BytesIO(whole()))) if member.size <= PIECE_BYTES else stream() as opened
+        ):
             yield from format_rows(opened, member.kind, cursor, stored_bytes=member.size, seekable=False)
     except ContainerUnreadable:
         raise
@@ -111,10 +113,6 @@ def member_rows(
         bad = cursor.bad(error.fault)
         if bad.row >= cursor.start:
             yield bad
-
-
-def _buffered(data: bytes) -> BinaryIO:
-    return cast(BinaryIO, io.BufferedReader(io.BytesIO(data)))
 
 
 def nothing_chosen(archive: str, selection: Selection, splits: Sequence[str], skipped: int) -> ContainerUnreadable:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from hrm_ray.atomic_files import atomic_directory, check_vacant
 from hrm_ray.data.puzzles import arc
-from hrm_ray.data.puzzles.format import BUILT_FILES, Description, SplitEntry, write_description, write_split
+from hrm_ray.data.puzzles.format import BUILT_FILES, SplitEntry, square_description, write_description, write_split
 from hrm_ray.errors import Fault, SettingsError
 
 IDENTIFIERS = "identifiers.json"
@@ -87,21 +87,7 @@ def build_arc(tasks: Path, out: Path, *, augment: int = 0, seed: int = 0, overwr
             for name, split in (("train", train), ("test", test))
         }
         (building / IDENTIFIERS).write_text(json.dumps(names, indent=0, ensure_ascii=False) + "\n", encoding="utf-8")
-        description = Description(
-            kind="puzzle",
-            format=1,
-            name="arc",
-            seq_len=arc.MOST_SIDE**2,
-            vocab_size=len(arc.SYMBOLS),
-            num_puzzle_identifiers=len(names),
-            pad_id=arc.PAD,
-            blank_id=0,
-            grid=(arc.MOST_SIDE, arc.MOST_SIDE),
-            symbols=arc.SYMBOLS,
-            end_id=arc.END,
-            splits=splits,
-            built=built,
-        )
+        description = square_description("arc", arc.MOST_SIDE, arc.SYMBOLS, splits, built, len(names), arc.END)
         write_description(building, description)
     kept_back = sum(pair.wanted is None for task in read for pair in task.test)
     copies = len(changes) - len(read)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from hrm_ray.atomic_files import atomic_directory, check_vacant
 from hrm_ray.data.puzzles import dihedral, mazes
-from hrm_ray.data.puzzles.format import BUILT_FILES, Description, SplitEntry, write_description, write_split
+from hrm_ray.data.puzzles.format import BUILT_FILES, SplitEntry, square_description, write_description, write_split
 from hrm_ray.errors import Fault, SettingsError
 
 SIZES = range(5, 31)
@@ -75,21 +75,7 @@ def build_maze(
             "train": write_split(building, "train", _inputs(copies), copies.reshape(len(copies), -1)),
             "test": write_split(building, "test", _inputs(held_out), held_out.reshape(len(held_out), -1)),
         }
-        description = Description(
-            kind="puzzle",
-            format=1,
-            name=f"maze-{size}x{size}",
-            seq_len=size * size,
-            vocab_size=len(SYMBOLS),
-            num_puzzle_identifiers=1,
-            pad_id=0,
-            blank_id=0,
-            grid=(size, size),
-            symbols=SYMBOLS,
-            splits=splits,
-            built=built,
-        )
-        write_description(building, description)
+        write_description(building, square_description(f"maze-{size}x{size}", size, SYMBOLS, splits, built))
     lengths = np.sort((base == WAY).sum(axis=(1, 2)) + 1)
     moves = (int(lengths[0]), int(lengths[len(lengths) // 2]), int(lengths[-1]))
     return MazeSummary(out, size, len(copies), len(held_out), train, moves)

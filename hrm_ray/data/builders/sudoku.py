@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hrm_ray.atomic_files import atomic_directory, check_vacant
-from hrm_ray.data.puzzles import sudoku, symmetry
-from hrm_ray.data.puzzles.format import BUILT_FILES, Description, SplitEntry, write_description, write_split
+from hrm_ray.data.puzzles import sudoku
+from hrm_ray.data.puzzles.format import BUILT_FILES, SplitEntry, square_description, write_description, write_split
 from hrm_ray.errors import Fault, SettingsError
 
 Difficulty: TypeAlias = Literal["any", "easy", "medium", "hard"]
@@ -84,7 +84,8 @@ def build_sudoku(
             "seed": seed,
             "base_puzzles": train,
         }
-        write_description(building, _sudoku_description(size, splits, built))
+        symbols = ["#", ".", *map(str, range(1, size + 1))]
+        write_description(building, square_description(f"sudoku-{size}x{size}", size, symbols, splits, built))
     grades = [sudoku.grade(size, puzzle) for puzzle in base_puzzles.tolist()]
     return SudokuSummary(
         folder=out,
@@ -96,23 +97,6 @@ def build_sudoku(
         test_grids=len(np.unique(test_grids, axis=0)),
         grades=_counted(grades),
         clues=_counted(np.count_nonzero(base_puzzles, axis=1).tolist()),
-    )
-
-
-def _sudoku_description(size: int, splits: dict[str, SplitEntry], built: dict[str, Any]) -> Description:
-    return Description(
-        kind="puzzle",
-        format=1,
-        name=f"sudoku-{size}x{size}",
-        seq_len=size * size,
-        vocab_size=size + 2,
-        num_puzzle_identifiers=1,
-        pad_id=0,
-        blank_id=0,
-        grid=(size, size),
-        symbols=["#", ".", *map(str, range(1, size + 1))],
-        splits=splits,
-        built=built,
     )
 
 
@@ -236,7 +220,7 @@ def _augmented(
     new_grids = np.empty_like(new_puzzles)
     waiting = np.arange(len(sources))
     while waiting.size:
-        drawn = symmetry.draw(len(waiting), size, rng)
+        drawn = sudoku.draw_symmetries(len(waiting), size, rng)
         taken = sources[waiting]
         new_puzzles[waiting], new_grids[waiting] = drawn.apply(puzzles[taken]), drawn.apply(grids[taken])
         waiting = waiting[np.isin(_keys(new_grids[waiting]), held_out_keys)]

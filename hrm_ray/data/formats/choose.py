@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import BinaryIO
 
 from hrm_ray.data.file_kinds import FileKind
 from hrm_ray.data.formats.columnar import arrow_rows, has_arrow_index, parquet_rows
 from hrm_ray.data.formats.lines import jsonl_rows
-from hrm_ray.data.formats.separated import csv_rows, tsv_rows
+from hrm_ray.data.formats.separated import separated_rows
 from hrm_ray.data.formats.texts import text_rows
 from hrm_ray.data.formats.values import json_rows
 from hrm_ray.data.rows import Cursor, Row
@@ -17,8 +18,8 @@ from hrm_ray.data.streams import decompressed, seekable_copy
 READERS: Mapping[str, Callable[[BinaryIO, Cursor], Iterator[Row]]] = {
     "txt": text_rows,
     "md": text_rows,
-    "csv": csv_rows,
-    "tsv": tsv_rows,
+    "csv": partial(separated_rows, delimiter=","),
+    "tsv": partial(separated_rows, delimiter="\t"),
     "json": json_rows,
     "jsonl": jsonl_rows,
     "parquet": parquet_rows,

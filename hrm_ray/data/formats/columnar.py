@@ -22,32 +22,27 @@ def parquet_rows(file: BinaryIO, cursor: Cursor) -> Iterator[Row]:
     """The rows of a Parquet file that can be sought in. Marks are numbers of rows: groups of rows before the start are
     not read at all. Raises Unreadable."""
     import pyarrow as pa
-
-    try:
-        yield from _parquet_rows(file, cursor)
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(error, cursor.where, "Parquet") from error
-
-
-def _parquet_rows(file: BinaryIO, cursor: Cursor) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
-    # Read in small pieces, not a whole column of a group of rows at once: groups may be as large as the file.
-    opened = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
-    fault = cursor.columns.absent(opened.schema_arrow.names, cursor.where, "file")
-    if fault is not None:
-        raise Unreadable(fault)
-    base = cursor.row
-    for number in range(opened.metadata.num_row_groups):
-        group = opened.metadata.row_group(number)
-        if cursor.row + group.num_rows <= cursor.start:
-            cursor.row += group.num_rows
-            continue
-        at_once = _BATCH_BYTES // max(1, group.total_byte_size // max(1, group.num_rows))
-        names = list(cursor.columns.names)
-        size = max(1, min(_BATCH_ROWS, at_once))
-        for batch in opened.iter_batches(size, row_groups=[number], columns=names, use_threads=False):
-            yield from _batch_rows(batch, cursor, cursor.row - base)
+    try:
+        # Read in small pieces, not a whole column of a group of rows at once: groups may be as large as the file.
+        opened = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+        fault = cursor.columns.absent(opened.schema_arrow.names, cursor.where, "file")
+        if fault is not None:
+            raise Unreadable(fault)
+        base = cursor.row
+        for number in range(opened.metadata.num_row_groups):
+            group = opened.metadata.row_group(number)
+            if cursor.row + group.num_rows <= cursor.start:
+                cursor.row += group.num_rows
+                continue
+            at_once = _BATCH_BYTES // max(1, group.total_byte_size // max(1, group.num_rows))
+            names = list(cursor.columns.names)
+            size = max(1, min(_BATCH_ROWS, at_once))
+            for batch in opened.iter_batches(size, row_groups=[number], columns=names, use_threads=False):
+                yield from _batch_rows(batch, cursor, cursor.row - base)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(error, cursor.where, "Parquet") from error
 
 
 def parquet_length(file: BinaryIO, columns: TextColumns) -> int | None:
@@ -88,7 +83,8 @@ def _arrow_file_rows(file: BinaryIO, cursor: Cursor) -> Iterator[Row]:
     fault = cursor.columns.absent(schema.names, cursor.where, "file")
     if fault is not None:
         raise Unreadable(fault)
-    opened = pa.ipc.open_file(file, options=_only(schema, cursor.columns))
+    wanted = [schema.names.index(name) for name in cursor.columns.names]
+    opened = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=wanted, use_threads=False))
     first = 0
     if cursor.mark is not None:
         first, within = cursor.mark >> _BATCH_BITS, cursor.mark & ((1 << _BATCH_BITS) - 1)
@@ -96,14 +92,6 @@ def _arrow_file_rows(file: BinaryIO, cursor: Cursor) -> Iterator[Row]:
     for number in range(first, opened.num_record_batches):
         batch = opened.get_batch(number)
         yield from _batch_rows(batch, cursor, number << _BATCH_BITS)
-
-
-def _only(schema: Any, columns: TextColumns) -> Any:
-    import pyarrow as pa
-
-    return pa.ipc.IpcReadOptions(
-        included_fields=[schema.names.index(name) for name in columns.names], use_threads=False
-    )
 
 
 def _arrow_stream_rows(file: BinaryIO, cursor: Cursor) -> Iterator[Row]:

@@ -51,17 +51,8 @@ class _Lines:
         self.offset = offset
 
 
-def csv_rows(stream: BinaryIO, cursor: Cursor) -> Iterator[Row]:
-    """The rows of a .csv stream; marks are the bytes where records begin. Raises Unreadable where it cannot go on."""
-    return _rows(stream, cursor, ",")
-
-
-def tsv_rows(stream: BinaryIO, cursor: Cursor) -> Iterator[Row]:
-    """The rows of a .tsv stream, as of a .csv one."""
-    return _rows(stream, cursor, "\t")
-
-
-def _rows(stream: BinaryIO, cursor: Cursor, delimiter: str) -> Iterator[Row]:
+def separated_rows(stream: BinaryIO, cursor: Cursor, delimiter: str) -> Iterator[Row]:
+    """The rows of a table as text; marks are the bytes where records begin. Raises Unreadable where it cannot go on."""
     # The csv module has one limit for the process, which other users may have raised further.
     csv.field_size_limit(max(csv.field_size_limit(), ROW_BYTES))
     lines = _Lines(stream)

@@ -66,7 +66,11 @@ def inspect_puzzles(
     Raises SettingsError for a path that is not there, DataError for puzzles that cannot be used.
     """
     path, file = Path(source.path), puzzle_tensors(source)
-    size = _bytes(file) if found is None else sum(part.bytes for part in found.parts)
+    if found is not None:
+        size = sum(part.bytes for part in found.parts)
+    else:
+        # A missing file is reported by its reader.
+        size = file.stat().st_size if file is not None and file.is_file() else 0
     small = size <= (_WHOLE_TENSOR_BYTES if found is None else _WHOLE_ROWS_BYTES)
     opened = open_puzzles(path, source.split, None if read_all or small else _FIRST)
     whole = read_all or small or len(opened) < _FIRST
@@ -74,6 +78,9 @@ def inspect_puzzles(
     puzzles = Figure(len(opened)) if whole else _all_puzzles(opened, source, file, found, size)
     known: Certainty = "exact" if whole or (path / DESCRIPTION).is_file() else "at least"
     columns = opened.rows(np.arange(min(len(opened), _FIRST), dtype=np.int64))
+    labels, open_cells = columns["labels"], Lengths()
+    for count in ((labels != IGNORE_LABEL) & (labels != columns["inputs"])).sum(axis=1).tolist():
+        open_cells.add(count)
     return PuzzleSetFacts(
         path=source.path,
         split=source.split,
@@ -90,14 +97,9 @@ def inspect_puzzles(
         vocab_size=Figure(facts.vocab_size, known),
         symbols=facts.symbols,
         identifiers=Figure(facts.num_puzzle_identifiers, known),
-        open_cells=_open_cells(columns),
+        open_cells=open_cells.spread,
         samples=tuple(_sample(facts, columns, row) for row in range(min(samples, len(opened)))),
     )
-
-
-def _bytes(file: Path | None) -> int:
-    """The size of a file; 0 where it is missing, which its reader reports."""
-    return file.stat().st_size if file is not None and file.is_file() else 0
 
 
 def _all_puzzles(
@@ -125,14 +127,6 @@ def _bytes_of_rows(paths: Sequence[Path], rows: int) -> int:
                 taken += len(line)
                 rows -= bool(line.strip())
     return taken
-
-
-def _open_cells(columns: Columns) -> Spread | None:
-    labels = columns["labels"]
-    lengths = Lengths()
-    for count in ((labels != IGNORE_LABEL) & (labels != columns["inputs"])).sum(axis=1).tolist():
-        lengths.add(count)
-    return lengths.spread
 
 
 def _sample(facts: PuzzleFacts, columns: Columns, row: int) -> PuzzleSample:

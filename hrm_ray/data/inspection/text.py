@@ -148,29 +148,23 @@ def _kind_name(part: Part) -> str:
 
 
 def _all_rows(corpus: Corpus, reading: CorpusReading, share: float | None, timer: Timer) -> Figure:
-    """The number of rows that training uses, if not all of them were read."""
-    total = _known_rows(corpus, timer)
+    """The number of rows that training uses, if not all of them were read. It is exact where the metadata of all parts
+    have it and there is time to read those."""
+    total = 0
     certainty: Certainty = "exact"
-    if total is None:
-        total, certainty = reading.rows_read, "at least"
-        if share is not None:
-            total, certainty = round(reading.rows_read / share), "about"
+    for part in corpus.parts:
+        of_part = None if timer.up else known_rows(part, corpus.source)
+        if of_part is None:
+            total, certainty = reading.rows_read, "at least"
+            if share is not None:
+                total, certainty = round(reading.rows_read / share), "about"
+            break
+        total += of_part
     of_corpus = max(0, total - corpus.offset)
     if corpus.max_rows is not None and corpus.max_rows <= of_corpus and certainty != "about":
         return Figure(corpus.max_rows)
     used = of_corpus if corpus.max_rows is None else min(of_corpus, corpus.max_rows)
     return Figure(used, certainty)
-
-
-def _known_rows(corpus: Corpus, timer: Timer) -> int | None:
-    """The number of rows, where the metadata of all parts have it and there is time to read those."""
-    total = 0
-    for part in corpus.parts:
-        rows = None if timer.up else known_rows(part, corpus.source)
-        if rows is None:
-            return None
-        total += rows
-    return total
 
 
 class _Tokeniser:

@@ -148,6 +148,33 @@ def write_description(folder: Path, description: Description) -> None:
     (folder / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
 
 
+def square_description(
+    name: str,
+    side: int,
+    symbols: list[str],
+    splits: dict[str, SplitEntry],
+    built: dict[str, Any],
+    identifiers: int = 1,
+    end_id: int | None = None,
+) -> Description:
+    """The description of a built set whose puzzles are grids of side x side cells; token 0 pads."""
+    return Description(
+        kind="puzzle",
+        format=1,
+        name=name,
+        seq_len=side * side,
+        vocab_size=len(symbols),
+        num_puzzle_identifiers=identifiers,
+        pad_id=0,
+        blank_id=0,
+        grid=(side, side),
+        symbols=symbols,
+        end_id=end_id,
+        splits=splits,
+        built=built,
+    )
+
+
 def read_description(folder: Path) -> Description:
     """Reads and checks dataset.json. Raises DataError where it is damaged or of another kind or format."""
     path = folder / DESCRIPTION
