@@ -103,9 +103,8 @@ def member_rows(
             data, row = whole(), cursor.next_row()
             yield text_row(data, cursor, row, mark=row + 1 if cursor.marked else None)
             return
-        with (
-            cast(BinaryIO, io.BufferedReader(io.BytesIO(whole()))) if member.size <= PIECE_BYTES else stream() as opened
-        ):
+        short = member.size <= PIECE_BYTES
+        with cast(BinaryIO, io.BufferedReader(io.BytesIO(whole()))) if short else stream() as opened:
             yield from format_rows(opened, member.kind, cursor, stored_bytes=member.size, seekable=False)
     except ContainerUnreadable:
         raise

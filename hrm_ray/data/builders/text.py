@@ -53,7 +53,7 @@ def build_text(out: Path, *, max_bytes: int | None = None, seed: int = 0, overwr
     check_vacant(out, overwrite=overwrite, owned=_TEXT_FILES, option="--out")
     unique: dict[str, tuple[str, str]] = {}
     documents = 0
-    for source, text in _python_documents():
+    for source, text in python_documents():
         documents += 1
         unique.setdefault(hashlib.sha256(f"{seed} {text}".encode()).hexdigest(), (source, text))
     if not unique:
@@ -86,7 +86,7 @@ def build_text(out: Path, *, max_bytes: int | None = None, seed: int = 0, overwr
     )
 
 
-def _python_documents() -> Iterator[tuple[str, str]]:
+def python_documents() -> Iterator[tuple[str, str]]:
     """(source, text) pairs: each topic of pydoc, then each module of the standard library with its docstrings.
 
     A docstring that an earlier module had already is left out. Which documents there are depends on the Python that
