@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from hrm_ray.bundle.start_weights import check_start_weights, start_weights
+from hrm_ray.data.catalog import check_parts
 from hrm_ray.data.detect import DataFacts, detect
 from hrm_ray.data.file_systems import absolute, has_wildcards, is_local, real, require_path
 from hrm_ray.data.named_tokenizer import absolute_name, load_named
 from hrm_ray.data.packing import RowForm
-from hrm_ray.data.parts import shared_part
+from hrm_ray.data.parts import list_parts, shared_part
 from hrm_ray.data.puzzles.samples import open_puzzles
+from hrm_ray.data.text_data import TextDataDir
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataError, Fault, SettingsError
 from hrm_ray.launch.data_sources import has_evaluation, source_of
@@ -102,6 +104,11 @@ def _resolve_on(
     notes += fallbacks
     check_launch(devices)
     location = locate_run(settings)
+    if facts.task == "lm" and location.source is not None:
+        # The cheap part of what the run checks, so that a dry run does not accept another corpus: names and sizes.
+        known = TextDataDir(location.source.data)
+        if known.parts.is_file():
+            check_parts(known.read_parts(), list_parts(source_of(settings, evaluation=False)).parts)
     notes += _no_steps_left(settings, location)
     check_effective_batch(location, effective_batch(settings, devices))
     check_own_files(settings, location)

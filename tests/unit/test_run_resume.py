@@ -355,6 +355,14 @@ def test_the_refusal_names_the_default_that_the_run_was_trained_with(tmp_path: P
     assert hrm("train", "--bundle-dir", tmp_path / "e", "--resume", "--steps", "2", "--ema", "0.9").code == 0
 
 
+def test_a_dry_run_refuses_a_resume_on_another_corpus_as_the_run_does(tmp_path: Path) -> None:
+    bundle, other = tmp_path / "b", text_file(tmp_path, rows=40, name="other.txt", seed=3)
+    train(text_file(tmp_path), bundle, *TEXT, "--steps", "1")
+    resume = ("train", "--bundle-dir", bundle, "--resume", "--steps", "2", "--dataset-file", other)
+    naming = (other, "when the run began")
+    assert refused(5, *resume, "--dry-run", naming=naming) == refused(5, *resume, naming=naming)
+
+
 def test_a_preset_that_does_not_fit_the_run_to_resume_is_one_fault(tmp_path: Path) -> None:
     """Not one for each option that the preset sets and the user did not give."""
     train(text_file(tmp_path), tmp_path / "b", *TEXT, "--steps", "1")
