@@ -105,7 +105,10 @@ def list_parts(source: TextSource) -> PartList:
     Raises SettingsError for a path or columns that cannot be used, DataError for an unknown suffix, an unknown split or
     a place without readable files, UnavailableError where a cloud or the Hub cannot be reached or a library is missing.
     """
-    _check_columns(source)
+    if (source.prompt_column is None) != (source.response_column is None):
+        reason = "pairs need both a prompt and a response column"
+        hint = "Give both --prompt-column and --response-column, or neither"
+        raise SettingsError(Fault(f"column `{source.prompt_column or source.response_column}`", reason, hint))
     if source.path.startswith(HUB):
         found, splits = hub.list_shards(source.path, source.split)
         parts = tuple(Part(shard.name, shard.address, shard.bytes, shard.stamp, False) for shard in found)
@@ -147,17 +150,13 @@ def _part(entry: Entry, file_system: FileSystem) -> Part:
     kind = kind_of(entry.name)
     random_access = kind is not None and kind.compression is None and kind.form in _RANDOM_ACCESS
     if kind is not None and kind.compression is None and kind.form == "arrow":
-        random_access = _has_index(entry, file_system)
+        try:
+            with file_system.open(entry.address) as file:
+                random_access = has_arrow_index(file)
+        except OSError:
+            # Reading it reports what is wrong.
+            random_access = False
     return Part(entry.name, entry.address, entry.bytes, entry.stamp, random_access)
-
-
-def _has_index(entry: Entry, file_system: FileSystem) -> bool:
-    try:
-        with file_system.open(entry.address) as file:
-            return has_arrow_index(file)
-    except OSError:
-        # Reading it reports what is wrong.
-        return False
 
 
 def _single(source: TextSource, file_system: FileSystem, entry: Entry) -> PartList:
@@ -222,10 +221,3 @@ def _held_out(first: Part, second: Part) -> bool:
     return (first.apart is not None and first.apart == second.split) or (
         second.apart is not None and second.apart == first.split
     )
-
-
-def _check_columns(source: TextSource) -> None:
-    if (source.prompt_column is None) != (source.response_column is None):
-        reason = "pairs need both a prompt and a response column"
-        hint = "Give both --prompt-column and --response-column, or neither"
-        raise SettingsError(Fault(f"column `{source.prompt_column or source.response_column}`", reason, hint))

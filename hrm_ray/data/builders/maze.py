@@ -117,7 +117,10 @@ class _MazeMaker:
         while len(found) < count:
             idle += 1
             if idle > _PATIENCE:
-                raise self._exhausted(count, len(found), split)
+                kind = f"{self._size}x{self._size} mazes with a shortest path of {self._min_path} moves or more"
+                reason = f"only {len(found)} different {kind} were found, {_PATIENCE} in a row gave no new one"
+                hint = f"Give a smaller --{split}, a smaller --min-path, fewer --openings, or a larger --size"
+                raise SettingsError(Fault(f"{split} {count}", reason, hint))
             free = mazes.carve(self._size, rng, self._openings)
             if self._split_of(free) != split:
                 continue
@@ -132,12 +135,6 @@ class _MazeMaker:
     def _split_of(self, free: mazes.FreeCells) -> str:
         digest = hashlib.sha256(f"{self._seed} ".encode() + dihedral.canonical(free)).digest()
         return "test" if int.from_bytes(digest[:8], "big") % _TEST_SHARE == 0 else "train"
-
-    def _exhausted(self, count: int, found: int, split: str) -> SettingsError:
-        kind = f"{self._size}x{self._size} mazes with a shortest path of {self._min_path} moves or more"
-        reason = f"only {found} different {kind} were found, {_PATIENCE} in a row gave no new one"
-        hint = f"Give a smaller --{split}, a smaller --min-path, fewer --openings, or a larger --size"
-        return SettingsError(Fault(f"{split} {count}", reason, hint))
 
 
 def _marked(free: mazes.FreeCells, start: int, goal: int) -> Grids:

@@ -146,11 +146,15 @@ class _PuzzleMaker:
         rng = random.Random(f"sudoku {self._size} {split} {self._seed}")
         low, high = GRADES[self._difficulty]
         found: dict[sudoku.Grid, sudoku.Grid] = {}
-        idle = 0
+        idle, patience = 0, _PATIENCE[self._size]
         while len(found) < count:
             idle += 1
-            if idle > _PATIENCE[self._size]:
-                raise self._exhausted(count, len(found), split)
+            if idle > patience:
+                kind = f"{self._size}x{self._size} puzzles of difficulty {self._difficulty}"
+                kind += " that are minimal" if self._clues is None else f" with {self._clues} clues"
+                reason = f"only {len(found)} different {kind} were found, {patience} draws in a row gave no new one"
+                hint = f"Give a smaller --{split}, another --difficulty or another --clues, or use --augment"
+                raise SettingsError(Fault(f"{split} {count}", reason, hint))
             grid = self._grid(split, rng)
             if grid is None:
                 continue
@@ -175,13 +179,6 @@ class _PuzzleMaker:
             return grid
         is_held_out = sudoku.grid_class(self._size, grid) in self._held_out
         return grid if is_held_out == (split == "test") else None
-
-    def _exhausted(self, count: int, found: int, split: str) -> SettingsError:
-        kind = f"{self._size}x{self._size} puzzles of difficulty {self._difficulty}"
-        kind += " that are minimal" if self._clues is None else f" with {self._clues} clues"
-        reason = f"only {found} different {kind} were found, {_PATIENCE[self._size]} draws in a row gave no new one"
-        hint = f"Give a smaller --{split}, another --difficulty or another --clues, or use --augment"
-        return SettingsError(Fault(f"{split} {count}", reason, hint))
 
 
 def _held_out_classes_6x6(seed: int) -> Iterator[object]:
