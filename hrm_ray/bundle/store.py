@@ -73,7 +73,7 @@ def read_description(folder: Path) -> tuple[ModelConfig, str]:
     Raises SettingsError for a folder that does not exist, DataError for one that is not a whole bundle.
     """
     run_dir = RunDir(folder)
-    if not folder.is_dir():
+    if not folder.exists():
         raise SettingsError(Fault(str(folder), "no such bundle", "Give the folder that hrm-ray train wrote"))
     if not run_dir.config.is_file():
         reason = f"is not a bundle ({run_dir.config.name} is missing)"

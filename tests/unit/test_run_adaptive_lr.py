@@ -98,7 +98,7 @@ def test_five_and_five_is_ten_to_the_bit(usual: tuple[str, ...], data: Any, tmp_
     ("text", "naming"),
     [
         ("window_stesp: 3", ("--adaptive-lr-config", "window_stesp = 3", "window_steps")),
-        ("window_steps: 60", ("--adaptive-lr-config", "cannot act before step 120", "ends at 100")),
+        ("window_steps: 60", ("--adaptive-lr-config", "cannot act before step 120", "ends at step 100")),
     ],
 )
 def test_a_faulty_file_is_refused_before_anything_starts(text: str, naming: tuple[str, ...], tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_refusals_of_put(made: tuple[str, Path], tmp_path: Path) -> None:
     put = ("expert", "put", "first", "--experts-dir", experts, "--out", tmp_path / "out", "--into")
     unknown = ("expert", "put", "fist", "--experts-dir", experts, "--out", tmp_path / "out", "--into", folder / "base")
     refused(2, *unknown, naming=("fist", "The nearest is first"))
-    refused(5, *put, tmp_path / "none", naming=(tmp_path / "none",))
+    refused(2, *put, tmp_path / "none", naming=(tmp_path / "none",))
     data = folder / ("puzzles.safetensors" if kind == "puzzle" else "corpus.txt")
     train(data, tmp_path / "other", *words_for(kind), "--steps", "1", "--num-experts", "3")
     refused(5, *put, tmp_path / "other", naming=("num_experts 4, not 3", "same architecture"))
