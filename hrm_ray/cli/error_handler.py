@@ -71,6 +71,7 @@ def _report(error: BaseException) -> int:
     if isinstance(error, OSError) and reader_is_gone():
         # The reader (`| head`) has closed the pipe: what a command prints last is what it has done.
         return 0
+    print(f"error: {type(error).__name__}: hrm-ray did not expect it. Report this traceback.", file=sys.stderr)
     traceback.print_exception(error)
     return EXIT_UNEXPECTED
 

@@ -86,7 +86,7 @@ class FlatCommand:
             table = found.own if name in own else found.options
             if table.get(name, value) != value:
                 both = f"{name} {table[name]} and {name} {value}"
-                found.faults.append(Fault(both, "is given twice", "Keep one of the two"))
+                found.faults.append(Fault(both, "one option is given twice", "Keep one of the two"))
             table[name] = value
         if "--help" in found.own:
             self.print_help()

@@ -43,7 +43,7 @@ def run_verify(run: Path) -> int:
             return 1
         head = ledger.head
         trained = "nothing is merged yet" if head is None else f"{head.total_sequences} sequences are merged"
-        print(f"{run}: ledger OK; {trained}, in {sum(1 for _ in ledger.lineage())} rounds")
+        print(f"{run}: ledger OK; {trained}, in {_counted(sum(1 for _ in ledger.lineage()), 'round')}")
     return 0
 
 
@@ -57,7 +57,7 @@ def _lines(run: Path, ledger: LedgerReader) -> list[str]:
     blocks, head = ledger.blocks(), ledger.head
     going_on = "" if ledger.data_ended else " so far"
     lines = [f"{run}: epoch {ledger.epoch}"]
-    lines.append(f"  data         {len(blocks)} blocks, {ledger.chunks} chunks{going_on}")
+    lines.append(f"  data         {_counted(len(blocks), 'block')}, {_counted(ledger.chunks, 'chunk')}{going_on}")
     epochs = ledger.counts()
     if len(epochs) > _LAST:
         lines.append(f"  epochs       0 to {len(epochs) - _LAST - 1} are not shown; --json has them")
@@ -73,18 +73,22 @@ def _lines(run: Path, ledger: LedgerReader) -> list[str]:
         passed = f" ({skipped[one.round]} skipped)" if one.round in skipped else ""
         lines.append(f"  round {one.round:<7}{one.sequences} sequences{passed}, {one.anchor}")
     aside = ledger.quarantined()
-    lines.append(f"  quarantined  {len(aside)} ranges")
+    lines.append(f"  quarantined  {_counted(len(aside), 'range')}")
     lines += [f"    epoch {one.epoch} chunk {shown(one)}: {one.reason}" for one in aside[:_LAST]]
     return lines
 
 
+def _counted(count: int, noun: str) -> str:
+    """A count with its noun: 1 block, 2 blocks."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def _epoch(counts: EpochCounts) -> str:
     """One epoch: its untouched chunks, the ranges in each state, and whether it is complete."""
-    parts = [f"{counts.untouched} chunks untouched"] if counts.untouched else []
+    parts = [f"{_counted(counts.untouched, 'chunk')} untouched"] if counts.untouched else []
     for state in State:
         found = counts.states.get(state)
         if found is not None:
-            ranges = "range" if found.ranges == 1 else "ranges"
-            parts.append(f"{found.sequences} sequences {state.name} in {found.ranges} {ranges}")
+            parts.append(f"{found.sequences} sequences {state.name} in {_counted(found.ranges, 'range')}")
     done = ", complete" if counts.complete else ""
-    return f"  epoch {counts.epoch:<7}{counts.chunks} chunks: {', '.join(parts)}{done}"
+    return f"  epoch {counts.epoch:<7}{_counted(counts.chunks, 'chunk')}: {', '.join(parts)}{done}"

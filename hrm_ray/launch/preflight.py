@@ -76,8 +76,12 @@ def check_resources(settings: RunSettings, config: ModelConfig, devices: Devices
         elif keep is None:
             keep = _fits(settings, config, available // _ROOM_TO_KEEP)
     disk = checkpoint_bytes(settings, config) * (settings.run.keep + 1)
-    free = shutil.disk_usage(_existing(bundle)).free
-    if disk > free:
+    there = shutil.disk_usage(_existing(bundle))
+    free = there.free
+    if there.total == 0:  # such as /proc
+        reason = f"the file system at {_existing(bundle)} stores no files"
+        faults.append(Fault(f"--bundle-dir {bundle}", reason, "Give a folder on a disk"))
+    elif disk > free:
         kept = f"{settings.run.keep} checkpoints and one being written"
         reason = f"{kept} take {gigabytes(disk)}, {gigabytes(free)} are free at {bundle}"
         faults.append(Fault("disk", reason, "Lower --keep, free some space, or give another --bundle-dir"))

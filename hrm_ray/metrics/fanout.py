@@ -26,4 +26,4 @@ class FanOut:
             try:
                 sink.close()
             except Exception as error:  # noqa: BLE001 - clean-up
-                print(f"closing {type(sink).__name__} failed: {type(error).__name__}: {error}", file=sys.stderr)
+                print(f"warning: the metrics could not be closed: {error}", file=sys.stderr)

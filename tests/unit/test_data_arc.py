@@ -189,7 +189,7 @@ def test_folders_without_tasks_are_told(tmp_path: Path) -> None:
     tasks = write_tasks(tmp_path / "tasks")
     with pytest.raises(SettingsError, match="would be read as a task"):
         build_arc(tasks, tasks / "set")
-    with pytest.raises(SettingsError, match="--augment 0 or more"):
+    with pytest.raises(SettingsError, match="^--augment -.*--augment 0 or more"):
         build_arc(tasks, tmp_path / "set", augment=-1)
 
 

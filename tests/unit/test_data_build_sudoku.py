@@ -101,13 +101,14 @@ def test_what_cannot_be_built_is_told_at_once(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(SettingsError) as caught:
         build_sudoku(tmp_path / "set", size=8, train=0, test=-1, difficulty="cruel", augment=-1)  # type: ignore[arg-type]
     assert len(caught.value.faults) == 5
+    assert all(fault.value.startswith("--") for fault in caught.value.faults)
     with pytest.raises(SettingsError, match="17 to 80"):
         build_sudoku(tmp_path / "set", clues=12)
     with pytest.raises(SettingsError, match="8 to 35"):
         build_sudoku(tmp_path / "set", size=6, clues=7)
     monkeypatch.setattr(builder, "_PATIENCE", {4: 8, 6: 8, 9: 3})
     for impossible in ({"difficulty": "hard"}, {"test": 10**6}):
-        with pytest.raises(SettingsError, match="draws in a row"):
+        with pytest.raises(SettingsError, match="^--t.* draws in a row"):
             build_sudoku(tmp_path / "set", size=4, train=10, **impossible)  # type: ignore[arg-type]
     assert not any(tmp_path.iterdir())
 

@@ -41,6 +41,6 @@ def test_the_text_corpus_stops_at_its_size_and_follows_the_seed(
         build_text(tmp_path / name, seed=seed)
     a, b, c = ((tmp_path / name / "train.jsonl").read_bytes() for name in "abc")
     assert a == b != c
-    with pytest.raises(SettingsError, match="--max-bytes"):
+    with pytest.raises(SettingsError, match="^--max-bytes 10: "):
         build_text(tmp_path / "none", max_bytes=10)
     assert not (tmp_path / "none").exists()

@@ -174,11 +174,12 @@ def test_what_cannot_be_built_is_told_at_once(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(SettingsError) as caught:
         build_maze(tmp_path / "set", size=31, train=0, test=0, openings=1.5, augment=8)
     assert len(caught.value.faults) == 5
+    assert all(fault.value.startswith("--") for fault in caught.value.faults)
     for size in (4, 0, -3):
         with pytest.raises(SettingsError, match="5 to 30"):
             build_maze(tmp_path / "set", size=size)
     for min_path in (0, 17):
-        with pytest.raises(SettingsError, match="1 to 16 moves.*--min-path 16"):
+        with pytest.raises(SettingsError, match="^--min-path.*1 to 16 moves.*--min-path 16"):
             build_maze(tmp_path / "set", size=5, min_path=min_path)
     monkeypatch.setattr(builder, "_PATIENCE", 20)
     with pytest.raises(SettingsError, match="20 in a row gave no new one.*--min-path"):

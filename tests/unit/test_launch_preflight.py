@@ -46,6 +46,12 @@ def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.txt"]
 
 
+def test_a_file_system_that_stores_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(0, 0, 0))
+    words = ("train", "--dataset-file", text_file(tmp_path), "--bundle-dir", tmp_path / "b", *TEXT)
+    refused(4, *words, naming=(f"--bundle-dir {tmp_path / 'b'}", "stores no files"))
+
+
 def test_one_device_is_trained_here() -> None:
     chosen = choose_devices(ClusterSettings())
     assert (chosen.device, chosen.world_size, chosen.threads, chosen.launcher) == ("cpu", 1, 8, "local")

@@ -41,7 +41,7 @@ def test_show_says_where_a_run_stands(bundle: Path, ledger: Ledger) -> None:
     assert (ran.code, ran.err) == (0, "")
     for part in (
         *("epoch 1", "2 blocks, 4 chunks\n", "40 sequences MERGED in 4 ranges, complete", "30 sequences MERGED"),
-        *("round 7, 70 sequences, checkpoints/step_7", "round 3", "quarantined  1 ranges"),
+        *("round 7, 70 sequences, checkpoints/step_7", "round 3", "quarantined  1 range\n"),
         "epoch 1 chunk 3[0:10]: rejected 2 times; the last: it raised the loss",
     ):
         assert part in ran.out, ran.out
@@ -104,5 +104,5 @@ def test_a_run_before_its_first_round(bundle: Path) -> None:
     bundle.mkdir()
     ledger_of(RunDir(bundle).ledger, [2], ended=False).close()
     shown, verified = hrm("ledger", "show", bundle), hrm("ledger", "verify", bundle)
-    assert "no round yet" in shown.out and "1 blocks, 2 chunks so far" in shown.out
+    assert "no round yet" in shown.out and "1 block, 2 chunks so far" in shown.out
     assert verified.code == 0 and "nothing is merged yet" in verified.out

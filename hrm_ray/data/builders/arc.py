@@ -62,7 +62,7 @@ def build_arc(tasks: Path, out: Path, *, augment: int = 0, seed: int = 0, overwr
     that is no task.
     """
     if augment < 0:
-        raise SettingsError(Fault(f"augment {augment}", "must be at least 0", "Give --augment 0 or more"))
+        raise SettingsError(Fault(f"--augment {augment}", "must be at least 0", "Give --augment 0 or more"))
     if out.resolve().is_relative_to(tasks.resolve()):
         reason = f"it is inside the folder of tasks, {tasks}, and would be read as a task"
         raise SettingsError(Fault(str(out), reason, "Give --out another folder"))

@@ -86,18 +86,18 @@ def _check_maze(size: int, train: int, test: int, min_path: int, openings: float
     faults = []
     if size not in SIZES:
         sizes = f"{SIZES[0]} to {SIZES[-1]}"
-        faults.append(Fault(f"size {size}", f"a maze has {sizes} cells to a side", f"Give --size {sizes}"))
+        faults.append(Fault(f"--size {size}", f"a maze has {sizes} cells to a side", f"Give --size {sizes}"))
     for name, value, least, most in (("train", train, 1, None), ("test", test, 1, None), ("augment", augment, 0, 7)):
         if value < least or (most is not None and value > most):
             bounds = f"at least {least}" if most is None else f"{least} to {most}"
-            faults.append(Fault(f"{name} {value}", f"must be {bounds}", f"Give --{name} {bounds}"))
+            faults.append(Fault(f"--{name} {value}", f"must be {bounds}", f"Give --{name} {bounds}"))
     if not 0 <= openings <= 1:
-        faults.append(Fault(f"openings {openings}", "must be a share of the walls", "Give --openings 0 to 1"))
+        faults.append(Fault(f"--openings {openings}", "must be a share of the walls", "Give --openings 0 to 1"))
     if size in SIZES and not 1 <= min_path <= mazes.most_moves(size):
         most_moves = mazes.most_moves(size)
         reason = f"a path through {size}x{size} cells has 1 to {most_moves} moves"
         faults.append(
-            Fault(f"min_path {min_path}", reason, f"Give --min-path {most_moves} or less, or a larger --size")
+            Fault(f"--min-path {min_path}", reason, f"Give --min-path {most_moves} or less, or a larger --size")
         )
     if faults:
         raise SettingsError(faults)
@@ -120,7 +120,7 @@ class _MazeMaker:
                 kind = f"{self._size}x{self._size} mazes with a shortest path of {self._min_path} moves or more"
                 reason = f"only {len(found)} different {kind} were found, {_PATIENCE} in a row gave no new one"
                 hint = f"Give a smaller --{split}, a smaller --min-path, fewer --openings, or a larger --size"
-                raise SettingsError(Fault(f"{split} {count}", reason, hint))
+                raise SettingsError(Fault(f"--{split} {count}", reason, hint))
             free = mazes.carve(self._size, rng, self._openings)
             if self._split_of(free) != split:
                 continue

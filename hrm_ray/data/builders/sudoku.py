@@ -104,14 +104,14 @@ def _check_sudoku(size: int, train: int, test: int, difficulty: str, clues: int 
     """Raises SettingsError with everything that is wrong."""
     faults = []
     if size not in sudoku.SIZES:
-        faults.append(Fault(f"size {size}", "puzzles are 4x4, 6x6 or 9x9", "Give --size 4, 6 or 9"))
+        faults.append(Fault(f"--size {size}", "puzzles are 4x4, 6x6 or 9x9", "Give --size 4, 6 or 9"))
     if difficulty not in GRADES:
         faults.append(
-            Fault(f"difficulty {difficulty}", "is not a known difficulty", f"Give one of {', '.join(GRADES)}")
+            Fault(f"--difficulty {difficulty}", "is not a known difficulty", f"Give one of {', '.join(GRADES)}")
         )
     for name, value, least in (("train", train, 1), ("test", test, 1), ("augment", augment, 0)):
         if value < least:
-            faults.append(Fault(f"{name} {value}", f"must be at least {least}", f"Give --{name} {least} or more"))
+            faults.append(Fault(f"--{name} {value}", f"must be at least {least}", f"Give --{name} {least} or more"))
     if clues is not None and size in sudoku.SIZES:
         # 4, 8 and 17 are the fewest clues with which a unique solution is possible (9x9: McGuire, Tugemann, Civario
         # 2012).
@@ -119,7 +119,9 @@ def _check_sudoku(size: int, train: int, test: int, difficulty: str, clues: int 
         if not least <= clues <= most:
             faults.append(
                 Fault(
-                    f"clues {clues}", f"a {size}x{size} puzzle has {least} to {most} clues", "Give a number in between"
+                    f"--clues {clues}",
+                    f"a {size}x{size} puzzle has {least} to {most} clues",
+                    "Give a number in between",
                 )
             )
     if faults:
@@ -154,7 +156,7 @@ class _PuzzleMaker:
                 kind += " that are minimal" if self._clues is None else f" with {self._clues} clues"
                 reason = f"only {len(found)} different {kind} were found, {patience} draws in a row gave no new one"
                 hint = f"Give a smaller --{split}, another --difficulty or another --clues, or use --augment"
-                raise SettingsError(Fault(f"{split} {count}", reason, hint))
+                raise SettingsError(Fault(f"--{split} {count}", reason, hint))
             grid = self._grid(split, rng)
             if grid is None:
                 continue

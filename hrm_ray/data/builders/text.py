@@ -72,7 +72,7 @@ def build_text(out: Path, *, max_bytes: int | None = None, seed: int = 0, overwr
         sizes[split] += length
     if not all(splits.values()):
         reason = "too little text for a training and a test split"
-        raise SettingsError(Fault(f"max_bytes {max_bytes}", reason, "Give --max-bytes 1000000 or more"))
+        raise SettingsError(Fault(f"--max-bytes {max_bytes}", reason, "Give --max-bytes 1000000 or more"))
     with atomic_directory(out, overwrite=overwrite, owned=_TEXT_FILES) as building:
         for split, rows in splits.items():
             (building / f"{split}.jsonl").write_bytes(("\n".join(rows) + "\n").encode("utf-8"))
