@@ -40,7 +40,13 @@ def add_blocks(ledger: LedgerReader, blocks: Iterable[BlockLength]) -> None:
                 raise _changed(ledger, block, f"it had {last.chunks} chunks before")
             last = LedgerBlock(last.block, last.first_chunk, block.chunks, block.sealed)
         else:
-            _check_known(ledger, block, changed.get(block.block))
+            row = ledger.database.row("SELECT chunks FROM blocks WHERE block = ?", (block.block,))
+            added = changed.get(block.block)
+            chunks = added.chunks if added is not None else row[0] if row is not None else None
+            if chunks is None:
+                raise ValueError(f"block {block.block} is added before the one before it is sealed")
+            if block.chunks > chunks or (block.sealed and block.chunks != chunks):
+                raise _changed(ledger, block, f"it had {chunks} chunks before")
             continue
         changed[last.block] = last
     ledger.database.write(
@@ -62,39 +68,26 @@ def next_untouched(ledger: LedgerReader, order: ClaimOrder, epochs: int | None) 
         if start_chunk + cursor < known:
             if epochs is not None and epoch >= epochs:
                 return _idle_reason(ledger, epochs)
-            return _touch(ledger, order, epoch, start_chunk, cursor)
+            break
         if epoch >= 0 and not ledger.data_ended:
             return Idle.MORE_DATA
         if epochs is not None and epoch + 1 >= epochs:
             return _idle_reason(ledger, epochs)
         ledger.database.rows("INSERT INTO epochs VALUES (?, 0, 0)", (epoch + 1,))
-
-
-def _touch(ledger: LedgerReader, order: ClaimOrder, epoch: int, start_chunk: int, position: int) -> Range | Idle:
-    """Insert the first row of the chunk at a position, and move the epoch's cursor past it."""
-    chunk = order(epoch, position)
+    chunk = order(epoch, cursor)
     if chunk is None:
         return Idle.MORE_DATA
     if not start_chunk <= chunk < ledger.chunks:
         raise ValueError(f"the order of epoch {epoch} has chunk {chunk}, outside {start_chunk}..{ledger.chunks - 1}")
-    untouched = Range(epoch, position, 0, int(chunk), ledger.sequences(chunk))
+    untouched = Range(epoch, cursor, 0, int(chunk), ledger.sequences(chunk))
     ranges.add(ledger.database, untouched)
-    ledger.database.rows("UPDATE epochs SET cursor = ? WHERE epoch = ?", (position + 1, epoch))
+    ledger.database.rows("UPDATE epochs SET cursor = ? WHERE epoch = ?", (cursor + 1, epoch))
     return untouched
 
 
 def _idle_reason(ledger: LedgerReader, epochs: int) -> Idle:
     """Why nothing of the requested epochs is PENDING: whether anything is still LEASED or TRAINED."""
     return Idle.OTHERS if ledger.epoch < epochs else Idle.DONE
-
-
-def _check_known(ledger: LedgerReader, block: BlockLength, added: LedgerBlock | None) -> None:
-    row = ledger.database.row("SELECT chunks FROM blocks WHERE block = ?", (block.block,))
-    chunks = added.chunks if added is not None else row[0] if row is not None else None
-    if chunks is None:
-        raise ValueError(f"block {block.block} is added before the one before it is sealed")
-    if block.chunks > chunks or (block.sealed and block.chunks != chunks):
-        raise _changed(ledger, block, f"it had {chunks} chunks before")
 
 
 def _changed(ledger: LedgerReader, block: BlockLength, reason: str) -> DataError:

@@ -89,7 +89,12 @@ def _ranges_by_state(found: Iterable[Range]) -> dict[State, list[str]]:
     first = last = 0
     running: State | None = None
     for chunk, parts in groupby(found, key=lambda one: one.chunk):
-        alike = _join_neighbours(parts)
+        alike: list[Range] = []
+        for one in parts:
+            if alike and alike[-1].state is one.state:
+                alike[-1] = replace(alike[-1], end=one.end)
+            else:
+                alike.append(one)
         if len(alike) == 1 and alike[0].state is running and chunk == last + 1:
             last = chunk
             continue
@@ -103,17 +108,6 @@ def _ranges_by_state(found: Iterable[Range]) -> dict[State, list[str]]:
     if running is not None:
         lists[running].append(_span(first, last))
     return lists
-
-
-def _join_neighbours(parts: Iterable[Range]) -> list[Range]:
-    """A chunk's ranges, with neighbours of one state joined."""
-    found: list[Range] = []
-    for one in parts:
-        if found and found[-1].state is one.state:
-            found[-1] = replace(found[-1], end=one.end)
-        else:
-            found.append(one)
-    return found
 
 
 def _span(first: int, last: int) -> str:

@@ -18,7 +18,11 @@ def commit(
     """
     known = ledger.round(proposed.round)
     if known is not None:
-        return _again(ledger, known, proposed, accepted)
+        took = [contribution.name for contribution in ledger.contributions_of(known.round)]
+        same = (known.parent, known.anchor, known.checksum) == (proposed.parent, proposed.anchor, proposed.checksum)
+        if same and took == list(accepted):
+            return known
+        return Refused(f"round {known.round} is committed already, with another content")
     head = ledger.head
     if (head.round if head is not None else None) != proposed.parent:
         return Refused(f"the head is {_name(head)}, not round {proposed.parent}")
@@ -87,14 +91,6 @@ def drop(ledger: LedgerReader, contribution: Contribution, changed: Sequence[Ran
 
 def _ranges(ledger: LedgerReader, contribution: Contribution) -> list[Range]:
     return ranges.of_contribution(ledger.database, contribution.number)
-
-
-def _again(ledger: LedgerReader, known: Round, proposed: Round, accepted: Sequence[str]) -> Round | Refused:
-    took = [contribution.name for contribution in ledger.contributions_of(known.round)]
-    same = (known.parent, known.anchor, known.checksum) == (proposed.parent, proposed.anchor, proposed.checksum)
-    if same and took == list(accepted):
-        return known
-    return Refused(f"round {known.round} is committed already, with another content")
 
 
 def _name(head: Round | None) -> str:

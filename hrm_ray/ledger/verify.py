@@ -77,7 +77,8 @@ def _epoch(
         if one.position != position:
             yield f"{where}: its sequences from {one.start} are at position {one.position}, not {position}"
         if one.start != end:
-            yield f"{where}: sequences {min(end, one.start)} to {max(end, one.start)} are in {_count(one.start > end)}"
+            count = "no range" if one.start > end else "two ranges"
+            yield f"{where}: sequences {min(end, one.start)} to {max(end, one.start)} are in {count}"
         if (one.end is None) != (length is None):
             yield f"{where}: its range from {one.start} ends at {one.end}, but the chunk has {length} sequences"
         end = one.start if one.end is None else one.end
@@ -86,10 +87,6 @@ def _epoch(
     missing = cursor - sum(positions)
     if missing:
         yield f"epoch {epoch}: {missing} of the {cursor} positions given out have no range"
-
-
-def _count(gap: bool) -> str:
-    return "no range" if gap else "two ranges"
 
 
 def _ended(epoch: int, chunk: int, end: int, length: int | None) -> Iterator[str]:

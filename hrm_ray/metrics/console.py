@@ -123,7 +123,14 @@ class ConsoleSink:
         self._refreshed_s = -math.inf
         if interactive is None:
             interactive = stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._live = self._open_live() if interactive else None
+        self._live: Live | None = None
+        if interactive:
+            if ConsoleSink._live_is_open:
+                raise RuntimeError("a live display is open already: close it before opening another")
+            console = Console(file=stream, force_terminal=True, highlight=False)
+            self._live = Live(_Block(self), console=console, auto_refresh=False, vertical_overflow="crop")
+            self._live.start()
+            ConsoleSink._live_is_open = True
 
     def write(self, record: Record) -> None:
         """Take one record."""
@@ -146,15 +153,6 @@ class ConsoleSink:
             self._show(lambda: self._print_train(last))
         self._train = None
 
-    def _open_live(self) -> Live:
-        if ConsoleSink._live_is_open:
-            raise RuntimeError("a live display is open already: close it before opening another")
-        console = Console(file=self._stream, force_terminal=True, highlight=False)
-        live = Live(_Block(self), console=console, auto_refresh=False, vertical_overflow="crop")
-        live.start()
-        ConsoleSink._live_is_open = True
-        return live
-
     def _write_live(self, live: Live, record: Record) -> None:
         if record.kind == "event":
             level = str(record.values.get("level", "INFO"))
@@ -171,16 +169,11 @@ class ConsoleSink:
             self._print(_SEPARATOR.join([self._step(record), "held out:", *_plain(_fields(_EVAL_FIELDS, record))]))
         else:
             self._unshown_records += 1
-            if self._is_due(record):
+            passed_s = record.time_s - self._shown.time_s if self._shown is not None else math.inf
+            by_count = self._every_records is not None and self._unshown_records >= self._every_records
+            # A clock that was set back must not silence the display until it has caught up.
+            if by_count or passed_s >= self._every_s or passed_s < 0:
                 self._print_train(record)
-
-    def _is_due(self, record: Record) -> bool:
-        if self._shown is None:
-            return True
-        passed_s = record.time_s - self._shown.time_s
-        # A clock that was set back must not silence the display until it has caught up.
-        by_count = self._every_records is not None and self._unshown_records >= self._every_records
-        return by_count or passed_s >= self._every_s or passed_s < 0
 
     def _print_train(self, record: Record) -> None:
         self._shown, self._unshown_records = record, 0

@@ -150,7 +150,11 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def _panels(runs: Sequence[_Run], metrics: list[str] | None) -> list[str]:
     """The metric of each panel."""
     known = {
-        name for run in runs for record in run.records for name, value in record.values.items() if _is_number(value)
+        name
+        for run in runs
+        for record in run.records
+        for name, value in record.values.items()
+        if isinstance(value, (int, float))
     }
     if metrics is None:
         wanted = [name for name in ("loss", *_HELD_OUT_FIGURES, "lr") if name in known]
@@ -203,7 +207,8 @@ def _draw_panel(axes: Axes, runs: Sequence[_Run], metric: str) -> None:
         steps, values = run.series("train", metric)
         if steps.size:
             drawn.append(values)
-            width = _smoothing_width(values.size) if metric not in _EXACT else 1
+            # About a thirtieth of all records, an odd number; fewer than 20 are not smoothed.
+            width = 1 if metric in _EXACT or values.size < 20 else max(3, values.size // 30 | 1)
             if width > 1:
                 axes.plot(steps, values, color=run.colour, alpha=0.35, linewidth=0.8)
                 (line,) = axes.plot(steps, _moving_mean(values, width), color=run.colour, linewidth=1.8)
@@ -223,8 +228,10 @@ def _draw_panel(axes: Axes, runs: Sequence[_Run], metric: str) -> None:
             )  # fmt: skip
             styles["held out"] = line
     axes.set_title(_LABELS.get(metric, metric.replace("_", " ")), fontsize=11)
-    # The same extent for all panels.
-    axes.set_xlim(*_extent(runs))
+    # From the first to the last record of all runs, with a margin: the same for all panels.
+    recorded = [record.step for run in runs for record in run.records]
+    margin = max(0.02 * (max(recorded) - min(recorded)), 0.5)
+    axes.set_xlim(min(recorded) - margin, max(recorded) + margin)
     axes.set_xlabel("step (weight updates)")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.grid(True, color="#DDDDDD", linewidth=0.6)
@@ -254,22 +261,6 @@ def _numbers(record: Record, kind: RecordKind, metric: str) -> list[float]:
     if not isinstance(value, (int, float)):
         return []
     return [float(value) if math.isfinite(value) else math.nan]
-
-
-def _extent(runs: Sequence[_Run]) -> tuple[float, float]:
-    """The steps from the first to the last record of all runs, with a margin."""
-    steps = [record.step for run in runs for record in run.records]
-    margin = max(0.02 * (max(steps) - min(steps)), 0.5)
-    return min(steps) - margin, max(steps) + margin
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float))
-
-
-def _smoothing_width(points: int) -> int:
-    """Records that a smoothed point averages: about a thirtieth of all, odd; fewer than 20 are not smoothed."""
-    return 1 if points < 20 else max(3, points // 30 | 1)
 
 
 def _moving_mean(values: Floats, width: int) -> Floats:

@@ -31,8 +31,6 @@ from hrm_ray.model.transforms.peft import Adapters, apply_peft
 from hrm_ray.model.transforms.quantise import quantise_projections
 from hrm_ray.model.transforms.single_expert import train_single_expert
 from hrm_ray.settings.adaptive_lr import AdaptiveLrSettings
-from hrm_ray.settings.memory import MemorySettings
-from hrm_ray.settings.optimizer import OptimizerSettings
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.adaptive_lr import AdaptiveLr
 from hrm_ray.train.attention_choice import kernel_of
@@ -76,14 +74,17 @@ def assemble(
         apply_activation_checkpointing(model)
     objective = _objective(model, settings, adapters)
     precision = choose_precision(memory.amp, memory.amp_dtype, memory.model_dtype, world.device)
-    chosen = settings.cluster.strategy_for(world.size)
-    if chosen == "single" and world.size > 1:
+    strategy_name = settings.cluster.strategy_for(world.size)
+    if strategy_name == "single" and world.size > 1:
         raise RuntimeError(f"the strategy single has one worker, and there are {world.size}")
-    strategy = STRATEGIES[chosen](world, precision)
+    strategy = STRATEGIES[strategy_name](world, precision)
     strategy.prepare(objective, _build_optimizer(settings, world, adapters), settings.optimizer.ema)
-    shape = BatchSize(
-        settings.optimizer.batch_size, settings.optimizer.gradient_accumulation_steps, world.rank, world.size
+    chosen = settings.optimizer
+    schedule = Schedule(
+        chosen.lr_schedule, chosen.warmup_steps, schedule_steps, chosen.lr_min_ratio, chosen.wsd_decay_ratio
     )
+    adaptive = AdaptiveLr(adaptive_lr, chosen.warmup_steps) if adaptive_lr is not None else None
+    shape = BatchSize(chosen.batch_size, chosen.gradient_accumulation_steps, world.rank, world.size)
     carried = config.task == "puzzle" and settings.model.supervision == "segment"
     table = model.embedding.puzzle_emb if isinstance(model, ActV1) else None
     parts = TrainState(
@@ -91,15 +92,13 @@ def assemble(
         objective=objective,
         loader=_loader(settings, config, data, shape, carried),
         shape=shape,
-        lr_schedule=_lr_schedule(settings.optimizer, schedule_steps, adaptive_lr),
+        lr_schedule=LrSchedule(schedule, chosen.lr, chosen.puzzle_emb_lr, adaptive),
         wanted=wanted_columns(config),
         carried=carried,
-        grad_clip=settings.optimizer.grad_clip,
-        max_bad_steps=settings.optimizer.max_bad_steps,
+        grad_clip=chosen.grad_clip,
+        max_bad_steps=chosen.max_bad_steps,
         seed=settings.run.seed,
-        sparse=SparseSignSGD(table, settings.optimizer.puzzle_emb_weight_decay)
-        if table is not None and table.trained
-        else None,
+        sparse=SparseSignSGD(table, chosen.puzzle_emb_weight_decay) if table is not None and table.trained else None,
         scaler=LossScaler() if precision.scaled else None,
         adapters=adapters,
         compiled=calls,
@@ -124,14 +123,18 @@ def _transform(model: nn.Module, settings: RunSettings, schedule_steps: int) -> 
 
 
 def _objective(model: ActV1 | Transformer, settings: RunSettings, adapters: Adapters | None) -> AnyObjective:
-    chosen = settings.model
+    chosen, memory = settings.model, settings.memory
+    chunking: Chunking | None = None
+    if memory.use_chunked_training:
+        exact = memory.chunk_gradients == "exact"
+        chunking = Chunking(memory.chunk_size, exact=exact, offload=memory.cpu_offload)
     objective = build_objective(
         model,
         cast(LossKind, chosen.loss),
         supervision=str(chosen.supervision),
         halt_margin=chosen.halt_margin,
         router_losses=RouterLosses(chosen.moe_load_balance_coef, chosen.moe_router_z_coef),
-        chunking=_chunking(settings.memory),
+        chunking=chunking,
     )
     if adapters is not None and adapters.ranks is not None:
         regularise(objective, adapters.ranks.regulariser())
@@ -149,12 +152,6 @@ def _build_optimizer(settings: RunSettings, world: World, adapters: Adapters | N
     return build
 
 
-def _chunking(memory: MemorySettings) -> Chunking | None:
-    if not memory.use_chunked_training:
-        return None
-    return Chunking(memory.chunk_size, exact=memory.chunk_gradients == "exact", offload=memory.cpu_offload)
-
-
 def _loader(
     settings: RunSettings, config: ModelConfig, data: SampleSet | TextStream, shape: BatchSize, carried: bool
 ) -> BatchLoader:
@@ -166,9 +163,3 @@ def _loader(
         return RolloutLoader(data, shape, seed=seed, linear=linear, stop_condition=stop_condition)
     explore = exploration(seed, settings.model.halt_exploration_prob or 0.0, config.halt_max_steps)
     return SlotLoader(data, shape, seed=seed, linear=linear, stop_condition=stop_condition, explore=explore)
-
-
-def _lr_schedule(chosen: OptimizerSettings, steps: int, adaptive_lr: AdaptiveLrSettings | None) -> LrSchedule:
-    schedule = Schedule(chosen.lr_schedule, chosen.warmup_steps, steps, chosen.lr_min_ratio, chosen.wsd_decay_ratio)
-    adaptive = AdaptiveLr(adaptive_lr, chosen.warmup_steps) if adaptive_lr is not None else None
-    return LrSchedule(schedule, chosen.lr, chosen.puzzle_emb_lr, adaptive)

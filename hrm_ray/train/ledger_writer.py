@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from hrm_ray.data.catalog import Catalog
 from hrm_ray.data.stream import ConsumedRange, append_ranges
 from hrm_ray.errors import DataError, Fault
-from hrm_ray.ledger import BlockLength, Lease, Span, SynchronousRun, open_ledger
+from hrm_ray.ledger import BlockLength, Span, SynchronousRun, open_ledger
 from hrm_ray.ledger.export import export
 from hrm_ray.rundir import RunDir
 
@@ -57,7 +57,11 @@ class LedgerWriter:
         self._head = None if resume_point is None else resume_point.step
         self._of_head: list[ConsumedRange] = [] if resume_point is None else list(resume_point.trained)
         if resume_point is not None:
-            self._settle(resume_point)
+            # If the run died between the commit of a round and the rename of its checkpoint, the round gets the ranges
+            # of the checkpoint that exists.
+            known = self._ledger.round(resume_point.step)
+            if known is not None and known.checksum != resume_point.checksum:
+                self._enter(resume_point.step, resume_point.trained, resume_point.checksum, False)
 
     def covered(self, step: int, trained: Sequence[ConsumedRange]) -> list[ConsumedRange]:
         """The ranges of the round of `step`, when `trained` was read since the checkpoint before.
@@ -72,13 +76,6 @@ class LedgerWriter:
         """Commit the round of a checkpoint whose files are written, before its rename; `checksum` is its manifest's."""
         self._enter(step, covered, checksum, data_ended)
         self._head, self._of_head = step, list(covered)
-
-    def _settle(self, resume_point: ResumePoint) -> None:
-        """If a run died between the commit of a round and the rename of its checkpoint, give the round the ranges of
-        the checkpoint that exists."""
-        known = self._ledger.round(resume_point.step)
-        if known is not None and known.checksum != resume_point.checksum:
-            self._enter(resume_point.step, resume_point.trained, resume_point.checksum, False)
 
     def _enter(self, step: int, covered: Sequence[ConsumedRange], checksum: str, data_ended: bool) -> None:
         parent = self._head
@@ -117,7 +114,10 @@ class LedgerWriter:
                 self._add_new_blocks([BlockLength(item.block, item.chunk_in_block + 1, False)])
         lease = self._run.claim(lambda epoch, position: item.chunk)
         if lease is None or (lease.epoch, lease.chunk, lease.start) != (item.epoch, item.chunk, item.start):
-            raise DataError(self._not_leased(item, lease))
+            given = "nothing" if lease is None else f"chunk {lease.chunk} of epoch {lease.epoch} from {lease.start} on"
+            value = f"chunk {item.chunk} of epoch {item.epoch} from sequence {item.start} on"
+            reason = f"was trained, but the ledger of {self._run_dir.root} leases {given}"
+            raise DataError(Fault(value, reason, "Resume from the last checkpoint with --resume"))
         self._run.measure(item.chunk, item.sequences)
 
     def _add_new_blocks(self, found: Sequence[BlockLength]) -> None:
@@ -138,9 +138,3 @@ class LedgerWriter:
         if blocks and not blocks[-1].sealed:
             self._ledger.add_blocks([BlockLength(blocks[-1].block, blocks[-1].chunks, True)])
         self._ledger.end_data()
-
-    def _not_leased(self, item: ConsumedRange, lease: Lease | None) -> Fault:
-        given = "nothing" if lease is None else f"chunk {lease.chunk} of epoch {lease.epoch} from {lease.start} on"
-        value = f"chunk {item.chunk} of epoch {item.epoch} from sequence {item.start} on"
-        reason = f"was trained, but the ledger of {self._run_dir.root} leases {given}"
-        return Fault(value, reason, "Resume from the last checkpoint with --resume")

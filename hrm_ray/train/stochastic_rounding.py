@@ -48,7 +48,8 @@ def uniform(count: int, start: int, key: str, device: torch.device) -> Tensor:
     Each number is an integer hash of index and key, hence the same on every device; a torch.Generator's sequence
     depends on the kind of GPU. Hash: "lowbias32" (Wellons, hash-prospector), keyed before and between its rounds.
     """
-    first, second = _key_words(key)
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    first, second = (_signed(int.from_bytes(digest[at : at + 4], "little")) for at in (0, 4))
     # int32 arithmetic wraps round.
     mixed = torch.arange(count, dtype=torch.int32, device=device).add_(_signed((first + start) % 2**32))
     mixed = _xor_shifted(mixed, 16).mul_(0x7FEB352D)
@@ -60,11 +61,6 @@ def uniform(count: int, start: int, key: str, device: torch.device) -> Tensor:
 def _xor_shifted(bits: Tensor, by: int) -> Tensor:
     """bits ^ (bits >> by) with a logical shift, in place; the mask clears the copies of the sign bit."""
     return bits.bitwise_xor_((bits >> by).bitwise_and_((1 << (32 - by)) - 1))
-
-
-def _key_words(key: str) -> tuple[int, int]:
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    return tuple(_signed(int.from_bytes(digest[at : at + 4], "little")) for at in (0, 4))  # type: ignore[return-value]
 
 
 def _signed(word: int) -> int:
