@@ -119,18 +119,15 @@ def _load(paths: Sequence[Path]) -> list[_Run]:
             faults.append(
                 Fault(str(file), "the run has no train or eval records", "Train it for some steps, or leave it out")
             )
-        runs.append(_Run(name, _colour(index, len(paths)), records))
+        colour = _COLOURS[index % len(_COLOURS)]
+        if len(paths) > len(_COLOURS):
+            # More runs than colours: evenly spaced hues.
+            red, green, blue = colorsys.hsv_to_rgb(index / len(paths), 0.85, 0.55 + 0.3 * (index % 2))
+            colour = f"#{round(255 * red):02X}{round(255 * green):02X}{round(255 * blue):02X}"
+        runs.append(_Run(name, colour, records))
     if faults:
         raise DataError(faults) if all(path.exists() for path in paths) else SettingsError(faults)
     return runs
-
-
-def _colour(index: int, runs: int) -> str:
-    """A run's colour: of the palette, or evenly spaced hues if there are more runs than colours."""
-    if runs <= len(_COLOURS):
-        return _COLOURS[index]
-    red, green, blue = colorsys.hsv_to_rgb(index / runs, 0.85, 0.55 + 0.3 * (index % 2))
-    return f"#{round(255 * red):02X}{round(255 * green):02X}{round(255 * blue):02X}"
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

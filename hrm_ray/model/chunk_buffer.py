@@ -121,26 +121,21 @@ class ChunkBuffer:
             return
         if self._row is None:
             shape = list(tensor.shape)
-            shape[self._dim] = self._capacity()
+            shape[self._dim] = self.parts[-1].stop
+            if self._window is not None:
+                # The positions of a window and a chunk.
+                longest = max(each.stop - each.start for each in self.parts)
+                shape[self._dim] = min(self.parts[-1].stop, self._window - 1 + longest)
             self._row = tensor.new_empty(shape)
         # Under mixed precision the starting states are narrower than the states that replace them.
         self._row = self._row.to(torch.promote_types(self._row.dtype, tensor.dtype))
         if part.stop - self._origin > self._row.shape[self._dim]:
-            self._slide(first_seen(part.start, self._window), part.start)
+            # What this chunk still sees moves to the beginning of the tensor.
+            first = first_seen(part.start, self._window)
+            kept = self._span(first, part.start).clone()
+            self._origin = first
+            self._span(first, part.start).copy_(kept)
         self._span(part.start, part.stop).copy_(tensor)
-
-    def _capacity(self) -> int:
-        """Positions to allocate: all, or those of a window and a chunk."""
-        length = self.parts[-1].stop
-        if self._window is None:
-            return length
-        return min(length, self._window - 1 + max(part.stop - part.start for part in self.parts))
-
-    def _slide(self, first: int, stop: int) -> None:
-        """Move positions `first` to `stop` to the beginning of the tensor."""
-        kept = self._span(first, stop).clone()
-        self._origin = first
-        self._span(first, stop).copy_(kept)
 
     def _span(self, first: int, stop: int) -> Tensor:
         if self._row is None:

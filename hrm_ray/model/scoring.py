@@ -85,8 +85,10 @@ class _ScoresInPieces(torch.autograd.Function):
             to_logits = _gradient_of_logits(F.linear(piece, head), labels[part], ctx.kind, gradients[0][part])
             if to_hidden is not None:
                 to_hidden[part] = (to_logits @ head).to(hidden.dtype)
-            if to_weight is not None:
-                _add_product(to_weight, to_logits, piece)
+            if to_weight is not None and to_logits.dtype == to_weight.dtype:
+                to_weight.addmm_(to_logits.t(), piece)
+            elif to_weight is not None:
+                to_weight.add_(to_logits.t() @ piece)
         return to_hidden, None if to_weight is None else to_weight.to(weight.dtype), None, None, None, None
 
 
@@ -102,11 +104,3 @@ def _gradient_of_logits(logits: Tensor, labels: Tensor, kind: LossKind, gradient
         leaf = logits.detach().requires_grad_()
         loss = CROSS_ENTROPIES[kind](leaf, labels)
     return torch.autograd.grad(loss, leaf, gradient)[0]
-
-
-def _add_product(total: Tensor, to_logits: Tensor, piece: Tensor) -> None:
-    """total [V, D] += to_logits^T piece, in one operation if the types are equal."""
-    if to_logits.dtype == total.dtype:
-        total.addmm_(to_logits.t(), piece)
-    else:
-        total.add_(to_logits.t() @ piece)

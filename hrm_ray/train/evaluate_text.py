@@ -27,8 +27,6 @@ POSITIONS_AT_ONCE = 2048
 """Chunk size of longer rows, where the training objective has none."""
 
 Sums = dict[str, Tensor]
-
-
 TextObjectives: TypeAlias = RolloutOnText[Any] | OnePassOnText[Any]
 
 

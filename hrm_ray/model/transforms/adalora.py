@@ -130,13 +130,10 @@ class RankSchedule:
                 averages[average][name] = tensor.to(device)
         self.updates = int(state[_UPDATES])
         if _TOTAL_STEPS in state:  # missing in checkpoints of older versions
-            self._keep_to(RankPlan.over(int(state[_TOTAL_STEPS]), self.plan.last_rank))
+            self.plan = RankPlan.over(int(state[_TOTAL_STEPS]), self.plan.last_rank)
+            for name, value in self.plan.for_peft().items():
+                setattr(self._config, name, value)
         self._config.rank_pattern = json.loads(bytes(state[_PATTERN].tolist()))
-
-    def _keep_to(self, plan: RankPlan) -> None:
-        self.plan = plan
-        for name, value in plan.for_peft().items():
-            setattr(self._config, name, value)
 
     def _averages(self) -> dict[str, dict[str, Tensor]]:
         """The allocator's state by adapter tensor: its last importance, the mean importance and its variation."""
