@@ -8,6 +8,7 @@ adaptive decoding a halted token leaves copies of its last keys and values in th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from hrm_ray.bundle.store import open_bundle
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataError, Fault, SettingsError
 from hrm_ray.model.actv1 import ActV1
-from hrm_ray.model.layers import Context, KeysValues, Site
+from hrm_ray.model.layers import Attention, Block, Context, KeysValues, Site, call
 from hrm_ray.model.scope import AttentionScope, text_scope
 from hrm_ray.model.transformer import Transformer
 from hrm_ray.rundir import RunDir
@@ -305,3 +306,42 @@ class Completion:
     def _text_of(self, previous: list[int], pending: list[int]) -> str:
         decode = self._tokenizer.decode
         return decode(previous + pending)[len(decode(previous)) :]
+
+
+def sample_text(
+    model: ActV1 | Transformer,
+    tokenizer: TextTokenizer,
+    prompt: str,
+    *,
+    sampling: Sampling,
+    max_new_tokens: int,
+    seed: int = 0,
+) -> str:
+    """The continuation of `prompt` by a model that is being trained, with its present weights.
+
+    The model's mode and PyTorch's random numbers are as before afterwards, so training is the same to the bit with
+    and without it. Call it where the whole weights are (inside `strategy.evaluating()`), and under mixed precision
+    inside `precision.computing(device)`. Raises SettingsError for a prompt that is not UTF-8.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), _uncompiled(model):
+            text = TextModel(model, tokenizer)
+            return "".join(text.complete(prompt, sampling=sampling, max_new_tokens=max_new_tokens, seed=seed))
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _uncompiled(model: ActV1 | Transformer) -> Iterator[None]:
+    """The blocks of `model` run eagerly inside: they would be compiled once for each length of the text."""
+    blocks = [module for module in model.modules() if isinstance(module, Block | Attention)]
+    calls = [block.call for block in blocks]
+    try:
+        for block in blocks:
+            block.call = call
+        yield
+    finally:
+        for block, before in zip(blocks, calls, strict=True):
+            block.call = before

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hrm_ray.errors import UnavailableError
+from hrm_ray.inference.text import Sampling, sample_text
 from hrm_ray.model.transforms import compile as compiling
 from hrm_ray.model.transforms.compile import CompiledCalls, compile_notes, compile_obstacle, compiles
 from hrm_ray.settings.tree import RunSettings
@@ -115,6 +116,27 @@ def test_evaluation_compiles_once_for_each_size_of_a_batch() -> None:
         steps(loop, 1)
         evaluate(loop.parts.objective, held_out, loop.world)
     assert graphs(loop) == after
+
+
+def test_sampling_a_text_while_training_compiles_nothing() -> None:
+    """Each length of the text would be a graph."""
+
+    class Tokenizer:
+        end_of_text_id = -1
+
+        def encode(self, text: str) -> list[int]:
+            return list(range(1, 1 + len(text)))
+
+        def decode(self, ids: list[int]) -> str:
+            return "".join(map(chr, ids))
+
+    loop = loop_of("text", True)
+    steps(loop, 1)
+    before = graphs(loop)
+    model = loop.parts.objective.model
+    sample_text(model, Tokenizer(), "abc", sampling=Sampling(0.0), max_new_tokens=5)  # type: ignore[arg-type]
+    steps(loop, 1)
+    assert graphs(loop) == before
 
 
 def test_a_backend_that_fails_leaves_eager_blocks_and_one_warning(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hrm_ray.errors import SettingsError
@@ -24,9 +25,13 @@ from hrm_ray.inference.text import (
     TextModel,
     draw,
     generate,
+    sample_text,
 )
 from hrm_ray.model.layers import Context
 from hrm_ray.model.scope import AttentionScope
+from hrm_ray.train.assemble import assemble
+from hrm_ray.train.world import World
+from tests.support.splits import Cut, Rows, config_for, settings_for
 from tests.support.tiny_models import VOCAB, between, tiny_actv1, tiny_config, tiny_model
 
 CHANCES = [0.5, 0.25, 0.125, 0.125]
@@ -280,14 +285,17 @@ def test_decoding_does_not_start_over_for_each_piece() -> None:
     assert decoded[1] <= 8.5 * decoded[0]
 
 
+class SmallTokenizer(ByteTokenizer):
+    """Encodes bytes as the tokens of a tiny model."""
+
+    end_of_text_id = 0
+
+    def encode(self, text: str) -> list[int]:
+        return [1 + byte % 18 for byte in text.encode()]
+
+
 def completion(prompt: str = "abc", count: int = 4, adaptive: bool = False, **config: Any) -> Completion:
-    class Tokenizer(ByteTokenizer):
-        end_of_text_id = 0
-
-        def encode(self, text: str) -> list[int]:
-            return [1 + byte % 18 for byte in text.encode()]
-
-    model = TextModel(tiny_model(tiny_config(**({"seq_len": 4} | config))), Tokenizer())  # type: ignore[arg-type]
+    model = TextModel(tiny_model(tiny_config(**({"seq_len": 4} | config))), SmallTokenizer())  # type: ignore[arg-type]
     return model.complete(prompt, sampling=Sampling(0.0), max_new_tokens=count, seed=1, adaptive=adaptive)
 
 
@@ -320,3 +328,28 @@ def test_adaptive_decoding_needs_a_trained_halting_head(config: dict[str, Any]) 
 def test_a_prompt_that_is_no_text() -> None:
     with pytest.raises(SettingsError, match="UTF-8"):
         completion("\ud800")
+
+
+@pytest.mark.parametrize("scenario", ["text-experts", "transformer"])
+def test_sampling_between_steps_leaves_training_as_it_is(scenario: str) -> None:
+    """A loop with dropout takes the same steps, to the bit, with a text sampled after each."""
+
+    def trained(samples: bool) -> tuple[list[Tensor], list[str]]:
+        chosen = settings_for(scenario, "sgd", Cut(1, 1, 8))
+        chosen = chosen.model_copy(update={"model": chosen.model.model_copy(update={"dropout_rate": 0.2})})
+        config = config_for(chosen)
+        loop = assemble(chosen, config, Rows(config.task), World.here("cpu", 1), 10)
+        model, texts = loop.parts.objective.model, []
+        for _ in range(3):
+            assert loop.step() is not None
+            if samples:
+                before = torch.random.get_rng_state()
+                texts.append(sample_text(model, SmallTokenizer(), "ab", sampling=Sampling(1.0), max_new_tokens=9))
+                assert torch.equal(torch.random.get_rng_state(), before)
+                assert all(module.training for module in model.modules())
+        return [tensor.clone() for tensor in model.state_dict().values()], texts
+
+    with_samples, texts = trained(samples=True)
+    without, _ = trained(samples=False)
+    assert all(map(torch.equal, with_samples, without))
+    assert len(texts) == 3 and all(texts)
