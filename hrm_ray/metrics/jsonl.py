@@ -123,7 +123,17 @@ def _from_line(line: bytes) -> Record:
         raise _NotARecordError(f"step is {step!r}, not a whole number")
     if not isinstance(time_s, (int, float)) or isinstance(time_s, bool):
         raise _NotARecordError(f"time_s is {time_s!r}, not a number")
-    return Record(_KINDS[kind], step, time_s, {name: _number(value) for name, value in flat.items()})
+    values = {name: _number(value) for name, value in flat.items()}
+    if kind == "train" and "lm_loss" in values:
+        values = _without_old_names(values)
+    return Record(_KINDS[kind], step, time_s, values)
+
+
+def _without_old_names(values: dict[str, Any]) -> dict[str, Any]:
+    """A training record of version 0.1 under today's names; its `loss` was the whole objective."""
+    accuracy = "cell_accuracy" if "exact_accuracy" in values or "q_continue_loss" in values else "token_accuracy"
+    names = {"loss": "objective", "lm_loss": "loss", "accuracy": accuracy}
+    return {names.get(name, name): value for name, value in values.items()}
 
 
 def _jsonable(value: Any) -> Any:

@@ -30,6 +30,9 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 
 _LABELS = {
     "loss": "loss (nats)",
+    "objective": "objective (all loss terms)",
+    "segment_loss": "loss of all segments (nats)",
+    "act_steps": "segments per puzzle",
     "lr": "learning rate",
     "bits_per_byte": "bits per byte",
     "exact_accuracy": "exact accuracy",
@@ -58,19 +61,11 @@ class _Run:
 
     def series(self, kind: RecordKind, metric: str) -> tuple[Floats, Floats]:
         """Steps and values of a metric; values that are not finite become gaps."""
-        metric = self._shown(kind, metric)
         points = [(float(record.step), value) for record in self.records for value in _numbers(record, kind, metric)]
         return np.array([step for step, _ in points]), np.array([value for _, value in points])
 
     def has(self, kind: RecordKind, metric: str) -> bool:
-        metric = self._shown(kind, metric)
         return any(_numbers(record, kind, metric) for record in self.records)
-
-    def _shown(self, kind: RecordKind, metric: str) -> str:
-        """`loss` of training includes the halting loss; lm_loss is what compares with the evaluation loss."""
-        if (kind, metric) == ("train", "loss") and any(_numbers(record, kind, "lm_loss") for record in self.records):
-            return "lm_loss"
-        return metric
 
 
 def plot_runs(runs: list[Path], out: Path, metrics: list[str] | None = None) -> Path:

@@ -165,12 +165,12 @@ class PuzzleObjective(Objective[PuzzleCarry]):
         labels, active = view.carry.data["labels"], view.carry.data["active"]
         supervised = labels != IGNORE_LABEL
         counts = supervised.sum(-1)
-        lm_rows = self.cross_entropy(view.logits, labels).sum(-1) / counts.clamp(min=1)
+        loss_rows = self.cross_entropy(view.logits, labels).sum(-1) / counts.clamp(min=1)
         hit = supervised & (view.logits.argmax(-1) == labels)
         correct = hit.sum(-1) == counts
         halt_rows = _bce_rows(view.q_halt, correct.float())
         terms = [
-            Term("lm_loss", sum_over_active(active, lm_rows), "rows"),
+            Term("segment_loss", sum_over_active(active, loss_rows), "rows"),
             Term("q_halt_loss", sum_over_active(active, halt_rows), "rows", 0.5),
         ]
         if view.target_q_continue is not None:
@@ -180,7 +180,7 @@ class PuzzleObjective(Objective[PuzzleCarry]):
         rows = active.sum()
         metrics = {term.name: (term.total.detach(), rows) for term in terms} | router_metrics
         with torch.no_grad():
-            metrics |= _halted_metrics(view, active & (counts > 0), hit, counts, correct)
+            metrics |= _halted_metrics(view, active & (counts > 0), loss_rows, hit, counts, correct)
         return SegmentOutput((*terms, *routed), view.carry, metrics)
 
 
@@ -189,13 +189,17 @@ def _bce_rows(scores: Tensor, target: Tensor) -> Tensor:
 
 
 def _halted_metrics(
-    view: PuzzleView, valid: Tensor, hit: Tensor, counts: Tensor, correct: Tensor
+    view: PuzzleView, valid: Tensor, loss_rows: Tensor, hit: Tensor, counts: Tensor, correct: Tensor
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Sums over rows that halted after this segment and have supervised labels, each with their number."""
+    """Sums over rows that halted after this segment and have supervised labels, each with their number.
+
+    Like those of an evaluation they describe the answer that a row ends with.
+    """
     done = view.carry.halted & valid
     number = done.sum()
     return {
-        "accuracy": (sum_over_active(done, hit.float().sum(-1) / counts.clamp(min=1)), number),
+        "loss": (sum_over_active(done, loss_rows), number),
+        "cell_accuracy": (sum_over_active(done, hit.float().sum(-1) / counts.clamp(min=1)), number),
         "exact_accuracy": ((done & correct).sum(), number),
         "q_halt_accuracy": ((done & ((view.q_halt >= 0) == correct)).sum(), number),
         "act_steps": (torch.where(done, view.carry.steps, 0).sum(), number),

@@ -72,16 +72,22 @@ class RolloutOnText(Objective[CarryT]):
         routed: RouterOutcome,
     ) -> SegmentOutput[TextCarry]:
         """The losses of a segment that started from `carry` and ended in `states`, for whole rows or a chunk of them;
-        sums over valid tokens. `routed` are the routers' terms and metrics."""
+        sums over valid tokens. `routed` are the routers' terms and metrics.
+
+        Metrics: `segment_loss` is the token loss of every segment, the main part of the objective; `loss` and
+        `token_accuracy` are those of the last segment, as in an evaluation.
+        """
         scored = score_tokens(states.z_h, self.model.lm_head.weight, labels, self.loss_kind)
         token_loss, valid = scored.loss, labels != IGNORE_LABEL
         halting, halting_metrics = self._halting_term(carry, token_loss.detach().float(), valid)
-        terms = (Term("lm_loss", token_loss.sum(), "tokens"), halting, *routed[0])
+        terms = (Term("segment_loss", token_loss.sum(), "tokens"), halting, *routed[0])
         count = valid.sum()
         metrics = routed[1] | halting_metrics
+        if self.segments_per_step > 1:
+            metrics["segment_loss"] = (token_loss.detach().sum(), count)
         if carry.segments + 1 == self.segments_per_step:
-            metrics["lm_loss"] = (token_loss.detach().sum(), count)
-            metrics["accuracy"] = (scored.hit.sum(), count)
+            metrics["loss"] = (token_loss.detach().sum(), count)
+            metrics["token_accuracy"] = (scored.hit.sum(), count)
         new_carry = TextCarry(states.detach(), token_loss.detach().float(), carry.segments + 1)
         return SegmentOutput(terms, new_carry, metrics)
 
@@ -157,10 +163,10 @@ class OnePassOnText(Objective[CarryT]):
         scored = score_tokens(hidden, self.model.lm_head.weight, labels, self.loss_kind)
         token_loss, count = scored.loss, (labels != IGNORE_LABEL).sum()
         metrics = routed[1] | {
-            "lm_loss": (token_loss.detach().sum(), count),
-            "accuracy": (scored.hit.sum(), count),
+            "loss": (token_loss.detach().sum(), count),
+            "token_accuracy": (scored.hit.sum(), count),
         }
-        return (Term("lm_loss", token_loss.sum(), "tokens"), *routed[0]), metrics
+        return (Term("segment_loss", token_loss.sum(), "tokens"), *routed[0]), metrics
 
 
 class TransformerObjective(OnePassOnText[NoCarry]):

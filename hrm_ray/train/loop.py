@@ -264,7 +264,7 @@ class TrainingLoop:
             if parts.carried:
                 carries.append(carry)
         # Each rank's loss is its part of the step's loss, so the ranks' weights add up to one step.
-        metrics.add({"loss": (torch.zeros(()), share)})
+        metrics.add({"objective": (torch.zeros(()), share)})
         return metrics, carries
 
     def _pass(self, batch: Batch, carry: Any, totals: dict[str, float], scale: float, metrics: MetricTotals) -> Any:
@@ -275,7 +275,7 @@ class TrainingLoop:
         loss = weighted_loss(output, totals)
         self.parts.strategy.backward(loss * scale)
         metrics.add(output.metrics)
-        metrics.add({"loss": (loss.detach(), torch.zeros(()))})
+        metrics.add({"objective": (loss.detach(), torch.zeros(()))})
         return output.carry
 
     def _update_applied(self, rows: tuple[Tensor, Tensor] | None, puzzle_emb_lr: float, samples: float) -> None:
@@ -301,7 +301,7 @@ class TrainingLoop:
         """Give the adaptive learning rate this step's loss."""
         if self.parts.lr_schedule.adaptive is None:
             return None
-        loss = metrics.pairs["loss"][0].to(self.world.device, self.count_type)
+        loss = metrics.pairs["objective"][0].to(self.world.device, self.count_type)
         return self.parts.lr_schedule.adaptive.observe(self.clock.position, loss, self.parts.strategy.sum_over_ranks)
 
     def _update_skipped(self, number: int, norm: float, samples: float) -> None:

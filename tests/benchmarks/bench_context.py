@@ -96,7 +96,7 @@ def measure(way: str, length: int, steps: int, threads: int, amp: bool) -> None:
     losses = []
     for _ in range(steps):
         taken.append(spent(loop.step))
-        losses.append(loop.flush_metrics()["lm_loss"])
+        losses.append(loop.flush_metrics()["loss"])
     found = {"resting_bytes": resting, "peak_bytes": peak_bytes(), "losses": losses}
     found |= {"step_s": [each.wall_s for each in taken], "step_cpu_s": [each.cpu_s for each in taken]}
     print(json.dumps(found))

@@ -136,10 +136,10 @@ def time_variant(case: Case, variant: str, steps: int, device: str, memory: Mapp
         torch.cuda.reset_peak_memory_stats()
     loop = build_loop(case, compiled, activations, device, memory)
     first_s = timed_s(loop.step, device)
-    losses = [loop.flush_metrics()["loss"]]
+    losses = [loop.flush_metrics()["objective"]]
     for _ in range(WARM_UP_STEPS):
         loop.step()
-        losses.append(loop.flush_metrics()["loss"])
+        losses.append(loop.flush_metrics()["objective"])
     calls = loop.parts.compiled
     settled = time.monotonic() + SETTLE_S
     while calls is not None and time.monotonic() < settled:

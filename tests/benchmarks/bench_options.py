@@ -133,7 +133,7 @@ def loss_after(loop: TrainingLoop, steps: int) -> tuple[float, float]:
     losses = []
     for _ in range(steps):
         loop.step()
-        losses.append(loop.flush_metrics()["lm_loss"])
+        losses.append(loop.flush_metrics()["loss"])
     tenth = max(1, steps // 10)
     return statistics.fmean(losses[:tenth]), statistics.fmean(losses[-tenth:])
 

@@ -92,7 +92,7 @@ def run_feature(name: str, ranks: int, folder: Path, device: str = "cpu") -> Con
     for _ in range(STEPS):
         report = loop.step()
         assert report is not None and report.applied
-        losses.append(loop.flush_metrics()["loss"])
+        losses.append(loop.flush_metrics()["objective"])
     weights = {key: tensor.cpu().clone() for key, tensor in loop.parts.objective.model.state_dict().items()}
     return ConsumedRange(losses, weights)
 

@@ -186,7 +186,7 @@ def run(scenario: str, optimizer: str, cut: Cut, device: str = "cpu") -> Result:
         report = loop.step()
         assert report is not None and report.applied
         logged = loop.flush_metrics()
-        losses.append(logged["loss"])
+        losses.append(logged["objective"])
         metrics = metrics or logged
         for carry in loop.carries or []:
             halted_early += int((carry.halted & carry.data["active"] & (carry.steps < config.halt_max_steps)).sum())

@@ -82,7 +82,7 @@ def test_the_logged_loss_is_steadier() -> None:
         losses = []
         for _ in range(20):
             assert loop.step() is not None
-            losses.append(loop.flush_metrics()["loss"])
+            losses.append(loop.flush_metrics()["objective"])
         variance[accumulation] = float(np.var(losses))
     assert 0 < variance[16] <= 0.5 * variance[1]
 

@@ -58,7 +58,7 @@ def steps(loop: TrainingLoop, number: int) -> list[float]:
         report = loop.step()
         assert report is not None
         norms.append(report.norm)
-    return [*norms, loop.flush_metrics()["loss"]]
+    return [*norms, loop.flush_metrics()["objective"]]
 
 
 def graphs(loop: TrainingLoop) -> int:

@@ -23,6 +23,7 @@ from hrm_ray.model.layers import Context
 from hrm_ray.model.objective import AnyObjective, Batch
 from hrm_ray.model.scope import CAUSAL
 from hrm_ray.train.evaluate import EvalSet, better, evaluate
+from hrm_ray.train.loop import MetricTotals, weighted_loss
 from hrm_ray.train.world import World
 from hrm_ray.types import IGNORE_LABEL, Columns
 from tests.support.naive_model import NaiveByToken, NaiveModel, cross_entropies, full_table, text_table
@@ -269,6 +270,39 @@ def test_puzzle_figures(supervision: str, size: int) -> None:
         exact = ((answers.tokens == batch["labels"].numpy()) | ~supervised).all(-1)
         assert exact.mean() == pytest.approx(want[name])
         assert answers.segments.mean() == pytest.approx(want["steps_q_stop"] if stop_by_q else 3)
+
+
+@pytest.mark.parametrize("case", [*TEXT_CASES, "puzzle segment", "puzzle rollout"])
+def test_a_name_means_the_same_in_training_and_evaluation(case: str) -> None:
+    """The rows of an evaluation as one training step: what both report under one name is equal, and the terms' metrics
+    add up to the objective."""
+    if case.startswith("puzzle"):
+        objective = puzzle_objective(case.split()[1])
+        batch = puzzle_batch(2, 9, objective.model.config) | {"min_steps": torch.full((9,), 3, dtype=torch.int32)}
+        with torch.no_grad():
+            objective.model.q_head.bias.copy_(torch.tensor([-50.0, 0.0]))  # no row halts before its last segment
+    else:
+        objective, batch = objective_of(case), held_text(case)
+    segments = objective.model.config.halt_max_steps
+    calls = segments // objective.segments_per_step * objective.segments_per_step
+    held_out = evaluate(objective, EvalSet(HeldRows(batch), len(batch["inputs"]), 1), ALONE)
+    carry, pairs, whole = objective.initial_carry(batch), MetricTotals(), 0.0
+    totals = {name: float(total) for name, total in objective.weights(batch, carry).items()}
+    totals = {name: total * segments / objective.segments_per_step for name, total in totals.items()}
+    with torch.no_grad():
+        for _ in range(calls):
+            output = objective(batch, carry)
+            carry, whole = output.carry, whole + float(weighted_loss(output, totals))
+            pairs.add(output.metrics)
+    trained = {name: float(total / weight) for name, (total, weight) in pairs.pairs.items()}
+    both = trained.keys() & held_out.keys()
+    accuracy = {"cell_accuracy", "exact_accuracy"} if case.startswith("puzzle") else {"token_accuracy"}
+    assert both >= {"loss", *accuracy}
+    same = ("loss", *sorted(accuracy))
+    assert [trained[name] for name in same] == pytest.approx([held_out[name] for name in same], rel=5e-6)
+    halves = sum(trained.get(name, 0.0) for name in ("q_halt_loss", "q_continue_loss")) / 2
+    assert whole == pytest.approx(trained.get("segment_loss", trained["loss"]) + halves, rel=5e-6)
+    assert segments == 1 or abs(trained["segment_loss"] - trained["loss"]) > 1e-4
 
 
 def test_better() -> None:

@@ -20,7 +20,7 @@ from hrm_ray.types import Record
 _FIGURES: dict[str, Any] = {
     "loss": 2.5, "lr": 2e-4, "grad_norm": 0.7, "epoch": 1, "batch_idx": 3, "gradient_accumulation_steps": 2,
     "physical_batch_size": 8, "effective_batch_size": 16, "tokens_per_s": 12345.6, "memory_gb": 1.25, "peak_gb": 1.5,
-    "lm_loss": 2.4, "q_halt_loss": 0.1, "accuracy": 0.5, "exact_accuracy": 0.25, "mean_segments": 1.5,
+    "objective": 2.9, "q_halt_loss": 0.1, "cell_accuracy": 0.5, "exact_accuracy": 0.25, "act_steps": 1.5,
     "skipped_steps": 0,
 }  # fmt: skip
 
@@ -87,8 +87,8 @@ def test_a_plain_line_tells_the_figures() -> None:
     sink = ConsoleSink(stream, total_steps=100)
     sink.write(_train(10))
     assert stream.text() == (
-        "step 10/100  epoch 1  loss 2.5000  lr 2.00e-04  tokens 12,346/s  memory 1.25 GB  exact 25.0 %  accuracy 50.0 %"
-        "  lm loss 2.4000  halt loss 0.1000  segments 1.50  grad norm 0.7000  peak 1.50 GB  batch 16\n"
+        "step 10/100  epoch 1  loss 2.5000  lr 2.00e-04  tokens 12,346/s  memory 1.25 GB  exact 25.0 %  cells 50.0 %"
+        "  objective 2.9000  halt loss 0.1000  segments 1.50  grad norm 0.7000  peak 1.50 GB  batch 16\n"
     )
     assert "\x1b" not in stream.text()
 

@@ -168,3 +168,13 @@ def test_missing_file_is_a_fault(tmp_path: Path) -> None:
 def test_names_of_the_records_own_fields_are_refused() -> None:
     with pytest.raises(ValueError, match="step"):
         to_line(Record("train", 1, 1.0, {"step": 2}))
+
+
+def test_records_of_version_0_1_have_todays_names(tmp_path: Path) -> None:
+    """There `loss` was the whole objective, and `lm_loss` what compares with a held-out loss."""
+    text = {"loss": 3.0, "lm_loss": 2.0, "accuracy": 0.5, "lr": 0.1}
+    puzzle = {**text, "exact_accuracy": 0.25}
+    _write(tmp_path / "m.jsonl", [Record("train", 1, 1.0, text), Record("train", 2, 2.0, puzzle)])
+    first, second = (record.values for record in read_records(tmp_path / "m.jsonl"))
+    assert first == {"objective": 3.0, "loss": 2.0, "token_accuracy": 0.5, "lr": 0.1}
+    assert second == {"objective": 3.0, "loss": 2.0, "cell_accuracy": 0.5, "exact_accuracy": 0.25, "lr": 0.1}

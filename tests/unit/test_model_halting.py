@@ -176,7 +176,7 @@ def test_metrics_of_halting() -> None:
         objective.model.q_head.bias[0] -= between(middle)  # about half of the tokens halt
         first = objective(batch, objective.initial_carry(batch))
         second = objective(batch, first.carry)
-    assert "halt_share" not in first.metrics and "lm_loss" not in first.metrics
+    assert "halt_share" not in first.metrics and "loss" not in first.metrics
     losses = [CROSS_ENTROPIES[objective.loss_kind](scores, batch["labels"]) for scores in logits]
     q_halt = objective.model.halting_scores(first.carry.states.z_h)[0].detach()
     halts = right = count = 0
@@ -188,5 +188,5 @@ def test_metrics_of_halting() -> None:
     assert [float(x) for x in second.metrics["halt_share"]] == [halts, count]
     assert [float(x) for x in second.metrics["q_halt_accuracy"]] == [right, count]
     hits = int(((logits[1].argmax(-1) == batch["labels"]) & (batch["labels"] >= 0)).sum())
-    assert [float(x) for x in second.metrics["accuracy"]] == [hits, count]
-    assert float(second.metrics["lm_loss"][0]) == pytest.approx(float(losses[1].sum()), rel=1e-6)
+    assert [float(x) for x in second.metrics["token_accuracy"]] == [hits, count]
+    assert float(second.metrics["loss"][0]) == pytest.approx(float(losses[1].sum()), rel=1e-6)

@@ -149,9 +149,9 @@ def test_rollout_supervises_every_segment_without_replacement() -> None:
         carry = output.carry
         assert torch.equal(carry.data["inputs"], batch["inputs"])
         assert carry.steps.tolist() == [segment] * ROWS and carry.halted.tolist() == [segment == 3] * ROWS
-        assert {term.name for term in output.terms} == {"lm_loss", "q_halt_loss", "q_continue_loss"}
-        assert float(output.metrics["lm_loss"][1]) == ROWS
-        assert float(output.metrics["accuracy"][1]) == (ROWS if segment == 3 else 0)
+        assert {term.name for term in output.terms} == {"segment_loss", "q_halt_loss", "q_continue_loss"}
+        assert float(output.metrics["segment_loss"][1]) == ROWS
+        assert float(output.metrics["cell_accuracy"][1]) == (ROWS if segment == 3 else 0)
     assert torch.equal(objective(other, carry).carry.data["inputs"], other["inputs"])
 
 
@@ -173,11 +173,11 @@ def test_metrics_count_rows_that_halted_and_have_labels() -> None:
     ]
     assert [all(row) for row in right] == [True, False, False] and any(right[1])
     values = {name: (float(total), float(weight)) for name, (total, weight) in output.metrics.items()}
-    assert values["accuracy"] == (pytest.approx(sum(sum(row) / len(row) for row in right), rel=1e-6), 3.0)
+    assert values["cell_accuracy"] == (pytest.approx(sum(sum(row) / len(row) for row in right), rel=1e-6), 3.0)
     assert values["exact_accuracy"] == (sum(all(row) for row in right), 3.0)
     assert values["q_halt_accuracy"] == (sum(all(row) for row in right), 3.0)
     assert values["act_steps"] == (3.0, 3.0)
-    assert values["lm_loss"][1] == 4.0
+    assert values["segment_loss"][1] == 4.0
 
 
 def test_after_a_skipped_step_a_row_of_broken_states_begins_again() -> None:

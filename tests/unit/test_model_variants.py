@@ -154,7 +154,7 @@ def losses(rank: int, world_size: int = 1, **changes: Any) -> list[float]:
         # Every rank the same rows: what differs is what they draw.
         loop.parts.loader.load_state_dict(0, {"taken": torch.zeros(1, dtype=torch.long).numpy()})
         loop.step()
-        found.append(loop.flush_metrics()["loss"])
+        found.append(loop.flush_metrics()["objective"])
         # What anybody draws between steps does not matter.
         torch.rand(rank + 3)
     return found

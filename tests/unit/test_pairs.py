@@ -129,7 +129,7 @@ def trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trial:
 def check_learned(bundle: Path) -> float:
     """The loss falls by more than its noise from the first steps to the last; the most memory that was told, in GB."""
     seen = records(bundle)
-    losses = [float(record["lm_loss"]) for record in seen]
+    losses = [float(record["loss"]) for record in seen]
     assert fmean(losses[-4:]) < fmean(losses[:4]) - 0.02, losses
     peaks = [float(record["peak_gb"]) for record in seen]
     assert min(peaks) > 0

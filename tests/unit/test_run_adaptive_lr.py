@@ -38,7 +38,7 @@ def test_the_window_holds_the_losses_that_are_logged(tmp_path: Path) -> None:
     train(
         text_file(tmp_path), tmp_path / "b", *TEXT, *STEADY, "--steps", "4", "--adaptive-lr-config", rule_file(tmp_path)
     )
-    losses = [record["loss"] for record in records(tmp_path / "b")]
+    losses = [record["objective"] for record in records(tmp_path / "b")]
     (told,) = [event["message"] for event in records(tmp_path / "b", "event")]
     assert f"mean loss of {(losses[0] + losses[1]) / 2:.6g}" in told
 

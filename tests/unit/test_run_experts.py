@@ -29,7 +29,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def test_the_loss_falls(trained: tuple[str, Path]) -> None:
-    losses = [record["lm_loss"] for record in records(trained[1] / "b") if "lm_loss" in record]
+    losses = [record["segment_loss"] for record in records(trained[1] / "b")]
     assert sum(losses[-6:]) < 0.97 * sum(losses[:6])
 
 
@@ -86,7 +86,7 @@ def test_the_losses_count(tmp_path: Path) -> None:
     assert found["0"][0]["moe_balance_loss"] == found["5"][0]["moe_balance_loss"]
     assert found["5"][-1]["moe_balance_loss"] < found["0"][-1]["moe_balance_loss"] - 0.005
     first = [found[coefficient][0] for coefficient in ("0", "5")]
-    assert first[1]["loss"] - first[0]["loss"] == pytest.approx(5 * first[0]["moe_balance_loss"], rel=1e-4)
+    assert first[1]["objective"] - first[0]["objective"] == pytest.approx(5 * first[0]["moe_balance_loss"], rel=1e-4)
 
 
 def test_a_high_learning_rate_is_lowered(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_stopped_and_resumed(case: str, base: Path, tmp_path: Path) -> None:
     assert [name for name in compared if whole[name] != resumed[name]] == []
     assert computed(tmp_path / "whole") == computed(tmp_path / "resumed")
     assert computed(tmp_path / "whole", "eval") == computed(tmp_path / "resumed", "eval")
-    losses = [record["lm_loss"] for record in records(tmp_path / "whole")]
+    losses = [record["loss"] for record in records(tmp_path / "whole")]
     assert min(losses[-3:]) < losses[0] - 0.05
     ranks = [record["adapter_rank"] for record in records(tmp_path / "whole") if "adapter_rank" in record]
     assert ranks == sorted(ranks, reverse=True) and ranks[:1] + ranks[-1:] == ([24, 16] if "adalora" in case else [])
