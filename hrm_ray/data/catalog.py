@@ -23,12 +23,13 @@ _END = "end"
 
 @dataclass(frozen=True)
 class RowPosition:
-    """The position of a row: number of its part, number of the row in the part, and the mark at which reading can
-    start."""
+    """The position of a row: number of its part, number of the row in the part, the mark at which reading can start,
+    and for a text that comes in pieces the number of the piece."""
 
     part: int
     row: int
     mark: int | None = None
+    piece: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,9 @@ class ChunkStart:
 
 @dataclass(frozen=True)
 class ChunkEntry:
-    """One chunk: where it begins, its `rows` (those that cannot be used included), how many of them are `bad` or were
-    `left_out` by --ascii-only, bytes of text, and a fingerprint of all of it. `ends_block`: its block is full."""
+    """One chunk: where it begins, the `rows` that end in it (those that cannot be used included), how many of them are
+    `bad` or were `left_out` by --ascii-only, bytes of text, and a fingerprint of all of it. `ends_block`: its block is
+    full."""
 
     start: ChunkStart
     rows: int

@@ -1,7 +1,7 @@
 """Cuts the rows of a corpus into chunks, starting at any chunk, each with its catalog entry.
 
 A chunk is at most `chunk_size` rows and about 16 MiB of text, whichever is reached first, and never lies in two blocks;
-a block is `samples_per_block` rows.
+a block is `samples_per_block` rows. A text that comes in pieces may go on in the next chunk; it counts where it ends.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def read_chunks(
     first_row = start.first_row
     for row, after in CorpusReading(corpus, start.place) if rows is None else rows:
         if start == FIRST and first_row < corpus.offset:
-            first_row += 1
+            first_row += not row.continues
             begun = _OpenChunk(corpus, ChunkStart(0, 0, 0, 0, first_row, after))
             continue
         if corpus.max_rows is not None and begun.rows_before - corpus.offset >= corpus.max_rows:
@@ -57,7 +57,7 @@ def read_chunks(
             chunk = begun.closed(after)
             yield chunk
             begun = _OpenChunk(corpus, _next(chunk))
-    if begun.rows:
+    if begun.taken:
         yield begun.closed(RowPosition(len(corpus.parts), 0))
 
 
@@ -102,6 +102,8 @@ class CorpusHead:
             pass
         rows = sum(chunk.entry.rows for chunk in self.chunks)
         text_bytes = sum(chunk.entry.text_bytes for chunk in self.chunks)
+        if reading.share is not None and not rows and corpus.max_rows is None:
+            return text_bytes / reading.share
         if reading.share is None or not rows:
             return sum(chunk.entry.text_bytes for chunk in self)
         usable = reading.rows_read / reading.share - corpus.offset
@@ -126,7 +128,10 @@ class _OpenChunk:
         self._faults: list[Fault] = []
         self._broken: list[Fault] = []
         self._left_out = self._text_bytes = self._bad = 0
+        self._lost = False
         self.rows = 0
+        self.taken = False
+        """Whether it holds a row, or a piece of one."""
 
     @property
     def rows_before(self) -> int:
@@ -142,27 +147,41 @@ class _OpenChunk:
         return self._start.block_rows + self.rows == self._corpus.samples_per_block
 
     def take(self, row: Document | BadRow) -> None:
-        self.rows += 1
+        self.taken = True
+        self.rows += not row.continues
+        # Of a text in pieces only the first one that is lost counts.
+        lost, self._lost = self._lost, self._lost and row.continues
         if isinstance(row, BadRow):
             if self._corpus.on_bad_row == "fail":
                 raise DataError(replace(row.fault, hint=f"{row.fault.hint}, or skip bad rows with --on-bad-row skip"))
-            self._bad += 1
-            if row.ends_part:
-                self._broken.append(row.fault)
-            else:
-                self._faults.append(row.fault)
-            del self._faults[_SHOWN_FAULTS:]
+            self._lose(row)
             self._digest.update(b"\xff")
+            if row.ends_part:
+                self._bad += 1
+                self._broken.append(row.fault)
+            elif not lost:
+                self._bad += 1
+                self._faults.append(row.fault)
+                del self._faults[_SHOWN_FAULTS:]
             return
+        if row.continues:
+            self._digest.update(b"\xfe")
         texts = (row.text,) if row.prompt is None or row.response is None else (row.prompt, row.response)
         for text in texts:
             content = text.encode("utf-8")
             self._text_bytes += len(content)
             self._digest.update(len(content).to_bytes(8, "little") + content)
         if self._corpus.ascii_only and not row.text.isascii():
-            self._left_out += 1
+            self._lose(row)
+            self._left_out += not lost
             return
         self._documents.append(row)
+
+    def _lose(self, row: Document | BadRow) -> None:
+        """Leave out a row or a piece; the text before it ends there."""
+        self._lost = row.continues
+        if self._documents and self._documents[-1].continues:
+            self._documents[-1] = replace(self._documents[-1], continues=False)
 
     def closed(self, after: RowPosition) -> RawChunk:
         entry = ChunkEntry(

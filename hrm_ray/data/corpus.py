@@ -83,16 +83,18 @@ class CorpusReading:
     def _part(self, number: int, start: RowPosition) -> Iterator[PlacedRow]:
         watch = None if self._on_read is None else ReadingWatch(self._check)
         part = self._corpus.parts[number]
-        for row in read_part(part, self._corpus.source, start.row, start.mark, watch=watch):
+        for row in read_part(part, self._corpus.source, start.row, start.mark, start.piece, watch=watch):
             if isinstance(row, BadRow) and row.ends_part:
                 # A library may have made another error of the one that `on_read` raised.
                 self._check()
                 # Reading resumes at the next part: behind the last row of this one the same error would come again.
                 self._position, self._passed_bytes = RowPosition(number + 1, 0), 0
             else:
-                self._position = RowPosition(number, row.row + 1, row.mark)
+                # A row counts where it ends.
+                at = (row.row, row.mark, row.piece + 1) if row.continues else (row.row + 1, row.mark)
+                self._position = RowPosition(number, *at)
                 self._passed_bytes = None if watch is None or watch.passed_bytes is None else watch.passed_bytes()
-            self.rows_read += 1
+            self.rows_read += not row.continues
             yield row, self._position
             self._check()
 

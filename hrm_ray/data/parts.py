@@ -24,6 +24,7 @@ from hrm_ray.data.file_systems import (
     require_path,
 )
 from hrm_ray.data.formats.columnar import has_arrow_index
+from hrm_ray.data.rows import TextRows
 from hrm_ray.data.splits import WHOLE, check_left, has_split, missing_split, split_of
 from hrm_ray.data.streams import ContainerUnreadable
 from hrm_ray.errors import DataError, Fault, SettingsError
@@ -45,6 +46,8 @@ class TextSource:
     response_column: str | None = None
     apart: str | None = None
     """A split that is held out of this one, where the folder has no split of this one's name and so is taken whole."""
+    text_rows: TextRows = "document"
+    """What a row of a plain text file is."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", os.fspath(self.path))
@@ -196,7 +199,7 @@ def _archive(source: TextSource, entry: Entry, kind: FileKind) -> PartList:
         check_left(source.path, names, source.apart)
         chosen = Selection(None, source.apart)
     if kind.form == "zip":
-        one_row_each = all(member.is_one_row for member, _ in directory.chosen(chosen))
+        one_row_each = all(member.is_one_piece(source.text_rows) for member, _ in directory.chosen(chosen))
     return PartList((Part(*plain, one_row_each, chosen.split, chosen.apart),), skipped, _splits(list(names)))
 
 

@@ -29,11 +29,12 @@ def read_part(
     source: TextSource,
     start_row: int = 0,
     mark: int | None = None,
+    start_piece: int = 0,
     *,
     watch: ReadingWatch | None = None,
     columns: TextColumns | None = None,
 ) -> Iterator[Row]:
-    """The rows of `part` from `start_row`, empty texts included.
+    """The rows of `part` from `start_row` (from its piece `start_piece`), empty texts included.
 
     `mark` is where `start_row` begins, as the row before it said (`Document.mark`); without it the earlier rows are
     read and skipped. The rows are the same either way, except that after a mark `where` counts rows instead of lines.
@@ -41,7 +42,7 @@ def read_part(
     """
     columns = columns or TextColumns(source.text_column, source.prompt_column, source.response_column)
     cursor = Cursor(columns, part.address, start_row, mark if part.random_access else None, part.random_access)
-    cursor.watch = watch
+    cursor.watch, cursor.text_rows, cursor.start_piece = watch, source.text_rows, start_piece
     try:
         yield from _rows(part, cursor)
         return
@@ -81,14 +82,15 @@ def known_rows(part: Part, source: TextSource) -> int | None:
     if part.address.startswith(HUB) or kind is None or kind.compression is not None:
         return None
     if kind.form in TEXT_FORMATS:
-        return 1 if part.bytes <= PIECE_BYTES or source.pairs else None
+        one = source.text_rows == "document" or (source.text_rows == "mebibyte" and part.bytes <= PIECE_BYTES)
+        return 1 if one or source.pairs else None
     if kind.form not in ("parquet", "zip"):
         return None
     try:
         if kind.form == "zip":
             directory = zip_directory(part.address, part.bytes, part.stamp)
             chosen = directory.chosen(Selection(part.split, part.apart))
-            return len(chosen) if chosen and all(member.is_one_row for member, _ in chosen) else None
+            return len(chosen) if chosen and all(member.is_one_row(source.text_rows) for member, _ in chosen) else None
         with file_system_of(part.address).open(part.address) as file:
             return parquet_length(file, TextColumns(source.text_column, source.prompt_column, source.response_column))
     except Unreadable:

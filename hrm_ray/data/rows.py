@@ -28,20 +28,31 @@ class Document:
     mark: int | None = None
     prompt: str | None = None
     response: str | None = None
+    piece: int = 0
+    """Of a text that comes in pieces: number of this piece, from 0."""
+    continues: bool = False
+    """Whether the text goes on in the next piece, which has the same `row`."""
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be read, and why; `ends_part`: the rest of the part cannot be read either."""
+    """A row (or a piece of one) that cannot be read, and why; `ends_part`: the rest of the part cannot be read
+    either."""
 
     fault: Fault
     where: str
     row: int
     mark: int | None = None
     ends_part: bool = False
+    piece: int = 0
+    continues: bool = False
 
 
 Row: TypeAlias = Document | BadRow
+
+TextRows: TypeAlias = Literal["document", "paragraph", "line", "mebibyte"]
+"""What a row of a plain text file is: the file, a block between blank lines, a line that is not blank, or (as in
+versions before 0.3) each mebibyte of it, cut after the end of a line."""
 
 OnBadRow: TypeAlias = Literal["fail", "skip"]
 """What happens at a bad row."""
@@ -114,9 +125,10 @@ class TextColumns:
 class Cursor:
     """The state of reading a part.
 
-    `row` is the number of the next row; rows below `start` are skipped. With `mark` reading begins at the row `start`,
-    which begins there. `marked`: rows have marks. `where` names the present file for people; in an archive it moves
-    from member to member, while rows are counted through. `watch` follows how far reading has come.
+    `row` is the number of the next row, `piece` that of its next piece; what is below `start` and `start_piece` is
+    skipped. With `mark` reading begins at the row `start` (its piece `start_piece`), which begins there. `marked`: rows
+    have marks. `where` names the present file for people; in an archive it moves from member to member, while rows are
+    counted through. `watch` follows how far reading has come.
     """
 
     columns: TextColumns
@@ -126,11 +138,22 @@ class Cursor:
     marked: bool = False
     row: int = 0
     watch: ReadingWatch | None = None
+    text_rows: TextRows = "document"
+    start_piece: int = 0
+    piece: int = 0
 
     def next_row(self) -> int:
         """Counts a row, and returns its number."""
-        self.row += 1
+        self.row, self.piece = self.row + 1, 0
         return self.row - 1
+
+    def next_piece(self, continues: bool) -> bool:
+        """Counts a piece of the current row, which `continues` or ends with it; returns `continues`."""
+        if continues:
+            self.piece += 1
+        else:
+            self.row, self.piece = self.row + 1, 0
+        return continues
 
     def bad(self, fault: Fault) -> BadRow:
         """Counts a bad row, and returns it."""

@@ -245,7 +245,8 @@ class SequenceStream:
             chunks.append(chunk)
             self._notes += chunk.notes
             rows += chunk.entry.rows
-            if chunk.ends_block or rows >= wanted:
+            # In a chunk without the end of a row a text goes on that is longer than a chunk: memory stays bounded.
+            if chunk.ends_block or rows >= wanted or not chunk.entry.rows:
                 break
         if not chunks:
             return None

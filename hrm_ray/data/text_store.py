@@ -1,5 +1,6 @@
 """Tokenised documents: arrays in memory, the file that stores them, and a cache of such files, so that a second epoch
-does not tokenise again. Each document is its tokens and an end-of-text token."""
+does not tokenise again. Each document is its tokens and an end-of-text token; one that goes on in the next store has
+none here."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ class TextStore:
 
 
 def tokenise(documents: Iterable[Document], tokenizer: TextTokenizer, pairs: bool = False) -> TextStore:
-    """The tokens of `documents`; those without any are left out and counted.
+    """The tokens of `documents`, the pieces of one joined; those without any are left out and counted.
 
     With `pairs` prompt and response are tokenised separately, so that no token spans both.
     """
@@ -63,25 +64,33 @@ def tokenise(documents: Iterable[Document], tokenizer: TextTokenizer, pairs: boo
     widths: list[npt.NDArray[Any]] = [np.zeros(0, np.uint8)]
     lengths: list[int] = []
     prompts: list[int] = []
-    empty = 0
+    empty = begun = 0
     end = Encoded(np.array([tokenizer.end_of_text_id], np.int32), np.zeros(1, np.int32))
     for batch in _batches(documents):
         pieces: list[Encoded] = []
-        for parts in _encode(batch, tokenizer, pairs):
-            length = sum(len(part.ids) for part in parts)
+        for document, parts in zip(batch, _encode(batch, tokenizer, pairs), strict=True):
+            pieces += parts
+            length = begun + sum(len(part.ids) for part in parts)
+            begun = length if document.continues else 0
+            if document.continues:
+                continue
             if not length:
                 empty += 1
                 continue
-            pieces += (*parts, end)
+            pieces.append(end)
             lengths.append(length + 1)
             prompts.append(len(parts[0].ids))
         if pieces:
             tokens.append(np.concatenate([piece.ids for piece in pieces]))
             counted = np.concatenate([piece.bytes for piece in pieces])
-            widths.append(counted.astype(np.min_scalar_type(int(counted.max()))))
+            widths.append(counted.astype(np.min_scalar_type(int(counted.max(initial=0)))))
+    if begun > 1:
+        lengths.append(begun)
+        prompts.append(begun)
+    kept = sum(lengths)  # a single last token would be a document without a label
     return TextStore(
-        tokens=np.concatenate(tokens),
-        token_bytes=np.concatenate(widths),
+        tokens=np.concatenate(tokens)[:kept],
+        token_bytes=np.concatenate(widths)[:kept],
         starts=np.concatenate((np.zeros(1, np.int64), np.cumsum(np.array(lengths, dtype=np.int64)))),
         prompts=np.array(prompts, dtype=np.int32) if pairs else None,
         pad_id=tokenizer.pad_id,

@@ -26,7 +26,9 @@ def source_of(settings: RunSettings, *, evaluation: bool) -> TextSource:
         path = str(name._replace(split=None))
     # Where the training split is the whole folder, the files held out of it are not part of it.
     apart = None if evaluation else data.val_split
-    return TextSource(path, split, data.text_column, data.prompt_column, data.response_column, apart)
+    return TextSource(
+        path, split, data.text_column, data.prompt_column, data.response_column, apart, text_rows=data.text_rows
+    )
 
 
 def has_evaluation(settings: RunSettings) -> bool:

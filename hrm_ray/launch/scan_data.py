@@ -33,12 +33,13 @@ def _read(resolved: ResolvedRun, timer: Timer, *, evaluation: bool) -> str:
     source = source_of(resolved.settings, evaluation=evaluation)
     corpus = corpus_to_read(resolved.settings, source, list_parts(source).parts, evaluation=evaluation)
     reading = CorpusReading(corpus, on_read=lambda _: timer.raise_if_up())
-    documents = bad = left_out = 0
+    rows = bad = left_out = 0
     for chunk in read_chunks(corpus, rows=reading):
-        documents += len(chunk.documents)
+        rows += chunk.entry.rows
         bad += chunk.entry.bad
         left_out += chunk.entry.left_out
-    whole = reading.ended or (corpus.max_rows is not None and documents + bad + left_out >= corpus.max_rows)
+    whole = reading.ended or (corpus.max_rows is not None and rows >= corpus.max_rows)
+    documents = max(0, rows - bad - left_out)
     others = f", {left_out} left out by --ascii-only" if left_out else ""
     others += f", {bad} bad rows skipped" if bad else ""
     if whole:

@@ -45,6 +45,11 @@ class DataSettings(Section):
     """Column of the prompt, for --lm-mask prefix."""
     response_column: str | None = option(None, "fixed", affects=("rows",), needs=(TEXT,), unset="no column")
     """Column of the response, for --lm-mask prefix."""
+    text_rows: Literal["document", "paragraph", "line", "mebibyte"] = option(
+        "document", "fixed", affects=("rows",), needs=(TEXT,), legacy_default="mebibyte"
+    )
+    """What a row of a plain text file is: the whole file (document), a block between blank lines (paragraph), a line
+    that is not blank (line), or each MiB of the file (mebibyte, as in versions before 0.3)."""
     tokenizer_path: str | None = option(
         None,
         "fixed",

@@ -11,6 +11,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -92,7 +93,7 @@ def write(path: Path, content: bytes | str) -> Path:
     return path
 
 
-def rows_of(path: Path | str, **source: str) -> list[Row]:
+def rows_of(path: Path | str, **source: Any) -> list[Row]:
     """All rows of a corpus, bad ones included."""
     corpus = TextSource(str(path), **source)
     return [row for part in list_parts(corpus).parts for row in read_part(part, corpus)]
@@ -103,11 +104,11 @@ def shown(rows: Sequence[Row]) -> list[str]:
     return [row.text if isinstance(row, Document) else "<end>" if row.ends_part else "<bad>" for row in rows]
 
 
-def texts_of(path: Path | str, **source: str) -> list[str]:
+def texts_of(path: Path | str, **source: Any) -> list[str]:
     return shown(rows_of(path, **source))
 
 
-def faults_of(path: Path | str, **source: str) -> list[str]:
+def faults_of(path: Path | str, **source: Any) -> list[str]:
     """What is said of the bad rows."""
     bad = [row for row in rows_of(path, **source) if isinstance(row, BadRow)]
     for row in bad:

@@ -18,7 +18,7 @@ from hrm_ray.data.archives.tars import TarStream
 from hrm_ray.data.formats import texts as text_files
 from hrm_ray.data.parts import TextSource, list_parts, shared_part
 from hrm_ray.data.readers import known_rows, read_part
-from hrm_ray.data.rows import BadRow, Row
+from hrm_ray.data.rows import BadRow, Row, TextRows
 from hrm_ray.errors import DataError
 from tests.support.corpora import (
     COMPRESSIONS,
@@ -347,15 +347,17 @@ def test_members_of_other_kinds_are_counted(tmp_path: Path) -> None:
 
 
 def test_what_is_known_of_a_zip_of_text_files(tmp_path: Path) -> None:
-    def part_of(path: Path) -> tuple[bool, int | None]:
-        source = TextSource(str(path))
+    def part_of(path: Path, text_rows: TextRows = "document") -> tuple[bool, int | None]:
+        source = TextSource(str(path), text_rows=text_rows)
         (part,) = list_parts(source).parts
         return part.random_access, known_rows(part, source)
 
     assert part_of(write_zip(tmp_path / "a.zip", {"a.txt": b"1", "b.md": b"2", "c.png": b""})) == (True, 2)
     assert part_of(write_zip(tmp_path / "b.zip", {"a.txt": b"1", "b.jsonl": b"{}"})) == (False, None)
     long = b"x" * (text_files.PIECE_BYTES + 1)
-    assert part_of(write_zip(tmp_path / "c.zip", {"a.txt": long}, zipfile.ZIP_STORED)) == (False, None)
+    assert part_of(write_zip(tmp_path / "c.zip", {"a.txt": long}, zipfile.ZIP_STORED)) == (False, 1)
+    assert part_of(tmp_path / "c.zip", "mebibyte") == (False, None) == part_of(tmp_path / "a.zip", "line")
+    assert part_of(tmp_path / "a.zip", "mebibyte") == (True, 2)
     assert part_of(write_tar(tmp_path / "a.tar", {"a.txt": b"1"})) == (False, None)
 
 

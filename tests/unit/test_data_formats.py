@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -49,7 +50,9 @@ def test_names_and_kinds() -> None:
     assert {name: stem_of(name) for name in stems} == stems
 
 
-def test_a_long_text_file_is_several_documents_cut_after_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_text_file_is_one_document_in_pieces_cut_after_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(text_files, "PIECE_BYTES", 10)
     text = "\ufeffab\ncdefg\nhijklmnopqrstuvwx" + "äöü" * 5 + "\n"
     assert texts_of(write(tmp_path / "a.txt", text)) == [
@@ -57,6 +60,8 @@ def test_a_long_text_file_is_several_documents_cut_after_lines(tmp_path: Path, m
     ]
     assert texts_of(write(tmp_path / "b.txt", "0123456789")) == ["0123456789"]
     assert texts_of(write(tmp_path / "c.txt", "012345678\n0")) == ["012345678\n", "0"]
+    rows = rows_of(tmp_path / "a.txt")
+    assert [(row.row, row.piece, row.continues) for row in rows] == [(0, piece, piece < 6) for piece in range(7)]
 
 
 def test_text_that_is_not_utf8_names_the_byte(tmp_path: Path) -> None:
@@ -213,7 +218,7 @@ def test_pairs(tmp_path: Path) -> None:
 
 
 def test_rows_that_are_known_without_reading(tmp_path: Path) -> None:
-    def known(path: Path, **columns: str) -> int | None:
+    def known(path: Path, **columns: Any) -> int | None:
         source = TextSource(str(path), **columns)
         (part,) = list_parts(source).parts
         return known_rows(part, source)
@@ -224,7 +229,9 @@ def test_rows_that_are_known_without_reading(tmp_path: Path) -> None:
     assert known(write(tmp_path / "b.parquet", b"x")) is None
     for form in ("jsonl", "csv", "json", "arrow"):
         assert known(write(tmp_path / f"a.{form}", FORMATS[form](TEXTS))) is None
-    assert known(write(tmp_path / "b.txt", "x" * (text_files.PIECE_BYTES + 1))) is None
+    long = write(tmp_path / "b.txt", "x" * (text_files.PIECE_BYTES + 1))
+    assert known(long) == 1 and known(long, text_rows="mebibyte") is None
+    assert known(tmp_path / "a.txt", text_rows="line") is None
 
 
 def test_mixed_columns_across_files_are_told_where_they_begin(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import string
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from hrm_ray.data.formats import columnar, lines
 from hrm_ray.data.formats import texts as text_files
 from hrm_ray.data.parts import TextSource, list_parts
 from hrm_ray.data.readers import known_rows, read_part
-from hrm_ray.data.rows import Row
+from hrm_ray.data.rows import Row, TextRows
 from tests.support.corpora import COMPRESSIONS, FORMATS, parquet_bytes, write, write_tar, write_zip
 
 LETTERS = st.text(string.ascii_letters + ' ,"\n\t\ré🙂', max_size=12)
@@ -58,10 +59,15 @@ def without_where(rows: list[Row]) -> list[Row]:
     return [replace(row, where="", fault=None) if hasattr(row, "fault") else replace(row, where="") for row in rows]
 
 
+def position_after(row: Row) -> tuple[int, int | None, int]:
+    """Row, mark and piece at which reading goes on."""
+    return (row.row, row.mark, row.piece + 1) if row.continues else (row.row + 1, row.mark, 0)
+
+
 @settings(max_examples=150, deadline=None)
-@given(corpora(), st.data())
+@given(corpora(), st.sampled_from(get_args(TextRows)), st.data())
 def test_reading_from_a_row_on_is_the_tail_of_the_whole(
-    corpus: tuple[str, bytes | dict[str, bytes]], data: st.DataObject
+    corpus: tuple[str, bytes | dict[str, bytes]], text_rows: TextRows, data: st.DataObject
 ) -> None:
     name, content = corpus
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
@@ -75,34 +81,41 @@ def test_reading_from_a_row_on_is_the_tail_of_the_whole(
             write(path, content)
         else:
             (write_zip if path.suffix == ".zip" else write_tar)(path, content)
-        source = TextSource(str(path))
+        source = TextSource(str(path), text_rows=text_rows)
         (part,) = list_parts(source).parts
         whole = list(read_part(part, source))
-        assert [row.row for row in whole] == list(range(len(whole)))
+        at: tuple[int, int | None, int] = (0, None, 0)
+        for row in whole:
+            # An error that ends a part has no number of a piece.
+            assert (row.row, row.piece) == (at[0], at[2]) or (row.row == at[0] and not row.piece)
+            at = position_after(row)
+        rows = len(whole) - sum(row.continues for row in whole)
         assert all(
             (row.mark is not None) == part.random_access for row in whole if not getattr(row, "ends_part", False)
         )
-        assert known_rows(part, source) in (None, len(whole))
+        assert known_rows(part, source) in (None, rows)
         start = data.draw(st.integers(0, len(whole)))
-        tail = list(read_part(part, source, start))
+        row, mark, piece = position_after(whole[start - 1]) if start else (0, None, 0)
+        tail = list(read_part(part, source, row, None, piece))
         ended = bool(whole) and getattr(whole[-1], "ends_part", False)
         assert tail == whole[start:] or (ended and start == len(whole) and len(tail) == 1)
         if start and part.random_access:
-            marked = list(read_part(part, source, start, whole[start - 1].mark))
+            marked = list(read_part(part, source, row, mark, piece))
             assert without_where(marked) == without_where(tail)
 
 
 @pytest.mark.parametrize("form", [*FORMATS, "txt", "zip"])
 def test_every_row_can_be_the_first(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_files, "PIECE_BYTES", 8)
     texts = [f"row {number}\n" for number in range(11)]
     if form == "zip":
         path = write_zip(tmp_path / "a.zip", {f"{number:02}.txt": text.encode() for number, text in enumerate(texts)})
     else:
         path = write(tmp_path / f"a.{form}", "".join(texts).encode() if form == "txt" else FORMATS[form](texts))
-    source = TextSource(str(path))
+    source = TextSource(str(path), text_rows="document" if form == "zip" else "line")
     (part,) = list_parts(source).parts
     whole = list(read_part(part, source))
+    if form == "txt":
+        texts = [text.rstrip() for text in texts]
     assert [row.text for row in whole] == texts  # type: ignore[union-attr]
     assert part.random_access == (form != "json")
     for start in range(12):

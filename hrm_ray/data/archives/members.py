@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple, cast
 from hrm_ray.data.file_kinds import READABLE, TEXT_FORMATS, FileKind, is_hidden, kind_of
 from hrm_ray.data.formats.choose import format_rows
 from hrm_ray.data.formats.texts import PIECE_BYTES, text_row
-from hrm_ray.data.rows import Cursor, Row
+from hrm_ray.data.rows import Cursor, Row, TextRows
 from hrm_ray.data.splits import missing_split, split_of
 from hrm_ray.data.streams import ContainerUnreadable, Unreadable
 from hrm_ray.errors import Fault
@@ -36,12 +36,17 @@ class Member(NamedTuple):
     stored: int
     refused: str = ""
 
-    @property
-    def is_one_row(self) -> bool:
+    def is_one_row(self, text_rows: TextRows) -> bool:
         """Whether the member is exactly one row, whatever its content."""
+        whole = text_rows == "document" and self.kind.form in TEXT_FORMATS
+        return whole or self.is_one_piece(text_rows)
+
+    def is_one_piece(self, text_rows: TextRows) -> bool:
+        """Whether the member is exactly one row, of at most PIECE_BYTES bytes."""
         if self.refused:
             return True
-        return self.kind.form in TEXT_FORMATS and self.kind.compression is None and self.size <= PIECE_BYTES
+        whole = text_rows in ("document", "mebibyte") and self.kind.form in TEXT_FORMATS
+        return whole and self.kind.compression is None and self.size <= PIECE_BYTES
 
 
 @dataclass(frozen=True)
@@ -91,15 +96,15 @@ def member_rows(
     """The rows of one member. A short member is read at once with `whole` (faster for a hundred thousand of them), a
     long one with `stream`. An error affects this member only, unless it is a ContainerUnreadable."""
     # A text file below the row where reading begins need not be looked at.
-    if member.is_one_row and cursor.row < cursor.start:
-        cursor.row += 1
+    if member.is_one_row(cursor.text_rows) and cursor.row < cursor.start:
+        cursor.next_row()
         return
     cursor.where = f"{archive}/{member.name}"
     if member.refused:
         yield cursor.bad(Fault(cursor.where, member.refused, _WITHOUT))
         return
     try:
-        if member.is_one_row:
+        if member.is_one_piece(cursor.text_rows):
             data, row = whole(), cursor.next_row()
             yield text_row(data, cursor, row, mark=row + 1 if cursor.marked else None)
             return

@@ -186,7 +186,7 @@ class _Tokeniser:
                 size += len(some[-1].text)
             self.tokens += len(tokenise(some, self._tokenizer, self._pairs).tokens)
             self.bytes += sum(_byte_length(document.text) for document in some)
-            self.rows += len(some)
+            self.rows += sum(not document.continues for document in some)
             self._spent_s += self._timer.elapsed_s - began_s
 
 
@@ -196,7 +196,7 @@ class _Totals:
     def __init__(self, corpus: Corpus, samples: int, tokeniser: _Tokeniser) -> None:
         self._corpus, self._wanted, self._tokeniser = corpus, samples, tokeniser
         self.rows = self.bad = self.left_out = self.empty = self.text_bytes = self.characters = self.used = 0
-        self._chunks = self._last_rows = self.broken = 0
+        self._chunks = self._last_rows = self.broken = self._open_bytes = 0
         self.faults: list[Fault] = []
         self.breaks: list[Fault] = []
         self.samples: list[Sample] = []
@@ -212,15 +212,20 @@ class _Totals:
         self.faults += chunk.faults[: _SHOWN_FAULTS - len(self.faults)]
         self.broken += len(chunk.broken)
         self.breaks += chunk.broken[: _SHOWN_FAULTS - len(self.breaks)]
-        self.used += len(chunk.documents)
         for document in chunk.documents:
             length = _byte_length(document.text)
             self.text_bytes += length
             self.characters += len(document.text)
+            self._open_bytes = length = self._open_bytes + length
+            if document.continues:
+                continue
+            self._open_bytes = 0
+            self.used += 1
             self.empty += not length
             if self.lengths.add(length):
                 self.longest = Longest(length, document.where)
-        for document in chunk.documents[: self._wanted - len(self.samples)]:
+        first = [document for document in chunk.documents if not document.piece]
+        for document in first[: self._wanted - len(self.samples)]:
             text = document.text if document.prompt is None else document.prompt
             response = None if document.response is None else document.response[:_SAMPLE_CHARACTERS]
             self.samples.append(Sample(document.where, text[:_SAMPLE_CHARACTERS], response))
