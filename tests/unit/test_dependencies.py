@@ -118,7 +118,8 @@ def closure(line: str) -> frozenset[str]:
     while pending:
         requirement, extra = pending.pop()
         name = canonical(requirement.name)
-        if (str(requirement), extra) in seen or (requirement.marker and not requirement.marker.evaluate({"extra": extra})):
+        applies = requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+        if not applies or (str(requirement), extra) in seen:
             continue
         seen.add((str(requirement), extra))
         try:
