@@ -6,7 +6,7 @@ A message consists of faults; each says the value, the reason and a hint.
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -23,6 +23,24 @@ class Fault:
 
     def __str__(self) -> str:
         return f"{self.value}: {self.reason}. {self.hint}."
+
+
+_LISTED, _LISTED_CHARACTERS = 10, 100
+_NAME_CHARACTERS = 40
+
+
+def listed(names: Iterable[str]) -> str:
+    """The names in one line of a message: at most ten, long ones shortened, and the number of the others; "none" where
+    there are no names."""
+    shown: list[str] = []
+    rest = 0
+    for name in names:
+        short = name if len(name) <= _NAME_CHARACTERS else name[: _NAME_CHARACTERS - 3] + "..."
+        if rest or len(shown) == _LISTED or (shown and len(", ".join([*shown, short])) > _LISTED_CHARACTERS):
+            rest += 1
+        else:
+            shown.append(short)
+    return (", ".join(shown) or "none") + (f" and {rest:,} more" if rest else "")
 
 
 class HrmRayError(Exception):

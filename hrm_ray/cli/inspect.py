@@ -77,7 +77,7 @@ def _inspect(settings: RunSettings, timeout_s: float | None, samples: int, *, as
     source = source_of(settings, evaluation=False)
     found = list_parts(source) if puzzle_tensors(source) is None else None
     fails = settings.data.on_bad_row == "fail" and "data.on_bad_row" in settings.given
-    if found is None or is_puzzle_rows(found.parts[0], "fail" if fails else "skip"):
+    if found is None or is_puzzle_rows(found.parts[0]):
         puzzles = inspect_puzzles(
             source,
             found,
@@ -101,7 +101,7 @@ def _inspect(settings: RunSettings, timeout_s: float | None, samples: int, *, as
         _print_json("lm", facts, timer)
     else:
         print("\n".join(text_lines(facts, corpus, name, timer.elapsed_s)))
-    for warning in text_warnings(facts, skips=settings.data.on_bad_row == "skip"):
+    for warning in (*found.notes, *text_warnings(facts, skips=settings.data.on_bad_row == "skip")):
         print(f"warning: {warning}", file=sys.stderr)
     return 0
 

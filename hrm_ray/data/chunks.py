@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from hrm_ray.data.catalog import ChunkEntry, ChunkStart, RowPosition
 from hrm_ray.data.corpus import Corpus, CorpusReading, PlacedRow
-from hrm_ray.data.rows import BadRow, Document
+from hrm_ray.data.rows import BadRow, Document, skippable
 from hrm_ray.errors import DataError, Fault
 
 CHUNK_TEXT_BYTES = 16 << 20
@@ -153,7 +153,7 @@ class _OpenChunk:
         lost, self._lost = self._lost, self._lost and row.continues
         if isinstance(row, BadRow):
             if self._corpus.on_bad_row == "fail":
-                raise DataError(replace(row.fault, hint=f"{row.fault.hint}, or skip bad rows with --on-bad-row skip"))
+                raise DataError(skippable(row.fault))
             self._lose(row)
             self._digest.update(b"\xff")
             if row.ends_part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,7 @@ from hrm_ray.errors import DataError
 class DataFacts:
     """The result of `detect`. `bytes` and `files` are those of the split, `skipped_files` are in the folder (or
     archive) but not read; `columns` is False if no part can have any (plain text files); `puzzle` is set if the task is
-    "puzzle"."""
+    "puzzle"; `notes` are warnings about files that are no part of the data."""
 
     task: Literal["lm", "puzzle"]
     path: str
@@ -31,6 +32,7 @@ class DataFacts:
     skipped_files: int
     puzzle: PuzzleFacts | None
     columns: bool = True
+    notes: tuple[str, ...] = ()
 
 
 def detect(source: TextSource, on_bad_row: OnBadRow = "fail") -> DataFacts:
@@ -49,7 +51,7 @@ def detect(source: TextSource, on_bad_row: OnBadRow = "fail") -> DataFacts:
     found = list_parts(source)
     size = sum(part.bytes for part in found.parts)
     files, skipped = len(found.parts), found.skipped
-    row = _first_row(found.parts[0], on_bad_row)
+    row = _first_row(found.parts[0])
     if _is_puzzle(row):
         return DataFacts("puzzle", source.path, split, files, size, skipped, open_puzzles(path, split).facts)
     if row is None or not _has_text(row, source):
@@ -57,7 +59,7 @@ def detect(source: TextSource, on_bad_row: OnBadRow = "fail") -> DataFacts:
             if document.text:
                 break
     columns = any(part.kind is None or part.kind.form not in TEXT_FORMATS for part in found.parts)
-    return DataFacts("lm", source.path, split, files, size, skipped, None, columns)
+    return DataFacts("lm", source.path, split, files, size, skipped, None, columns, found.notes)
 
 
 def puzzle_tensors(source: TextSource) -> Path | None:
@@ -71,28 +73,25 @@ def puzzle_tensors(source: TextSource) -> Path | None:
     return path if path.suffix.lower() == ".safetensors" and path.is_file() else None
 
 
-def is_puzzle_rows(part: Part, on_bad_row: OnBadRow = "fail") -> bool:
-    """True for a .jsonl file whose first row has `inputs` and `labels` as lists. Raises DataError where that row is
-    bad, unless such rows are skipped."""
-    return _is_puzzle(_first_row(part, on_bad_row))
+def is_puzzle_rows(part: Part) -> bool:
+    """True for a .jsonl file whose first row has `inputs` and `labels` as lists."""
+    return _is_puzzle(_first_row(part))
 
 
-def _first_row(part: Part, on_bad_row: OnBadRow) -> dict[str, object] | None:
-    """The first row of a .jsonl file on this machine; None for other files, and where there is no row."""
+def _first_row(part: Part) -> dict[str, object] | None:
+    """The first row of a .jsonl file on this machine that can be read; None for other files, and where there is no such
+    row. Reading the text reports what is wrong with others."""
     if part.kind != FileKind("jsonl", None) or not is_local(part.address):
         return None
-    offset = 0
-    with file_system_of(part.address).open(part.address) as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = parse_line(line, f"{part.address}:{number}", offset)
-            except DataError:
-                if on_bad_row == "fail":
-                    raise
-                row = None
-            offset += len(line)
-            if row is not None:
-                return row
+    try:
+        with file_system_of(part.address).open(part.address) as lines:
+            for line in lines:
+                with suppress(DataError):
+                    row = parse_line(line, part.address, 0)
+                    if row is not None:
+                        return row
+    except OSError:
+        return None
     return None
 
 

@@ -13,6 +13,7 @@ from hrm_ray.data.file_kinds import stem_of
 from hrm_ray.data.splits import in_path_order
 from hrm_ray.data.streams import BUFFER_BYTES
 from hrm_ray.errors import DataError, Fault, SettingsError
+from hrm_ray.regular_files import special_file
 from hrm_ray.settings.hub_name import HUB, hub_name
 
 CLOUDS = ("s3://", "gs://", "az://")
@@ -20,13 +21,14 @@ _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 class Entry(NamedTuple):
-    """A file: its name relative to the folder that was searched ("/" between the parts), its address, its size, and a
-    stamp that changes when it is written again."""
+    """A file: its name relative to the folder that was searched ("/" between the parts), its address, its size, a
+    stamp that changes when it is written again, and whether it is a link that leads nowhere."""
 
     name: str
     address: str
     bytes: int
     stamp: str
+    is_dangling: bool = False
 
 
 class FileSystem(Protocol):
@@ -101,6 +103,9 @@ def file_system_of(address: str) -> FileSystem:
 def require_path(path: Path, hint: str = "Give an existing path; `hrm-ray data build` makes a data set") -> None:
     """Raises SettingsError, with `hint`, if `path` does not exist."""
     if not os.path.exists(path):
+        if os.path.islink(path):
+            reason = f"this link leads to {os.readlink(path)}, which does not exist"
+            raise SettingsError(Fault(str(path), reason, hint))
         nearest = next((parent for parent in path.absolute().parents if os.path.exists(parent)), Path(path.anchor))
         reason = f"no such file or folder (the nearest existing folder is {nearest})"
         raise SettingsError(Fault(str(path), reason, hint))
@@ -111,6 +116,9 @@ class _Local:
 
     def file(self, address: str) -> Entry | None:
         path = os.path.abspath(address)
+        special = special_file(path, address)
+        if special is not None:
+            raise SettingsError(special)
         return None if os.path.isdir(path) else self._entry(os.path.basename(path), path)
 
     def is_folder(self, address: str) -> bool:
@@ -127,9 +135,11 @@ class _Local:
                         if found.is_dir(follow_symlinks=False):
                             if not found.name.startswith("."):
                                 pending.append((name + "/", found.path))
-                        elif found.is_file() or found.is_symlink():
-                            state = found.stat() if found.is_file() else found.stat(follow_symlinks=False)
+                        elif found.is_file():
+                            state = found.stat()
                             yield Entry(name, found.path, state.st_size, str(state.st_mtime_ns))
+                        elif found.is_symlink() and not os.path.exists(found.path):
+                            yield Entry(name, found.path, 0, "", is_dangling=True)
             except OSError as error:
                 reason = f"this folder cannot be read ({error.strerror})"
                 raise DataError(Fault(folder, reason, "Make it readable, or remove it")) from error
@@ -143,6 +153,8 @@ class _Local:
                 entry = self._entry(name, found)
                 if entry is not None:
                     yield entry
+            elif os.path.islink(found) and not os.path.exists(found):
+                yield Entry(os.path.relpath(found, root).replace(os.sep, "/"), found, 0, "", is_dangling=True)
 
     def open(self, address: str) -> BinaryIO:
         return open(address, "rb", buffering=BUFFER_BYTES)

@@ -5,6 +5,7 @@ A part is a file or an archive, one stream of rows. Only what the choice of a sp
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,9 @@ from hrm_ray.data.splits import WHOLE, check_left, has_split, missing_split, spl
 from hrm_ray.data.streams import ContainerUnreadable
 from hrm_ray.errors import DataError, Fault, SettingsError
 from hrm_ray.settings.hub_name import HUB
+
+_NAMED = 3
+"""Files that a note on files passed over names."""
 
 _RANDOM_ACCESS = frozenset({"txt", "md", "csv", "tsv", "jsonl", "parquet"})
 """Formats that can be read from any row on, if they are not compressed."""
@@ -90,12 +94,13 @@ class Part:
 
 @dataclass(frozen=True)
 class PartList:
-    """The parts of a corpus in order, and the number of files (or archive members) of other kinds. `splits` are the
-    splits of its files or members (None: unknown)."""
+    """The parts of a corpus in order, and the number of files (or archive members) that are no part of it. `splits` are
+    the splits of its files or members (None: unknown), `notes` say what a person may miss in it."""
 
     parts: tuple[Part, ...]
     skipped: int
     splits: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def list_parts(source: TextSource) -> PartList:
@@ -134,15 +139,25 @@ def list_parts(source: TextSource) -> PartList:
 
 def _listed(source: TextSource, file_system: FileSystem, found: list[Entry]) -> PartList:
     """The parts of a folder or a pattern."""
-    readable = [entry for entry in found if kind_of(entry.name) is not None and not is_hidden(entry.name)]
+    there = [entry for entry in found if kind_of(entry.name) is not None and not is_hidden(entry.name)]
+    readable = [entry for entry in there if not entry.is_dangling]
     skipped = len(found) - len(readable)
+    dangling = [entry.name for entry in there if entry.is_dangling]
+    notes = (passed_over(dangling, "link that leads nowhere", "links that lead nowhere"),) if dangling else ()
     names = [entry.name for entry in readable]
     if has_split(source.path, names, source.split, skipped):
         chosen = [entry for entry in readable if split_of(entry.name) == source.split]
     else:
         check_left(source.path, names, source.apart)
         chosen = [entry for entry in readable if split_of(entry.name) != source.apart]
-    return PartList(tuple(_part(entry, file_system) for entry in chosen), skipped, _splits(names))
+    return PartList(tuple(_part(entry, file_system) for entry in chosen), skipped, _splits(names), notes)
+
+
+def passed_over(names: Sequence[str], one: str, several: str) -> str:
+    """A note on names that are not read, each of them `one`, together `several`: how many, and the first three."""
+    shown, more = ", ".join(names[:_NAMED]), len(names) - _NAMED
+    what = f"{len(names):,} {one if len(names) == 1 else several}"
+    return f"passed over {what}: {shown}{f' and {more:,} more' if more > 0 else ''}."
 
 
 def _splits(names: list[str]) -> tuple[str, ...]:

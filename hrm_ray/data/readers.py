@@ -16,7 +16,7 @@ from hrm_ray.data.formats.choose import format_rows
 from hrm_ray.data.formats.columnar import parquet_length
 from hrm_ray.data.formats.texts import PIECE_BYTES
 from hrm_ray.data.parts import Part, TextSource, list_parts
-from hrm_ray.data.rows import BadRow, Cursor, Document, OnBadRow, Row, TextColumns
+from hrm_ray.data.rows import BadRow, Cursor, Document, OnBadRow, Row, TextColumns, skippable
 from hrm_ray.data.streams import DAMAGE, ReadingWatch, Unreadable, damage, decompressed, watched
 from hrm_ray.errors import DataError, Fault
 from hrm_ray.settings.hub_name import HUB
@@ -64,7 +64,7 @@ def read_documents(source: TextSource, on_bad_row: OnBadRow = "fail") -> Iterato
         for row in read_part(part, source):
             if isinstance(row, BadRow):
                 if on_bad_row == "fail":
-                    raise DataError(row.fault)
+                    raise DataError(skippable(row.fault))
                 bad += 1
                 continue
             any_text = any_text or bool(row.text)

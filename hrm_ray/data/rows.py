@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from hrm_ray.data.streams import ReadingWatch
-from hrm_ray.errors import Fault
+from hrm_ray.errors import Fault, listed
 
 ROW_BYTES = 64 << 20
 """A row longer than this (64 MiB) is refused: what is read is held one row at a time, and memory must have a bound."""
@@ -98,7 +98,7 @@ class TextColumns:
                 reason = f"the {what} has {columns.count(name)} columns of this name"
                 return Fault(f"{where}, column `{name}`", reason, f"Rename one, or name another with {option}")
             if name not in columns:
-                reason = f"the {what} has no such column; it has: {', '.join(sorted(columns)) or 'none'}"
+                reason = f"the {what} has no such column; it has: {listed(sorted(columns))}"
                 return Fault(f"{where}, column `{name}`", reason, f"Name another with {option}")
         return None
 
@@ -158,6 +158,11 @@ class Cursor:
     def bad(self, fault: Fault) -> BadRow:
         """Counts a bad row, and returns it."""
         return BadRow(fault, self.where, self.next_row())
+
+
+def skippable(fault: Fault) -> Fault:
+    """The fault of a bad row that ends the run, with the way to go on without the row."""
+    return replace(fault, hint=f"{fault.hint}, or skip bad rows with --on-bad-row skip")
 
 
 def not_utf8(where: str, error: UnicodeDecodeError, offset: int) -> Fault:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hrm_ray.data.file_kinds import READABLE, stem_of
-from hrm_ray.errors import DataError, Fault
+from hrm_ray.errors import DataError, Fault, listed
 
 WHOLE = "train"
 """The split that means all of a path that is not divided into splits."""
@@ -19,8 +19,8 @@ def split_of(name: str) -> str:
 
 def missing_split(path: str, split: str, splits: Sequence[str]) -> DataError:
     """The error for an unknown split; it names those there are."""
-    there = ", ".join(splits) or "none"
-    return DataError(Fault(f"split `{split}` of {path}", "there is no such split", f"The splits are: {there}"))
+    hint = f"The splits are: {listed(splits)}"
+    return DataError(Fault(f"split `{split}` of {path}", "there is no such split", hint))
 
 
 def has_split(path: str, names: Sequence[str], split: str, skipped: int) -> bool:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 
 from hrm_ray.atomic_files import atomic_write
 from hrm_ray.errors import DataError, Fault, SettingsError, UnavailableError
+from hrm_ray.regular_files import special_file
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -139,6 +140,10 @@ class TextTokenizer:
         if not path.exists():
             hint = f"Give a folder with {TOKENIZER_FILE}, or leave it out to train one on the data"
             raise SettingsError(Fault(str(path), "no such file or folder", hint))
+        file = path / TOKENIZER_FILE if path.is_dir() else path
+        special = special_file(file)
+        if special is not None:
+            raise SettingsError(special)
         if path.is_file():
             return cls._from_file(path)
         if (path / TOKENIZER_FILE).is_file():

@@ -86,7 +86,10 @@ def _resolve_data(settings: RunSettings) -> tuple[RunSettings, DataFacts, DataFa
     if evaluation is not None and evaluation.task != facts.task:
         reason = f"contains {evaluation.task} data, but the training data is {facts.task}"
         raise DataError(Fault(evaluation.path, reason, "Give held-out data of the same kind"))
-    notes = _overlap_notes(settings, facts) if evaluation is not None else []
+    notes = [note for each in (facts, evaluation) if each is not None for note in each.notes]
+    if notes and settings.cluster.strict:
+        raise DataError(Fault(facts.path, notes[0].removesuffix("."), "Remove them, or leave out --strict"))
+    notes += _overlap_notes(settings, facts) if evaluation is not None else []
     if evaluation is not None and facts.puzzle is not None:
         open_puzzles(Path(evaluation.path), evaluation.split).fit_to(facts.puzzle)
     return settings, facts, evaluation, notes

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from hrm_ray.errors import Fault
+from hrm_ray.regular_files import special_file
 from hrm_ray.settings.cluster import strategy_of_ddp
 from hrm_ray.settings.faults import nearest
 from hrm_ray.settings.options import options, spellings
@@ -61,6 +62,9 @@ def read_mapping(path: Path, option: str, form: str = "Write `name: value`, one 
     def unusable(reason: str, hint: str) -> Fault:
         return Fault(f"{option} {path}", reason, hint)
 
+    special = special_file(path, f"{option} {path}")
+    if special is not None:
+        return special
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_LoaderWithoutDoubles)
     except OSError as error:

@@ -381,3 +381,35 @@ def lazily(path: Path) -> Iterator[Row]:
     source = TextSource(str(path))
     for part in list_parts(source).parts:
         yield from read_part(part, source)
+
+
+@pytest.mark.parametrize("comment", [b"", b"a comment"])
+@pytest.mark.parametrize("large", [False, True])
+def test_a_zip_cut_behind_an_archive_inside_it_is_refused(
+    tmp_path: Path, comment: bytes, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if large:
+        monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 10)
+        monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 0)
+    inner = write_zip(tmp_path / "inner.zip", {"inner.txt": b"inside"})
+    with zipfile.ZipFile(inner, "a") as archive:
+        archive.comment = comment
+    path = write_zip(tmp_path / "a.zip", {"b.txt": b"1", "in.zip": inner.read_bytes(), "c.txt": b"2" * 9}, 0)
+    whole = path.read_bytes()
+    assert (b"PK\6\6" in whole) == large
+    ends = whole.index(inner.read_bytes()) + inner.stat().st_size
+    for stub in (b"", b"#!/bin/sh\n"):
+        # Cut just behind the inner archive, and so that its end is followed by zeros.
+        for cut in (whole[:ends], whole[:ends] + bytes(40)):
+            write(path, stub + cut)
+            with pytest.raises(DataError, match=r"directory cannot be read: it begins \d+ bytes after"):
+                list_parts(TextSource(str(path)))
+
+
+def test_a_zip_whose_comment_is_a_zip_is_not_read_as_that(tmp_path: Path) -> None:
+    inner = write_zip(tmp_path / "inner.zip", {"inner.txt": b"inside"}).read_bytes()
+    path = write_zip(tmp_path / "a.zip", {"b.txt": b"outside"})
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = inner
+    with pytest.raises(DataError, match="directory cannot be read: it begins"):
+        list_parts(TextSource(str(path)))

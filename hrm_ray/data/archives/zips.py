@@ -60,10 +60,12 @@ def zip_directory(address: str, archive_bytes: int, stamp: str) -> ZipDirectory:
     OSError where it cannot be opened."""
     with file_system_of(address).open(address) as file:
         try:
-            count = _member_count(file)
-            infos = zipfile.ZipFile(file).infolist()
-            if len(infos) != count:
-                raise zipfile.BadZipFile(f"it names {len(infos)} members instead of {count}")
+            end = _end_record(file)
+            archive = zipfile.ZipFile(file)
+            infos = archive.infolist()
+            if len(infos) != end.members:
+                raise zipfile.BadZipFile(f"it names {len(infos)} members instead of {end.members}")
+            _check_place(file, archive.start_dir, end.directory)
         except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
             hint = "It may be cut short, or not a .zip archive: copy it again"
             raise ContainerUnreadable(Fault(address, f"its directory cannot be read: {error}", hint)) from error
@@ -79,8 +81,15 @@ def zip_directory(address: str, archive_bytes: int, stamp: str) -> ZipDirectory:
     return ZipDirectory(members, len(infos) - len(members))
 
 
-def _member_count(file: BinaryIO) -> int:
-    """The number of members, from the record at the file's end. Raises BadZipFile where there is none, or too many.
+class _EndRecord(NamedTuple):
+    """The record at a .zip's end: the number of members, and where it says that the directory begins."""
+
+    members: int
+    directory: int
+
+
+def _end_record(file: BinaryIO) -> _EndRecord:
+    """The record at the file's end. Raises BadZipFile where there is none, or too many members.
 
     zipfile does not check it. It takes the last record that it finds, which in an archive cut short is that of an
     archive inside it, and it reads the directory into memory whatever its length.
@@ -93,13 +102,39 @@ def _member_count(file: BinaryIO) -> int:
     # Some programs fill an archive up with zeros.
     if len(end) < _END_BYTES or tail[at + _END_BYTES + int.from_bytes(end[20:], "little") :].strip(b"\0"):
         raise zipfile.BadZipFile("there is none at the file's end")
-    members = int.from_bytes(end[10:12], "little")
+    found = _EndRecord(int.from_bytes(end[10:12], "little"), int.from_bytes(end[16:20], "little"))
     large = tail[max(0, at - _LOCATOR_BYTES - _END_64_BYTES) : max(0, at - _LOCATOR_BYTES)]
     if large.startswith(b"PK\6\6"):
-        members = int.from_bytes(large[32:40], "little")
-    if members > MEMBERS:
-        raise zipfile.BadZipFile(f"it has {members} members, more than {MEMBERS}")
-    return members
+        found = _EndRecord(int.from_bytes(large[32:40], "little"), int.from_bytes(large[48:56], "little"))
+    if found.members > MEMBERS:
+        raise zipfile.BadZipFile(f"it has {found.members} members, more than {MEMBERS}")
+    return found
+
+
+def _check_place(file: BinaryIO, begins: int, recorded: int) -> None:
+    """Raises BadZipFile for the directory of an archive inside an archive that is cut short.
+
+    A directory that begins elsewhere than recorded has other bytes before its archive. That is right behind a program
+    that unpacks it; but the bytes of an archive cut short are archive members, and the last header among them is that
+    of the member which is the inner archive.
+    """
+    before = begins - recorded
+    if not before:
+        return
+    file.seek(0)
+    is_archive = file.read(4) == b"PK\3\4"
+    last = max(0, before - _LOCAL_HEADER.size - 2 * _LONGEST_COMMENT_BYTES)
+    file.seek(last)
+    tail = file.read(before - last)
+    at = tail.find(b"PK\3\4")
+    while at >= 0 and not is_archive:
+        header = tail[at : at + _LOCAL_HEADER.size]
+        if len(header) == _LOCAL_HEADER.size:
+            name, extra = _LOCAL_HEADER.unpack(header)[1:]
+            is_archive = last + at + _LOCAL_HEADER.size + name + extra == before
+        at = tail.find(b"PK\3\4", at + 1)
+    if is_archive:
+        raise zipfile.BadZipFile(f"it begins {before} bytes after the place that it gives, as in a file cut short")
 
 
 def _unusual(info: zipfile.ZipInfo) -> str:

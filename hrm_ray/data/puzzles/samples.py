@@ -27,7 +27,7 @@ from hrm_ray.data.file_systems import require_path
 from hrm_ray.data.parts import TextSource, list_parts
 from hrm_ray.data.puzzles.format import DESCRIPTION, REBUILD, PuzzleFacts, read_description
 from hrm_ray.data.splits import missing_split
-from hrm_ray.errors import DataError, Fault
+from hrm_ray.errors import DataError, Fault, listed
 from hrm_ray.rundir import file_sha256
 from hrm_ray.types import IGNORE_LABEL, Columns
 
@@ -165,8 +165,7 @@ def _open_safetensors(path: Path, split: str, first: int | None) -> PuzzleSample
     prefix = "" if "inputs" in tensors else f"{split}."
     splits = safetensors_splits(list(tensors))
     if not splits:
-        held = ", ".join(sorted(tensors)) or "nothing"
-        reason = f"contains no puzzles, but {held}"
+        reason = f"contains no puzzles, but {listed(sorted(tensors))}"
         raise DataError(Fault(str(path), reason, "Puzzles are tensors <split>.inputs and <split>.labels [N, S]"))
     if split not in splits:
         raise missing_split(str(path), split, splits)
@@ -228,7 +227,7 @@ def _parse_row(line: bytes, where: str, seq_len: int | None) -> tuple[list[int],
         raise DataError(Fault(where, "this row is not an object", hint))
     for name, least in (("inputs", 0), ("labels", IGNORE_LABEL)):
         if name not in row:
-            reason = f"there is no `{name}`; the row has {', '.join(sorted(row)) or 'nothing'}"
+            reason = f"there is no `{name}`; the row has {listed(sorted(row))}"
             raise DataError(Fault(where, reason, hint))
         values = row[name]
         if not isinstance(values, list) or not values or not all(type(value) is int for value in values):
@@ -286,8 +285,8 @@ def _check_shapes(tensors: Tensors, path: Path, prefix: str) -> None:
     hint = "Inputs and labels are integers [N, S], puzzle_identifiers [N]"
     for name in ("inputs", "labels"):
         if prefix + name not in tensors:
-            held = ", ".join(sorted(tensors)) or "nothing"
-            raise DataError(Fault(str(path), f"has no tensor `{prefix}{name}`; its tensors are: {held}", hint))
+            reason = f"has no tensor `{prefix}{name}`; its tensors are: {listed(sorted(tensors))}"
+            raise DataError(Fault(str(path), reason, hint))
     inputs = tensors[f"{prefix}inputs"]
     if inputs.ndim != 2 or inputs.size == 0:
         raise DataError(Fault(str(path), f"`{prefix}inputs` has the shape {list(inputs.shape)}", hint))
