@@ -215,7 +215,7 @@ class ChunkCache:
             self.refusal = f"--cache-gb {gigabytes:g} is full, so later chunks are tokenised again in every epoch"
             return
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(exist_ok=True)
             save_store(store, self._path(key))
             self._used_bytes = used_bytes + self._path(key).stat().st_size
         except OSError as error:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hrm_ray.atomic_files import atomic_write, sync_folder
+from hrm_ray.bundle.folder_watch import FolderWatch
 from hrm_ray.launch.run_directory import (
     LOCK_FILES,
     PREPARED,
@@ -56,12 +57,15 @@ def new_bundle(location: RunLocation) -> Iterator[RunDir]:
 def removed_unless_trained(location: RunLocation) -> Iterator[None]:
     """Take back what the block has put into a new bundle's folder, if it ends with nothing trained."""
     run_dir = location.run_dir
+    watch = FolderWatch(run_dir.root)
     before = {path.name for path in run_dir.root.iterdir()}
     tokenizer = {name: (run_dir.root / name).read_bytes() for name in REUSABLE & before}
     try:
         yield
     finally:
-        if not location.continues and never_trained(run_dir):
+        in_place = watch.fault() is None
+        watch.close()
+        if in_place and not location.continues and never_trained(run_dir):
             for path in run_dir.root.iterdir():
                 if path.name not in before | LOCK_FILES:
                     _remove(path)

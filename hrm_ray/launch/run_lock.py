@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 
 from filelock import FileLock, Timeout
 
+from hrm_ray.bundle.folder_watch import FolderWatch
 from hrm_ray.errors import Fault, ResourceError, SettingsError
 from hrm_ray.rundir import DRIVER_MARKER, RunDir
 
@@ -44,6 +45,7 @@ def run_lock(run_dir: RunDir) -> Iterator[None]:
         except OSError as error:
             hint = "Free some space there, or give another --bundle-dir"
             raise ResourceError(Fault(str(root), f"it cannot be locked ({error})", hint)) from error
+    watch = FolderWatch(root)
     try:
         holder = {"host": socket.gethostname(), "pid": os.getpid()}
         # Without it the run is as safe; only the message that refuses another run says less.
@@ -54,11 +56,14 @@ def run_lock(run_dir: RunDir) -> Iterator[None]:
                 marker.unlink()
         yield
     finally:
-        with suppress(OSError):
-            run_dir.lock_holder.unlink()
+        in_place = watch.fault() is None
+        watch.close()
+        if in_place:
+            with suppress(OSError):
+                run_dir.lock_holder.unlink()
         if os.name == "nt":
             lock.release()  # Windows cannot remove a file that is open.
-        if made:
+        if made and in_place:
             with suppress(OSError):
                 if {path.name for path in root.iterdir()} == {run_dir.run_lock.name}:
                     run_dir.run_lock.unlink()

@@ -12,6 +12,7 @@ closes it, so that it never keeps the owner waiting.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from typing import Any, TypeAlias
 
 import psutil
 
+from hrm_ray.atomic_files import atomic_path
 from hrm_ray.errors import DataError, Fault, HrmRayError, ResourceError, SettingsError
 
 SqlRow: TypeAlias = tuple[Any, ...]
@@ -86,6 +88,7 @@ class Database:
         self._connection = connection
         self._owner = owner
         self._durable = durable
+        self._opened = None if owner is None else os.stat(path)
         self._lock = threading.RLock()
         self._in_transaction = False
         self._waits_for_disk = False
@@ -156,6 +159,30 @@ class Database:
                 self._connection.backup(target)
             except sqlite3.Error as error:
                 raise fault_of(error, path) from error
+
+    def restore(self) -> bool:
+        """Write the file again where it was deleted while open; returns whether it was. Call outside a transaction.
+
+        Raises DataError where another file has its place.
+        """
+        with self._lock:
+            if self._opened is None:
+                return False
+            try:
+                if os.path.samestat(self._opened, os.stat(self.path)):
+                    return False
+            except FileNotFoundError:
+                pass
+            else:
+                hint = "End what writes there, then use --resume"
+                raise DataError(Fault(str(self.path), "another file took the ledger's place during the run", hint))
+            with atomic_path(self.path) as temporary:
+                self.copy_to(temporary)
+                self._connection.close()
+                delete(self.path)
+            restored = own(self.path, self._durable)
+            self._connection, self._owner, self._opened = restored._connection, restored._owner, restored._opened
+            return True
 
     def close(self) -> None:
         """Close the file."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -28,7 +29,8 @@ class JsonlSink:
     """Appends each record as one line and flushes it: a kill loses at most the line that is being written.
 
     `append=False` replaces the file. When appending after a kill, a half-written last line is cut off first and the
-    cut is logged. A second process must not write the same file.
+    cut is logged. Where the file is deleted or replaced while it is open, later records go into a new one at its path.
+    A second process must not write the same file.
     """
 
     def __init__(self, path: Path, append: bool = True) -> None:
@@ -40,8 +42,20 @@ class JsonlSink:
 
     def write(self, record: Record) -> None:
         """Take one record. ValueError if a value is named kind, step or time_s, or if the sink is closed."""
-        self._file.write(to_line(record))
+        line = to_line(record)
+        if not self._in_place() and self._path.parent.is_dir():
+            self._file.close()
+            self._file = self._path.open("ab")
+            _LOG.warning("%s was deleted or replaced during the run; its records begin again", self._path)
+        self._file.write(line)
         self._file.flush()
+
+    def _in_place(self) -> bool:
+        """Whether the open file is still the one at the path."""
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno()))
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Release the file; a second call does nothing."""

@@ -110,7 +110,9 @@ def save_checkpoint(
 
     def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        # Not its parents: where the bundle was deleted, nothing is made in its place.
+        run_dir.checkpoints.mkdir(exist_ok=True)
+        partial.mkdir()
 
     def finish() -> None:
         enter(run_dir.describe_checkpoint(step))

@@ -5,6 +5,7 @@ All ranks take each step together, so they are one worker to the ledger, and ran
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from hrm_ray.errors import DataError, Fault
 from hrm_ray.ledger import BlockLength, Span, SynchronousRun, open_ledger
 from hrm_ray.ledger.export import export
 from hrm_ray.rundir import RunDir
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,14 @@ class LedgerWriter:
 
     def commit(self, step: int, covered: Sequence[ConsumedRange], checksum: str, *, data_ended: bool) -> None:
         """Commit the round of a checkpoint whose files are written, before its rename; `checksum` is its manifest's."""
+        self._restore()
         self._enter(step, covered, checksum, data_ended)
         self._head, self._of_head = step, list(covered)
+
+    def _restore(self) -> None:
+        """Write the ledger's file again where it was deleted during the run: it is whole in the open connection."""
+        if self._ledger.database.restore():
+            _LOG.warning("%s was deleted during the run; it is written again", self._run_dir.ledger)
 
     def _enter(self, step: int, covered: Sequence[ConsumedRange], checksum: str, data_ended: bool) -> None:
         parent = self._head
@@ -97,11 +106,16 @@ class LedgerWriter:
             spans = [Span(item.epoch, item.chunk, item.start, item.end, item.skipped) for item in covered]
             self._run.commit_checkpoint(step, parent, spans, f"checkpoints/step_{step}", checksum)
 
-    def close(self) -> None:
-        """Release the leases, export the ledger as JSON, and close the file."""
-        self._run.close()
-        export(self._ledger, self._run_dir.chunk_tracker)
-        self._ledger.close()
+    def close(self, *, exports: bool = True) -> None:
+        """Release the leases, export the ledger as JSON (`exports`), and close the file."""
+        try:
+            if exports:
+                self._restore()
+            self._run.close()
+            if exports:
+                export(self._ledger, self._run_dir.chunk_tracker)
+        finally:
+            self._ledger.close()
 
     def _lease(self, item: ConsumedRange) -> None:
         """Claim and measure the chunk of `item`, unless an earlier range of the chunk did."""

@@ -7,11 +7,12 @@ checkpoint if the plan names one, trains, and closes everything.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from hrm_ray.bundle.folder_watch import FolderWatch
 from hrm_ray.bundle.weights_file import unwritable
 from hrm_ray.data.catalog import Catalog
 from hrm_ray.data.chunk_source import ChunkPipeline, ChunkSource, EpochOrder, InMemoryChunks
@@ -20,7 +21,7 @@ from hrm_ray.data.prepare import PuzzlePlan, open_puzzle_sets
 from hrm_ray.data.stream import ConsumedRange
 from hrm_ray.data.text_data import TextDataDir
 from hrm_ray.data.tokenizer import TextTokenizer
-from hrm_ray.errors import DISK_FULL_ERRNOS
+from hrm_ray.errors import DISK_FULL_ERRNOS, HrmRayError
 from hrm_ray.log_filters import silence_unused_kernels
 from hrm_ray.metrics.fanout import FanOut
 from hrm_ray.metrics.jsonl import JsonlSink
@@ -58,15 +59,17 @@ class WorkerLink(DriverLink, Protocol):
 
 def train(plan: RunPlan, link: WorkerLink) -> RunResult:
     """Run this worker's share of the plan; the process group, if there is to be one, already exists."""
-    try:
-        return _train(plan, link)
-    except OSError as error:
-        if error.errno not in DISK_FULL_ERRNOS:
-            raise
-        raise unwritable(Path(error.filename or plan.bundle), error) from error
+    with closing(FolderWatch(plan.bundle)) as watch:
+        try:
+            return _train(plan, link, watch)
+        except (OSError, HrmRayError) as error:
+            watch.check()  # Without the folder any file may be missing; the error to report is that.
+            if not isinstance(error, OSError) or error.errno not in DISK_FULL_ERRNOS:
+                raise
+            raise unwritable(Path(error.filename or plan.bundle), error) from error
 
 
-def _train(plan: RunPlan, link: WorkerLink) -> RunResult:
+def _train(plan: RunPlan, link: WorkerLink, watch: FolderWatch) -> RunResult:
     silence_unused_kernels()
     settings, config, run_dir = plan.settings, plan.config, RunDir(plan.bundle)
     world = World.here(plan.device, plan.threads, keep_freed=plan.keep_freed_memory)
@@ -90,8 +93,8 @@ def _train(plan: RunPlan, link: WorkerLink) -> RunResult:
             loop.parts.loader.one_epoch_more()
         resumed_step = loop.progress.step
         world.barrier()  # until every rank has read the checkpoint nothing in the bundle may move
-    with ExitStack() as closing:
-        closing.callback(loop.parts.loader.close)
+    with ExitStack() as opened:
+        opened.callback(loop.parts.loader.close)
         sink: MetricSink | None = None
         ledger_writer: LedgerWriter | None = None
 
@@ -100,11 +103,11 @@ def _train(plan: RunPlan, link: WorkerLink) -> RunResult:
             # First the ledger, which may refuse the checkpoint: the rest of the bundle then stays as it was.
             ledger_writer = _ledger_writer(plan, run_dir, resumed_step, extra)
             if ledger_writer is not None:
-                closing.callback(ledger_writer.close)
+                opened.callback(_close_ledger, ledger_writer, watch)
             if resumed_step is not None and plan.continues:
                 rewind_to(run_dir, plan, resumed_step)
             sink = _sinks(settings, run_dir, resumed_step, link)
-            closing.callback(sink.close)
+            opened.callback(sink.close)
 
         world.from_leader(open_files)
         expert = ExpertRun(**extra["expert"]) if extra.get("expert") else ExpertRun.of_new_run(settings)
@@ -112,7 +115,7 @@ def _train(plan: RunPlan, link: WorkerLink) -> RunResult:
         source = (str(settings.data.eval_file), settings.data.val_split)
         evaluator = Evaluator(loop, EvalSet.of_run(held_out, settings, world), source, run_dir)
         checkpointer = Checkpointer(loop, run_dir, settings.run.keep, ledger_writer)
-        trainer = Trainer(settings, loop, logger, evaluator, checkpointer, expert)
+        trainer = Trainer(settings, loop, logger, evaluator, checkpointer, expert, watch)
         if isinstance(plan.data, TextData) and plan.data.rows_estimated:
             _refine_schedule(plan, plan.data, loop, logger)
         # On a running cluster the driver has not seen the workers' machines.
@@ -199,6 +202,10 @@ def _ledger_writer(
         resume_point = ResumePoint(resumed_step, file_sha256(plan.checkpoint / MANIFEST), trained)
     text, catalog = plan.data.text, Catalog(TextDataDir(run_dir.data).catalog, writes=False)
     return LedgerWriter(run_dir, catalog, text.start, resume_point, shuffled=text.shuffle_rows > 0)
+
+
+def _close_ledger(ledger_writer: LedgerWriter, watch: FolderWatch) -> None:
+    ledger_writer.close(exports=watch.fault() is None)
 
 
 def _log_rank_schedule(logger: MetricLogger) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from hrm_ray.bundle.folder_watch import FolderWatch
 from hrm_ray.errors import DataError
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.checkpoint import Checkpointer
@@ -30,13 +31,16 @@ class Trainer:
         evaluator: Evaluator,
         checkpointer: Checkpointer,
         expert: ExpertRun | None = None,
+        watch: FolderWatch | None = None,
     ) -> None:
+        """`watch` is on the bundle's folder: the run ends at the next record or save where that is gone."""
         self.settings = settings
         self.loop = loop
         self.logger = logger
         self.evaluator = evaluator
         self.checkpointer = checkpointer
         self.expert = expert
+        self.watch = watch
         self.resumed = False
 
     def resume(self, extra: dict[str, Any]) -> None:
@@ -89,6 +93,8 @@ class Trainer:
         if not report.applied:
             return
         if step % run.log_every == 0 or step == 1:
+            if self.loop.world.leads:
+                self._check_folder()
             self.logger.train()
         if run.eval_every and step % run.eval_every == 0:
             self._evaluate()
@@ -96,7 +102,13 @@ class Trainer:
         if run.save_every and step % run.save_every == 0 and step != run.step_limit:
             self._save()
 
+    def _check_folder(self) -> None:
+        if self.watch is not None:
+            self.watch.check()
+
     def _evaluate(self) -> None:
+        # An improvement is written into best/.
+        self.loop.world.from_leader(self._check_folder)
         with self.logger.paused():
             improved = self.evaluator.evaluate()
             if improved is not None:
@@ -104,6 +116,7 @@ class Trainer:
                 self.logger.write("eval", {**self.evaluator.figures, "best": improved})
 
     def _save(self) -> None:
+        self.loop.world.from_leader(self._check_folder)
         with self.logger.paused():
             expert = self.expert.plain() if self.expert is not None else None
             self.checkpointer.save({**self.evaluator.state_dict(), "expert": expert})

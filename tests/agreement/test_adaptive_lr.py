@@ -51,6 +51,7 @@ def lr_schedule(loop: TrainingLoop, steps: int) -> tuple[list[float], list[str]]
 def run(scenario: str, cut: Cut, folder: Path) -> tuple[list[float], list[str], float]:
     """Some updates, a checkpoint inside a window, and the rest in a loop of its own that took the checkpoint up."""
     loop, run_dir = loop_for(scenario, cut), RunDir(folder / f"{scenario}-{cut.ranks}")
+    run_dir.root.mkdir(exist_ok=True)
     first = lr_schedule(loop, STORED)
     checkpoint = save_checkpoint(loop, run_dir, {}, keep=1)
     on = lr_schedule(loop, STEPS - STORED)

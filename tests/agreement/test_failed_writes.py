@@ -64,6 +64,7 @@ def spawned(rank: int, folder: str) -> None:
     rendezvous = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", rendezvous, timedelta(seconds=STARTED_S), rank=rank, world_size=2)
     loop, run_dir, real = loop_for(Cut(2, 1, 4)), RunDir(Path(folder) / "run"), checkpoint.save_tensors
+    run_dir.root.mkdir(exist_ok=True)
     found: list[str | int | list[int]] = []
     loop.step()
     found += [error_of(loop, run_dir), run_dir.checkpoint_steps()]

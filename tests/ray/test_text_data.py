@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hrm_ray.data.bpe import train_bpe
+from hrm_ray.errors import DataError
 from hrm_ray.launch import local
 from hrm_ray.launch.plan import make_plan
 from hrm_ray.launch.resolve import resolve
@@ -21,6 +23,7 @@ from hrm_ray.orchestration.failures import WorkerCrash
 from hrm_ray.rundir import RunDir
 from hrm_ray.settings.load import load_settings
 from hrm_ray.train.plan import RunPlan, TextData
+from hrm_ray.types import Record
 from tests.ray.test_worker_group import Received, never
 from tests.support.numbered_corpora import TOKENIZER, Row, Shape, rows_of_corpus, texts_of, write_corpus
 from tests.support.recorded_training import recorded, rows_by_step
@@ -117,3 +120,18 @@ def test_a_killed_worker_costs_no_row_and_doubles_none(corpus: Path, tmp_path: P
     with read_ledger(RunDir(bundle).ledger) as ledger:
         assert list(violations(ledger)) == [] and ledger.complete(0)
         assert ledger.head is not None and ledger.head.total_sequences == EXPECTED.total()
+
+
+@pytest.mark.slow
+def test_a_bundle_deleted_while_two_workers_train_ends_them(corpus: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+
+    class Deleting(Received):
+        def write(self, record: Record) -> None:
+            if record.kind == "train" and record.step == 1:
+                shutil.rmtree(bundle)
+
+    plan = plan_of(corpus, bundle, 2, **{"--epochs": "500", "--save-every": "3"})
+    with pytest.raises(DataError, match="the bundle was deleted or moved while training"):
+        worker_group.run(plan, sink=Deleting(), stop=never)
+    assert not bundle.exists()

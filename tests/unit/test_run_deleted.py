@@ -1,0 +1,185 @@
+"""A bundle, or a file in it, that is deleted while a run writes into it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hrm_ray.bundle.folder_watch import FolderWatch
+from hrm_ray.rundir import RunDir
+from hrm_ray.train.loop import StepReport, TrainingLoop
+from tests.support.runs import PUZZLE, TEXT, files_below, hrm, puzzle_file, records, text_file, train
+
+
+@pytest.fixture
+def after_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
+    """Scripted: what happens to the bundle right after a step."""
+
+    def script(number: int, happens: Callable[[], object]) -> None:
+        real = TrainingLoop.step
+
+        def stepping(loop: TrainingLoop) -> StepReport | None:
+            report = real(loop)
+            if loop.progress.step == number:
+                happens()
+            return report
+
+        monkeypatch.setattr(TrainingLoop, "step", stepping)
+
+    return script
+
+
+def renamed(bundle: Path) -> None:
+    bundle.rename(bundle.with_name("elsewhere"))
+
+
+def replaced(bundle: Path) -> None:
+    """By a bundle that another run is preparing."""
+    shutil.rmtree(bundle)
+    bundle.mkdir()
+    (bundle / "training_args.json").write_text("{}")
+
+
+def now_a_file(bundle: Path) -> None:
+    shutil.rmtree(bundle)
+    bundle.write_text("mine")
+
+
+ENDINGS: dict[str, Callable[[Path], None]] = {
+    "deleted": shutil.rmtree,
+    "renamed": renamed,
+    "replaced": replaced,
+    "a file": now_a_file,
+}
+
+
+@pytest.mark.parametrize(
+    ("ending", "noticed"),
+    [*((ending, "record") for ending in ENDINGS), ("deleted", "checkpoint"), ("replaced", "evaluation")],
+)
+def test_the_run_ends_at_the_next_record_or_save(
+    ending: str, noticed: str, tmp_path: Path, after_step: Callable[[int, Callable[[], object]], None]
+) -> None:
+    data, bundle = text_file(tmp_path, 60), tmp_path / "x"
+    words: dict[str, tuple[object, ...]] = {
+        "record": ("--log-every", 4, "--save-every", 2),
+        "checkpoint": ("--log-every", 100, "--save-every", 4),
+        "evaluation": ("--log-every", 100, "--eval-every", 4, "--val-split", "train", "--eval-batches", 1),
+    }
+    left: dict[str, bytes] = {}
+
+    def happens() -> None:
+        ENDINGS[ending](bundle)
+        left.update(files_below(tmp_path))
+
+    after_step(3, happens)
+    chosen = (*TEXT[:-2], "--steps", 9, *words[noticed])
+    ran = hrm("train", "--dataset-file", data, "--bundle-dir", bundle, *chosen)
+    assert ran.code == 5, ran
+    (fault,) = ran.faults
+    assert "the bundle was deleted or moved while training" in fault and str(bundle) in fault
+    assert ran.err.count("\n") == 1
+    assert "step 5/" not in ran.out
+    now = files_below(tmp_path)
+    # A run that has moved away is closed in order: its ledger's leases are released.
+    assert {name: content for name, content in now.items() if "ledger" not in name and ".in_use" not in name} == {
+        name: content for name, content in left.items() if "ledger" not in name and ".in_use" not in name
+    }
+    assert (tmp_path / "x").exists() == (ending in ("replaced", "a file"))
+
+
+def test_puzzles_end_at_the_next_record_too(
+    tmp_path: Path, after_step: Callable[[int, Callable[[], object]], None]
+) -> None:
+    bundle = tmp_path / "x"
+    after_step(2, lambda: shutil.rmtree(bundle))
+    ran = hrm("train", "--dataset-file", puzzle_file(tmp_path), "--bundle-dir", bundle, *PUZZLE, "--steps", 9)
+    assert ran.code == 5 and "deleted or moved while training" in ran.err, ran
+    assert not bundle.exists()
+
+
+def test_deleted_before_the_last_step_is_saved(
+    tmp_path: Path, after_step: Callable[[int, Callable[[], object]], None]
+) -> None:
+    bundle = tmp_path / "x"
+    after_step(2, lambda: shutil.rmtree(bundle))
+    ran = hrm(
+        "train",
+        "--dataset-file",
+        text_file(tmp_path),
+        "--bundle-dir",
+        bundle,
+        *TEXT[:-2],
+        "--steps",
+        2,
+        "--log-every",
+        100,
+    )
+    assert ran.code == 5 and "deleted or moved while training" in ran.err, ran
+    assert not bundle.exists()
+
+
+def test_checkpoints_that_are_deleted_are_written_again(
+    tmp_path: Path, after_step: Callable[[int, Callable[[], object]], None]
+) -> None:
+    bundle = tmp_path / "x"
+    after_step(3, lambda: shutil.rmtree(bundle / "checkpoints"))
+    train(text_file(tmp_path), bundle, *TEXT, "--steps", 4, "--save-every", 2)
+    assert RunDir(bundle).checkpoint_steps() == [4]
+
+
+def test_metrics_that_are_deleted_begin_again(
+    tmp_path: Path, after_step: Callable[[int, Callable[[], object]], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    data, bundle = text_file(tmp_path), tmp_path / "x"
+    after_step(2, (bundle / "metrics.jsonl").unlink)
+    train(data, bundle, *TEXT, "--steps", 4)
+    assert [record["step"] for record in records(bundle)] == [2, 3, 4]
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "metrics.jsonl was deleted" in warning
+    train(data, bundle, *TEXT, "--steps", 5, "--resume")
+    assert [record["step"] for record in records(bundle)] == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("with_journal", "deleted_after"), [(True, 1), (False, 3), (True, 4)])
+def test_a_ledger_that_is_deleted_is_written_again(
+    with_journal: bool,
+    deleted_after: int,
+    tmp_path: Path,
+    after_step: Callable[[int, Callable[[], object]], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Before the first checkpoint, between two, and after the last but for the one at the end."""
+    data, bundle = text_file(tmp_path, 60), tmp_path / "x"
+
+    def delete() -> None:
+        for file in bundle.glob("ledger.sqlite*"):
+            if with_journal or file.name == "ledger.sqlite":
+                file.unlink()
+
+    after_step(deleted_after, delete)
+    train(data, bundle, *TEXT, "--steps", 5, "--save-every", 2)
+    assert any("ledger.sqlite was deleted" in record.message for record in caplog.records)
+    assert hrm("ledger", "verify", bundle).code == 0
+    assert [file.name for file in bundle.glob("*ledger.sqlite*")] == ["ledger.sqlite"]
+    train(data, bundle, *TEXT, "--steps", 7, "--resume")
+    assert hrm("ledger", "verify", bundle).code == 0
+
+
+def test_a_folder_of_the_same_number_is_another(tmp_path: Path) -> None:
+    """File systems give a new folder the number of one that was just deleted, unless somebody has it open."""
+    folder = tmp_path / "x"
+    for _ in range(20):
+        folder.mkdir()
+        watch = FolderWatch(folder)
+        assert watch.fault() is None
+        folder.rmdir()
+        assert watch.fault() is not None
+        folder.mkdir()
+        fault = watch.fault()
+        assert fault is not None and "another folder took its place" in fault.reason
+        watch.close()
+        folder.rmdir()
