@@ -23,14 +23,16 @@ token), `documents` int32 [B,S] (which document of the row a position belongs to
 An inactive row is padding: all its labels are IGNORE_LABEL and it weighs nothing.
 """
 
-RecordKind: TypeAlias = Literal["train", "eval", "event"]
+RecordKind: TypeAlias = Literal["train", "eval", "event", "progress"]
 
 
 @dataclass(frozen=True)
 class Record:
     """One line of metrics: what kind, at which step (weight updates so far), and the values by name.
 
-    `time_s` is seconds since the epoch. Kind "event" carries a `message` and a `level` (INFO, WARNING, ERROR).
+    `time_s` is seconds since the epoch. Kind "event" carries a `message` and a `level` (INFO, WARNING, ERROR). Kind
+    "progress" comes after every step, for displays alone: it is in no file. It carries the `epoch`, and with epochs the
+    estimated `total_steps`.
     """
 
     kind: RecordKind

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 from contextlib import closing
 from pathlib import Path
+from textwrap import TextWrapper
 
 from hrm_ray.cli.error_handler import reader_is_gone
 from hrm_ray.launch.preflight import gigabytes, needed_memory
@@ -15,16 +17,19 @@ from hrm_ray.launch.run import run
 from hrm_ray.launch.scan_data import scan_data
 from hrm_ray.launch.stopping import StopWatch
 from hrm_ray.metrics.console import ConsoleSink
+from hrm_ray.metrics.display_state import Schedule
 from hrm_ray.model.describe import count_parameters
 from hrm_ray.settings.tree import RunSettings, to_dotted
 from hrm_ray.types import RunResult, StopReason, StopRequested
+
+_INDENT = " " * len("device  ")
 
 
 def run_train(settings: RunSettings, dry_run: bool) -> int:
     """Train, or with `dry_run` only print what would be done; returns the exit code."""
     with StopWatch(settings.run.stop_file) as watch:
         resolved = resolve(settings)
-        _print(describe(resolved))
+        _print(_wrapped(describe(resolved)))
         if dry_run:
             print("".join(f"warning {note}\n" for note in resolved.notes), end="")
             print("\n".join(f"  {key} = {value}" for key, value in to_dotted(resolved.settings).items()))
@@ -33,13 +38,29 @@ def run_train(settings: RunSettings, dry_run: bool) -> int:
             print("dry run: nothing was started or written")
             return 0
         try:
-            with closing(ConsoleSink(sys.stdout, resolved.settings.run.step_limit)) as sink:
+            with closing(ConsoleSink(sys.stdout, _schedule(resolved))) as sink:
                 result = run(resolved, sink=sink, stop=watch.poll, on_start=watch.begin)
         except StopRequested as stopped:
             _print(f"ended   {stopped.reason.value} before the first step: nothing was trained")
             return stopped.reason.exit_code
-    _print(summary(result, settings.run.stop_file))
+    _print(_wrapped(summary(result, settings.run.stop_file)))
     return result.reason.exit_code
+
+
+def _schedule(resolved: ResolvedRun) -> Schedule:
+    """When the run ends, evaluates and saves, for the display."""
+    settings = resolved.settings
+    evaluates = settings.data.eval_file is not None or settings.data.val_split is not None
+    return Schedule(settings.run.step_limit, settings.run.eval_every if evaluates else None, settings.run.save_every)
+
+
+def _wrapped(text: str) -> str:
+    """`text` with its lines divided at spaces where a terminal is too narrow for them; commands stay whole."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return text
+    width = max(2 * len(_INDENT), shutil.get_terminal_size().columns)
+    wrapper = TextWrapper(width, subsequent_indent=_INDENT, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(line if "hrm-ray " in line else wrapper.fill(line) for line in text.splitlines())
 
 
 def _print(text: str) -> None:

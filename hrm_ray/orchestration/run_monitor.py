@@ -129,6 +129,8 @@ class MonitorSink:
             while not closing:
                 closing = self._closing.wait(SEND_INTERVAL_S)
                 batch = [self._records.get() for _ in range(self._records.qsize())]
+                newest = max((index for index, each in enumerate(batch) if each.kind == "progress"), default=-1)
+                batch = [each for index, each in enumerate(batch) if each.kind != "progress" or index == newest]
                 if batch:
                     ray.get(self._monitor.push.remote(batch))
         except BaseException as error:  # noqa: BLE001 - raised again by write and close

@@ -32,14 +32,15 @@ def accelerator_memory(device: torch.device) -> Callable[[], DeviceMemory] | Non
 
 
 class MetricLogger:
-    """Writes the records of one loop to `sink`.
+    """Writes the records of one loop to `sink`, and after every step a progress record to `display`.
 
     Without a sink nothing is written. Means are summed over ranks, so every rank calls `train` at the same steps.
     """
 
-    def __init__(self, loop: TrainingLoop, sink: MetricSink | None) -> None:
+    def __init__(self, loop: TrainingLoop, sink: MetricSink | None, display: MetricSink | None = None) -> None:
         self.loop = loop
         self.sink = sink
+        self.display = display
         self._throughput = Throughput()
         self._memory = MemoryMeter(accelerator_memory(loop.world.device))
         self._unlogged: StepReport | None = None
@@ -77,6 +78,8 @@ class MetricLogger:
         if report.adapted is not None and report.adapted.kind != "hold":
             level, done = ("INFO", "lowered") if report.adapted.kind == "lower" else ("WARNING", "stepped back")
             self.event(level, f"Learning rate {done} at step {step}: {report.adapted.reason}.")
+        if self.display is not None:
+            self.display.write(Record("progress", step, time.time(), self._progress()))
         if report.applied:
             self._unlogged = report
             return
@@ -86,6 +89,14 @@ class MetricLogger:
         else:
             reason = f"gradient norm {report.norm} ({in_a_row} in a row)"
         self.event("WARNING", f"step skipped: {reason}")
+
+    def _progress(self) -> dict[str, Any]:
+        """The values of a progress record: only what is known without waiting for the device."""
+        loader = self.loop.parts.loader
+        values: dict[str, Any] = {"epoch": loader.epoch}
+        if loader.stop_condition.epochs is not None:
+            values["total_steps"] = self.loop.parts.lr_schedule.schedule.total_steps
+        return values
 
     def train(self) -> None:
         """Write the means since the last record, if there was a step since. A collective."""

@@ -111,7 +111,7 @@ def _train(plan: RunPlan, link: WorkerLink, watch: FolderWatch) -> RunResult:
 
         world.from_leader(open_files)
         expert = ExpertRun(**extra["expert"]) if extra.get("expert") else ExpertRun.of_new_run(settings)
-        logger = MetricLogger(loop, sink)
+        logger = MetricLogger(loop, sink, link.sink() if world.leads else None)
         source = (str(settings.data.eval_file), settings.data.val_split)
         evaluator = Evaluator(loop, EvalSet.of_run(held_out, settings, world), source, run_dir)
         checkpointer = Checkpointer(loop, run_dir, settings.run.keep, ledger_writer)

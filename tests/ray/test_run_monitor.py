@@ -87,3 +87,15 @@ def test_a_failure_is_reported_though_records_cannot_be_sent() -> None:
     channel.fail(Failure.of(0, ValueError("odd")))
     (failure,) = monitor.failures
     assert failure.message == "odd" and "Records of the last steps could not be sent: TypeError" in failure.trace
+
+
+def test_of_several_progress_records_only_the_newest_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_monitor, "SEND_INTERVAL_S", 3600.0)  # so that all go at once, when the channel is closed
+    monitor = Monitor()
+    sink = MonitorSink(monitor)
+    for step in (1, 2, 3):
+        sink.write(Record("progress", step, 0.0, {}))
+        sink.write(record(step))
+    sink.close()
+    records = asyncio.run(monitor.monitor.take()).records
+    assert [(each.kind, each.step) for each in records] == [("train", 1), ("train", 2), ("progress", 3), ("train", 3)]

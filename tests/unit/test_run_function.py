@@ -80,3 +80,15 @@ def test_records_stops_and_the_start_reach_the_program(tmp_path: Path) -> None:
     assert RunDir(tmp_path / "b").checkpoint_steps() == [2]
     with pytest.raises(SettingsError, match="already contains a run"):
         run(resolved)
+
+
+def test_every_step_is_reported_and_only_logged_ones_are_stored(tmp_path: Path) -> None:
+    """Also the estimated end of a run by epochs."""
+    kept = Kept()
+    options = {"--epochs": "2", "--log-every": "3", "--batch-size": "1"}
+    result = run(settings_for(text_file(tmp_path), tmp_path / "b", **options), sink=kept)
+    progress = [record for record in kept.records if record.kind == "progress"]
+    assert [record.step for record in progress] == list(range(1, result.step + 1)) and result.step >= 4
+    assert progress[-1].values == {"epoch": 1, "total_steps": result.step}
+    stored = [json.loads(line) for line in RunDir(tmp_path / "b").metrics.read_text().splitlines()]
+    assert {line["kind"] for line in stored} <= {"train", "eval", "event"}
