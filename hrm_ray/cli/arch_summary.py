@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from hrm_ray.cli.flat_command import FlatCommand
 from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.resolve import resolve_task
+from hrm_ray.settings.rules import as_note, without_effect
 from hrm_ray.settings.tree import RunSettings
 
 SECTIONS = ("model", "memory", "adapt")
@@ -33,7 +34,13 @@ def arch_summary_command(argv: Sequence[str]) -> int:
     arguments = COMMAND.parse(argv)
     # Not the setting of that name, which starts at 300: puzzles have fewer.
     vocab_size = arguments.number("--vocab-size", whole=True, above=0)
-    loaded = load_settings(arguments.options, arguments.config, found=arguments.faults, also_known=COMMAND.own_names)
+    loaded = load_settings(
+        arguments.options,
+        arguments.config,
+        found=arguments.faults,
+        given_again=arguments.overridden,
+        also_known=COMMAND.own_names,
+    )
     settings = resolve_task(loaded, loaded.model.task or "lm", loaded.data.max_seq_len or DEFAULT_SEQ_LEN)
     data = settings.data
     most = data.max_vocab_size if data.auto_vocab_size else data.vocab_size
@@ -42,13 +49,16 @@ def arch_summary_command(argv: Sequence[str]) -> int:
 
 
 def _print_summary(settings: RunSettings, vocab_size: int, as_json: bool) -> None:
-    from hrm_ray.launch.fallbacks import settle_memory_options
+    from hrm_ray.launch.fallbacks import settle_memory_options, without_effect_on
     from hrm_ray.model.config import model_config
     from hrm_ray.model.describe import summarise
     from hrm_ray.train.memory_estimate import memory_estimate
 
     # Nothing is computed, so the device need not be here; offloading matters only if its memory is not the host's.
     device = "cuda" if settings.cluster.device == "cuda" else "cpu"
+    no_effect = [*without_effect(settings), *without_effect_on(settings, device)]
+    if no_effect:
+        print(f"note: {as_note(no_effect)}", file=sys.stderr)
     settings, notes = settle_memory_options(settings, device)
     for note in notes:
         print(f"warning: {note}", file=sys.stderr)

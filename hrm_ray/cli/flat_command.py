@@ -14,7 +14,8 @@ import typer
 
 from hrm_ray.errors import Fault
 from hrm_ray.settings.faults import nearest
-from hrm_ray.settings.options import Option, options, spellings
+from hrm_ray.settings.needs import NoEffect, overridden
+from hrm_ray.settings.options import BOOLEAN_WORDS, Option, options, spellings
 
 
 @dataclass
@@ -22,11 +23,14 @@ class Arguments:
     """The parsed command line."""
 
     options: dict[str, str | bool] = field(default_factory=dict)
-    """By spelling; True for a switch, and for an option whose value is missing. Unknown options are here too."""
+    """By spelling, in the order of their last occurrence; True for a switch, and for an option whose value is missing.
+    Unknown options are here too."""
     own: dict[str, str | bool] = field(default_factory=dict)
     """The command's own options, such as --config, which are no leaves of the settings."""
     positional: list[str] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
+    overridden: list[NoEffect] = field(default_factory=list)
+    """Options that are given again with another value, which is the one that counts."""
 
     @property
     def config(self) -> Path | None:
@@ -71,7 +75,8 @@ class FlatCommand:
     def parse(self, argv: Sequence[str]) -> Arguments:
         """Split `argv` into options, own options and positional arguments; --help prints the page and exits.
 
-        `--name value` and `--name=value` are the same. A word that begins with `--` is never a value.
+        `--name value` and `--name=value` are the same. A word that begins with `--` is never a value. After a switch
+        a boolean word is its value.
         """
         found, own, rest = Arguments(), self.own_names, list(argv)
         while rest:
@@ -81,12 +86,12 @@ class FlatCommand:
                 continue
             name, equals, text = word.partition("=")
             value: str | bool = text if equals else True
-            if not equals and rest and not _is_option(rest[0]) and _takes_value(name, own):
+            if not equals and rest and not _is_option(rest[0]) and _takes_value(name, rest[0], own):
                 value = rest.pop(0)
             table = found.own if name in own else found.options
-            if table.get(name, value) != value:
-                both = f"{name} {table[name]} and {name} {value}"
-                found.faults.append(Fault(both, "one option is given twice", "Keep one of the two"))
+            before = table.pop(name, value)
+            if before != value:
+                found.overridden.append(overridden(_as_written(name, before), _as_written(name, value)))
             table[name] = value
         if "--help" in found.own:
             self.print_help()
@@ -139,7 +144,7 @@ def _is_option(word: str) -> bool:
     return word.startswith("-") and word != "-" and not word[1:2].isdigit() and word[1:2] != "."
 
 
-def _takes_value(name: str, own: Mapping[str, bool]) -> bool:
+def _takes_value(name: str, word: str, own: Mapping[str, bool]) -> bool:
     """Whether the next word belongs to this option."""
     if name in own:
         return own[name]
@@ -147,8 +152,12 @@ def _takes_value(name: str, own: Mapping[str, bool]) -> bool:
     if spelling is None:
         # An unknown option is treated as the known one it resembles, or its value would be a second fault.
         near = nearest(name, [*spellings(), *own], at_most=1)
-        return not near or _takes_value(near[0], own)
-    return spelling.fixed is None
+        return not near or _takes_value(near[0], word, own)
+    return spelling.fixed is None or word.lower() in BOOLEAN_WORDS
+
+
+def _as_written(name: str, value: str | bool) -> str:
+    return name if value is True else f"{name} {value}"
 
 
 def _spelling(option: Option) -> str:

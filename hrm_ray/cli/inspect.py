@@ -12,6 +12,7 @@ from hrm_ray.cli.flat_command import FlatCommand
 from hrm_ray.errors import Fault, SettingsError
 from hrm_ray.settings.load import load_settings, peek_leaves
 from hrm_ray.settings.resolve import resolve_task
+from hrm_ray.settings.rules import as_note, without_effect
 from hrm_ray.settings.tree import RunSettings
 
 if TYPE_CHECKING:
@@ -56,7 +57,9 @@ def inspect_command(argv: Sequence[str]) -> int:
     if any(peek_leaves(flat, arguments.config, ("data.prompt_column", "data.response_column")).values()):
         # Training takes pairs under this option only; here there is nothing else that the columns could mean.
         flat["--lm-mask"] = "prefix"
-    settings = load_settings(flat, arguments.config, found=faults, also_known=COMMAND.own_names)
+    settings = load_settings(
+        flat, arguments.config, found=faults, given_again=arguments.overridden, also_known=COMMAND.own_names
+    )
     if settings.data.training_data is None:
         raise SettingsError(Fault("PATH", "there is nothing to inspect", "Give a path, an address, or --dataset-id"))
     limit_s = None if read_all else 5.0 if timeout_s is None else timeout_s
@@ -85,13 +88,13 @@ def _inspect(settings: RunSettings, timeout_s: float | None, samples: int, *, as
             read_all=timeout_s is None,
             samples=samples,
         )
-        resolve_task(settings, "puzzle", puzzles.seq_len)
+        _print_no_effect(resolve_task(settings, "puzzle", puzzles.seq_len))
         if as_json:
             _print_json("puzzle", puzzles, timer)
         else:
             print("\n".join(puzzle_lines(puzzles, timer.elapsed_s)))
         return 0
-    resolve_task(settings, "lm")
+    _print_no_effect(resolve_task(settings, "lm"))
     name = settings.data.tokenizer_path
     tokenizer = None if name is None else load_named(name)
     corpus = corpus_to_read(settings, source, found.parts, evaluation=False)
@@ -104,6 +107,12 @@ def _inspect(settings: RunSettings, timeout_s: float | None, samples: int, *, as
     for warning in (*found.notes, *text_warnings(facts, skips=settings.data.on_bad_row == "skip")):
         print(f"warning: {warning}", file=sys.stderr)
     return 0
+
+
+def _print_no_effect(settings: RunSettings) -> None:
+    no_effect = without_effect(settings)
+    if no_effect:
+        print(f"note: {as_note(no_effect)}", file=sys.stderr)
 
 
 def _print_json(task: str, facts: TextFacts | PuzzleSetFacts, timer: Timer) -> None:

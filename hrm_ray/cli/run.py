@@ -19,6 +19,7 @@ from hrm_ray.launch.stopping import StopWatch
 from hrm_ray.metrics.console import ConsoleSink
 from hrm_ray.metrics.display_state import Schedule
 from hrm_ray.model.describe import count_parameters
+from hrm_ray.settings.rules import as_note
 from hrm_ray.settings.tree import RunSettings, to_dotted
 from hrm_ray.types import RunResult, StopReason, StopRequested
 
@@ -31,7 +32,10 @@ def run_train(settings: RunSettings, dry_run: bool) -> int:
         resolved = resolve(settings)
         _print(_wrapped(describe(resolved)))
         if dry_run:
+            # A run has them in its records, which the display shows.
             print("".join(f"warning {note}\n" for note in resolved.notes), end="")
+            if resolved.no_effect:
+                print(f"note    {as_note(resolved.no_effect)}")
             print("\n".join(f"  {key} = {value}" for key, value in to_dotted(resolved.settings).items()))
             print(describe_memory(resolved))
             print(scan_data(resolved))

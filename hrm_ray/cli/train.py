@@ -20,7 +20,13 @@ def train_command(argv: Sequence[str], name: str) -> int:
     # Only now: a help page needs none of it.
     from hrm_ray.launch.run_directory import load_run
 
-    settings = load_run(arguments.options, arguments.config, found=arguments.faults, also_known=command.own_names)
+    settings = load_run(
+        arguments.options,
+        arguments.config,
+        found=arguments.faults,
+        given_again=arguments.overridden,
+        also_known=command.own_names,
+    )
 
     from hrm_ray.cli.run import run_train
 

@@ -14,6 +14,7 @@ import torch
 
 from hrm_ray.errors import Fault, SettingsError, UnavailableError
 from hrm_ray.log_filters import silence_unused_kernels
+from hrm_ray.settings.needs import NoEffect
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.host_memory import malloc_is_tunable
 
@@ -31,8 +32,6 @@ def settle_memory_options(
     notes: list[str] = []
     if settings.optimizer.use_8bit_optimizer:
         settings = _eight_bits(settings, device, notes, needed=trained.get("optimizer.use_8bit_optimizer") is True)
-    notes += _offloads_without_effect(settings, device)
-    notes += _nothing_to_keep(settings, device)
     if settings.memory.load_in_4bit:
         _check_library("bitsandbytes", "--load-in-4bit", needed=trained.get("memory.load_in_4bit") is True)
     if settings.adapt.use_peft:
@@ -41,33 +40,27 @@ def settle_memory_options(
     return settings, notes
 
 
-def _offloads_without_effect(settings: RunSettings, device: str) -> list[str]:
-    """Offloading that changes nothing on this device: a note, and SettingsError under --strict."""
-    memory, reasons = settings.memory, dict[str, str]()
-    if memory.optimizer_offload and device == "cpu":
-        reasons["--optimizer-offload"] = "on the CPU the optimizer's state is in host memory anyway"
-    if memory.cpu_offload and device == "cpu":
-        reasons["--cpu-offload"] = "on the CPU what is kept between chunks is in host memory anyway"
-    elif memory.cpu_offload and device != "cuda":
-        reasons["--cpu-offload"] = f"chunks are moved to host memory from CUDA devices only, not from {device}"
-    # On the CPU it costs nothing. Elsewhere memory was to be saved and is not, unless an earlier run asked for it.
-    must_act = device != "cpu" and "memory.cpu_offload" in settings.given
-    if reasons and (settings.cluster.strict or must_act):
-        hint = "Leave it out, or train on a GPU with CUDA"
-        raise SettingsError([Fault(option, reason, hint) for option, reason in reasons.items()])
-    return [f"{option}: {reason}; it changes nothing." for option, reason in reasons.items()]
+def without_effect_on(settings: RunSettings, device: str) -> list[NoEffect]:
+    """The memory options that the user gave and that change nothing on this device.
 
-
-def _nothing_to_keep(settings: RunSettings, device: str) -> list[str]:
-    """A note where this process cannot choose whether freed memory is kept."""
-    keep = settings.memory.keep_freed_memory
-    if keep is None or (device == "cpu" and malloc_is_tunable()):
-        return []
-    option = "--keep-freed-memory" if keep else "--no-keep-freed-memory"
-    reason = f"memory of {device} is always kept" if device != "cpu" else "this C library, which is not glibc, decides"
-    if settings.cluster.strict:
-        raise SettingsError(Fault(option, reason, "Leave it out"))
-    return [f"{option}: {reason}; it changes nothing."]
+    Raises SettingsError for --cpu-offload on a device that could be relieved but is not: memory was to be saved.
+    """
+    memory, given = settings.memory, settings.given
+    found: list[NoEffect] = []
+    if memory.optimizer_offload and "memory.optimizer_offload" in given and device == "cpu":
+        reason = "on the CPU the optimizer's state is in host memory anyway"
+        found.append(NoEffect("--optimizer-offload", reason))
+    if memory.use_chunked_training and memory.cpu_offload and "memory.cpu_offload" in given and device != "cuda":
+        if device != "cpu":
+            reason = f"chunks are moved to host memory from CUDA devices only, not from {device}"
+            raise SettingsError(Fault("--cpu-offload", reason, "Leave it out, or train on a GPU with CUDA"))
+        found.append(NoEffect("--cpu-offload", "on the CPU what is kept between chunks is in host memory anyway"))
+    keep = memory.keep_freed_memory
+    if keep is not None and "memory.keep_freed_memory" in given and not (device == "cpu" and malloc_is_tunable()):
+        reason = "this C library, which is not glibc, decides"
+        reason = reason if device == "cpu" else f"memory of {device} is always kept"
+        found.append(NoEffect("--keep-freed-memory" if keep else "--no-keep-freed-memory", reason))
+    return found
 
 
 def _check_library(name: str, option: str, *, needed: bool) -> None:

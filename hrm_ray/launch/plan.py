@@ -31,6 +31,7 @@ from hrm_ray.launch.run_directory import RunLocation, stored_args
 from hrm_ray.ledger import copy_ledger
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import RunDir, write_json
+from hrm_ray.settings.rules import as_note
 from hrm_ray.settings.schedule_length import schedule_length
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.plan import RunPlan, TextData, write_description
@@ -55,7 +56,7 @@ def make_plan(resolved: ResolvedRun, on_read: Callable[[CorpusReading], None] = 
 def _prepare(resolved: ResolvedRun, on_read: Callable[[CorpusReading], None]) -> RunPlan:
     location = resolved.location
     with nullcontext(location.run_dir) if location.continues else new_bundle(location) as run_dir:
-        notes, remarks = list(resolved.notes), list[str]()
+        notes, remarks = list(resolved.notes), [as_note(resolved.no_effect)] if resolved.no_effect else []
         data: TextData | PuzzlePlan
         if resolved.facts.task == "puzzle":
             config, data = resolved.config, _prepare_puzzles(resolved, run_dir)

@@ -21,16 +21,17 @@ from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataError, Fault, SettingsError
 from hrm_ray.launch.data_sources import has_evaluation, source_of
 from hrm_ray.launch.devices import Devices, choose_devices, visible_gpus
-from hrm_ray.launch.fallbacks import settle_memory_options
+from hrm_ray.launch.fallbacks import settle_memory_options, without_effect_on
 from hrm_ray.launch.preflight import check_launch, check_resources
 from hrm_ray.launch.run_directory import RunLocation, check_effective_batch, check_own_files, locate_run, trained_with
 from hrm_ray.model.config import ModelConfig, model_config
 from hrm_ray.model.transforms.compile import compile_notes
 from hrm_ray.rundir import MANIFEST, RunDir, read_json
 from hrm_ray.settings.adaptive_lr import AdaptiveLrSettings, read_adaptive_lr
-from hrm_ray.settings.needs import OWN_TOKENIZER
+from hrm_ray.settings.needs import OWN_TOKENIZER, TRAINED_BEFORE, NoEffect
 from hrm_ray.settings.options import options
 from hrm_ray.settings.resolve import moderate_lr, resolve_task
+from hrm_ray.settings.rules import as_faults, without_effect
 from hrm_ray.settings.tree import SECTIONS, RunSettings
 from hrm_ray.train.attention_choice import flash_notes
 from hrm_ray.train.expert_run import check_expert_run
@@ -50,6 +51,8 @@ class ResolvedRun:
     """False where the vocabulary is still to be trained: it may come out smaller, or under --auto-vocab-size larger."""
     notes: tuple[str, ...]
     """Fallbacks and doubts that a person must see."""
+    no_effect: tuple[NoEffect, ...]
+    """Options that the user gave and that change nothing in this run."""
     adaptive_lr: AdaptiveLrSettings | None
     """What the file of --adaptive-lr-config says."""
     keep_freed_memory: bool
@@ -80,9 +83,6 @@ def _resolve_data(settings: RunSettings) -> tuple[RunSettings, DataFacts, DataFa
     evaluation = detect(source_of(settings, evaluation=True), on_bad_row) if has_evaluation(settings) else None
     puzzle_len = facts.puzzle.seq_len if facts.puzzle is not None else None
     settings = resolve_task(settings, facts.task, puzzle_len)
-    if "data.text_column" in settings.given and not any(each.columns for each in (facts, evaluation) if each):
-        reason = "it would change nothing: plain text files have no columns"
-        raise SettingsError(Fault(f"--text-column {settings.data.text_column}", reason, "Leave it out"))
     if evaluation is not None and evaluation.task != facts.task:
         reason = f"contains {evaluation.task} data, but the training data is {facts.task}"
         raise DataError(Fault(evaluation.path, reason, "Give held-out data of the same kind"))
@@ -101,6 +101,9 @@ def _resolve_on(
     if devices.device == "mps" and settings.model.loss == "stablemax":
         reason = "it is computed in float64, which this device does not have"
         raise SettingsError(Fault("--loss stablemax on mps", reason, "Give --loss softmax, or --device cpu"))
+    no_effect = _without_effect(settings, facts, evaluation, devices.device)
+    if settings.data.force_train and not TRAINED_BEFORE.holds(settings):
+        settings = settings.model_copy(update={"data": settings.data.model_copy(update={"force_train": False})})
     settings, lowered = moderate_lr(settings)
     notes += lowered
     settings, fallbacks = settle_memory_options(settings, devices.device, trained_with(settings))
@@ -142,9 +145,24 @@ def _resolve_on(
         config,
         certain,
         (*devices.notes, *notes),
+        no_effect,
         _adaptive_lr(settings),
         keep_freed,
     )
+
+
+def _without_effect(
+    settings: RunSettings, facts: DataFacts, evaluation: DataFacts | None, device: str
+) -> tuple[NoEffect, ...]:
+    """The options without effect on this data and device. Raises SettingsError under --strict."""
+    found = without_effect(settings)
+    has_columns = any(each.columns for each in (facts, evaluation) if each is not None)
+    if facts.task == "lm" and "data.text_column" in settings.given and not has_columns:
+        found.append(NoEffect(f"--text-column {settings.data.text_column}", "plain text files have no columns"))
+    found += without_effect_on(settings, device)
+    if found and settings.cluster.strict:
+        raise SettingsError(as_faults(found))
+    return tuple(found)
 
 
 def effective_batch(settings: RunSettings, devices: Devices) -> int:
@@ -185,7 +203,8 @@ def _no_steps_left(settings: RunSettings, location: RunLocation) -> list[str]:
 def _chunk_notes(settings: RunSettings) -> list[str]:
     """A note on what truncated gradients leave out."""
     memory = settings.memory
-    if not memory.use_chunked_training or memory.chunk_gradients == "exact":
+    one_chunk = memory.chunk_size >= (settings.data.max_seq_len or 0)
+    if not memory.use_chunked_training or memory.chunk_gradients == "exact" or one_chunk:
         return []
     return [
         f"--use-chunked-training: gradients stop at the borders of chunks of {memory.chunk_size} tokens; the loss is "

@@ -18,6 +18,7 @@ from hrm_ray.ledger.database import SIDE_FILES
 from hrm_ray.metrics.jsonl import read_records
 from hrm_ray.rundir import DRIVER_MARKER, RunDir, read_json, verify_checkpoint
 from hrm_ray.settings.load import load_settings, peek_leaves
+from hrm_ray.settings.needs import NoEffect
 from hrm_ray.settings.options import options
 from hrm_ray.settings.presets import layer_leaves, preset_leaves
 from hrm_ray.settings.run import DEFAULT_BUNDLE_DIR
@@ -69,6 +70,7 @@ def load_run(
     config: Path | None = None,
     *,
     found: Sequence[Fault] = (),
+    given_again: Sequence[NoEffect] = (),
     also_known: Iterable[str] = (),
 ) -> RunSettings:
     """The settings of a new or resumed run from options and a settings file, as `load_settings` takes them.
@@ -79,7 +81,7 @@ def load_run(
     base = None
     if where["run.resume"] or where["run.resume_from"] is not None:
         base = _base_settings(_find_stored(where["run.resume_from"], where), where)
-    return load_settings(flat_options, config, base, found=found, also_known=also_known)
+    return load_settings(flat_options, config, base, found=found, given_again=given_again, also_known=also_known)
 
 
 def _find_stored(resume_from: Path | None, where: Mapping[str, Any]) -> RunDir:

@@ -8,6 +8,7 @@ from hrm_ray.settings.base import Section, option
 from hrm_ray.settings.hub_name import HubName, hub_name
 from hrm_ray.settings.needs import (
     AUTO_VOCABULARY,
+    CHUNK_WITHIN_BLOCK,
     EVALUATION,
     FIXED_VOCABULARY,
     HUB_DATA,
@@ -16,6 +17,7 @@ from hrm_ray.settings.needs import (
     OWN_TOKENIZER,
     SHUFFLED,
     TEXT,
+    TRAINED_BEFORE,
     WHOLE_TEXTS,
 )
 
@@ -97,13 +99,13 @@ class DataSettings(Section):
     """Size of the shuffle buffer in samples, for --no-linear-dataset."""
     samples_per_block: int = option(100000, "fixed", ge=1, affects=("rows",), needs=(TEXT,))
     """Samples (rows of the data) in a block; an epoch finishes one block before it begins another."""
-    dataset_chunk_size: int = option(4000, "fixed", ge=1, affects=("rows",), needs=(TEXT,))
+    dataset_chunk_size: int = option(4000, "fixed", ge=1, affects=("rows",), needs=(TEXT, CHUNK_WITHIN_BLOCK))
     """Samples in a chunk, the unit in which data is read, tokenised, packed and entered in the ledger."""
     start_block_id: int | None = option(None, "fixed", ge=0, needs=(TEXT,), unset="the first block")
     """Block that the first epoch begins with, counted from 0."""
     start_chunk_id: int | None = option(None, "fixed", ge=0, needs=(TEXT,), unset="the block's first chunk")
     """Chunk of that block that the first epoch begins with, counted from 0."""
-    force_train: bool = option(False, "free")
+    force_train: bool = option(False, "free", needs=(TRAINED_BEFORE,))
     """On a resumed run: train one more epoch than --epochs, although all chunks have been trained."""
     dataset_start_offset: int = option(0, "fixed", ge=0, affects=("rows",), needs=(TEXT,))
     """Skip this many rows at the start of the data."""

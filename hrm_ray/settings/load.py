@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from hrm_ray.errors import Fault, SettingsError
 from hrm_ray.settings.faults import fault_of_error, hint_of_name, nearest
-from hrm_ray.settings.options import Spelling, options, spellings
+from hrm_ray.settings.needs import NoEffect, overridden
+from hrm_ray.settings.options import BOOLEAN_WORDS, Spelling, options, spellings
 from hrm_ray.settings.presets import PRESETS, layer_leaves, preset_leaves
 from hrm_ray.settings.profiles import PROFILES, profile_leaves
 from hrm_ray.settings.rules import broken_rules
@@ -29,12 +30,14 @@ def load_settings(
     trial: Mapping[str, Any] | None = None,
     *,
     found: Sequence[Fault] = (),
+    given_again: Sequence[NoEffect] = (),
     also_known: Iterable[str] = (),
 ) -> RunSettings:
     """One tree from the options, the settings file, a resumed run (`base`, dotted keys) and a trial's overrides.
 
-    Options go by their spelling (`--lr`, `--no-rope`), or without the dashes. `found` are faults of the command line,
-    reported together with those found here; `also_known` are a command's other options, for "the nearest is".
+    Options go by their spelling (`--lr`, `--no-rope`), or without the dashes; of two spellings of one option the later
+    counts. `found` and `given_again` are the command line's faults and its options that were given again, reported
+    together with those found here; `also_known` are a command's other options, for "the nearest is".
     Raises SettingsError with every fault.
     """
     user = _merged(
@@ -61,7 +64,11 @@ def load_settings(
     for key, error in wrong.items():
         faults.append(fault_of_error(error, quoted.get(key, f"{key} = {values[key]}")))
     settings = RunSettings.model_validate(
-        {**_nested({key: value for key, value in values.items() if key not in wrong}), "given": given - set(wrong)}
+        {
+            **_nested({key: value for key, value in values.items() if key not in wrong}),
+            "given": given - set(wrong),
+            "overridden": (*given_again, *user.overridden),
+        }
     )
     faults += broken_rules(settings, set(wrong) | _filled_by(wrong, user.values) | user.candidates | resumed.candidates)
     if faults:
@@ -99,17 +106,15 @@ def read_options(flat_options: Mapping[str, str | bool], also_known: Iterable[st
                 spellings()[near].option.key for near in nearest(name, known) if near in spellings()
             )
             continue
-        key, meant = spelling.option.key, _meant(spelling, value)
+        key, meant = spelling.option.key, _meant(name, spelling, value)
         if meant is None:
             wrong = "needs a value" if spelling.fixed is None else "takes no value"
             example = f"Write {name} VALUE" if spelling.fixed is None else f"Write {name} alone"
             parsed.faults.append(Fault(shown, wrong, example))
             parsed.candidates.add(key)
-        elif key in parsed.values and parsed.values[key] != meant:
-            reason = f"contradicts {parsed.quoted[key]}, which sets the same"
-            parsed.faults.append(Fault(shown, reason, "Keep one of the two"))
-            parsed.candidates.add(key)
         else:
+            if key in parsed.values and str(parsed.values[key]).lower() != str(meant).lower():
+                parsed.overridden.append(overridden(parsed.quoted[key], shown))
             parsed.values[key], parsed.quoted[key] = meant, shown
     return parsed
 
@@ -123,13 +128,18 @@ def _spelling(name: str) -> Spelling | None:
     return None if name.startswith("-") else spellings().get(f"--{name.replace('_', '-')}")
 
 
-def _meant(spelling: Spelling, value: str | bool) -> str | bool | None:
+def _meant(name: str, spelling: Spelling, value: str | bool) -> str | bool | None:
     """The value that a spelling gives its leaf; None if a value is missing, or not allowed."""
     if spelling.fixed is None:
         return None if isinstance(value, bool) else str(value)
     if spelling.fixed is True:
         return value
-    return spelling.fixed if value is True else None
+    holds = value if isinstance(value, bool) else BOOLEAN_WORDS.get(value.lower())
+    if holds is not False:
+        return spelling.fixed if holds else None
+    # `--no-amp false` is `--amp`, and `--ddp false` is `--no-ddp`.
+    opposite = _spelling(f"--{name[5:]}" if name.startswith("--no-") else f"--no-{name[2:]}")
+    return None if opposite is None else opposite.fixed
 
 
 def _merged(sources: Sequence[ParsedSource]) -> ParsedSource:
@@ -143,6 +153,7 @@ def _merged(sources: Sequence[ParsedSource]) -> ParsedSource:
         whole.quoted.update(source.quoted)
         whole.faults.extend(source.faults)
         whole.candidates.update(source.candidates)
+        whole.overridden.extend(source.overridden)
     return whole
 
 

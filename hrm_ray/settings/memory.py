@@ -8,8 +8,6 @@ from hrm_ray.settings.base import Section, option
 from hrm_ray.settings.needs import (
     AMP,
     CHUNKS,
-    CUDA_FOR_CHUNKS,
-    DEVICE_MEMORY,
     FLOAT32_WEIGHTS,
     MOMENTS_TO_OFFLOAD,
     SEVERAL_CHUNKS,
@@ -44,18 +42,18 @@ class MemorySettings(Section):
     computed in float32."""
     use_chunked_training: bool = option(False, "free", needs=(SEVERAL_CHUNKS,))
     """Train a long text chunk by chunk: activation memory grows with the chunk, not with the sequence."""
-    chunk_size: int = option(2048, "free", ge=1, needs=(CHUNKS,))
+    chunk_size: int = option(2048, "free", ge=1, needs=(CHUNKS, SEVERAL_CHUNKS))
     """Tokens in a chunk of --use-chunked-training."""
-    chunk_gradients: Literal["exact", "truncated"] = option("truncated", "free", needs=(CHUNKS,))
+    chunk_gradients: Literal["exact", "truncated"] = option("truncated", "free", needs=(CHUNKS, SEVERAL_CHUNKS))
     """truncated: gradients stop at chunk borders; exact: the whole sequence's gradient, for one more forward pass of
     each chunk."""
-    cpu_offload: bool = option(False, "free", needs=(CHUNKS, CUDA_FOR_CHUNKS))
+    cpu_offload: bool = option(False, "free", needs=(CHUNKS, SEVERAL_CHUNKS))
     """Keep the states, keys and values of the other chunks in host memory (CUDA only)."""
     load_in_8bit: bool = option(False, "fixed")
     """Quantise the frozen weights of linear layers to int8, a quarter of the memory; needs --use-peft."""
     load_in_4bit: bool = option(False, "fixed")
     """Quantise the frozen weights of linear layers to 4-bit NormalFloat, a seventh of the memory; needs --use-peft."""
-    optimizer_offload: bool = option(False, "free", needs=(DEVICE_MEMORY, MOMENTS_TO_OFFLOAD))
+    optimizer_offload: bool = option(False, "free", needs=(MOMENTS_TO_OFFLOAD,))
     """Keep the optimizer state in host memory; during an update one parameter's state at a time is on the device."""
     keep_freed_memory: bool | None = option(None, "free", unset="on if three times the needed memory is free")
     """On the CPU: keep freed memory for the next tensors (faster, up to three times the memory), or give it back."""

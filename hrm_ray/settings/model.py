@@ -11,7 +11,7 @@ from hrm_ray.settings.needs import (
     CYCLES,
     EXPERTS,
     GAIN_RULE,
-    ONE_EXPERT,
+    ROOM_TO_EXPLORE,
     ROPE,
     SEVERAL_SEGMENTS,
     TEXT,
@@ -98,7 +98,7 @@ class ModelSettings(Section):
     halt_max_steps: int = option(2, "fixed", ge=1, needs=(CYCLES,))
     """Maximum number of segments for one input."""
     halt_exploration_prob: float | None = option(
-        None, "free", ge=0, le=1, needs=(CYCLES, CARRIED_PUZZLES), unset="0.1 for puzzles, 0 for text"
+        None, "free", ge=0, le=1, needs=(CYCLES, CARRIED_PUZZLES, ROOM_TO_EXPLORE), unset="0.1 for puzzles, 0 for text"
     )
     """Halting exploration: probability that a puzzle must run a random minimum number of segments."""
     halt_rule: Literal["none", "gain"] = option("gain", "free", needs=(CYCLES, TEXT, SEVERAL_SEGMENTS))
@@ -113,5 +113,5 @@ class ModelSettings(Section):
     """Width of the learned embedding of each puzzle identifier; 0 disables it."""
     student_init: Path | None = option(None, "fixed", unset="random weights")
     """Start from the weights of this bundle, or of an original HRM checkpoint."""
-    expert_index: int | None = option(None, "fixed", ge=0, needs=(ONE_EXPERT,), unset="all experts")
+    expert_index: int | None = option(None, "fixed", ge=0, unset="all experts")
     """Train only this expert of every block, counted from 0; everything else is frozen."""

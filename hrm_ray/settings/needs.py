@@ -1,18 +1,31 @@
 """Conditions that options need to have an effect. A field of the settings names the conditions that it needs.
 
-An option that the user gave where a condition does not hold is refused; an unused default is not an error.
+An option that the user gave where a condition does not hold is noted, and refused under --strict (`rules`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hrm_ray.settings.hub_name import hub_name
 
 if TYPE_CHECKING:
     from hrm_ray.settings.tree import RunSettings
+
+
+class NoEffect(NamedTuple):
+    """An option that the user gave, as written, and why it changes nothing in this run."""
+
+    option: str
+    reason: str
+    hint: str = "Leave it out"
+
+
+def overridden(before: str, now: str) -> NoEffect:
+    """An option that was given again with another value; both as written."""
+    return NoEffect(before, f"overridden by {now}", "Give it once")
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,12 @@ ONE_EXPERT = Needs(
     lambda s: s.run.expert_id is not None,
     "no single expert is trained",
     "Leave it out, or give --expert-id",
+)
+ROOM_TO_EXPLORE = Needs(
+    "exploration_has_room",
+    lambda s: not s.model.halt_exploration_prob or s.model.halt_max_steps > 1,
+    "with one segment there is no other moment to halt at",
+    "Leave it out, or give a larger --halt-max-steps",
 )
 TRAINED_PUZZLE_EMBEDDING = Needs(
     "puzzle_embedding_beside_one_expert",
@@ -138,6 +157,12 @@ WHOLE_TEXTS = Needs(
     "pairs of prompt and response are never divided",
     "Leave it out, or give --lm-mask causal",
 )
+CHUNK_WITHIN_BLOCK = Needs(
+    "chunk_within_block",
+    lambda s: s.data.dataset_chunk_size <= s.data.samples_per_block,
+    "a block has fewer samples, so it is one chunk",
+    "Leave it out, or give a larger --samples-per-block",
+)
 OVERLAP = Needs(
     "stride_within_row_only",
     lambda s: s.data.stride is None or s.data.stride != s.data.max_seq_len,
@@ -194,18 +219,6 @@ SEVERAL_CHUNKS = Needs(
     "a row has no more tokens than a chunk",
     "Leave it out, give a smaller --chunk-size, or a longer --max-seq-len",
 )
-CUDA_FOR_CHUNKS = Needs(
-    "chunk_offload_needs_device_memory",
-    lambda s: not s.memory.cpu_offload or s.cluster.device in ("auto", "cuda"),
-    "chunks are moved to host memory from CUDA devices only",
-    "Leave it out, or give --device cuda",
-)
-DEVICE_MEMORY = Needs(
-    "offload_needs_device_memory",
-    lambda s: not s.memory.optimizer_offload or s.cluster.device != "cpu",
-    "on the CPU the optimizer's state is in host memory anyway",
-    "Leave it out, or give another --device",
-)
 ADAPTERS = Needs(
     "adapter_leaves_of_peft",
     lambda s: s.adapt.use_peft,
@@ -221,6 +234,12 @@ MATRIX_ADAPTERS = Needs(
 
 # Run
 
+TRAINED_BEFORE = Needs(
+    "training_again_needs_a_run",
+    lambda s: not s.data.force_train or ((s.run.resume or s.run.resume_from is not None) and s.run.epochs is not None),
+    "only a resumed run with --epochs has an epoch to add",
+    "Leave it out, or give --resume and --epochs",
+)
 NO_STEPS = Needs(
     "iterate_with_steps",
     lambda s: not s.run.iterate or s.run.steps is None,

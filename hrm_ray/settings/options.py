@@ -10,6 +10,9 @@ from typing import Any, Literal, get_args, get_origin
 from hrm_ray.settings.base import Traits, plain_types
 from hrm_ray.settings.tree import SECTIONS, leaf_keys
 
+BOOLEAN_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+"""Words that may follow a switch."""
+
 
 @dataclass(frozen=True)
 class Option:

@@ -147,16 +147,6 @@ MODEL_RULES: dict[str, Rule] = {
         "a text has a fixed number of segments in training, so there is nothing to explore",
         "Leave it out",
     ),
-    "exploration_has_room": refuse(
-        lambda s: (
-            "model.halt_exploration_prob" in s.given
-            and bool(s.model.halt_exploration_prob)
-            and s.model.halt_max_steps == 1
-        ),
-        ("model.halt_exploration_prob", "model.halt_max_steps"),
-        "with one segment there is no other moment to halt at",
-        "Give --halt-max-steps 2 or more, or leave the exploration out",
-    ),
     "prefix_names_columns": _prefix_names_columns,
     "prefix_has_two_columns": refuse(
         lambda s: s.data.prompt_column is not None and s.data.prompt_column == s.data.response_column,
@@ -201,6 +191,17 @@ MODEL_RULES: dict[str, Rule] = {
         "a prompt has full attention, so its beginning cannot be computed before its end",
         "Give --lm-mask causal, or leave --use-chunked-training out",
     ),
+    # Only a type that the user gave: that of an older stored run is a default.
+    "activations_of_weights": refuse(
+        lambda s: (
+            "memory.activations" in s.given
+            and s.memory.activations is not None
+            and s.memory.model_dtype not in ("fp32", s.memory.activations)
+        ),
+        ("memory.activations", "memory.model_dtype"),
+        "beside 16-bit weights the activations have the type of the weights",
+        "Leave --activations out, or give --model-dtype fp32",
+    ),
     "one_type_of_16_bits": refuse(
         lambda s: s.memory.activations == "bf16" and s.memory.amp and s.memory.amp_dtype == "fp16",
         ("memory.activations", "memory.amp_dtype"),
@@ -226,6 +227,12 @@ MODEL_RULES: dict[str, Rule] = {
         ("run.expert_id",),
         "it does not say which expert of every block to train",
         "Add --expert-index, counted from 0",
+    ),
+    "one_expert_is_trained": refuse(
+        lambda s: s.model.expert_index is not None and s.run.expert_id is None,
+        ("model.expert_index",),
+        "without --expert-id the whole model would be trained, not this expert",
+        "Add --expert-id NAME, or leave it out",
     ),
     "expert_starts_from_a_bundle": refuse(
         lambda s: s.run.expert_id is not None and s.model.student_init is None,

@@ -60,16 +60,6 @@ def _schedule_of_endless_run(settings: RunSettings) -> Fault | None:
     )
 
 
-def _training_again_needs_a_run(settings: RunSettings) -> Fault | None:
-    resumes = settings.run.resume or settings.run.resume_from is not None
-    if not settings.data.force_train or (resumes and settings.run.epochs is not None):
-        return None
-    reason = "a new run has no trained chunks to train again"
-    if resumes:
-        reason = "without --epochs a run trains its chunks again anyway"
-    return Fault(written(settings, "data.force_train"), reason, "Leave it out, or give --resume and --epochs")
-
-
 def _warmup_within_run(settings: RunSettings) -> Fault | None:
     steps, warmup = settings.run.step_limit, settings.optimizer.warmup_steps
     if steps is None or warmup < steps:
@@ -111,15 +101,8 @@ RUN_RULES: dict[str, Rule] = {
         "Give --dataset-id ORGANISATION/NAME, or the address to --dataset-file",
     ),
     "stride_within_row": _stride_within_row,
-    # Only a chunk size that the user gave: a block of fewer samples has one chunk.
-    "chunk_within_block": refuse(
-        lambda s: "data.dataset_chunk_size" in s.given and s.data.dataset_chunk_size > s.data.samples_per_block,
-        ("data.dataset_chunk_size", "data.samples_per_block"),
-        "a chunk is a part of a block",
-        "Give --dataset-chunk-size {data.samples_per_block} or less, or a larger --samples-per-block",
-    ),
     "vocabulary_bounds_in_order": refuse(
-        lambda s: s.data.min_vocab_size > s.data.max_vocab_size,
+        lambda s: s.data.auto_vocab_size and s.data.min_vocab_size > s.data.max_vocab_size,
         ("data.min_vocab_size", "data.max_vocab_size"),
         "there is no size in between",
         "Give at most --min-vocab-size {data.max_vocab_size}, or a larger --max-vocab-size",
@@ -130,27 +113,20 @@ RUN_RULES: dict[str, Rule] = {
         "both name the evaluation data",
         "Give one of the two",
     ),
-    # Only an interval that the user gave: a profile evaluates if there is something to evaluate on.
-    "evaluation_needs_data": refuse(
-        lambda s: (
-            "run.eval_every" in s.given
-            and s.run.eval_every > 0
-            and s.data.val_split is None
-            and s.data.eval_file is None
-        ),
-        ("run.eval_every",),
-        "there is no data to evaluate on",
-        "Give --eval-file or --val-split",
-    ),
     "iterate_without_end": refuse(
         lambda s: s.run.iterate and s.run.epochs is not None,
         ("run.iterate", "run.epochs"),
         "--iterate trains until the run is stopped, --epochs ends it",
         "Give one of the two",
     ),
+    "blocks_for_text": refuse(
+        lambda s: s.model.task == "puzzle" and s.run.stop_after_block,
+        ("run.stop_after_block", "puzzles"),
+        "puzzles have no blocks, so the run would not end",
+        "Give --stop-after-epoch, --steps or --epochs",
+    ),
     "schedule_of_endless_run": _schedule_of_endless_run,
     "warmup_within_run": _warmup_within_run,
-    "training_again_needs_a_run": _training_again_needs_a_run,
     "resume_one_way": refuse(
         lambda s: s.run.resume and s.run.resume_from is not None,
         ("run.resume", "run.resume_from"),

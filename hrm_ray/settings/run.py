@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import field_validator
 
 from hrm_ray.settings.base import Section, option, refusal
-from hrm_ray.settings.needs import NO_STEPS, ONE_EXPERT, TEXT
+from hrm_ray.settings.needs import EVALUATION, NO_STEPS, ONE_EXPERT
 
 DEFAULT_STEPS = 200
 """Weight updates of a run for which neither steps nor epochs were given."""
@@ -43,9 +43,9 @@ class RunSectionSettings(Section):
     """Begin another epoch until the run is stopped."""
     stop_after_epoch: bool = option(False, "free")
     """End the run at the end of an epoch."""
-    stop_after_block: bool = option(False, "free", needs=(TEXT,))
+    stop_after_block: bool = option(False, "free")
     """End the run at the end of a block; resumed, it continues with the next block."""
-    eval_every: int = option(0, "free", ge=0)
+    eval_every: int = option(0, "free", ge=0, needs=(EVALUATION,))
     """Weight updates between evaluations; 0 evaluates only at the end."""
     save_every: int = option(200, "free", ge=0)
     """Weight updates between checkpoints; 0 saves only at the end."""

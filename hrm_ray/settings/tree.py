@@ -15,6 +15,7 @@ from hrm_ray.settings.data import DataSettings
 from hrm_ray.settings.faults import fault_of_error
 from hrm_ray.settings.memory import MemorySettings
 from hrm_ray.settings.model import ModelSettings
+from hrm_ray.settings.needs import NoEffect
 from hrm_ray.settings.optimizer import OptimizerSettings
 from hrm_ray.settings.run import RunSectionSettings
 
@@ -43,7 +44,9 @@ class RunSettings(BaseModel):
     run: RunSectionSettings = RunSectionSettings()
     given: frozenset[str] = frozenset()
     """Dotted keys that the user of this run set, in the file, on the command line or in a trial: not presets, defaults
-    or the settings of a resumed run. Options that would change nothing are refused only if they are in it."""
+    or the settings of a resumed run. Options that change nothing are noted only if they are in it."""
+    overridden: tuple[NoEffect, ...] = ()
+    """What the user gave before the same option with another value."""
 
     @field_serializer("given", when_used="json")
     def _given_in_order(self, given: frozenset[str]) -> list[str]:

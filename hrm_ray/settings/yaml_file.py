@@ -13,6 +13,7 @@ from hrm_ray.errors import Fault
 from hrm_ray.regular_files import special_file
 from hrm_ray.settings.cluster import strategy_of_ddp
 from hrm_ray.settings.faults import nearest
+from hrm_ray.settings.needs import NoEffect
 from hrm_ray.settings.options import options, spellings
 from hrm_ray.settings.tree import SECTIONS
 
@@ -43,6 +44,8 @@ class ParsedSource:
     faults: list[Fault] = field(default_factory=list)
     candidates: set[str] = field(default_factory=set)
     """Leaves that a misspelt name may have meant; rules that read them would report something untrue."""
+    overridden: list[NoEffect] = field(default_factory=list)
+    """Options that a later spelling of the same option overrides."""
 
 
 def read_settings_file(path: Path) -> ParsedSource:

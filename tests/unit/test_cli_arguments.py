@@ -26,6 +26,8 @@ COMMAND = FlatCommand("test", "about", {"--config FILE": "a file", "--dry-run": 
         (["--hiden-size", "64", "--keep", "2"], {"--hiden-size": "64", "--keep": "2"}, {}),
         (["--dryrun", "--keep", "2"], {"--dryrun": True, "--keep": "2"}, {}),
         (["--lr", "1", "--lr", "1"], {"--lr": "1"}, {}),
+        (["--streaming", "True", "--keep", "2"], {"--streaming": "True", "--keep": "2"}, {}),
+        (["--no-moe", "true", "--amp=false"], {"--no-moe": "true", "--amp": "false"}, {}),
     ],
 )
 def test_words_become_options(words: list[str], options: dict[str, str | bool], own: dict[str, str | bool]) -> None:
@@ -37,9 +39,8 @@ def test_words_become_options(words: list[str], options: dict[str, str | bool], 
     ("words", "value", "reason"),
     [
         (["stray", "--lr", "1"], "stray", "belongs to no option"),
-        (["--packing", "no"], "no", "belongs to no option"),
+        (["--packing", "nope"], "nope", "belongs to no option"),
         (["--dryrun", "stray"], "stray", "belongs to no option"),
-        (["--lr", "1", "--lr", "2"], "--lr 1 and --lr 2", "one option is given twice"),
         (["--config"], "--config", "needs a value"),
         (["--config="], "--config", "needs a value"),
         (["--dry-run=yes"], "--dry-run=yes", "takes no value"),
@@ -48,6 +49,18 @@ def test_words_become_options(words: list[str], options: dict[str, str | bool], 
 def test_what_does_not_fit_is_a_fault(words: list[str], value: str, reason: str) -> None:
     (fault,) = COMMAND.parse(words).faults
     assert fault.value == value and reason in fault.reason
+
+
+def test_of_an_option_given_again_the_last_value_counts() -> None:
+    words = ["--lr", "1", "--packing", "--keep", "2", "--packing=no", "--lr", "3", "--config", "a", "--config", "b"]
+    found = COMMAND.parse(words)
+    assert list(found.options.items()) == [("--keep", "2"), ("--packing", "no"), ("--lr", "3")]
+    assert found.own == {"--config": "b"} and not found.faults
+    assert [(again.option, again.reason) for again in found.overridden] == [
+        ("--packing", "overridden by --packing no"),
+        ("--lr 1", "overridden by --lr 3"),
+        ("--config a", "overridden by --config b"),
+    ]
 
 
 @given(

@@ -45,11 +45,16 @@ def test_truncated_chunks_are_said_once_and_learn(tmp_path: Path) -> None:
     assert first["grad_norm"] != pytest.approx(whole["grad_norm"], rel=1e-4)
 
 
-def test_one_chunk_is_refused(tmp_path: Path) -> None:
-    """Its numbers are those of normal training, so it would change nothing."""
+def test_one_chunk_is_normal_training(tmp_path: Path) -> None:
+    """It is noted, since it has no effect."""
     data = text_file(tmp_path)
-    words = ("train", "--dataset-file", data, "--bundle-dir", tmp_path / "one", *LONG)
-    refused(2, *words, *chunked(16), naming=("--use-chunked-training", "--chunk-size"))
+    train(data, tmp_path / "plain", *LONG, "--steps", "2")
+    train(data, tmp_path / "one", *LONG, "--steps", "2", *chunked(16))
+    assert computed(tmp_path / "one") == computed(tmp_path / "plain")
+    noted = [record["message"] for record in records(tmp_path / "one", "event") if "no effect" in record["message"]]
+    assert noted == [
+        "no effect here: --use-chunked-training and --chunk-size 16 (a row has no more tokens than a chunk)"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -108,5 +113,6 @@ def test_offload_of_what_is_in_host_memory_is_said(tmp_path: Path) -> None:
     data = text_file(tmp_path)
     words = (*LONG, *chunked(5, "--cpu-offload"))
     train(data, tmp_path / "run", *words)
-    assert any(note.startswith("--cpu-offload: on the CPU") for note in said(tmp_path / "run"))
+    events = [record["message"] for record in records(tmp_path / "run", "event")]
+    assert any("no effect here: --cpu-offload (on the CPU" in event for event in events)
     refused(2, "train", "--dataset-file", data, *words, "--strict", naming=("--cpu-offload",))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hrm_ray.errors import SettingsError, UnavailableError
-from hrm_ray.launch.fallbacks import settle_memory_options
+from hrm_ray.launch.fallbacks import settle_memory_options, without_effect_on
 from hrm_ray.launch.preflight import checkpoint_bytes, state_bytes
 from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.tree import RunSettings
@@ -330,13 +330,12 @@ def test_a_bitsandbytes_that_cannot_do_it_here(monkeypatch: pytest.MonkeyPatch) 
 
 def test_offload_where_there_is_nothing_to_offload_from(tmp_path: Path) -> None:
     """--device auto came to the CPU."""
-    away = chosen(memory={"optimizer_offload": True})
-    settled, notes = settle_memory_options(away, "cpu")
-    assert settled == away and len(notes) == 1 and "changes nothing" in notes[0]
-    assert settle_memory_options(away, "cuda") == (away, [])
-    with pytest.raises(SettingsError, match="host memory anyway"):
-        settle_memory_options(chosen(memory={"optimizer_offload": True}, strict=True), "cpu")
+    away = load_settings({"--optimizer-offload": True})
+    assert [noted.option for noted in without_effect_on(away, "cpu")] == ["--optimizer-offload"]
+    assert without_effect_on(away, "cuda") == []
     data = text_file(tmp_path)
+    strict = ("train", "--dataset-file", data, "--bundle-dir", tmp_path / "s", *TEXT, "--optimizer-offload", "--strict")
+    refused(2, *strict, naming=("--optimizer-offload", "host memory anyway"))
     train(data, tmp_path / "plain", *TEXT, "--steps", "2")
     train(data, tmp_path / "b", *TEXT, "--steps", "2", "--optimizer-offload")
     assert [r for r in records(tmp_path / "b", "event") if "--optimizer-offload" in r["message"]]
@@ -345,16 +344,13 @@ def test_offload_where_there_is_nothing_to_offload_from(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device", ["mps", "xpu"])
 def test_chunks_are_offloaded_from_cuda_devices_only(device: str) -> None:
-    wanted = chosen(memory={"cpu_offload": True, "use_chunked_training": True})
-    given = wanted.model_copy(update={"given": frozenset({"memory.cpu_offload"})})
+    given = load_settings({"--cpu-offload": True, "--use-chunked-training": True, "--chunk-size": "8"})
     with pytest.raises(SettingsError, match=f"from CUDA devices only, not from {device}"):
-        settle_memory_options(given, device)
-    settled, notes = settle_memory_options(wanted, device)  # of a run that is resumed on another device
-    assert settled == wanted and len(notes) == 1 and "changes nothing" in notes[0]
-    assert settle_memory_options(given, "cuda") == (given, [])
-    words: dict[str, str | bool] = {"--cpu-offload": True, "--use-chunked-training": True, "--device": device}
-    with pytest.raises(SettingsError, match="CUDA devices only"):
-        load_settings(words)
+        without_effect_on(given, device)
+    # Of a run that is resumed on another device.
+    assert without_effect_on(given.model_copy(update={"given": frozenset()}), device) == []
+    assert without_effect_on(given, "cuda") == []
+    assert [noted.option for noted in without_effect_on(given, "cpu")] == ["--cpu-offload"]
 
 
 @pytest.mark.parametrize(("option", "value"), [("--use-8bit-optimizer", None), ("--model-dtype", "bf16")])

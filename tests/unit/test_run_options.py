@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 from hrm_ray.data.bpe import LONGEST_WORD, train_bpe
 from hrm_ray.train.evaluate import better
-from tests.support.runs import PUZZLE, TEXT, files_below, hrm, puzzle_file, records, refused, text_file, train
+from tests.support.runs import (
+    PUZZLE,
+    TEXT,
+    computed,
+    files_below,
+    hrm,
+    last_said,
+    puzzle_file,
+    records,
+    refused,
+    text_file,
+    train,
+)
 
 
 def test_a_smaller_vocabulary_is_said_and_refused_when_strict(tmp_path: Path) -> None:
@@ -150,19 +163,59 @@ def test_every_file_of_a_bundle_is_as_readable_as_any_other(tmp_path: Path) -> N
     assert modes == {plain.stat().st_mode & 0o777}
 
 
-def test_a_column_of_plain_text_is_refused(tmp_path: Path) -> None:
-    words = (
-        "train",
-        "--dataset-file",
-        text_file(tmp_path),
-        "--bundle-dir",
-        tmp_path / "b",
-        *TEXT,
-        "--text-column",
-        "t",
+HARMLESS_TEXT = (
+    *("--text-column", "t", "--eval-every", "5", "--eval-batches", "1", "--max-val-examples", "3"),
+    *("--shuffle-buffer-size", "50", "--window-size", "16", "--use-chunked-training", "--chunk-size", "2048"),
+    *("--no-cpu-offload", "--lora-r", "16", "--peft-method", "lora", "--num-experts", "8", "--no-auto-adjust-lr"),
+    *("--dataset-config", "en", "--iterate", "--min-vocab-size", "400", "--force-train", "--optimizer-offload"),
+    *("--wsd-decay-ratio", "0.1", "--halt-margin", "0.5", "--halt-rule", "none", "--rope-theta", "9", "--no-rope"),
+)
+HARMLESS_PUZZLES = (
+    *("--no-packing", "--tokenizer-path", "nowhere", "--vocab-size", "400", "--start-block-id", "3"),
+    *("--dataset-start-offset", "5", "--ascii-only", "--halt-rule", "gain", "--stride", "4", "--cache-gb", "0"),
+    *("--text-column", "t", "--dataset-chunk-size", "2", "--samples-per-block", "1", "--epochs", "3", "--force-train"),
+)
+HARMLESS_IN_A_TRANSFORMER = (
+    *("--arch", "transformer", "--h-cycles", "3", "--l-cycles", "1", "--bp-steps", "9", "--halt-max-steps", "4"),
+)
+
+
+@pytest.mark.parametrize(
+    ("data", "words", "harmless"),
+    [
+        (text_file, (*TEXT, "--halt-rule", "none", "--no-rope"), HARMLESS_TEXT),
+        (text_file, (*TEXT, "--arch", "transformer"), HARMLESS_IN_A_TRANSFORMER),
+        (puzzle_file, (*PUZZLE, "--epochs", "3"), HARMLESS_PUZZLES),
+        (puzzle_file, (*PUZZLE, "--supervision", "rollout"), ("--halt-exploration-prob", "1")),
+    ],
+)
+def test_options_without_effect_train_the_same_and_are_noted_once(
+    data: Any, words: tuple[str, ...], harmless: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Of all of them one line; under --strict they are errors, and nothing is made."""
+    file = data(tmp_path)
+    train(file, tmp_path / "plain", *words, "--steps", "2")
+    command = ("train", "--dataset-file", file, *last_said(words), *harmless, "--steps", "2")
+    ran = hrm(*command, "--bundle-dir", tmp_path / "b")
+    assert ran.code == 0, ran.err
+    assert computed(tmp_path / "b") == computed(tmp_path / "plain")
+    (noted,) = [event["message"] for event in records(tmp_path / "b", "event") if "no effect" in event["message"]]
+    assert ran.out.count("no effect here: ") == 1 and noted in ran.out
+    given = {word for word in harmless if word.startswith("--")} - {*words, "--epochs"}
+    assert [word for word in given if f"{word} " not in noted] == []
+    strict = hrm(*command, "--bundle-dir", tmp_path / "c", "--strict")
+    assert strict.code == 2 and "it has no effect here" in strict.faults[0] and not (tmp_path / "c").exists()
+
+
+def test_of_an_option_given_again_the_last_value_counts(tmp_path: Path) -> None:
+    words = ("train", "--dataset-file", text_file(tmp_path), *TEXT, "--bundle-dir", tmp_path / "b")
+    ran = hrm(*words, "--steps", "1", "--lr", "1", "--steps", "2", "--learning-rate", "2e-4", "--dry-run")
+    assert ran.code == 0 and "run.steps = 2" in ran.out and "optimizer.lr = 0.0002" in ran.out
+    assert (
+        "\nnote    no effect here: --steps 1 (overridden by --steps 2), --lr 1 (overridden by --learning-rate 2e-4)"
+        in ran.out
     )
-    refused(2, *words, naming=("--text-column t", "plain text files have no columns"))
-    assert not (tmp_path / "b").exists()
+    refused(2, *words, "--steps", "1", "--steps", "2", "--strict", naming=("--steps 1", "overridden by --steps 2"))
 
 
 def test_a_resumed_run_without_a_step_left_says_so(tmp_path: Path) -> None:

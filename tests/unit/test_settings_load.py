@@ -9,7 +9,8 @@ import pytest
 
 from hrm_ray.errors import Fault, SettingsError
 from hrm_ray.settings.load import load_settings, peek_leaves
-from hrm_ray.settings.tree import RunSettings, to_dotted
+from hrm_ray.settings.needs import NoEffect
+from hrm_ray.settings.tree import RunSettings, from_plain, to_dotted, to_plain
 
 
 def refused(*args: Any, **kwargs: Any) -> str:
@@ -213,11 +214,41 @@ def test_faulty_leaves_raise_no_second_fault() -> None:
     assert len(refused({"--model-preset": "nanoo", "--num-heads": "6"}).splitlines()) == 1
 
 
-def test_contradicting_spellings() -> None:
-    assert "--hidden-size 64" in refused({"--hidden-size": "64", "--d-model": "128"})
-    assert load_settings({"--hidden-size": "64", "--d-model": "64"}).model.hidden_size == 64
-    assert "contradicts" in refused({"--packing": True, "--no-packing": True})
-    assert "takes no value" in refused({"--no-rope": "yes"})
+def test_of_two_spellings_of_one_option_the_later_counts() -> None:
+    wider = load_settings({"--hidden-size": "64", "--d-model": "128"})
+    assert wider.model.hidden_size == 128
+    assert wider.overridden == (NoEffect("--hidden-size 64", "overridden by --d-model 128", "Give it once"),)
+    assert load_settings({"--hidden-size": "64", "--d-model": "64"}).overridden == ()
+    assert load_settings({"--amp": True, "--use-mixed-precision": True}).overridden == ()
+    turned = load_settings({"--packing": True, "--no-packing": True})
+    assert not turned.data.packing and [again.option for again in turned.overridden] == ["--packing"]
+    assert "--packing: it has no effect here: overridden by --no-packing" in refused(
+        {"--packing": True, "--no-packing": True, "--strict": True}
+    )
+    assert from_plain(to_plain(turned)) == turned
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "key", "meant"),
+    [
+        ("--streaming", "True", "data.streaming", True),
+        ("--amp", "false", "memory.amp", False),
+        ("--no-amp", "yes", "memory.amp", False),
+        ("--no-amp", "off", "memory.amp", True),
+        ("--no-moe", "True", "model.use_moe", False),
+        ("--no-rope", "yes", "model.pos_encodings", "learned"),
+        ("--ddp", "false", "cluster.strategy", "single"),
+        ("--use-lora", "FALSE", "adapt.use_peft", False),
+    ],
+)
+def test_a_boolean_word_after_a_switch(option: str, value: str, key: str, meant: object) -> None:
+    assert load_settings({option: value}).leaf(key) == meant
+
+
+def test_another_word_after_a_switch() -> None:
+    assert "takes no value" in refused({"--no-rope": "no"})
+    assert "takes no value" in refused({"--no-moe": "maybe"})
+    assert "neither true nor false" in refused({"--amp": "maybe"})
 
 
 def test_peek_reads_a_few_leaves_whatever_else_is_wrong(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Every rule between options refuses what it should, and is skipped where an option that it reads is faulty."""
+"""Every rule between options refuses what it should, every option without effect is noted; both are skipped where an
+option that they read is faulty."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import pytest
 from hrm_ray.errors import SettingsError
 from hrm_ray.settings.load import load_settings, read_options
 from hrm_ray.settings.options import options
-from hrm_ray.settings.rules import NO_EFFECT, RULES, broken_rules, check
+from hrm_ray.settings.rules import RULES, as_note, broken_rules, watch, without_effect
 from hrm_ray.settings.tree import SECTIONS, RunSettings, leaf_keys
 
 Options = dict[str, str | bool]
@@ -41,7 +42,7 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
     "chunk_within_block": (
         {"--dataset-chunk-size": "11", "--samples-per-block": "10"},
         {"--samples-per-block": "10"},
-        "--dataset-chunk-size 10 or less",
+        "a block has fewer samples",
     ),
     "buffer_of_shuffled_data": (
         {"--shuffle-buffer-size": "8"},
@@ -69,9 +70,14 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
         "--resume",
     ),
     "activations_of_float32_weights": (
-        {"--activations": "fp32", "--model-dtype": "bf16"},
+        {"--activations": "bf16", "--model-dtype": "bf16"},
         {"--activations": "fp32", "--amp-dtype": "fp16"},
-        "Leave it out",
+        "the type of the weights",
+    ),
+    "activations_of_weights": (
+        {"--activations": "fp32", "--model-dtype": "bf16"},
+        {"--activations": "bf16", "--model-dtype": "bf16"},
+        "--model-dtype fp32",
     ),
     "one_type_of_16_bits": (
         {"--activations": "bf16", "--amp-dtype": "fp16"},
@@ -132,9 +138,19 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
         "--use-peft",
     ),
     "expert_leaves_of_expert_training": (
-        {"--expert-index": "0", "--experts-dir": "d"},
+        {"--experts-dir": "d"},
         {"--expert-index": "0", "--experts-dir": "d", "--expert-id": "e", "--student-init": "b"},
-        "--expert-index 0 with --experts-dir d",
+        "no single expert",
+    ),
+    "one_expert_is_trained": (
+        {"--expert-index": "0"},
+        {"--expert-index": "0", "--expert-id": "e", "--student-init": "b"},
+        "--expert-id NAME",
+    ),
+    "blocks_for_text": (
+        {"--task": "puzzle", "--stop-after-block": True, "--steps": "4"},
+        {"--task": "lm", "--stop-after-block": True, "--steps": "4"},
+        "no blocks",
     ),
     "puzzle_embedding_beside_one_expert": (
         {
@@ -162,7 +178,7 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
     "exploration_has_room": (
         {"--halt-max-steps": "1", "--halt-exploration-prob": "0.5"},
         {"--halt-max-steps": "1"},
-        "--halt-max-steps 1",
+        "no other moment",
     ),
     "columns_need_prefix": ({"--prompt-column": "p"}, PREFIX, "Add --lm-mask prefix"),
     "prefix_names_columns": ({"--lm-mask": "prefix", "--prompt-column": "p"}, PREFIX, "--response-column is missing"),
@@ -191,12 +207,7 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
     "chunk_leaves_of_chunked_training": (
         {"--chunk-size": "64", "--chunk-gradients": "exact", "--cpu-offload": True},
         {"--chunk-size": "64", "--chunk-gradients": "exact", "--use-chunked-training": True},
-        "--chunk-size 64 with --chunk-gradients exact with --cpu-offload",
-    ),
-    "chunk_offload_needs_device_memory": (
-        {"--use-chunked-training": True, "--cpu-offload": True, "--device": "cpu"},
-        {"--use-chunked-training": True, "--cpu-offload": True, "--device": "cuda"},
-        "--cpu-offload",
+        "--chunk-size 64 and --chunk-gradients exact and --cpu-offload (the sequence",
     ),
     "transformer_for_text": (
         {"--task": "puzzle", "--arch": "transformer"},
@@ -235,7 +246,6 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
     ),
     "resume_one_way": ({"--resume": True, "--resume-from": "c"}, {"--resume-from": "c"}, "--resume"),
     "one_held_out_set": ({"--val-split": "v", "--eval-file": "f"}, {"--val-split": "v"}, "v"),
-    "evaluation_needs_data": ({"--eval-every": "5"}, {"--eval-every": "5", "--val-split": "v"}, "--eval-file"),
     "one_training_set": ({"--dataset-file": "f", "--dataset-id": "o/n"}, {"--dataset-id": "o/n"}, "--dataset-id o/n"),
     "hub_config_once": (
         {"--dataset-file": "hf://o/n:en", "--dataset-config": "fr"},
@@ -261,7 +271,7 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
     "training_of_own_tokenizer": (
         {"--model": "tok", "--vocab-size": "400", "--retrain-tokenizer": True},
         {"--model": "tok"},
-        "--vocab-size 400 with --retrain-tokenizer",
+        "--vocab-size 400 and --retrain-tokenizer (the tokenizer",
     ),
     "size_that_the_data_decides": (
         {"--auto-vocab-size": True, "--vocab-size": "400"},
@@ -271,7 +281,7 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
     "bounds_of_auto_vocabulary": (
         {"--min-vocab-size": "400", "--max-vocab-size": "500"},
         {"--min-vocab-size": "400", "--max-vocab-size": "500", "--auto-vocab-size": True},
-        "--min-vocab-size 400 with --max-vocab-size 500",
+        "--min-vocab-size 400 and --max-vocab-size 500 (the",
     ),
     "vocabulary_bounds_in_order": (
         {"--auto-vocab-size": True, "--min-vocab-size": "501", "--max-vocab-size": "500"},
@@ -312,11 +322,6 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
         {"--use-peft": True, "--peft-method": "ia3"},
         "factors",
     ),
-    "offload_needs_device_memory": (
-        {"--optimizer-offload": True, "--device": "cpu"},
-        {"--optimizer-offload": True, "--device": "cuda"},
-        "--device",
-    ),
     "offload_of_moments": (
         {"--optimizer-offload": True, "--optimizer": "sgd"},
         {"--optimizer-offload": True},
@@ -328,21 +333,34 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
         "--puzzle-emb-ndim",
     ),
 }
-"""Rule -> options it refuses, options it passes, and what its message names."""
+"""Rule or condition -> options that break it, options that do not, and what its message says."""
+
+NEEDS = {needs.name: needs for option in options().values() for needs in option.traits.needs}
+"""The conditions of options to have an effect, by name."""
 
 
 def test_every_rule_has_an_example() -> None:
-    assert set(RULES) == set(EXAMPLES)
+    assert {*RULES, *NEEDS} == set(EXAMPLES)
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", RULES)
 def test_the_rule_refuses(name: str) -> None:
     bad, _, hint = EXAMPLES[name]
     with pytest.raises(SettingsError) as caught:
         load_settings(bad)
-    own, _ = check(RULES[name], unchecked(bad))
+    own, _ = watch(RULES[name], unchecked(bad))
     assert own in caught.value.faults
     assert own is not None and hint in str(own) and "{" not in str(own)
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_an_option_without_effect_is_noted_and_refused_when_strict(name: str) -> None:
+    bad, _, said = EXAMPLES[name]
+    note = as_note(without_effect(load_settings(bad)))
+    assert NEEDS[name].because in note and said in f"{note} {NEEDS[name].hint}"
+    with pytest.raises(SettingsError, match="it has no effect here: ") as caught:
+        load_settings({**bad, "--strict": True})
+    assert all(NEEDS[name].because in str(fault) for fault in caught.value.faults)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -350,21 +368,39 @@ def test_the_rule_passes(name: str) -> None:
     load_settings(EXAMPLES[name][1])
 
 
-@pytest.mark.parametrize("name", NO_EFFECT)
-def test_an_option_that_nobody_gave_is_never_refused_for_changing_nothing(name: str) -> None:
+@pytest.mark.parametrize("name", NEEDS)
+def test_an_option_that_nobody_gave_is_never_noted(name: str) -> None:
     settings = unchecked(EXAMPLES[name][0])
-    assert check(RULES[name], settings)[0] is not None
-    assert check(RULES[name], settings.model_copy(update={"given": frozenset()}))[0] is None
+    assert without_effect(settings)
+    assert without_effect(settings.model_copy(update={"given": frozenset()})) == []
 
 
 @pytest.mark.parametrize("key", [key for key, option in options().items() if option.traits.needs])
-def test_every_option_is_refused_where_what_it_needs_is_missing(key: str) -> None:
-    """Given alone, also where the rule's example gives other options of the same condition."""
+def test_every_option_is_noted_where_what_it_needs_is_missing(key: str) -> None:
+    """Given alone, also where the example gives other options of the same condition."""
     for needs in options()[key].traits.needs:
         settings = unchecked(EXAMPLES[needs.name][0]).model_copy(update={"given": frozenset({key})})
-        fault, _ = check(RULES[needs.name], settings)
-        assert fault is not None and fault.value.startswith((options()[key].flag, options()[key].off_flag)), needs.name
-        assert needs.because in fault.reason and fault.hint == needs.hint
+        (noted,) = without_effect(settings)
+        assert noted.option.startswith((options()[key].flag, options()[key].off_flag)), needs.name
+        assert not needs.holds(settings)
+
+
+def test_an_option_that_lacks_two_things_is_noted_once() -> None:
+    """The first reason; options with the same one stand together."""
+    settings = load_settings({"--no-moe": True, "--num-experts": "8", "--num-experts-per-tok": "2", "--lora-r": "16"})
+    expected = "--num-experts 8 and --num-experts-per-tok 2 (the model has no experts), --lora-r 16 (the model has no"
+    assert expected in as_note(without_effect(settings))
+    ia3 = load_settings({"--lora-r": "16", "--peft-method": "ia3"})
+    assert [noted.option for noted in without_effect(ia3)] == ["--peft-method ia3", "--lora-r 16"]
+
+
+def test_a_default_that_is_spelt_out_is_no_note_where_it_acts() -> None:
+    spelt_out: Options = {
+        option.flag: option.default if option.is_switch else str(option.default)
+        for option in options().values()
+        if option.default is not None and not option.traits.needs
+    }
+    assert without_effect(load_settings(spelt_out)) == []
 
 
 def test_every_option_without_a_default_says_what_holds_then() -> None:
@@ -374,15 +410,24 @@ def test_every_option_without_a_default_says_what_holds_then() -> None:
 @pytest.mark.parametrize("name", RULES)
 def test_a_rule_is_skipped_when_an_option_that_it_read_is_faulty(name: str) -> None:
     settings = unchecked(EXAMPLES[name][0])
-    fault, reads = check(RULES[name], settings)
+    fault, reads = watch(RULES[name], settings)
     assert fault in broken_rules(settings)
     assert reads and reads <= set(leaf_keys())
     for key in reads:
         assert fault not in broken_rules(settings, {key})
 
 
+@pytest.mark.parametrize("name", NEEDS)
+def test_a_note_is_skipped_when_an_option_that_its_condition_read_is_faulty(name: str) -> None:
+    settings = unchecked(EXAMPLES[name][0])
+    _, reads = watch(NEEDS[name].holds, settings)
+    assert reads and reads <= set(leaf_keys())
+    for key in reads:
+        assert NEEDS[name].because not in as_note(without_effect(settings, {key}))
+
+
 def test_the_reads_of_a_rule_include_those_of_a_property() -> None:
-    _, reads = check(RULES["warmup_within_run"], unchecked({"--warmup-steps": "200"}))
+    _, reads = watch(RULES["warmup_within_run"], unchecked({"--warmup-steps": "200"}))
     assert {"run.steps", "run.epochs", "run.iterate", "optimizer.warmup_steps"} <= reads
 
 

@@ -160,7 +160,7 @@ def test_puzzles_resolve() -> None:
         ({"--task": "lm", "--seq-len": "80"}, "puzzle", ["the data is puzzles", "81 tokens"]),
         ({"--supervision": "segment", "--halt-exploration-prob": "0.2"}, "lm", ["--supervision segment", "0.2"]),
         ({"--puzzle-emb-ndim": "4"}, "lm", ["no puzzle identifiers"]),
-        ({"--vocab-size": "500", "--arch": "transformer"}, "puzzle", ["--vocab-size 500", "--arch transformer"]),
+        ({"--vocab-size": "500", "--arch": "transformer"}, "puzzle", ["--arch transformer"]),
     ],
 )
 def test_what_contradicts_the_data(said: dict[str, str | bool], task: Any, hints: list[str]) -> None:
