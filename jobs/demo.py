@@ -14,7 +14,6 @@ from pathlib import Path
 from hrm_ray.metrics.jsonl import read_records
 from hrm_ray.metrics.text_chart import loss_chart
 
-JOBS = Path(__file__).parent
 HOME = Path("artifacts")
 PROMPT = "The function returns"
 PUZZLE = "1....2..3......4"
@@ -56,7 +55,7 @@ def main() -> None:
     command("data", "build", "sudoku", "--size", "4", "--train", "20000", "--test", "1000", "--out", sudoku)
     began = time.monotonic()
     command(
-        *("train", "--config", JOBS / "sudoku4.yaml", "--launcher", "ray", "--dataset-file", sudoku),
+        *("train", "--config", "sudoku4", "--launcher", "ray", "--dataset-file", sudoku),
         *("--bundle-dir", puzzle_bundle),
     )
     puzzle_minutes = (time.monotonic() - began) / 60
@@ -66,7 +65,7 @@ def main() -> None:
     command("data", "build", "text", "--out", corpus)
     began = time.monotonic()
     command(
-        *("train", "--config", JOBS / "python_docs.yaml", "--launcher", "ray", "--dataset-file", corpus),
+        *("train", "--config", "python_docs", "--launcher", "ray", "--dataset-file", corpus),
         *("--bundle-dir", text_bundle),
     )
     text_minutes = (time.monotonic() - began) / 60

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hrm_ray.cli.flat_command import FlatCommand
 
 OWN = {
-    "--config FILE": "YAML file of settings, in the sections below; options on the command line override it.",
+    "--config FILE": "YAML file of settings (sections as below), or a recipe such as sudoku4; options override it.",
     "--dry-run": "Resolve the settings, check data and devices, count parameters and memory, and start nothing.",
     "--help": "Show this page.",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from hrm_ray.settings.faults import nearest
 from hrm_ray.settings.needs import NoEffect
 from hrm_ray.settings.options import options, spellings
 from hrm_ray.settings.tree import SECTIONS
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+"""Settings files that come with the package; `--config` takes them by name."""
 
 
 class _LoaderWithoutDoubles(yaml.SafeLoader):
@@ -48,11 +52,24 @@ class ParsedSource:
     """Options that a later spelling of the same option overrides."""
 
 
+@cache
+def recipes() -> tuple[str, ...]:
+    """The names of the recipes."""
+    return tuple(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+
+
 def read_settings_file(path: Path) -> ParsedSource:
     """The values of a settings file, and everything wrong with its form and names.
 
-    An empty file sets nothing. A file that cannot be read at all gives no values and one fault.
+    A name such as `sudoku4` is the recipe of that name where no such file exists. An empty file sets nothing. A file
+    that cannot be read at all gives no values and one fault.
     """
+    if not path.exists():
+        if str(path) not in recipes():
+            reason = "there is no such file, and no recipe of that name"
+            fault = Fault(f"--config {path}", reason, f"Give a YAML file, or a recipe: {', '.join(recipes())}")
+            return ParsedSource(faults=[fault], candidates=set(options()))
+        path = RECIPES / f"{path}.yaml"
     content = read_mapping(path, "--config", "Write sections such as `model:` with their settings below")
     if isinstance(content, Fault):
         return ParsedSource(faults=[content], candidates=set(options()))

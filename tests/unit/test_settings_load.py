@@ -159,7 +159,7 @@ def test_malformed_files(tmp_path: Path, text: str, hint: str) -> None:
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    assert "cannot be read" in refused({}, tmp_path / "none.yaml")
+    assert "there is no such file" in refused({}, tmp_path / "none.yaml")
     (tmp_path / "latin.yaml").write_bytes("run: {brain_name: caf\xe9}".encode("latin-1"))
     assert "UTF-8" in refused({}, tmp_path / "latin.yaml")
 

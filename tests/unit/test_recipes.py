@@ -1,0 +1,53 @@
+"""Recipes: settings files that come with the package, named by `--config NAME`."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from hrm_ray.errors import SettingsError
+from hrm_ray.settings.load import load_settings
+from hrm_ray.settings.yaml_file import RECIPES, recipes
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_a_recipe_is_found_by_its_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_settings({}, Path(name)) == load_settings({}, RECIPES / f"{name}.yaml")
+    assert load_settings({"--steps": "700"}, Path(name)).run.steps == 700
+
+
+def test_a_file_of_that_name_goes_before_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("sudoku4").write_text("run.steps: 3\n", encoding="utf-8")
+    assert load_settings({}, Path("sudoku4")).run.steps == 3
+
+
+@pytest.mark.parametrize("name", ["sudoku5", "sudoku4.yml", "jobs/sudoku4", "../sudoku4"])
+def test_an_unknown_name_lists_the_recipes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError) as caught:
+        load_settings({}, Path(name))
+    assert f"--config {name}: there is no such file, and no recipe of that name" in str(caught.value)
+    assert ", ".join(recipes()) in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_the_wheel_contains_the_recipes(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", reason="builds the wheel as pip does, without the network")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "hrm_ray", tmp_path / "hrm_ray", ignore=shutil.ignore_patterns("__pycache__"))
+    build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
+    built = subprocess.run([sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True, check=True)
+    wheel = tmp_path / built.stdout.split()[-1]
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"hrm_ray/recipes/{name}.yaml" for name in recipes()} <= names
+    assert not [name for name in names if name.startswith(("tests/", "jobs/"))]
