@@ -27,6 +27,7 @@ COMMAND = FlatCommand(
     unused="changes neither an architecture nor the memory that it needs",
 )
 DEFAULT_SEQ_LEN = 128
+DEFAULT_VOCABULARY = 16000
 
 
 def arch_summary_command(argv: Sequence[str]) -> int:
@@ -43,7 +44,7 @@ def arch_summary_command(argv: Sequence[str]) -> int:
     )
     settings = resolve_task(loaded, loaded.model.task or "lm", loaded.data.max_seq_len or DEFAULT_SEQ_LEN)
     data = settings.data
-    most = data.max_vocab_size if data.auto_vocab_size else data.vocab_size
+    most = data.max_vocab_size if data.auto_vocab_size else data.vocab_size or DEFAULT_VOCABULARY
     _print_summary(settings, int(vocab_size or most), as_json="--json" in arguments.own)
     return 0
 

@@ -102,6 +102,8 @@ def describe(resolved: ResolvedRun) -> str:
         f"{devices.strategy}",
         f"bundle  {resolved.location.run_dir.root}",
     ]
+    if resolved.defaults is not None:
+        lines.append(f"chosen  {resolved.defaults}")
     if settings.run.expert_id is not None:
         index = settings.model.expert_index
         lines.append(f"expert  {settings.run.expert_id}: number {index} of every block is trained, all else is frozen")

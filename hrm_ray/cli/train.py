@@ -26,6 +26,8 @@ def train_command(argv: Sequence[str], name: str) -> int:
         found=arguments.faults,
         given_again=arguments.overridden,
         also_known=command.own_names,
+        # The older trainer's command has its defaults, too.
+        profile="hrm-hf" if name == "train-actv1" else None,
     )
 
     from hrm_ray.cli.run import run_train

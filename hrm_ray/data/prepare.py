@@ -73,6 +73,8 @@ class TokenizerChoice:
     examples: int
     retrain: bool
     bounds: SizeBounds | None = None
+    is_demand: bool = True
+    """Whether the user gave the size: another one is worth a warning then."""
 
 
 @dataclass(frozen=True)
@@ -237,10 +239,10 @@ def _choose_tokenizer(
         return load_named(choice.name), "loaded", None
     bounds = choice.bounds
     least, most = (bounds.least, bounds.most) if bounds is not None else (choice.vocab_size, choice.vocab_size)
-    asked = f"{least} to {most} were asked for" if bounds is not None else f"vocab_size {most} was asked for"
+    asked = f"{least} to {most} were asked for" if bounds is not None else f"--vocab-size {most} was asked for"
     if (bundle / TOKENIZER_FILE).is_file() and not choice.retrain:
         tokenizer = TextTokenizer.load(bundle)
-        if not least <= tokenizer.vocab_size <= most:
+        if choice.is_demand and not least <= tokenizer.vocab_size <= most:
             notes.append(
                 f"The bundle's {TOKENIZER_FILE} is used again: it has {tokenizer.vocab_size} tokens, {asked}. "
                 "With --retrain-tokenizer a new one is trained."
@@ -256,7 +258,7 @@ def _choose_tokenizer(
     else:
         sized = train_sized_bpe(texts, bounds, choice.examples)
         tokenizer, account = sized.tokenizer, sized.account
-    if tokenizer.vocab_size < least:
+    if choice.is_demand and tokenizer.vocab_size < least:
         notes.append(f"The data gives a vocabulary of {tokenizer.vocab_size} tokens, {asked}.")
     return tokenizer, "trained", account
 

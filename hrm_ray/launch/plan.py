@@ -26,11 +26,19 @@ from hrm_ray.errors import DISK_FULL_ERRNOS, DataError, Fault, ResourceError, Se
 from hrm_ray.launch.data_sources import chunking_config, has_evaluation, source_of
 from hrm_ray.launch.new_bundle import new_bundle
 from hrm_ray.launch.preflight import check_resources
-from hrm_ray.launch.resolve import ResolvedRun, asks_for_tokenizer, effective_batch, row_form, start_tokenizer
+from hrm_ray.launch.resolve import (
+    ResolvedRun,
+    asks_for_tokenizer,
+    effective_batch,
+    fixed_vocabulary,
+    row_form,
+    start_tokenizer,
+)
 from hrm_ray.launch.run_directory import RunLocation, stored_args
 from hrm_ray.ledger import copy_ledger
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import RunDir, write_json
+from hrm_ray.settings.resolve import fit_warmup
 from hrm_ray.settings.rules import as_note
 from hrm_ray.settings.schedule_length import schedule_length
 from hrm_ray.settings.tree import RunSettings
@@ -100,11 +108,8 @@ def _run_plan(
             f"The learning-rate schedule has {schedule_steps} steps, the most that {settings.run.epochs} "
             "epoch(s) can take when no puzzle halts early; give --steps for a schedule that reaches its end."
         )
-    warmup = settings.optimizer.warmup_steps
-    if warmup and warmup >= schedule_steps:
-        reason = f"the run has {schedule_steps} steps, so the warm-up would last to its end"
-        hint = f"Give at most --warmup-steps {max(0, schedule_steps - 1)}, or more --epochs"
-        raise SettingsError(Fault(f"--warmup-steps {warmup}", reason, hint))
+    settings, shortened = fit_warmup(settings, schedule_steps)
+    notes += shortened
     return RunPlan(
         settings=settings,
         config=config,
@@ -199,7 +204,7 @@ def _tokenizer_choice(resolved: ResolvedRun) -> TokenizerChoice:
     data = resolved.settings.data
     start = start_tokenizer(resolved.settings)
     if resolved.location.source is None and start is not None and not asks_for_tokenizer(resolved.settings):
-        return TokenizerChoice(str(start), data.vocab_size, data.tokenizer_train_examples, retrain=False)
+        return TokenizerChoice(str(start), 0, data.tokenizer_train_examples, retrain=False)
     if resolved.location.source is not None:
         return TokenizerChoice(None, resolved.config.vocab_size, data.tokenizer_train_examples, retrain=False)
     bounds = None
@@ -207,7 +212,10 @@ def _tokenizer_choice(resolved: ResolvedRun) -> TokenizerChoice:
         corpus = (resolved.facts.bytes, data.max_train_examples)
         bounds = SizeBounds(data.min_vocab_size, data.max_vocab_size, *corpus)
     examples, retrain = data.tokenizer_train_examples, data.retrain_tokenizer
-    return TokenizerChoice(data.tokenizer_path, data.vocab_size, examples, retrain, bounds)
+    is_demand = "data.vocab_size" in resolved.settings.given or data.auto_vocab_size
+    return TokenizerChoice(
+        data.tokenizer_path, fixed_vocabulary(resolved.settings), examples, retrain, bounds, is_demand
+    )
 
 
 def _text_data(settings: RunSettings, prepared: PreparedText, held_out_rows: int) -> TextData:

@@ -90,6 +90,13 @@ def check_resources(settings: RunSettings, config: ModelConfig, devices: Devices
     return keep is not False
 
 
+def fits_memory(settings: RunSettings, config: ModelConfig, device: str, world_size: int) -> bool:
+    """Whether an update fits into half of the free memory of this machine, or of its first GPU."""
+    if device == "cuda" and torch.cuda.is_available():
+        return _fits(settings, config, torch.cuda.mem_get_info()[0] // 2)
+    return _fits(settings, config, available_memory_bytes() // (2 * world_size))
+
+
 def _fits(settings: RunSettings, config: ModelConfig, available: int) -> bool:
     if least_bytes(settings, config) > available:
         return False

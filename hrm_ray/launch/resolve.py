@@ -20,6 +20,7 @@ from hrm_ray.data.text_data import TextDataDir
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataError, Fault, SettingsError
 from hrm_ray.launch.data_sources import has_evaluation, source_of
+from hrm_ray.launch.defaults import account_of_defaults, with_checkpointing, with_defaults
 from hrm_ray.launch.devices import Devices, choose_devices, visible_gpus
 from hrm_ray.launch.fallbacks import settle_memory_options, without_effect_on
 from hrm_ray.launch.preflight import check_launch, check_resources
@@ -30,7 +31,7 @@ from hrm_ray.rundir import MANIFEST, RunDir, read_json
 from hrm_ray.settings.adaptive_lr import AdaptiveLrSettings, read_adaptive_lr
 from hrm_ray.settings.needs import OWN_TOKENIZER, TRAINED_BEFORE, NoEffect
 from hrm_ray.settings.options import options
-from hrm_ray.settings.resolve import moderate_lr, resolve_task
+from hrm_ray.settings.resolve import fit_warmup, moderate_lr, resolve_task
 from hrm_ray.settings.rules import as_faults, without_effect
 from hrm_ray.settings.tree import SECTIONS, RunSettings
 from hrm_ray.train.attention_choice import flash_notes
@@ -57,6 +58,8 @@ class ResolvedRun:
     """What the file of --adaptive-lr-config says."""
     keep_freed_memory: bool
     """Whether workers on CPUs keep freed memory for the next tensor."""
+    defaults: str | None
+    """The defaults that were chosen from the data and the device, in a line; None where the size was given."""
 
 
 def resolve(settings: RunSettings) -> ResolvedRun:
@@ -66,14 +69,14 @@ def resolve(settings: RunSettings) -> ResolvedRun:
             "Give --dataset-file or --dataset-id; `hrm-ray data build text --out corpus` makes one without a download"
         )
         raise SettingsError(Fault("--dataset-file", "there is nothing to train on", hint))
-    settings, facts, evaluation, notes = _resolve_data(_with_absolute_paths(settings))
     devices = choose_devices(settings.cluster)
+    settings, facts, evaluation, notes = _resolve_data(_with_absolute_paths(settings), devices.device)
     # Some checks ask CUDA what it can do, and CUDA keeps to the GPUs that it sees the first time.
     with visible_gpus(devices):
         return _resolve_on(devices, settings, facts, evaluation, notes)
 
 
-def _resolve_data(settings: RunSettings) -> tuple[RunSettings, DataFacts, DataFacts | None, list[str]]:
+def _resolve_data(settings: RunSettings, device: str) -> tuple[RunSettings, DataFacts, DataFacts | None, list[str]]:
     """Facts about the training and held-out data, the settings resolved for them, and notes."""
     on_bad_row = settings.data.on_bad_row
     path = settings.data.dataset_file
@@ -82,7 +85,7 @@ def _resolve_data(settings: RunSettings) -> tuple[RunSettings, DataFacts, DataFa
     facts = detect(source_of(settings, evaluation=False), on_bad_row)
     evaluation = detect(source_of(settings, evaluation=True), on_bad_row) if has_evaluation(settings) else None
     puzzle_len = facts.puzzle.seq_len if facts.puzzle is not None else None
-    settings = resolve_task(settings, facts.task, puzzle_len)
+    settings = resolve_task(with_defaults(settings, facts, device), facts.task, puzzle_len)
     if evaluation is not None and evaluation.task != facts.task:
         reason = f"contains {evaluation.task} data, but the training data is {facts.task}"
         raise DataError(Fault(evaluation.path, reason, "Give held-out data of the same kind"))
@@ -106,6 +109,9 @@ def _resolve_on(
         settings = settings.model_copy(update={"data": settings.data.model_copy(update={"force_train": False})})
     settings, lowered = moderate_lr(settings)
     notes += lowered
+    if settings.run.step_limit is not None:
+        settings, shortened = fit_warmup(settings, settings.run.step_limit)
+        notes += shortened
     settings, fallbacks = settle_memory_options(settings, devices.device, trained_with(settings))
     notes += fallbacks
     check_launch(devices)
@@ -124,6 +130,7 @@ def _resolve_on(
     else:
         vocab_size, certain = _expected_vocabulary(settings, location)
         config = model_config(settings, vocab_size)
+    settings = with_checkpointing(settings, config, devices.device, devices.world_size)
     if not devices.ray_address:
         device = torch.device(devices.device)
         notes += flash_notes(settings, config, device) + compile_notes(settings, device)
@@ -148,6 +155,7 @@ def _resolve_on(
         no_effect,
         _adaptive_lr(settings),
         keep_freed,
+        account_of_defaults(settings, config, devices.device, devices.threads),
     )
 
 
@@ -181,6 +189,13 @@ def start_tokenizer(settings: RunSettings) -> Path | None:
     """The bundle whose weights are started from, where it has a tokenizer: its embeddings belong to those tokens."""
     start = settings.model.student_init
     return start if start is not None and RunDir(start).tokenizer.is_file() else None
+
+
+def fixed_vocabulary(settings: RunSettings) -> int:
+    """The size of a vocabulary that the data does not choose, once the settings are resolved."""
+    if settings.data.vocab_size is None:
+        raise ValueError("the size of the vocabulary is not resolved; see launch.defaults")
+    return settings.data.vocab_size
 
 
 def asks_for_tokenizer(settings: RunSettings) -> bool:
@@ -252,7 +267,7 @@ def _expected_vocabulary(settings: RunSettings, location: RunLocation) -> tuple[
     bundle = location.run_dir
     if bundle.tokenizer.is_file() and not settings.data.retrain_tokenizer:
         return TextTokenizer.load(bundle.root).vocab_size, True
-    return (settings.data.min_vocab_size if settings.data.auto_vocab_size else settings.data.vocab_size), False
+    return (settings.data.min_vocab_size if settings.data.auto_vocab_size else fixed_vocabulary(settings)), False
 
 
 def _overlap_notes(settings: RunSettings, facts: DataFacts) -> list[str]:

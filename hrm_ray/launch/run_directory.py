@@ -21,7 +21,7 @@ from hrm_ray.settings.load import load_settings, peek_leaves
 from hrm_ray.settings.needs import NoEffect
 from hrm_ray.settings.options import options
 from hrm_ray.settings.presets import layer_leaves, preset_leaves
-from hrm_ray.settings.run import DEFAULT_BUNDLE_DIR
+from hrm_ray.settings.profiles import BUNDLE_DIRS
 from hrm_ray.settings.tree import RunSettings, from_plain, to_dotted
 
 REUSABLE = frozenset({TOKENIZER_FILE, CONFIG_FILE})
@@ -45,7 +45,7 @@ LOCK_FILES = frozenset({".run.lock", ".in_use.json", ".preparing"})
 
 
 _NAME_A_RUN = (
-    *("run.resume", "run.resume_from", "run.bundle_dir", "run.brain_name"),
+    *("run.resume", "run.resume_from", "run.bundle_dir", "run.brain_name", "run.profile"),
     *("data.dataset_file", "data.dataset_id"),
 )
 """Leaves that say which run is resumed."""
@@ -72,16 +72,26 @@ def load_run(
     found: Sequence[Fault] = (),
     given_again: Sequence[NoEffect] = (),
     also_known: Iterable[str] = (),
+    profile: str | None = None,
 ) -> RunSettings:
     """The settings of a new or resumed run from options and a settings file, as `load_settings` takes them.
 
     With --resume or --resume-from they are laid over those of the run to resume.
     """
     where = peek_leaves(flat_options, config, _NAME_A_RUN)
+    where["run.profile"] = where["run.profile"] or profile
     base = None
     if where["run.resume"] or where["run.resume_from"] is not None:
         base = _base_settings(_find_stored(where["run.resume_from"], where), where)
-    return load_settings(flat_options, config, base, found=found, given_again=given_again, also_known=also_known)
+    return load_settings(
+        flat_options,
+        config,
+        base,
+        found=found,
+        given_again=given_again,
+        also_known=also_known,
+        profile=profile,
+    )
 
 
 def _find_stored(resume_from: Path | None, where: Mapping[str, Any]) -> RunDir:
@@ -97,7 +107,7 @@ def _find_stored(resume_from: Path | None, where: Mapping[str, Any]) -> RunDir:
         raise SettingsError(
             Fault("--resume", "no run is named", "Give --bundle-dir (or --brain-name) of the run to resume")
         )
-    return RunDir(_folder(where["run.brain_name"], where["run.bundle_dir"], data))
+    return RunDir(_folder(where["run.brain_name"], where["run.bundle_dir"], data, where["run.profile"]))
 
 
 def _base_settings(run_dir: RunDir, where: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,8 +120,13 @@ def _base_settings(run_dir: RunDir, where: Mapping[str, Any]) -> dict[str, Any]:
         hint = "Give --bundle-dir (or --brain-name) of an earlier run, or leave out --resume"
         raise SettingsError(Fault(str(run_dir.root), reason, hint))
     dotted = _stored_leaves(run_dir)
-    named = where["run.brain_name"] is not None or where["run.bundle_dir"] is not None
-    return dotted | {"run.brain_name": None, "run.bundle_dir": None if named else str(run_dir.root)}
+    if where["run.resume_from"] is None:
+        # The folder of --profile may be another one than that of the run.
+        folder: Path | None = run_dir.root if where["run.brain_name"] is None else run_dir.root.parent
+    else:
+        named = where["run.brain_name"] is not None or where["run.bundle_dir"] is not None
+        folder = None if named else run_dir.root
+    return dotted | {"run.brain_name": None, "run.bundle_dir": None if folder is None else str(folder)}
 
 
 def stored_args(run_dir: RunDir) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -148,7 +163,7 @@ def trained_with(settings: RunSettings) -> dict[str, Any]:
     if run.resume_from is not None:
         source = RunDir(run.resume_from.absolute().parent.parent)
     elif run.resume:
-        source = RunDir(_folder(run.brain_name, run.bundle_dir, settings.data.training_data))
+        source = RunDir(_folder(run.brain_name, run.bundle_dir, settings.data.training_data, run.profile))
     else:
         return {}
     return _stored_leaves(source) if source.training_args.is_file() else {}
@@ -160,7 +175,7 @@ def locate_run(settings: RunSettings) -> RunLocation:
     Raises SettingsError for a used name or settings that do not fit the checkpoint, DataError for a damaged one.
     """
     run = settings.run
-    run_dir = RunDir(_folder(run.brain_name, run.bundle_dir, settings.data.training_data).absolute())
+    run_dir = RunDir(_folder(run.brain_name, run.bundle_dir, settings.data.training_data, run.profile).absolute())
     if run.resume_from is not None:
         source = RunDir(run.resume_from.absolute().parent.parent)
         return _resumed(settings, run_dir, run.resume_from.absolute(), source)
@@ -247,14 +262,14 @@ def _behind_a_file(path: Path) -> bool:
     return any(parent.is_file() for parent in path.parents)
 
 
-def _folder(brain_name: str | None, bundle_dir: Path | None, data: str | None) -> Path:
+def _folder(brain_name: str | None, bundle_dir: Path | None, data: str | None, profile: str | None) -> Path:
     if brain_name is not None:
-        return (bundle_dir or DEFAULT_BUNDLE_DIR) / brain_name
+        return (bundle_dir or BUNDLE_DIRS[profile]) / brain_name
     if bundle_dir is not None:
         return bundle_dir
     if data is None:
         raise ValueError("nothing names the folder of the bundle")
-    return DEFAULT_BUNDLE_DIR / name_for_runs(data)
+    return BUNDLE_DIRS[profile] / name_for_runs(data)
 
 
 def _resumed(settings: RunSettings, run_dir: RunDir, checkpoint: Path, source: RunDir) -> RunLocation:

@@ -61,7 +61,13 @@ class DataSettings(Section):
         unset="a byte-level BPE trained on the data",
     )
     """Hugging Face tokenizer: a folder, its tokenizer.json, or an id of the Hub."""
-    vocab_size: int = option(16000, "fixed", ge=300, needs=(TEXT, OWN_TOKENIZER, FIXED_VOCABULARY))
+    vocab_size: int | None = option(
+        None,
+        "fixed",
+        ge=300,
+        needs=(TEXT, OWN_TOKENIZER, FIXED_VOCABULARY),
+        unset="chosen from the amount of text and the model's size",
+    )
     """Vocabulary size of the byte-level BPE, the 256 bytes and the special tokens included."""
     auto_vocab_size: bool = option(False, "fixed", needs=(TEXT, OWN_TOKENIZER))
     """Choose the vocabulary size from the data: only pairs frequent enough to be learnt are merged; the log says how

@@ -32,12 +32,14 @@ def load_settings(
     found: Sequence[Fault] = (),
     given_again: Sequence[NoEffect] = (),
     also_known: Iterable[str] = (),
+    profile: str | None = None,
 ) -> RunSettings:
     """One tree from the options, the settings file, a resumed run (`base`, dotted keys) and a trial's overrides.
 
     Options go by their spelling (`--lr`, `--no-rope`), or without the dashes; of two spellings of one option the later
     counts. `found` and `given_again` are the command line's faults and its options that were given again, reported
-    together with those found here; `also_known` are a command's other options, for "the nearest is".
+    together with those found here; `also_known` are a command's other options, for "the nearest is"; `profile` is
+    that of a new run for which none is given.
     Raises SettingsError with every fault.
     """
     user = _merged(
@@ -55,8 +57,9 @@ def load_settings(
     by_user = _filled(user.values)
     replaced = {old for key in by_user for old in (*traits[key].replaces, *traits[key].replaces_stored)}
     kept = {key: value for key, value in _filled(resumed.values).items() if key not in replaced}
-    profile = profile_leaves(str({**resumed.values, **user.values}.get("run.profile")))
-    values = {**profile, **kept, **by_user}
+    named = {"run.profile": profile} if profile is not None and base is None else {}
+    defaults = {**named, **profile_leaves(str({**named, **resumed.values, **user.values}.get("run.profile")))}
+    values = {**{key: value for key, value in defaults.items() if key not in replaced}, **kept, **by_user}
     given = frozenset(key for key, value in user.values.items() if value is not None)
     quoted = {**resumed.quoted, **user.quoted}
 

@@ -20,10 +20,14 @@ ModelDtype: TypeAlias = Literal["fp32", "fp16", "bf16"]
 class MemorySettings(Section):
     """Trade-offs between memory, time and precision."""
 
-    gradient_checkpointing: bool = option(True, "free")
+    gradient_checkpointing: bool | None = option(None, "free", unset="off where the memory suffices without it")
     """Activation checkpointing: keep each block's input only and recompute the block in the backward pass."""
-    amp: bool = option(
-        True, "free", aliases={"--use-mixed-precision": "true", "--no-mixed-precision": "false"}, legacy_default=False
+    amp: bool | None = option(
+        None,
+        "free",
+        aliases={"--use-mixed-precision": "true", "--no-mixed-precision": "false"},
+        legacy_default=False,
+        unset="on for GPUs, off for the CPU",
     )
     """Automatic mixed precision: matrix products in a 16-bit type, sums and normalisation in float32."""
     amp_dtype: AmpDtype = option("auto", "free", needs=(AMP,))

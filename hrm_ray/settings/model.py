@@ -29,7 +29,7 @@ class ModelSettings(Section):
     arch: Literal["actv1", "transformer"] = option("actv1", "fixed")
     """Architecture: actv1 is the HRM; transformer is a plain causal transformer of the same block, for comparison."""
     model_preset: Literal["nano", "tiny", "small", "medium", "large", "xlarge"] | None = option(
-        None, "free", unset="no preset"
+        None, "free", unset="chosen from the data and the device, if no size is given"
     )
     """Named size of about 5, 15, 50, 150, 400 or 1000 million parameters; other options override it."""
     h_layers: int = option(2, "fixed", ge=1, replaces=("model.num_layers",))
@@ -68,7 +68,7 @@ class ModelSettings(Section):
     """Dropout after attention and after the feed-forward layer."""
     lm_mask: Literal["causal", "prefix"] = option("causal", "fixed", needs=(TEXT,))
     """Attention mask of a language model: causal, or prefix (full in the prompt, causal in the response)."""
-    use_moe: bool = option(True, "fixed", aliases={"--no-moe": "false"}, legacy_default=False)
+    use_moe: bool = option(False, "fixed", aliases={"--no-moe": "false"}, legacy_default=False)
     """Mixture of experts in place of every feed-forward layer."""
     num_experts: int = option(8, "fixed", ge=2, needs=(EXPERTS,))
     """Experts of each block, each as wide as the feed-forward layer would be."""

@@ -204,7 +204,9 @@ FLOAT32_WEIGHTS = Needs(
     lambda s: s.memory.model_dtype == "fp32",
     "with --model-dtype the activations have the type of the weights",
 )
-AMP = Needs("amp_dtype_of_amp", lambda s: s.memory.amp, "mixed precision is off", "Leave it out, or give --amp")
+AMP = Needs(
+    "amp_dtype_of_amp", lambda s: s.memory.amp is not False, "mixed precision is off", "Leave it out, or give --amp"
+)
 CHUNKS = Needs(
     "chunk_leaves_of_chunked_training",
     lambda s: s.memory.use_chunked_training,

@@ -9,6 +9,7 @@ from typing import Any
 
 from hrm_ray.errors import Fault, SettingsError
 from hrm_ray.settings.model import Task
+from hrm_ray.settings.rule import gives_way
 from hrm_ray.settings.rules import broken_rules
 from hrm_ray.settings.tree import RunSettings
 
@@ -65,6 +66,25 @@ def moderate_lr(settings: RunSettings) -> tuple[RunSettings, list[str]]:
         "given."
     )
     return settings.model_copy(update={"optimizer": chosen.model_copy(update={"lr": MOE_LR})}), [note]
+
+
+def fit_warmup(settings: RunSettings, steps: int) -> tuple[RunSettings, list[str]]:
+    """The settings with a warm-up that fits into a run of `steps` weight updates, and a note if it was shortened.
+
+    `steps` 0 is a run without an end. Only a default is shortened: raises SettingsError for a warm-up that the user
+    gave.
+    """
+    warmup = settings.optimizer.warmup_steps
+    if warmup < steps or not (warmup and steps):
+        return settings, []
+    if not gives_way(settings, "optimizer.warmup_steps"):
+        reason = f"the run has {steps} steps, so the warm-up would last to its end"
+        hint = f"Give at most --warmup-steps {max(0, steps - 1)}, or more --epochs"
+        raise SettingsError(Fault(f"--warmup-steps {warmup}", reason, hint))
+    shorter = steps // 10
+    optimizer = settings.optimizer.model_copy(update={"warmup_steps": shorter})
+    note = f"--warmup-steps {warmup} (default) is lowered to {shorter}: the run has {steps} steps."
+    return settings.model_copy(update={"optimizer": optimizer}), [note]
 
 
 def _contradictions(settings: RunSettings, task_of_data: Task, puzzle_len: int | None) -> list[Fault]:

@@ -25,6 +25,13 @@ def refuse(broken: Callable[[RunSettings], bool], shows: tuple[str, ...], reason
     return rule
 
 
+def gives_way(settings: RunSettings, key: str) -> bool:
+    """Whether the value of a leaf is a default, which may be changed where it does not fit: that of a new run for which
+    the user gave none."""
+    resumes = settings.run.resume or settings.run.resume_from is not None
+    return key not in settings.given and not resumes
+
+
 def written(settings: RunSettings, *shown: str) -> str:
     """Leaves as a user would write them, `--num-heads 3 with --hidden-size 64`; other text stays as it is."""
     return " with ".join(options()[part].written(settings.leaf(part)) if part in options() else part for part in shown)

@@ -203,7 +203,7 @@ MODEL_RULES: dict[str, Rule] = {
         "Leave --activations out, or give --model-dtype fp32",
     ),
     "one_type_of_16_bits": refuse(
-        lambda s: s.memory.activations == "bf16" and s.memory.amp and s.memory.amp_dtype == "fp16",
+        lambda s: s.memory.activations == "bf16" and s.memory.amp is True and s.memory.amp_dtype == "fp16",
         ("memory.activations", "memory.amp_dtype"),
         "products in float16 and states in bfloat16 are added in float32, which saves nothing",
         "Give --amp-dtype bf16, or leave --activations out",

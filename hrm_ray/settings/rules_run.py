@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hrm_ray.errors import Fault
 from hrm_ray.settings.hub_name import hub_name
-from hrm_ray.settings.rule import Rule, refuse, written
+from hrm_ray.settings.rule import Rule, gives_way, refuse, written
 from hrm_ray.settings.tree import RunSettings
 
 
@@ -62,13 +62,10 @@ def _schedule_of_endless_run(settings: RunSettings) -> Fault | None:
 
 def _warmup_within_run(settings: RunSettings) -> Fault | None:
     steps, warmup = settings.run.step_limit, settings.optimizer.warmup_steps
-    if steps is None or warmup < steps:
+    if steps is None or warmup < steps or gives_way(settings, "optimizer.warmup_steps"):
         return None
-    profile = settings.run.profile
-    of_profile = profile != "hrm-hf" and "optimizer.warmup_steps" not in settings.given
     return Fault(
-        f"--warmup-steps {warmup}{f' (of --profile {profile})' if of_profile else ''} with --steps {steps}"
-        f"{'' if settings.run.steps is not None else ' (default)'}",
+        f"--warmup-steps {warmup} with --steps {steps}{'' if settings.run.steps is not None else ' (default)'}",
         "the warm-up would last until the end of the run",
         f"Give at most --warmup-steps {steps - 1}, or more --steps",
     )

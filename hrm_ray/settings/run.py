@@ -12,7 +12,6 @@ from hrm_ray.settings.needs import EVALUATION, NO_STEPS, ONE_EXPERT
 
 DEFAULT_STEPS = 200
 """Weight updates of a run for which neither steps nor epochs were given."""
-DEFAULT_BUNDLE_DIR = Path("artifacts") / "brains"
 DEFAULT_EXPERTS_DIR = Path("artifacts") / "experts"
 
 
@@ -23,12 +22,17 @@ _NOT_IN_A_NAME = frozenset('/\\:*?"<>|')
 class RunSectionSettings(Section):
     """Name, length, checkpoints and logs."""
 
-    profile: Literal["hrm-hf", "train-advanced"] = option("hrm-hf", "fixed", affects=("memory",))
-    """Set of defaults: those of the HRM-HF trainer, or of the train_advanced script."""
+    profile: Literal["hrm-hf", "train-advanced"] | None = option(
+        None, "fixed", affects=("memory",), unset="defaults chosen from the data and the device"
+    )
+    """Set of defaults: those of the HRM-HF trainer (the default of train-actv1), or of the train_advanced script."""
     brain_name: str | None = option(None, "free", unset="the name of the data")
     """Name of the bundle, a folder inside --bundle-dir."""
     bundle_dir: Path | None = option(
-        None, "free", aliases={"--save-dir": None, "--output-dir": None}, unset="artifacts/brains"
+        None,
+        "free",
+        aliases={"--save-dir": None, "--output-dir": None},
+        unset="artifacts/brains, or the folder of --profile",
     )
     """Folder of bundles (with --brain-name), or the bundle's own folder (without)."""
     expert_id: str | None = option(None, "free", affects=("memory",), unset="the whole model is trained")

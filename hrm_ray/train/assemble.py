@@ -73,7 +73,7 @@ def assemble(
     if memory.gradient_checkpointing:
         apply_activation_checkpointing(model)
     objective = _objective(model, settings, adapters)
-    precision = choose_precision(memory.amp, memory.amp_dtype, memory.model_dtype, world.device)
+    precision = choose_precision(memory.amp is True, memory.amp_dtype, memory.model_dtype, world.device)
     strategy_name = settings.cluster.strategy_for(world.size)
     if strategy_name == "single" and world.size > 1:
         raise RuntimeError(f"the strategy single has one worker, and there are {world.size}")

@@ -31,7 +31,7 @@ def flash_notes(settings: RunSettings, config: ModelConfig, device: torch.device
 
 def _place(settings: RunSettings, device: torch.device) -> KernelCapabilities:
     memory = settings.memory
-    precision = choose_precision(memory.amp, memory.amp_dtype, memory.model_dtype, device)
+    precision = choose_precision(memory.amp is True, memory.amp_dtype, memory.model_dtype, device)
     return KernelCapabilities.here(
         device.type, narrow=precision.autocast is not None or activation_dtype(memory, device) != "float32"
     )

@@ -229,11 +229,11 @@ def _trace_fake_update(settings: RunSettings, config: ModelConfig) -> _Trace:
     settings = settings.model_copy(update={"optimizer": optimizer, "cluster": cluster})
     world = World(0, 1, torch.device("cpu"), grouped=False)
     with fake_tensors():
-        loop = assemble(settings, config, _NoRows(), world, SCHEDULE_STEPS, resumes=True)
+        loop = assemble(settings, config, NoRows(), world, SCHEDULE_STEPS, resumes=True)
         if (settings.cluster.world_size or 1) > 1:
             sum_gradients_in_float32(loop.parts.objective.parameters())
         use_kernel(loop.parts.objective.model, _attend)
-        return _trace(loop, [_batch(loop, config, settings.data.packing) for _ in range(number)])
+        return _trace(loop, [ones_batch(loop, config, settings.data.packing) for _ in range(number)])
 
 
 def _trace(loop: TrainingLoop, batches: list[Batch]) -> _Trace:
@@ -309,7 +309,7 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, scope: AttentionScope) 
     return attend(query, keys, values, few)
 
 
-class _NoRows:
+class NoRows:
     """A sample set to assemble a loop with; its batches are made by `_batch`."""
 
     def __len__(self) -> int:
@@ -319,7 +319,7 @@ class _NoRows:
         raise NotImplementedError("the memory estimate reads no samples")
 
 
-def _batch(loop: TrainingLoop, config: ModelConfig, packing: bool) -> Batch:
+def ones_batch(loop: TrainingLoop, config: ModelConfig, packing: bool) -> Batch:
     """The columns of one micro-batch, with the types and shapes that samples have."""
     rows, length, wanted = loop.parts.shape.batch_size, config.seq_len, loop.parts.wanted
     row_wise = {"puzzle_identifiers": torch.int32, "active": torch.bool, "min_steps": torch.int32}

@@ -60,7 +60,7 @@ def activation_dtype(memory: MemorySettings, device: torch.device) -> ForwardDty
         return FORWARD_DTYPES[memory.activations]
     if device.type != "cuda" or not torch.cuda.is_available():
         return "float32"
-    autocast = choose_precision(memory.amp, memory.amp_dtype, memory.model_dtype, device).autocast
+    autocast = choose_precision(memory.amp is True, memory.amp_dtype, memory.model_dtype, device).autocast
     return "bfloat16" if autocast == torch.bfloat16 else "float32"
 
 

@@ -26,7 +26,7 @@ from hrm_ray.data.readers import known_rows, read_part
 from hrm_ray.data.rows import BadRow
 from hrm_ray.errors import DataError, HrmRayError, SettingsError, UnavailableError
 from hrm_ray.settings.hub_name import HubName, hub_name
-from hrm_ray.settings.run import DEFAULT_BUNDLE_DIR
+from hrm_ray.settings.profiles import BUNDLE_DIRS
 from tests.support.corpora import faults_of, shown, texts_of, write
 from tests.support.runs import TEXT, hrm, last_said, refused
 
@@ -227,7 +227,7 @@ def test_a_run_on_a_data_set_goes_on_and_names_its_bundle(
     about = ("--dataset-id", "sets/mine", "--dataset-config", "en", "--val-split", "test")
     ran = hrm("train", *last_said((*about, *TEXT, "--max-seq-len", "8", "--steps", "2")))
     assert ran.code == 0, ran.err
-    bundle = tmp_path / DEFAULT_BUNDLE_DIR / "mine"
+    bundle = tmp_path / BUNDLE_DIRS[None] / "mine"
     monkeypatch.chdir(layout)
     again = hrm("train", "--bundle-dir", bundle, "--resume", "--steps", "3", "--launcher", "local")
     assert again.code == 0 and "step 3" in again.out + again.err, again.err

@@ -22,6 +22,7 @@ Case = tuple[Options, int]
 
 TEXT: Options = {"--task": "lm", "--no-moe": True, "--no-amp": True, "--hidden-size": "256", "--num-heads": "4"}
 TEXT |= {"--num-layers": "4", "--h-cycles": "1", "--max-seq-len": "256", "--batch-size": "16"}
+TEXT |= {"--gradient-checkpointing": True}
 PUZZLE: Options = {**TEXT, "--task": "puzzle", "--max-seq-len": "81", "--batch-size": "64"}
 PEFT: dict[str, str | bool] = {"use_peft": True, "hidden_size": "1024", "batch_size": "4"}
 
@@ -30,6 +31,7 @@ def case(base: Options, vocab_size: int = 2000, **changes: str | bool) -> Case:
     """The base's options with some changed; a switch takes the place of its contrary."""
     said = {f"--{name.replace('_', '-')}": value for name, value in changes.items()}
     contrary = {"--no-moe" if name == "--use-moe" else f"--no-{name[2:]}" for name in said}
+    contrary |= {f"--{name[5:]}" for name in said if name.startswith("--no-")}
     return {name: value for name, value in base.items() if name not in contrary} | said, vocab_size
 
 

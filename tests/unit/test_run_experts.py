@@ -60,9 +60,9 @@ def test_the_bundle_is_used(trained: tuple[str, Path]) -> None:
         assert ran.code == 0 and ran.out.startswith("abc"), ran.err
 
 
-def test_experts_are_the_default(tmp_path: Path) -> None:
+def test_experts_are_the_default_of_the_older_trainer(tmp_path: Path) -> None:
     words = [word for word in last_said((*TEXT, "--steps", "1", "--d-ff", "32")) if word != "--no-use-moe"]
-    ran = hrm("train", "--dataset-file", text_file(tmp_path), "--bundle-dir", tmp_path / "b", *words)
+    ran = hrm("train-actv1", "--dataset-file", text_file(tmp_path), "--bundle-dir", tmp_path / "b", *words)
     assert ran.code == 0, ran.err
     assert "active per token" in ran.out
     config = json.loads((tmp_path / "b" / "config.json").read_text())
@@ -72,7 +72,8 @@ def test_experts_are_the_default(tmp_path: Path) -> None:
 def test_a_preset_is_dense_unless_told() -> None:
     assert not load_settings({"--model-preset": "nano"}).model.use_moe
     assert load_settings({"--model-preset": "nano", "--use-moe": True}).model.use_moe
-    assert load_settings({}).model.use_moe
+    assert not load_settings({}).model.use_moe
+    assert load_settings({"--profile": "hrm-hf"}).model.use_moe
 
 
 def test_the_losses_count(tmp_path: Path) -> None:
@@ -114,7 +115,8 @@ def test_a_high_learning_rate_is_lowered(tmp_path: Path) -> None:
     ],
 )
 def test_it_is_never_raised(options: dict[str, str | bool], rate: float) -> None:
-    settings, notes = moderate_lr(load_settings(options))
+    with_experts: dict[str, str | bool] = {} if "--no-moe" in options else {"--use-moe": True}
+    settings, notes = moderate_lr(load_settings({**options, **with_experts}))
     assert settings.optimizer.lr == rate
     assert len(notes) == (1 if rate == MOE_LR and options["--lr"] == "0.01" else 0)
 
@@ -136,14 +138,16 @@ def test_an_older_run_goes_on_without_experts(tmp_path: Path) -> None:
 
 def test_arch_summary_tells_total_and_active() -> None:
     words = ("arch-summary", "--hidden-size", "32", "--num-heads", "2", "--num-layers", "2", "--d-ff", "32")
-    dense, sparse = (json.loads(hrm(*words, *more, "--json").out) for more in (("--no-moe",), ("--num-experts", "4")))
+    dense, sparse = (
+        json.loads(hrm(*words, *more, "--json").out) for more in (("--no-moe",), ("--use-moe", "--num-experts", "4"))
+    )
     ffn = 2 * 3 * 32 * 32
     assert dense["active_parameters"] == dense["total_parameters"]
     assert sparse["total_parameters"] == dense["total_parameters"] + 3 * ffn + 2 * 4 * 32
     assert sparse["active_parameters"] == sparse["total_parameters"] - 2 * ffn
-    assert "active" in hrm(*words).out and "active" not in hrm(*words, "--no-moe").out
+    assert "active" in hrm(*words, "--use-moe").out and "active" not in hrm(*words, "--no-moe").out
 
 
 def test_more_chosen_than_there_are() -> None:
-    ran = hrm("arch-summary", "--num-experts", "2", "--num-experts-per-tok", "3")
+    ran = hrm("arch-summary", "--use-moe", "--num-experts", "2", "--num-experts-per-tok", "3")
     assert ran.code == 2 and "--num-experts-per-tok 3 with --num-experts 2" in ran.err

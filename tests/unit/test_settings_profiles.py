@@ -11,16 +11,25 @@ from hrm_ray.errors import SettingsError
 from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.options import options
 from hrm_ray.settings.profiles import PROFILES
-from hrm_ray.settings.resolve import resolve_task
+from hrm_ray.settings.resolve import fit_warmup, resolve_task
 from hrm_ray.settings.tree import leaf_keys, to_dotted
 from tests.support.runs import PUZZLE, TEXT, computed, hrm, last_said, puzzle_file, records, refused, text_file, train
 
 TRAIN_ADVANCED: dict[str, Any] = {
     "adapt.lora_r": 8,
+    "data.linear_dataset": False,
     "data.max_seq_len": 256,
+    "data.shuffle_buffer_size": 10000,
+    "data.vocab_size": 16000,
     "memory.amp": False,
     "model.activation": "gelu",
+    "model.d_ff": 2048,
     "model.dropout_rate": 0.1,
+    "model.h_layers": 3,
+    "model.hidden_size": 512,
+    "model.l_layers": 3,
+    "model.num_heads": 8,
+    "model.use_moe": False,
     "optimizer.batch_size": 32,
     "optimizer.lr": 5e-4,
     "optimizer.warmup_steps": 500,
@@ -30,7 +39,24 @@ TRAIN_ADVANCED: dict[str, Any] = {
     "run.profile": "train-advanced",
     "run.save_every": 1000,
 }
-"""The script's own defaults, word for word as FEATURES.md lists them (its shuffle buffer is no option here)."""
+"""The script's own defaults, word for word as FEATURES.md lists them."""
+HRM_HF: dict[str, Any] = {
+    "data.max_seq_len": None,
+    "data.text_rows": "line",
+    "data.vocab_size": 16000,
+    "memory.amp": True,
+    "memory.gradient_checkpointing": True,
+    "model.h_layers": 2,
+    "model.hidden_size": 512,
+    "model.num_experts": 8,
+    "model.use_moe": True,
+    "optimizer.batch_size": 8,
+    "optimizer.grad_clip": 0.5,
+    "optimizer.lr": 2e-4,
+    "run.profile": "hrm-hf",
+    "run.save_every": 200,
+}
+"""Those of HRM-HF, some of them the sections' own."""
 
 
 def test_the_profiles_are_the_choices() -> None:
@@ -38,12 +64,12 @@ def test_the_profiles_are_the_choices() -> None:
     assert {key for leaves in PROFILES.values() for key in leaves} <= set(leaf_keys())
 
 
-def test_the_script_s_defaults_and_no_others() -> None:
-    plain, advanced = to_dotted(load_settings({})), to_dotted(load_settings({"--profile": "train-advanced"}))
-    assert {key: advanced[key] for key in TRAIN_ADVANCED} == TRAIN_ADVANCED
-    others = set(plain) - set(TRAIN_ADVANCED)
-    assert {key: advanced[key] for key in others} == {key: plain[key] for key in others}
-    assert to_dotted(load_settings({"--profile": "hrm-hf"})) == plain
+@pytest.mark.parametrize("expected", [TRAIN_ADVANCED, HRM_HF], ids=["train-advanced", "hrm-hf"])
+def test_the_script_s_defaults_and_no_others(expected: dict[str, Any]) -> None:
+    plain, profile = to_dotted(load_settings({})), to_dotted(load_settings({"--profile": expected["run.profile"]}))
+    assert {key: profile[key] for key in expected} == expected
+    others = set(plain) - set(expected)
+    assert {key: profile[key] for key in others} == {key: plain[key] for key in others}
 
 
 def test_everything_said_lies_over_a_profile(tmp_path: Path) -> None:
@@ -78,8 +104,17 @@ def test_what_a_profile_fills_is_not_held_against_the_user() -> None:
     assert resolve_task(settings, "lm").data.max_seq_len == 256
     with pytest.raises(SettingsError, match="81 tokens"):
         resolve_task(load_settings({"--profile": "train-advanced", "--seq-len": "256"}), "puzzle", 81)
-    with pytest.raises(SettingsError, match=r"--warmup-steps 500 \(of --profile train-advanced\) with --steps 300"):
-        load_settings({"--profile": "train-advanced", "--steps": "300"})
+
+
+def test_a_default_gives_way_and_a_typed_value_does_not() -> None:
+    short = {"--profile": "train-advanced", "--steps": "300"}
+    settings, notes = fit_warmup(load_settings(short), 300)
+    assert settings.optimizer.warmup_steps == 30
+    assert notes == ["--warmup-steps 500 (default) is lowered to 30: the run has 300 steps."]
+    with pytest.raises(SettingsError, match="--warmup-steps 500 with --steps 300"):
+        load_settings({**short, "--warmup-steps": "500"})
+    # A run without an end has no step at which the warm-up would be too long.
+    assert fit_warmup(settings, 0) == (settings, [])
 
 
 @pytest.mark.parametrize(("usual", "data"), [(TEXT, text_file), (PUZZLE, puzzle_file)])
@@ -88,10 +123,12 @@ def test_a_run_under_the_profile(usual: tuple[str, ...], data: Any, tmp_path: Pa
     words = [*usual, "--halt-exploration-prob", "0", "--halt-max-steps", "1", "--profile", "train-advanced"]
     del words[words.index("--batch-size") : words.index("--batch-size") + 2]
     file = data(tmp_path)
-    naming = ("--warmup-steps 500", "the run has 3 steps", "--warmup-steps 2")
-    refused(2, "train", "--dataset-file", file, "--bundle-dir", tmp_path / "b", *last_said(words), naming=naming)
+    naming = ("--warmup-steps 3", "the run has 3 steps", "--warmup-steps 2")
+    long = ("train", "--dataset-file", file, "--bundle-dir", tmp_path / "b", *last_said(words), "--warmup-steps", "3")
+    refused(2, *long, naming=naming)
     assert not (tmp_path / "b").exists()
-    train(file, tmp_path / "b", *words, "--warmup-steps", "2")
+    train(file, tmp_path / "b", *words)
+    assert "--warmup-steps 500 (default) is lowered to 0" in (tmp_path / "b" / "metrics.jsonl").read_text()
     last = records(tmp_path / "b")[-1]
     assert (last["effective_batch_size"], last["epoch"], last["step"]) == (32, 2, 3)
     assert last["lr"] == pytest.approx(5e-5)

@@ -80,8 +80,8 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
         "--model-dtype fp32",
     ),
     "one_type_of_16_bits": (
-        {"--activations": "bf16", "--amp-dtype": "fp16"},
-        {"--activations": "bf16", "--amp-dtype": "bf16"},
+        {"--activations": "bf16", "--amp": True, "--amp-dtype": "fp16"},
+        {"--activations": "bf16", "--amp": True, "--amp-dtype": "bf16"},
         "--amp-dtype bf16",
     ),
     "amp_dtype_of_amp": (
@@ -108,43 +108,43 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
         "--bp-steps 6",
     ),
     "experts_to_choose_from": (
-        {"--num-experts": "4", "--num-experts-per-tok": "5"},
-        {"--num-experts": "4", "--num-experts-per-tok": "4"},
+        {"--use-moe": True, "--num-experts": "4", "--num-experts-per-tok": "5"},
+        {"--use-moe": True, "--num-experts": "4", "--num-experts-per-tok": "4"},
         "--num-experts-per-tok 4",
     ),
     "expert_is_named": (
-        {"--expert-id": "e", "--student-init": "b"},
-        {"--expert-id": "e", "--student-init": "b", "--expert-index": "7"},
+        {"--use-moe": True, "--expert-id": "e", "--student-init": "b"},
+        {"--use-moe": True, "--expert-id": "e", "--student-init": "b", "--expert-index": "7"},
         "--expert-index",
     ),
     "expert_starts_from_a_bundle": (
-        {"--expert-id": "e", "--expert-index": "0"},
-        {"--expert-id": "e", "--expert-index": "0", "--student-init": "b"},
+        {"--use-moe": True, "--expert-id": "e", "--expert-index": "0"},
+        {"--use-moe": True, "--expert-id": "e", "--expert-index": "0", "--student-init": "b"},
         "--student-init BUNDLE",
     ),
     "expert_exists": (
-        {"--expert-id": "e", "--expert-index": "8", "--student-init": "b"},
-        {"--expert-id": "e", "--expert-index": "8", "--student-init": "b", "--num-experts": "9"},
+        {"--use-moe": True, "--expert-id": "e", "--expert-index": "8", "--student-init": "b"},
+        {"--use-moe": True, "--expert-id": "e", "--expert-index": "8", "--student-init": "b", "--num-experts": "9"},
         "--expert-index than 8",
     ),
     "expert_of_a_dense_model": (
         {"--expert-id": "e", "--expert-index": "0", "--student-init": "b", "--no-moe": True},
-        {"--expert-id": "e", "--expert-index": "0", "--student-init": "b"},
+        {"--use-moe": True, "--expert-id": "e", "--expert-index": "0", "--student-init": "b"},
         "--expert-id e with --no-moe",
     ),
     "expert_without_adapters": (
-        {"--expert-id": "e", "--expert-index": "0", "--student-init": "b", "--use-peft": True},
+        {"--use-moe": True, "--expert-id": "e", "--expert-index": "0", "--student-init": "b", "--use-peft": True},
         {"--student-init": "b", "--use-peft": True},
         "--use-peft",
     ),
     "expert_leaves_of_expert_training": (
         {"--experts-dir": "d"},
-        {"--expert-index": "0", "--experts-dir": "d", "--expert-id": "e", "--student-init": "b"},
+        {"--expert-index": "0", "--experts-dir": "d", "--expert-id": "e", "--student-init": "b", "--use-moe": True},
         "no single expert",
     ),
     "one_expert_is_trained": (
         {"--expert-index": "0"},
-        {"--expert-index": "0", "--expert-id": "e", "--student-init": "b"},
+        {"--expert-index": "0", "--expert-id": "e", "--student-init": "b", "--use-moe": True},
         "--expert-id NAME",
     ),
     "blocks_for_text": (
@@ -154,7 +154,7 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
     ),
     "puzzle_embedding_beside_one_expert": (
         {
-            **{"--expert-id": "e", "--expert-index": "0", "--student-init": "b"},
+            **{"--expert-id": "e", "--use-moe": True, "--expert-index": "0", "--student-init": "b"},
             **{"--puzzle-emb-ndim": "4", "--puzzle-emb-lr": "0.1"},
         },
         {"--puzzle-emb-ndim": "4", "--puzzle-emb-lr": "0.1"},
