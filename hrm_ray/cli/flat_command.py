@@ -15,6 +15,7 @@ import typer
 from hrm_ray.errors import Fault
 from hrm_ray.settings.faults import nearest
 from hrm_ray.settings.needs import NoEffect, overridden
+from hrm_ray.settings.not_built import NOT_BUILT, SWITCHES, not_built
 from hrm_ray.settings.options import BOOLEAN_WORDS, Option, options, spellings
 
 
@@ -86,8 +87,11 @@ class FlatCommand:
                 continue
             name, equals, text = word.partition("=")
             value: str | bool = text if equals else True
-            if not equals and rest and not _is_option(rest[0]) and _takes_value(name, rest[0], own):
+            if not equals and rest and _takes_value(name, rest[0], own):
                 value = rest.pop(0)
+            if (fault := not_built(name)) is not None:
+                found.faults.append(fault)
+                continue
             table = found.own if name in own else found.options
             before = table.pop(name, value)
             if before != value:
@@ -146,12 +150,17 @@ def _is_option(word: str) -> bool:
 
 def _takes_value(name: str, word: str, own: Mapping[str, bool]) -> bool:
     """Whether the next word belongs to this option."""
+    if name in NOT_BUILT:
+        # It may be a secret, which begins with anything and must not be left over to be shown as a stray word.
+        return name not in SWITCHES and not word.startswith("--")
+    if _is_option(word):
+        return False
     if name in own:
         return own[name]
     spelling = spellings().get(name)
     if spelling is None:
         # An unknown option is treated as the known one it resembles, or its value would be a second fault.
-        near = nearest(name, [*spellings(), *own], at_most=1)
+        near = nearest(name, [*spellings(), *own, *NOT_BUILT], at_most=1)
         return not near or _takes_value(near[0], word, own)
     return spelling.fixed is None or word.lower() in BOOLEAN_WORDS
 

@@ -23,7 +23,7 @@ def run_generate(
     bundle: Path, *, prompt: str, sampling: Sampling, max_new_tokens: int, seed: int, adaptive: bool, device: str
 ) -> int:
     """Print the prompt and its continuation, as it is generated; returns the exit code."""
-    model = TextModel.open(bundle, _device(device))
+    model = TextModel.open(bundle, torch.device(choose_device(device)))
     completion = model.complete(prompt, sampling=sampling, max_new_tokens=max_new_tokens, seed=seed, adaptive=adaptive)
     for note in completion.notes:
         print(note, file=sys.stderr)
@@ -52,7 +52,7 @@ def run_solve(
     """Solve puzzles and print them with their answers; returns the exit code."""
     if bool(puzzles) == (file is not None):
         raise SettingsError(Fault("PUZZLE or --file", "exactly one of them is needed", "Give puzzles, or --file PATH"))
-    model = PuzzleModel.open(bundle, _device(device))
+    model = PuzzleModel.open(bundle, torch.device(choose_device(device)))
     given = model.from_file(file, split, limit) if file is not None else model.from_words(puzzles[:limit])
     right = known = 0
     for solved in model.solve(given, stop_by_q=stop_by_q):
@@ -62,13 +62,6 @@ def run_solve(
     if known and not as_json:
         print(f"{right} of {known} solved exactly ({100 * right / known:.1f} %)")
     return 0
-
-
-def _device(wanted: str) -> torch.device:
-    kind, notes = choose_device(wanted)
-    for note in notes:
-        print(f"warning: {note}", file=sys.stderr)
-    return torch.device(kind)
 
 
 def _as_json(facts: PuzzleFacts, solved: SolvedPuzzle) -> str:

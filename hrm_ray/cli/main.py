@@ -17,7 +17,9 @@ from typer.main import get_command
 from hrm_ray import __version__
 from hrm_ray.cli.build_data import build_app
 from hrm_ray.cli.error_handler import command, exit_code_of
+from hrm_ray.errors import SettingsError
 from hrm_ray.openmp import limit_openmp_spin
+from hrm_ray.settings.not_built import not_built
 
 DeviceChoice: TypeAlias = Literal["auto", "cpu", "cuda", "xpu", "mps"]
 
@@ -225,7 +227,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     limit_openmp_spin(os.environ)
     root = get_command(app)
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    sys.exit(exit_code_of(lambda: root.main(arguments, prog_name="hrm-ray", standalone_mode=False)))
+
+    def start() -> object:
+        missing = not_built(f"hrm-ray {arguments[0]}")
+        if missing is not None:
+            raise SettingsError(missing)
+        return root.main(arguments, prog_name="hrm-ray", standalone_mode=False)
+
+    sys.exit(exit_code_of(start))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def check_address(address: str) -> None:
     if "://" in address:
         raise SettingsError(
             Fault(
-                f"ray_address {address}",
+                f"the Ray address {address}",
                 "Ray Client and job addresses cannot be used for training",
                 "Give host:port of the cluster's head (as `ray start --head` prints it), or use `ray job submit`",
             )
@@ -28,12 +28,18 @@ def check_address(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise SettingsError(
-            Fault(f"ray_address {address}", "is not host:port", "Give for example 10.0.0.1:6379, or auto")
+            Fault(
+                f"the Ray address {address}",
+                "is not host:port",
+                "Give --ray-address HOST:PORT such as 10.0.0.1:6379, or auto",
+            )
         )
     problem = _probe(host.strip("[]"), int(port))
     if problem is not None:
         raise UnavailableError(
-            Fault(f"ray_address {address}", problem, "Give the address of a running head, or none to use this machine")
+            Fault(
+                f"the Ray address {address}", problem, "Give the address of a running head, or none to use this machine"
+            )
         )
 
 

@@ -23,8 +23,8 @@ launcher with a cluster has `attached()` too: whether the program has connected 
 
 @dataclass(frozen=True)
 class Devices:
-    """The devices of a run. `visible_gpus` is CUDA_VISIBLE_DEVICES for the run, None to leave the variable as it is;
-    `notes` are messages about fallbacks."""
+    """The devices of a run. `visible_gpus` is CUDA_VISIBLE_DEVICES for the run, None to leave the variable as it
+    is."""
 
     device: str
     world_size: int
@@ -33,7 +33,6 @@ class Devices:
     strategy: str
     ray_address: str | None
     visible_gpus: str | None
-    notes: tuple[str, ...]
 
 
 @contextmanager
@@ -69,23 +68,25 @@ _COUNT: dict[str, Callable[[], int]] = {"cuda": torch.cuda.device_count, "xpu": 
 def choose_devices(cluster: ClusterSettings) -> Devices:
     """Resolve device, workers, threads and launcher. Raises UnavailableError or SettingsError.
 
-    A missing device is an error under --strict; otherwise the best available device is used, with a note. The cluster
-    that a program is connected to counts as one at an address.
+    Only --device auto takes what there is; a device or GPU that was named and is missing is an error. The cluster that
+    a program is connected to counts as one at an address.
     """
     address = _cluster_address(cluster)
     if address is None:
-        # Without --strict: what this machine lacks, the program's cluster may have.
-        here = _choose(cluster.model_copy(update={"strict": False}), None)
+        try:
+            here = _choose(cluster, None)
+        except UnavailableError:
+            # What this machine lacks, the program's cluster may have.
+            here = _choose(cluster.model_copy(update={"device": "auto", "cuda_ids": None}), None)
         if here.launcher != "local" and import_module(LAUNCHERS[here.launcher]).attached():
             cluster, address = cluster.model_copy(update={"world_size": here.world_size}), "auto"
     return _choose(cluster, address)
 
 
 def _choose(cluster: ClusterSettings, address: str | None) -> Devices:
-    notes: list[str] = []
     # The devices of a running cluster are the cluster's: it is asked when the run connects.
-    device = cluster.device if address and cluster.device != "auto" else _device(cluster, notes)
-    gpus = _chosen_gpus(cluster, address, device, notes) if cluster.cuda_numbers else []
+    device = cluster.device if address and cluster.device != "auto" else choose_device(cluster.device)
+    gpus = _chosen_gpus(cluster, address) if cluster.cuda_numbers else []
     if gpus:
         device = "cuda"
     found = 1
@@ -99,7 +100,7 @@ def _choose(cluster: ClusterSettings, address: str | None) -> Devices:
         )
     launcher = cluster.launcher or ("ray" if address or strategy != "single" else "local")
     threads = cluster.threads or (1 if address else max(1, usable_cpus() // world_size))
-    return Devices(device, world_size, threads, launcher, strategy, address, ",".join(gpus) or None, tuple(notes))
+    return Devices(device, world_size, threads, launcher, strategy, address, ",".join(gpus) or None)
 
 
 def _cluster_address(cluster: ClusterSettings) -> str | None:
@@ -110,37 +111,31 @@ def _cluster_address(cluster: ClusterSettings) -> str | None:
     return None if address == "local" else address
 
 
-def choose_device(wanted: str, strict: bool = False) -> tuple[str, list[str]]:
-    """The device for a command of one process (generate, solve), and notes about fallbacks."""
-    notes: list[str] = []
-    return _device(ClusterSettings.model_validate({"device": wanted, "strict": strict}), notes), notes
+def choose_device(wanted: str) -> str:
+    """The device that is meant by --device, the best one of this machine for auto. Raises UnavailableError."""
+    there = [kind for kind, count in _COUNT.items() if count() > 0]
+    if wanted == "auto":
+        return there[0]
+    if wanted not in there:
+        reason = f"this machine has no such device, only {' and '.join(there)}"
+        raise UnavailableError(Fault(f"--device {wanted}", reason, f"Give --device auto, or {there[0]}"))
+    return wanted
 
 
-def _device(cluster: ClusterSettings, notes: list[str]) -> str:
-    best = next(kind for kind, count in _COUNT.items() if count() > 0)
-    if cluster.device == "auto" or cluster.device == best or _COUNT[cluster.device]() > 0:
-        return best if cluster.device == "auto" else cluster.device
-    missing = Fault(f"--device {cluster.device}", "this machine has no such device", f"Give --device {best}, or auto")
-    if cluster.strict:
-        raise UnavailableError(missing)
-    notes.append(f"--device {cluster.device}: this machine has no such device; {best} is used instead.")
-    return best
-
-
-def _chosen_gpus(cluster: ClusterSettings, address: str | None, device: str, notes: list[str]) -> list[str]:
-    """The GPUs of --cuda-ids that this machine has, as CUDA_VISIBLE_DEVICES names them."""
+def _chosen_gpus(cluster: ClusterSettings, address: str | None) -> list[str]:
+    """The GPUs of --cuda-ids as CUDA_VISIBLE_DEVICES names them."""
     if address:
         reason = "on a running cluster Ray chooses the GPUs"
         raise SettingsError(Fault(f"--cuda-ids {cluster.cuda_ids}", reason, "Leave out --cuda-ids or --ray-address"))
     there = torch.cuda.device_count()
-    missing = [number for number in cluster.cuda_numbers if number >= there]
-    if missing and cluster.strict:
-        reason = f"this machine has {there} CUDA devices"
-        raise UnavailableError(Fault(f"--cuda-ids {cluster.cuda_ids}", reason, "Give the numbers of existing GPUs"))
-    kept = [number for number in cluster.cuda_numbers if number < there]
-    if missing:
-        rest = f"GPUs {kept}" if kept else device
-        notes.append(f"--cuda-ids {cluster.cuda_ids}: there are {there} CUDA devices; training on {rest} instead.")
+    if any(number >= there for number in cluster.cuda_numbers):
+        has = f"{there} CUDA device{'' if there == 1 else 's'}{', counted from 0' if there else ''}"
+        hint = "Leave it out: --device auto takes the best device there is"
+        if there:
+            hint = "Give the numbers of GPUs that are there, or leave it out"
+        raise UnavailableError(
+            Fault(f"--cuda-ids {cluster.cuda_ids}", f"this machine has {has}", f"{hint}; or give --device cpu")
+        )
     # The numbers count what this process sees; where that is a choice already (a batch system's), choose among it.
     visible = [name for name in os.environ.get(VISIBLE, "").split(",") if name]
-    return [visible[number] if visible else str(number) for number in kept]
+    return [visible[number] if visible else str(number) for number in cluster.cuda_numbers]

@@ -151,7 +151,7 @@ def _resolve_on(
         location,
         config,
         certain,
-        (*devices.notes, *notes),
+        tuple(notes),
         no_effect,
         _adaptive_lr(settings),
         keep_freed,

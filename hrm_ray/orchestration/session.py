@@ -156,7 +156,7 @@ class Session:
             if self.address not in (None, "auto", connected):
                 reason = f"this program is connected to the Ray cluster at {connected} already"
                 hint = "Leave the address out, or call ray.shutdown() first"
-                raise SettingsError(Fault(f"ray_address {self.address}", reason, hint))
+                raise SettingsError(Fault(f"the Ray address {self.address}", reason, hint))
             return
         self._thread.start()
         timeout_s = START_TIMEOUT_S if self.private else CONNECT_TIMEOUT_S
@@ -246,7 +246,7 @@ class Session:
             "Check that this is the head's host:port, that Ray and Python versions agree there and here, and, "
             "if the cluster asks for a token, set RAY_AUTH_MODE=token"
         )
-        return UnavailableError(Fault(f"ray_address {self.address}", f"could not connect: {reason}", hint))
+        return UnavailableError(Fault(f"the Ray address {self.address}", f"could not connect: {reason}", hint))
 
 
 class _EnvironmentChanges:

@@ -9,7 +9,7 @@ from pydantic import field_validator, model_validator
 from hrm_ray.settings.base import Section, option, refusal
 
 Launcher: TypeAlias = Literal["local", "ray"]
-StrategyName: TypeAlias = Literal["single", "ddp", "zero1", "zero2", "zero3"]
+StrategyName: TypeAlias = Literal["single", "ddp"]
 
 
 def strategy_of_ddp(ddp: Any) -> Any:
@@ -33,7 +33,7 @@ class ClusterSettings(Section):
         unset="ddp for several workers, else single",
     )
     """How several workers train together. single: one worker. ddp: every worker has the whole model, and
-    gradients are averaged once per weight update. zero1, zero2, zero3: not built yet."""
+    gradients are averaged once per weight update."""
     ray_address: str | None = option(None, "free", unset="a cluster started on this machine for the run")
     """Address of a running Ray cluster."""
     device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = option("auto", "free", affects=("memory",))

@@ -7,6 +7,7 @@ is given, fills only leaves that the user did not set.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 from hrm_ray.errors import Fault, SettingsError
 from hrm_ray.settings.faults import fault_of_error, hint_of_name, nearest
 from hrm_ray.settings.needs import NoEffect, overridden
+from hrm_ray.settings.not_built import NOT_BUILT, not_built
 from hrm_ray.settings.options import BOOLEAN_WORDS, Spelling, options, spellings
 from hrm_ray.settings.presets import PRESETS, layer_leaves, preset_leaves
 from hrm_ray.settings.profiles import PROFILES, profile_leaves
@@ -65,7 +67,9 @@ def load_settings(
 
     wrong = _wrong_leaves(values)
     for key, error in wrong.items():
-        faults.append(fault_of_error(error, quoted.get(key, f"{key} = {values[key]}")))
+        shown = quoted.get(key, f"{key} = {values[key]}")
+        planned = not_built(f"{options()[key].flag} {values[key]}")
+        faults.append(fault_of_error(error, shown) if planned is None else replace(planned, value=shown))
     settings = RunSettings.model_validate(
         {
             **_nested({key: value for key, value in values.items() if key not in wrong}),
@@ -102,9 +106,11 @@ def read_options(flat_options: Mapping[str, str | bool], also_known: Iterable[st
         spelling = _spelling(name)
         shown = f"{name} {value or repr(value)}" if isinstance(value, str) else name
         if spelling is None:
-            known = [*spellings(), *also_known]
+            known = [*spellings(), *also_known, *NOT_BUILT]
             hint = hint_of_name(name, known, "`--help` lists the options")
-            parsed.faults.append(Fault(shown, "is not an option", hint))
+            # Without its value: it may be a secret behind a misspelt name.
+            unknown = Fault(name, "is not an option", hint)
+            parsed.faults.append(not_built(f"--{name.removeprefix('--').replace('_', '-')}") or unknown)
             parsed.candidates.update(
                 spellings()[near].option.key for near in nearest(name, known) if near in spellings()
             )

@@ -136,12 +136,6 @@ RUN_RULES: dict[str, Rule] = {
         "the local launcher runs one worker, in this process",
         "Give --launcher ray",
     ),
-    "strategy_is_built": refuse(
-        lambda s: s.cluster.strategy in ("zero1", "zero2", "zero3"),
-        ("cluster.strategy",),
-        "ZeRO is not built yet",
-        "Use --strategy ddp",
-    ),
     "single_has_one_worker": refuse(
         lambda s: s.cluster.strategy == "single" and s.cluster.world_size not in (None, 1),
         ("cluster.strategy", "cluster.world_size"),

@@ -15,6 +15,7 @@ from hrm_ray.regular_files import special_file
 from hrm_ray.settings.cluster import strategy_of_ddp
 from hrm_ray.settings.faults import nearest
 from hrm_ray.settings.needs import NoEffect
+from hrm_ray.settings.not_built import not_built
 from hrm_ray.settings.options import options, spellings
 from hrm_ray.settings.tree import SECTIONS
 
@@ -119,7 +120,9 @@ def read_tree(content: Mapping[Any, Any], source: str) -> ParsedSource:
                 parsed.quoted[dotted] = f"{dotted} = {each} ({source})"
             else:
                 hint, candidates = _hint_of_key(dotted)
-                parsed.faults.append(Fault(f"{dotted} = {each} ({source})", "is not a setting", hint))
+                missing = not_built(f"--{dotted.rpartition('.')[2].replace('_', '-')}")
+                # Without its value: it may be a secret behind a misspelt name.
+                parsed.faults.append(missing or Fault(f"{dotted} ({source})", "is not a setting", hint))
                 parsed.candidates.update(candidates)
     return parsed
 

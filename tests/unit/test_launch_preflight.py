@@ -55,7 +55,6 @@ def test_a_file_system_that_stores_nothing(tmp_path: Path, monkeypatch: pytest.M
 def test_one_device_is_trained_here() -> None:
     chosen = choose_devices(ClusterSettings())
     assert (chosen.device, chosen.world_size, chosen.threads, chosen.launcher) == ("cpu", 1, 8, "local")
-    assert chosen.notes == ()
 
 
 def test_several_workers_share_the_cpus() -> None:
@@ -74,11 +73,10 @@ def test_all_gpus_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_named_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, cuda=4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
-    with pytest.raises(UnavailableError, match="--cuda-ids 1,9"):
-        choose_devices(ClusterSettings(cuda_ids="1,9", strict=True))
-    told = choose_devices(ClusterSettings(cuda_ids="1,9"))
-    assert len(told.notes) == 1 and "--cuda-ids 1,9" in told.notes[0] and "[1]" in told.notes[0]
-    assert (told.visible_gpus, told.world_size) == ("1", 1)
+    with pytest.raises(UnavailableError, match="--cuda-ids 1,9: this machine has 4 CUDA devices, counted from 0"):
+        choose_devices(ClusterSettings(cuda_ids="1,9"))
+    chosen = choose_devices(ClusterSettings(cuda_ids="1"))
+    assert (chosen.visible_gpus, chosen.world_size) == ("1", 1)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
 
 
@@ -102,20 +100,25 @@ def test_a_dry_run_leaves_the_visible_gpus_alone(tmp_path: Path, monkeypatch: py
 
 
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:
-    told = choose_devices(ClusterSettings(device="cuda"))
-    assert told.device == "cpu" and len(told.notes) == 1 and "--device cuda" in told.notes[0]
-    with pytest.raises(UnavailableError, match="--device cuda: this machine has no such device"):
-        choose_devices(ClusterSettings(device="cuda", strict=True))
-    assert choose_device("mps")[0] == "cpu"
+    """A device or GPU that was named is never replaced by another one; --device auto takes what there is."""
+    with pytest.raises(UnavailableError, match="--device cuda: this machine has no such device, only cpu"):
+        choose_devices(ClusterSettings(device="cuda"))
+    with pytest.raises(UnavailableError, match="--device mps"):
+        choose_device("mps")
+    assert choose_device("auto") == choose_device("cpu") == choose_devices(ClusterSettings()).device == "cpu"
     words = ("train", "--dataset-file", text_file(tmp_path), "--bundle-dir", tmp_path / "b", *TEXT)
-    refused(3, *words, "--device", "cuda", "--strict", naming=("--device cuda", "no such device", "--device cpu"))
+    refused(3, *words, "--device", "cuda", naming=("--device cuda", "only cpu", "Give --device auto"))
+    refused(3, *words, "--cuda-ids", "0,1", naming=("--cuda-ids 0,1", "0 CUDA devices", "--device auto"))
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.txt"]
-    ran = hrm(*words, "--device", "cuda", "--steps", "1")
-    assert ran.code == 0 and "WARNING" in ran.out and "--device cuda" in ran.out
+
+
+def test_generate_on_a_device_that_is_not_there() -> None:
+    bundle = Path(__file__).resolve().parent.parent / "fixtures" / "bundles_0_1" / "text"
+    refused(3, "generate", bundle, "--prompt", "x", "--device", "cuda", naming=("--device cuda", "Give --device auto"))
 
 
 def test_gpus_of_a_cluster_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match="Ray chooses the GPUs"):
         choose_devices(ClusterSettings(cuda_ids="0", ray_address="auto"))
     chosen = choose_devices(ClusterSettings(device="cuda", ray_address="auto", world_size=2))
-    assert (chosen.device, chosen.world_size, chosen.launcher, chosen.notes) == ("cuda", 2, "ray", ())
+    assert (chosen.device, chosen.world_size, chosen.launcher) == ("cuda", 2, "ray")

@@ -38,17 +38,6 @@ def test_a_smaller_vocabulary_is_said_and_refused_when_strict(tmp_path: Path) ->
     assert not (tmp_path / "c").exists()
 
 
-def test_a_missing_device_is_said_and_refused_when_strict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    monkeypatch.setattr("hrm_ray.launch.devices._COUNT", {"cuda": lambda: 0, "cpu": lambda: 1})
-    data, words = text_file(tmp_path), [*TEXT, "--steps", "1", "--device", "cuda"]
-    train(data, tmp_path / "b", *words)
-    told = [event["message"] for event in records(tmp_path / "b", "event") if event["level"] == "WARNING"]
-    assert any("--device cuda" in message and "cpu" in message for message in told)
-    command = ("train", "--dataset-file", data, "--bundle-dir", tmp_path / "c", *words, "--strict")
-    refused(3, *command, naming=("--device cuda",))
-
-
 def test_an_evaluation_reads_the_same_puzzles_however_the_batch_is_cut(tmp_path: Path) -> None:
     train_set, held_out = puzzle_file(tmp_path), puzzle_file(tmp_path, count=30, name="held.safetensors", seed=1)
     words = [*PUZZLE, "--steps", "2", "--eval-file", held_out, "--eval-batches", "3"]

@@ -96,7 +96,7 @@ def test_every_fault_in_one_message(tmp_path: Path) -> None:
         ("stray", "belongs to no option"),
         ("optimizer.lrr", "optimizer.lr"),
         ("modle", ""),
-        ("--hiden-size 64", "--hidden-size"),
+        ("--hiden-size:", "--hidden-size"),
         ("--lr", "needs a value"),
         ("--batch-size 0", "1 or more"),
         ("--lr-schedule cosin", "nearest is cosine"),

@@ -230,7 +230,6 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
         {"--launcher": "local", "--world-size": "1"},
         "--launcher ray",
     ),
-    "strategy_is_built": ({"--zero-stage": "zero2"}, {"--zero-stage": "none"}, "--strategy zero2"),
     "single_has_one_worker": (
         {"--no-ddp": True, "--world-size": "2"},
         {"--ddp": True, "--world-size": "1"},

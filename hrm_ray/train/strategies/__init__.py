@@ -14,4 +14,4 @@ STRATEGIES: dict[str, Callable[[World, Precision], Strategy]] = {
     "single": SingleStrategy,
     "ddp": DdpStrategy,
 }
-"""--strategy -> its class. The names that are missing are refused by a rule of the settings, `strategy_is_built`."""
+"""--strategy -> its class."""

@@ -1,0 +1,80 @@
+"""Options, values of options and commands that are planned and not built yet, each with what serves today.
+
+Building one of them means deleting its row.
+"""
+
+from __future__ import annotations
+
+from hrm_ray.errors import Fault
+
+_WORKERS = "Use --launcher ray --world-size N today"
+_CLOUD = "Use a --bundle-dir on a disk today, and copy the bundle with the cloud's own tool"
+_PROMPTS = "Use `hrm-ray generate BUNDLE --prompt TEXT` after the run today"
+_MEMORY = "Use --strategy ddp with --use-8bit-optimizer, --optimizer-offload or --gradient-checkpointing today"
+_FITTING = "Use `hrm-ray train --dry-run` today: it prints the memory that a run needs"
+_FAILURES = "Use --resume today: it goes on from the newest checkpoint"
+_ARCHITECTURE = "Use --arch actv1 today"
+
+NOT_BUILT: dict[str, str] = {
+    "--parallel-independent": _WORKERS,
+    "--merge-every": _WORKERS,
+    "--outer-optimizer": _WORKERS,
+    "--outer-lr": _WORKERS,
+    "--outer-momentum": _WORKERS,
+    "--merge-weights": _WORKERS,
+    "--gpu-share": _WORKERS,
+    "--strategy zero1": _MEMORY,
+    "--strategy zero2": _MEMORY,
+    "--strategy zero3": _MEMORY,
+    "--strategy sharded-optimizer": _MEMORY,
+    "--strategy fsdp": _MEMORY,
+    "--cloud-provider": _CLOUD,
+    "--cloud-bucket": _CLOUD,
+    "--cloud-region": _CLOUD,
+    "--cloud-prefix": _CLOUD,
+    "--azure-account-name": _CLOUD,
+    "--azure-sas-token": _CLOUD,
+    "--storage": "Use a --bundle-dir that all machines share today",
+    "--inference-device": _PROMPTS,
+    "--hot-reload-steps": _PROMPTS,
+    "--serve-port": _PROMPTS,
+    "--optimize": _FITTING,
+    "--memory-budget": _FITTING,
+    "--min-workers": _WORKERS,
+    "--max-workers": _WORKERS,
+    "--max-failures": _FAILURES,
+    "--hang-after": _FAILURES,
+    "--wait-for-resources": "Start the run when the machines are free today; --resume goes on later",
+    "--rejoin-every": _FAILURES,
+    "--expert-parallel": "Use --strategy ddp today: every worker has all experts",
+    "--context-parallel": "Use --use-chunked-training for long sequences today",
+    "--device dml": "Use --device cpu today",
+    "--launcher subprocess": "Use --launcher local, or --launcher ray for several workers today",
+    "--arch trm": _ARCHITECTURE,
+    "--arch hrm-text": _ARCHITECTURE,
+    "--puzzle-emb-len": _ARCHITECTURE,
+    "--mlp-t": _ARCHITECTURE,
+    "--bp-min-steps": "Use --bp-steps today",
+    "--bp-max-steps": "Use --bp-steps today",
+    "--bp-warmup-ratio": "Use --bp-steps today",
+    "hrm-ray submit": "Use `ray job submit -- hrm-ray train ...` today",
+    "hrm-ray stop": "Use --stop-file or SIGTERM today: both save the run",
+    "hrm-ray merge": _WORKERS,
+    "hrm-ray export": "Use the bundle's model.safetensors and config.json today",
+    "hrm-ray serve": _PROMPTS,
+    "hrm-ray tune": "Use `hrm-ray train` once for each set of options today, and `hrm-ray plot` to compare",
+    "hrm-ray optimize": _FITTING,
+    "hrm-ray recommend": _FITTING,
+    "hrm-ray matrix": "Use `hrm-ray train --dry-run` with the options today: it refuses what cannot work",
+    "hrm-ray doctor": "Use `hrm-ray train --dry-run` today: it names the devices and what does not work here",
+    "hrm-ray panel": "Use `hrm-ray train`, and TensorBoard on the bundle today",
+}
+"""An option, `--option value`, or `hrm-ray command` -> the hint of its message."""
+
+SWITCHES = frozenset({"--parallel-independent", "--optimize", "--expert-parallel", "--context-parallel", "--mlp-t"})
+"""Those of the options that take no value."""
+
+
+def not_built(name: str) -> Fault | None:
+    """The fault of a name in the table, without any value: it may be a secret."""
+    return Fault(name, "is not built yet", NOT_BUILT[name]) if name in NOT_BUILT else None
