@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "ledger": frozenset({"foundation"}),
     "bundle": _LOW | {"model", "data"},
     "inference": _LOW | {"model", "data", "bundle"},
-    "train": _MIDDLE | {"bundle"},
+    "train": _MIDDLE | {"bundle", "inference"},
     "launch": _MIDDLE | {"bundle", "train"},
     "orchestration": _MIDDLE | {"bundle", "train", "launch"},
     "cli": _MIDDLE | {"bundle", "inference", "train", "launch", "orchestration"},

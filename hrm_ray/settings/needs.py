@@ -145,6 +145,12 @@ EVALUATION = Needs(
     "there is no data to evaluate on",
     "Give --eval-file or --val-split",
 )
+EVALUATION_OR_SAMPLE = Needs(
+    "eval_every_needs_data_or_prompt",
+    lambda s: EVALUATION.holds(s) or s.run.sample_prompt is not None,
+    "there is no data to evaluate on",
+    "Give --eval-file or --val-split",
+)
 SHUFFLED = Needs(
     "buffer_of_shuffled_data",
     lambda s: not s.data.linear_dataset,

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import field_validator
 
 from hrm_ray.settings.base import Section, option, refusal
-from hrm_ray.settings.needs import EVALUATION, NO_STEPS, ONE_EXPERT
+from hrm_ray.settings.needs import EVALUATION_OR_SAMPLE, NO_STEPS, ONE_EXPERT, TEXT
 
 DEFAULT_STEPS = 200
 """Weight updates of a run for which neither steps nor epochs were given."""
@@ -49,8 +49,11 @@ class RunSectionSettings(Section):
     """End the run at the end of an epoch."""
     stop_after_block: bool = option(False, "free")
     """End the run at the end of a block; resumed, it continues with the next block."""
-    eval_every: int = option(0, "free", ge=0, needs=(EVALUATION,))
+    eval_every: int = option(0, "free", ge=0, needs=(EVALUATION_OR_SAMPLE,))
     """Weight updates between evaluations; 0 evaluates only at the end."""
+    sample_prompt: str | None = option(None, "free", needs=(TEXT,), unset="no text is generated")
+    """Show how the model continues this text at each evaluation and at the end; without data to evaluate on, after
+    --eval-every weight updates."""
     save_every: int = option(200, "free", ge=0)
     """Weight updates between checkpoints; 0 saves only at the end."""
     keep: int = option(3, "free", ge=1)
@@ -67,6 +70,15 @@ class RunSectionSettings(Section):
     """Weight updates between lines of metrics."""
     seed: int = option(0, "fixed", ge=0, lt=2**63)
     """Random seed; the same seed and set-up give the same losses."""
+
+    @field_validator("sample_prompt")
+    @classmethod
+    def _utf8(cls, value: str | None) -> str | None:
+        try:
+            (value or "").encode("utf-8")
+        except UnicodeEncodeError:
+            raise refusal("is not UTF-8 text", "Give text in UTF-8") from None
+        return value
 
     @field_validator("brain_name", "expert_id")
     @classmethod

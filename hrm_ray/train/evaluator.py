@@ -1,4 +1,4 @@
-"""Evaluations of a run on held-out data, and the weights of the best one."""
+"""Evaluations of a run on held-out data, the weights of the best one, and samples of text."""
 
 from __future__ import annotations
 
@@ -6,10 +6,38 @@ from collections.abc import Sequence
 from typing import Any
 
 from hrm_ray.bundle.store import save_best, step_of_best
+from hrm_ray.data.tokenizer import TextTokenizer
+from hrm_ray.inference.text import Sampling, sample_text
 from hrm_ray.rundir import RunDir
 from hrm_ray.train.checkpoint import bundle_weights
 from hrm_ray.train.evaluate import EvalSet, better, evaluate
 from hrm_ray.train.loop import TrainingLoop
+
+SAMPLE_TOKENS = 64
+"""Tokens of a sample of text."""
+
+
+class Sampler:
+    """Continues a prompt greedily with one loop's weights, or their moving average."""
+
+    def __init__(self, loop: TrainingLoop, tokenizer: TextTokenizer, prompt: str) -> None:
+        self.loop = loop
+        self.tokenizer = tokenizer
+        self.prompt = prompt
+        self.sampled_step = -1
+
+    def sample(self) -> str | None:
+        """The continuation at the current step; None if that was given before. A collective."""
+        step = self.loop.progress.step
+        if self.sampled_step == step:
+            return None
+        self.sampled_step = step
+        strategy, world = self.loop.parts.strategy, self.loop.world
+        with strategy.evaluating() as objective, strategy.precision.computing(world.device):
+            model, greedy = objective.model, Sampling(temperature=0.0)
+            return world.from_leader(
+                lambda: sample_text(model, self.tokenizer, self.prompt, sampling=greedy, max_new_tokens=SAMPLE_TOKENS)
+            )
 
 
 class Evaluator:

@@ -53,6 +53,10 @@ class MetricLogger:
         """Write a message for the user."""
         self.write("event", {"level": level, "message": message})
 
+    def sample(self, prompt: str, text: str) -> None:
+        """Write a sample of text: how the model continues `prompt`."""
+        self.write("event", {"level": "INFO", "message": f"sample: {prompt}{text}", "prompt": prompt, "sample": text})
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Time inside does not count as training."""

@@ -34,7 +34,7 @@ from hrm_ray.train.assemble import assemble
 from hrm_ray.train.attention_choice import flash_notes
 from hrm_ray.train.checkpoint import Checkpointer, load_checkpoint
 from hrm_ray.train.evaluate import EvalSet
-from hrm_ray.train.evaluator import Evaluator
+from hrm_ray.train.evaluator import Evaluator, Sampler
 from hrm_ray.train.expert_run import ExpertRun
 from hrm_ray.train.ledger_writer import LedgerWriter, ResumePoint
 from hrm_ray.train.loop import TrainingLoop
@@ -115,7 +115,10 @@ def _train(plan: RunPlan, link: WorkerLink, watch: FolderWatch) -> RunResult:
         source = (str(settings.data.eval_file), settings.data.val_split)
         evaluator = Evaluator(loop, EvalSet.of_run(held_out, settings, world), source, run_dir)
         checkpointer = Checkpointer(loop, run_dir, settings.run.keep, ledger_writer)
-        trainer = Trainer(settings, loop, logger, evaluator, checkpointer, expert, watch)
+        prompt, sampler = settings.run.sample_prompt, None
+        if prompt is not None and isinstance(plan.data, TextData):
+            sampler = Sampler(loop, TextTokenizer.load(run_dir.root), prompt)
+        trainer = Trainer(settings, loop, logger, evaluator, checkpointer, expert, watch, sampler)
         if isinstance(plan.data, TextData) and plan.data.rows_estimated:
             _refine_schedule(plan, plan.data, loop, logger)
         # On a running cluster the driver has not seen the workers' machines.

@@ -9,7 +9,7 @@ from hrm_ray.bundle.folder_watch import FolderWatch
 from hrm_ray.errors import DataError
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.checkpoint import Checkpointer
-from hrm_ray.train.evaluator import Evaluator
+from hrm_ray.train.evaluator import Evaluator, Sampler
 from hrm_ray.train.expert_run import ExpertRun
 from hrm_ray.train.loop import StepReport, TrainingLoop
 from hrm_ray.train.metric_logger import MetricLogger
@@ -32,6 +32,7 @@ class Trainer:
         checkpointer: Checkpointer,
         expert: ExpertRun | None = None,
         watch: FolderWatch | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         """`watch` is on the bundle's folder: the run ends at the next record or save where that is gone."""
         self.settings = settings
@@ -41,6 +42,7 @@ class Trainer:
         self.checkpointer = checkpointer
         self.expert = expert
         self.watch = watch
+        self.sampler = sampler
         self.resumed = False
 
     def resume(self, extra: dict[str, Any]) -> None:
@@ -98,6 +100,7 @@ class Trainer:
             self.logger.train()
         if run.eval_every and step % run.eval_every == 0:
             self._evaluate()
+            self._sample()
         # The last step is saved at the end, after the last evaluation, whose figures belong into the checkpoint.
         if run.save_every and step % run.save_every == 0 and step != run.step_limit:
             self._save()
@@ -115,6 +118,14 @@ class Trainer:
                 self.checkpointer.saved_step = None  # a checkpoint of this step lacks these figures
                 self.logger.write("eval", {**self.evaluator.figures, "best": improved})
 
+    def _sample(self) -> None:
+        if self.sampler is None:
+            return
+        with self.logger.paused():
+            text = self.sampler.sample()
+        if text is not None:
+            self.logger.sample(self.sampler.prompt, text)
+
     def _save(self) -> None:
         self.loop.world.from_leader(self._check_folder)
         with self.logger.paused():
@@ -129,6 +140,7 @@ class Trainer:
             self.logger.event("INFO", f"{skipped} samples were read in skipped updates and not trained on.")
         if reason is StopReason.FINISHED:
             self._evaluate()
+            self._sample()
         self._save()
         step, figures, run_dir = self.loop.progress.step, self.evaluator.figures, self.checkpointer.run_dir
         self.checkpointer.save_bundle(reason, figures, self.evaluator.best)

@@ -288,6 +288,11 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
         "--min-vocab-size 500",
     ),
     "eval_batches_need_data": ({"--eval-batches": "3"}, {"--eval-batches": "3", "--eval-file": "f"}, "--eval-file"),
+    "eval_every_needs_data_or_prompt": (
+        {"--eval-every": "3"},
+        {"--eval-every": "3", "--sample-prompt": "a"},
+        "--eval-file",
+    ),
     "decay_of_wsd": ({"--wsd-decay-ratio": "0.1"}, {"--wsd-decay-ratio": "0.1", "--lr-schedule": "wsd"}, "wsd"),
     "minimum_of_constant": (
         {"--lr-min-ratio": "0", "--lr-schedule": "constant"},
