@@ -1,5 +1,15 @@
-"""`python -m hrm_ray` is the command `hrm-ray`."""
+"""The command `hrm-ray`, also as `python -m hrm_ray`."""
 
-from hrm_ray.cli.main import main
+from hrm_ray.stop_signals import exit_at_once, handle_signals
 
-main()
+
+def main() -> None:
+    """Run the command line; signals are handled before anything is imported that takes time."""
+    handle_signals(exit_at_once)
+    from hrm_ray.cli.main import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,8 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from hrm_ray.stop_signals import EXIT_INTERRUPTED, EXIT_STOPPED
+
 IGNORE_LABEL = -100
 """Label of a position that carries no loss (reference: sapientinc/HRM, IGNORE_LABEL_ID)."""
 
@@ -57,11 +59,14 @@ class StopReason(str, Enum):
     FINISHED = "finished"
     STOP_FILE = "stop_file"
     SIGTERM = "sigterm"
+    SIGHUP = "sighup"
+    SIGUSR1 = "sigusr1"
     INTERRUPT = "interrupt"
 
     @property
     def exit_code(self) -> int:
-        return {"finished": 0, "stop_file": 0, "sigterm": 75, "interrupt": 130}[self.value]
+        codes = {StopReason.FINISHED: 0, StopReason.STOP_FILE: 0, StopReason.INTERRUPT: EXIT_INTERRUPTED}
+        return codes.get(self, EXIT_STOPPED)
 
 
 @dataclass(frozen=True)
@@ -76,11 +81,13 @@ class RunResult:
 
 
 StopPoll: TypeAlias = Callable[[], "StopReason | None"]
-"""Asked once per step on the leading rank; a reason means: finish the step, save, end."""
+"""Asked in every step on the leading rank; a reason means: finish the step, or leave it if its batch is not there yet,
+save, end."""
 
 
 class StopRequested(Exception):
-    """A stop was requested before any worker began to train: there is no result, and nothing was trained."""
+    """A stop was requested before training began, where there is then no result, or while a step's batch was awaited:
+    then nothing of that step was taken."""
 
     def __init__(self, reason: StopReason) -> None:
         super().__init__(reason.value)

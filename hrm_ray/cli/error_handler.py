@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,11 +10,12 @@ from typing import Any
 
 from typer import BadParameter
 
-from hrm_ray.errors import HrmRayError
+from hrm_ray.cli.output import is_unread, output_failure
+from hrm_ray.errors import Fault, HrmRayError, ResourceError
+from hrm_ray.stop_signals import EXIT_INTERRUPTED, EXIT_STOPPED, Terminated, unwind_from_now_on
 
 EXIT_USAGE = 2
 EXIT_UNEXPECTED = 1
-EXIT_INTERRUPTED = 130
 
 _USAGE_ERRORS: type[Any] = next(kind for kind in BadParameter.__mro__ if kind.__name__ == "ClickException")
 """What Typer raises for wrong usage; it exports only this subclass of it."""
@@ -26,7 +26,19 @@ class Aborted(Exception):
 
 
 def command(body: Callable[..., int]) -> Callable[..., int]:
-    """Wraps a command so that interrupts and broken pipes reach `exit_code_of` and not Typer."""
+    """Wraps a command so that interrupts and broken pipes reach `exit_code_of` and not Typer; signals raise in it."""
+    run = training_command(body)
+
+    @wraps(body)
+    def run_unwinding(*args: Any, **kwargs: Any) -> int:
+        unwind_from_now_on()
+        return run(*args, **kwargs)
+
+    return run_unwinding
+
+
+def training_command(body: Callable[..., int]) -> Callable[..., int]:
+    """As `command`, for a body that handles signals itself once its imports are done."""
 
     @wraps(body)
     def run(*args: Any, **kwargs: Any) -> int:
@@ -42,17 +54,21 @@ def exit_code_of(command: Callable[[], object]) -> int:
     """Run `command`, print its errors on stderr, and return the exit code: the one that `command` returns, or 0."""
     try:
         result = command()
-        sys.stdout.flush()
-        return result if isinstance(result, int) else 0
+        code = result if isinstance(result, int) else 0
     except Aborted as ended:
-        return _report(ended.__cause__ or ended)
+        code = _report(ended.__cause__ or ended)
     except BaseException as error:  # noqa: BLE001 (every end of the process is reported here, and only here)
-        return _report(error)
+        code = _report(error)
+    failure = output_failure()
+    return code if failure is None else _report_output(failure, code)
 
 
 def _report(error: BaseException) -> int:
     if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
         return 0  # a help page ends like this when its reader is gone
+    if isinstance(error, Terminated):
+        print(error.message, file=sys.stderr)
+        return EXIT_STOPPED
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else EXIT_UNEXPECTED if error.code else 0
     if isinstance(error, HrmRayError):
@@ -66,38 +82,21 @@ def _report(error: BaseException) -> int:
         print(f"error: {message}{'' if message[-1:] in '.?!' else '.'} `--help` lists the choices.", file=sys.stderr)
         return EXIT_USAGE
     if isinstance(error, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
+        print("interrupted" + "".join(map(str, error.args)), file=sys.stderr)
         return EXIT_INTERRUPTED
-    if isinstance(error, OSError) and reader_is_gone():
-        # The reader (`| head`) has closed the pipe: what a command prints last is what it has done.
-        return 0
+    if isinstance(error, OSError):
+        failure = output_failure()
+        if failure is not None:
+            return _report_output(failure, 0)
     print(f"error: {type(error).__name__}: hrm-ray did not expect it. Report this traceback.", file=sys.stderr)
     traceback.print_exception(error)
     return EXIT_UNEXPECTED
 
 
-def reader_is_gone() -> bool:
-    """Whether the reader of the output (`| head`) has closed it; the rest of the output is then discarded."""
-    try:
-        descriptor = sys.stdout.fileno()
-    except OSError:  # no file, such as a notebook's output
-        return False
-    try:
-        sys.stdout.flush()
-        gone = _hung_up(descriptor)
-    except OSError:
-        gone = True
-    if gone:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-    return gone
-
-
-def _hung_up(descriptor: int) -> bool:
-    """Whether the other end of a pipe is closed, also when the buffer is empty, so that a flush would not find out."""
-    if os.name != "posix":
-        return False
-    import select
-
-    poll = select.poll()
-    poll.register(descriptor, 0)
-    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+def _report_output(failure: OSError, code: int) -> int:
+    """The exit code of a command whose output could not all be written; `code` is the command's own."""
+    if is_unread(failure):
+        return code  # what a command prints last is what it has done
+    fault = Fault("standard output", f"it cannot be written ({failure.strerror})", "Send it elsewhere")
+    print(f"error: {fault}", file=sys.stderr)
+    return code or ResourceError.exit_code

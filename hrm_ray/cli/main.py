@@ -16,7 +16,8 @@ from typer.main import get_command
 
 from hrm_ray import __version__
 from hrm_ray.cli.build_data import build_app
-from hrm_ray.cli.error_handler import command, exit_code_of
+from hrm_ray.cli.error_handler import command, exit_code_of, training_command
+from hrm_ray.cli.output import prepare_streams
 from hrm_ray.errors import SettingsError
 from hrm_ray.openmp import limit_openmp_spin
 from hrm_ray.settings.not_built import not_built
@@ -43,7 +44,7 @@ FLAT_OPTIONS: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_option
 
 
 @app.command(context_settings=FLAT_OPTIONS)
-@command
+@training_command
 def train(ctx: typer.Context) -> int:
     """Train a model; `hrm-ray train --help` lists all options by section."""
     from hrm_ray.cli.train import train_command
@@ -52,7 +53,7 @@ def train(ctx: typer.Context) -> int:
 
 
 @app.command(name="train-actv1", context_settings=FLAT_OPTIONS)
-@command
+@training_command
 def train_actv1(ctx: typer.Context) -> int:
     """The same as train, under its older name."""
     from hrm_ray.cli.train import train_command
@@ -225,6 +226,7 @@ def about(
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and end the process with its exit code."""
     limit_openmp_spin(os.environ)
+    prepare_streams()
     root = get_command(app)
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
 

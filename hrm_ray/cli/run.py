@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from textwrap import TextWrapper
 
-from hrm_ray.cli.error_handler import reader_is_gone
+from hrm_ray.cli.output import print_if_possible
 from hrm_ray.launch.preflight import gigabytes, needed_memory
 from hrm_ray.launch.resolve import ResolvedRun, resolve
 from hrm_ray.launch.resources import WORKER_MEMORY_BYTES
@@ -30,7 +30,7 @@ def run_train(settings: RunSettings, dry_run: bool) -> int:
     """Train, or with `dry_run` only print what would be done; returns the exit code."""
     with StopWatch(settings.run.stop_file) as watch:
         resolved = resolve(settings)
-        _print(_wrapped(describe(resolved)))
+        (print if dry_run else print_if_possible)(_wrapped(describe(resolved)))
         if dry_run:
             # A run has them in its records, which the display shows.
             print("".join(f"warning {note}\n" for note in resolved.notes), end="")
@@ -45,9 +45,9 @@ def run_train(settings: RunSettings, dry_run: bool) -> int:
             with closing(ConsoleSink(sys.stdout, _schedule(resolved))) as sink:
                 result = run(resolved, sink=sink, stop=watch.poll, on_start=watch.begin)
         except StopRequested as stopped:
-            _print(f"ended   {stopped.reason.value} before the first step: nothing was trained")
+            print_if_possible(f"ended   {stopped.reason.value} before the first step: nothing was trained")
             return stopped.reason.exit_code
-    _print(_wrapped(summary(result, settings.run.stop_file)))
+    print_if_possible(_wrapped(summary(result, settings.run.stop_file)))
     return result.reason.exit_code
 
 
@@ -65,15 +65,6 @@ def _wrapped(text: str) -> str:
     width = max(2 * len(_INDENT), shutil.get_terminal_size().columns)
     wrapper = TextWrapper(width, subsequent_indent=_INDENT, break_long_words=False, break_on_hyphens=False)
     return "\n".join(line if "hrm-ray " in line else wrapper.fill(line) for line in text.splitlines())
-
-
-def _print(text: str) -> None:
-    """Print, ignoring a closed pipe: a run does not end because its output is no longer read."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        if not reader_is_gone():
-            raise
 
 
 def describe(resolved: ResolvedRun) -> str:

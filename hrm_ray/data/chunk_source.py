@@ -20,9 +20,12 @@ from hrm_ray.data.corpus import Corpus, CorpusReading
 from hrm_ray.data.order import ChunkOrder
 from hrm_ray.data.text_store import ChunkCache, TextStore, tokenise
 from hrm_ray.data.tokenizer import TextTokenizer
+from hrm_ray.types import StopPoll, StopRequested
 
 AHEAD = 2
 """Chunks that are read and tokenised before they are asked for."""
+STOP_CHECK_INTERVAL_S = 0.2
+"""How often a stop is looked for while a chunk is awaited."""
 
 
 @dataclass(frozen=True)
@@ -222,12 +225,14 @@ class LocalChunks:
 
     shared = False
 
-    def __init__(self, pipeline: ChunkPipeline, order: EpochOrder) -> None:
-        self._pipeline, self._order = pipeline, order
+    def __init__(self, pipeline: ChunkPipeline, order: EpochOrder, stop: StopPoll = lambda: None) -> None:
+        """`stop` is polled while a chunk is awaited. Ranks that must agree on a stop leave it out."""
+        self._pipeline, self._order, self._stop = pipeline, order, stop
 
     def chunks(self, epoch: int, position: int) -> Generator[Chunk, None, None]:
-        """See ChunkSource. An error of a chunk is raised when that chunk is asked for."""
-        ahead = _Prefetcher(self._chunks(epoch, position))
+        """See ChunkSource. An error of a chunk is raised when that chunk is asked for; StopRequested ends the
+        chunks."""
+        ahead = _Prefetcher(self._chunks(epoch, position), self._stop)
         try:
             yield from ahead
         finally:
@@ -263,8 +268,8 @@ class InMemoryChunks:
 class _Prefetcher:
     """Reads an iterator in a thread, up to AHEAD items ahead."""
 
-    def __init__(self, items: Iterator[Chunk]) -> None:
-        self._items = items
+    def __init__(self, items: Iterator[Chunk], stop: StopPoll) -> None:
+        self._items, self._stop = items, stop
         self._ready: deque[Chunk | BaseException | None] = deque()
         self._closed = False
         self._changed = threading.Condition()
@@ -274,7 +279,11 @@ class _Prefetcher:
     def __iter__(self) -> Iterator[Chunk]:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._ready)
+                while not self._ready:
+                    reason = self._stop()
+                    if reason is not None:
+                        raise StopRequested(reason)
+                    self._changed.wait(STOP_CHECK_INTERVAL_S)
                 item = self._ready.popleft()
                 self._changed.notify_all()
             if item is None:

@@ -6,7 +6,7 @@ of its sequences were taken, so resuming in the middle of a chunk is exact."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -136,10 +136,17 @@ class SequenceStream:
     """The sequences of one epoch, taken in order."""
 
     def __init__(
-        self, source: ChunkSource, form: RowForm, epoch: int, state: StreamState, shuffle: Shuffle | None
+        self,
+        source: ChunkSource,
+        form: RowForm,
+        epoch: int,
+        state: StreamState,
+        shuffle: Shuffle | None,
+        on_fill: Callable[[int, int], None] = lambda rows, wanted: None,
     ) -> None:
-        """Without `shuffle` the order is that of the chunks."""
-        self._form, self._shuffle = form, shuffle
+        """Without `shuffle` the order is that of the chunks. `on_fill` is called after each chunk that does not
+        fill the shuffle buffer yet, with its rows and how many it can hold; what it raises ends the filling."""
+        self._form, self._shuffle, self._on_fill = form, shuffle, on_fill
         self._chunks = source.chunks(epoch, state.position)
         self._window: Window | None = None
         self._begin = state
@@ -248,6 +255,7 @@ class SequenceStream:
             # In a chunk without the end of a row a text goes on that is longer than a chunk: memory stays bounded.
             if chunk.ends_block or rows >= wanted or not chunk.entry.rows:
                 break
+            self._on_fill(rows, wanted)
         if not chunks:
             return None
         window = Window(chunks, self._form, self._shuffle)

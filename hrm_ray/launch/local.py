@@ -25,7 +25,7 @@ class LocalLink:
         return self.display
 
     def chunks(self, pipeline: Callable[[bool], ChunkPipeline], order: EpochOrder) -> ChunkSource:
-        return LocalChunks(pipeline(True), order)
+        return LocalChunks(pipeline(True), order, self.stop)
 
     def stop_requested(self) -> StopReason | None:
         return self.stop()

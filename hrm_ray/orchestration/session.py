@@ -13,6 +13,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -204,6 +205,10 @@ class Session:
         """
         # Even with log_to_driver off, the driver prints what the raylet logs of a worker's death.
         printed, ray_worker._worker_logs_enabled = ray_worker._worker_logs_enabled, False
+        if self.private and sys.platform != "win32":
+            # The cluster inherits what this thread blocks, so a hung-up terminal, or a queue that warns all processes,
+            # stops the driver alone, which then stops the workers in order. Ray itself blocks SIGINT.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGUSR1})
         try:
             # Loading torch and ray.train takes about as long as the cluster needs to come up; do both at once.
             imports = threading.Thread(target=_load_ray_train, name="load-ray-train", daemon=True)

@@ -39,6 +39,7 @@ from hrm_ray.orchestration.failures import (
 from hrm_ray.orchestration.run_monitor import RunMonitor, StatusUpdate
 from hrm_ray.orchestration.session import POLL_INTERVAL_S, Session, attached, worker_environment
 from hrm_ray.rundir import DRIVER_MARKER
+from hrm_ray.stop_signals import STOP_SIGNALS
 from hrm_ray.train.plan import RunPlan, TextData
 from hrm_ray.types import MetricSink, Record, RunResult, StopPoll, StopRequested
 
@@ -99,7 +100,7 @@ def _restore_signal_handlers() -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         return
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         handler = signal.getsignal(number)
         if handler is not None:  # None: it was not installed from Python
             signal.signal(number, handler)

@@ -202,7 +202,8 @@ def load_checkpoint(loop: TrainingLoop, folder: Path) -> dict[str, Any]:
         name.removeprefix(_LOADER): tensor.numpy() for name, tensor in slots.items() if name.startswith(_LOADER)
     }
     parts.loader.load_state_dict(state["epoch"], position)
-    if parts.carried:
+    # Before the first step there are no carries.
+    if parts.carried and "carry.z_h" in slots:
         loop.carries = _carries(loop, slots)
     extra: dict[str, Any] = state["extra"]
     return extra

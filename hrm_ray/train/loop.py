@@ -37,7 +37,7 @@ from hrm_ray.train.out_of_memory import (
 from hrm_ray.train.precision import LossScaler
 from hrm_ray.train.schedules import LrSchedule, ScheduleClock
 from hrm_ray.train.strategies.base import Strategy
-from hrm_ray.types import Columns, StopReason
+from hrm_ray.types import Columns, StopReason, StopRequested
 
 STOP_REASONS = tuple(StopReason)
 SAMPLES = "samples"
@@ -57,6 +57,7 @@ class StepReport:
     lr: float
     totals: dict[str, float]
     stop: StopReason | None
+    """A stop requested before the passes of the step; with one rank, also during them."""
     new_batch_size: BatchSize | None
     """The smaller micro-batches used from this step on, where memory ran out."""
     adapted: Action | None
@@ -119,9 +120,15 @@ class TrainingLoop:
         self.count_type = torch.float32 if self.world.device.type == "mps" else torch.float64
 
     def step(self) -> StepReport | None:
-        """One weight update, applied or skipped; None when all epochs are over."""
+        """One weight update, applied or skipped; None when all epochs are over.
+
+        Raises StopRequested, with nothing of the step taken, where a stop comes before the step has its batch.
+        """
         parts = self.parts
         number = self.progress.step + 1
+        if not self.trained:
+            # Later steps learn of a stop from the totals of the step before; the first batch can take long to read.
+            self.leave_if_stopped()
         while True:
             columns = self._next_batch(number)
             with self._outside_passes(number):
@@ -152,6 +159,8 @@ class TrainingLoop:
                 self.metrics.add(metrics.pairs)
             else:
                 self._update_skipped(number, norm, totals[SAMPLES])
+        if self.world.size == 1:
+            stop = stop or self.stop_poll()  # not a collective: other ranks would not know of it
         return StepReport(applied, norm, parts.lr_schedule.lr * factor, totals, stop, new_batch_size, adapted)
 
     def _next_batch(self, step: int) -> list[Columns]:
@@ -191,13 +200,27 @@ class TrainingLoop:
             for number, batch in enumerate(batches)
         ]
         names = sorted(shares[0])
+        vector = torch.stack([torch.stack([share[n] for share in shares]).to(self.count_type).sum() for n in names])
+        vector = torch.cat((vector, self._stop_flags().to(vector.device)))
+        summed = self.parts.strategy.sum_over_ranks(vector).tolist()
+        return dict(zip(names, summed, strict=False)), self._raised(summed[len(names) :])
+
+    def leave_if_stopped(self) -> None:
+        """Raise StopRequested on every rank where any rank requests a stop. A collective."""
+        reason = self._raised(self.parts.strategy.sum_over_ranks(self._stop_flags()).tolist())
+        if reason is not None:
+            raise StopRequested(reason)
+
+    def _stop_flags(self) -> Tensor:
+        """Which stop this rank requests: a number for each of STOP_REASONS, to be summed over ranks."""
         requested = self.stop_poll()
         flags = [float(requested is reason) for reason in STOP_REASONS]
-        vector = torch.stack([torch.stack([share[n] for share in shares]).to(self.count_type).sum() for n in names])
-        vector = torch.cat((vector, torch.tensor(flags, dtype=self.count_type, device=vector.device)))
-        summed = self.parts.strategy.sum_over_ranks(vector).tolist()
-        raised = [reason for reason, flag in zip(STOP_REASONS, summed[len(names) :], strict=True) if flag > 0]
-        return dict(zip(names, summed, strict=False)), (raised[0] if raised else None)
+        return torch.tensor(flags, dtype=self.count_type, device=self.world.device)
+
+    @staticmethod
+    def _raised(flags: list[float]) -> StopReason | None:
+        """The first stop that any rank requests, from the sums of their flags."""
+        return next((reason for reason, flag in zip(STOP_REASONS, flags, strict=True) if flag > 0), None)
 
     def _passes_that_fit(
         self, columns: list[Columns], totals: dict[str, float], number: int

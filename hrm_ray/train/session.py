@@ -6,6 +6,7 @@ checkpoint if the plan names one, trains, and closes everything.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -45,6 +46,9 @@ from hrm_ray.train.stream_loader import StreamLoader, TextStream
 from hrm_ray.train.trainer import Trainer
 from hrm_ray.train.world import World
 from hrm_ray.types import DriverLink, MetricSink, RunResult, SampleSet
+
+FILL_REPORT_EVERY_S = 5.0
+"""Seconds between two reports of how full the shuffle buffer is; shorter filling is not reported."""
 
 
 class WorkerLink(DriverLink, Protocol):
@@ -119,6 +123,8 @@ def _train(plan: RunPlan, link: WorkerLink, watch: FolderWatch) -> RunResult:
         if prompt is not None and isinstance(plan.data, TextData):
             sampler = Sampler(loop, TextTokenizer.load(run_dir.root), prompt)
         trainer = Trainer(settings, loop, logger, evaluator, checkpointer, expert, watch, sampler)
+        if isinstance(loop.parts.loader, StreamLoader):
+            loop.parts.loader.on_fill = _while_filling(loop, logger)
         if isinstance(plan.data, TextData) and plan.data.rows_estimated:
             _refine_schedule(plan, plan.data, loop, logger)
         # On a running cluster the driver has not seen the workers' machines.
@@ -134,6 +140,21 @@ def _train(plan: RunPlan, link: WorkerLink, watch: FolderWatch) -> RunResult:
             logger.event("INFO", f"resumed from {plan.checkpoint}")
             _log_rank_schedule(logger)
         return trainer.run()
+
+
+def _while_filling(loop: TrainingLoop, logger: MetricLogger) -> Callable[[int, int], None]:
+    """What is done after each chunk of a shuffle buffer: a stop ends the filling, and every few seconds the rows are
+    reported."""
+    report_s = time.monotonic() + FILL_REPORT_EVERY_S
+
+    def filling(rows: int, wanted: int) -> None:
+        nonlocal report_s
+        loop.leave_if_stopped()
+        if time.monotonic() >= report_s:
+            report_s = time.monotonic() + FILL_REPORT_EVERY_S
+            logger.event("INFO", f"filling the shuffle buffer: {rows:,} of {wanted:,} rows")
+
+    return filling
 
 
 def _refine_schedule(plan: RunPlan, data: TextData, loop: TrainingLoop, logger: MetricLogger) -> None:

@@ -43,6 +43,8 @@ class StreamLoader(BatchLoader):
         self.stream = self._stream(StreamState())
         self.on_epoch_end: Callable[[int, int], None] = lambda epoch, sequences: None
         """Called before another epoch begins: with the number of the one that ended, and its sequences."""
+        self.on_fill: Callable[[int, int], None] = lambda rows, wanted: None
+        """As SequenceStream's."""
 
     def next_batch(self, halted: HaltedSlots, step: int) -> list[Columns]:
         append_ranges(self._consumed, self.stream.take_consumed())  # of the last batch, which was not skipped
@@ -114,7 +116,14 @@ class StreamLoader(BatchLoader):
     def _stream(self, position: StreamState) -> SequenceStream:
         rows = self.text.shuffle_rows
         shuffle = Shuffle(self.seed, self.epoch, rows) if rows else None
-        return SequenceStream(self.text.source, self.text.form, self.epoch, position, shuffle)
+        return SequenceStream(
+            self.text.source,
+            self.text.form,
+            self.epoch,
+            position,
+            shuffle,
+            lambda rows, wanted: self.on_fill(rows, wanted),
+        )
 
     def _own(self, row_slices: list[RowSlice]) -> Columns:
         """This rank's rows of the batch that `row_slices` make up, padded with inactive rows."""

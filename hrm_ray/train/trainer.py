@@ -13,7 +13,7 @@ from hrm_ray.train.evaluator import Evaluator, Sampler
 from hrm_ray.train.expert_run import ExpertRun
 from hrm_ray.train.loop import StepReport, TrainingLoop
 from hrm_ray.train.metric_logger import MetricLogger
-from hrm_ray.types import RunResult, StopReason
+from hrm_ray.types import RunResult, StopReason, StopRequested
 
 
 class Trainer:
@@ -60,14 +60,23 @@ class Trainer:
             self._evaluate()
             self.expert.before = self.evaluator.figures or None
         while limit is None or progress.step < limit:
-            report = self._step()
+            try:
+                report = self._step()
+            except StopRequested as stopped:
+                reason = stopped.reason
+                break
             if report is None:
                 break
             self._after(report)
             if report.stop is not None:
                 reason = report.stop
                 break
-        if self.resumed and not self.loop.trained and (limit is None or progress.step < limit):
+        if (
+            reason is StopReason.FINISHED
+            and self.resumed
+            and not self.loop.trained
+            and (limit is None or progress.step < limit)
+        ):
             self.logger.event("WARNING", "Nothing was trained: all epochs of the run are over. Give more --epochs.")
         return self._end(reason)
 

@@ -24,6 +24,7 @@ from hrm_ray.train.assemble import assemble
 from hrm_ray.train.evaluator import Evaluator
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.world import World
+from hrm_ray.types import StopReason, StopRequested
 from tests.support.splits import Cut, Rows, config_for, settings_for
 
 pytestmark = pytest.mark.agreement
@@ -44,6 +45,16 @@ def error_of(saved_by: TrainingLoop, run_dir: RunDir, keep: int = 1) -> str:
     except (HrmRayError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
+
+
+def stopped_before_its_first_batch(loop: TrainingLoop) -> str:
+    """The reason with which the first step is left, where rank 0 alone is asked to stop."""
+    loop.stop_poll = lambda: StopReason.SIGTERM if loop.world.leads else None
+    try:
+        loop.step()
+    except StopRequested as stopped:
+        return f"{stopped.reason.value} {loop.trained}"
+    return "a step was taken"
 
 
 def best_seen(loop: TrainingLoop, run_dir: RunDir) -> int:
@@ -88,6 +99,7 @@ def spawned(rank: int, folder: str) -> None:
     RunDir.describe_checkpoint = described  # type: ignore[method-assign]
     found += [error_of(loop, run_dir), run_dir.checkpoint_steps()]
     found.append(best_seen(loop, RunDir(Path(folder) / f"seen_by_{rank}")))
+    found.append(stopped_before_its_first_batch(loop_for(Cut(2, 1, 4))))
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
@@ -99,10 +111,11 @@ def test_all_ranks_end_with_the_error_of_one(tmp_path: Path) -> None:
     mp.spawn(spawned, (str(tmp_path),), nprocs=2)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0] == ranks[1]
-    whole, steps, full, after_full, unknown, after_unknown, again, at_last, best = ranks[0]
+    whole, steps, full, after_full, unknown, after_unknown, again, at_last, best, stopped = ranks[0]
     assert (whole, steps, again, at_last) == ("nothing", [1], "nothing", [2])
     assert full.startswith("ResourceError") and "slots_00000004" in full and "No space left" in full
     assert unknown.startswith("DataError: the ledger")
     assert after_full == after_unknown == [1], "the earlier checkpoint stays, and nothing of the other is left"
     assert best == 2, "rank 0 decides for all"
+    assert stopped == "sigterm False"
     assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))

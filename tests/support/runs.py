@@ -15,8 +15,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from hrm_ray.cli import main as cli
-from hrm_ray.train.loop import StepReport, TrainingLoop
-from hrm_ray.types import StopReason
+from hrm_ray.train.loop import TrainingLoop
+from hrm_ray.types import Columns, StopReason
 
 TINY = (
     *("--hidden-size", "32", "--num-heads", "2", "--num-layers", "2", "--no-use-moe"),
@@ -131,13 +131,16 @@ def files_below(folder: Path) -> dict[str, bytes]:
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, reason: StopReason = StopReason.STOP_FILE) -> None:
     """Scripted: runs in this process are asked to stop while they take `step` (and any later one)."""
-    real = TrainingLoop.step
+    real = TrainingLoop._totals
 
-    def stepping(loop: TrainingLoop) -> StepReport | None:
+    def asked(loop: TrainingLoop, columns: list[Columns]) -> tuple[dict[str, float], StopReason | None]:
         loop.stop_poll = lambda: reason if loop.progress.step + 1 >= step else None
-        return real(loop)
+        try:
+            return real(loop, columns)
+        finally:
+            loop.stop_poll = lambda: None
 
-    monkeypatch.setattr(TrainingLoop, "step", stepping)
+    monkeypatch.setattr(TrainingLoop, "_totals", asked)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,70 @@
+"""Standard output and error of the command where they are closed, full, no longer read, or lack characters."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+
+
+def prepare_streams() -> None:
+    """Make `print` work on any stream: a closed one discards, and a character that its encoding lacks is escaped."""
+    # A file that is opened while a standard descriptor is closed would get its number, and what libraries print.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def print_if_possible(text: str) -> None:
+    """Print what a run says; the run goes on where that cannot be written."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        failure = output_failure()
+        if failure is None:
+            raise
+        if not is_unread(failure):
+            reason = f"standard output cannot be written ({failure.strerror}): the run goes on without it"
+            print(f"warning: {reason}", file=sys.stderr)
+
+
+def output_failure() -> OSError | None:
+    """Why standard output cannot be written, None where it can; after a failure all output is discarded."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except OSError:  # no file, such as a notebook's output
+        return None
+    failure: OSError | None = None
+    try:
+        sys.stdout.flush()
+        if _hung_up(descriptor):
+            failure = BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+    except OSError as error:
+        failure = error
+    if failure is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return failure
+
+
+def is_unread(failure: OSError) -> bool:
+    """Whether nobody reads the output any more: a pipe (`| head`) or a terminal that was closed."""
+    return failure.errno in (errno.EPIPE, errno.EIO)
+
+
+def _hung_up(descriptor: int) -> bool:
+    """Whether the other end of a pipe is closed, also when the buffer is empty, so that a flush would not find out."""
+    if os.name != "posix":
+        return False
+    import select
+
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
