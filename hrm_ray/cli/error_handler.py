@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import traceback
 from collections.abc import Callable
 from functools import wraps
@@ -10,8 +9,8 @@ from typing import Any
 
 from typer import BadParameter
 
-from hrm_ray.cli.output import is_unread, output_failure
-from hrm_ray.errors import Fault, HrmRayError, ResourceError
+from hrm_ray.cli.output import is_unread, output_failure, print_error
+from hrm_ray.errors import DISK_FULL_ERRNOS, Fault, HrmRayError, ResourceError
 from hrm_ray.stop_signals import EXIT_INTERRUPTED, EXIT_STOPPED, Terminated, unwind_from_now_on
 
 EXIT_USAGE = 2
@@ -67,29 +66,34 @@ def _report(error: BaseException) -> int:
     if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
         return 0  # a help page ends like this when its reader is gone
     if isinstance(error, Terminated):
-        print(error.message, file=sys.stderr)
+        print_error(error.message)
         return EXIT_STOPPED
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else EXIT_UNEXPECTED if error.code else 0
     if isinstance(error, HrmRayError):
         for fault in error.faults:
-            print(f"error: {fault}", file=sys.stderr)
+            print_error(f"error: {fault}")
         if error.detail:
-            print(error.detail.rstrip(), file=sys.stderr)
+            print_error(error.detail.rstrip())
         return error.exit_code
     if isinstance(error, _USAGE_ERRORS):
         message = str(error.format_message()).rstrip()
-        print(f"error: {message}{'' if message[-1:] in '.?!' else '.'} `--help` lists the choices.", file=sys.stderr)
+        print_error(f"error: {message}{'' if message[-1:] in '.?!' else '.'} `--help` lists the choices.")
         return EXIT_USAGE
     if isinstance(error, KeyboardInterrupt):
-        print("interrupted" + "".join(map(str, error.args)), file=sys.stderr)
+        print_error("interrupted" + "".join(map(str, error.args)))
         return EXIT_INTERRUPTED
     if isinstance(error, OSError):
         failure = output_failure()
         if failure is not None:
             return _report_output(failure, 0)
-    print(f"error: {type(error).__name__}: hrm-ray did not expect it. Report this traceback.", file=sys.stderr)
-    traceback.print_exception(error)
+        if error.errno in DISK_FULL_ERRNOS:
+            hint = "Free some space, or send it elsewhere"
+            fault = Fault(str(error.filename or "the output"), f"it cannot be written ({error.strerror})", hint)
+            print_error(f"error: {fault}")
+            return ResourceError.exit_code
+    print_error(f"error: {type(error).__name__}: hrm-ray did not expect it. Report this traceback.")
+    print_error("".join(traceback.format_exception(error)).rstrip())
     return EXIT_UNEXPECTED
 
 
@@ -98,5 +102,5 @@ def _report_output(failure: OSError, code: int) -> int:
     if is_unread(failure):
         return code  # what a command prints last is what it has done
     fault = Fault("standard output", f"it cannot be written ({failure.strerror})", "Send it elsewhere")
-    print(f"error: {fault}", file=sys.stderr)
+    print_error(f"error: {fault}")
     return code or ResourceError.exit_code

@@ -18,7 +18,7 @@ from hrm_ray import __version__
 from hrm_ray.cli.build_data import build_app
 from hrm_ray.cli.error_handler import command, exit_code_of, training_command
 from hrm_ray.cli.output import prepare_streams
-from hrm_ray.errors import SettingsError
+from hrm_ray.errors import Fault, SettingsError, UnavailableError
 from hrm_ray.openmp import limit_openmp_spin
 from hrm_ray.settings.not_built import not_built
 
@@ -231,12 +231,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
 
     def start() -> object:
+        _check_working_folder()
         missing = not_built(f"hrm-ray {arguments[0]}")
         if missing is not None:
             raise SettingsError(missing)
         return root.main(arguments, prog_name="hrm-ray", standalone_mode=False)
 
     sys.exit(exit_code_of(start))
+
+
+def _check_working_folder() -> None:
+    """Raises UnavailableError where the working folder was deleted: libraries end the process over it."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        fault = Fault("the working folder", f"it cannot be entered ({error.strerror})", "Change to another one with cd")
+        raise UnavailableError(fault) from error
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import sys
+from contextlib import suppress
 
 
 def prepare_streams() -> None:
@@ -27,13 +28,17 @@ def print_if_possible(text: str) -> None:
     """Print what a run says; the run goes on where that cannot be written."""
     try:
         print(text, flush=True)
-    except OSError:
-        failure = output_failure()
-        if failure is None:
-            raise
+    except OSError as error:
+        # An unbuffered stream, which has lost the text, shows no failure any more.
+        failure = output_failure() or error
         if not is_unread(failure):
-            reason = f"standard output cannot be written ({failure.strerror}): the run goes on without it"
-            print(f"warning: {reason}", file=sys.stderr)
+            print_error(f"warning: standard output cannot be written ({failure.strerror}): the run goes on without it")
+
+
+def print_error(text: str) -> None:
+    """Print on stderr where that is possible; what cannot be said there cannot be said at all."""
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def output_failure() -> OSError | None:

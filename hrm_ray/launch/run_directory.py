@@ -251,6 +251,8 @@ def check_own_files(settings: RunSettings, location: RunLocation) -> None:
     if log.is_dir() or _behind_a_file(log):
         reason = "a folder has this name" if log.is_dir() else "part of the path is a file, not a folder"
         raise SettingsError(Fault(f"--log-file {log}", reason, "Name another file"))
+    if log.exists() and not log.is_file():
+        raise SettingsError(Fault(f"--log-file {log}", "is a device or a pipe, not a file", "Name a file"))
     if not log.exists() or not log.stat().st_size:
         return
     if not location.continues or not read_records(log):

@@ -53,15 +53,15 @@ class Driver:
             assert line.startswith(b"record"), line
         raise AssertionError("the driver ended before it had trained")
 
-    def interrupt_group(self) -> None:
+    def interrupt_group(self, number: int = signal.SIGINT) -> None:
         """What a terminal does on Ctrl-C: every process of the foreground group gets SIGINT."""
-        os.killpg(self.process.pid, signal.SIGINT)
+        os.killpg(self.process.pid, number)
 
     def end(self) -> tuple[int, list[str]]:
-        """Exit code, and what was printed besides records."""
+        """Exit code, and what was printed besides records and the announcement of a stop."""
         output, _ = self.process.communicate(timeout=180)
         lines = output.decode().splitlines()
-        return self.process.returncode, [line for line in lines if not line.startswith("record")]
+        return self.process.returncode, [line for line in lines if not line.startswith(("record", "stopping"))]
 
     def left(self) -> list[psutil.Process]:
         """Processes alive that this driver has started, however far they are from it."""
@@ -100,12 +100,16 @@ def is_clean(driver: Driver) -> bool:
     return driver.left() == [] and {path.name for path in driver.temp.iterdir()} == {"bundle", "plan.json"}
 
 
-def test_ctrl_c_finishes_the_step_saves_and_leaves_nothing(driver: Driver) -> None:
+@pytest.mark.parametrize(("name", "reason", "code"), [("SIGINT", "interrupt", 130), ("SIGHUP", "sighup", 75)])
+def test_a_signal_to_the_group_finishes_the_step_saves_and_leaves_nothing(
+    name: str, reason: str, code: int, driver: Driver
+) -> None:
+    """Ctrl-C, and the end of the terminal, reach Ray's processes too: the workers do not die of it."""
     driver.wait_for_records()
-    driver.interrupt_group()
-    code, said = driver.end()
-    assert said == [f"outcome interrupt {(driver.bundle / 'saved_0').read_text()}"]
-    assert code == 130
+    driver.interrupt_group(signal.Signals[name])
+    ended, said = driver.end()
+    assert said == [f"outcome {reason} {(driver.bundle / 'saved_0').read_text()}"]
+    assert ended == code
     assert is_clean(driver)
 
 

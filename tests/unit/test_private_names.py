@@ -78,8 +78,8 @@ BY_CLASS_NAME = [
     ),
     ("typer", "'ClickException' in [kind.__name__ for kind in typer.BadParameter.__mro__]", "cli/error_handler.py"),
 ]
-PUBLIC = {"_replace", "_fields", "_asdict"}
-"""Public methods of named tuples."""
+PUBLIC = {"_replace", "_fields", "_asdict", "_exit"}
+"""Public methods of named tuples, and os._exit."""
 
 
 def is_private(name: str) -> bool:
