@@ -21,6 +21,7 @@ import pytest
 from hrm_ray.data.chunk_source import Chunk, ChunkPipeline
 from hrm_ray.launch.stopping import StopWatch
 from hrm_ray.metrics.console import ConsoleSink
+from hrm_ray.metrics.display_state import Schedule
 from hrm_ray.rundir import RunDir, verify_checkpoint
 from hrm_ray.stop_signals import STOP_SIGNALS
 from hrm_ray.train.loop import StepReport, TrainingLoop
@@ -269,7 +270,7 @@ def test_signals_are_left_as_they_were(capsys: pytest.CaptureFixture[str]) -> No
 @POSIX
 def test_the_live_display_is_not_torn_by_the_announcement(capsys: pytest.CaptureFixture[str]) -> None:
     terminal = io.StringIO()
-    with contextlib.closing(ConsoleSink(terminal, 10, interactive=True)) as sink, StopWatch(None) as watch:
+    with contextlib.closing(ConsoleSink(terminal, Schedule(10), interactive=True)) as sink, StopWatch(None) as watch:
         watch.begin()
         sink.write(Record("train", 1, 0.0, {"loss": 2.0}))
         os.kill(os.getpid(), signal.SIGINT)
