@@ -128,6 +128,11 @@ class RunDir:
                 found.setdefault(int(match.group(1)), aside)
         return found[max(found)] if found else None
 
+    def newest_whole_checkpoint(self) -> Path | None:
+        """The undamaged checkpoint of the highest step. Reads checkpoints until one is found."""
+        folders = map(self.checkpoint, reversed(self.checkpoint_steps()))
+        return next((folder for folder in folders if _damage(folder) is None), None)
+
     def describe_checkpoint(self, step: int) -> str:
         """Write the manifest of the partial checkpoint of `step` over all its files, those in subfolders too, each of
         which has reached the disk; returns its sha256."""
@@ -188,29 +193,44 @@ def _step_aside(checkpoint: Path) -> Path:
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Check a checkpoint: its manifest, and the size and sha256 of every file. Raises DataError."""
-    hint = "Give an older checkpoint with --resume-from, or start a new run under another --brain-name"
+    """Check a checkpoint: its manifest, and the size and sha256 of every file. Raises DataError, which names the newest
+    whole checkpoint of the bundle."""
+    damage = _damage(folder)
+    if damage is None:
+        return
+    whole = RunDir(folder.parent.parent).newest_whole_checkpoint()
+    hint = "The bundle has no whole checkpoint: start a new run under another --brain-name"
+    if whole is not None:
+        hint = f"Give --resume-from {whole}, the newest whole one"
+    raise DataError(Fault(*damage, hint))
+
+
+def _damage(folder: Path) -> tuple[str, str] | None:
+    """What of a checkpoint is damaged, and how; None where it is whole."""
     manifest = folder / MANIFEST
     if not folder.is_dir():
-        raise DataError(Fault(str(folder), "there is no such checkpoint", hint))
+        return str(folder), "there is no such checkpoint"
     if not manifest.is_file():
-        raise DataError(Fault(str(folder), f"the checkpoint is incomplete ({MANIFEST} is missing)", hint))
+        return str(folder), f"the checkpoint is incomplete ({MANIFEST} is missing)"
     try:
         files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in read_json(manifest)["files"].items()}
+    except DataError as error:
+        return error.faults[0].value, error.faults[0].reason
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(Fault(str(manifest), f"the manifest is damaged ({error!r})", hint)) from None
+        return str(manifest), f"the manifest is damaged ({error!r})"
     unknown = sorted({path.relative_to(folder).as_posix() for path in _files(folder)} - {*files, MANIFEST})
     if unknown:
-        raise DataError(Fault(str(folder / unknown[0]), "the file is not in the checkpoint's manifest", hint))
+        return str(folder / unknown[0]), "the file is not in the checkpoint's manifest"
     for name, (size, sha256) in files.items():
         path = folder / name
         if not path.is_file():
-            raise DataError(Fault(str(path), "the file is in the checkpoint's manifest, but missing", hint))
+            return str(path), "the file is in the checkpoint's manifest, but missing"
         found = path.stat().st_size
         if found != size:
-            raise DataError(Fault(str(path), f"the file has {found} bytes, but was saved with {size}", hint))
+            return str(path), f"the file has {found} bytes, but was saved with {size}"
         if file_sha256(path) != sha256:
-            raise DataError(Fault(str(path), "the content is not what was saved (sha256 differs)", hint))
+            return str(path), "the content is not what was saved (sha256 differs)"
+    return None
 
 
 def file_sha256(path: Path) -> str:

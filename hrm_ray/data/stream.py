@@ -19,6 +19,9 @@ from hrm_ray.types import Columns
 
 Ints = npt.NDArray[np.int64]
 
+_TAKEN_AT_ONCE = 1024
+"""Sequences that are passed over at once where only their ranges are wanted."""
+
 
 @dataclass(frozen=True)
 class StreamState:
@@ -130,6 +133,26 @@ class RowSlice:
     window: Window
     first: int
     count: int
+
+
+def ranges_before(
+    source: ChunkSource, form: RowForm, epoch: int, state: StreamState, *, seed: int, shuffle_rows: int
+) -> list[ConsumedRange]:
+    """All that was taken before `state` of `epoch`, found by reading the data again from the start."""
+    ranges: list[ConsumedRange] = []
+    for number in range(epoch + 1):
+        shuffle = Shuffle(seed, number, shuffle_rows) if shuffle_rows else None
+        stream = SequenceStream(source, form, number, StreamState(), shuffle)
+        try:
+            while number < epoch or stream.state.sequences < state.sequences:
+                left = _TAKEN_AT_ONCE if number < epoch else state.sequences - stream.state.sequences
+                if not stream.take(min(left, _TAKEN_AT_ONCE)):
+                    break
+                append_ranges(ranges, stream.take_consumed())
+            append_ranges(ranges, stream.take_consumed())
+        finally:
+            stream.close()
+    return ranges
 
 
 class SequenceStream:

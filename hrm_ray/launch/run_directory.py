@@ -189,16 +189,24 @@ def locate_run(settings: RunSettings) -> RunLocation:
     return RunLocation(run_dir, None, None)
 
 
-def never_trained(run_dir: RunDir) -> bool:
-    """Whether a bundle was only prepared: no record, no checkpoint, no weights, and nothing in it but our own files.
+def holds_no_weights(run_dir: RunDir) -> bool:
+    """Whether a bundle has no checkpoint and no weights, and nothing in it but our own files.
 
-    A launch that was killed before its first step leaves such a one; a new run may take its place.
+    A run that ended before its first checkpoint leaves such a one; a new run may take its place.
     """
-    if not run_dir.training_args.is_file() or run_dir.weights.is_file() or run_dir.checkpoints.exists():
+    if not run_dir.training_args.is_file() or run_dir.newest_checkpoint() is not None:
         return False
-    if not PREPARED.issuperset(_names_in(run_dir)):
+    return (PREPARED | {run_dir.checkpoints.name}).issuperset(_names_in(run_dir))
+
+
+def never_trained(run_dir: RunDir) -> bool:
+    """Whether a bundle holds no weights, and no record of a step."""
+    if not holds_no_weights(run_dir):
         return False
-    return not run_dir.metrics.is_file() or run_dir.metrics.stat().st_size == 0
+    try:
+        return not run_dir.metrics.is_file() or all(record.kind == "event" for record in read_records(run_dir.metrics))
+    except DataError:
+        return False
 
 
 def _names_in(run_dir: RunDir) -> set[str]:
@@ -280,10 +288,21 @@ def _resumed(settings: RunSettings, run_dir: RunDir, checkpoint: Path, source: R
         reason = "is not a folder checkpoints/step_N of a bundle"
         raise DataError(Fault(str(checkpoint), reason, "Give the path of a checkpoint inside its bundle"))
     _check_same(settings, source)
+    _check_ledger(settings, source)
     location = RunLocation(run_dir, checkpoint, source)
     if not location.continues:
         _check_new_folder(run_dir)
     return location
+
+
+def _check_ledger(settings: RunSettings, source: RunDir) -> None:
+    """Raises DataError where a run on text has lost its ledger, unless a new one is asked for."""
+    if settings.run.new_ledger or stored_args(source)[1].get("task") != "lm":
+        return
+    if not source.ledger.is_file() or not source.ledger.stat().st_size:
+        reason = "the ledger, which says what data was trained, is missing"
+        hint = "Restore it from a copy, or add --new-ledger: the data up to the checkpoint is read again to write it"
+        raise DataError(Fault(str(source.ledger), reason, hint))
 
 
 def _check_new_folder(run_dir: RunDir) -> None:
@@ -309,7 +328,7 @@ def check_folder_is_free(run_dir: RunDir) -> None:
     inside = sorted(_names_in(run_dir) - REUSABLE)
     if not inside:
         return
-    if never_trained(run_dir):
+    if holds_no_weights(run_dir):
         return
     if run_dir.training_args.is_file():
         steps = run_dir.checkpoint_steps()

@@ -248,6 +248,11 @@ TRAINED_BEFORE = Needs(
     "only a resumed run with --epochs has an epoch to add",
     "Leave it out, or give --resume and --epochs",
 )
+RESUMED = Needs(
+    "new_ledger_of_resume",
+    lambda s: s.run.resume or s.run.resume_from is not None,
+    "a new run has a new ledger anyway",
+)
 NO_STEPS = Needs(
     "iterate_with_steps",
     lambda s: not s.run.iterate or s.run.steps is None,

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import field_validator
 
 from hrm_ray.settings.base import Section, option, refusal
-from hrm_ray.settings.needs import EVALUATION_OR_SAMPLE, NO_STEPS, ONE_EXPERT, TEXT
+from hrm_ray.settings.needs import EVALUATION_OR_SAMPLE, NO_STEPS, ONE_EXPERT, RESUMED, TEXT
 
 DEFAULT_STEPS = 200
 """Weight updates of a run for which neither steps nor epochs were given."""
@@ -62,6 +62,8 @@ class RunSectionSettings(Section):
     """Resume from the bundle's newest checkpoint."""
     resume_from: Path | None = option(None, "dropped", unset="a new run")
     """Resume from this checkpoint."""
+    new_ledger: bool = option(False, "dropped", needs=(RESUMED,))
+    """Resume where ledger.sqlite is lost: read the data up to the checkpoint again, and write a new ledger of it."""
     stop_file: Path | None = option(None, "free", unset="no file")
     """When this file appears, the run finishes its step, saves and ends."""
     log_file: Path | None = option(None, "free", unset="the bundle's metrics.jsonl alone")

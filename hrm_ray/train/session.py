@@ -16,11 +16,11 @@ from typing import Any, Protocol
 from hrm_ray.bundle.folder_watch import FolderWatch
 from hrm_ray.bundle.weights_file import unwritable
 from hrm_ray.data.catalog import Catalog
-from hrm_ray.data.chunk_source import ChunkPipeline, ChunkSource, EpochOrder, InMemoryChunks
+from hrm_ray.data.chunk_source import ChunkPipeline, ChunkSource, EpochOrder, InMemoryChunks, LocalChunks
 from hrm_ray.data.packing import TextSamples
 from hrm_ray.data.prepare import PuzzlePlan, open_puzzle_sets
 from hrm_ray.data.stream import ConsumedRange
-from hrm_ray.data.text_data import TextDataDir
+from hrm_ray.data.text_data import TextDataDir, TextPlan
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DISK_FULL_ERRNOS, HrmRayError
 from hrm_ray.log_filters import silence_unused_kernels
@@ -105,7 +105,7 @@ def _train(plan: RunPlan, link: WorkerLink, watch: FolderWatch) -> RunResult:
         def open_files() -> None:
             nonlocal sink, ledger_writer
             # First the ledger, which may refuse the checkpoint: the rest of the bundle then stays as it was.
-            ledger_writer = _ledger_writer(plan, run_dir, resumed_step, extra)
+            ledger_writer = _ledger_writer(plan, run_dir, resumed_step, extra, loop)
             if ledger_writer is not None:
                 opened.callback(_close_ledger, ledger_writer, watch)
             if resumed_step is not None and plan.continues:
@@ -198,34 +198,44 @@ def _data(
     if isinstance(data, PuzzlePlan):
         return open_puzzle_sets(data)
     text, folder = data.text, TextDataDir(run_dir.data)
-    tokenizer = TextTokenizer.load(run_dir.root)
-
-    def pipeline(writes: bool) -> ChunkPipeline:
-        return folder.pipeline(
-            text.chunking_config, text.source, tokenizer, pairs=text.form.prefix, writes=writes and world.leads
-        )
-
     source = (
-        link.chunks(pipeline, text.epoch_order)
+        link.chunks(lambda writes: _pipeline(text, run_dir, writes=writes and world.leads), text.epoch_order)
         if text.chunking_config.streaming
-        else InMemoryChunks(pipeline(False), text.epoch_order)
+        else InMemoryChunks(_pipeline(text, run_dir, writes=False), text.epoch_order)
     )
     held_out = TextSamples(folder.read_evaluation(text.evaluation), text.form) if text.evaluation else None
-    return TextStream(source, text.form, tokenizer.pad_id, text.shuffle_rows), held_out
+    return TextStream(source, text.form, TextTokenizer.load(run_dir.root).pad_id, text.shuffle_rows), held_out
+
+
+def _pipeline(text: TextPlan, run_dir: RunDir, *, writes: bool) -> ChunkPipeline:
+    return TextDataDir(run_dir.data).pipeline(
+        text.chunking_config,
+        text.source,
+        TextTokenizer.load(run_dir.root),
+        pairs=text.form.prefix,
+        writes=writes,
+    )
 
 
 def _ledger_writer(
-    plan: RunPlan, run_dir: RunDir, resumed_step: int | None, extra: dict[str, Any]
+    plan: RunPlan, run_dir: RunDir, resumed_step: int | None, extra: dict[str, Any], loop: TrainingLoop
 ) -> LedgerWriter | None:
-    """The ledger of a run on text, rolled back to the checkpoint that the run resumes from."""
+    """The ledger of a run on text, rolled back to the checkpoint that the run resumes from. Where it is lost, a new one
+    (--new-ledger), whose first round is all that was trained up to that checkpoint."""
     if isinstance(plan.data, PuzzlePlan):
         return None
-    resume_point = None
+    resume_point, loader = None, loop.parts.loader
     if resumed_step is not None and plan.checkpoint is not None:
         trained = tuple(ConsumedRange(*item) for item in extra["trained"])
         resume_point = ResumePoint(resumed_step, file_sha256(plan.checkpoint / MANIFEST), trained)
     text, catalog = plan.data.text, Catalog(TextDataDir(run_dir.data).catalog, writes=False)
-    return LedgerWriter(run_dir, catalog, text.start, resume_point, shuffled=text.shuffle_rows > 0)
+    shuffled = text.shuffle_rows > 0
+    if resume_point is None or run_dir.ledger.is_file() or not isinstance(loader, StreamLoader):
+        return LedgerWriter(run_dir, catalog, text.start, resume_point, shuffled=shuffled)
+    ranges = loader.ranges_before(LocalChunks(_pipeline(text, run_dir, writes=False), text.epoch_order))
+    writer = LedgerWriter(run_dir, catalog, text.start, None, shuffled=shuffled)
+    writer.commit(resume_point.step, ranges, resume_point.checksum, data_ended=loader.data_ended)
+    return writer
 
 
 def _close_ledger(ledger_writer: LedgerWriter, watch: FolderWatch) -> None:

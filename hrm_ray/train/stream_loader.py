@@ -14,7 +14,15 @@ import numpy.typing as npt
 
 from hrm_ray.data.chunk_source import ChunkSource
 from hrm_ray.data.packing import RowForm, padding_rows
-from hrm_ray.data.stream import ConsumedRange, RowSlice, SequenceStream, Shuffle, StreamState, append_ranges
+from hrm_ray.data.stream import (
+    ConsumedRange,
+    RowSlice,
+    SequenceStream,
+    Shuffle,
+    StreamState,
+    append_ranges,
+    ranges_before,
+)
 from hrm_ray.errors import DataError, Fault
 from hrm_ray.train.loaders import BatchLoader, BatchSize, HaltedSlots, StopCondition
 from hrm_ray.types import Columns
@@ -66,6 +74,11 @@ class StreamLoader(BatchLoader):
         self.on_epoch_end(self.epoch, self.stream.state.sequences)
         self._enter(self.epoch + 1, StreamState())
         return True
+
+    def ranges_before(self, source: ChunkSource) -> list[ConsumedRange]:
+        """All that was taken before the present position, read again from `source`."""
+        state, text = self.stream.state, self.text
+        return ranges_before(source, text.form, self.epoch, state, seed=self.seed, shuffle_rows=text.shuffle_rows)
 
     def state_dict(self) -> dict[str, npt.NDArray[np.int64]]:
         """The position in the stream, which is the same on every rank."""

@@ -80,10 +80,22 @@ def test_a_damaged_file_is_named(damage: str, bundle: Path) -> None:
         DAMAGES[damage](path)
         before = files_below(bundle)
         words = ("train", "--bundle-dir", bundle, "--resume", "--steps", "6")
-        refused(5, *words, naming=(path, "--resume-from"))
+        refused(5, *words, naming=(path, "--resume-from", "step_4"))
         assert files_below(bundle) == before, "nothing is deleted or written"
         path.write_bytes(content)
     verify_checkpoint(bundle / "checkpoints" / "step_5")
+
+
+def test_the_newest_whole_checkpoint_is_named(bundle: Path) -> None:
+    """The newest has damaged weights, the one before it a damaged manifest."""
+    folder = bundle / "checkpoints"
+    DAMAGES["cut by one"](folder / "step_5" / "model.safetensors")
+    words = ("train", "--bundle-dir", bundle, "--resume", "--steps", "6")
+    refused(5, *words, naming=(f"Give --resume-from {folder / 'step_4'}, the newest whole one",))
+    DAMAGES["cut in half"](folder / "step_4" / MANIFEST)
+    refused(5, *words, naming=(f"--resume-from {folder / 'step_2'},",))
+    DAMAGES["gone"](folder / "step_2" / "state.json")
+    refused(5, *words, naming=("no whole checkpoint", "--brain-name"))
 
 
 @pytest.mark.parametrize("damage", ["cut in half", "empty", "gone"])

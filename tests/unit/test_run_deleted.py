@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from hrm_ray.bundle.folder_watch import FolderWatch
+from hrm_ray.bundle.progress import stored_counts
+from hrm_ray.ledger import read_ledger
+from hrm_ray.ledger.verify import violations
 from hrm_ray.rundir import RunDir
 from hrm_ray.train.loop import StepReport, TrainingLoop
-from tests.support.runs import PUZZLE, TEXT, files_below, hrm, puzzle_file, records, text_file, train
+from tests.support.runs import PUZZLE, TEXT, files_below, hrm, puzzle_file, records, refused, text_file, train
 
 
 @pytest.fixture
@@ -183,3 +186,50 @@ def test_a_folder_of_the_same_number_is_another(tmp_path: Path) -> None:
         assert fault is not None and "another folder took its place" in fault.reason
         watch.close()
         folder.rmdir()
+
+
+def merged(bundle: Path) -> list[tuple[int, dict[str, int]]]:
+    """Sequences by state in each epoch, of a ledger that must be consistent."""
+    with read_ledger(RunDir(bundle).ledger) as ledger:
+        assert list(violations(ledger, stored_counts(RunDir(bundle)))) == []
+        return [(one.epoch, {state.name: n.sequences for state, n in one.states.items()}) for one in ledger.counts()]
+
+
+@pytest.mark.parametrize("lost", ["deleted", "empty"])
+def test_a_resume_without_the_ledger_is_refused_with_the_way_out(lost: str, tmp_path: Path) -> None:
+    data, bundle = text_file(tmp_path), tmp_path / "x"
+    train(data, bundle, *TEXT, "--steps", 4)
+    RunDir(bundle).ledger.unlink()
+    if lost == "empty":
+        RunDir(bundle).ledger.touch()
+    before = files_below(bundle)
+    resume = ("train", "--bundle-dir", bundle, "--resume", "--steps", 6)
+    naming = (RunDir(bundle).ledger, "the ledger", "is missing", "--new-ledger")
+    for more in ((), ("--dry-run",)):
+        refused(5, *resume, *more, naming=naming)
+    branch = ("train", "--resume-from", RunDir(bundle).checkpoint(4), "--bundle-dir", tmp_path / "y", "--steps", 6)
+    refused(5, *branch, naming=naming)
+    assert files_below(bundle) == before, "no empty ledger is left"
+    assert not (tmp_path / "y").exists()
+
+
+@pytest.mark.parametrize("shuffle_rows", [0, 40])
+@pytest.mark.parametrize("branches", [False, True])
+def test_a_new_ledger_says_what_the_lost_one_said(shuffle_rows: int, branches: bool, tmp_path: Path) -> None:
+    """In the third epoch, over several chunks, in order and shuffled; the run then goes on as if nothing was lost."""
+    data, bundle = tmp_path / "data", tmp_path / "x"
+    data.mkdir()
+    for number in range(6):
+        text_file(data, 5, name=f"{number}.txt", seed=number)
+    order = ("--no-linear-dataset", "--shuffle-buffer-size", shuffle_rows) if shuffle_rows else ()
+    words = (*TEXT, *order, "--dataset-chunk-size", 2, "--lr-schedule", "constant", "--save-every", 3)
+    train(data, tmp_path / "whole", *words, "--steps", 24)
+    train(data, bundle, *words, "--steps", 20)
+    RunDir(bundle).ledger.unlink()
+    if branches:
+        source, bundle = bundle, tmp_path / "y"
+        train(data, bundle, "--resume-from", RunDir(source).checkpoint(20), "--steps", 24, "--new-ledger")
+    else:
+        train(data, bundle, "--resume", "--new-ledger", "--steps", 24)
+    assert merged(bundle) == merged(tmp_path / "whole")
+    assert RunDir(bundle).weights.read_bytes() == RunDir(tmp_path / "whole").weights.read_bytes()

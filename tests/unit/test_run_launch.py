@@ -161,6 +161,28 @@ def test_a_bundle_that_was_only_prepared_gives_way(tmp_path: Path, monkeypatch: 
     refused(2, "train", "--dataset-file", data, "--bundle-dir", bundle, *TEXT, naming=("already contains a run",))
 
 
+def test_a_run_that_fails_at_its_first_step_leaves_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warnings are no reason to keep one: the same command can be given again."""
+    data, bundle = text_folder(tmp_path / "data"), tmp_path / "b"
+    words = ("train", "--dataset-file", data, "--bundle-dir", bundle, *TEXT, "--vocab-size", "4000", "--steps", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr("hrm_ray.train.loop.TrainingLoop.step", lambda self: 1 / 0)
+        assert hrm(*words).code == 1
+    assert not bundle.exists()
+    assert hrm(*words).code == 0
+
+
+def test_a_run_that_diverged_before_its_first_checkpoint_gives_way(tmp_path: Path) -> None:
+    """Its metrics stay until then: they show what happened."""
+    data, bundle = text_folder(tmp_path / "data"), tmp_path / "b"
+    words = ("train", "--dataset-file", data, "--bundle-dir", bundle, *TEXT, "--steps", "40")
+    ran = hrm(*words, "--lr", "1e30")
+    assert ran.code == 6 and len(ran.faults[0]) < 300, ran.err
+    assert len(records(bundle)) >= 1 and not RunDir(bundle).checkpoint_steps()
+    train(data, bundle, *TEXT, "--steps", "2")
+    assert [record["step"] for record in records(bundle)] == [1, 2]
+
+
 @pytest.mark.parametrize("where", ["preflight", "cluster"])
 def test_a_resume_that_is_refused_changes_nothing(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, bundle = text_folder(tmp_path / "data"), tmp_path / "b"

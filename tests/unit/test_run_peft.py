@@ -254,3 +254,12 @@ def test_a_resumed_run_keeps_its_adapters(words: tuple[str, ...], base: Path, tm
     train(data, bundle, *TEXT, "--use-lora", "--student-init", str(base / "dense"), "--steps", "2")
     ran = hrm("train", "--bundle-dir", bundle, "--resume", "--steps", "4", *words)
     assert ran.code == 2 and "trained with" in ran.faults[0], ran.err
+
+
+def test_adalora_of_one_step_removes_ranks_at_it(base: Path, tmp_path: Path) -> None:
+    """Also of a run that is resumed for more."""
+    words = (*TEXT, *PEFT, "--peft-method", "adalora", "--student-init", base / "dense")
+    train(base / "corpus.txt", tmp_path / "b", *words, "--steps", "1")
+    train(base / "corpus.txt", tmp_path / "b", *words, "--steps", "3", "--resume")
+    ranks = [record["adapter_rank"] for record in records(tmp_path / "b")]
+    assert ranks[1:] == [16, 16]

@@ -71,6 +71,9 @@ class RankSchedule:
     def after_update(self) -> None:
         """Read the gradients of a weight update, before they are cleared, and mask ranks as planned."""
         self.updates += 1
+        if self.updates == self.plan.total_steps - self.plan.final_steps and not self.tuner.rankallocator.ipt:
+            # A schedule of one step removes ranks at its first update, before peft has rated any.
+            self.tuner.rankallocator.update_ipt(self.tuner.model)
         self.tuner.update_and_allocate(self.updates)
 
     @property
