@@ -44,7 +44,7 @@ RAY_ONLY_IN = frozenset({"orchestration"})
 NO_TORCH_IN = frozenset({"foundation", "settings", "data", "metrics", "ledger"})
 LIGHT_MODULES = frozenset(
     f"hrm_ray.cli.{name}"
-    for name in ("main", "error_handler", "build_data", "flat_command", "train", "arch_summary", "inspect")
+    for name in ("main", "error_handler", "build_data", "flat_command", "help_page", "train", "arch_summary", "inspect")
 )
 """Modules that help pages and refusals of wrong options load: torch is imported inside functions only, if at all."""
 VAGUE_NAMES = frozenset({"utils", "util", "helpers", "helper", "common", "misc"})

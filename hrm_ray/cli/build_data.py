@@ -9,13 +9,14 @@ from typing import Annotated, Literal, TypeAlias
 import typer
 
 from hrm_ray.cli.error_handler import command
+from hrm_ray.cli.help_page import CommandLine
 
 Difficulty: TypeAlias = Literal["any", "easy", "medium", "hard"]
 Out: TypeAlias = Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")]
 Seed: TypeAlias = Annotated[int, typer.Option(help="Random seed.")]
 Overwrite: TypeAlias = Annotated[bool, typer.Option("--overwrite", help="Replace an existing data set.")]
 
-build_app = typer.Typer(help="Build a data set without a download.", rich_markup_mode=None)
+build_app = CommandLine("Build a data set without a download.")
 
 
 @build_app.command("sudoku")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import typer
 
+from hrm_ray.cli.help_page import option_row, page
 from hrm_ray.errors import Fault
 from hrm_ray.settings.faults import nearest
 from hrm_ray.settings.needs import NoEffect, overridden
@@ -66,6 +67,9 @@ class FlatCommand:
     takes: Callable[[Option], bool] = lambda option: True
     unused: str = ""
     positionals: int = 0
+    common: Sequence[str] = ()
+    """Keys of the options that --help shows; --help-all shows all of them. Without it --help does."""
+    examples: Sequence[str] = ()
 
     @property
     def own_names(self) -> dict[str, bool]:
@@ -74,7 +78,7 @@ class FlatCommand:
         return {name: bool(value) for name, _, value in names if name.startswith("--")}
 
     def parse(self, argv: Sequence[str]) -> Arguments:
-        """Split `argv` into options, own options and positional arguments; --help prints the page and exits.
+        """Split `argv` into options, own options and positional arguments; --help and --help-all exit with a page.
 
         `--name value` and `--name=value` are the same. A word that begins with `--` is never a value. After a switch
         a boolean word is its value.
@@ -97,8 +101,8 @@ class FlatCommand:
             if before != value:
                 found.overridden.append(overridden(_as_written(name, before), _as_written(name, value)))
             table[name] = value
-        if "--help" in found.own:
-            self.print_help()
+        if {"--help", "--help-all"} & found.own.keys():
+            print(self.page(whole="--help-all" in found.own))
             raise typer.Exit
         self._check(found, own)
         return found
@@ -120,27 +124,20 @@ class FlatCommand:
                 found.faults.append(Fault(name, self.unused, "Leave it out"))
                 del found.options[name]
 
-    def print_help(self) -> None:
-        """Print the page: the command's own options, then those of the settings that it takes, by section."""
-        # Imported here: it takes longer than all the rest of a command's start.
-        from rich.console import Console
-        from rich.panel import Panel
-        from rich.table import Table
-        from rich.text import Text
-
-        console = Console(highlight=False)
-        console.print(Text(f"\n Usage: hrm-ray {self.usage}\n", style="bold"))
-        console.print(Text(f" {self.about}\n"))
-        panels = {"options": list(self.own.items())}
-        for section, group in groupby(filter(self.takes, options().values()), key=lambda option: option.section):
-            panels[section] = [(_spelling(option), _meaning(option)) for option in group]
-        for title, rows in panels.items():
-            table = Table.grid(padding=(0, 2), expand=True)
-            table.add_column(ratio=2, style="cyan", overflow="fold")
-            table.add_column(ratio=3)
-            for spelling, meaning in rows:
-                table.add_row(Text(spelling), Text(meaning))
-            console.print(Panel(table, title=title, title_align="left", border_style="dim"))
+    def page(self, *, whole: bool) -> str:
+        """The help page: the command's own options and those of the settings that matter most, or the `whole` of them
+        by section."""
+        taken = [option for option in options().values() if self.takes(option)]
+        own = [row for row in self.own.items() if row[0].startswith("--")]
+        sections = {"Arguments": [row for row in self.own.items() if row not in own]}
+        if whole or not self.common:
+            sections["Options"] = own
+            for section, group in groupby(taken, key=lambda option: option.section):
+                sections[section.capitalize()] = [option_row(option) for option in group]
+        else:
+            common = [option_row(options()[key]) for key in self.common]
+            sections[f"Options ({len(common)} of {len(taken)}; --help-all shows all)"] = [*common, *own]
+        return page(self.usage, self.about, {title: rows for title, rows in sections.items() if rows}, self.examples)
 
 
 def _is_option(word: str) -> bool:
@@ -167,15 +164,3 @@ def _takes_value(name: str, word: str, own: Mapping[str, bool]) -> bool:
 
 def _as_written(name: str, value: str | bool) -> str:
     return name if value is True else f"{name} {value}"
-
-
-def _spelling(option: Option) -> str:
-    aliases = "".join(f", {alias}" for alias in option.traits.aliases)
-    if option.is_switch:
-        return f"{option.flag}/{option.off_flag}{aliases}"
-    return f"{option.flag}{aliases} {'|'.join(option.choices) or 'VALUE'}"
-
-
-def _meaning(option: Option) -> str:
-    default = option.written(option.default) if option.is_switch else option.default
-    return f"{option.help} [default: {option.traits.unset if option.default is None else default}]"

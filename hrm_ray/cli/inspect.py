@@ -31,11 +31,12 @@ COMMAND = FlatCommand(
         "--samples N": "Rows to show [default: 3]",
         "--json": "Print JSON.",
         "--config FILE": "YAML file of settings; options on the command line override it.",
-        "--help": "Show this page.",
+        "--help": "Show this message and exit.",
     },
     takes=lambda option: "rows" in option.traits.affects,
     unused="does not change what is read",
     positionals=1,
+    examples=('hrm-ray data inspect "logs/*.jsonl.gz" --text-column body',),
 )
 
 

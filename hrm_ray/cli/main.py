@@ -17,6 +17,7 @@ from typer.main import get_command
 from hrm_ray import __version__
 from hrm_ray.cli.build_data import build_app
 from hrm_ray.cli.error_handler import command, exit_code_of, training_command
+from hrm_ray.cli.help_page import CommandLine
 from hrm_ray.cli.output import prepare_streams
 from hrm_ray.errors import Fault, SettingsError, UnavailableError
 from hrm_ray.openmp import limit_openmp_spin
@@ -24,16 +25,10 @@ from hrm_ray.settings.not_built import not_built
 
 DeviceChoice: TypeAlias = Literal["auto", "cpu", "cuda", "xpu", "mps"]
 
-app = typer.Typer(
-    name="hrm-ray",
-    help="Trains Hierarchical Reasoning Models on Ray, and uses what was trained.",
-    pretty_exceptions_enable=False,
-    add_completion=False,
-    rich_markup_mode=None,
-)
-data_app = typer.Typer(help="Data sets.", rich_markup_mode=None)
-expert_app = typer.Typer(help="Experts that were trained one at a time.", rich_markup_mode=None)
-ledger_app = typer.Typer(help="The ledger of a run: which chunks of the data were trained.", rich_markup_mode=None)
+app = CommandLine("Trains Hierarchical Reasoning Models on Ray, and uses what was trained.")
+data_app = CommandLine("Look at data sets and build them.")
+expert_app = CommandLine("Experts that were trained one at a time.")
+ledger_app = CommandLine("The ledger of a run: which chunks of the data were trained.")
 app.add_typer(data_app, name="data")
 app.add_typer(expert_app, name="expert")
 app.add_typer(ledger_app, name="ledger")
@@ -46,7 +41,7 @@ FLAT_OPTIONS: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_option
 @app.command(context_settings=FLAT_OPTIONS)
 @training_command
 def train(ctx: typer.Context) -> int:
-    """Train a model; `hrm-ray train --help` lists all options by section."""
+    """Train a model on text or puzzles."""
     from hrm_ray.cli.train import train_command
 
     return train_command(ctx.args, "train")
@@ -73,7 +68,7 @@ def arch_summary(ctx: typer.Context) -> int:
 @app.command()
 @command
 def generate(
-    bundle: Annotated[Path, typer.Argument(help="Folder of a trained bundle.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a trained bundle.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.8,
@@ -103,10 +98,12 @@ def generate(
 @app.command()
 @command
 def solve(
-    bundle: Annotated[Path, typer.Argument(help="Folder of a trained bundle.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a trained bundle.")],
     puzzles: Annotated[
         list[str] | None,
-        typer.Argument(help="Puzzles, one word each with one symbol per cell; 0 or . is an empty cell."),
+        typer.Argument(
+            metavar="PUZZLE", help="Puzzles, one word each with one symbol per cell; 0 or . is an empty cell."
+        ),
     ] = None,
     file: Annotated[Path | None, typer.Option(help="Data set of puzzles to solve: a file or a folder.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of --file to solve; the test split if there is one.")] = None,
@@ -133,7 +130,7 @@ def solve(
 @app.command()
 @command
 def plot(
-    runs: Annotated[list[Path], typer.Argument(help="Bundles or metrics.jsonl files.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Bundles or metrics.jsonl files.")],
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("loss.png"),
     metric: Annotated[list[str] | None, typer.Option(help="Metric to draw; may be given several times.")] = None,
 ) -> int:

@@ -5,17 +5,50 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hrm_ray.cli.flat_command import FlatCommand
+from hrm_ray.settings.yaml_file import recipes
 
 OWN = {
-    "--config FILE": "YAML file of settings (sections as below), or a recipe such as sudoku4; options override it.",
+    "--config FILE": f"YAML file of settings, or a recipe: {', '.join(recipes())}. Options override it.",
     "--dry-run": "Resolve the settings, check data and devices, count parameters and memory, and start nothing.",
-    "--help": "Show this page.",
+    "--help": "Show the options that matter most.",
+    "--help-all": "Show all options.",
 }
+COMMON = (
+    "data.dataset_file",
+    "data.val_split",
+    "data.text_column",
+    "data.tokenizer_path",
+    "data.max_seq_len",
+    "model.model_preset",
+    "model.arch",
+    "model.student_init",
+    "optimizer.batch_size",
+    "optimizer.gradient_accumulation_steps",
+    "optimizer.lr",
+    "run.steps",
+    "run.epochs",
+    "run.eval_every",
+    "run.save_every",
+    "run.brain_name",
+    "run.bundle_dir",
+    "run.resume",
+    "cluster.device",
+    "cluster.world_size",
+)
+"""Keys of the options that `--help` shows."""
+EXAMPLES = (
+    "hrm-ray data build text --out corpus",
+    "hrm-ray train --dataset-file corpus --val-split test --model-preset nano --brain-name docs",
+    "hrm-ray train --bundle-dir artifacts/brains/docs --resume --steps 400",
+    "hrm-ray data build sudoku --size 4 --train 20000 --out sudoku4-data",
+    "hrm-ray train --config sudoku4 --dataset-file sudoku4-data",
+)
 
 
 def train_command(argv: Sequence[str], name: str) -> int:
     """Run the command on its arguments; returns the exit code."""
-    command = FlatCommand(f"{name} [OPTIONS]", "Trains a model on text or puzzles, in this process or on Ray.", OWN)
+    about = "Trains a model on text or puzzles, in this process or on Ray. The data decides which."
+    command = FlatCommand(f"{name} [OPTIONS]", about, OWN, common=COMMON, examples=EXAMPLES)
     arguments = command.parse(argv)
     # Only now: a help page needs none of it.
     from hrm_ray.launch.run_directory import load_run

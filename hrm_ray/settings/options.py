@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from hrm_ray.settings.base import Traits, plain_types
@@ -12,6 +13,8 @@ from hrm_ray.settings.tree import SECTIONS, leaf_keys
 
 BOOLEAN_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 """Words that may follow a switch."""
+
+_VALUE_NAMES = {bool: "true|false", int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class Option:
     flag: str
     """The option itself, such as `--hidden-size`."""
     is_switch: bool
+    value: str
+    """What follows it: INT, FLOAT, PATH, TEXT, or its choices with | between them."""
     choices: tuple[str, ...]
     default: Any
     help: str
@@ -83,6 +88,17 @@ def spellings() -> Mapping[str, Spelling]:
     return table
 
 
+def value_name(annotation: Any) -> str:
+    """What help pages call the values of a type: INT, FLOAT, PATH, TEXT, or its choices with | between them."""
+    names: list[str] = []
+    for kind in plain_types(annotation):
+        if get_origin(kind) is Literal:
+            names += map(str, get_args(kind))
+        else:
+            names.append(value_name(get_args(kind)[0]) if get_origin(kind) is list else _VALUE_NAMES[kind])
+    return "|".join(names)
+
+
 def _option(key: str) -> Option:
     section, _, name = key.partition(".")
     field = SECTIONS[section].model_fields[name]
@@ -95,6 +111,7 @@ def _option(key: str) -> Option:
         key=key,
         flag=f"--{name.replace('_', '-')}",
         is_switch=types == (bool,),
+        value=value_name(field.annotation),
         choices=choices,
         default=field.default,
         help=" ".join((field.description or "").split()),
