@@ -12,7 +12,7 @@ from pathlib import Path
 
 import typer
 
-from hrm_ray.cli.help_page import option_row, page
+from hrm_ray.cli.help_page import Row, page
 from hrm_ray.errors import Fault
 from hrm_ray.settings.faults import nearest
 from hrm_ray.settings.needs import NoEffect, overridden
@@ -133,9 +133,9 @@ class FlatCommand:
         if whole or not self.common:
             sections["Options"] = own
             for section, group in groupby(taken, key=lambda option: option.section):
-                sections[section.capitalize()] = [option_row(option) for option in group]
+                sections[section.capitalize()] = [_option_row(option) for option in group]
         else:
-            common = [option_row(options()[key]) for key in self.common]
+            common = [_option_row(options()[key]) for key in self.common]
             sections[f"Options ({len(common)} of {len(taken)}; --help-all shows all)"] = [*common, *own]
         return page(self.usage, self.about, {title: rows for title, rows in sections.items() if rows}, self.examples)
 
@@ -164,3 +164,15 @@ def _takes_value(name: str, word: str, own: Mapping[str, bool]) -> bool:
 
 def _as_written(name: str, value: str | bool) -> str:
     return name if value is True else f"{name} {value}"
+
+
+def _option_row(option: Option) -> Row:
+    """The row of an option of the settings, with its aliases and default."""
+    aliases = option.traits.aliases
+    same = [option.flag, *(alias for alias, fixed in aliases.items() if fixed is None)]
+    names = [f"{option.flag}/{option.off_flag}" if option.is_switch else f"{', '.join(same)} {option.value}"]
+    default = option.written(option.default) if option.is_switch else option.default
+    return (
+        ", ".join([*names, *(alias for alias in aliases if option.is_switch or alias not in same)]),
+        f"{option.help} [default: {option.traits.unset if option.default is None else default}]",
+    )

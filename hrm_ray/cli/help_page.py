@@ -10,8 +10,6 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from hrm_ray.settings.options import Option, value_name
-
 Row = tuple[str, str]
 """An option or command with its values, and what it is for."""
 
@@ -53,18 +51,6 @@ def _row(names: str, meaning: str, width: int) -> list[str]:
     return [*_filled(names, width, "      ", "  "), *_filled(meaning, width, indent)]
 
 
-def option_row(option: Option) -> Row:
-    """The row of an option of the settings, with its aliases and default."""
-    aliases = option.traits.aliases
-    same = [option.flag, *(alias for alias, fixed in aliases.items() if fixed is None)]
-    names = [f"{option.flag}/{option.off_flag}" if option.is_switch else f"{', '.join(same)} {option.value}"]
-    default = option.written(option.default) if option.is_switch else option.default
-    return (
-        ", ".join([*names, *(alias for alias in aliases if option.is_switch or alias not in same)]),
-        f"{option.help} [default: {option.traits.unset if option.default is None else default}]",
-    )
-
-
 class HelpCommand(TyperCommand):
     """A command of Typer with our help page."""
 
@@ -98,7 +84,8 @@ class CommandLine(typer.Typer):
 
 def _page_of(command: TyperCommand | TyperGroup, ctx: Any, below: Mapping[str, list[Row]] | None = None) -> str:
     """The page of a Typer command, with its arguments, its options and the sections `below`."""
-    parameters: list[Any] = [each for each in command.get_params(ctx) if not each.hidden]
+    every: list[Any] = command.get_params(ctx)
+    parameters = [each for each in every if not each.hidden]
     arguments = [each for each in parameters if each.param_type_name == "argument"]
     rows = {
         "Arguments": [(_argument(each), each.help or "") for each in arguments],
@@ -118,7 +105,7 @@ def _argument(argument: Any) -> str:
 
 def _typer_option(option: Any) -> Row:
     names = "/".join([*option.opts, *option.secondary_opts])
-    value = "" if option.is_flag else f" {option.metavar or value_name(option.type_descriptor.annotation)}"
+    value = "" if option.is_flag else f" {option.metavar or _value_name(option)}"
     meaning = " ".join((option.help or "").split())
     if option.required:
         return f"{names}{value}", f"{meaning} [required]"
@@ -126,3 +113,10 @@ def _typer_option(option: Any) -> Row:
         return f"{names}{value}", meaning
     default = (option.opts if option.default else option.secondary_opts)[0] if option.is_flag else option.default
     return f"{names}{value}", f"{meaning} [default: {default}]"
+
+
+def _value_name(option: Any) -> str:
+    # Imported here: the page of `hrm-ray` itself needs no settings.
+    from hrm_ray.settings.options import value_name
+
+    return value_name(option.type_descriptor.annotation)
