@@ -9,18 +9,15 @@ from contextlib import closing
 from pathlib import Path
 from textwrap import TextWrapper
 
+from hrm_ray.cli.dry_run import print_dry_run
 from hrm_ray.cli.output import print_if_possible
-from hrm_ray.launch.preflight import gigabytes, needed_memory
 from hrm_ray.launch.resolve import ResolvedRun, resolve
-from hrm_ray.launch.resources import WORKER_MEMORY_BYTES
 from hrm_ray.launch.run import run
-from hrm_ray.launch.scan_data import scan_data
 from hrm_ray.launch.stopping import StopWatch
 from hrm_ray.metrics.console import ConsoleSink
 from hrm_ray.metrics.display_state import Schedule
 from hrm_ray.model.describe import count_parameters
-from hrm_ray.settings.rules import as_note
-from hrm_ray.settings.tree import RunSettings, to_dotted
+from hrm_ray.settings.tree import RunSettings
 from hrm_ray.types import RunResult, StopReason, StopRequested
 
 _INDENT = " " * len("device  ")
@@ -32,14 +29,7 @@ def run_train(settings: RunSettings, dry_run: bool) -> int:
         resolved = resolve(settings)
         (print if dry_run else print_if_possible)(_wrapped(describe(resolved)))
         if dry_run:
-            # A run has them in its records, which the display shows.
-            print("".join(f"warning {note}\n" for note in resolved.notes), end="")
-            if resolved.no_effect:
-                print(f"note    {as_note(resolved.no_effect)}")
-            print("\n".join(f"  {key} = {value}" for key, value in to_dotted(resolved.settings).items()))
-            print(describe_memory(resolved))
-            print(scan_data(resolved))
-            print("dry run: nothing was started or written")
+            print_dry_run(resolved)
             return 0
         try:
             with closing(ConsoleSink(sys.stdout, _schedule(resolved))) as sink:
@@ -100,16 +90,6 @@ def describe(resolved: ResolvedRun) -> str:
         lines.append(f"expert  {settings.run.expert_id}: number {index} of every block is trained, all else is frozen")
     if resolved.location.checkpoint is not None:
         lines.append(f"resume  {resolved.location.checkpoint}")
-    return "\n".join(lines)
-
-
-def describe_memory(resolved: ResolvedRun) -> str:
-    """The memory that each worker will need, from a traced update (takes some seconds)."""
-    account = needed_memory(resolved.settings, resolved.config, resolved.devices.device)
-    process = gigabytes(WORKER_MEMORY_BYTES)
-    lines = [f"memory  of each worker {account.as_text()}, and about {process} for Python and PyTorch"]
-    if resolved.devices.device == "cpu" and resolved.keep_freed_memory:
-        lines.append("        enough is free to keep freed memory (faster, up to three times as much)")
     return "\n".join(lines)
 
 

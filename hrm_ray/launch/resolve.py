@@ -31,7 +31,7 @@ from hrm_ray.rundir import MANIFEST, RunDir, read_json
 from hrm_ray.settings.adaptive_lr import AdaptiveLrSettings, read_adaptive_lr
 from hrm_ray.settings.needs import OWN_TOKENIZER, TRAINED_BEFORE, NoEffect
 from hrm_ray.settings.options import options
-from hrm_ray.settings.resolve import fit_warmup, moderate_lr, resolve_task
+from hrm_ray.settings.resolve import fit_warmup, moderate_lr, resolve_task, with_effective_batch
 from hrm_ray.settings.rules import as_faults, without_effect
 from hrm_ray.settings.tree import SECTIONS, RunSettings
 from hrm_ray.train.attention_choice import flash_notes
@@ -104,6 +104,7 @@ def _resolve_on(
     if devices.device == "mps" and settings.model.loss == "stablemax":
         reason = "it is computed in float64, which this device does not have"
         raise SettingsError(Fault("--loss stablemax on mps", reason, "Give --loss softmax, or --device cpu"))
+    settings = with_effective_batch(settings, devices.world_size)
     no_effect = _without_effect(settings, facts, evaluation, devices.device)
     if settings.data.force_train and not TRAINED_BEFORE.holds(settings):
         settings = settings.model_copy(update={"data": settings.data.model_copy(update={"force_train": False})})

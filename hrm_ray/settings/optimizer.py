@@ -14,8 +14,19 @@ class OptimizerSettings(Section):
 
     batch_size: int = option(8, "free", ge=1, affects=("memory",))
     """Sequences or puzzles in one micro-batch of one worker."""
-    gradient_accumulation_steps: int = option(1, "free", ge=1, affects=("memory",))
+    gradient_accumulation_steps: int = option(
+        1, "free", ge=1, affects=("memory",), replaces=("optimizer.effective_batch_size",)
+    )
     """Micro-batches whose gradients are added up for one weight update."""
+    effective_batch_size: int | None = option(
+        None,
+        "free",
+        ge=1,
+        replaces=("optimizer.gradient_accumulation_steps",),
+        unset="--batch-size times --gradient-accumulation-steps times workers",
+    )
+    """Sequences or puzzles of one weight update; chooses --gradient-accumulation-steps for this --batch-size and
+    number of workers."""
     lr: float = option(2e-4, "free", gt=0, aliases={"--learning-rate": None})
     """Peak learning rate."""
     auto_adjust_lr: bool = option(True, "free", needs=(EXPERTS,))

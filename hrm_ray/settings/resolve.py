@@ -52,6 +52,38 @@ def resolve_task(settings: RunSettings, task_of_data: Task, puzzle_len: int | No
     return resolved
 
 
+def with_effective_batch(settings: RunSettings, world_size: int) -> RunSettings:
+    """The settings with the accumulation that --effective-batch-size asks for.
+
+    A batch size that the user did not give becomes the largest divisor. Raises SettingsError where there is none.
+    """
+    chosen, given = settings.optimizer, settings.given
+    wanted = chosen.effective_batch_size
+    if wanted is None:
+        return settings
+    workers = f" x {world_size} workers" if world_size > 1 else ""
+    batch, share = chosen.batch_size, wanted // world_size
+    if "optimizer.gradient_accumulation_steps" in given:
+        accumulation = chosen.gradient_accumulation_steps
+        if "optimizer.batch_size" not in given and wanted % (accumulation * world_size) == 0:
+            batch = share // accumulation
+        if batch * accumulation * world_size != wanted:
+            both = f"--effective-batch-size {wanted} with --gradient-accumulation-steps {accumulation}"
+            product = f"--batch-size {batch} x {accumulation}{workers} is {batch * accumulation * world_size}"
+            raise SettingsError(Fault(both, product, "Give one of the two"))
+    elif "optimizer.batch_size" not in given and wanted % world_size == 0:
+        batch = next(size for size in range(min(batch, share), 0, -1) if share % size == 0)
+    at_once = batch * world_size
+    if wanted % at_once:
+        below = wanted // at_once * at_once
+        near = f"{below} or {below + at_once}" if below else f"{at_once}"
+        value = f"--effective-batch-size {wanted}"
+        what = f"--batch-size {batch}{workers} = {at_once}" if workers else f"--batch-size {batch}"
+        raise SettingsError(Fault(value, f"is no multiple of {what}", f"Give {near}, or another --batch-size"))
+    update = {"batch_size": batch, "gradient_accumulation_steps": wanted // at_once}
+    return settings.model_copy(update={"optimizer": chosen.model_copy(update=update)})
+
+
 MOE_LR = 1e-3
 """Learning rates above this are lowered to it where there are experts (FEATURES.md, M10)."""
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hrm_ray.cli import run
+from hrm_ray.cli import dry_run
 from hrm_ray.data.detect import DataFacts
 from hrm_ray.launch import defaults, preflight
 from hrm_ray.launch.defaults import with_checkpointing, with_defaults
@@ -29,7 +29,7 @@ from tests.support.runs import hrm, puzzle_file, text_file
 @pytest.fixture(autouse=True)
 def _without_traced_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dry runs here are about the settings, and tracing an update takes seconds."""
-    monkeypatch.setattr(run, "describe_memory", lambda resolved: "memory  not traced")
+    monkeypatch.setattr(dry_run, "describe_memory", lambda resolved: "memory  not traced")
 
 
 def facts(size_bytes: int) -> DataFacts:

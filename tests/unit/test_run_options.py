@@ -231,3 +231,18 @@ def test_a_resume_with_other_puzzles_is_refused_and_changes_nothing(tmp_path: Pa
     resume = ("train", "--bundle-dir", tmp_path / "b", "--resume", "--steps", "4", "--dataset-file", other)
     refused(5, *resume, naming=(other, "fingerprint"))
     assert files_below(tmp_path / "b") == before
+
+
+def test_a_dry_run_prints_what_holds(tmp_path: Path) -> None:
+    """No None: a resolved value, or what it means that the option is not set."""
+    words = ("train", "--dataset-file", text_file(tmp_path), *TEXT[:-2], "--dry-run")
+    ran = hrm(*words)
+    assert ran.code == 0 and "None" not in ran.out, ran.err
+    lines = dict(line.strip().split(" = ", 1) for line in ran.out.splitlines() if line.startswith("  ") and "=" in line)
+    assert lines["run.steps"] == "200" and lines["run.brain_name"] == "corpus"
+    assert lines["run.bundle_dir"].endswith("artifacts/brains") and lines["model.window_size"].startswith("(all")
+    assert lines["cluster.launcher"] == "local" and lines["cluster.strategy"] == "single"
+    assert (lines["cluster.world_size"], lines["cluster.threads"]) == ("1", "1")
+    assert lines["memory.keep_freed_memory"] in ("True", "False") and lines["memory.activations"] == "fp32"
+    assert lines["optimizer.effective_batch_size"] == "4" and lines["model.num_layers"] == "2"
+    assert "run.steps = (no limit)" in hrm(*words, "--epochs", "1").out

@@ -22,7 +22,15 @@ SETTINGS = PACKAGE / "settings"
 SECTION_OF = {kind.__name__: name for name, kind in SECTIONS.items()}
 KEYS = frozenset(leaf_keys())
 
-EXPANDED = frozenset({"model.model_preset", "model.num_layers", "run.profile", "optimizer.auto_adjust_lr"})
+EXPANDED = frozenset(
+    {
+        "model.model_preset",
+        "model.num_layers",
+        "run.profile",
+        "optimizer.auto_adjust_lr",
+        "optimizer.effective_batch_size",
+    }
+)
 """Options whose whole effect is on other options, inside `hrm_ray.settings`."""
 
 

@@ -1,0 +1,82 @@
+"""What `hrm-ray train --dry-run` prints: notes, every setting as it holds, memory, and what can be read of the data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hrm_ray.launch.preflight import gigabytes, needed_memory
+from hrm_ray.launch.resolve import ResolvedRun, effective_batch
+from hrm_ray.launch.resources import WORKER_MEMORY_BYTES
+from hrm_ray.launch.scan_data import scan_data
+from hrm_ray.model.attention_backends import FLASH_MODULES
+from hrm_ray.model.transforms.compile import compiles
+from hrm_ray.settings.options import options
+from hrm_ray.settings.rules import as_note
+from hrm_ray.settings.tree import to_dotted
+from hrm_ray.train.attention_choice import kernel_of
+from hrm_ray.train.precision import activation_dtype
+
+
+def print_dry_run(resolved: ResolvedRun) -> None:
+    """Print it; takes some seconds."""
+    # A run has the notes in its records, which the display shows.
+    print("".join(f"warning {note}\n" for note in resolved.notes), end="")
+    if resolved.no_effect:
+        print(f"note    {as_note(resolved.no_effect)}")
+    print("\n".join(f"  {key} = {value}" for key, value in resolved_values(resolved).items()))
+    print(describe_memory(resolved))
+    print(scan_data(resolved))
+    print("dry run: nothing was started or written")
+
+
+def resolved_values(resolved: ResolvedRun) -> dict[str, Any]:
+    """Every setting by its dotted key, as it holds in this run; of one that is not set, what that means."""
+    settings, devices, root = resolved.settings, resolved.devices, resolved.location.run_dir.root
+    values = to_dotted(settings)
+    chosen: dict[str, Any] = {
+        "cluster.launcher": devices.launcher,
+        "cluster.world_size": devices.world_size,
+        "cluster.strategy": devices.strategy,
+        "cluster.ray_address": "(none: the local launcher uses no cluster)" if devices.launcher == "local" else None,
+        "cluster.device": devices.device,
+        "cluster.cuda_ids": None if devices.device == "cuda" else "(none: the device is no GPU with CUDA)",
+        "cluster.threads": devices.threads,
+        "model.model_preset": settings.model.model_preset or "(no preset)",
+        "model.d_ff": resolved.config.intermediate_size,
+        "model.num_layers": settings.model.h_layers + settings.model.l_layers,
+        "run.steps": settings.run.step_limit or "(no limit)",
+        "run.resume_from": resolved.location.checkpoint,
+        "run.bundle_dir": root.parent if settings.run.bundle_dir is None else settings.run.bundle_dir,
+        "optimizer.effective_batch_size": effective_batch(settings, devices),
+    }
+    if settings.run.brain_name is None:
+        named = settings.run.bundle_dir is not None
+        chosen["run.brain_name"] = "(none: --bundle-dir is the bundle's own folder)" if named else root.name
+    if not devices.ray_address:
+        device = torch.device(devices.device)
+        chosen["cluster.compile"] = compiles(settings, device)
+        chosen["model.use_flash_attn"] = kernel_of(settings, resolved.config, device) in FLASH_MODULES
+        chosen["memory.activations"] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[
+            activation_dtype(settings.memory, device)
+        ]
+        if devices.device == "cpu":
+            chosen["memory.keep_freed_memory"] = resolved.keep_freed_memory
+    values.update({key: value for key, value in chosen.items() if value is not None})
+    if devices.ray_address:
+        values["cluster.ray_address"] = devices.ray_address
+    if devices.visible_gpus:
+        values["cluster.cuda_ids"] = devices.visible_gpus
+    unset = {key: f"({options()[key].traits.unset})" for key, value in values.items() if value is None}
+    return values | unset
+
+
+def describe_memory(resolved: ResolvedRun) -> str:
+    """The memory that each worker will need, from a traced update (takes some seconds)."""
+    account = needed_memory(resolved.settings, resolved.config, resolved.devices.device)
+    process = gigabytes(WORKER_MEMORY_BYTES)
+    lines = [f"memory  of each worker {account.as_text()}, and about {process} for Python and PyTorch"]
+    if resolved.devices.device == "cpu" and resolved.keep_freed_memory:
+        lines.append("        enough is free to keep freed memory (faster, up to three times as much)")
+    return "\n".join(lines)
