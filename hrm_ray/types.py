@@ -71,13 +71,16 @@ class StopReason(str, Enum):
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended: the reason, the last step, the epoch reached, final figures and the bundle's folder."""
+    """How a run ended: the reason, the last step, the epoch reached, the bundle's folder, the last held-out figures,
+    those of the best evaluation with its `step`, and the samples trained on (None: not counted)."""
 
     reason: StopReason
     step: int
     epoch: int
     bundle: str
     figures: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    samples: int | None = None
 
 
 StopPoll: TypeAlias = Callable[[], "StopReason | None"]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import sys
+import time
 from contextlib import closing
-from pathlib import Path
 from textwrap import TextWrapper
 
 from hrm_ray.cli.dry_run import print_dry_run
 from hrm_ray.cli.output import print_if_possible
+from hrm_ray.cli.summary import summary
 from hrm_ray.launch.resolve import ResolvedRun, resolve
 from hrm_ray.launch.run import run
 from hrm_ray.launch.stopping import StopWatch
@@ -18,13 +18,14 @@ from hrm_ray.metrics.console import ConsoleSink
 from hrm_ray.metrics.display_state import Schedule
 from hrm_ray.model.describe import count_parameters
 from hrm_ray.settings.tree import RunSettings
-from hrm_ray.types import RunResult, StopReason, StopRequested
+from hrm_ray.types import StopRequested
 
 _INDENT = " " * len("device  ")
 
 
 def run_train(settings: RunSettings, dry_run: bool) -> int:
     """Train, or with `dry_run` only print what would be done; returns the exit code."""
+    started_s = time.time()
     with StopWatch(settings.run.stop_file) as watch:
         resolved = resolve(settings)
         (print if dry_run else print_if_possible)(_wrapped(describe(resolved)))
@@ -32,12 +33,12 @@ def run_train(settings: RunSettings, dry_run: bool) -> int:
             print_dry_run(resolved)
             return 0
         try:
-            with closing(ConsoleSink(sys.stdout, _schedule(resolved))) as sink:
+            with closing(ConsoleSink(sys.stdout, _schedule(resolved), started_s=started_s)) as sink:
                 result = run(resolved, sink=sink, stop=watch.poll, on_start=watch.begin)
         except StopRequested as stopped:
             print_if_possible(f"ended   {stopped.reason.value} before the first step: nothing was trained")
             return stopped.reason.exit_code
-    print_if_possible(_wrapped(summary(result, settings.run.stop_file)))
+    print_if_possible(_wrapped(summary(result, resolved, time.time() - started_s)))
     return result.reason.exit_code
 
 
@@ -90,18 +91,4 @@ def describe(resolved: ResolvedRun) -> str:
         lines.append(f"expert  {settings.run.expert_id}: number {index} of every block is trained, all else is frozen")
     if resolved.location.checkpoint is not None:
         lines.append(f"resume  {resolved.location.checkpoint}")
-    return "\n".join(lines)
-
-
-def summary(result: RunResult, stop_file: Path | None) -> str:
-    """How the run ended, its last held-out figures, and what can be done next."""
-    lines = [f"ended   {result.reason.value} at step {result.step}, epoch {result.epoch}"]
-    if result.figures:
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in result.figures.items())
-        lines.append(f"held out  {shown}")
-    lines.append(f"bundle  {result.bundle}")
-    if result.reason is not StopReason.FINISHED:
-        lines.append(f"resume  hrm-ray train --bundle-dir {shlex.quote(result.bundle)} --resume")
-    if result.reason is StopReason.STOP_FILE:
-        lines.append(f"        (remove {stop_file} first)")
     return "\n".join(lines)

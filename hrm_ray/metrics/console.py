@@ -112,6 +112,9 @@ class ConsoleSink:
         if record.kind == "event":
             self._print(record, self._event_line(record))
         elif record.kind == "eval":
+            trained = self.state.train
+            if trained is not None and trained is not self._shown and trained.step == record.step:
+                self._print_train(trained)
             self._print(record, *self.state.place(record), "held out:", *_plain(labelled(EVAL_FIELDS, record)))
         elif record.kind == "train":
             self._unshown_records += 1

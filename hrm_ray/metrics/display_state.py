@@ -110,6 +110,12 @@ def labelled(fields: Iterable[Field], record: Record) -> list[tuple[str, str]]:
     return found
 
 
+def decisive(evaluation: Record) -> str | None:
+    """The figure that decides which evaluation is the best; None where the record has none."""
+    found = labelled((field for field in EVAL_FIELDS if field.name in ("exact_accuracy", "loss")), evaluation)
+    return " ".join(found[0]) if found else None
+
+
 class DisplayState:
     """The records of a run so far, as far as a display needs them.
 
@@ -186,8 +192,7 @@ class DisplayState:
         best = self.best
         if best is None or self.evaluation is None or best.step == self.evaluation.step:
             return None
-        (label, value) = labelled((field for field in EVAL_FIELDS if field.name in ("exact_accuracy", "loss")), best)[0]
-        return f"best {label} {value} at step {best.step}"
+        return f"best {decisive(best)} at step {best.step}"
 
     def curve(self, width: int) -> list[float]:
         """The loss so far as at most `width` means, the oldest first."""

@@ -157,4 +157,5 @@ class Trainer:
         if expert is not None and reason is StopReason.FINISHED:
             folder = self.loop.world.from_leader(lambda: expert.store(self.settings, run_dir, step, figures))
             self.logger.event("INFO", f"the expert is stored in {folder}")
-        return RunResult(reason, step, self.loop.parts.loader.epoch, str(run_dir.root), figures)
+        best, samples = self.evaluator.best or {}, self.loop.progress.trained_samples
+        return RunResult(reason, step, self.loop.parts.loader.epoch, str(run_dir.root), figures, best, samples)
