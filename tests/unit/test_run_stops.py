@@ -88,7 +88,7 @@ def check_and_resume(bundle: Path, out: str) -> None:
     assert records(bundle)[-1]["step"] == steps[0] and f"at step {steps[0]}" in out
     assert run_dir.weights.is_file()
     shown = next(line for line in out.splitlines() if line.startswith("next: "))
-    words = shlex.split(shown.removeprefix("resume"))
+    words = shlex.split(shown.removeprefix("next:"))
     assert words[0] == "hrm-ray"
     ran = hrm(*words[1:], "--steps", steps[0] + 2)
     assert ran.code == 0, ran.err
