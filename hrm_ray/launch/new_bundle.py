@@ -41,11 +41,14 @@ def new_bundle(location: RunLocation) -> Iterator[RunDir]:
                 shutil.copyfile(tokenizers.root / name, preparing.root / name)
         yield preparing
         # Preparing can take hours. In that time somebody may have put files of their own here.
-        check_folder_is_free(location.run_dir)
+        check_folder_is_free(location)
         # First what marks the folder as a prepared bundle: a later run may take the place of a part of one.
         os.replace(preparing.training_args, location.run_dir.training_args)
+        # Of a run that was killed before its first checkpoint.
         for name in PREPARED - REUSABLE - {preparing.training_args.name}:
-            _remove(root / name)  # of a launch that was killed before its first step
+            _remove(root / name)
+        _remove(location.run_dir.checkpoints)
+        _remove(location.run_dir.best.root)
         for path in preparing.root.iterdir():
             os.replace(path, root / path.name)
         sync_folder(root)

@@ -122,7 +122,10 @@ def _resolve_on(
         known = TextDataDir(location.source.data)
         if known.parts.is_file():
             check_parts(known.read_parts(), list_parts(source_of(settings, evaluation=False)).parts)
-    notes += _no_steps_left(settings, location)
+    if location.damaged is not None:
+        notes.append(f"{location.damaged} is damaged: the run goes on from {location.checkpoint.name}.")
+    if not settings.run.auto_resume:
+        notes += _no_steps_left(settings, location)
     check_effective_batch(location, effective_batch(settings, devices))
     check_own_files(settings, location)
     if facts.puzzle is not None:

@@ -16,9 +16,10 @@ from hrm_ray.launch.devices import LAUNCHERS, visible_gpus
 from hrm_ray.launch.new_bundle import removed_unless_trained
 from hrm_ray.launch.plan import make_plan
 from hrm_ray.launch.resolve import ResolvedRun, resolve
-from hrm_ray.launch.run_directory import check_unchanged
+from hrm_ray.launch.run_directory import check_unchanged, finished_before, was_logged_by
 from hrm_ray.launch.run_lock import run_lock
 from hrm_ray.metrics.fanout import FanOut
+from hrm_ray.metrics.jsonl import truncate_after
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.types import MetricSink, Record, RunResult, StopPoll, StopRequested
 
@@ -45,10 +46,18 @@ def run(
     sink, stop = sink or FanOut([]), stop or (lambda: None)
     resolved = resolve(settings) if isinstance(settings, RunSettings) else settings
     devices = resolved.devices
+    finished = finished_before(resolved.settings, resolved.location)
+    if finished is not None:
+        message = "The run has finished: there is nothing to train. More --steps or --epochs go on with it."
+        sink.write(Record("event", finished.step, time.time(), {"message": message, "level": "INFO"}))
+        return finished
     with ExitStack() as held:
         held.enter_context(run_lock(resolved.location.run_dir))
         # Another run may have used the folder between the first check and the lock.
         resolved = replace(resolved, location=check_unchanged(resolved.settings, resolved.location))
+        log = resolved.settings.run.log_file
+        if log is not None and was_logged_by(resolved.location, log):
+            truncate_after(log, -1)
         held.enter_context(removed_unless_trained(resolved.location))
         held.enter_context(visible_gpus(devices))
         plan = make_plan(resolved, _ReadingProgress(sink, stop))

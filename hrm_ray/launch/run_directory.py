@@ -6,6 +6,7 @@ A new run gets a folder of its own, and a resumed one that of its checkpoint. No
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from hrm_ray.errors import DataError, Fault, SettingsError
 from hrm_ray.launch.run_lock import check_not_in_use
 from hrm_ray.ledger.database import SIDE_FILES
 from hrm_ray.metrics.jsonl import read_records
-from hrm_ray.rundir import DRIVER_MARKER, RunDir, read_json, verify_checkpoint
+from hrm_ray.rundir import DRIVER_MARKER, MANIFEST, RunDir, read_json, verify_checkpoint
 from hrm_ray.settings.load import load_settings, peek_leaves
 from hrm_ray.settings.needs import NoEffect
 from hrm_ray.settings.options import options
 from hrm_ray.settings.presets import layer_leaves, preset_leaves
 from hrm_ray.settings.profiles import BUNDLE_DIRS
 from hrm_ray.settings.tree import RunSettings, from_plain, to_dotted
+from hrm_ray.types import RunResult, StopReason
 
 REUSABLE = frozenset({TOKENIZER_FILE, CONFIG_FILE})
 """Files that the folder of a new run may contain: the tokenizer of an earlier one is used again."""
@@ -45,7 +47,7 @@ LOCK_FILES = frozenset({".run.lock", ".in_use.json", ".preparing"})
 
 
 _NAME_A_RUN = (
-    *("run.resume", "run.resume_from", "run.bundle_dir", "run.brain_name", "run.profile"),
+    *("run.resume", "run.auto_resume", "run.resume_from", "run.bundle_dir", "run.brain_name", "run.profile"),
     *("data.dataset_file", "data.dataset_id"),
 )
 """Leaves that say which run is resumed."""
@@ -58,6 +60,11 @@ class RunLocation:
     run_dir: RunDir
     checkpoint: Path | None
     source: RunDir | None
+    may_replace: bool = False
+    """Whether the best weights of a run that was ended before its first checkpoint may be replaced too, as --auto-resume
+    does."""
+    damaged: Path | None = None
+    """The newest checkpoint, where it is damaged and `checkpoint` is an older one."""
 
     @property
     def continues(self) -> bool:
@@ -81,6 +88,14 @@ def load_run(
     where = peek_leaves(flat_options, config, _NAME_A_RUN)
     where["run.profile"] = where["run.profile"] or profile
     base = None
+    if where["run.auto_resume"]:
+        if where["run.resume"] or where["run.resume_from"] is not None:
+            reason = "--auto-resume starts a run where there is none, the other demands one"
+            option = "--resume" if where["run.resume"] else "--resume-from"
+            raise SettingsError(Fault(f"--auto-resume with {option}", reason, "Give one of the two"))
+        if _find_stored(None, where).newest_checkpoint() is not None:
+            where["run.resume"] = True
+            flat_options = {**flat_options, "--resume": True}
     if where["run.resume"] or where["run.resume_from"] is not None:
         base = _base_settings(_find_stored(where["run.resume_from"], where), where)
     return load_settings(
@@ -105,7 +120,11 @@ def _find_stored(resume_from: Path | None, where: Mapping[str, Any]) -> RunDir:
     data = where["data.dataset_file"] or where["data.dataset_id"]
     if where["run.brain_name"] is None and where["run.bundle_dir"] is None and data is None:
         raise SettingsError(
-            Fault("--resume", "no run is named", "Give --bundle-dir (or --brain-name) of the run to resume")
+            Fault(
+                "--auto-resume" if where["run.auto_resume"] else "--resume",
+                "no run is named",
+                "Give --bundle-dir (or --brain-name) of the run to resume",
+            )
         )
     return RunDir(_folder(where["run.brain_name"], where["run.bundle_dir"], data, where["run.profile"]))
 
@@ -184,19 +203,38 @@ def locate_run(settings: RunSettings) -> RunLocation:
         if newest is None:
             hint = "Leave out --resume and give another --brain-name, or --resume-from a checkpoint"
             raise SettingsError(Fault(str(run_dir.root), "contains no checkpoint to resume from", hint))
-        return _resumed(settings, run_dir, newest, run_dir)
-    _check_new_folder(run_dir)
-    return RunLocation(run_dir, None, None)
+        whole = _newest_whole(run_dir, newest) if run.auto_resume and not settings.cluster.strict else newest
+        location = _resumed(settings, run_dir, whole, run_dir)
+        return location if whole == newest else replace(location, damaged=newest)
+    location = RunLocation(run_dir, None, None, may_replace=run.auto_resume)
+    _check_new_folder(location)
+    return location
 
 
-def holds_no_weights(run_dir: RunDir) -> bool:
-    """Whether a bundle has no checkpoint and no weights, and nothing in it but our own files.
+def _newest_whole(run_dir: RunDir, newest: Path) -> Path:
+    """The newest checkpoint that is not damaged. Raises DataError, about `newest`, where all are."""
+    try:
+        verify_checkpoint(newest)
+    except DataError:
+        for step in reversed(run_dir.checkpoint_steps()):
+            with suppress(DataError):
+                if run_dir.checkpoint(step) != newest:
+                    verify_checkpoint(run_dir.checkpoint(step))
+                    return run_dir.checkpoint(step)
+        raise
+    return newest
+
+
+def holds_no_weights(run_dir: RunDir, *, best_too: bool = False) -> bool:
+    """Whether a bundle has no checkpoint and no weights (with `best_too`: but those of an evaluation), and nothing in
+    it but our own files.
 
     A run that ended before its first checkpoint leaves such a one; a new run may take its place.
     """
     if not run_dir.training_args.is_file() or run_dir.newest_checkpoint() is not None:
         return False
-    return (PREPARED | {run_dir.checkpoints.name}).issuperset(_names_in(run_dir))
+    own = PREPARED | {run_dir.checkpoints.name, *([run_dir.best.root.name] if best_too else [])}
+    return own.issuperset(_names_in(run_dir))
 
 
 def never_trained(run_dir: RunDir) -> bool:
@@ -207,6 +245,24 @@ def never_trained(run_dir: RunDir) -> bool:
         return not run_dir.metrics.is_file() or all(record.kind == "event" for record in read_records(run_dir.metrics))
     except DataError:
         return False
+
+
+def finished_before(settings: RunSettings, location: RunLocation) -> RunResult | None:
+    """The result of a run that has finished already, where --auto-resume is asked to go on with it; None where there is
+    more to train."""
+    run, run_dir = settings.run, location.run_dir
+    if not run.auto_resume or location.checkpoint is None or location.damaged or not run_dir.metadata.is_file():
+        return None
+    about = read_json(run_dir.metadata)
+    step: int = read_json(location.checkpoint / MANIFEST)["step"]
+    goes_on = run.stop_after_epoch or run.stop_after_block or settings.data.force_train
+    if goes_on or about["ended"] != StopReason.FINISHED.value or about["step"] != step:
+        return None
+    stored = _stored_leaves(run_dir)
+    as_long = all(settings.leaf(f"run.{name}") == stored[f"run.{name}"] for name in ("steps", "epochs", "iterate"))
+    if not as_long and (run.step_limit is None or run.step_limit > step):
+        return None
+    return RunResult(StopReason.FINISHED, step, about["epoch"], str(run_dir.root), about["figures"])
 
 
 def _names_in(run_dir: RunDir) -> set[str]:
@@ -222,12 +278,17 @@ def check_unchanged(settings: RunSettings, location: RunLocation) -> RunLocation
     """
     run_dir = location.run_dir
     if not location.continues:
-        check_folder_is_free(run_dir)
+        if location.may_replace and run_dir.newest_checkpoint() is not None:
+            reason = "another run saved a checkpoint in it while this one was starting"
+            raise SettingsError(Fault(str(run_dir.root), reason, "Run the command again"))
+        check_folder_is_free(location)
     elif settings.run.resume_from is None:
-        if location.checkpoint != run_dir.newest_checkpoint():
+        if run_dir.newest_checkpoint() != (location.damaged or location.checkpoint):
             reason = "another run saved a checkpoint in it while this one was starting"
             raise SettingsError(Fault(str(run_dir.root), reason, "Run the command again"))
         run_dir.recover()
+        if location.damaged is not None:
+            return location
         return replace(location, checkpoint=run_dir.newest_checkpoint())
     return location
 
@@ -263,9 +324,19 @@ def check_own_files(settings: RunSettings, location: RunLocation) -> None:
         raise SettingsError(Fault(f"--log-file {log}", "is a device or a pipe, not a file", "Name a file"))
     if not log.exists() or not log.stat().st_size:
         return
-    if not location.continues or not read_records(log):
+    if not (location.continues and read_records(log)) and not was_logged_by(location, log):
         reason = "it already contains data that this run did not write"
         raise SettingsError(Fault(f"--log-file {log}", reason, "Name another file, or move this one away"))
+
+
+def was_logged_by(location: RunLocation, log: Path) -> bool:
+    """Whether the run that this one may replace wrote the log: both of its files of metrics begin alike."""
+    metrics = location.run_dir.metrics
+    if not location.may_replace or not metrics.is_file() or not log.is_file():
+        return False
+    with log.open("rb") as other, metrics.open("rb") as own:
+        first = own.readline()
+        return bool(first) and other.readline() == first
 
 
 def _behind_a_file(path: Path) -> bool:
@@ -291,7 +362,7 @@ def _resumed(settings: RunSettings, run_dir: RunDir, checkpoint: Path, source: R
     _check_ledger(settings, source)
     location = RunLocation(run_dir, checkpoint, source)
     if not location.continues:
-        _check_new_folder(run_dir)
+        _check_new_folder(location)
     return location
 
 
@@ -305,19 +376,19 @@ def _check_ledger(settings: RunSettings, source: RunDir) -> None:
         raise DataError(Fault(str(source.ledger), reason, hint))
 
 
-def _check_new_folder(run_dir: RunDir) -> None:
+def _check_new_folder(location: RunLocation) -> None:
     """As `check_folder_is_free`, for a process without the run's lock: a run that is training there is named."""
     try:
-        check_folder_is_free(run_dir)
+        check_folder_is_free(location)
     except SettingsError:
         # The advice to delete the folder or to resume the run is wrong while the run is going on.
-        check_not_in_use(run_dir)
+        check_not_in_use(location.run_dir)
         raise
 
 
-def check_folder_is_free(run_dir: RunDir) -> None:
-    """Raises SettingsError unless a new run can have this folder."""
-    root = run_dir.root
+def check_folder_is_free(location: RunLocation) -> None:
+    """Raises SettingsError unless a new run can have the folder."""
+    run_dir, root = location.run_dir, location.run_dir.root
     if root.is_file():
         raise SettingsError(Fault(str(root), "a file has this name", "Give another --brain-name"))
     if _behind_a_file(root):
@@ -328,7 +399,7 @@ def check_folder_is_free(run_dir: RunDir) -> None:
     inside = sorted(_names_in(run_dir) - REUSABLE)
     if not inside:
         return
-    if holds_no_weights(run_dir):
+    if holds_no_weights(run_dir, best_too=location.may_replace):
         return
     if run_dir.training_args.is_file():
         steps = run_dir.checkpoint_steps()

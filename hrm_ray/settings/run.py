@@ -60,6 +60,9 @@ class RunSectionSettings(Section):
     """Number of newest checkpoints to keep."""
     resume: bool = option(False, "dropped")
     """Resume from the bundle's newest checkpoint."""
+    auto_resume: bool = option(False, "dropped")
+    """Resume from the bundle's newest whole checkpoint, or start the run where there is none: one command for a job
+    queue. A run that has finished is left as it is."""
     resume_from: Path | None = option(None, "dropped", unset="a new run")
     """Resume from this checkpoint."""
     new_ledger: bool = option(False, "dropped", needs=(RESUMED,))
