@@ -122,7 +122,7 @@ def _resolve_on(
         known = TextDataDir(location.source.data)
         if known.parts.is_file():
             check_parts(known.read_parts(), list_parts(source_of(settings, evaluation=False)).parts)
-    if location.damaged is not None:
+    if location.damaged is not None and location.checkpoint is not None:
         notes.append(f"{location.damaged} is damaged: the run goes on from {location.checkpoint.name}.")
     if not settings.run.auto_resume:
         notes += _no_steps_left(settings, location)

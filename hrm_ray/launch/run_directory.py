@@ -61,8 +61,7 @@ class RunLocation:
     checkpoint: Path | None
     source: RunDir | None
     may_replace: bool = False
-    """Whether the best weights of a run that was ended before its first checkpoint may be replaced too, as --auto-resume
-    does."""
+    """Of --auto-resume: best/ and the log of a run that was ended before its first checkpoint are replaced too."""
     damaged: Path | None = None
     """The newest checkpoint, where it is damaged and `checkpoint` is an older one."""
 
