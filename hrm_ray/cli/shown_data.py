@@ -39,6 +39,10 @@ def text_lines(facts: TextFacts, corpus: Corpus, tokenizer: str | None, elapsed_
     if facts.broken:
         lines.append(_line("broken", f"{facts.broken:,} part(s), with an unknown number of lost rows"))
         lines += [f"    {_within(fault.value, root)}: {_short(fault.reason, 2 * _ROW_WIDTH)}" for fault in facts.breaks]
+    if facts.passed_over:
+        lines.append(_line("no text", f"{facts.passed_over:,} file(s) without text data, passed over"))
+        lines += [f"    {_within(fault.value, root)}: {_short(fault.reason, 2 * _ROW_WIDTH)}" for fault in facts.passes]
+    lines += [_line("read as", _escaped(remark.replace(root, "") if root else remark)) for remark in facts.remarks]
     if facts.left_out:
         lines.append(_line("left out", f"{facts.left_out:,} {of_read}, by --ascii-only"))
     if facts.empty:
@@ -65,6 +69,8 @@ def text_warnings(facts: TextFacts, *, skips: bool) -> Iterator[str]:
     if facts.bad:
         what = "train skips them" if skips else "train ends at the first one, unless --on-bad-row skip is given"
         yield f"{facts.bad:,} of {facts.rows_read:,} rows cannot be read; {what}."
+    if facts.passed_over:
+        yield f"{facts.passed_over:,} file(s) hold no text data and are passed over; train ends there under --strict."
     if not facts.whole and not facts.rows_read:
         yield "no row was read within the time; give a longer --timeout-s, or --all."
     elif not facts.text_bytes.value:

@@ -12,26 +12,31 @@ from dataclasses import dataclass, replace
 
 from hrm_ray.data.catalog import ChunkEntry, ChunkStart, RowPosition
 from hrm_ray.data.corpus import Corpus, CorpusReading, PlacedRow
-from hrm_ray.data.rows import BadRow, Document, skippable
+from hrm_ray.data.rows import BadRow, Document, skippable, unreadable
 from hrm_ray.errors import DataError, Fault
 
 CHUNK_TEXT_BYTES = 16 << 20
 """A chunk of long documents ends before its number of rows is reached, so that memory stays bounded."""
 HEAD_BYTES = 64 << 20
 """Text of the first chunks that is kept in memory before a run (64 MiB; the default sample of a tokenizer fits)."""
-_SHOWN_FAULTS = 3
+_SHOWN_FAULTS, _REASON_CHARACTERS = 3, 120
 
 
 @dataclass(frozen=True)
 class RawChunk:
-    """A chunk's entry, its documents, warnings about rows that were skipped, the first faults of those, and the faults
-    of parts that are `broken` off."""
+    """A chunk's entry, its documents, warnings about rows that were skipped and about how files were read, the
+    first faults of those rows, and the faults of parts that are `broken` off and of files that are `passed_over` as
+    they hold no text data; `remarks` say how files were read;
+    `bad_files` of the other bad rows are whole files."""
 
     entry: ChunkEntry
     documents: tuple[Document, ...]
     notes: tuple[str, ...]
     faults: tuple[Fault, ...] = ()
     broken: tuple[Fault, ...] = ()
+    passed_over: tuple[Fault, ...] = ()
+    remarks: tuple[str, ...] = ()
+    bad_files: int = 0
 
 
 FIRST = ChunkStart(0, 0, 0, 0, 0, RowPosition(0, 0))
@@ -127,6 +132,9 @@ class _OpenChunk:
         self._documents: list[Document] = []
         self._faults: list[Fault] = []
         self._broken: list[Fault] = []
+        self._passed_over: list[Fault] = []
+        self._remarks: dict[str, list[str]] = {}
+        self._bad_files = 0
         self._left_out = self._text_bytes = self._bad = 0
         self._lost = False
         self.rows = 0
@@ -152,18 +160,24 @@ class _OpenChunk:
         # Of a text in pieces only the first one that is lost counts.
         lost, self._lost = self._lost, self._lost and row.continues
         if isinstance(row, BadRow):
-            if self._corpus.on_bad_row == "fail":
+            if self._corpus.on_bad_row == "fail" and not row.passed_over:
                 raise DataError(skippable(row.fault))
             self._lose(row)
             self._digest.update(b"\xff")
-            if row.ends_part:
+            if row.passed_over:
+                self._bad += 1
+                self._passed_over.append(row.fault)
+            elif row.ends_part and not row.whole_file:
                 self._bad += 1
                 self._broken.append(row.fault)
             elif not lost:
                 self._bad += 1
+                self._bad_files += row.whole_file
                 self._faults.append(row.fault)
                 del self._faults[_SHOWN_FAULTS:]
             return
+        if row.remark:
+            self._remarks.setdefault(row.remark, []).append(row.where)
         if row.continues:
             self._digest.update(b"\xfe")
         texts = (row.text,) if row.prompt is None or row.response is None else (row.prompt, row.response)
@@ -194,17 +208,57 @@ class _OpenChunk:
             self._block_is_full,
             after,
         )
-        return RawChunk(entry, tuple(self._documents), tuple(self._notes()), tuple(self._faults), tuple(self._broken))
+        return RawChunk(
+            entry,
+            tuple(self._documents),
+            tuple(self._notes()),
+            tuple(self._faults),
+            tuple(self._broken),
+            tuple(self._passed_over),
+            tuple(self._remark_notes()),
+            self._bad_files,
+        )
 
     def _notes(self) -> Iterator[str]:
-        bad = self._bad - len(self._broken)
+        name = f"block {self._start.block}, chunk {self._start.chunk}"
+        bad = self._bad - len(self._broken) - len(self._passed_over)
         if bad:
-            shown = "; ".join(f"{fault.value}: {fault.reason}" for fault in self._faults)
-            more = f"; and {bad - len(self._faults)} more" if bad > len(self._faults) else ""
-            name = f"block {self._start.block}, chunk {self._start.chunk}"
-            yield f"{bad} bad row(s) skipped in {name} ({shown}{more})."
-        for fault in self._broken:
-            yield f"{fault.value}: {fault.reason}. The rest of this file is skipped; its row count is unknown."
+            shown = first_faults(self._faults, bad)
+            yield f"{unreadable(bad, self._bad_files, 'bad ')} skipped in {name} ({shown})."
+        if self._broken:
+            reason = "the rest of each is skipped, and the number of its rows is unknown"
+            shown = first_faults(self._broken, len(self._broken))
+            yield f"{counted(len(self._broken), 'file')} broken off in {name} ({shown}); {reason}."
+        if self._passed_over:
+            yield passed_over_note(self._passed_over)
+        yield from self._remark_notes()
+
+    def _remark_notes(self) -> Iterator[str]:
+        for remark, places in self._remarks.items():
+            more = f" and {len(places) - _SHOWN_FAULTS:,} more" if len(places) > _SHOWN_FAULTS else ""
+            yield f"{', '.join(places[:_SHOWN_FAULTS])}{more}: {remark}."
+
+
+def counted(count: int, what: str) -> str:
+    """A count with its noun, such as "1,200 bad rows"."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def passed_over_note(faults: Sequence[Fault]) -> str:
+    """The warning about files that hold no text data; the first three are named."""
+    shown = first_faults(faults, len(faults))
+    return f"passed over {counted(len(faults), 'file')} without text data ({shown})."
+
+
+def first_faults(faults: Sequence[Fault], count: int) -> str:
+    """The first of `count` faults, each briefly, and the number of the others."""
+    shown = "; ".join(f"{fault.value}: {_brief(fault.reason)}" for fault in faults[:_SHOWN_FAULTS])
+    rest = count - len(faults[:_SHOWN_FAULTS])
+    return f"{shown}; and {rest:,} more" if rest else shown
+
+
+def _brief(reason: str) -> str:
+    return reason if len(reason) <= _REASON_CHARACTERS else f"{reason[: _REASON_CHARACTERS - 3]}..."
 
 
 def reread(

@@ -39,14 +39,14 @@ def check_usable(head: CorpusHead) -> None:
         rows += chunk.entry.rows
         left_out += chunk.entry.left_out
         bad += chunk.entry.bad
-        faults += (*chunk.faults, *chunk.broken)
+        faults += (*chunk.faults, *chunk.broken, *chunk.passed_over)
     name, offset = str(head.corpus.source.path), head.corpus.offset
     if left_out:
         reason = f"{left_out} of {rows} rows are left out by --ascii-only, and the others contain no text"
         raise DataError(Fault(name, reason, "Leave out --ascii-only, or give other data"))
     if bad:
         reason = f"none of its {rows} rows contains readable text ({faults[0].value}: {faults[0].reason})"
-        raise DataError(Fault(name, reason, "Correct the data"))
+        raise DataError(Fault(name, reason, faults[0].hint))
     if not rows and offset:
         reason = f"{name} has no more rows than that"
         raise SettingsError(Fault(f"--dataset-start-offset {offset}", reason, "Give a smaller offset"))

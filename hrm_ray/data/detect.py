@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -51,7 +50,7 @@ def detect(source: TextSource, on_bad_row: OnBadRow = "fail") -> DataFacts:
     found = list_parts(source)
     size = sum(part.bytes for part in found.parts)
     files, skipped = len(found.parts), found.skipped
-    row = _first_row(found.parts[0])
+    row = _first_row(found.parts[0], on_bad_row)
     if _is_puzzle(row):
         return DataFacts("puzzle", source.path, split, files, size, skipped, open_puzzles(path, split).facts)
     if row is None or not _has_text(row, source):
@@ -75,21 +74,25 @@ def puzzle_tensors(source: TextSource) -> Path | None:
 
 def is_puzzle_rows(part: Part) -> bool:
     """True for a .jsonl file whose first row has `inputs` and `labels` as lists."""
-    return _is_puzzle(_first_row(part))
+    return _is_puzzle(_first_row(part, "skip"))
 
 
-def _first_row(part: Part) -> dict[str, object] | None:
-    """The first row of a .jsonl file on this machine that can be read; None for other files, and where there is no such
-    row. Reading the text reports what is wrong with others."""
+def _first_row(part: Part, on_bad_row: OnBadRow) -> dict[str, object] | None:
+    """The first row of a .jsonl file on this machine, or where bad rows are skipped the first that can be read; None
+    for other files, and where there is no such row, which reading the text reports."""
     if part.kind != FileKind("jsonl", None) or not is_local(part.address):
         return None
     try:
         with file_system_of(part.address).open(part.address) as lines:
             for line in lines:
-                with suppress(DataError):
+                try:
                     row = parse_line(line, part.address, 0)
-                    if row is not None:
-                        return row
+                except DataError:
+                    if on_bad_row == "fail":
+                        return None
+                    continue
+                if row is not None:
+                    return row
     except OSError:
         return None
     return None

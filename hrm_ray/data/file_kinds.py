@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 FORMATS = ("txt", "md", "csv", "tsv", "json", "jsonl", "parquet", "arrow")
 """Suffixes of files that hold documents."""
@@ -13,7 +18,7 @@ ARCHIVES = ("zip", "tar")
 COMPRESSIONS = {"gz": "gzip", "bz2": "bz2", "xz": "xz", "zst": "zstd"}
 """Suffix behind another one -> compression."""
 
-TEXT_FORMATS = frozenset({"txt", "md"})
+TEXT_FORMATS = frozenset({"txt", "md", "html"})
 """Formats without rows: a file is one document (a very long one several)."""
 
 READABLE = (
@@ -25,10 +30,12 @@ READABLE = (
 
 @dataclass(frozen=True)
 class FileKind:
-    """`form`: one of FORMATS or ARCHIVES; `compression`: one of the values of COMPRESSIONS, or None."""
+    """`form`: one of FORMATS or ARCHIVES, or "html"; `compression`: one of the values of COMPRESSIONS, or None.
+    `guessed`: only the content can say whether it is text."""
 
     form: str
     compression: str | None
+    guessed: bool = False
 
     @property
     def is_archive(self) -> bool:
@@ -48,8 +55,47 @@ _BY_TWO_SUFFIXES = {
 }
 
 
-def kind_of(name: str) -> FileKind | None:
-    """The kind of a file of this name (a path's last part is enough), in any case; None where it cannot be read."""
+_HTML_SUFFIXES = frozenset({"html", "htm", "xhtml"})
+
+
+class _Pattern(NamedTuple):
+    """A pattern of --as-text; `has_suffix`: it names one, and so also applies to files that are read as data."""
+
+    matches: Callable[[str], re.Match[str] | None]
+    has_suffix: bool
+
+
+@lru_cache(maxsize=16)
+def _patterns(as_text: str) -> tuple[_Pattern, ...]:
+    found = []
+    for each in filter(None, (part.strip().lower() for part in as_text.split(","))):
+        suffix = each.rpartition(".")[2] if "." in each else ""
+        has_suffix = bool(suffix) and not re.search(r"[*?\[\]]", suffix) and suffix not in COMPRESSIONS
+        found.append(_Pattern(re.compile(fnmatch.translate(each)).fullmatch, has_suffix))
+    return tuple(found)
+
+
+def kind_of(name: str, as_text: str = "") -> FileKind | None:
+    """The kind of a file of this name (a path's last part is enough), in any case; None where it cannot be read.
+
+    `as_text` are patterns of names, separated by commas, whose files are read as text, also compressed: a pattern with
+    a suffix applies to all files but archives, another one to those that are no data by their suffix.
+    """
+    kind = _by_suffix(name)
+    if not as_text or (kind is not None and kind.is_archive):
+        return kind
+    last = re.split(r"[/\\]", name.lower())[-1]
+    rest, _, suffix = last.rpartition(".")
+    packed = COMPRESSIONS.get(suffix) if rest else None
+    plain = rest if packed is not None else last
+    matching = [each for each in _patterns(as_text) if each.matches(last) or each.matches(plain)]
+    if not matching or (kind is not None and not any(each.has_suffix for each in matching)):
+        return kind
+    form = "html" if plain.rpartition(".")[2] in _HTML_SUFFIXES else "txt"
+    return FileKind(form, packed, guessed=not any(each.has_suffix for each in matching))
+
+
+def _by_suffix(name: str) -> FileKind | None:
     rest, dot, suffix = name.rpartition(".")
     suffix = suffix.lower()
     if not dot:

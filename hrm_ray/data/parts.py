@@ -52,6 +52,14 @@ class TextSource:
     """A split that is held out of this one, where the folder has no split of this one's name and so is taken whole."""
     text_rows: TextRows = "document"
     """What a row of a plain text file is."""
+    as_text: str = ""
+    """Patterns of names, separated by commas, of files that are read as text; see `kind_of`."""
+    encoding: str | None = None
+    """Encoding of text files without a byte-order mark; None: UTF-8."""
+    delimiter: str | None = None
+    """Character between the fields of .csv and .tsv; None: the suffix's own, or what the header shows."""
+    strict: bool = False
+    """Whether a file without text data in a folder is a bad row like others; else it is passed over."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", os.fspath(self.path))
@@ -80,11 +88,15 @@ class Part:
     """Of an archive that is the whole corpus: which members are read (None: all but `apart`)."""
     apart: str | None = None
     """Of an archive that is the whole corpus: the split of members that are not read."""
+    as_text: str = ""
+    """The source's patterns."""
+    lenient: bool = False
+    """Whether a file in it (or the part itself) that holds no text data is passed over."""
 
     @property
     def kind(self) -> FileKind | None:
         """Its format; None for a part of a data set of the Hub."""
-        return kind_of(self.address)
+        return kind_of(self.address, self.as_text)
 
     @property
     def undecided(self) -> bool:
@@ -139,18 +151,25 @@ def list_parts(source: TextSource) -> PartList:
 
 def _listed(source: TextSource, file_system: FileSystem, found: list[Entry]) -> PartList:
     """The parts of a folder or a pattern."""
-    there = [entry for entry in found if kind_of(entry.name) is not None and not is_hidden(entry.name)]
+    visible = [entry for entry in found if not is_hidden(entry.name)]
+    there = [entry for entry in visible if kind_of(entry.name, source.as_text) is not None]
     readable = [entry for entry in there if not entry.is_dangling]
     skipped = len(found) - len(readable)
+    unread = [entry.name for entry in visible if kind_of(entry.name, source.as_text) is None]
     dangling = [entry.name for entry in there if entry.is_dangling]
-    notes = (passed_over(dangling, "link that leads nowhere", "links that lead nowhere"),) if dangling else ()
+    notes = (*_unread_notes(unread), *(_dangling_notes(dangling)))
     names = [entry.name for entry in readable]
     if has_split(source.path, names, source.split, skipped):
         chosen = [entry for entry in readable if split_of(entry.name) == source.split]
     else:
         check_left(source.path, names, source.apart)
         chosen = [entry for entry in readable if split_of(entry.name) != source.apart]
-    return PartList(tuple(_part(entry, file_system) for entry in chosen), skipped, _splits(names), notes)
+    return PartList(
+        tuple(_part(source, entry, file_system, lenient=not source.strict) for entry in chosen),
+        skipped,
+        _splits(names),
+        notes,
+    )
 
 
 def passed_over(names: Sequence[str], one: str, several: str) -> str:
@@ -160,13 +179,27 @@ def passed_over(names: Sequence[str], one: str, several: str) -> str:
     return f"passed over {what}: {shown}{f' and {more:,} more' if more > 0 else ''}."
 
 
+def _unread_notes(names: Sequence[str]) -> tuple[str, ...]:
+    if not names:
+        return ()
+    note = passed_over(names, "file of another kind", "files of other kinds")
+    return (f"{note.removesuffix('.')} (--as-text PATTERNS reads such files as text).",)
+
+
+def _dangling_notes(names: Sequence[str]) -> tuple[str, ...]:
+    return (passed_over(names, "link that leads nowhere", "links that lead nowhere"),) if names else ()
+
+
 def _splits(names: list[str]) -> tuple[str, ...]:
     return tuple(sorted({split_of(name) for name in names}))
 
 
-def _part(entry: Entry, file_system: FileSystem) -> Part:
-    kind = kind_of(entry.name)
+def _part(source: TextSource, entry: Entry, file_system: FileSystem, *, lenient: bool) -> Part:
+    kind = kind_of(entry.name, source.as_text)
     random_access = kind is not None and kind.compression is None and kind.form in _RANDOM_ACCESS
+    if kind is not None and kind.form != "parquet" and source.encoding is not None:
+        # A stream that is decoded cannot be sought in.
+        random_access = False
     if kind is not None and kind.compression is None and kind.form == "arrow":
         try:
             with file_system.open(entry.address) as file:
@@ -174,48 +207,60 @@ def _part(entry: Entry, file_system: FileSystem) -> Part:
         except OSError:
             # Reading it reports what is wrong.
             random_access = False
-    return Part(entry.name, entry.address, entry.bytes, entry.stamp, random_access)
+    return Part(
+        entry.name,
+        entry.address,
+        entry.bytes,
+        entry.stamp,
+        random_access,
+        as_text=source.as_text,
+        lenient=lenient,
+    )
 
 
 def _single(source: TextSource, file_system: FileSystem, entry: Entry) -> PartList:
     """The part of one file."""
-    kind = kind_of(entry.name)
+    kind = kind_of(entry.name, source.as_text)
     if kind is None:
-        suffix = Path(entry.name).suffix
+        suffix = "".join(Path(entry.name).suffixes[-1:])
         files = f"files with the suffix `{suffix}`" if suffix else "files without a suffix"
-        raise DataError(Fault(source.path, f"{files} cannot be read", f"Give {READABLE}"))
+        hint = f'Give {READABLE}, or --as-text "{f"*{suffix}" if suffix else entry.name}"'
+        raise DataError(Fault(source.path, f"{files} cannot be read unless --as-text names them", hint))
     if kind.is_archive:
         return _archive(source, entry, kind)
     if source.split != WHOLE:
         raise missing_split(source.path, source.split, [WHOLE])
-    return PartList((_part(entry, file_system),), 0, (WHOLE,))
+    return PartList((_part(source, entry, file_system, lenient=False),), 0, (WHOLE,))
 
 
 def _archive(source: TextSource, entry: Entry, kind: FileKind) -> PartList:
     """The part of one archive that is the whole corpus: its members are divided into splits as a folder's files are."""
     plain = (entry.name, entry.address, entry.bytes, entry.stamp)
     if not _can_be_scanned(kind, entry.address):
-        return PartList((Part(*plain, False, source.split, source.apart),), 0)
+        part = Part(*plain, False, source.split, source.apart, source.as_text, not source.strict)
+        return PartList((part,), 0)
     one_row_each = False
     try:
         if kind.form == "zip":
-            directory = zip_directory(entry.address, entry.bytes, entry.stamp)
-            names, skipped = directory.names, directory.skipped
+            directory = zip_directory(entry.address, entry.bytes, entry.stamp, source.as_text)
+            names, unread = directory.names, directory.unread
         else:
-            names, skipped = tar_directory(entry.address, entry.bytes, entry.stamp)
+            names, unread = tar_directory(entry.address, entry.bytes, entry.stamp, source.as_text)
     except ContainerUnreadable as error:
         raise DataError(error.fault) from error
     except OSError as error:
         reason = f"it cannot be read ({error.strerror or error})"
         raise DataError(Fault(source.path, reason, "Make it readable for this user")) from error
-    if has_split(source.path, names, source.split, skipped):
+    if has_split(source.path, names, source.split, len(unread)):
         chosen = Selection(source.split)
     else:
         check_left(source.path, names, source.apart)
         chosen = Selection(None, source.apart)
     if kind.form == "zip":
         one_row_each = all(member.is_one_piece(source.text_rows) for member, _ in directory.chosen(chosen))
-    return PartList((Part(*plain, one_row_each, chosen.split, chosen.apart),), skipped, _splits(list(names)))
+    part = Part(*plain, one_row_each, chosen.split, chosen.apart, source.as_text, not source.strict)
+    shown = [name for name in unread if not is_hidden(name)]
+    return PartList((part,), len(unread), _splits(list(names)), _unread_notes(shown))
 
 
 def _can_be_scanned(kind: FileKind, address: str) -> bool:

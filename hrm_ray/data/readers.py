@@ -16,7 +16,7 @@ from hrm_ray.data.formats.choose import format_rows
 from hrm_ray.data.formats.columnar import parquet_length
 from hrm_ray.data.formats.texts import PIECE_BYTES
 from hrm_ray.data.parts import Part, TextSource, list_parts
-from hrm_ray.data.rows import BadRow, Cursor, Document, OnBadRow, Row, TextColumns, skippable
+from hrm_ray.data.rows import BadRow, Cursor, Document, OnBadRow, Row, TextColumns, skippable, unreadable
 from hrm_ray.data.streams import DAMAGE, ReadingWatch, Unreadable, damage, decompressed, watched
 from hrm_ray.errors import DataError, Fault
 from hrm_ray.settings.hub_name import HUB
@@ -43,14 +43,21 @@ def read_part(
     columns = columns or TextColumns(source.text_column, source.prompt_column, source.response_column)
     cursor = Cursor(columns, part.address, start_row, mark if part.random_access else None, part.random_access)
     cursor.watch, cursor.text_rows, cursor.start_piece = watch, source.text_rows, start_piece
+    cursor.encoding, cursor.delimiter, cursor.lenient = source.encoding, source.delimiter, part.lenient
+    begin = cursor.row
     try:
         yield from _rows(part, cursor)
         return
     except Unreadable as error:
-        fault = error.fault
+        found = error
     except DAMAGE as error:
-        fault = damage(error, cursor.where).fault
-    yield BadRow(fault, cursor.where, max(cursor.row, start_row), ends_part=True)
+        found = damage(error, cursor.where)
+    row = max(cursor.row, start_row)
+    passed_over = part.lenient and found.not_text
+    whole_file = cursor.row == begin and row == cursor.piece == 0
+    yield BadRow(
+        found.fault, cursor.where, row, ends_part=True, passed_over=passed_over, whole_file=whole_file or passed_over
+    )
 
 
 def read_documents(source: TextSource, on_bad_row: OnBadRow = "fail") -> Iterator[Document]:
@@ -59,19 +66,22 @@ def read_documents(source: TextSource, on_bad_row: OnBadRow = "fail") -> Iterato
     Raises what `list_parts` raises, and DataError at the first bad row unless such rows are skipped, or if no row
     contains text.
     """
-    any_text, bad = False, 0
+    any_text, bad, files = False, 0, 0
+    first: Fault | None = None
     for part in list_parts(source).parts:
         for row in read_part(part, source):
             if isinstance(row, BadRow):
-                if on_bad_row == "fail":
+                if on_bad_row == "fail" and not row.passed_over:
                     raise DataError(skippable(row.fault))
                 bad += 1
+                files += row.whole_file
+                first = first or row.fault
                 continue
             any_text = any_text or bool(row.text)
             yield row
-    if not any_text and bad:
-        reason = f"{bad} rows cannot be read, and the others contain no text"
-        raise DataError(Fault(source.path, reason, "Correct the data"))
+    if not any_text and first is not None:
+        reason = f"{unreadable(bad, files)} cannot be read, and the others contain no text"
+        raise DataError(Fault(source.path, f"{reason} ({first.value}: {first.reason})", first.hint))
     if not any_text:
         raise DataError(Fault(source.path, "contains no text", "Give data with text in it"))
 
@@ -88,7 +98,7 @@ def known_rows(part: Part, source: TextSource) -> int | None:
         return None
     try:
         if kind.form == "zip":
-            directory = zip_directory(part.address, part.bytes, part.stamp)
+            directory = zip_directory(part.address, part.bytes, part.stamp, part.as_text)
             chosen = directory.chosen(Selection(part.split, part.apart))
             return len(chosen) if chosen and all(member.is_one_row(source.text_rows) for member, _ in chosen) else None
         with file_system_of(part.address).open(part.address) as file:
@@ -114,11 +124,12 @@ def _rows(part: Part, cursor: Cursor) -> Iterator[Row]:
             raise Unreadable(Fault(part.address, reason, "Do not change the data while it is read; start again"))
         file.seek(0)
         if kind.form == "zip":
-            directory = zip_directory(part.address, part.bytes, part.stamp)
+            directory = zip_directory(part.address, part.bytes, part.stamp, part.as_text)
             yield from zip_rows(file, cursor, Selection(part.split, part.apart), directory)
         elif kind.form == "tar":
             stream = decompressed(file, kind.compression, part.address, part.bytes)
-            yield from tar_rows(stream, cursor, Selection(part.split, part.apart), undecided=part.undecided)
+            selection = Selection(part.split, part.apart)
+            yield from tar_rows(stream, cursor, selection, undecided=part.undecided, as_text=part.as_text)
         else:
             yield from format_rows(file, kind, cursor, stored_bytes=part.bytes, seekable=True)
             if kind.compression is None and kind.form in _READ_TO_THE_END and file.tell() < part.bytes:

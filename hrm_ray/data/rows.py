@@ -32,6 +32,8 @@ class Document:
     """Of a text that comes in pieces: number of this piece, from 0."""
     continues: bool = False
     """Whether the text goes on in the next piece, which has the same `row`."""
+    remark: str = ""
+    """Of the first document of a file: how the file is read, where that is not what its name says."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,12 @@ class BadRow:
     ends_part: bool = False
     piece: int = 0
     continues: bool = False
+    not_text: bool = False
+    """Whether the row looks like one of a file that is no text data."""
+    passed_over: bool = False
+    """Whether it stands for a file that is no text data, which ends no run."""
+    whole_file: bool = False
+    """Whether it is all of its file."""
 
 
 Row: TypeAlias = Document | BadRow
@@ -74,7 +82,7 @@ class TextColumns:
             absent = self.absent(values, where)
             if absent is None:
                 raise
-            return BadRow(absent, where, row, mark)
+            return BadRow(absent, where, row, mark, not_text=True)
         return self.picked(picked, where, row, mark)
 
     def picked(self, values: Sequence[object], where: str, row: int, mark: int | None) -> Row:
@@ -141,6 +149,14 @@ class Cursor:
     text_rows: TextRows = "document"
     start_piece: int = 0
     piece: int = 0
+    encoding: str | None = None
+    """Of text files without a byte-order mark; None: UTF-8."""
+    delimiter: str | None = None
+    """Between the fields of .csv and .tsv; None: the suffix's own, or what the header shows."""
+    lenient: bool = False
+    """Whether a file that holds no text data is passed over."""
+    remark: str = ""
+    """How the present file is read, where that is not what its name says; see Document."""
 
     def next_row(self) -> int:
         """Counts a row, and returns its number."""
@@ -165,10 +181,39 @@ def skippable(fault: Fault) -> Fault:
     return replace(fault, hint=f"{fault.hint}, or skip bad rows with --on-bad-row skip")
 
 
+def unreadable(bad: int, files: int, adjective: str = "") -> str:
+    """The number of bad rows in words; `files` of them are whole files."""
+    counts = [(bad - files, f"{adjective}row"), (files, f"{adjective}file")]
+    return " and ".join(f"{count:,} {what}{'' if count == 1 else 's'}" for count, what in counts if count)
+
+
 def not_utf8(where: str, error: UnicodeDecodeError, offset: int) -> Fault:
     """The fault of bytes that are not UTF-8; `offset` is the wrong byte's position in the file or value."""
     reason = f"byte {offset} (0x{error.object[error.start]:02x}) is not UTF-8: {error.reason}"
-    return Fault(where, reason, "Convert the file to UTF-8")
+    hint = f"Convert the file to UTF-8, or name its encoding (for example --encoding {_encoding_example(error)})"
+    return Fault(where, reason, hint)
+
+
+def _encoding_example(error: UnicodeDecodeError) -> str:
+    """The name of an encoding in which the bytes around an error can be text; a guess for messages."""
+    near = error.object[max(0, error.start - 100) : error.start + 200]
+    high = [byte for byte in near if byte >= 0x80]
+    if len(high) < len(near) / 4:
+        return "cp1252"
+    # Japanese kana begin with one of two bytes in Shift-JIS.
+    names: tuple[str, ...] = ("gb18030", "big5", "koi8-r")
+    if (high.count(0x82) + high.count(0x83)) * 5 > len(high):
+        names = ("shift_jis", *names)
+    for name in names:
+        after = error.object[error.start : error.start + 200]
+        try:
+            after.decode(name)
+        except UnicodeDecodeError as other:
+            # The slice may end within a character.
+            if other.start < len(after) - 4:
+                continue
+        return name
+    return "cp1252"
 
 
 def kind_name(value: object) -> str:

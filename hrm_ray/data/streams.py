@@ -38,11 +38,12 @@ _COPY_AGAIN = "It may be damaged or cut short: copy it again"
 
 
 class Unreadable(Exception):
-    """A stream, or the rest of it, cannot be read. Readers turn it into a BadRow."""
+    """A stream, or the rest of it, cannot be read. Readers turn it into a BadRow. `not_text`: it holds no text data, as
+    far as one can see."""
 
-    def __init__(self, fault: Fault) -> None:
+    def __init__(self, fault: Fault, *, not_text: bool = False) -> None:
         super().__init__(str(fault))
-        self.fault = fault
+        self.fault, self.not_text = fault, not_text
 
 
 class ContainerUnreadable(Unreadable):
@@ -58,7 +59,7 @@ def damage(error: Exception, where: str) -> Unreadable:
     if isinstance(error, FileNotFoundError):
         return Unreadable(Fault(where, "the file is gone", "Restore it, or start again without it"))
     if isinstance(error, PermissionError):
-        return Unreadable(Fault(where, "no permission to read it", "Make it readable for this user"))
+        return Unreadable(Fault(where, "no permission to read it", "Make it readable for this user"), not_text=True)
     return Unreadable(Fault(where, f"the rest cannot be read ({_message(error)})", _COPY_AGAIN))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 from dataclasses import replace
 
 from hrm_ray.data.corpus import Corpus
 from hrm_ray.data.parts import Part, TextSource
 from hrm_ray.data.text_data import ChunkingConfig, corpus_of
+from hrm_ray.settings.data import DELIMITERS
 from hrm_ray.settings.hub_name import hub_name
 from hrm_ray.settings.tree import RunSettings
 
@@ -27,7 +29,17 @@ def source_of(settings: RunSettings, *, evaluation: bool) -> TextSource:
     # Where the training split is the whole folder, the files held out of it are not part of it.
     apart = None if evaluation else data.val_split
     return TextSource(
-        path, split, data.text_column, data.prompt_column, data.response_column, apart, text_rows=data.text_rows
+        path,
+        split,
+        data.text_column,
+        data.prompt_column,
+        data.response_column,
+        apart,
+        text_rows=data.text_rows,
+        as_text=data.as_text or "",
+        encoding=None if data.encoding is None or codecs.lookup(data.encoding).name == "utf-8" else data.encoding,
+        delimiter=DELIMITERS.get(data.delimiter or "", data.delimiter),
+        strict=settings.cluster.strict,
     )
 
 

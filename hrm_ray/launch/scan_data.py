@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shlex
 
-from hrm_ray.data.chunks import read_chunks
+from hrm_ray.data.chunks import passed_over_note, read_chunks
 from hrm_ray.data.corpus import CorpusReading
 from hrm_ray.data.parts import list_parts
+from hrm_ray.data.rows import unreadable
 from hrm_ray.data.timer import Timer
+from hrm_ray.errors import Fault
 from hrm_ray.launch.data_sources import corpus_to_read, source_of
 from hrm_ray.launch.resolve import ResolvedRun
 
@@ -33,15 +35,20 @@ def _read(resolved: ResolvedRun, timer: Timer, *, evaluation: bool) -> str:
     source = source_of(resolved.settings, evaluation=evaluation)
     corpus = corpus_to_read(resolved.settings, source, list_parts(source).parts, evaluation=evaluation)
     reading = CorpusReading(corpus, on_read=lambda _: timer.raise_if_up())
-    rows = bad = left_out = 0
+    rows = bad = bad_files = left_out = 0
+    passed_over: list[Fault] = []
     for chunk in read_chunks(corpus, rows=reading):
         rows += chunk.entry.rows
         bad += chunk.entry.bad
         left_out += chunk.entry.left_out
+        passed_over += chunk.passed_over
+        bad_files += chunk.bad_files
     whole = reading.ended or (corpus.max_rows is not None and rows >= corpus.max_rows)
     documents = max(0, rows - bad - left_out)
     others = f", {left_out} left out by --ascii-only" if left_out else ""
-    others += f", {bad} bad rows skipped" if bad else ""
+    bad -= len(passed_over)
+    others += f", {unreadable(bad, bad_files, 'bad ')} skipped" if bad else ""
+    others += f"; warning: {passed_over_note(passed_over).removesuffix('.')}" if passed_over else ""
     if whole:
         return f"{documents} documents are readable{others}"
     share = "" if reading.share is None else f", about {100 * reading.share:.3g} % of the data"

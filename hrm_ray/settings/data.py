@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from hrm_ray.settings.base import Section, option
+from pydantic import field_validator
+
+from hrm_ray.settings.base import Section, option, refusal
 from hrm_ray.settings.hub_name import HubName, hub_name
 from hrm_ray.settings.needs import (
     AUTO_VOCABULARY,
@@ -20,6 +22,9 @@ from hrm_ray.settings.needs import (
     TRAINED_BEFORE,
     WHOLE_TEXTS,
 )
+
+DELIMITERS = {"tab": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "space": " "}
+"""Words that --delimiter takes for characters."""
 
 
 class DataSettings(Section):
@@ -52,6 +57,16 @@ class DataSettings(Section):
     )
     """What a row of a plain text file is: the whole file (document), a block between blank lines (paragraph), a line
     that is not blank (line), or each MiB of the file (mebibyte, as in versions before 0.3)."""
+    as_text: str | None = option(None, "fixed", affects=("rows",), needs=(TEXT,), unset="no other files")
+    """Files to read as text besides .txt and .md: patterns of names, separated by commas, such as
+    "*.py,*.rst,*.html,*.log", also for compressed files and in archives. HTML is read as its text. A pattern without a
+    suffix ("*", "README*") takes the files that look like text and are not data by their suffix."""
+    encoding: str | None = option(None, "fixed", affects=("rows",), needs=(TEXT,), unset="UTF-8")
+    """Encoding of text, .csv, .tsv, .json and .jsonl files without a byte-order mark, such as cp1252 or shift_jis."""
+    delimiter: str | None = option(
+        None, "fixed", affects=("rows",), needs=(TEXT,), unset="the suffix's own, or the one that the header shows"
+    )
+    """Delimiter of .csv and .tsv files: one character, or tab, comma, semicolon, pipe or space."""
     tokenizer_path: str | None = option(
         None,
         "fixed",
@@ -131,6 +146,39 @@ class DataSettings(Section):
     """Split of the training data's file or data set to evaluate on."""
     eval_batches: int = option(10, "free", ge=1, needs=(EVALUATION,))
     """Maximum number of effective batches in one evaluation; the samples do not depend on the micro-batch size."""
+
+    @field_validator("as_text")
+    @classmethod
+    def _check_as_text(cls, value: str | None) -> str | None:
+        patterns = None if value is None else [each.strip() for each in value.split(",")]
+        if patterns is not None and not all(patterns):
+            raise refusal("has an empty pattern", 'Give patterns separated by commas, such as "*.py,*.rst"')
+        return value if patterns is None else ",".join(patterns)
+
+    @field_validator("encoding")
+    @classmethod
+    def _check_encoding(cls, value: str | None) -> str | None:
+        """A codec for text gives back what it has encoded."""
+        try:
+            known = value is None or "a\n".encode(value).decode(value) == "a\n"
+        except (LookupError, ValueError):
+            known = False
+        if not known:
+            raise refusal(
+                "is no encoding that Python knows", "Give a name such as utf-16, cp1252, gb18030 or shift_jis"
+            )
+        return value
+
+    @field_validator("delimiter")
+    @classmethod
+    def _check_delimiter(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        character = DELIMITERS.get(value.lower(), value)
+        if len(character) != 1 or character in '"\r\n\0':
+            hint = f"Give one character, or one of the words {', '.join(DELIMITERS)}"
+            raise refusal("is not one character", hint)
+        return next((word for word, each in DELIMITERS.items() if each == character), character)
 
     @property
     def training_data(self) -> str | None:

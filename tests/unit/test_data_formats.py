@@ -120,7 +120,7 @@ def test_json_is_read_alike_in_any_steps(tmp_path: Path, monkeypatch: pytest.Mon
     [
         ("text,n\na,1\nb\nc,3\n", ["a", "<bad>", "c"], "a.csv:3: this record has 1 fields, the header names 2"),
         ("text,n\na,1,2\nc,3\n", ["<bad>", "c"], "a.csv:2"),
-        ('text\n"a" b\nc\n', ["<bad>", "c"], "','-separated"),
+        ('text\n"a" b\nc\n', ["<bad>", "c"], "separated by `,`"),
         ('text\n"a\nb"\n"c\n', ["a\nb", "<bad>"], "a.csv:4"),
         (b"text,n\na,1\n\xe9,2\nc,\xe9\nd,4\n", ["a", "<bad>", "<bad>", "d"], "byte 11 (0xe9)"),
         ("a,b\n1,2\n3,4\n", ["<end>"], "the file has no such column; it has: a, b"),
@@ -238,7 +238,7 @@ def test_mixed_columns_across_files_are_told_where_they_begin(tmp_path: Path) ->
     write(tmp_path / "a.csv", "text\na\n")
     write(tmp_path / "b.parquet", FORMATS["parquet"](["b"]))
     write(tmp_path / "c.jsonl", '{"body": "c"}\n')
-    assert texts_of(tmp_path) == ["a", "b", "<bad>"]
+    assert texts_of(tmp_path) == ["a", "b", "<end>"]
     assert "c.jsonl:1, column `text`: the row has no such column; it has: body" in faults_of(tmp_path)[0]
 
 
@@ -246,3 +246,33 @@ def test_a_part_reads_the_same_twice(tmp_path: Path) -> None:
     source = TextSource(str(write(tmp_path / "a.jsonl", FORMATS["jsonl"](TEXTS))))
     (part,) = list_parts(source).parts
     assert list(read_part(part, source)) == list(read_part(part, source))
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t", ";", "|"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_the_delimiter_is_found_from_the_header(tmp_path: Path, suffix: str, delimiter: str) -> None:
+    content = FORMATS["csv"](TEXTS).decode().replace("n,text", f"n{delimiter}text")
+    content = "".join(line[0] + delimiter + line[2:] if line[1:2] == "," else line for line in content.splitlines(True))
+    path = write(tmp_path / f"a.{suffix}", content)
+    rows = rows_of(path)
+    assert shown(rows) == TEXTS
+    own = {"csv": ",", "tsv": "\t"}[suffix]
+    assert isinstance(rows[0], Document) and bool(rows[0].remark) == (delimiter != own)
+    source = TextSource(str(path))
+    (part,) = list_parts(source).parts
+    assert shown(list(read_part(part, source, 3, rows[2].mark))) == TEXTS[3:]
+    assert texts_of(path, delimiter=delimiter) == TEXTS
+    assert texts_of(path, delimiter="~") == ["<end>"]
+
+
+def test_a_wrong_delimiter_is_named_where_a_column_is_missing(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "id;words\n1;x\n")
+    assert (
+        "it has: id, words (separated by `;`). Name another with --text-column, or the delimiter" in faults_of(path)[0]
+    )
+    assert "it has: id;words (separated by `,`)" in faults_of(path, delimiter=",")[0]
+    assert texts_of(path, text_column="words") == ["x"]
+    # Quotes before a delimiter that is not the suffix's own are no fault of the header.
+    assert texts_of(write(tmp_path / "b.csv", '"id";"text"\n"1";"a;b"\n')) == ["a;b"]
+    assert texts_of(write(tmp_path / "c.csv", "text\na;b\n")) == ["a;b"]
+    assert texts_of(write(tmp_path / "d.csv", "id text\n1 x\n"), delimiter=" ") == ["x"]

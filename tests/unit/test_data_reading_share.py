@@ -132,7 +132,7 @@ def test_a_dry_run_says_what_it_skips(tmp_path: Path) -> None:
     assert ran.code == 0, ran.err
     assert "data: 30 documents are readable, 1 left out by --ascii-only, 2 bad rows skipped\n" in ran.out
     ran = hrm(*words, "--max-train-examples", 11, "--eval-file", data, "--max-val-examples", 6)
-    assert "data: 10 documents are readable, 1 bad rows skipped; held out: 5 documents are readable, 1 bad" in ran.out
+    assert "data: 10 documents are readable, 1 bad row skipped; held out: 5 documents are readable, 1 bad" in ran.out
 
 
 def test_a_dry_run_ends_when_its_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

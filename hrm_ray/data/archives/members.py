@@ -9,13 +9,14 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO, NamedTuple, cast
 
 from hrm_ray.data.file_kinds import READABLE, TEXT_FORMATS, FileKind, is_hidden, kind_of
 from hrm_ray.data.formats.choose import format_rows
+from hrm_ray.data.formats.recode import utf8_text
 from hrm_ray.data.formats.texts import PIECE_BYTES, text_row
-from hrm_ray.data.rows import Cursor, Row, TextRows
+from hrm_ray.data.rows import Cursor, Document, Row, TextRows
 from hrm_ray.data.splits import missing_split, split_of
 from hrm_ray.data.streams import ContainerUnreadable, Unreadable
 from hrm_ray.errors import Fault
@@ -63,17 +64,17 @@ class Selection:
         return self.apart is None or split_of(name) != self.apart
 
 
-def member_of(stored_name: str, size: int, stored: int, unusual: str = "") -> Member | None:
+def member_of(stored_name: str, size: int, stored: int, unusual: str = "", as_text: str = "") -> Member | None:
     """The member of this name in an archive; None where it is of a kind that is not read, or hidden. `unusual`: what it
     is where it is no plain file."""
     if _PLAIN.fullmatch(stored_name) and not unusual:
-        kind = kind_of(stored_name)
+        kind = kind_of(stored_name, as_text)
         if kind is None:
             return None
         if not kind.is_archive:
             return Member(stored_name, kind, size, stored)
     name = stored_name.replace("\\", "/")
-    kind = kind_of(name)
+    kind = kind_of(name, as_text)
     if kind is None or is_hidden(name):
         return None
     parts = name.split("/")
@@ -105,8 +106,11 @@ def member_rows(
         return
     try:
         if member.is_one_piece(cursor.text_rows):
-            data, row = whole(), cursor.next_row()
-            yield text_row(data, cursor, row, mark=row + 1 if cursor.marked else None)
+            cursor.remark = ""
+            data = utf8_text(whole(), member.kind, cursor)
+            row = cursor.next_row()
+            found = text_row(data, cursor, row, mark=row + 1 if cursor.marked else None)
+            yield replace(found, remark=cursor.remark) if cursor.remark and isinstance(found, Document) else found
             return
         short = member.size <= PIECE_BYTES
         with cast(BinaryIO, io.BufferedReader(io.BytesIO(whole()))) if short else stream() as opened:
@@ -116,7 +120,7 @@ def member_rows(
     except Unreadable as error:
         bad = cursor.bad(error.fault)
         if bad.row >= cursor.start:
-            yield bad
+            yield replace(bad, passed_over=cursor.lenient and error.not_text, whole_file=True)
 
 
 def nothing_chosen(archive: str, selection: Selection, splits: Sequence[str], skipped: int) -> ContainerUnreadable:

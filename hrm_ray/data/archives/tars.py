@@ -36,21 +36,22 @@ USUAL_SPLITS = frozenset({"train", "test", "validation", "valid", "val", "dev", 
 class TarStream:
     """The members of a tar stream, one after the other; `whole` and `open` read the current one."""
 
-    def __init__(self, stream: BinaryIO, where: str, *, seekable: bool = False) -> None:
-        self._stream, self._where, self._seekable = stream, where, seekable
+    def __init__(self, stream: BinaryIO, where: str, *, seekable: bool = False, as_text: str = "") -> None:
+        self._stream, self._where, self._seekable, self._as_text = stream, where, seekable, as_text
         self._left = self._padding = 0
-        self.skipped = 0
+        self.unread: list[str] = []
+        """Names of the members of other kinds."""
 
     def __iter__(self) -> Iterator[Member]:
         while (header := self._header()) is not None:
             kind, name, size = header
             self._left, self._padding = size, -size % _BLOCK
             unusual = "" if kind in _FILES else _UNUSUAL.get(kind, "no plain file")
-            member = None if kind == _FOLDER else member_of(name, size, size, unusual)
+            member = None if kind == _FOLDER else member_of(name, size, size, unusual, self._as_text)
             if member is not None:
                 yield member
             elif kind != _FOLDER:
-                self.skipped += 1
+                self.unread.append(name)
             self._skip(self._left + self._padding)
 
     def whole(self) -> bytes:
@@ -192,12 +193,12 @@ def _text(name: bytes) -> str:
 
 # A corpus is listed several times before a run: the stamp changes when the archive does.
 @lru_cache(maxsize=1)
-def tar_directory(address: str, archive_bytes: int, stamp: str) -> tuple[list[str], int]:
-    """The member names of an uncompressed tar (only headers are read), and the number of members of other kinds. Raises
+def tar_directory(address: str, archive_bytes: int, stamp: str, as_text: str = "") -> tuple[list[str], list[str]]:
+    """The member names of an uncompressed tar (only headers are read), and those of members of other kinds. Raises
     ContainerUnreadable if no member can be read, OSError if the file cannot be opened."""
     names: list[str] = []
     with file_system_of(address).open(address) as file:
-        tar = TarStream(file, address, seekable=True)
+        tar = TarStream(file, address, seekable=True, as_text=as_text)
         try:
             for member in tar:
                 names.append(member.name)
@@ -205,16 +206,18 @@ def tar_directory(address: str, archive_bytes: int, stamp: str) -> tuple[list[st
             # The members before the damage can be read, and reading them reports it.
             if not names:
                 raise
-    return names, tar.skipped
+    return names, tar.unread
 
 
-def tar_rows(stream: BinaryIO, cursor: Cursor, selection: Selection, *, undecided: bool) -> Iterator[Row]:
+def tar_rows(
+    stream: BinaryIO, cursor: Cursor, selection: Selection, *, undecided: bool, as_text: str = ""
+) -> Iterator[Row]:
     """The rows of a tar stream, members in the order they are stored in. Raises ContainerUnreadable.
 
     `undecided`: the member names are not known yet, so the first member decides: if it belongs to a split
     (USUAL_SPLITS), the selected split is read, else the whole archive without the held-out split.
     """
-    where, tar = cursor.where, TarStream(stream, cursor.where)
+    where, tar = cursor.where, TarStream(stream, cursor.where, as_text=as_text)
     other_splits: set[str] = set()
     whole = read = False
     for member in tar:
@@ -232,4 +235,4 @@ def tar_rows(stream: BinaryIO, cursor: Cursor, selection: Selection, *, undecide
         elif len(other_splits) < _NAMED_SPLITS:
             other_splits.add(split)
     if not read:
-        raise nothing_chosen(where, selection, sorted(other_splits), tar.skipped)
+        raise nothing_chosen(where, selection, sorted(other_splits), len(tar.unread))

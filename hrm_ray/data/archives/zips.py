@@ -38,10 +38,11 @@ _ABOUT_MEMBER_BYTES = 76
 
 
 class ZipDirectory(NamedTuple):
-    """The members that can be read, or are refused, in the order they are read in; `skipped` are of other kinds."""
+    """The members that can be read, or are refused, in the order they are read in; `unread` names those of
+    other kinds."""
 
     members: list[tuple[Member, zipfile.ZipInfo]]
-    skipped: int
+    unread: list[str]
 
     @property
     def names(self) -> list[str]:
@@ -55,7 +56,7 @@ class ZipDirectory(NamedTuple):
 
 # A corpus is listed several times before a run, and then read: the stamp changes when the archive does.
 @lru_cache(maxsize=1)
-def zip_directory(address: str, archive_bytes: int, stamp: str) -> ZipDirectory:
+def zip_directory(address: str, archive_bytes: int, stamp: str, as_text: str = "") -> ZipDirectory:
     """The directory of the .zip at an address. Raises ContainerUnreadable for one that is damaged or may not be read,
     OSError where it cannot be opened."""
     with file_system_of(address).open(address) as file:
@@ -75,10 +76,12 @@ def zip_directory(address: str, archive_bytes: int, stamp: str) -> ZipDirectory:
     total = sum(info.file_size for info in infos)
     if total > max(EXPANSION * archive_bytes, EXPANSION_FROM_BYTES) or total > TOTAL_BYTES:
         raise ContainerUnreadable(bomb(address, archive_bytes, total).fault)
-    found = [(member_of(info.filename, info.file_size, info.compress_size, _unusual(info)), info) for info in infos]
+    found = [
+        (member_of(info.filename, info.file_size, info.compress_size, _unusual(info), as_text), info) for info in infos
+    ]
     members = [(member, info) for member, info in found if member is not None]
     members.sort(key=lambda pair: in_path_order(pair[0].name))
-    return ZipDirectory(members, len(infos) - len(members))
+    return ZipDirectory(members, [info.filename for member, info in found if member is None])
 
 
 class _EndRecord(NamedTuple):
@@ -151,7 +154,7 @@ def zip_rows(file: BinaryIO, cursor: Cursor, selection: Selection, directory: Zi
     chosen = directory.chosen(selection)
     if not chosen:
         splits = sorted({split_of(name) for name in directory.names})
-        raise nothing_chosen(where, selection, splits, directory.skipped)
+        raise nothing_chosen(where, selection, splits, len(directory.unread))
     contents = _Contents(file)
     passed_bytes = 0
     for member, info in chosen:

@@ -29,7 +29,7 @@ def parquet_rows(file: BinaryIO, cursor: Cursor) -> Iterator[Row]:
         opened = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
         fault = cursor.columns.absent(opened.schema_arrow.names, cursor.where, "file")
         if fault is not None:
-            raise Unreadable(fault)
+            raise Unreadable(fault, not_text=True)
         base = cursor.row
         for number in range(opened.metadata.num_row_groups):
             group = opened.metadata.row_group(number)
@@ -82,7 +82,7 @@ def _arrow_file_rows(file: BinaryIO, cursor: Cursor) -> Iterator[Row]:
     schema = pa.ipc.open_file(file).schema
     fault = cursor.columns.absent(schema.names, cursor.where, "file")
     if fault is not None:
-        raise Unreadable(fault)
+        raise Unreadable(fault, not_text=True)
     wanted = [schema.names.index(name) for name in cursor.columns.names]
     opened = pa.ipc.open_file(file, options=pa.ipc.IpcReadOptions(included_fields=wanted, use_threads=False))
     first = 0
@@ -100,7 +100,7 @@ def _arrow_stream_rows(file: BinaryIO, cursor: Cursor) -> Iterator[Row]:
     opened = pa.ipc.open_stream(file)
     fault = cursor.columns.absent(opened.schema.names, cursor.where, "file")
     if fault is not None:
-        raise Unreadable(fault)
+        raise Unreadable(fault, not_text=True)
     for batch in opened:
         yield from _batch_rows(batch, cursor)
 

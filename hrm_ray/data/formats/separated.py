@@ -1,18 +1,23 @@
-"""Tables as text: .csv and .tsv, with the columns' names in the first row (quotes as in RFC 4180; tabs for .tsv).
+"""Tables as text: .csv and .tsv, with the columns' names in the first row (quotes as in RFC 4180; tabs for .tsv). Where
+the columns are not found with the suffix's own delimiter, but with another one, that is taken.
 
 A bad record is lost alone."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
-from typing import Any, BinaryIO
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import BinaryIO
 
 from hrm_ray.data.formats.lines import too_long
 from hrm_ray.data.rows import ROW_BYTES, BadRow, Cursor, Row, not_utf8
 from hrm_ray.data.streams import Unreadable
 from hrm_ray.errors import Fault
 
+_DELIMITERS = (",", "\t", ";", "|")
+"""What is tried, in this order, where the columns are not found with the suffix's own."""
+_NAMES = {"\t": "tabs", " ": "spaces"}
 _QUOTES = "Double the quotes inside a quoted field, and close it"
 
 
@@ -56,12 +61,13 @@ def separated_rows(stream: BinaryIO, cursor: Cursor, delimiter: str) -> Iterator
     # The csv module has one limit for the process, which other users may have raised further.
     csv.field_size_limit(max(csv.field_size_limit(), ROW_BYTES))
     lines = _Lines(stream)
-    records = csv.reader(lines, delimiter=delimiter, strict=True)
-    header, fault = _header(records, lines, cursor)
-    if fault is not None:
-        raise Unreadable(fault)
+    own = cursor.delimiter or delimiter
+    header, delimiter = _header(lines, cursor, own)
     if not header:
         return
+    if delimiter != own:
+        cursor.remark = f"separated by {_shown(delimiter)}"
+    records = csv.reader(lines, delimiter=delimiter, strict=True)
     wanted = [header.index(name) for name in cursor.columns.names]
     if cursor.mark is not None:
         lines.seek(cursor.mark)
@@ -80,7 +86,7 @@ def separated_rows(stream: BinaryIO, cursor: Cursor, delimiter: str) -> Iterator
                 raise Unreadable(too_long(where)) from None
             return
         except csv.Error as error:
-            wrong = Fault(where, f"not a {delimiter!r}-separated record ({error})", _QUOTES)
+            wrong = Fault(where, f"not a record separated by {_shown(delimiter)} ({error})", _QUOTES)
         row = cursor.next_row()
         if row >= cursor.start:
             mark = lines.offset if cursor.marked else None
@@ -91,19 +97,57 @@ def separated_rows(stream: BinaryIO, cursor: Cursor, delimiter: str) -> Iterator
                 yield cursor.columns.picked([record[index] for index in wanted], where, row, mark)
 
 
-def _header(records: Any, lines: _Lines, cursor: Cursor) -> tuple[list[str], Fault | None]:
-    """The names of the columns, and what is wrong with them; none where the stream is empty."""
+def _header(lines: _Lines, cursor: Cursor, own: str) -> tuple[list[str], str]:
+    """The names of the columns, and the delimiter between them; no names where the stream is empty. Raises
+    Unreadable."""
     where = f"{cursor.where}:1"
-    try:
-        header: list[str] = next((record for record in records if record), [])
-    except csv.Error as error:
-        return [], Fault(where, f"the names of the columns cannot be read ({error})", _QUOTES)
+    taken: list[str] = []
+
+    def first_lines() -> Iterator[str]:
+        for line in lines:
+            taken.append(line)
+            yield line
+
+    header, wrong = _first_record(first_lines(), own)
     if lines.too_long:
-        return [], too_long(where)
-    wrong = _undecodable(lines, where)
-    if wrong is None and header:
-        wrong = cursor.columns.absent(header, cursor.where, "file")
-    return header, wrong
+        raise Unreadable(too_long(where))
+    undecodable = _undecodable(lines, where)
+    if undecodable is not None:
+        raise Unreadable(undecodable)
+    wanted = cursor.columns.names
+    delimiter, best = own, header
+    for other in () if cursor.delimiter is not None else _DELIMITERS:
+        if _is_found(best, wanted):
+            break
+        names = _first_record(iter(taken), other)[0]
+        if _is_found(names, wanted) or len(names) > max(1, len(best)):
+            delimiter, best = other, names
+    if wrong is not None and not best:
+        raise Unreadable(Fault(where, f"the names of the columns cannot be read ({wrong})", _QUOTES))
+    absent = cursor.columns.absent(best, cursor.where, "file") if best else None
+    if absent is not None:
+        if len(best) == 1 or delimiter != own:
+            reason = f"{absent.reason} (separated by {_shown(delimiter)})"
+            absent = replace(absent, reason=reason, hint=f"{absent.hint}, or the delimiter with --delimiter")
+        raise Unreadable(absent, not_text=not any(best.count(name) > 1 for name in wanted))
+    return best, delimiter
+
+
+def _is_found(names: list[str], wanted: Sequence[str]) -> bool:
+    """Whether these are the names of the columns; where none is wanted, several look like it."""
+    return set(wanted) <= set(names) and (bool(wanted) or len(names) > 1)
+
+
+def _first_record(lines: Iterator[str], delimiter: str) -> tuple[list[str], csv.Error | None]:
+    """The first record that is not blank, and what is wrong with it."""
+    try:
+        return next((record for record in csv.reader(lines, delimiter=delimiter, strict=True) if record), []), None
+    except csv.Error as error:
+        return [], error
+
+
+def _shown(delimiter: str) -> str:
+    return _NAMES.get(delimiter) or f"`{delimiter}`"
 
 
 def _undecodable(lines: _Lines, where: str) -> Fault | None:

@@ -34,7 +34,7 @@ def text_rows(stream: BinaryIO, cursor: Cursor) -> Iterator[Row]:
     """The rows of a text file, by `cursor.text_rows`; marks are the bytes where they, or their pieces, begin. Raises
     Unreadable where columns are wanted."""
     if cursor.columns.pairs:
-        raise Unreadable(_no_columns(cursor))
+        raise Unreadable(_no_columns(cursor), not_text=True)
     offset = 0
     if cursor.mark is not None:
         stream.seek(cursor.mark)
@@ -66,7 +66,8 @@ def text_rows(stream: BinaryIO, cursor: Cursor) -> Iterator[Row]:
             text = (content[bom:] if bom else content).decode("utf-8")
         except UnicodeDecodeError as error:
             fault = not_utf8(where, error, piece.begins + bom + error.start)
-            yield BadRow(fault, where, row, mark, False, number, continues)
+            whole_file = cursor.text_rows == "document"
+            yield BadRow(fault, where, row, mark, False, number, continues, whole_file=whole_file)
         else:
             yield Document(text, where, row, mark, None, None, number, continues)
 
@@ -74,12 +75,13 @@ def text_rows(stream: BinaryIO, cursor: Cursor) -> Iterator[Row]:
 def text_row(content: bytes, cursor: Cursor, row: int, mark: int | None = None) -> Row:
     """The one row of a text file of at most PIECE_BYTES bytes that is a row as a whole."""
     if cursor.columns.pairs:
-        return BadRow(_no_columns(cursor), cursor.where, row, mark)
+        return BadRow(_no_columns(cursor), cursor.where, row, mark, passed_over=cursor.lenient, whole_file=True)
     bom = len(_BOM) if content.startswith(_BOM) else 0
     try:
         return Document(content[bom:].decode("utf-8"), cursor.where, row, mark)
     except UnicodeDecodeError as error:
-        return BadRow(not_utf8(cursor.where, error, bom + error.start), cursor.where, row, mark)
+        fault = not_utf8(cursor.where, error, bom + error.start)
+        return BadRow(fault, cursor.where, row, mark, whole_file=True)
 
 
 def _file_pieces(stream: BinaryIO, offset: int, *, from_start: bool) -> Iterator[_Piece]:

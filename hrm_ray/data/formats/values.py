@@ -41,14 +41,20 @@ def json_rows(stream: BinaryIO, cursor: Cursor) -> Iterator[Row]:
                 raise Unreadable(Fault(text.where(), "there is no comma between two rows", _HINT))
             text.step()
             text.peek()
-        first, where = False, text.where()
-        value = text.value()
+        where = text.where()
+        try:
+            value = text.value()
+        except Unreadable as error:
+            error.not_text = first and error.not_text
+            raise
+        first = False
         row = cursor.next_row()
         if row >= cursor.start:
             if isinstance(value, dict):
                 yield cursor.columns.document(value, where, row, None)
             else:
-                yield BadRow(Fault(where, f"this row is {kind_name(value)}, not an object", _HINT), where, row)
+                fault = Fault(where, f"this row is {kind_name(value)}, not an object", _HINT)
+                yield BadRow(fault, where, row, not_text=True)
     if is_array:
         raise Unreadable(Fault(text.where(), "the array does not end", "The file may be cut short: copy it again"))
 
@@ -94,7 +100,9 @@ class _Window:
                 at_the_end = error.pos + _MARGIN >= len(self._text) or error.msg.startswith("Unterminated string")
                 if self._ended or not at_the_end:
                     self._check()
-                    raise Unreadable(Fault(self.where(), f"not JSON ({error.msg})", _HINT)) from error
+                    # What ends within a value may be cut short; what is wrong before its end is something else.
+                    cut = error.msg.startswith("Unterminated string") or not self._text[error.pos :].strip()
+                    raise Unreadable(Fault(self.where(), f"not JSON ({error.msg})", _HINT), not_text=not cut) from error
             except (ValueError, RecursionError) as error:
                 raise Unreadable(Fault(self.where(), f"not JSON ({error})", _HINT)) from error
             else:

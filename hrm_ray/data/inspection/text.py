@@ -63,7 +63,8 @@ class TextFacts:
     the share of stored bytes that was read (None: unknown), `rows_read` the rows read after the offset; sums and
     spreads are over these rows. `rows` is the number of rows that training takes. `faults` are the first ones of the
     `bad` rows; `breaks` are the faults of the `broken` parts, whose rest cannot be read (each also counts as one bad
-    row).
+    row), `passes` those of files without text data that are `passed_over`. `remarks` say how files are read where that
+    is not what their names say.
     """
 
     path: str
@@ -81,6 +82,9 @@ class TextFacts:
     rows_read: int
     bad: int
     faults: tuple[Fault, ...]
+    passed_over: int
+    passes: tuple[Fault, ...]
+    remarks: tuple[str, ...]
     broken: int
     breaks: tuple[Fault, ...]
     left_out: int
@@ -125,6 +129,9 @@ def inspect_text(
         rows_read=seen.rows,
         bad=seen.bad,
         faults=tuple(seen.faults),
+        passed_over=seen.passed_over,
+        passes=tuple(seen.passes),
+        remarks=tuple(seen.remarks),
         broken=seen.broken,
         breaks=tuple(seen.breaks),
         left_out=seen.left_out,
@@ -196,9 +203,11 @@ class _Totals:
     def __init__(self, corpus: Corpus, samples: int, tokeniser: _Tokeniser) -> None:
         self._corpus, self._wanted, self._tokeniser = corpus, samples, tokeniser
         self.rows = self.bad = self.left_out = self.empty = self.text_bytes = self.characters = self.used = 0
-        self._chunks = self._last_rows = self.broken = self._open_bytes = 0
+        self._chunks = self._last_rows = self.broken = self.passed_over = self._open_bytes = 0
         self.faults: list[Fault] = []
         self.breaks: list[Fault] = []
+        self.passes: list[Fault] = []
+        self.remarks: list[str] = []
         self.samples: list[Sample] = []
         self.lengths = Lengths()
         self.longest: Longest | None = None
@@ -207,9 +216,12 @@ class _Totals:
         self._chunks += 1
         self._last_rows = chunk.entry.rows
         self.rows += chunk.entry.rows
-        self.bad += chunk.entry.bad
+        self.bad += chunk.entry.bad - len(chunk.passed_over)
         self.left_out += chunk.entry.left_out
         self.faults += chunk.faults[: _SHOWN_FAULTS - len(self.faults)]
+        self.passed_over += len(chunk.passed_over)
+        self.passes += chunk.passed_over[: _SHOWN_FAULTS - len(self.passes)]
+        self.remarks += chunk.remarks[: _SHOWN_FAULTS - len(self.remarks)]
         self.broken += len(chunk.broken)
         self.breaks += chunk.broken[: _SHOWN_FAULTS - len(self.breaks)]
         for document in chunk.documents:
