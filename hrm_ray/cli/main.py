@@ -129,6 +129,37 @@ def solve(
 
 @app.command()
 @command
+def evaluate(
+    bundles: Annotated[
+        list[Path], typer.Argument(help="Bundles, their best/, or checkpoints (BUNDLE/checkpoints/step_N).")
+    ],
+    dataset_file: Annotated[
+        str | None,
+        typer.Option("--dataset-file", "--file", help="Data to evaluate on; else what the run was evaluated on."),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split of --dataset-file; for puzzles test if there is one.")
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Evaluate on the first N sequences or puzzles; else on as many as the run "
+            "read, of other data on 1000 sequences or all puzzles.",
+        ),
+    ] = None,
+    device: Annotated[DeviceChoice, typer.Option(help="Device to run on.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object per bundle.")] = False,
+) -> int:
+    """Evaluate trained models on held-out data; several give a table."""
+    from hrm_ray.cli.evaluate import run_evaluate
+
+    return run_evaluate(bundles, dataset_file=dataset_file, split=split, limit=limit, device=device, as_json=as_json)
+
+
+@app.command()
+@command
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Bundles or metrics.jsonl files.")],
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("loss.png"),

@@ -205,16 +205,29 @@ def _prepare_held_out(
     name = evaluation_file(evaluation, request)
     if request.keep_evaluation and folder.evaluation(name).is_file():
         return name, folder.read_evaluation(name), []
-    held_out_config = replace(
-        chunking_config,
-        dataset_start_offset=0,
-        max_train_examples=request.max_val_examples,
-        dataset_chunk_size=min(chunking_config.dataset_chunk_size, _EVAL_CHUNK),
-    )
-    corpus = corpus_of(held_out_config, evaluation, list_parts(evaluation).parts)
-    store, skipped = read_held_out(CorpusHead(corpus, on_read), tokenizer, form, request.eval_rows)
+    chunking_config = replace(chunking_config, max_train_examples=request.max_val_examples)
+    store, skipped = held_out_documents(evaluation, tokenizer, form, chunking_config, request.eval_rows, on_read)
     save_store(store, folder.evaluation(name))
     return name, store, skipped
+
+
+def held_out_documents(
+    evaluation: TextSource,
+    tokenizer: TextTokenizer,
+    form: RowForm,
+    chunking_config: ChunkingConfig,
+    rows: int,
+    on_read: Callable[[CorpusReading], None] = lambda _: None,
+) -> tuple[TextStore, list[str]]:
+    """The first held-out documents, enough for so many sequences, and warnings about rows that were skipped. They are
+    read from the beginning, in small chunks."""
+    chunking_config = replace(
+        chunking_config,
+        dataset_start_offset=0,
+        dataset_chunk_size=min(chunking_config.dataset_chunk_size, _EVAL_CHUNK),
+    )
+    corpus = corpus_of(chunking_config, evaluation, list_parts(evaluation).parts)
+    return read_held_out(CorpusHead(corpus, on_read), tokenizer, form, rows)
 
 
 def _check_unchanged(folder: TextDataDir, corpus: Corpus, on_read: Callable[[CorpusReading], None]) -> None:

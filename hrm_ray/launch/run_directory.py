@@ -156,13 +156,18 @@ def stored_args(run_dir: RunDir) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _stored_leaves(run_dir: RunDir) -> dict[str, Any]:
+    return to_dotted(stored_settings(run_dir))
+
+
+def stored_settings(run_dir: RunDir) -> RunSettings:
+    """The settings of a bundle, also of one that an older version wrote. Raises DataError."""
     plain = stored_args(run_dir)[0]
     for option in options().values():
         section = plain.setdefault(option.section, {})
         if option.traits.legacy_default is not None and isinstance(section, dict):
             section.setdefault(option.name, option.traits.legacy_default)
     try:
-        return to_dotted(from_plain(plain))
+        return from_plain(plain)
     except SettingsError as error:
         raise _not_as_written(run_dir, "; ".join(f"{f.value}: {f.reason}" for f in error.faults)) from error
 

@@ -72,7 +72,7 @@ def assemble(
     calls = compile_blocks(model, strict=settings.cluster.strict) if compiles(settings, world.device) else None
     if memory.gradient_checkpointing:
         apply_activation_checkpointing(model)
-    objective = _objective(model, settings, adapters)
+    objective = objective_of(model, settings, adapters)
     precision = choose_precision(memory.amp is True, memory.amp_dtype, memory.model_dtype, world.device)
     strategy_name = settings.cluster.strategy_for(world.size)
     if strategy_name == "single" and world.size > 1:
@@ -122,7 +122,8 @@ def _transform(model: nn.Module, settings: RunSettings, schedule_steps: int) -> 
     return apply_peft(model, settings.adapt, seed=settings.run.seed, total_steps=schedule_steps)
 
 
-def _objective(model: ActV1 | Transformer, settings: RunSettings, adapters: Adapters | None) -> AnyObjective:
+def objective_of(model: ActV1 | Transformer, settings: RunSettings, adapters: Adapters | None = None) -> AnyObjective:
+    """What the settings train `model` for."""
     chosen, memory = settings.model, settings.memory
     chunking: Chunking | None = None
     if memory.use_chunked_training:

@@ -31,6 +31,8 @@ class EvalSet:
     samples: SampleSet
     batch_size: int
     batches: int
+    limit: int | None = None
+    """Samples at most, where that is no whole number of batches."""
 
     @classmethod
     def of_run(cls, samples: SampleSet | None, settings: RunSettings, world: World) -> EvalSet | None:
@@ -45,7 +47,8 @@ class EvalSet:
 
     @property
     def count(self) -> int:
-        return min(len(self.samples), self.batch_size * self.batches)
+        most = min(len(self.samples), self.batch_size * self.batches)
+        return most if self.limit is None else min(most, self.limit)
 
 
 def evaluate(objective: AnyObjective, held_out: EvalSet, world: World) -> dict[str, float]:
