@@ -15,14 +15,15 @@ DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault: the value, the reason why it cannot be used, and a hint what to do instead."""
+    """One fault: the value, the reason why it cannot be used, and a hint what to do instead, where the reason does not
+    say it."""
 
     value: str
     reason: str
     hint: str
 
     def __str__(self) -> str:
-        return f"{self.value}: {self.reason}. {self.hint}."
+        return f"{self.value}: {self.reason}." + (f" {self.hint}." if self.hint else "")
 
 
 _LISTED, _LISTED_CHARACTERS = 10, 100

@@ -50,7 +50,9 @@ def train_bpe(documents: Iterable[str], vocab_size: int, examples: int, least_co
     """
     if vocab_size < LEAST_VOCABULARY:
         reason = f"256 bytes and {len(MARKS)} marks need {LEAST_VOCABULARY}"
-        raise SettingsError(Fault(f"vocab_size {vocab_size}", reason, f"Give --vocab-size {LEAST_VOCABULARY} or more"))
+        raise SettingsError(
+            Fault(f"--vocab-size {vocab_size}", reason, f"Give --vocab-size {LEAST_VOCABULARY} or more")
+        )
     backend = Tokenizer(models.BPE())
     # A BPE takes time with the square of a word's length, and cannot be interrupted: no word is longer than this.
     short = pre_tokenizers.Split(Regex(f"\\S{{{LONGEST_WORD}}}|\\s{{{LONGEST_WORD}}}"), "isolated")

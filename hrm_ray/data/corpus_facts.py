@@ -76,13 +76,13 @@ def _check_length(pipeline: ChunkPipeline, chunk: Chunk, form: RowForm) -> None:
     if pipeline.get(1) is None:
         reason = f"the data has only {tokens} tokens, not one row of {form.seq_len}"
         hint = f"Give --max-seq-len {tokens} or less, or more data"
-        raise SettingsError(Fault(f"max_seq_len {form.seq_len}", reason, hint))
+        raise SettingsError(Fault(f"--max-seq-len {form.seq_len}", reason, hint))
     if form.packing and not form.prefix:
         reason = (
             f"the first chunk, of {chunk.entry.rows} rows, has only {tokens} tokens, so most of a row would be empty"
         )
         hint = "Give a larger --dataset-chunk-size (and --samples-per-block), or a smaller --max-seq-len"
-        raise SettingsError(Fault(f"max_seq_len {form.seq_len}", reason, hint))
+        raise SettingsError(Fault(f"--max-seq-len {form.seq_len}", reason, hint))
 
 
 def _started(pipeline: ChunkPipeline, chunking_config: ChunkingConfig) -> Chunk | None:
@@ -94,11 +94,19 @@ def _started(pipeline: ChunkPipeline, chunking_config: ChunkingConfig) -> Chunk 
         return pipeline.get(entry.number)
     of_block = sum(known.start.block == block for known in pipeline.catalog.entries)
     if of_block:
-        reason = f"block {block} has {of_block} chunks, numbered from 0"
-        raise SettingsError(Fault(f"--start-chunk-id {chunk}", reason, f"Give {of_block - 1} or less"))
+        reason = f"block {block} has {_numbered(of_block, 'chunk')}"
+        raise SettingsError(Fault(f"--start-chunk-id {chunk}", reason, _at_most(of_block - 1)))
     blocks = pipeline.catalog.entries[-1].start.block + 1 if len(pipeline.catalog) else 0
-    reason = f"the data has {blocks} blocks, numbered from 0"
-    raise SettingsError(Fault(f"--start-block-id {block}", reason, f"Give {max(blocks - 1, 0)} or less"))
+    reason = f"the data has {_numbered(blocks, 'block')}"
+    raise SettingsError(Fault(f"--start-block-id {block}", reason, _at_most(blocks - 1)))
+
+
+def _numbered(count: int, what: str) -> str:
+    return f"{count} {what}s, numbered from 0" if count > 1 else f"one {what} only, which is number 0"
+
+
+def _at_most(number: int) -> str:
+    return f"Give {number} or less" if number > 0 else "Leave it out"
 
 
 def count_sequences(

@@ -68,7 +68,7 @@ class TextSamples:
         """Pairs that do not fit a row and lost tokens of their prompt's start or their response's end."""
         if form.seq_len < 2:
             reason = "a row needs 2 tokens or more"
-            raise SettingsError(Fault(f"max_seq_len {form.seq_len}", reason, "Give a larger --max-seq-len"))
+            raise SettingsError(Fault(f"--max-seq-len {form.seq_len}", reason, "Give a larger --max-seq-len"))
         if form.prefix and store.prompts is None:
             reason = "these are plain documents, not pairs of prompt and response"
             raise DataError(Fault("--lm-mask prefix", reason, "Give --prompt-column and --response-column"))

@@ -122,6 +122,11 @@ def _resolve_on(
         known = TextDataDir(location.source.data)
         if known.parts.is_file():
             check_parts(known.read_parts(), list_parts(source_of(settings, evaluation=False)).parts)
+    if settings.run.log_file == location.run_dir.metrics:
+        no_effect += (NoEffect(f"--log-file {settings.run.log_file}", "the run writes its metrics there anyway"),)
+        if settings.cluster.strict:
+            raise SettingsError(as_faults(no_effect))
+        settings = settings.model_copy(update={"run": settings.run.model_copy(update={"log_file": None})})
     if location.damaged is not None and location.checkpoint is not None:
         notes.append(f"{location.damaged} is damaged: the run goes on from {location.checkpoint.name}.")
     if not settings.run.auto_resume:

@@ -316,11 +316,11 @@ def check_own_files(settings: RunSettings, location: RunLocation) -> None:
     if stop is not None and stop.exists():
         reason = "the file already exists, so the run would stop at its first step"
         raise SettingsError(Fault(f"--stop-file {stop}", reason, "Remove it, or name another"))
+    if stop is not None and not stop.parent.is_dir() and location.run_dir.root not in (stop.parent, *stop.parents):
+        reason = f"there is no folder {stop.parent}, so nobody can make the file"
+        raise SettingsError(Fault(f"--stop-file {stop}", reason, "Make the folder, or name a file in another one"))
     if log is None:
         return
-    if log == location.run_dir.metrics:
-        reason = "the run writes its metrics there anyway"
-        raise SettingsError(Fault(f"--log-file {log}", reason, "Leave it out, or name another file"))
     if log.is_dir() or _behind_a_file(log):
         reason = "a folder has this name" if log.is_dir() else "part of the path is a file, not a folder"
         raise SettingsError(Fault(f"--log-file {log}", reason, "Name another file"))

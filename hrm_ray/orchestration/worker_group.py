@@ -294,7 +294,7 @@ class WorkerGroupRun:
         if type(cause).__name__ == "WorkerGroupStartupTimeoutError":  # a private class of Ray Train
             reason = f"the workers found no room on {self._session.where} in time; another run may have taken it"
             hint = "Wait until it is free (`ray status` shows who uses it) or use fewer workers"
-            return ResourceError(Fault(f"world_size {self._request.world_size}", reason, hint))
+            return ResourceError(Fault(f"--world-size {self._request.world_size}", reason, hint))
         fault = Fault("Ray Train", f"ended without a result ({type(cause).__name__})", RESUME_HINT)
         crash = WorkerCrash(fault, f"{error}\n{self._logs()}")
         return crash if cause is None else shortage(cause) or crash

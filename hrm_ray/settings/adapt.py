@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 
 from pydantic import field_validator
 
-from hrm_ray.settings.base import Section, option, refusal
+from hrm_ray.settings.base import Section, option, refusal, switch_aliases
 from hrm_ray.settings.needs import ADAPTERS, MATRIX_ADAPTERS
 
 PeftMethod: TypeAlias = Literal["lora", "adalora", "ia3", "loha", "lokr"]
@@ -20,7 +20,7 @@ PROJECTIONS = (*ATTENTION_PROJECTIONS, *FFN_PROJECTIONS)
 class AdaptSettings(Section):
     """Adapters that are trained instead of the weights."""
 
-    use_peft: bool = option(False, "fixed", aliases={"--use-lora": "true", "--no-use-lora": "false"})
+    use_peft: bool = option(False, "fixed", aliases=switch_aliases("--use-lora", "--lora", "--peft"))
     """Freeze the weights except the heads, and train adapters."""
     peft_method: PeftMethod = option("lora", "fixed", needs=(ADAPTERS,))
     """Adapter method: low-rank matrices (lora), the same with ranks allocated during training (adalora), learned

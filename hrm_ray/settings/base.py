@@ -43,7 +43,7 @@ def option(
     *,
     needs: tuple[Needs, ...] = (),
     affects: tuple[Effect, ...] = (),
-    aliases: Mapping[str, str | None] | None = None,
+    aliases: Mapping[str, str | None] | Mapping[str, str] | None = None,
     replaces: tuple[str, ...] = (),
     replaces_stored: tuple[str, ...] = (),
     unset: str | None = None,
@@ -63,6 +63,11 @@ def option(
     traits = Traits(on_resume, needs, affects, aliases or {}, replaces, replaces_stored, unset, legacy_default)
     # A callable `json_schema_extra` is the only place where pydantic keeps a foreign object with the field.
     return Field(default=default, json_schema_extra=traits, ge=ge, gt=gt, le=le, lt=lt)
+
+
+def switch_aliases(*names: str) -> Mapping[str, str]:
+    """Other spellings of a switch, each with its `--no-` form."""
+    return {name: "true" for name in names} | {f"--no-{name[2:]}": "false" for name in names}
 
 
 class Section(BaseModel):

@@ -31,7 +31,12 @@ class DataSettings(Section):
     """Training data, tokenizer, sequence form and evaluation data."""
 
     dataset_file: str | None = option(
-        None, "free", affects=("rows",), replaces=("data.dataset_id", "data.dataset_config"), unset="--dataset-id"
+        None,
+        "free",
+        affects=("rows",),
+        replaces=("data.dataset_id", "data.dataset_config"),
+        unset="--dataset-id",
+        aliases={"--train-file": None},
     )
     """Training data: a file, a folder, a pattern such as "logs/*.jsonl.gz", a cloud address (s3://, gs://, az://),
     or hf://id:config:split. Text: .txt, .md, .csv, .tsv, .json, .jsonl, .parquet or .arrow, also compressed or in
@@ -109,7 +114,8 @@ class DataSettings(Section):
     stride: int | None = option(
         None, "fixed", ge=2, needs=(TEXT, WHOLE_TEXTS, OVERLAP), unset="--max-seq-len, no overlap"
     )
-    """Tokens between the starts of two sequences; fewer than --max-seq-len makes them overlap (labels count once)."""
+    """Tokens between the starts of two sequences (without packing: of one document); fewer than --max-seq-len makes
+    them overlap (labels count once)."""
     streaming: bool = option(True, "free", needs=(TEXT,))
     """Tokenise just in time while training runs; otherwise load and tokenise everything first."""
     cache_gb: float = option(8.0, "free", ge=0, needs=(TEXT,))
@@ -138,7 +144,9 @@ class DataSettings(Section):
     """Skip rows whose text contains non-ASCII characters."""
     on_bad_row: Literal["fail", "skip"] = option("fail", "free", affects=("rows",), needs=(TEXT,))
     """What to do with a row that cannot be read: end the run (fail), or count it, warn and continue (skip)."""
-    eval_file: str | None = option(None, "free", replaces=("data.val_split",), unset="no evaluation data")
+    eval_file: str | None = option(
+        None, "free", replaces=("data.val_split",), unset="no evaluation data", aliases={"--validation-file": None}
+    )
     """Evaluation data, named like --dataset-file."""
     val_split: str | None = option(
         None, "free", affects=("rows",), replaces=("data.eval_file",), unset="no evaluation data"

@@ -9,12 +9,12 @@ from typing import Any
 from hrm_ray.errors import Fault
 
 _BOUNDS = {
-    "greater_than_equal": ("ge", "is below the minimum", "{} or more"),
-    "greater_than": ("gt", "is too small", "more than {}"),
-    "less_than_equal": ("le", "is above the maximum", "{} or less"),
-    "less_than": ("lt", "is too large", "less than {}"),
+    "greater_than_equal": ("ge", "must be {} or more"),
+    "greater_than": ("gt", "must be above {}"),
+    "less_than_equal": ("le", "must be {} or less"),
+    "less_than": ("lt", "must be below {}"),
 }
-"""pydantic's error type: the key of the bound in its context, the reason, and the bound in the hint."""
+"""pydantic's error type: the key of the bound in its context, and the reason, which needs no hint."""
 
 _KINDS = {
     "int_": ("is not a whole number", "Give a whole number"),
@@ -30,9 +30,8 @@ def fault_of_error(error: Any, quoted: str) -> Fault:
     """The fault in one entry of `ValidationError.errors()`; `quoted` is the setting as the user wrote it."""
     kind, context = str(error["type"]), error.get("ctx", {})
     if kind in _BOUNDS:
-        bound, reason, form = _BOUNDS[kind]
-        limit = form.format(_number(context[bound]))
-        return Fault(quoted, reason, f"Give {limit}")
+        bound, reason = _BOUNDS[kind]
+        return Fault(quoted, reason.format(_number(context[bound])), "")
     if kind == "literal_error":
         choices = [part.strip().strip("'") for part in context["expected"].replace(" or ", ", ").split(",")]
         near = nearest(str(error["input"]), choices, at_most=1)

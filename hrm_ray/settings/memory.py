@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from hrm_ray.settings.base import Section, option
+from hrm_ray.settings.base import Section, option, switch_aliases
 from hrm_ray.settings.needs import (
     AMP,
     CHUNKS,
@@ -25,7 +25,7 @@ class MemorySettings(Section):
     amp: bool | None = option(
         None,
         "free",
-        aliases={"--use-mixed-precision": "true", "--no-mixed-precision": "false"},
+        aliases=switch_aliases("--use-mixed-precision", "--mixed-precision"),
         legacy_default=False,
         unset="on for GPUs, off for the CPU",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from hrm_ray.settings.base import Section, option
+from hrm_ray.settings.base import Section, option, switch_aliases
 from hrm_ray.settings.needs import (
     CARRIED_PUZZLES,
     CYCLES,
@@ -52,7 +52,9 @@ class ModelSettings(Section):
     """H updates in one segment."""
     l_cycles: int = option(2, "fixed", ge=1, needs=(CYCLES,))
     """L updates before each H update."""
-    pos_encodings: Literal["rope", "learned", "none"] = option("rope", "fixed", aliases={"--no-rope": "learned"})
+    pos_encodings: Literal["rope", "learned", "none"] = option(
+        "rope", "fixed", aliases={"--no-rope": "learned", "--rope": "rope"}
+    )
     """Position encoding: rotary (rope), a learned table (learned), or none."""
     rope_theta: float = option(10000.0, "fixed", gt=0, needs=(ROPE,))
     """Base of the rotary frequencies."""
@@ -68,7 +70,7 @@ class ModelSettings(Section):
     """Dropout after attention and after the feed-forward layer."""
     lm_mask: Literal["causal", "prefix"] = option("causal", "fixed", needs=(TEXT,))
     """Attention mask of a language model: causal, or prefix (full in the prompt, causal in the response)."""
-    use_moe: bool = option(False, "fixed", aliases={"--no-moe": "false"}, legacy_default=False)
+    use_moe: bool = option(False, "fixed", aliases=switch_aliases("--moe"), legacy_default=False)
     """Mixture of experts in place of every feed-forward layer."""
     num_experts: int = option(8, "fixed", ge=2, needs=(EXPERTS,))
     """Experts of each block, each as wide as the feed-forward layer would be."""
@@ -85,7 +87,7 @@ class ModelSettings(Section):
     use_flash_attn: bool | None = option(
         None,
         "free",
-        aliases={"--flash-attn": "true", "--no-flash-attn": "false"},
+        aliases=switch_aliases("--flash-attn"),
         unset="on where it is installed and the GPU supports it",
     )
     """Compute attention with FlashAttention."""

@@ -12,7 +12,7 @@ from hrm_ray.settings.needs import EXPERTS, FALLING_LR, MOMENTS, PUZZLE_EMBEDDIN
 class OptimizerSettings(Section):
     """Batch, learning rate and optimizer."""
 
-    batch_size: int = option(8, "free", ge=1, affects=("memory",))
+    batch_size: int = option(8, "free", ge=1, affects=("memory",), aliases={"--per-device-train-batch-size": None})
     """Sequences or puzzles in one micro-batch of one worker."""
     gradient_accumulation_steps: int = option(
         1, "free", ge=1, affects=("memory",), replaces=("optimizer.effective_batch_size",)
@@ -33,9 +33,9 @@ class OptimizerSettings(Section):
     """With experts, lower a learning rate above 1e-3 to 1e-3; otherwise the rate is used as given."""
     weight_decay: float = option(0.01, "free", ge=0)
     """Decoupled weight decay."""
-    beta1: float = option(0.9, "free", ge=0, lt=1, needs=(MOMENTS,))
+    beta1: float = option(0.9, "free", ge=0, lt=1, needs=(MOMENTS,), aliases={"--adam-beta1": None})
     """Decay rate of the first moment of the gradients."""
-    beta2: float = option(0.95, "free", ge=0, lt=1, needs=(MOMENTS,))
+    beta2: float = option(0.95, "free", ge=0, lt=1, needs=(MOMENTS,), aliases={"--adam-beta2": None})
     """Decay rate of the second moment of the gradients."""
     warmup_steps: int = option(0, "free", ge=0)
     """Weight updates over which the learning rate rises linearly to its peak."""
@@ -48,7 +48,7 @@ class OptimizerSettings(Section):
     adaptive_lr_config: Path | None = option(None, "free", unset="the schedule alone")
     """Lower the learning rate when the loss stops falling or diverges, with the thresholds in this YAML or JSON file
     (an empty file takes the defaults)."""
-    grad_clip: float = option(1.0, "free", ge=0)
+    grad_clip: float = option(1.0, "free", ge=0, aliases={"--max-grad-norm": None})
     """Maximum norm of the gradients; 0 disables clipping."""
     optimizer: Literal["adamw", "adam-atan2", "sgd"] = option("adamw", "fixed", affects=("memory",))
     """Optimizer."""

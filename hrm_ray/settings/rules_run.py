@@ -47,16 +47,14 @@ def _schedule_of_endless_run(settings: RunSettings) -> Fault | None:
     endless = [name for name in ("iterate", "stop_after_epoch", "stop_after_block") if settings.leaf(f"run.{name}")]
     if not endless or run.steps is not None or run.epochs is not None:
         return None
-    if schedule != "constant":
-        what = f"--lr-schedule {schedule} depends on"
-    elif settings.adapt.use_peft and settings.adapt.peft_method == "adalora":
-        what = "the rank schedule of adalora depends on"
-    else:
+    adalora = settings.adapt.use_peft and settings.adapt.peft_method == "adalora"
+    if schedule == "constant" and not adalora:
         return None
+    what = "the rank schedule of adalora depends on" if adalora else f"--lr-schedule {schedule} depends on"
     return Fault(
         written(settings, f"run.{endless[0]}"),
         f"{what} the length of the run, which is not given",
-        "Give --steps or --epochs, or --lr-schedule constant without adalora",
+        f"Give --steps or --epochs{'' if adalora else ', or --lr-schedule constant'}",
     )
 
 

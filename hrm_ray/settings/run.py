@@ -41,7 +41,9 @@ class RunSectionSettings(Section):
     """Folder of stored experts and their registry."""
     steps: int | None = option(None, "free", ge=1, unset="200 if --epochs is not given either")
     """Number of weight updates to train for."""
-    epochs: int | None = option(None, "free", ge=1, unset="as many as --steps needs")
+    epochs: int | None = option(
+        None, "free", ge=1, unset="as many as --steps needs", aliases={"--num-train-epochs": None}
+    )
     """Number of passes over the data to train for; with --steps, the run ends at whichever comes first."""
     iterate: bool = option(False, "free", needs=(NO_STEPS,))
     """Begin another epoch until the run is stopped."""
@@ -49,14 +51,14 @@ class RunSectionSettings(Section):
     """End the run at the end of an epoch."""
     stop_after_block: bool = option(False, "free")
     """End the run at the end of a block; resumed, it continues with the next block."""
-    eval_every: int = option(0, "free", ge=0, needs=(EVALUATION_OR_SAMPLE,))
+    eval_every: int = option(0, "free", ge=0, needs=(EVALUATION_OR_SAMPLE,), aliases={"--eval-steps": None})
     """Weight updates between evaluations; 0 evaluates only at the end."""
     sample_prompt: str | None = option(None, "free", needs=(TEXT,), unset="no text is generated")
     """Show how the model continues this text at each evaluation and at the end; without data to evaluate on, after
     --eval-every weight updates."""
-    save_every: int = option(200, "free", ge=0)
+    save_every: int = option(200, "free", ge=0, aliases={"--save-steps": None})
     """Weight updates between checkpoints; 0 saves only at the end."""
-    keep: int = option(3, "free", ge=1)
+    keep: int = option(3, "free", ge=1, aliases={"--save-total-limit": None})
     """Number of newest checkpoints to keep."""
     resume: bool = option(False, "dropped")
     """Resume from the bundle's newest checkpoint."""
@@ -71,7 +73,7 @@ class RunSectionSettings(Section):
     """When this file appears, the run finishes its step, saves and ends."""
     log_file: Path | None = option(None, "free", unset="the bundle's metrics.jsonl alone")
     """Write the metrics to this file too, one JSON object per line."""
-    log_every: int = option(10, "free", ge=1)
+    log_every: int = option(10, "free", ge=1, aliases={"--logging-steps": None})
     """Weight updates between lines of metrics."""
     seed: int = option(0, "fixed", ge=0, lt=2**63)
     """Random seed; the same seed and set-up give the same losses."""

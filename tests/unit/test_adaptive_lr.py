@@ -190,7 +190,7 @@ def test_a_file_of_thresholds(tmp_path: Path) -> None:
     ("text", "hints"),
     [
         ("window_step: 5", ["window_step = 5", "is not a setting", "The nearest is window_steps"]),
-        ("plateau_factor: 1.5", ["plateau_factor = 1.5", "less than 1"]),
+        ("plateau_factor: 1.5", ["plateau_factor = 1.5", "below 1"]),
         ("window_steps: 0\nmin_factor: x", ["window_steps = 0", "min_factor = x", "is not a number"]),
         ("windows: 3\nmin_factor: 2", ["windows = 3", "min_factor = 2", "1 or less"]),
         ("divergence_factor: 0.9", ["divergence_factor = 0.9", "plateau_factor 0.5", "Give 0.5 or less"]),

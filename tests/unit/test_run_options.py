@@ -233,6 +233,26 @@ def test_a_resume_with_other_puzzles_is_refused_and_changes_nothing(tmp_path: Pa
     assert files_below(tmp_path / "b") == before
 
 
+def test_small_refusals_say_what_to_do(tmp_path: Path) -> None:
+    words = ("train", "--dataset-file", text_file(tmp_path), *TEXT, "--bundle-dir", tmp_path / "b")
+    stop = tmp_path / "nodir" / "stop"
+    refused(2, *words, "--stop-file", stop, naming=(f"--stop-file {stop}", "there is no folder", "Make the folder"))
+    endless = refused(2, *words, "--iterate", naming=("--iterate", "--lr-schedule cosine", "--lr-schedule constant."))
+    assert "adalora" not in endless
+    adalora = ("--iterate", "--use-peft", "--peft-method", "adalora")
+    assert "constant" not in refused(2, *words, *adalora, naming=("rank schedule of adalora", "--steps or --epochs."))
+    refused(2, *words, "--start-block-id", "99", naming=("one block only, which is number 0", "Leave it out"))
+    refused(2, "generate", tmp_path, "--prompt", "x", "--top-p", "0", naming=("--top-p 0: must be above 0",))
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_log_file_that_is_the_bundle_s_own_is_noted(tmp_path: Path) -> None:
+    words = ("--log-file", tmp_path / "b" / "metrics.jsonl", "--steps", "2")
+    ran = train(text_file(tmp_path), tmp_path / "b", *TEXT, *words)
+    assert "(the run writes its metrics there anyway)" in ran.out
+    assert [record["step"] for record in records(tmp_path / "b")] == [1, 2]
+
+
 def test_a_dry_run_prints_what_holds(tmp_path: Path) -> None:
     """No None: a resolved value, or what it means that the option is not set."""
     words = ("train", "--dataset-file", text_file(tmp_path), *TEXT[:-2], "--dry-run")

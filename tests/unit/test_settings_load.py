@@ -10,6 +10,7 @@ import pytest
 from hrm_ray.errors import Fault, SettingsError
 from hrm_ray.settings.load import load_settings, peek_leaves
 from hrm_ray.settings.needs import NoEffect
+from hrm_ray.settings.options import spellings
 from hrm_ray.settings.tree import RunSettings, from_plain, to_dotted, to_plain
 
 
@@ -66,7 +67,14 @@ def test_an_option_may_be_named_in_several_ways(name: str) -> None:
         ("--output-dir", "a", "run.bundle_dir", Path("a")),
         ("--flash-attn", True, "model.use_flash_attn", True),
         ("--no-flash-attn", True, "model.use_flash_attn", False),
+        ("--no-peft", True, "adapt.use_peft", False),
+        ("--no-lora", True, "adapt.use_peft", False),
         ("--no-packing", True, "data.packing", False),
+        ("--per-device-train-batch-size", "4", "optimizer.batch_size", 4),
+        ("--num-train-epochs", "3.0", "run.epochs", 3),
+        ("--max-grad-norm", "0.5", "optimizer.grad_clip", 0.5),
+        ("--logging-steps", "5", "run.log_every", 5),
+        ("--train-file", "f", "data.dataset_file", "f"),
         ("--packing", "false", "data.packing", False),
         ("--retrain-tokenizer", True, "data.retrain_tokenizer", True),
         ("--no-ddp", True, "cluster.strategy", "single"),
@@ -100,7 +108,7 @@ def test_every_fault_in_one_message(tmp_path: Path) -> None:
         ("--lr", "needs a value"),
         ("--batch-size 0", "1 or more"),
         ("--lr-schedule cosin", "nearest is cosine"),
-        ("optimizer.beta1 = 2", "less than 1"),
+        ("optimizer.beta1 = 2", "below 1"),
         ("run.steps = none", "whole number"),
         ("optimizer.weight_decay = -1 (trial)", "0 or more"),
         ("--lm-mask prefix", "--prompt-column"),
@@ -228,6 +236,14 @@ def test_of_two_spellings_of_one_option_the_later_counts() -> None:
     assert from_plain(to_plain(turned)) == turned
 
 
+def test_every_spelling_of_a_switch_has_its_opposite() -> None:
+    switches = {name: each for name, each in spellings().items() if each.fixed is not None}
+    for name, spelling in switches.items():
+        opposite = switches.get(f"--{name[5:]}" if name.startswith("--no-") else f"--no-{name[2:]}")
+        assert opposite is not None, name
+        assert opposite.option == spelling.option and opposite.fixed != spelling.fixed, name
+
+
 @pytest.mark.parametrize(
     ("option", "value", "key", "meant"),
     [
@@ -246,7 +262,7 @@ def test_a_boolean_word_after_a_switch(option: str, value: str, key: str, meant:
 
 
 def test_another_word_after_a_switch() -> None:
-    assert "takes no value" in refused({"--no-rope": "no"})
+    assert "takes no value" in refused({"--no-rope": "learned"})
     assert "takes no value" in refused({"--no-moe": "maybe"})
     assert "neither true nor false" in refused({"--amp": "maybe"})
 

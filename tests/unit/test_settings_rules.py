@@ -69,6 +69,7 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
         {"--force-train": True, "--resume": True, "--epochs": "2"},
         "--resume",
     ),
+    "new_ledger_of_resume": ({"--new-ledger": True}, {"--new-ledger": True, "--resume": True}, "a new ledger anyway"),
     "activations_of_float32_weights": (
         {"--activations": "bf16", "--model-dtype": "bf16"},
         {"--activations": "fp32", "--amp-dtype": "fp16"},

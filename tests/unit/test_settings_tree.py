@@ -121,7 +121,24 @@ def test_values_out_of_range(option: str, value: str) -> None:
         load_settings({option: value})
     (fault,) = caught.value.faults
     assert fault.value == f"{option} {value or repr(value)}"
-    assert fault.reason and fault.hint and "pydantic" not in str(fault) and "Input should" not in str(fault)
+    assert (
+        fault.reason
+        and (fault.hint or "must be" in fault.reason)
+        and "pydantic" not in str(fault)
+        and "Input should" not in str(fault)
+    )
+
+
+def test_a_bound_is_said_in_one_sentence() -> None:
+    for words, message in (
+        ({"--lr": "-1"}, "--lr -1: must be above 0."),
+        ({"--keep": "0"}, "--keep 0: must be 1 or more."),
+        ({"--dropout-rate": "1"}, "--dropout-rate 1: must be below 1."),
+        ({"--wsd-decay-ratio": "2"}, "--wsd-decay-ratio 2: must be 1 or less."),
+    ):
+        with pytest.raises(SettingsError) as caught:
+            load_settings(words)
+        assert str(caught.value) == message
 
 
 def test_frozen_and_closed() -> None:
