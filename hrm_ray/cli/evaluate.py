@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hrm_ray.cli.tables import aligned
 from hrm_ray.launch.devices import choose_device
 from hrm_ray.launch.evaluate import Evaluation, evaluate_bundle
 
@@ -48,7 +49,4 @@ def _table(found: Sequence[Evaluation]) -> str:
     for each in found:
         figures = [f"{each.figures[name]:.5g}" if name in each.figures else "" for name in names]
         rows.append([each.bundle, str(each.step), *figures])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return aligned(rows)

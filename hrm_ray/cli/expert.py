@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hrm_ray.bundle.expert_store import StoredExpert, put_expert, read_registry
+from hrm_ray.cli.tables import aligned
 from hrm_ray.errors import Fault, SettingsError
 from hrm_ray.settings.run import DEFAULT_EXPERTS_DIR
 
@@ -32,9 +33,7 @@ def run_list(experts_dir: Path | None, *, as_json: bool) -> int:
         return 0
     rows: list[tuple[str, ...]] = [("id", "index", "steps", "evaluation, before -> after", "trained in")]
     rows += [_row(identifier, entry) for identifier, entry in registry.items()]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(aligned(rows))
     return 0
 
 

@@ -160,6 +160,18 @@ def evaluate(
 
 @app.command()
 @command
+def runs(
+    folder: Annotated[Path | None, typer.Argument(help="Folder of bundles [default: artifacts/brains].")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object per bundle.")] = False,
+) -> int:
+    """List bundles with their size, steps, loss, best held-out figure and state, the last written first."""
+    from hrm_ray.cli.runs import run_runs
+
+    return run_runs(folder, as_json=as_json)
+
+
+@app.command()
+@command
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Bundles or metrics.jsonl files.")],
     out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("loss.png"),

@@ -73,17 +73,24 @@ def run_lock(run_dir: RunDir) -> Iterator[None]:
 
 def check_not_in_use(run_dir: RunDir) -> None:
     """Raises SettingsError where another process is training in the bundle. Creates nothing."""
+    if is_in_use(run_dir):
+        raise _in_use(run_dir)
+
+
+def is_in_use(run_dir: RunDir) -> bool:
+    """Whether a process is training in the bundle. Creates nothing."""
     if not run_dir.run_lock.exists():
-        return
+        return False
     lock = FileLock(run_dir.run_lock)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise _in_use(run_dir) from None
+        return True
     except OSError:
-        pass  # A folder that cannot be locked is reported by the run that needs it.
+        return False  # A folder that cannot be locked is reported by the run that needs it.
     finally:
         lock.release()
+    return False
 
 
 def _in_use(run_dir: RunDir) -> SettingsError:

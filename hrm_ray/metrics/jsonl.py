@@ -79,6 +79,20 @@ def read_records(path: Path) -> list[Record]:
     return [record for record, _ in _records_and_lines(path)]
 
 
+def last_records(path: Path, tail_bytes: int = 1 << 16) -> list[Record]:
+    """The complete records in the last `tail_bytes` of a file; DataError where one of them is not a record."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - tail_bytes))
+        lines = file.read().split(b"\n")
+    first = 0 if size <= tail_bytes else 1
+    try:
+        return [_from_line(line) for line in lines[first:-1]]
+    except ValueError as error:
+        hint = "Remove the line, or name a file that a run has written"
+        raise DataError(Fault(str(path), f"not a metrics record ({error})", hint)) from error
+
+
 def truncate_after(path: Path, step: int) -> int:
     """Drop the records after `step` (and a torn last line) for resuming there; returns how many records were dropped.
 
