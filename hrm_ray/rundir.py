@@ -72,6 +72,11 @@ class RunDir:
         return self.root / "tensorboard"
 
     @property
+    def reports(self) -> Path:
+        """The run's names at the services of --report-to, so that a resumed run goes on under them."""
+        return self.root / "reports.json"
+
+    @property
     def data(self) -> Path:
         """The corpus of the run: catalog, tokenised chunks, evaluation documents."""
         return self.root / "data"

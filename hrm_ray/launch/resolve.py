@@ -25,6 +25,7 @@ from hrm_ray.launch.devices import Devices, choose_devices, visible_gpus
 from hrm_ray.launch.fallbacks import settle_memory_options, without_effect_on
 from hrm_ray.launch.preflight import check_launch, check_resources
 from hrm_ray.launch.run_directory import RunLocation, check_effective_batch, check_own_files, locate_run, trained_with
+from hrm_ray.metrics.reporters import check_reporters
 from hrm_ray.model.config import ModelConfig, model_config
 from hrm_ray.model.transforms.compile import compile_notes
 from hrm_ray.rundir import MANIFEST, RunDir, read_json
@@ -133,6 +134,7 @@ def _resolve_on(
         notes += _no_steps_left(settings, location)
     check_effective_batch(location, effective_batch(settings, devices))
     check_own_files(settings, location)
+    check_reporters(settings.run.services)
     if facts.puzzle is not None:
         config = _puzzle_config(settings, facts)
         certain = True

@@ -17,6 +17,8 @@ DEFAULT_EXPERTS_DIR = Path("artifacts") / "experts"
 
 _NOT_IN_A_NAME = frozenset('/\\:*?"<>|')
 """Not allowed in file names on Windows or Linux."""
+SERVICES = ("wandb", "mlflow")
+"""What --report-to can report to."""
 
 
 class RunSectionSettings(Section):
@@ -75,8 +77,22 @@ class RunSectionSettings(Section):
     """Write the metrics to this file too, one JSON object per line."""
     log_every: int = option(10, "free", ge=1, aliases={"--logging-steps": None})
     """Weight updates between lines of metrics."""
+    report_to: str | None = option(None, "free", unset="none")
+    """Report the metrics to wandb, mlflow, or both (wandb,mlflow); none and tensorboard report to no service, since
+    TensorBoard files are written in any case."""
     seed: int = option(0, "fixed", ge=0, lt=2**63)
     """Random seed; the same seed and set-up give the same losses."""
+
+    @field_validator("report_to")
+    @classmethod
+    def _known_services(cls, value: str | None) -> str | None:
+        names = value.split(",") if value is not None else []
+        unknown = [name for name in names if name not in (*SERVICES, "tensorboard", "none")]
+        if unknown:
+            raise refusal(f"{unknown[0]!r} is no service", f"Give {', '.join(SERVICES)}, tensorboard or none")
+        if "none" in names and len(names) > 1:
+            raise refusal("none stands alone", "Leave none out, or give nothing else")
+        return value
 
     @field_validator("sample_prompt")
     @classmethod
@@ -93,6 +109,11 @@ class RunSectionSettings(Section):
         if value is not None and (_NOT_IN_A_NAME & set(value) or value.startswith(".") or value[-1] in ". "):
             raise refusal("cannot be the name of a folder", "Give letters, digits, - and _")
         return value
+
+    @property
+    def services(self) -> list[str]:
+        """The services that metrics are reported to, each once."""
+        return [name for name in dict.fromkeys((self.report_to or "").split(",")) if name in SERVICES]
 
     @property
     def step_limit(self) -> int | None:

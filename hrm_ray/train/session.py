@@ -26,11 +26,12 @@ from hrm_ray.errors import DISK_FULL_ERRNOS, HrmRayError
 from hrm_ray.log_filters import silence_unused_kernels
 from hrm_ray.metrics.fanout import FanOut
 from hrm_ray.metrics.jsonl import JsonlSink
+from hrm_ray.metrics.reporters import report_sinks
 from hrm_ray.metrics.tensorboard import TensorBoardSink
 from hrm_ray.model.transforms.compile import compile_notes
 from hrm_ray.rundir import MANIFEST, RunDir, file_sha256
 from hrm_ray.settings.schedule_length import schedule_length
-from hrm_ray.settings.tree import RunSettings
+from hrm_ray.settings.tree import RunSettings, to_dotted
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.attention_choice import flash_notes
 from hrm_ray.train.checkpoint import Checkpointer, load_checkpoint
@@ -265,4 +266,6 @@ def _sinks(settings: RunSettings, run_dir: RunDir, resumed_step: int | None, lin
     ]
     if settings.run.log_file is not None:
         sinks.append(JsonlSink(settings.run.log_file))
-    return FanOut(sinks)
+    resumes, others = resumed_step is not None, FanOut(sinks)
+    reports = report_sinks(settings.run.services, run_dir, to_dotted(settings), resumes=resumes, others=others)
+    return FanOut([*sinks, *reports])
