@@ -119,7 +119,7 @@ def expected_time(settings: RunSettings, config: ModelConfig, device: str, threa
     steps = settings.run.step_limit
     if steps is None:
         return f"about {_duration(each_s)} a step"
-    return f"about {_duration(each_s * steps)} for {steps} steps"
+    return f"about {_duration(each_s * steps)} for {steps} step{'' if steps == 1 else 's'}"
 
 
 def _duration(seconds: float) -> str:
