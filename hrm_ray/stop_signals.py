@@ -8,11 +8,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
+COMMAND_STARTED_S = time.time()
+"""When the command was started, in seconds since the epoch, but for the start of Python itself."""
 EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130
 

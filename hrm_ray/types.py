@@ -61,6 +61,7 @@ class StopReason(str, Enum):
     SIGTERM = "sigterm"
     SIGHUP = "sighup"
     SIGUSR1 = "sigusr1"
+    MAX_TIME = "max_time"
     INTERRUPT = "interrupt"
 
     @property

@@ -18,6 +18,7 @@ from hrm_ray.metrics.console import ConsoleSink
 from hrm_ray.metrics.display_state import Schedule
 from hrm_ray.model.describe import count_parameters
 from hrm_ray.settings.tree import RunSettings
+from hrm_ray.stop_signals import COMMAND_STARTED_S
 from hrm_ray.types import StopRequested
 
 _INDENT = " " * len("device  ")
@@ -34,7 +35,7 @@ def run_train(settings: RunSettings, dry_run: bool) -> int:
             return 0
         try:
             with closing(ConsoleSink(sys.stdout, _schedule(resolved), started_s=started_s)) as sink:
-                result = run(resolved, sink=sink, stop=watch.poll, on_start=watch.begin)
+                result = run(resolved, sink=sink, stop=watch.poll, on_start=watch.begin, started_s=COMMAND_STARTED_S)
         except StopRequested as stopped:
             print_if_possible(f"ended   {stopped.reason.value} before the first step: nothing was trained")
             return stopped.reason.exit_code

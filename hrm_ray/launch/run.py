@@ -21,10 +21,12 @@ from hrm_ray.launch.run_lock import run_lock
 from hrm_ray.metrics.fanout import FanOut
 from hrm_ray.metrics.jsonl import truncate_after
 from hrm_ray.settings.tree import RunSettings
-from hrm_ray.types import MetricSink, Record, RunResult, StopPoll, StopRequested
+from hrm_ray.types import MetricSink, Record, RunResult, StopPoll, StopReason, StopRequested
 
 REPORT_EVERY_S = 5.0
 """Seconds between two reports of how far the data was read; shorter reading is not reported."""
+_END_S = {"local": 2.0, "ray": 12.0}
+"""What the end takes after the last file is written, by launcher: Ray closes its cluster."""
 
 
 def run(
@@ -33,6 +35,7 @@ def run(
     sink: MetricSink | None = None,
     stop: StopPoll | None = None,
     on_start: Callable[[], None] | None = None,
+    started_s: float | None = None,
 ) -> RunResult:
     """Train with these settings and return the result. Raises HrmRayError, and StopRequested for a stop before the
     first step.
@@ -40,12 +43,21 @@ def run(
     Records go to `sink` besides the files of the bundle. `stop` is polled about once per step; a reason ends the run in
     order, with a checkpoint. In a program that has called `ray.init` Ray's workers run on its cluster, with the
     defaults of --ray-address auto but for the number of workers. `on_start` is called once everything is prepared, just
-    before training starts. A local run on the CPU sets what glibc does with freed memory (--keep-freed-memory); that
+    before training starts. --max-time counts from `started_s` (seconds since the epoch), or from this call. A local run on the CPU sets what glibc does with freed memory (--keep-freed-memory); that
     outlives the run.
     """
-    sink, stop = sink or FanOut([]), stop or (lambda: None)
+    called_s = time.time()
+    sink, asked = sink or FanOut([]), stop or (lambda: None)
     resolved = resolve(settings) if isinstance(settings, RunSettings) else settings
     devices = resolved.devices
+    max_time_s, stop_by_s = resolved.settings.run.max_time_s, None
+    if max_time_s is not None:
+        stop_by_s = (called_s if started_s is None else started_s) + max_time_s - _END_S[devices.launcher]
+
+    def stop() -> StopReason | None:
+        over = stop_by_s is not None and time.time() >= stop_by_s
+        return asked() or (StopReason.MAX_TIME if over else None)
+
     finished = finished_before(resolved.settings, resolved.location)
     if finished is not None:
         message = "The run has finished: there is nothing to train. More --steps or --epochs go on with it."
@@ -60,7 +72,7 @@ def run(
             truncate_after(log, -1)
         held.enter_context(removed_unless_trained(resolved.location))
         held.enter_context(visible_gpus(devices))
-        plan = make_plan(resolved, _ReadingProgress(sink, stop))
+        plan = replace(make_plan(resolved, _ReadingProgress(sink, stop)), stop_by_s=stop_by_s)
         launch: Callable[..., RunResult] = import_module(LAUNCHERS[devices.launcher]).run
         if on_start is not None:
             on_start()

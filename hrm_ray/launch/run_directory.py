@@ -266,7 +266,9 @@ def finished_before(settings: RunSettings, location: RunLocation) -> RunResult |
     as_long = all(settings.leaf(f"run.{name}") == stored[f"run.{name}"] for name in ("steps", "epochs", "iterate"))
     if not as_long and (run.step_limit is None or run.step_limit > step):
         return None
-    return RunResult(StopReason.FINISHED, step, about["epoch"], str(run_dir.root), about["figures"])
+    return RunResult(
+        StopReason.FINISHED, step, about["epoch"], str(run_dir.root), about["figures"], about["best"] or {}
+    )
 
 
 def _names_in(run_dir: RunDir) -> set[str]:

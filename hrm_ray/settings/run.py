@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import field_validator
 
 from hrm_ray.settings.base import Section, option, refusal
+from hrm_ray.settings.duration import seconds_of
 from hrm_ray.settings.needs import EVALUATION_OR_SAMPLE, NO_STEPS, ONE_EXPERT, RESUMED, TEXT
 
 DEFAULT_STEPS = 200
@@ -71,6 +72,10 @@ class RunSectionSettings(Section):
     """Resume from this checkpoint."""
     new_ledger: bool = option(False, "dropped", needs=(RESUMED,))
     """Resume where ledger.sqlite is lost: read the data up to the checkpoint again, and write a new ledger of it."""
+    max_time: str | None = option(None, "dropped", unset="no limit")
+    """Save and end (exit code 75) before this much time has passed since the command was started, as 90s, 30m, 1h30m or
+    1:30:00; a number alone is seconds. Room is left for a step and a save as long as the last ones took. A run that
+    reaches its end earlier ends as ever (exit code 0)."""
     stop_file: Path | None = option(None, "free", unset="no file")
     """When this file appears, the run finishes its step, saves and ends."""
     log_file: Path | None = option(None, "free", unset="the bundle's metrics.jsonl alone")
@@ -103,6 +108,13 @@ class RunSectionSettings(Section):
             raise refusal("is not UTF-8 text", "Give text in UTF-8") from None
         return value
 
+    @field_validator("max_time")
+    @classmethod
+    def _duration(cls, value: str | None) -> str | None:
+        if value is not None and seconds_of(value) is None:
+            raise refusal("is not a duration", "Give one like 90s, 30m, 1h30m or 1:30:00")
+        return value
+
     @field_validator("brain_name", "expert_id")
     @classmethod
     def _one_folder_name(cls, value: str | None) -> str | None:
@@ -120,3 +132,8 @@ class RunSectionSettings(Section):
         """Weight updates after which the run ends; None if the run is not limited by steps."""
         unlimited = self.iterate or self.stop_after_epoch or self.stop_after_block
         return DEFAULT_STEPS if self.steps is None and self.epochs is None and not unlimited else self.steps
+
+    @property
+    def max_time_s(self) -> int | None:
+        """The seconds of --max-time."""
+        return None if self.max_time is None else seconds_of(self.max_time)

@@ -80,6 +80,8 @@ class RunPlan:
     """Sentences to log as warnings."""
     remarks: tuple[str, ...]
     """Sentences to log as information."""
+    stop_by_s: float | None = None
+    """When the workers must have saved because of --max-time, in seconds since the epoch."""
 
     def to_plain(self) -> dict[str, Any]:
         """JSON values."""

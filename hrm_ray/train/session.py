@@ -44,9 +44,10 @@ from hrm_ray.train.metric_logger import MetricLogger
 from hrm_ray.train.plan import RunPlan, TextData, rewind_to
 from hrm_ray.train.precision import slow_bfloat16
 from hrm_ray.train.stream_loader import StreamLoader, TextStream
+from hrm_ray.train.time_limit import TimeLimit
 from hrm_ray.train.trainer import Trainer
 from hrm_ray.train.world import World
-from hrm_ray.types import DriverLink, MetricSink, RunResult, SampleSet
+from hrm_ray.types import DriverLink, MetricSink, RunResult, SampleSet, StopReason
 
 FILL_REPORT_EVERY_S = 5.0
 """Seconds between two reports of how full the shuffle buffer is; shorter filling is not reported."""
@@ -79,7 +80,11 @@ def _train(plan: RunPlan, link: WorkerLink, watch: FolderWatch) -> RunResult:
     settings, config, run_dir = plan.settings, plan.config, RunDir(plan.bundle)
     world = World.here(plan.device, plan.threads, keep_freed=plan.keep_freed_memory)
     data, held_out = _data(plan.data, run_dir, world, link)
-    stop_poll = link.stop_requested if world.leads else lambda: None
+    time_limit = TimeLimit(plan.stop_by_s)
+
+    def stop_poll() -> StopReason | None:
+        return (link.stop_requested() or time_limit.poll()) if world.leads else None
+
     loop = assemble(
         settings,
         config,
@@ -123,7 +128,7 @@ def _train(plan: RunPlan, link: WorkerLink, watch: FolderWatch) -> RunResult:
         prompt, sampler = settings.run.sample_prompt, None
         if prompt is not None and isinstance(plan.data, TextData):
             sampler = Sampler(loop, TextTokenizer.load(run_dir.root), prompt)
-        trainer = Trainer(settings, loop, logger, evaluator, checkpointer, expert, watch, sampler)
+        trainer = Trainer(settings, loop, logger, evaluator, checkpointer, expert, watch, sampler, time_limit)
         if isinstance(loop.parts.loader, StreamLoader):
             loop.parts.loader.on_fill = _while_filling(loop, logger)
         if isinstance(plan.data, TextData) and plan.data.rows_estimated:

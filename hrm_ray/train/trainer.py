@@ -13,6 +13,7 @@ from hrm_ray.train.evaluator import Evaluator, Sampler
 from hrm_ray.train.expert_run import ExpertRun
 from hrm_ray.train.loop import StepReport, TrainingLoop
 from hrm_ray.train.metric_logger import MetricLogger
+from hrm_ray.train.time_limit import TimeLimit
 from hrm_ray.types import RunResult, StopReason, StopRequested
 
 
@@ -33,8 +34,10 @@ class Trainer:
         expert: ExpertRun | None = None,
         watch: FolderWatch | None = None,
         sampler: Sampler | None = None,
+        time_limit: TimeLimit | None = None,
     ) -> None:
-        """`watch` is on the bundle's folder: the run ends at the next record or save where that is gone."""
+        """`watch` is on the bundle's folder: the run ends at the next record or save where that is gone. `time_limit` is
+        polled by the loop; here it is told how long things take."""
         self.settings = settings
         self.loop = loop
         self.logger = logger
@@ -43,6 +46,7 @@ class Trainer:
         self.expert = expert
         self.watch = watch
         self.sampler = sampler
+        self.time_limit = time_limit or TimeLimit(None)
         self.resumed = False
 
     def resume(self, extra: dict[str, Any]) -> None:
@@ -82,8 +86,14 @@ class Trainer:
 
     def _step(self) -> StepReport | None:
         """One step; where the data cannot be read on, what was trained before is saved first."""
+        run, step = self.settings.run, self.loop.progress.step
+        evaluations = 0
+        if run.eval_every:
+            evaluations = sum(number % run.eval_every == 0 for number in (step + 1, step + 2))
+        self.time_limit.due = evaluations, int(run.save_every > 0 and (step + 1) % run.save_every == 0)
         try:
-            return self.loop.step()
+            with self.time_limit.measuring("step"):
+                return self.loop.step()
         except DataError as error:
             step = self.loop.progress.step
             # Saving is a collective: only where every rank comes here.
@@ -121,7 +131,7 @@ class Trainer:
     def _evaluate(self) -> None:
         # An improvement is written into best/.
         self.loop.world.from_leader(self._check_folder)
-        with self.logger.paused():
+        with self.logger.paused(), self.time_limit.measuring("evaluation"):
             improved = self.evaluator.evaluate()
             if improved is not None:
                 self.checkpointer.saved_step = None  # a checkpoint of this step lacks these figures
@@ -137,7 +147,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.loop.world.from_leader(self._check_folder)
-        with self.logger.paused():
+        with self.logger.paused(), self.time_limit.measuring("save"):
             expert = self.expert.plain() if self.expert is not None else None
             self.checkpointer.save({**self.evaluator.state_dict(), "expert": expert})
 
@@ -147,6 +157,8 @@ class Trainer:
         skipped = self.loop.progress.skipped_samples
         if skipped:
             self.logger.event("INFO", f"{skipped} samples were read in skipped updates and not trained on.")
+        if reason is StopReason.MAX_TIME:
+            self.logger.event("INFO", f"--max-time {self.settings.run.max_time} is nearly over: the run saves and ends")
         if reason is StopReason.FINISHED:
             self._evaluate()
             self._sample()
