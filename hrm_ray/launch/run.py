@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 
 from hrm_ray.data.corpus import CorpusReading
@@ -43,21 +44,17 @@ def run(
     Records go to `sink` besides the files of the bundle. `stop` is polled about once per step; a reason ends the run in
     order, with a checkpoint. In a program that has called `ray.init` Ray's workers run on its cluster, with the
     defaults of --ray-address auto but for the number of workers. `on_start` is called once everything is prepared, just
-    before training starts. --max-time counts from `started_s` (seconds since the epoch), or from this call. A local run on the CPU sets what glibc does with freed memory (--keep-freed-memory); that
-    outlives the run.
+    before training starts. --max-time counts from `started_s` (seconds since the epoch), or from this call. A local run
+    on the CPU sets what glibc does with freed memory (--keep-freed-memory); that outlives the run.
     """
     called_s = time.time()
-    sink, asked = sink or FanOut([]), stop or (lambda: None)
+    sink, stop = sink or FanOut([]), stop or (lambda: None)
     resolved = resolve(settings) if isinstance(settings, RunSettings) else settings
     devices = resolved.devices
     max_time_s, stop_by_s = resolved.settings.run.max_time_s, None
     if max_time_s is not None:
         stop_by_s = (called_s if started_s is None else started_s) + max_time_s - _END_S[devices.launcher]
-
-    def stop() -> StopReason | None:
-        over = stop_by_s is not None and time.time() >= stop_by_s
-        return asked() or (StopReason.MAX_TIME if over else None)
-
+        stop = partial(_stop_or_time_over, stop, stop_by_s)
     finished = finished_before(resolved.settings, resolved.location)
     if finished is not None:
         message = "The run has finished: there is nothing to train. More --steps or --epochs go on with it."
@@ -77,6 +74,10 @@ def run(
         if on_start is not None:
             on_start()
         return launch(plan, sink=sink, stop=stop)
+
+
+def _stop_or_time_over(stop: StopPoll, stop_by_s: float) -> StopReason | None:
+    return stop() or (StopReason.MAX_TIME if time.time() >= stop_by_s else None)
 
 
 class _ReadingProgress:

@@ -12,8 +12,8 @@ LONGEST_S = 1_000 * 86400
 
 
 def seconds_of(text: str) -> int | None:
-    """The seconds of a duration: `90`, `90s`, `30m`, `2h`, `1h30m`, `1d12h` or `1:30:00`; None for anything else, and for
-    no time at all."""
+    """The seconds of a duration: `90`, `90s`, `30m`, `2h`, `1h30m`, `1d12h` or `1:30:00`; None for anything else, and
+    for no time at all."""
     found = _CLOCK.fullmatch(text.strip()) or _UNITS.fullmatch(text.strip())
     if found is None:
         return None

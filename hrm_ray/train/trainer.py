@@ -36,8 +36,8 @@ class Trainer:
         sampler: Sampler | None = None,
         time_limit: TimeLimit | None = None,
     ) -> None:
-        """`watch` is on the bundle's folder: the run ends at the next record or save where that is gone. `time_limit` is
-        polled by the loop; here it is told how long things take."""
+        """`watch` is on the bundle's folder: the run ends at the next record or save where that is gone. `time_limit`,
+        which the loop polls, learns here how long things take."""
         self.settings = settings
         self.loop = loop
         self.logger = logger
