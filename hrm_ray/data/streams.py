@@ -128,18 +128,22 @@ class Bounded(io.RawIOBase):
         self._source, self._where = source, where
         self._bound = max(EXPANSION_FROM_BYTES, EXPANSION * stored_bytes)
         self._stored, self._out = stored_bytes, 0
+        self._damage: Unreadable | None = None
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """As of io.RawIOBase; gives what there is before an error, then the error."""
+        """As of io.RawIOBase; gives what there is before an error, then the error, as often as it is called."""
         view = memoryview(buffer)
+        if self._damage is not None:
+            raise self._damage
         try:
             # In small steps: what a failing call had decompressed before its error is lost.
             data = self._source.read1(min(len(view), _STEP_BYTES))  # type: ignore[attr-defined]
         except DAMAGE as error:
-            raise damage(error, self._where) from error
+            self._damage = damage(error, self._where)
+            raise self._damage from error
         view[: len(data)] = data
         self._out += len(data)
         if self._out > self._bound or self._out > TOTAL_BYTES:
@@ -151,6 +155,19 @@ class Bounded(io.RawIOBase):
         if not self.closed:
             self._source.close()
         super().close()
+
+
+def read_to_damage(stream: BinaryIO, length: int) -> tuple[bytes, Unreadable | None]:
+    """`length` bytes of a buffered reader, fewer at its end or where it is damaged, and the error in that case. A plain
+    `read` that fails loses what it had read."""
+    read: list[bytes] = []
+    try:
+        while length and (data := stream.read1(length)):  # type: ignore[attr-defined]
+            read.append(data)
+            length -= len(data)
+    except Unreadable as error:
+        return b"".join(read), error
+    return b"".join(read), None
 
 
 def bomb(where: str, stored_bytes: int, out_bytes: int) -> Unreadable:

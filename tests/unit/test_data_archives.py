@@ -266,7 +266,10 @@ def test_a_tar_cut_short_gives_the_members_before(tmp_path: Path, suffix: str) -
     path = write_tar(tmp_path / f"a.{suffix}", members)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     found = texts_of(path)
-    assert found[-1] == "<end>" and found[:-1] == [text.decode() for text in members.values()][: len(found) - 1]
+    # What is readable of the member that is cut stays too.
+    whole = "".join(text.decode() for text in members.values())
+    assert found[-1] == "<end>" and whole.startswith("".join(found[:-1]))
+    assert found[:-2] == [text.decode() for text in members.values()][: max(0, len(found) - 2)]
     assert len(found) > 10 or suffix in ("tar.bz2", "tar.xz")
 
 

@@ -105,15 +105,25 @@ def member_rows(
         yield cursor.bad(Fault(cursor.where, member.refused, _WITHOUT))
         return
     try:
-        if member.is_one_piece(cursor.text_rows):
+        one_piece, content = member.is_one_piece(cursor.text_rows), None
+        if one_piece or member.size <= PIECE_BYTES:
+            try:
+                content = whole()
+            except Unreadable as error:
+                # The rows before the damage stay; of a member that is one piece only where its beginning is sound.
+                if one_piece and not isinstance(error, ContainerUnreadable):
+                    raise
+                # Marks of a zip are numbers of rows, no places in a member.
+                cursor.mark = None
+        if one_piece and content is not None:
             cursor.remark = ""
-            data = utf8_text(whole(), member.kind, cursor)
+            data = utf8_text(content, member.kind, cursor)
             row = cursor.next_row()
             found = text_row(data, cursor, row, mark=row + 1 if cursor.marked else None)
             yield replace(found, remark=cursor.remark) if cursor.remark and isinstance(found, Document) else found
             return
-        short = member.size <= PIECE_BYTES
-        with cast(BinaryIO, io.BufferedReader(io.BytesIO(whole()))) if short else stream() as opened:
+        held = None if content is None else cast(BinaryIO, io.BufferedReader(io.BytesIO(content)))
+        with stream() if held is None else held as opened:
             yield from format_rows(opened, member.kind, cursor, stored_bytes=member.size, seekable=False)
     except ContainerUnreadable:
         raise

@@ -16,7 +16,7 @@ from hrm_ray.data.archives.members import Member, Selection, member_of, member_r
 from hrm_ray.data.file_systems import file_system_of
 from hrm_ray.data.rows import Cursor, Row
 from hrm_ray.data.splits import WHOLE, split_of
-from hrm_ray.data.streams import BUFFER_BYTES, ContainerUnreadable, Unreadable
+from hrm_ray.data.streams import BUFFER_BYTES, ContainerUnreadable, read_to_damage
 from hrm_ray.errors import Fault
 
 _BLOCK = 512
@@ -39,6 +39,8 @@ class TarStream:
     def __init__(self, stream: BinaryIO, where: str, *, seekable: bool = False, as_text: str = "") -> None:
         self._stream, self._where, self._seekable, self._as_text = stream, where, seekable, as_text
         self._left = self._padding = 0
+        self._rest = b""
+        self._damaged: ContainerUnreadable | None = None
         self.unread: list[str] = []
         """Names of the members of other kinds."""
 
@@ -57,27 +59,47 @@ class TarStream:
     def whole(self) -> bytes:
         """All bytes of the current member."""
         size, self._left = self._left, 0
-        return self._read(size)
+        data, damaged = self._some(size)
+        if damaged is not None:
+            # `open` gives what there is of the member.
+            self._left, self._rest, self._damaged = size, data, damaged
+            raise damaged
+        return data
 
     def open(self) -> BinaryIO:
         """The current member as a buffered reader."""
         return cast(BinaryIO, io.BufferedReader(_MemberStream(self), BUFFER_BYTES))
 
     def read(self, length: int) -> bytes:
-        """Up to `length` next bytes of the current member; none at its end."""
-        data = self._read(min(length, self._left))
+        """Up to `length` next bytes of the current member; none at its end. Raises ContainerUnreadable behind what
+        there is of a member that is cut."""
+        if not self._rest:
+            if self._damaged is not None:
+                raise self._damaged
+            self._rest, self._damaged = self._some(min(length, self._left))
+            if not self._rest and self._damaged is not None:
+                raise self._damaged
+        data, self._rest = self._rest[:length], self._rest[length:]
         self._left -= len(data)
         return data
 
-    def _read(self, length: int) -> bytes:
+    def _some(self, length: int) -> tuple[bytes, ContainerUnreadable | None]:
+        """The next `length` bytes of the archive; where there are fewer, also the error that comes after them."""
         try:
-            data = self._stream.read(length)
-        except Unreadable as error:
-            raise ContainerUnreadable(error.fault) from error
+            data, damaged = read_to_damage(self._stream, length)
         except OSError as error:
-            raise ContainerUnreadable(Fault(self._where, f"the rest cannot be read ({error})", _COPY_AGAIN)) from error
+            return b"", ContainerUnreadable(Fault(self._where, f"the rest cannot be read ({error})", _COPY_AGAIN))
+        if damaged is not None:
+            return data, ContainerUnreadable(damaged.fault)
         if len(data) < length:
-            raise ContainerUnreadable(Fault(self._where, "the archive ends in the middle of a member", _COPY_AGAIN))
+            reason = "the archive ends in the middle of a member"
+            return data, ContainerUnreadable(Fault(self._where, reason, _COPY_AGAIN))
+        return data, None
+
+    def _read(self, length: int) -> bytes:
+        data, damaged = self._some(length)
+        if damaged is not None:
+            raise damaged
         return data
 
     def _skip(self, length: int) -> None:

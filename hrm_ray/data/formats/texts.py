@@ -10,7 +10,7 @@ from typing import BinaryIO, NamedTuple
 
 from hrm_ray.data.formats.lines import is_blank
 from hrm_ray.data.rows import BadRow, Cursor, Document, Row, not_utf8
-from hrm_ray.data.streams import Unreadable
+from hrm_ray.data.streams import Unreadable, read_to_damage
 from hrm_ray.errors import Fault
 
 PIECE_BYTES = 1 << 20
@@ -89,7 +89,14 @@ def _file_pieces(stream: BinaryIO, offset: int, *, from_start: bool) -> Iterator
     ahead = b""
     while True:
         # One byte more than a piece, to see whether it is the last.
-        ahead += stream.read(PIECE_BYTES + 1 - len(ahead))
+        more, damaged = read_to_damage(stream, PIECE_BYTES + 1 - len(ahead))
+        ahead += more
+        if damaged is not None:
+            # What is readable stays; the rest of this row is lost.
+            content = _whole_characters(ahead)
+            if content:
+                yield _Piece(content, offset, offset + len(content), 1, True)
+            raise damaged
         cut = len(ahead) if len(ahead) <= PIECE_BYTES else _cut(ahead)
         content, ahead = ahead[:cut], ahead[cut:]
         if not content and not from_start:
@@ -129,7 +136,14 @@ def _paragraphs(pieces: Iterator[_Piece], inside: bool) -> Iterator[_Piece]:
     """Runs of lines that are not blank. `inside`: the first piece continues a paragraph."""
     held: list[_Piece] = []
     size = 0
-    for piece in pieces:
+    damaged: Unreadable | None = None
+    while True:
+        try:
+            piece = next(pieces, None)
+        except Unreadable as error:
+            piece, damaged = None, error
+        if piece is None:
+            break
         blank = not inside and not piece.continues and is_blank(piece.content)
         inside = piece.continues
         if held and (blank or size + len(piece.content) > PIECE_BYTES):
@@ -139,7 +153,9 @@ def _paragraphs(pieces: Iterator[_Piece], inside: bool) -> Iterator[_Piece]:
             held.append(piece)
             size += len(piece.content)
     if held:
-        yield _joined(held, continues=False)
+        yield _joined(held, continues=damaged is not None)
+    if damaged is not None:
+        raise damaged
 
 
 def _joined(pieces: list[_Piece], *, continues: bool) -> _Piece:
@@ -158,6 +174,14 @@ def _between_characters(ahead: bytes) -> int:
         if ahead[cut] & 0xC0 != 0x80:
             return cut
     return PIECE_BYTES
+
+
+def _whole_characters(content: bytes) -> bytes:
+    """The bytes without those of a character that is cut at their end."""
+    for length, lead in ((1, 0xC0), (2, 0xE0), (3, 0xF0)):
+        if len(content) >= length and content[-length] >= lead:
+            return content[:-length]
+    return content
 
 
 def _no_columns(cursor: Cursor) -> Fault:

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from hrm_ray.data.formats.lines import too_long
 from hrm_ray.data.rows import ROW_BYTES, BadRow, Cursor, Row, kind_name, not_utf8
-from hrm_ray.data.streams import Unreadable
+from hrm_ray.data.streams import Unreadable, read_to_damage
 from hrm_ray.errors import Fault
 
 _READ_BYTES = 256 << 10
@@ -69,6 +69,7 @@ class _Window:
         self._bytes, self._lines, self._counted = 0, 0, 0
         self._ended = False
         self._fault: Fault | None = None
+        self._damaged: Unreadable | None = None
 
     def peek(self) -> str:
         """The next character that is not white space; empty at the end."""
@@ -118,13 +119,16 @@ class _Window:
             raise Unreadable(self._fault)
 
     def _grow(self) -> None:
-        """Read as much again as there is, so that a long value is not parsed too often."""
+        """Read as much again as there is, so that a long value is not parsed too often. Raises Unreadable behind what
+        could be read of a damaged stream."""
+        if self._damaged is not None:
+            raise self._damaged
         self.where()
         self._text = self._text[self._at :]
         self._at = self._counted = 0
-        more = self._stream.read(max(_READ_BYTES, len(self._text)))
+        more, self._damaged = read_to_damage(self._stream, max(_READ_BYTES, len(self._text)))
         kept = len(self._decoder.getstate()[0])
-        self._ended = not more
+        self._ended = not more and self._damaged is None
         try:
             self._text += self._decoder.decode(more, final=self._ended)
         except UnicodeDecodeError as error:
