@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import typer
 from typer.main import get_command
@@ -23,7 +23,22 @@ from hrm_ray.errors import Fault, SettingsError, UnavailableError
 from hrm_ray.openmp import limit_openmp_spin
 from hrm_ray.settings.not_built import not_built
 
-DeviceChoice: TypeAlias = Literal["auto", "cpu", "cuda", "xpu", "mps"]
+DEVICES = ("auto", "cpu", "cuda", "xpu", "mps")
+
+
+def _device(text: str) -> str:
+    """The value of --device. Raises SettingsError for a kind that is planned, and wrong usage for another word."""
+    planned = not_built(f"--device {text}")
+    if planned is not None:
+        raise SettingsError(planned)
+    if text not in DEVICES:
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(DEVICES)}")
+    return text
+
+
+DeviceChoice: TypeAlias = Annotated[
+    str, typer.Option(parser=_device, metavar="|".join(DEVICES), help="Device to run on.")
+]
 
 app = CommandLine("Trains Hierarchical Reasoning Models on Ray, and uses what was trained.")
 data_app = CommandLine("Look at data sets and build them.")
@@ -78,7 +93,7 @@ def generate(
     adaptive: Annotated[
         bool, typer.Option(help="Adaptive computation: stop a token's segments when its halting head halts.")
     ] = False,
-    device: Annotated[DeviceChoice, typer.Option(help="Device to run on.")] = "auto",
+    device: DeviceChoice = "auto",
 ) -> int:
     """Generate text with a trained language model."""
     from hrm_ray.cli.inference import run_generate
@@ -109,7 +124,7 @@ def solve(
     split: Annotated[str | None, typer.Option(help="Split of --file to solve; the test split if there is one.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Solve the first N puzzles only.", metavar="N")] = None,
     stop_by_q: Annotated[bool, typer.Option(help="Stop a puzzle's segments when its halting head halts.")] = False,
-    device: Annotated[DeviceChoice, typer.Option(help="Device to run on.")] = "auto",
+    device: DeviceChoice = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object per puzzle.")] = False,
 ) -> int:
     """Solve puzzles with a trained model."""
@@ -149,7 +164,7 @@ def evaluate(
             "read, of other data on 1000 sequences or all puzzles.",
         ),
     ] = None,
-    device: Annotated[DeviceChoice, typer.Option(help="Device to run on.")] = "auto",
+    device: DeviceChoice = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object per bundle.")] = False,
 ) -> int:
     """Evaluate trained models on held-out data; several give a table."""

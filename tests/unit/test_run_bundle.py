@@ -216,7 +216,7 @@ def test_both_commands_tell_the_memory_of_the_settings(tmp_path: Path) -> None:
 
 def test_arch_summary_of_what_this_machine_has_not(tmp_path: Path) -> None:
     """A GPU, with the optimizer's state in host memory; and one expert trained inside a bundle."""
-    size = ("arch-summary", *SMALL)
+    size = ("arch-summary", *SMALL, "--use-moe")
     here = json.loads(hrm(*size, "--json").out)["memory"]
     offload = hrm(*size, "--optimizer-offload", "--device", "cuda", "--json")
     assert offload.code == 0 and offload.err == ""

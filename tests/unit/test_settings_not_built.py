@@ -60,6 +60,12 @@ def test_no_secret_is_shown(words: tuple[str, ...], tmp_path: Path) -> None:
     assert ran.code == 2 and "azure" in ran.err and "S3CR3T" not in ran.out + ran.err
 
 
+def test_a_device_of_a_command_that_is_planned() -> None:
+    for command in (("generate", "b", "--prompt", "x"), ("solve", "b")):
+        refused(2, *command, "--device", "dml", naming=("--device dml", "is not built yet", "--device cpu today"))
+        refused(2, *command, "--device", "gpu", naming=("--device", "'gpu' is not one of auto, cpu, cuda"))
+
+
 def test_no_zero_stage_is_the_default(tmp_path: Path) -> None:
     ran = hrm("train", "--dataset-file", text_file(tmp_path), *TEXT, "--zero-stage", "none", "--dry-run")
     assert ran.code == 0 and "strategy single" in ran.out
