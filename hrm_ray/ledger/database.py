@@ -339,7 +339,9 @@ def fault_of(error: sqlite3.Error, path: Path) -> HrmRayError:
     """The HrmRayError for an error of SQLite."""
     text = str(error)
     if "is full" in text or "disk I/O" in text or "locking protocol" in text:
-        hint = "Check the disk's free space and, on a network file system, that it supports file locks"
+        hint = "Check the disk's free space, then run the command again with --resume"
+        if "locking protocol" in text:
+            hint = "Use a file system that supports file locks"
         return ResourceError(Fault(str(path), f"the ledger cannot be written ({text})", hint))
     if "locked" in text or "busy" in text:
         reason = f"another process has kept it locked for {_BUSY_TIMEOUT_S:g} s"

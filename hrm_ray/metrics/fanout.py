@@ -20,10 +20,14 @@ class FanOut:
         for sink in self._sinks:
             sink.write(record)
 
-    def close(self) -> None:
-        """Close all, the last opened first; an error of one is printed on stderr, and the others are closed."""
+    def close(self, *, run_failed: bool = False) -> None:
+        """Close all, the last opened first; an error of one is printed on stderr, and the others are closed.
+
+        Where the run has failed, nothing is printed: its own error says more, such as that the disk is full.
+        """
         for sink in reversed(self._sinks):
             try:
                 sink.close()
             except Exception as error:  # noqa: BLE001 - clean-up
-                print(f"warning: the metrics could not be closed: {error}", file=sys.stderr)
+                if not run_failed:
+                    print(f"warning: the metrics could not be closed: {error}", file=sys.stderr)

@@ -116,8 +116,8 @@ def _train(plan: RunPlan, link: WorkerLink, watch: FolderWatch) -> RunResult:
                 opened.callback(_close_ledger, ledger_writer, watch)
             if resumed_step is not None and plan.continues:
                 rewind_to(run_dir, plan, resumed_step)
-            sink = _sinks(settings, run_dir, resumed_step, link)
-            opened.callback(sink.close)
+            sink = sinks = _sinks(settings, run_dir, resumed_step, link)
+            opened.push(lambda kind, error, trace: sinks.close(run_failed=error is not None))
 
         world.from_leader(open_files)
         expert = ExpertRun(**extra["expert"]) if extra.get("expert") else ExpertRun.of_new_run(settings)
@@ -262,7 +262,7 @@ def _log_rank_schedule(logger: MetricLogger) -> None:
     )
 
 
-def _sinks(settings: RunSettings, run_dir: RunDir, resumed_step: int | None, link: WorkerLink) -> MetricSink:
+def _sinks(settings: RunSettings, run_dir: RunDir, resumed_step: int | None, link: WorkerLink) -> FanOut:
     """Where rank 0 writes records; those of a resumed run were cut at its step by `rewind_to`."""
     sinks: list[MetricSink] = [
         JsonlSink(run_dir.metrics),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import sqlite3
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -12,8 +14,12 @@ from typing import IO, Any
 import pytest
 
 from hrm_ray.cli.main import main
+from hrm_ray.ledger.database import fault_of
+from hrm_ray.metrics.tensorboard import TensorBoardSink
 from hrm_ray.rundir import RunDir
-from tests.support.runs import TEXT, refused, text_file
+from hrm_ray.train import checkpoint
+from hrm_ray.train.ledger_writer import LedgerWriter
+from tests.support.runs import TEXT, failing_at, hrm, refused, text_file
 
 FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
 STEPS = ("--steps", "2")
@@ -112,3 +118,29 @@ def test_a_log_file_that_is_a_device(tmp_path: Path) -> None:
     refused(2, *words, "--log-file", "/dev/full", naming=("--log-file /dev/full", "not a file"))
     os.mkfifo(tmp_path / "pipe")
     refused(2, *words, "--log-file", tmp_path / "pipe", naming=("--log-file", "not a file"))
+
+
+@pytest.mark.parametrize("fails", ["ledger", "checkpoint"])
+def test_a_disk_that_is_full_in_a_run_is_one_message(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names --resume, which then goes on; what cannot be closed either adds nothing."""
+    data, bundle = text_file(tmp_path), tmp_path / "b"
+    full_disk = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def cannot(*words: Any) -> Any:
+        raise full_disk
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorBoardSink, "close", cannot)
+        if fails == "checkpoint":
+            real = checkpoint.save_tensors
+            patch.setattr(checkpoint, "save_tensors", failing_at(2, real, full_disk))
+        else:
+            full = fault_of(sqlite3.OperationalError("database or disk is full"), RunDir(bundle).ledger)
+            patch.setattr(LedgerWriter, "commit", failing_at(2, LedgerWriter.commit, full))
+        ran = hrm("train", "--dataset-file", data, "--bundle-dir", bundle, *TEXT, "--steps", "4", "--save-every", "2")
+    assert ran.code == 4 and ran.err.count("\n") == 1, ran
+    assert ran.err.startswith(f"error: {bundle}") and "is full" in ran.err.replace("No space left", "is full")
+    assert "--resume" in ran.err and RunDir(bundle).checkpoint_steps() == [2]
+    assert hrm("train", "--bundle-dir", bundle, "--resume").code == 0

@@ -35,3 +35,6 @@ def test_closes_all_and_tells_what_failed(capsys: pytest.CaptureFixture[str]) ->
     FanOut(sinks).close()
     assert [sink.closed for sink in sinks] == [1, 1, 1]
     assert capsys.readouterr().err == "warning: the metrics could not be closed: disk is full\n"
+    FanOut(sinks).close(run_failed=True)
+    assert [sink.closed for sink in sinks] == [2, 2, 2]
+    assert capsys.readouterr().err == "", "the run's own error says it"
