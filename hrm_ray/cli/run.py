@@ -34,7 +34,7 @@ def run_train(settings: RunSettings, dry_run: bool) -> int:
             print_dry_run(resolved)
             return 0
         try:
-            with closing(ConsoleSink(sys.stdout, _schedule(resolved), started_s=started_s)) as sink:
+            with closing(ConsoleSink(sys.stdout, display_schedule(resolved), started_s=started_s)) as sink:
                 result = run(resolved, sink=sink, stop=watch.poll, on_start=watch.begin, started_s=COMMAND_STARTED_S)
         except StopRequested as stopped:
             print_if_possible(f"ended   {stopped.reason.value} before the first step: nothing was trained")
@@ -43,7 +43,7 @@ def run_train(settings: RunSettings, dry_run: bool) -> int:
     return result.reason.exit_code
 
 
-def _schedule(resolved: ResolvedRun) -> Schedule:
+def display_schedule(resolved: ResolvedRun) -> Schedule:
     """When the run ends, evaluates and saves, for the display."""
     settings = resolved.settings
     evaluates = settings.data.eval_file is not None or settings.data.val_split is not None

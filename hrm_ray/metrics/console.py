@@ -67,7 +67,7 @@ class ConsoleSink:
             if ConsoleSink._live_is_open:
                 raise RuntimeError("a live display is open already: close it before opening another")
             console = Console(file=stream, force_terminal=True, highlight=False)
-            self._block = _Block(self.state)
+            self._block = LiveBlock(self.state)
             self._live = Live(self._block, console=console, auto_refresh=False, vertical_overflow="crop")
             self._live.start()
             ConsoleSink._live_is_open = True
@@ -153,7 +153,7 @@ class ConsoleSink:
         return f"[{level}] step {record.step}: {message}"
 
 
-class _Block:
+class LiveBlock:
     """The live block, fitted to the terminal's width at each refresh: place and bar, figures, curve, evaluation, and
     what comes next."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import struct
 import sys
@@ -199,3 +200,13 @@ def test_text_chart_keeps_its_size(losses: list[float], width: int, height: int)
 
 def test_text_chart_leaves_held_out_records_out() -> None:
     assert loss_chart([Record("eval", 1, 1.0, {"loss": 1.0})], 40) == "no finite train loss recorded"
+
+
+def test_a_run_of_version_0_1_is_drawn_under_todays_names(tmp_path: Path) -> None:
+    """Its held-out loss compares with what was `lm_loss`; the whole objective has a panel of its own."""
+    bundle = Path(__file__).parents[1] / "fixtures" / "bundles_0_1" / "text"
+    lines = [json.loads(line) for line in (bundle / "metrics.jsonl").read_text().splitlines()]
+    (run,) = plots._load([bundle])
+    for name, stored in (("loss", "lm_loss"), ("objective", "loss"), ("token_accuracy", "accuracy")):
+        assert run.series("train", name)[1].tolist() == [line[stored] for line in lines if line["kind"] == "train"]
+    assert plot_runs([bundle], tmp_path / "old.png", ["loss", "objective"]).is_file()
