@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from hrm_ray.data.rows import Document
 from hrm_ray.data.tokenizer import END_OF_TEXT, PAD, TextTokenizer
 from hrm_ray.errors import DataError, Fault, SettingsError
 
@@ -17,6 +17,11 @@ LEAST_VOCABULARY = 256 + len(MARKS)
 """Tokens of the bytes and the special tokens; all others are merges."""
 LONGEST_WORD = 256
 """Characters without a space between them (or of space) that are taken as one word."""
+SAMPLE_BYTES = 16 << 20
+"""Text to train on at the most (16 MiB, as UTF-8). The trainer keeps every distinct word: of text that hardly repeats
+any, such as Chinese, up to a hundred bytes for each byte."""
+_SLICE_CHARACTERS = 1 << 16
+"""The trainer gets longer texts in slices: it splits up to 256 at once, and needs 50 bytes for each byte of them."""
 
 ENOUGH_COUNTS = 100
 LEAST_SAMPLE_COUNTS = 5
@@ -41,8 +46,11 @@ class SizedBpe:
     account: str
 
 
-def train_bpe(documents: Iterable[str], vocab_size: int, examples: int, least_count: int = 0) -> TextTokenizer:
-    """A byte-level BPE trained on the first `examples` documents. The same documents give the same file.
+def train_bpe(
+    documents: Iterable[str | Document], vocab_size: int, examples: int, least_count: int = 0
+) -> TextTokenizer:
+    """A byte-level BPE trained on the first `examples` documents, or the first SAMPLE_BYTES of them. The same documents
+    give the same file.
 
     Two tokens are merged while they are adjacent at least `least_count` times. If the data offers fewer merges than
     asked for, the vocabulary is smaller: see `vocab_size` of the result. Raises SettingsError for a vocabulary that
@@ -72,7 +80,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int, examples: int, least_co
     return TextTokenizer(backend, END_OF_TEXT, PAD)
 
 
-def train_sized_bpe(read: Callable[[], Iterable[str]], bounds: SizeBounds, examples: int) -> SizedBpe:
+def train_sized_bpe(read: Callable[[], Iterable[str | Document]], bounds: SizeBounds, examples: int) -> SizedBpe:
     """A byte-level BPE whose size within `bounds` is chosen from the data, trained on the first `examples` documents.
 
     `read` starts the documents from the first; it is called two or three times. A pair is merged as long as it occurs
@@ -115,17 +123,35 @@ def train_sized_bpe(read: Callable[[], Iterable[str]], bounds: SizeBounds, examp
 
 
 class _Measured:
-    """The first `examples` texts, counted with their UTF-8 bytes; `is_all` says whether there were no more."""
+    """The first `examples` texts in slices, at most SAMPLE_BYTES of them, counted with their UTF-8 bytes; `is_all` says
+    whether there were no more."""
 
-    def __init__(self, texts: Iterable[str], examples: int) -> None:
-        self._texts, self._examples = iter(texts), examples
+    def __init__(self, texts: Iterable[str | Document], examples: int) -> None:
+        self._texts, self._examples = texts, examples
         self.documents = 0
         self.bytes = 0
         self.is_all = False
 
     def __iter__(self) -> Iterator[str]:
-        for text in islice(self._texts, self._examples):
-            self.documents += 1
-            self.bytes += len(text.encode("utf-8"))
-            yield text
-        self.is_all = next(self._texts, None) is None
+        for item in self._texts:
+            text, is_first_piece = (item, True) if isinstance(item, str) else (item.text, not item.piece)
+            if is_first_piece and self.documents == self._examples:
+                return
+            self.documents += is_first_piece
+            for part in _slices(text):
+                if self.bytes >= SAMPLE_BYTES:
+                    return
+                self.bytes += len(part.encode("utf-8"))
+                yield part
+        self.is_all = True
+
+
+def _slices(text: str) -> Iterator[str]:
+    """The text in slices, cut behind a line, else before a space, so that hardly any word is divided."""
+    begin = 0
+    while len(text) - begin > _SLICE_CHARACTERS:
+        last = begin + _SLICE_CHARACTERS
+        end = text.rfind("\n", begin, last) + 1 or max(text.rfind(" ", begin + 1, last), 0) or last
+        yield text[begin:end]
+        begin = end
+    yield text[begin:] if begin else text

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -261,15 +261,11 @@ def _choose_tokenizer(
                 "With --retrain-tokenizer a new one is trained."
             )
         return tokenizer, "reused", None
-
-    def texts() -> Iterator[str]:
-        return (document.text for document in head.documents())
-
     account: str | None = None
     if bounds is None:
-        tokenizer = train_bpe(texts(), choice.vocab_size, choice.examples)
+        tokenizer = train_bpe(head.documents(), choice.vocab_size, choice.examples)
     else:
-        sized = train_sized_bpe(texts, bounds, choice.examples)
+        sized = train_sized_bpe(head.documents, bounds, choice.examples)
         tokenizer, account = sized.tokenizer, sized.account
     if choice.is_demand and tokenizer.vocab_size < least:
         notes.append(f"The data gives a vocabulary of {tokenizer.vocab_size} tokens, {asked}.")

@@ -22,9 +22,10 @@ from hrm_ray.data.tokenizer import Encoded, TextTokenizer
 
 FORMAT = "1"
 
-# A batch goes to the tokenizer's threads at once. Both bounds limit its memory: many small documents, or large ones.
+# A batch goes to the tokenizer's threads at once, which need a hundred bytes for each token. Both bounds limit that:
+# many small documents, or large ones.
 _BATCH_DOCUMENTS = 1024
-_BATCH_CHARACTERS = 1 << 20
+_BATCH_CHARACTERS = 1 << 18
 
 
 @dataclass(frozen=True)

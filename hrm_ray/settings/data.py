@@ -97,7 +97,7 @@ class DataSettings(Section):
     max_vocab_size: int = option(50000, "fixed", ge=300, needs=(TEXT, OWN_TOKENIZER, AUTO_VOCABULARY))
     """Largest vocabulary that --auto-vocab-size may choose."""
     tokenizer_train_examples: int = option(10000, "fixed", ge=1, needs=(TEXT, OWN_TOKENIZER))
-    """Number of documents to train the byte-level BPE on."""
+    """Number of documents (rows) to train the byte-level BPE on; at most 16 MiB of their text are used."""
     retrain_tokenizer: bool = option(False, "fixed", needs=(TEXT, OWN_TOKENIZER))
     """Train a new byte-level BPE even if the bundle has one."""
     max_seq_len: int | None = option(

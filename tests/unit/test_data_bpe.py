@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hrm_ray.data import bpe
 from hrm_ray.data.bpe import LEAST_SAMPLE_COUNTS, LEAST_VOCABULARY, SizeBounds, train_bpe, train_sized_bpe
 from hrm_ray.data.readers import TextSource, read_documents
+from hrm_ray.data.rows import Document
 from hrm_ray.data.text_store import load_store, save_store, tokenise
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataError
@@ -124,3 +126,30 @@ def test_a_vocabulary_of_150000(tmp_path: Path) -> None:
     save_store(tokenise(read_documents(TextSource(tmp_path / "some.txt")), tokenizer), tmp_path / "store")
     tokens = load_store(tmp_path / "store").tokens
     assert tokens.max() > 2**17 and tokenizer.decode(tokens[:-1]) == text
+
+
+def test_the_sample_has_a_bound_in_bytes_and_long_texts_are_sliced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bpe, "_SLICE_CHARACTERS", 40)
+    lines = [f"{text}\n" for text in corpus(30)]
+    text = "".join(lines)
+    whole = train_bpe(lines, 400, 99)
+    pieces = [Document(text[at : at + 500], "", 0, piece=at // 500) for at in range(0, len(text), 500)]
+    assert merges_of(train_bpe([text], 400, 1)) == merges_of(whole)
+    # What comes in pieces is one document, and a second one is not read.
+    assert (
+        len(pieces) > 5
+        and merges_of(train_bpe([*pieces, Document("zzzz" * 99, "", 1)], 400, 1))[:9] == (merges_of(whole)[:9])
+    )
+    monkeypatch.setattr(bpe, "SAMPLE_BYTES", len(text) // 2)
+    half = next(at for at in itertools.accumulate(len(line) for line in lines) if at >= len(text) // 2)
+    assert merges_of(train_bpe(lines, 400, 99)) == merges_of(train_bpe([text[:half]], 400, 99))
+    sized = train_sized_bpe(lambda: [text, "not read"], SizeBounds(260, 400, len(text)), 99)
+    assert "in 1 documents, 1/" in sized.account and "a sample of the text" in sized.account
+
+
+@given(st.text("ab \n", max_size=60))
+def test_slices_are_the_text(text: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bpe, "_SLICE_CHARACTERS", 7)
+        slices = list(bpe._slices(text))
+    assert "".join(slices) == text and all(len(each) <= 7 for each in slices)
