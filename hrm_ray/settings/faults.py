@@ -51,7 +51,9 @@ def fault_of_error(error: Any, quoted: str) -> Fault:
 
 def nearest(name: str, known: Iterable[str], at_most: int = 3) -> list[str]:
     """The known names that are most similar to `name`, best first; empty if none is similar."""
-    return get_close_matches(name, list(dict.fromkeys(known)), n=at_most, cutoff=0.6)
+    # Without the dashes that all options begin with, which would make short ones similar.
+    by_word = {each.lstrip("-"): each for each in known}
+    return [by_word[word] for word in get_close_matches(name.lstrip("-"), by_word, n=at_most, cutoff=0.6)]
 
 
 def hint_of_name(name: str, known: Iterable[str], otherwise: str) -> str:

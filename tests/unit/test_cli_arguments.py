@@ -63,6 +63,40 @@ def test_of_an_option_given_again_the_last_value_counts() -> None:
     ]
 
 
+WORDS = st.lists(
+    st.sampled_from(
+        [
+            *(("--steps", str(n)) for n in (1, 2, 3)),
+            *(
+                ("--lr", "0.1"),
+                ("--learning-rate", "0.2"),
+                ("--lr=0.3",),
+                ("--amp",),
+                ("--no-amp",),
+                ("--amp", "false"),
+            ),
+            *(("--use-mixed-precision",), ("--no-use-mixed-precision", "TRUE"), ("--keep", "2")),
+        ]
+    ),
+    max_size=12,
+)
+
+
+@given(WORDS)
+def test_however_often_options_are_given_the_last_value_counts(given_words: list[tuple[str, ...]]) -> None:
+    """Each value that a later one replaced is noted, and nothing else."""
+    parsed = COMMAND.parse([word for words in given_words for word in words])
+    settings = load_settings(parsed.options, found=parsed.faults, given_again=parsed.overridden)
+    one_by_one = [load_settings(COMMAND.parse(words).options) for words in given_words]
+    last = {key: each.leaf(key) for each in one_by_one for key in each.given}
+    assert {key: settings.leaf(key) for key in settings.given} == last
+    values: dict[str, list[object]] = {
+        key: [each.leaf(key) for each in one_by_one if key in each.given] for key in last
+    }
+    changed = any(len(set(map(str, each))) > 1 for each in values.values())
+    assert bool(settings.overridden) >= changed
+
+
 @given(
     st.fixed_dictionaries(
         {},

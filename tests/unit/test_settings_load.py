@@ -131,6 +131,11 @@ def test_unknown_options_name_the_nearest(name: str, nearest: str) -> None:
     assert nearest in refused({name: "1"}, also_known=["--dry-run"])
 
 
+@pytest.mark.parametrize("name", ["--top-p", "--cloud", "--x", "--gpu"])
+def test_names_that_only_begin_with_dashes_alike_are_not_near(name: str) -> None:
+    assert "`--help` lists the options" in refused({name: "1"}, also_known=["--dry-run"])
+
+
 @pytest.mark.parametrize(
     ("text", "hint"),
     [
