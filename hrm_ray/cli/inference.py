@@ -68,12 +68,12 @@ def run_solve(
 
 
 def _as_json(facts: PuzzleFacts, solved: SolvedPuzzle) -> str:
-    plain: dict[str, Any] = {"puzzle": _cells(facts, solved.puzzle), "answer": _cells(facts, solved.answer)}
+    plain: dict[str, Any] = {"puzzle": cells_of(facts, solved.puzzle), "answer": cells_of(facts, solved.answer)}
     plain["segments"] = solved.segments
     return json.dumps(plain if solved.correct is None else plain | {"correct": solved.correct})
 
 
-def _cells(facts: PuzzleFacts, tokens: npt.NDArray[np.int32]) -> str | list[int]:
+def cells_of(facts: PuzzleFacts, tokens: npt.NDArray[np.int32]) -> str | list[int]:
     """A grid as `solve` takes it: a symbol per cell where the tokens have symbols, else their numbers."""
     if not facts.symbols or max(map(len, facts.symbols)) > 1:
         numbers: list[int] = tokens.tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
 from textwrap import TextWrapper
 
@@ -19,28 +20,39 @@ from hrm_ray.metrics.display_state import Schedule
 from hrm_ray.model.describe import count_parameters
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.stop_signals import COMMAND_STARTED_S
-from hrm_ray.types import StopRequested
+from hrm_ray.types import RunResult, StopPoll, StopRequested
 
 _INDENT = " " * len("device  ")
 
 
 def run_train(settings: RunSettings, dry_run: bool) -> int:
     """Train, or with `dry_run` only print what would be done; returns the exit code."""
-    started_s = time.time()
     with StopWatch(settings.run.stop_file) as watch:
-        resolved = resolve(settings)
-        (print if dry_run else print_if_possible)(_wrapped(describe(resolved)))
         if dry_run:
+            resolved = resolve(settings)
+            print(_wrapped(describe(resolved)))
             print_dry_run(resolved)
             return 0
         try:
-            with closing(ConsoleSink(sys.stdout, display_schedule(resolved), started_s=started_s)) as sink:
-                result = run(resolved, sink=sink, stop=watch.poll, on_start=watch.begin, started_s=COMMAND_STARTED_S)
+            ended = train_shown(settings, stop=watch.poll, on_start=watch.begin, started_s=COMMAND_STARTED_S)
+            return ended.reason.exit_code
         except StopRequested as stopped:
             print_if_possible(f"ended   {stopped.reason.value} before the first step: nothing was trained")
             return stopped.reason.exit_code
-    print_if_possible(_wrapped(summary(result, resolved, time.time() - started_s)))
-    return result.reason.exit_code
+
+
+def train_shown(
+    settings: RunSettings, *, stop: StopPoll, on_start: Callable[[], None], started_s: float | None = None
+) -> RunResult:
+    """Train, and print what is trained, the progress, and how it ended. The other arguments are those of
+    `launch.run.run`."""
+    called_s = time.time()
+    resolved = resolve(settings)
+    print_if_possible(_wrapped(describe(resolved)))
+    with closing(ConsoleSink(sys.stdout, display_schedule(resolved), started_s=called_s)) as sink:
+        result = run(resolved, sink=sink, stop=stop, on_start=on_start, started_s=started_s)
+    print_if_possible(_wrapped(summary(result, resolved, time.time() - called_s)))
+    return result
 
 
 def display_schedule(resolved: ResolvedRun) -> Schedule:

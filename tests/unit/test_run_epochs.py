@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrm_ray.data.puzzles.samples import PuzzleSamples
+from hrm_ray.train import session
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.loaders import BatchSize, RolloutLoader, SlotLoader, StopCondition, exploration
 from hrm_ray.types import Columns
@@ -165,7 +166,7 @@ def test_puzzles_of_carried_epochs(
         return assemble(*parts, **named)
 
     monkeypatch.setattr(PuzzleSamples, "rows", counting)
-    monkeypatch.setattr("hrm_ray.train.session.assemble", assembled)
+    monkeypatch.setattr(session, "assemble", assembled)
     train(puzzle_file(tmp_path, count=count), tmp_path / "b", *PUZZLE, "--epochs", "2", *words)
     assert asked == Counter({number: 2 for number in range(count)})
     assert [record["epoch"] for record in records(tmp_path / "b")][-1] == 1

@@ -16,6 +16,7 @@ from hrm_ray.orchestration import worker_group
 from hrm_ray.orchestration.failures import WorkerCrash
 from hrm_ray.rundir import RunDir
 from hrm_ray.settings.cluster import ClusterSettings
+from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.plan import RunPlan
 from hrm_ray.types import StopReason, StopRequested
 from tests.support.runs import (
@@ -137,7 +138,7 @@ def test_a_run_in_this_process_leaves_pytorch_as_it_was(
     """Threads and random numbers belong to the program that a run is part of, also after a run that fails."""
     data, before = text_folder(tmp_path / "data"), torch.get_num_threads()
     if fails:
-        monkeypatch.setattr("hrm_ray.train.loop.TrainingLoop.step", lambda self: 1 / 0)
+        monkeypatch.setattr(TrainingLoop, "step", lambda self: 1 / 0)
     torch.set_num_threads(2)
     state = torch.get_rng_state()
     try:
@@ -166,7 +167,7 @@ def test_a_run_that_fails_at_its_first_step_leaves_no_bundle(tmp_path: Path, mon
     data, bundle = text_folder(tmp_path / "data"), tmp_path / "b"
     words = ("train", "--dataset-file", data, "--bundle-dir", bundle, *TEXT, "--vocab-size", "4000", "--steps", "1")
     with monkeypatch.context() as patch:
-        patch.setattr("hrm_ray.train.loop.TrainingLoop.step", lambda self: 1 / 0)
+        patch.setattr(TrainingLoop, "step", lambda self: 1 / 0)
         assert hrm(*words).code == 1
     assert not bundle.exists()
     assert hrm(*words).code == 0

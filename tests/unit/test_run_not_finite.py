@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hrm_ray.model.objective import SegmentOutput
+from hrm_ray.train import loop as loop_module
 from hrm_ray.train.loop import StepReport, TrainingLoop, weighted_loss
 from hrm_ray.train.strategies.single import SingleStrategy
 from tests.support.runs import PUZZLE, TEXT, files_below, hrm, puzzle_file, records, text_file, train
@@ -61,7 +62,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, attempts: set[int], poison: str) -
             assert taken.leaf.grad is not None and taken.active is not None
             taken.leaf.grad[taken.active.nonzero()[0, 0], 0] = math.nan
 
-    monkeypatch.setattr("hrm_ray.train.loop.weighted_loss", weighing)
+    monkeypatch.setattr(loop_module, "weighted_loss", weighing)
     monkeypatch.setattr(TrainingLoop, "step", stepping)
     monkeypatch.setattr(SingleStrategy, "backward", backward)
     return unchanged

@@ -24,6 +24,7 @@ from hrm_ray.metrics.console import ConsoleSink
 from hrm_ray.metrics.display_state import Schedule
 from hrm_ray.rundir import RunDir, verify_checkpoint
 from hrm_ray.stop_signals import STOP_SIGNALS
+from hrm_ray.train import session
 from hrm_ray.train.loop import StepReport, TrainingLoop
 from hrm_ray.types import Record, StopReason
 from tests.support.runs import (
@@ -387,7 +388,7 @@ def test_a_stop_while_the_shuffle_buffer_is_filled(
 
 
 def test_the_filling_of_the_shuffle_buffer_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hrm_ray.train.session.FILL_REPORT_EVERY_S", 0.0)
+    monkeypatch.setattr(session, "FILL_REPORT_EVERY_S", 0.0)
     words = (
         *TEXT,
         "--streaming",
