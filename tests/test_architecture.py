@@ -164,9 +164,11 @@ def test_every_launcher_is_there() -> None:
 
 
 def test_every_strategy_is_there() -> None:
+    from hrm_ray.train.memory_estimate import DIVIDED
     from hrm_ray.train.strategies import STRATEGIES
 
     assert set(STRATEGIES) == set(get_args(StrategyName))
+    assert set(STRATEGIES) == {"single", "ddp", *DIVIDED}
 
 
 def test_no_vague_module_names() -> None:

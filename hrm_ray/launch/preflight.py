@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import shutil
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from hrm_ray.errors import Fault, ResourceError
+from hrm_ray.errors import Fault, ResourceError, UnavailableError
 from hrm_ray.launch.cluster_address import check_address
 from hrm_ray.launch.devices import Devices
 from hrm_ray.launch.resources import (
@@ -47,6 +48,9 @@ def check_launch(devices: Devices) -> None:
 
     Raises ResourceError, UnavailableError or SettingsError. A running cluster is checked when it is joined.
     """
+    if devices.strategy.startswith("zero") and devices.ray_address is None and find_spec("deepspeed") is None:
+        hint = "Install it (Linux only), or use --strategy sharded-optimizer"
+        raise UnavailableError(Fault(f"--strategy {devices.strategy}", "DeepSpeed is not installed", hint))
     if devices.launcher != "ray":
         cpus = usable_cpus()
         if devices.threads > cpus:

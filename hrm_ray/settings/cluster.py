@@ -9,7 +9,7 @@ from pydantic import field_validator, model_validator
 from hrm_ray.settings.base import Section, option, refusal
 
 Launcher: TypeAlias = Literal["local", "ray"]
-StrategyName: TypeAlias = Literal["single", "ddp"]
+StrategyName: TypeAlias = Literal["single", "ddp", "sharded-optimizer", "zero1", "zero2", "zero3"]
 
 
 def strategy_of_ddp(ddp: Any) -> Any:
@@ -32,8 +32,10 @@ class ClusterSettings(Section):
         aliases={"--ddp": "ddp", "--no-ddp": "single", "--zero-stage": None},
         unset="ddp for several workers, else single",
     )
-    """How several workers train together. single: one worker. ddp: every worker has the whole model, and
-    gradients are averaged once per weight update."""
+    """How several workers train together. single: one worker. ddp: every worker has the whole model, and gradients are
+    averaged once per weight update. sharded-optimizer: as ddp, with the optimizer state and the moving average divided
+    among the workers. zero1, zero2, zero3: DeepSpeed ZeRO (Linux), which divides the optimizer state; the gradients
+    too; the weights too. The numbers are those of ddp, and a run can be resumed under another strategy."""
     ray_address: str | None = option(None, "free", unset="a cluster started on this machine for the run")
     """Address of a running Ray cluster."""
     device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = option("auto", "free", affects=("memory",))

@@ -10,7 +10,6 @@ from hrm_ray.errors import Fault
 _WORKERS = "Use --launcher ray --world-size N today"
 _CLOUD = "Use a --bundle-dir on a disk today, and copy the bundle with the cloud's own tool"
 _PROMPTS = "Use `hrm-ray generate BUNDLE --prompt TEXT` after the run today"
-_MEMORY = "Use --strategy ddp with --use-8bit-optimizer, --optimizer-offload or --gradient-checkpointing today"
 _FITTING = "Use `hrm-ray train --dry-run` today: it prints the memory that a run needs"
 _FAILURES = "Use --resume today: it goes on from the newest checkpoint"
 _ARCHITECTURE = "Use --arch actv1 today"
@@ -23,11 +22,7 @@ NOT_BUILT: dict[str, str] = {
     "--outer-momentum": _WORKERS,
     "--merge-weights": _WORKERS,
     "--gpu-share": _WORKERS,
-    "--strategy zero1": _MEMORY,
-    "--strategy zero2": _MEMORY,
-    "--strategy zero3": _MEMORY,
-    "--strategy sharded-optimizer": _MEMORY,
-    "--strategy fsdp": _MEMORY,
+    "--strategy fsdp": "Use --strategy zero3 today",
     "--cloud-provider": _CLOUD,
     "--cloud-bucket": _CLOUD,
     "--cloud-region": _CLOUD,

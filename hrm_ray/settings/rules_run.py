@@ -80,6 +80,16 @@ def _gpu_for_each_worker(settings: RunSettings) -> Fault | None:
     )
 
 
+def _zero(settings: RunSettings) -> bool:
+    """Whether DeepSpeed trains the model."""
+    return settings.cluster.strategy in ("zero1", "zero2", "zero3")
+
+
+def _divides(settings: RunSettings) -> bool:
+    """Whether workers divide the optimizer state."""
+    return _zero(settings) or settings.cluster.strategy == "sharded-optimizer"
+
+
 RUN_RULES: dict[str, Rule] = {
     "one_training_set": refuse(
         lambda s: s.data.dataset_file is not None and s.data.dataset_id is not None,
@@ -134,16 +144,46 @@ RUN_RULES: dict[str, Rule] = {
         "the local launcher runs one worker, in this process",
         "Give --launcher ray",
     ),
+    "strategy_without_adalora": refuse(
+        lambda s: _divides(s) and s.adapt.use_peft and s.adapt.peft_method == "adalora",
+        ("cluster.strategy", "adapt.peft_method"),
+        "AdaLoRA needs every gradient on every worker after the update",
+        "Use --strategy ddp, or another --peft-method",
+    ),
+    "zero_trains_the_whole_model": refuse(
+        lambda s: _zero(s) and s.run.expert_id is not None,
+        ("cluster.strategy", "run.expert_id"),
+        "ZeRO's flat partitions break the memory that a single expert shares with its layer",
+        "Use --strategy ddp",
+    ),
+    "zero_with_wide_state": refuse(
+        lambda s: _zero(s) and s.optimizer.use_8bit_optimizer,
+        ("cluster.strategy", "optimizer.use_8bit_optimizer"),
+        "8-bit state has rules for each tensor, which ZeRO's flat partitions lose",
+        "Use --strategy sharded-optimizer",
+    ),
+    "zero_with_float32_weights": refuse(
+        lambda s: _zero(s) and s.memory.model_dtype != "fp32",
+        ("cluster.strategy", "memory.model_dtype"),
+        "ZeRO updates float32 copies of its own instead of rounding stochastically",
+        "Use --amp with --model-dtype fp32, or --strategy sharded-optimizer",
+    ),
+    "zero_keeps_its_own_state": refuse(
+        lambda s: _zero(s) and s.memory.optimizer_offload,
+        ("cluster.strategy", "memory.optimizer_offload"),
+        "ZeRO keeps the optimizer state itself",
+        "Use --strategy sharded-optimizer",
+    ),
     "single_has_one_worker": refuse(
         lambda s: s.cluster.strategy == "single" and s.cluster.world_size not in (None, 1),
         ("cluster.strategy", "cluster.world_size"),
         "the strategy single runs one worker",
         "Use --strategy ddp, or --world-size 1",
     ),
-    "ddp_needs_ray": refuse(
-        lambda s: s.cluster.launcher == "local" and s.cluster.strategy == "ddp",
+    "strategy_of_workers_needs_ray": refuse(
+        lambda s: s.cluster.launcher == "local" and s.cluster.strategy not in (None, "single"),
         ("cluster.strategy", "cluster.launcher"),
-        "the local launcher has one worker, so there are no gradients to average with",
+        "the local launcher has one worker, and nothing to share with others",
         "Use --strategy single, or --launcher ray",
     ),
     "address_needs_ray": refuse(

@@ -48,6 +48,14 @@ REACH = 4
 SCHEDULE_STEPS = 1000
 """Steps of the schedule, of which the first is traced: AdaLoRA's ranks are those of the start, which are largest."""
 
+DIVIDED: dict[str, tuple[str, ...]] = {
+    "sharded-optimizer": ("optimizer", "average"),
+    "zero1": ("optimizer", "average"),
+    "zero2": ("optimizer", "average", "gradients"),
+    "zero3": ("optimizer", "average", "gradients", "weights"),
+}
+"""Strategy -> what workers divide. Under ZeRO each also has its part of a float32 copy of the weights to update."""
+
 RESIDENT = ("weights", "gradients", "optimizer", "average", "carries", "batch")
 """What stays in memory over the passes of an update; whatever else the passes make is activations."""
 
@@ -137,6 +145,17 @@ class _Trace:
             peak_bytes=self.tracker.peak_bytes(since=start, beside=("optimizer",) if offloaded else ()) + in_turn,
         )
 
+    def divide(self, categories: tuple[str, ...], workers: int, *, updated_copies: bool) -> None:
+        """Leave one worker's part of what `workers` divide. With `updated_copies` it has its part of a second float32
+        copy of the trained weights; counted as weights."""
+        trained_bytes = sum(one.bytes for one in self.tracker.allocations if one.category == "weights")
+        for one in self.tracker.allocations:
+            if one.category in categories:
+                one.bytes = -(-one.bytes // workers)
+        self.state_bytes = [-(-size // workers) if "optimizer" in categories else size for size in self.state_bytes]
+        if updated_copies:
+            self.tracker.allocations.append(Allocation(-(-trained_bytes // workers), "weights", 0))
+
     def extrapolate(self, growths: list[tuple[_Trace, float]], factors: dict[int, float]) -> None:
         """Make this trace of short rows that of longer rows and windows.
 
@@ -224,6 +243,7 @@ def _trace_fake_update(settings: RunSettings, config: ModelConfig) -> _Trace:
     several_passes = config.halt_max_steps > 1 and settings.model.supervision == "rollout"
     number = min(settings.optimizer.gradient_accumulation_steps, 1 if several_passes else PASSES)
     optimizer = settings.optimizer.model_copy(update={"gradient_accumulation_steps": number})
+    strategy = settings.cluster.strategy_for(settings.cluster.world_size or 1)
     # Compiled blocks keep no more than eager ones.
     cluster = settings.cluster.model_copy(update={"strategy": "single", "compile": False})
     settings = settings.model_copy(update={"optimizer": optimizer, "cluster": cluster})
@@ -233,7 +253,9 @@ def _trace_fake_update(settings: RunSettings, config: ModelConfig) -> _Trace:
         if (settings.cluster.world_size or 1) > 1:
             sum_gradients_in_float32(loop.parts.objective.parameters())
         use_kernel(loop.parts.objective.model, _attend)
-        return _trace(loop, [ones_batch(loop, config, settings.data.packing) for _ in range(number)])
+        trace = _trace(loop, [ones_batch(loop, config, settings.data.packing) for _ in range(number)])
+    trace.divide(DIVIDED.get(strategy, ()), settings.cluster.world_size or 1, updated_copies=strategy[:4] == "zero")
+    return trace
 
 
 def _trace(loop: TrainingLoop, batches: list[Batch]) -> _Trace:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,38 @@ from hrm_ray.train.per_parameter_optimizer import PerParameterOptimizer
 from hrm_ray.train.storage_tracker import storage_bytes
 
 OPTIMIZER_FILE = "optimizer.safetensors"
-_SEPARATOR = "|"
+SEPARATOR = "|"
 _BY_BLOCKS = frozenset({"absmax1", "absmax2", "qmap1", "qmap2"})
 """State of bitsandbytes whose shape is not the parameter's: a scale per block, and the values of the 256 codes."""
 
 
+def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The state of every parameter that has one, as tensors by `parameter|key`; Python integers become int64
+    scalars."""
+    return {
+        f"{name}{SEPARATOR}{key}": _as_tensor(name, key, value)
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
 def save_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
-    """Write the state of every parameter that has one; Python integers become int64 scalars."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}{_SEPARATOR}{key}"] = _as_tensor(name, key, value)
-    save_tensors(tensors, folder / OPTIMIZER_FILE)
+    """Write the state of every parameter that has one."""
+    save_tensors(optimizer_tensors(optimizer, parameters), folder / OPTIMIZER_FILE)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
-    """Restore what `save_optimizer` wrote. Raises DataError when it belongs to other parameters."""
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    folder: Path,
+    only: Collection[str] | None = None,
+) -> None:
+    """Restore what `save_optimizer` wrote, or the state of the parameters `only`. Raises DataError when it belongs to
+    other parameters."""
     path = folder / OPTIMIZER_FILE
     tables: dict[str, Tensor] = {}
     for full_name, tensor in read_tensors(path).items():
-        name, _, key = full_name.rpartition(_SEPARATOR)
+        name, _, key = full_name.rpartition(SEPARATOR)
         parameter = parameters.get(name)
         if parameter is None or not _fits(key, tensor, parameter):
             raise DataError(
@@ -44,6 +56,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn
                     "Resume with the architecture and the optimizer that wrote the checkpoint",
                 )
             )
+        if only is not None and name not in only:
+            continue
         state = optimizer.state[parameter]
         if tensor.dtype == torch.int64 and tensor.dim() == 0:
             state[key] = int(tensor)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -90,6 +90,29 @@ class World:
         for other in errors:
             if other is not None:
                 raise other
+
+    def to_leader(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of all ranks by name, on rank 0 and on the CPU; elsewhere none. A collective.
+
+        Ranks bring different names.
+        """
+        own = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        layouts: list[Any] = [{name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}]
+        if self.grouped and self.size > 1:
+            layouts *= self.size
+            dist.all_gather_object(layouts, layouts[0])
+        if not self.leads:
+            for tensor in own.values():
+                # Counters of optimizers lie on the CPU; a group of GPUs sends from the device.
+                dist.send(tensor.to(self.device), 0)
+            return {}
+        gathered = {name: tensor.cpu() for name, tensor in own.items()}
+        for rank, layout in enumerate(layouts[1:], 1):
+            for name, (shape, dtype) in layout.items():
+                received = torch.empty(shape, dtype=dtype, device=self.device)
+                dist.recv(received, rank)
+                gathered[name] = received.cpu()
+        return gathered
 
     def gather_rows(self, tensor: Tensor) -> Tensor:
         """Rows of all ranks one after the other, rank by rank; ranks may bring different numbers of rows."""

@@ -67,14 +67,20 @@ def test_one_ray_worker_gives_the_files_and_numbers_of_the_local_launcher(puzzle
                 assert mine.get(name) == other.get(name)
 
 
+@pytest.mark.parametrize(
+    "strategy", ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero1", "zero3"))]
+)
 def test_two_workers_give_one_workers_losses_and_resume_on_one(
-    puzzles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    puzzles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], strategy: str
 ) -> None:
-    """DDP 2 x 4 against one process with 8: float32 sums in another order, 1e-4 after twelve updates. A checkpoint of
-    two ranks goes on in one process, carries and place in the data included."""
+    """2 workers x 4 against one process with 8: float32 sums in another order, 1e-4 after twelve updates. A checkpoint
+    of two ranks goes on in one process, carries, average and place in the data included."""
     whole, split = tmp_path / "whole", tmp_path / "split"
     assert train(puzzles, whole, "--launcher", "local", "--batch-size", "8") == 0
-    assert train(puzzles, split, "--launcher", "ray", "--world-size", "2", "--ddp", "--batch-size", "4") == 0
+    assert (
+        train(puzzles, split, "--launcher", "ray", "--world-size", "2", "--strategy", strategy, "--batch-size", "4")
+        == 0
+    )
     losses = [record["objective"] for record in records(whole, "train")]
     assert [record["objective"] for record in records(split, "train")] == pytest.approx(losses, rel=1e-4)
     assert capsys.readouterr().err == ""
@@ -82,7 +88,7 @@ def test_two_workers_give_one_workers_losses_and_resume_on_one(
     checkpoint = split / "checkpoints" / "step_6"
     code = run(
         *("train", "--resume-from", str(checkpoint), "--bundle-dir", str(again), "--launcher", "local"),
-        *("--world-size", "1", "--batch-size", "8"),
+        *("--world-size", "1", "--strategy", "single", "--batch-size", "8"),
     )
     assert code == 0
     resumed = records(again, "train")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,29 +118,27 @@ class Rows:
         return columns | {"documents": self.documents[at]}
 
 
-def settings_for(scenario: str, optimizer: str, cut: Cut) -> RunSettings:
+def settings_for(
+    scenario: str, optimizer: str, cut: Cut, more: Mapping[str, Mapping[str, Any]] | None = None
+) -> RunSettings:
+    """The settings of a scenario, with `more` over them, by section."""
+    more = more or {}
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"hidden_size": 16, "num_heads": 2, "h_layers": 1, "l_layers": 1, "d_ff": 24, **SCENARIOS[scenario]},
+        "data": {"linear_dataset": False},
+        "optimizer": {
+            "batch_size": cut.batch,
+            "gradient_accumulation_steps": cut.accumulation,
+            "grad_clip": 0.0,
+            "lr_schedule": "constant",
+            "weight_decay": 0.1,
+            **OPTIMIZERS[optimizer],
+        },
+        "memory": {"amp": False, **MEMORY.get(scenario, {})},
+        "run": {"seed": 3, "expert_id": "one" if "expert_index" in SCENARIOS[scenario] else None},
+    }
     return RunSettings.model_validate(
-        {
-            "model": {
-                "hidden_size": 16,
-                "num_heads": 2,
-                "h_layers": 1,
-                "l_layers": 1,
-                "d_ff": 24,
-                **SCENARIOS[scenario],
-            },
-            "data": {"linear_dataset": False},
-            "optimizer": {
-                "batch_size": cut.batch,
-                "gradient_accumulation_steps": cut.accumulation,
-                "grad_clip": 0.0,
-                "lr_schedule": "constant",
-                "weight_decay": 0.1,
-                **OPTIMIZERS[optimizer],
-            },
-            "memory": {"amp": False, **MEMORY.get(scenario, {})},
-            "run": {"seed": 3, "expert_id": "one" if "expert_index" in SCENARIOS[scenario] else None},
-        }
+        {name: {**sections.get(name, {}), **more.get(name, {})} for name in sections.keys() | more.keys()}
     )
 
 

@@ -49,7 +49,7 @@ def test_the_average_is_wide_and_of_what_is_trained(dtype: torch.dtype) -> None:
     model = nn.Linear(4, 2).to(dtype)
     model.bias.requires_grad_(False)
     nn.init.ones_(model.weight)
-    ema = Ema(model, 0.999)
+    ema = Ema({"weight": model.weight}, 0.999)
     assert ema.average.keys() == {"weight"} and ema.average["weight"].dtype == torch.float32
     with torch.no_grad():
         model.weight.fill_(2.0)

@@ -51,6 +51,13 @@ LISTED = [
         ["train/memory_estimate.py", "train/storage_tracker.py"],
     ),
     ("torch.utils._pytree", "torch.utils._pytree.tree_leaves", ["train/storage_tracker.py"]),
+    ("torch", "torch.nn.Module()._forward_hooks == {}", ["train/strategies/zero.py"]),
+    ("torch", "torch.nn.Module()._forward_pre_hooks == {}", ["train/strategies/zero.py"]),
+    (
+        "deepspeed.runtime.zero.stage_1_and_2",
+        "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state",
+        ["train/strategies/zero.py"],
+    ),
     ("ray._private.worker", "ray._private.worker._worker_logs_enabled in (True, False)", ["orchestration/session.py"]),
     ("inspect", "'\"_temp_dir\"' in inspect.getsource(__import__('ray').init)", ["orchestration/session.py"]),
     (

@@ -231,12 +231,41 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
         {"--launcher": "local", "--world-size": "1"},
         "--launcher ray",
     ),
+    "strategy_without_adalora": (
+        {"--strategy": "sharded-optimizer", "--student-init": "b", "--use-peft": True, "--peft-method": "adalora"},
+        {"--strategy": "ddp", "--student-init": "b", "--use-peft": True, "--peft-method": "adalora"},
+        "--strategy ddp",
+    ),
+    "zero_trains_the_whole_model": (
+        {"--zero-stage": "zero2", "--use-moe": True, "--expert-id": "e", "--expert-index": "0", "--student-init": "b"},
+        {"--zero-stage": "none", "--use-moe": True, "--expert-id": "e", "--expert-index": "0", "--student-init": "b"},
+        "--strategy zero2",
+    ),
+    "zero_with_wide_state": (
+        {"--strategy": "zero1", "--use-8bit-optimizer": True},
+        {"--strategy": "sharded-optimizer", "--use-8bit-optimizer": True},
+        "--strategy sharded-optimizer",
+    ),
+    "zero_with_float32_weights": (
+        {"--strategy": "zero3", "--model-dtype": "bf16"},
+        {"--strategy": "zero3", "--model-dtype": "fp32"},
+        "--model-dtype bf16",
+    ),
+    "zero_keeps_its_own_state": (
+        {"--strategy": "zero1", "--optimizer-offload": True},
+        {"--strategy": "sharded-optimizer", "--optimizer-offload": True},
+        "--strategy sharded-optimizer",
+    ),
     "single_has_one_worker": (
         {"--no-ddp": True, "--world-size": "2"},
         {"--ddp": True, "--world-size": "1"},
         "--strategy single with --world-size 2",
     ),
-    "ddp_needs_ray": ({"--ddp": True, "--launcher": "local"}, {"--ddp": True, "--launcher": "ray"}, "--launcher ray"),
+    "strategy_of_workers_needs_ray": (
+        {"--ddp": True, "--launcher": "local"},
+        {"--ddp": True, "--launcher": "ray"},
+        "--launcher ray",
+    ),
     "address_needs_ray": ({"--launcher": "local", "--ray-address": "a:1"}, {"--ray-address": "a:1"}, "a:1"),
     "gpu_numbers_for_gpus": ({"--cuda-ids": "0", "--device": "cpu"}, {"--cuda-ids": "0"}, "--device cuda"),
     "gpu_for_each_worker": (

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hrm_ray.bundle.weights_file import fill_module, read_tensors, save_tensors
 from hrm_ray.model.objective import AnyObjective, Batch, SegmentOutput
@@ -26,8 +26,8 @@ WEIGHTS, AVERAGE = "model.safetensors", "ema.safetensors"
 class Ema:
     """average <- decay * average + (1 - decay) * weight after every weight update (HRM-Text's rule, no warm-up)."""
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    def __init__(self, trained: Mapping[str, Tensor], decay: float) -> None:
+        self.trained = dict(trained)
         self.decay = decay
         # float32 whatever the weights' type: what one update adds is too small for bfloat16.
         self.average = {name: p.detach().to(torch.float32, copy=True) for name, p in self.trained.items()}
@@ -95,7 +95,8 @@ class SingleStrategy:
         self.objective = objective.to(self.world.device)
         self.optimizer = build_optimizer(p for p in self.objective.parameters() if p.requires_grad)
         if ema_decay is not None:
-            self.average = Ema(self.objective.model, ema_decay)
+            trained = {name: p for name, p in self.objective.model.named_parameters() if p.requires_grad}
+            self.average = Ema(trained, ema_decay)
 
     def segment(self, batch: Batch, carry: Any) -> SegmentOutput[Any]:
         with self.precision.computing(self.world.device):
@@ -124,9 +125,7 @@ class SingleStrategy:
         norm = float(norm_tensor)
         if math.isfinite(norm):
             multiply_gradients(self.optimizer, gradients, clip_factor(norm_tensor, max_norm) / scale)
-            self.optimizer.step()
-            if self.average is not None:
-                self.average.update()
+            self._update()
         else:
             self._non_finite = [
                 name
@@ -135,6 +134,12 @@ class SingleStrategy:
             ]
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _update(self) -> None:
+        """Update weights and moving average from the gradients, which are scaled and clipped."""
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update()
 
     def discard(self) -> None:
         self._non_finite = []

@@ -1,0 +1,152 @@
+"""Every strategy trains as one process does, and its checkpoints are those of every other.
+
+Two gloo processes run each case of `CASES` under each strategy from the same checkpoint, accumulating two
+micro-batches, and then go on from one another's checkpoints. What is compared lies in the files of the checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from tests.support.strategy_runs import Case, Ended, in_two_processes, trained, write_start
+
+pytestmark = [pytest.mark.agreement, pytest.mark.slow]
+
+STRATEGIES = ("ddp", "sharded-optimizer", "zero1", "zero2", "zero3")
+CUT, SMALLER = "2x2x2", "2x2x2 -> 2x4x1"
+
+_CLIPPED: dict[str, Any] = {"grad_clip": 0.3}
+_LORA: dict[str, Any] = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
+CASES = {
+    case.name: case
+    for case in (
+        Case("text", optimizer="sgd"),
+        Case("text-ema", more={"optimizer": {"optimizer": "adamw", "lr": 1e-3, "ema": 0.9, **_CLIPPED}}),
+        Case("experts", "text-experts", more={"memory": {"gradient_checkpointing": True}}),
+        Case("chunked-exact-experts", "chunked-exact-experts"),
+        Case("puzzle-ema", "puzzle-embedding", more={"optimizer": {"ema": 0.9, **_CLIPPED}}),
+        Case("puzzle-rollout", "puzzle-rollout", "sgd"),
+        Case("lora", more={"adapt": _LORA, "optimizer": _CLIPPED}),
+        Case("nf4", more={"adapt": _LORA, "memory": {"load_in_4bit": True}}),
+    )
+}
+NARROW = {
+    case.name: case
+    for case in (
+        Case("bf16", more={"memory": {"amp": True, "amp_dtype": "bf16"}, "optimizer": _CLIPPED}),
+        Case("fp16", more={"memory": {"amp": True, "amp_dtype": "fp16"}, "optimizer": _CLIPPED}),
+    )
+}
+WHOLE_TENSORS = {
+    case.name: case
+    for case in (
+        Case("8-bit", more={"optimizer": {"use_8bit_optimizer": True, "optimizer": "adamw", "lr": 1e-3}}),
+        Case("bf16-weights", more={"memory": {"model_dtype": "bf16"}, "optimizer": {"ema": 0.9}}),
+        Case("one-expert", "text-one-expert-trained"),
+    )
+}
+"""What needs whole tensors: under ddp and sharded-optimizer."""
+RESUMED = "text-ema"
+RUNS = [
+    *((case, strategy, CUT) for case in (*CASES.values(), *NARROW.values()) for strategy in STRATEGIES),
+    *((case, strategy, CUT) for case in WHOLE_TENSORS.values() for strategy in STRATEGIES[:2]),
+    *((CASES["experts"], strategy, SMALLER) for strategy in ("sharded-optimizer", "zero1")),
+]
+RESUMES = [(first, then) for first in STRATEGIES for then in STRATEGIES]
+
+Results = dict[tuple[str, ...], Ended]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
+    folder: Path = tmp_path_factory.mktemp("strategies")
+    threads = torch.get_num_threads()
+    found: Results = {}
+    for case in (*CASES.values(), *NARROW.values(), *WHOLE_TENSORS.values()):
+        write_start(case, folder / f"start-{case.name}")
+        end = folder / f"end-{case.name}-single"
+        found[case.name, "single"] = trained(case, "single", "1x1x8", folder / f"start-{case.name}", end)
+    resumed = [(CASES[RESUMED], first, then) for first, then in RESUMES]
+    mp.spawn(in_two_processes, (2, folder, RUNS, resumed), nprocs=2)
+    found |= torch.load(folder / "results.pt", weights_only=False)
+    case = CASES[RESUMED]
+    for first in ("single", *STRATEGIES):
+        start = folder / (f"end-{case.name}-single" if first == "single" else f"end-{case.name}-{first}-{CUT}")
+        end = folder / f"resumed-{first}-single"
+        found[case.name, first, "then", "single"] = trained(case, "single", "1x1x8", start, end)
+    torch.set_num_threads(threads)
+    yield found
+
+
+def gap(ours: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> float:
+    """The largest difference of two sets of tensors with the same names."""
+    assert ours.keys() == whole.keys()
+    return max((float((ours[name].float() - whole[name].float()).abs().max()) for name in whole), default=0.0)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", CASES)
+def test_a_strategy_trains_as_one_process(results: Results, name: str, strategy: str) -> None:
+    """Float32 sums in another order, four updates long: 1e-6 of values of size 1; a wrong weighing shows at 1e-2.
+    A moment of adam-atan2 or a weight that it moves is as close, because every gradient here is far above rounding."""
+    whole, ours = results[name, "single"], results[name, strategy, CUT]
+    assert ours.losses == pytest.approx(whole.losses, rel=1e-6)
+    assert ours.norms == pytest.approx(whole.norms, rel=2e-6)
+    assert ours.figures == pytest.approx(whole.figures, rel=2e-6, abs=1e-5)
+    assert gap(ours.weights, whole.weights) <= 1e-6
+    assert gap(ours.optimizer, whole.optimizer) <= 1e-6
+    assert gap(ours.average, whole.average) <= 1e-6
+    assert bool(whole.average) == ("ema" in name)
+    assert bool(whole.optimizer) == (CASES[name].optimizer != "sgd")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+@pytest.mark.parametrize("name", NARROW)
+def test_mixed_precision_rounds_as_under_ddp(results: Results, name: str, strategy: str) -> None:
+    """The same micro-batches round alike in 16 bits; the float32 sums over two ranks may differ in the last bits, which
+    16-bit products can make 1e-3 of a loss in four updates."""
+    ddp, ours = results[name, "ddp", CUT], results[name, strategy, CUT]
+    assert ours.losses == pytest.approx(ddp.losses, rel=1e-3)
+    assert ours.norms == pytest.approx(ddp.norms, rel=1e-2)
+    assert gap(ours.weights, ddp.weights) <= 1e-3
+
+
+@pytest.mark.parametrize("name", WHOLE_TENSORS)
+def test_a_sharded_optimizer_updates_to_the_bit_as_ddp(results: Results, name: str) -> None:
+    ddp, ours = results[name, "ddp", CUT], results[name, "sharded-optimizer", CUT]
+    assert gap(ours.weights, ddp.weights) == gap(ours.optimizer, ddp.optimizer) == gap(ours.average, ddp.average) == 0
+    assert ours.losses == ddp.losses and ours.figures == ddp.figures
+
+
+@pytest.mark.parametrize("strategy", ["sharded-optimizer", "zero1"])
+def test_micro_batches_are_halved_where_passes_may_be_repeated(results: Results, strategy: str) -> None:
+    """The sums of smaller micro-batches differ as above; capacity of experts is per micro-batch and none drops here."""
+    whole, ours = results["experts", "single"], results["experts", strategy, SMALLER]
+    assert ours.ended_as == (4, 1)
+    assert ours.losses == pytest.approx(whole.losses, rel=1e-6)
+    assert gap(ours.weights, whole.weights) <= 1e-6
+
+
+@pytest.mark.parametrize(("first", "then"), [*RESUMES, *((first, "single") for first in ("single", *STRATEGIES))])
+def test_every_strategy_resumes_every_other(results: Results, first: str, then: str) -> None:
+    """Four updates under `first` and four more under `then`, against one process: the sum of two runs' roundings."""
+    whole, ours = results[RESUMED, "single", "then", "single"], results[RESUMED, first, "then", then]
+    assert ours.losses == pytest.approx(whole.losses, rel=1e-6)
+    assert gap(ours.weights, whole.weights) <= 2e-6
+    assert gap(ours.optimizer, whole.optimizer) <= 2e-6
+    assert gap(ours.average, whole.average) <= 2e-6
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_strategy_resumes_itself_to_the_bit(results: Results, strategy: str) -> None:
+    """Loading a checkpoint and saving it again changes nothing."""
+    saved, again = results[RESUMED, strategy, CUT], results[RESUMED, strategy, "saved again"]
+    assert gap(again.weights, saved.weights) == gap(again.optimizer, saved.optimizer) == 0
+    assert gap(again.average, saved.average) == 0
