@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from hrm_ray.launch.defaults import expected_time
 from hrm_ray.launch.preflight import gigabytes, needed_memory
 from hrm_ray.launch.resolve import ResolvedRun, effective_batch
 from hrm_ray.launch.resources import WORKER_MEMORY_BYTES
@@ -27,6 +28,9 @@ def print_dry_run(resolved: ResolvedRun) -> None:
         print(f"note    {as_note(resolved.no_effect)}")
     print("\n".join(f"  {key} = {value}" for key, value in resolved_values(resolved).items()))
     print(describe_memory(resolved))
+    if resolved.defaults is None:
+        duration = expected_time(resolved.settings, resolved.config, resolved.devices.device, resolved.devices.threads)
+        print(f"time    {duration or 'is not estimated for this device or size'}")
     print(scan_data(resolved))
     print("dry run: nothing was started or written")
 

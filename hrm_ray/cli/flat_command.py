@@ -174,5 +174,5 @@ def _option_row(option: Option) -> Row:
     default = option.written(option.default) if option.is_switch else option.default
     return (
         ", ".join([*names, *(alias for alias in aliases if option.is_switch or alias not in same)]),
-        f"{option.help} [default: {option.traits.unset if option.default is None else default}]",
+        f"{option.help} [default: {option.traits.unset or default}]",
     )

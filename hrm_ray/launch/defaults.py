@@ -10,9 +10,13 @@ from hrm_ray.launch.preflight import fits_memory
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.describe import count_parameters
 from hrm_ray.settings.presets import preset_leaves
-from hrm_ray.settings.resolve import MOE_LR
+from hrm_ray.settings.resolve import MOE_LR, TEXT_SEQ_LEN
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.time_estimate import update_s
+
+BYTES_OF_A_TOKEN = 8
+"""No more bytes than that come to a token, as a rule."""
+LEAST_SEQ_LEN = 16
 
 SIZE_LEAVES = frozenset(
     f"model.{name}"
@@ -56,13 +60,15 @@ SMALL_PUZZLE_STEPS, LARGE_PUZZLE_STEPS = 2500, 10000
 def with_defaults(settings: RunSettings, facts: DataFacts, device: str) -> RunSettings:
     """The settings with defaults for this amount of data on this device; what was given stays as it is.
 
-    With a profile, and in a resumed run, there is nothing to choose but the size of the vocabulary.
+    A profile leaves little open, and a resumed run nothing.
     """
     if settings.run.resume or settings.run.resume_from is not None:
         return settings
     leaves: dict[str, Any] = {}
     if settings.run.profile is None:
         leaves = _puzzle_leaves(settings, facts) if facts.puzzle is not None else _text_leaves(settings, facts, device)
+    if facts.puzzle is None:
+        leaves |= _shorter_rows(settings, facts)
     if settings.memory.amp is None:
         leaves["memory.amp"] = device in ("cuda", "xpu")
     return _filled(settings, leaves)
@@ -128,6 +134,15 @@ def _duration(seconds: float) -> str:
     if seconds < 90 * 60:
         return f"{seconds / 60:.2g} minutes"
     return f"{seconds / 3600:.2g} hours"
+
+
+def _shorter_rows(settings: RunSettings, facts: DataFacts) -> dict[str, Any]:
+    """A shorter row where the text may not fill one of the default length."""
+    usual = settings.data.max_seq_len or TEXT_SEQ_LEN
+    if not 0 < facts.bytes < BYTES_OF_A_TOKEN * usual:
+        return {}
+    fits = facts.bytes // BYTES_OF_A_TOKEN
+    return {"data.max_seq_len": max(LEAST_SEQ_LEN, 2 ** (fits.bit_length() - 1) if fits else 0)}
 
 
 def _text_leaves(settings: RunSettings, facts: DataFacts, device: str) -> dict[str, Any]:

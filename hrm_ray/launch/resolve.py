@@ -36,7 +36,7 @@ from hrm_ray.settings.resolve import fit_warmup, moderate_lr, resolve_task, with
 from hrm_ray.settings.rules import as_faults, without_effect
 from hrm_ray.settings.tree import SECTIONS, RunSettings
 from hrm_ray.train.attention_choice import flash_notes
-from hrm_ray.train.expert_run import check_expert_run
+from hrm_ray.train.expert_run import check_expert_run, with_expert_index
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,9 @@ def _resolve_on(
     no_effect = _without_effect(settings, facts, evaluation, devices.device)
     if settings.data.force_train and not TRAINED_BEFORE.holds(settings):
         settings = settings.model_copy(update={"data": settings.data.model_copy(update={"force_train": False})})
-    settings, lowered = moderate_lr(settings)
-    notes += lowered
+    for settle in (with_expert_index, moderate_lr):
+        settings, settled = settle(settings)
+        notes += settled
     if settings.run.step_limit is not None:
         settings, shortened = fit_warmup(settings, settings.run.step_limit)
         notes += shortened

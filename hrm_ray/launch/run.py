@@ -17,10 +17,10 @@ from hrm_ray.launch.devices import LAUNCHERS, visible_gpus
 from hrm_ray.launch.new_bundle import removed_unless_trained
 from hrm_ray.launch.plan import make_plan
 from hrm_ray.launch.resolve import ResolvedRun, resolve
-from hrm_ray.launch.run_directory import check_unchanged, finished_before, was_logged_by
+from hrm_ray.launch.run_directory import check_unchanged, finished_before
 from hrm_ray.launch.run_lock import run_lock
 from hrm_ray.metrics.fanout import FanOut
-from hrm_ray.metrics.jsonl import truncate_after
+from hrm_ray.metrics.jsonl import drop_copies
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.types import MetricSink, Record, RunResult, StopPoll, StopReason, StopRequested
 
@@ -65,8 +65,8 @@ def run(
         # Another run may have used the folder between the first check and the lock.
         resolved = replace(resolved, location=check_unchanged(resolved.settings, resolved.location))
         log = resolved.settings.run.log_file
-        if log is not None and was_logged_by(resolved.location, log):
-            truncate_after(log, -1)
+        if log is not None and resolved.location.may_replace:
+            drop_copies(log, resolved.location.run_dir.metrics, -1)
         held.enter_context(removed_unless_trained(resolved.location))
         held.enter_context(visible_gpus(devices))
         plan = replace(make_plan(resolved, _ReadingProgress(sink, stop)), stop_by_s=stop_by_s)

@@ -14,9 +14,10 @@ from typing import Any
 from hrm_ray.data.file_systems import name_for_runs
 from hrm_ray.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 from hrm_ray.errors import DataError, Fault, SettingsError
+from hrm_ray.launch.named_bundles import architecture_leaves, find_checkpoint, with_start_weights
 from hrm_ray.launch.run_lock import check_not_in_use
 from hrm_ray.ledger.database import SIDE_FILES
-from hrm_ray.metrics.jsonl import read_records
+from hrm_ray.metrics.jsonl import read_records, why_no_metrics
 from hrm_ray.rundir import DRIVER_MARKER, MANIFEST, RunDir, read_json, verify_checkpoint
 from hrm_ray.settings.load import load_settings, peek_leaves
 from hrm_ray.settings.needs import NoEffect
@@ -84,9 +85,12 @@ def load_run(
 
     With --resume or --resume-from they are laid over those of the run to resume.
     """
-    where = peek_leaves(flat_options, config, _NAME_A_RUN)
+    flat_options = with_start_weights(flat_options)
+    where = peek_leaves(flat_options, config, (*_NAME_A_RUN, "model.student_init"))
+    if where["run.resume_from"] is not None:
+        where["run.resume_from"] = find_checkpoint(where["run.resume_from"])
     where["run.profile"] = where["run.profile"] or profile
-    base = None
+    base = architecture = None
     if where["run.auto_resume"]:
         if where["run.resume"] or where["run.resume_from"] is not None:
             reason = "--auto-resume starts a run where there is none, the other demands one"
@@ -97,7 +101,9 @@ def load_run(
             flat_options = {**flat_options, "--resume": True}
     if where["run.resume"] or where["run.resume_from"] is not None:
         base = _base_settings(_find_stored(where["run.resume_from"], where), where)
-    return load_settings(
+    elif where["model.student_init"] is not None:
+        architecture = architecture_leaves(where["model.student_init"])
+    settings = load_settings(
         flat_options,
         config,
         base,
@@ -105,7 +111,10 @@ def load_run(
         given_again=given_again,
         also_known=also_known,
         profile=profile,
+        architecture=architecture,
     )
+    run = settings.run.model_copy(update={"resume_from": where["run.resume_from"]})
+    return settings.model_copy(update={"run": run})
 
 
 def _find_stored(resume_from: Path | None, where: Mapping[str, Any]) -> RunDir:
@@ -312,8 +321,7 @@ def check_effective_batch(location: RunLocation, effective: int) -> None:
 
 
 def check_own_files(settings: RunSettings, location: RunLocation) -> None:
-    """The stop file must not be there yet, and the log file must be new, or this run's own. Raises SettingsError, or
-    DataError for a log file that a resumed run cannot have written."""
+    """The stop file must not be there yet, and the log file must be new, or hold metrics. Raises SettingsError."""
     stop, log = settings.run.stop_file, settings.run.log_file
     if stop is not None and stop.exists():
         reason = "the file already exists, so the run would stop at its first step"
@@ -328,21 +336,9 @@ def check_own_files(settings: RunSettings, location: RunLocation) -> None:
         raise SettingsError(Fault(f"--log-file {log}", reason, "Name another file"))
     if log.exists() and not log.is_file():
         raise SettingsError(Fault(f"--log-file {log}", "is a device or a pipe, not a file", "Name a file"))
-    if not log.exists() or not log.stat().st_size:
-        return
-    if not (location.continues and read_records(log)) and not was_logged_by(location, log):
-        reason = "it already contains data that this run did not write"
-        raise SettingsError(Fault(f"--log-file {log}", reason, "Name another file, or move this one away"))
-
-
-def was_logged_by(location: RunLocation, log: Path) -> bool:
-    """Whether the run that this one may replace wrote the log: both of its files of metrics begin alike."""
-    metrics = location.run_dir.metrics
-    if not location.may_replace or not metrics.is_file() or not log.is_file():
-        return False
-    with log.open("rb") as other, metrics.open("rb") as own:
-        first = own.readline()
-        return bool(first) and other.readline() == first
+    obstacle = why_no_metrics(log)
+    if obstacle is not None:
+        raise SettingsError(Fault(f"--log-file {log}", obstacle, "Name another file, or move this one away"))
 
 
 def _behind_a_file(path: Path) -> bool:

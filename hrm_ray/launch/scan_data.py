@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 
-from hrm_ray.data.chunks import passed_over_note, read_chunks
+from hrm_ray.data.chunks import CorpusHead, passed_over_note, read_chunks
 from hrm_ray.data.corpus import CorpusReading
+from hrm_ray.data.corpus_facts import check_usable
 from hrm_ray.data.parts import list_parts
 from hrm_ray.data.rows import unreadable
 from hrm_ray.data.timer import Timer
@@ -45,6 +46,9 @@ def _read(resolved: ResolvedRun, timer: Timer, *, evaluation: bool) -> str:
         bad_files += chunk.bad_files
     whole = reading.ended or (corpus.max_rows is not None and rows >= corpus.max_rows)
     documents = max(0, rows - bad - left_out)
+    if reading.ended and not documents:
+        # Nothing to train on: says why, as the run would.
+        check_usable(CorpusHead(corpus, lambda _: None))
     others = f", {left_out} left out by --ascii-only" if left_out else ""
     bad -= len(passed_over)
     others += f", {unreadable(bad, bad_files, 'bad ')} skipped" if bad else ""

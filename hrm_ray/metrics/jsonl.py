@@ -111,6 +111,32 @@ def truncate_after(path: Path, step: int) -> int:
     return dropped
 
 
+def drop_copies(path: Path, own: Path, step: int) -> None:
+    """Drop from `path`, to which several runs may append, the lines that the metrics file `own` has after `step`.
+
+    Lines of other runs stay, whatever they are. The file is replaced atomically; either file may be missing. Call this
+    before `own` is truncated. DataError if a line of `own` is not a record.
+    """
+    if not path.exists() or not own.exists():
+        return
+    later = {line for record, line in _records_and_lines(own) if record.step > step}
+    with atomic_write(path) as file, path.open("rb") as lines:
+        file.writelines(line for line in lines if line.rstrip(b"\n") + b"\n" not in later)
+
+
+def why_no_metrics(path: Path) -> str | None:
+    """Why metrics cannot be appended to this file; None if it is missing or empty, or JSON lines."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        first = file.readline(1 << 20)
+    try:
+        is_object = not first or isinstance(json.loads(first), dict)
+    except ValueError:
+        is_object = False
+    return None if is_object else "it is not a file of metrics (its first line is not a JSON object)"
+
+
 def _records_and_lines(path: Path) -> Iterator[tuple[Record, bytes]]:
     """Each record with its line as bytes, newline included."""
     if not path.is_file():
@@ -189,7 +215,7 @@ def _repair_tail(path: Path) -> None:
         if not tail:
             return
         try:
-            _from_line(tail)
+            json.loads(tail)  # also a line of another program, which ends without a newline
         except ValueError:
             _LOG.warning("%s: cut off %d bytes of a half-written last line", path, len(tail))
             file.truncate(size - len(tail))

@@ -57,7 +57,8 @@ def option(
 
     `needs`: conditions without which it changes nothing. `aliases`: other spellings, each with the value that it sets
     (None: a value follows). `replaces`: options that it overrides where they were given earlier (in the file, or in
-    the stored run); `replaces_stored`: only in the stored run. `unset`: what holds where the default is None.
+    the stored run); `replaces_stored`: only in the stored run. `unset`: what holds where nothing is given, if
+    that is not always the default.
     `legacy_default`: the value in runs that are older than the option. `ge`, `gt`, `le`, `lt`: bounds.
     """
     traits = Traits(on_resume, needs, affects, aliases or {}, replaces, replaces_stored, unset, legacy_default)

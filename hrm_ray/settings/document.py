@@ -33,8 +33,8 @@ def _row(option: Option) -> str:
     value = "" if option.is_switch else f" {option.value}"
     spellings = [f"`{option.flag}{value}`", *([f"`{option.off_flag}`"] if option.is_switch else [])]
     spellings += [f"`{alias}`" for alias in option.traits.aliases]
-    if option.default is None:
-        default = option.traits.unset or ""
+    if option.traits.unset is not None:
+        default = option.traits.unset
     elif option.is_switch:
         default = "on" if option.default else "off"
     else:

@@ -1,7 +1,7 @@
 """Loads the settings: file, options, a resumed run and a trial become one validated tree, or a list of all faults.
 
-Precedence: defaults < profile < resumed run < preset < file < options < trial. A preset or `num_layers`, wherever it
-is given, fills only leaves that the user did not set.
+Precedence: defaults < profile < bundle of --student-init < resumed run < preset < file < options < trial. A preset or
+`num_layers`, wherever it is given, fills only leaves that the user did not set.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ def load_settings(
     given_again: Sequence[NoEffect] = (),
     also_known: Iterable[str] = (),
     profile: str | None = None,
+    architecture: Mapping[str, Any] | None = None,
 ) -> RunSettings:
     """One tree from the options, the settings file, a resumed run (`base`, dotted keys) and a trial's overrides.
 
     Options go by their spelling (`--lr`, `--no-rope`), or without the dashes; of two spellings of one option the later
     counts. `found` and `given_again` are the command line's faults and its options that were given again, reported
     together with those found here; `also_known` are a command's other options, for "the nearest is"; `profile` is
-    that of a new run for which none is given.
+    that of a new run for which none is given; `architecture` are the leaves of the bundle that it starts from.
     Raises SettingsError with every fault.
     """
     user = _merged(
@@ -60,7 +61,8 @@ def load_settings(
     replaced = {old for key in by_user for old in (*traits[key].replaces, *traits[key].replaces_stored)}
     kept = {key: value for key, value in _filled(resumed.values).items() if key not in replaced}
     named = {"run.profile": profile} if profile is not None and base is None else {}
-    defaults = {**named, **profile_leaves(str({**named, **resumed.values, **user.values}.get("run.profile")))}
+    profiled = profile_leaves(str({**named, **resumed.values, **user.values}.get("run.profile")))
+    defaults = {**named, **profiled, **(architecture or {})}
     values = {**{key: value for key, value in defaults.items() if key not in replaced}, **kept, **by_user}
     given = frozenset(key for key, value in user.values.items() if value is not None)
     quoted = {**resumed.quoted, **user.quoted}

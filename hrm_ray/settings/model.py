@@ -21,6 +21,9 @@ from hrm_ray.settings.needs import (
 Task: TypeAlias = Literal["lm", "puzzle"]
 
 
+CHOSEN = "where a size is given, else chosen from the data and the device"
+
+
 class ModelSettings(Section):
     """The network and its objective."""
 
@@ -32,19 +35,19 @@ class ModelSettings(Section):
         None, "free", unset="chosen from the data and the device, if no size is given"
     )
     """Named size of about 5, 15, 50, 150, 400 or 1000 million parameters; other options override it."""
-    h_layers: int = option(2, "fixed", ge=1, replaces=("model.num_layers",))
+    h_layers: int = option(2, "fixed", ge=1, replaces=("model.num_layers",), unset=f"2 {CHOSEN}")
     """Layers of the high level (H)."""
-    l_layers: int = option(2, "fixed", ge=1, replaces=("model.num_layers",))
+    l_layers: int = option(2, "fixed", ge=1, replaces=("model.num_layers",), unset=f"2 {CHOSEN}")
     """Layers of the low level (L)."""
     num_layers: int | None = option(
         None, "free", ge=2, replaces=("model.h_layers", "model.l_layers"), unset="--h-layers and --l-layers"
     )
     """An even number of layers, split evenly over H and L."""
-    hidden_size: int = option(512, "fixed", ge=1, aliases={"--d-model": None})
+    hidden_size: int = option(512, "fixed", ge=1, aliases={"--d-model": None}, unset=f"512 {CHOSEN}")
     """Width of the model; a multiple of --num-heads."""
-    num_heads: int = option(8, "fixed", ge=1)
+    num_heads: int = option(8, "fixed", ge=1, unset=f"8 {CHOSEN}")
     """Attention heads."""
-    expansion: float = option(2.0, "fixed", gt=0, replaces=("model.d_ff",))
+    expansion: float = option(2.0, "fixed", gt=0, replaces=("model.d_ff",), unset=f"2.0 {CHOSEN}")
     """Width of the feed-forward layer relative to the model, before SwiGLU's 2/3, rounded up to a multiple of 256."""
     d_ff: int | None = option(None, "fixed", ge=1, unset="the width of --expansion")
     """Exact width of the feed-forward layer."""
@@ -115,5 +118,7 @@ class ModelSettings(Section):
     """Width of the learned embedding of each puzzle identifier; 0 disables it."""
     student_init: Path | None = option(None, "fixed", unset="random weights")
     """Start from the weights of this bundle, or of an original HRM checkpoint."""
-    expert_index: int | None = option(None, "fixed", ge=0, unset="all experts")
+    expert_index: int | None = option(
+        None, "fixed", ge=0, unset="all experts; with --expert-id the first that is not stored yet"
+    )
     """Train only this expert of every block, counted from 0; everything else is frozen."""

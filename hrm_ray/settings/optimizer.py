@@ -27,17 +27,17 @@ class OptimizerSettings(Section):
     )
     """Sequences or puzzles of one weight update; chooses --gradient-accumulation-steps for this --batch-size and
     number of workers."""
-    lr: float = option(2e-4, "free", gt=0, aliases={"--learning-rate": None})
+    lr: float = option(2e-4, "free", gt=0, aliases={"--learning-rate": None}, unset="2e-4, or one that fits the preset")
     """Peak learning rate."""
     auto_adjust_lr: bool = option(True, "free", needs=(EXPERTS,))
     """With experts, lower a learning rate above 1e-3 to 1e-3; otherwise the rate is used as given."""
-    weight_decay: float = option(0.01, "free", ge=0)
+    weight_decay: float = option(0.01, "free", ge=0, unset="0.01, or 0.1 with a preset")
     """Decoupled weight decay."""
     beta1: float = option(0.9, "free", ge=0, lt=1, needs=(MOMENTS,), aliases={"--adam-beta1": None})
     """Decay rate of the first moment of the gradients."""
     beta2: float = option(0.95, "free", ge=0, lt=1, needs=(MOMENTS,), aliases={"--adam-beta2": None})
     """Decay rate of the second moment of the gradients."""
-    warmup_steps: int = option(0, "free", ge=0)
+    warmup_steps: int = option(0, "free", ge=0, unset="0, or 20 with a preset")
     """Weight updates over which the learning rate rises linearly to its peak."""
     lr_min_ratio: float = option(0.1, "free", ge=0, le=1, needs=(FALLING_LR,))
     """Learning rate at the end of the schedule, relative to the peak."""

@@ -222,12 +222,6 @@ MODEL_RULES: dict[str, Rule] = {
     ),
     "quantised_needs_peft": _quantised_needs_peft,
     "targets_exist": _targets_exist,
-    "expert_is_named": refuse(
-        lambda s: s.run.expert_id is not None and s.model.expert_index is None,
-        ("run.expert_id",),
-        "it does not say which expert of every block to train",
-        "Add --expert-index, counted from 0",
-    ),
     "one_expert_is_trained": refuse(
         lambda s: s.model.expert_index is not None and s.run.expert_id is None,
         ("model.expert_index",),

@@ -79,7 +79,7 @@ class RunSectionSettings(Section):
     stop_file: Path | None = option(None, "free", unset="no file")
     """When this file appears, the run finishes its step, saves and ends."""
     log_file: Path | None = option(None, "free", unset="the bundle's metrics.jsonl alone")
-    """Write the metrics to this file too, one JSON object per line."""
+    """Append the metrics to this file too, one JSON object per line; several runs may share it."""
     log_every: int = option(10, "free", ge=1, aliases={"--logging-steps": None})
     """Weight updates between lines of metrics."""
     report_to: str | None = option(None, "free", unset="none")

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hrm_ray.bundle.expert_store import check_place, differences, expert_tensors, store_expert
+from hrm_ray.bundle.expert_store import check_place, differences, expert_tensors, read_registry, store_expert
 from hrm_ray.bundle.store import read_description
 from hrm_ray.bundle.weights_file import read_tensors
-from hrm_ray.errors import DataError, Fault
+from hrm_ray.errors import DataError, Fault, SettingsError
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import RunDir, read_json
 from hrm_ray.settings.tree import RunSettings
@@ -56,6 +56,22 @@ class ExpertRun:
         }
         store_expert(settings.run.experts_dir, identifier, entry, expert_tensors(read_tensors(run_dir.weights), index))
         return settings.run.experts_dir / identifier
+
+
+def with_expert_index(settings: RunSettings) -> tuple[RunSettings, list[str]]:
+    """The settings with the expert that --expert-id trains: the first that the folder of stored experts has none of,
+    and a note, unless --expert-index names one. Raises SettingsError where all are stored."""
+    model, identifier = settings.model, settings.run.expert_id
+    if identifier is None or model.expert_index is not None:
+        return settings, []
+    stored = read_registry(settings.run.experts_dir)
+    taken = {entry.index for name, entry in stored.items() if name != identifier}
+    index = next((number for number in range(model.num_experts) if number not in taken), None)
+    if index is None:
+        reason = f"all {model.num_experts} experts are stored in {settings.run.experts_dir} already"
+        raise SettingsError(Fault(f"--expert-id {identifier}", reason, "Give --expert-index to train one again"))
+    note = f"--expert-id {identifier}: expert {index} of every block is trained, the first that is not stored yet."
+    return settings.model_copy(update={"model": model.model_copy(update={"expert_index": index})}), [note]
 
 
 def check_expert_run(

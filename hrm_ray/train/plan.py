@@ -13,7 +13,7 @@ from typing import Any
 
 from hrm_ray.data.prepare import PuzzlePlan
 from hrm_ray.data.text_data import TextPlan
-from hrm_ray.metrics.jsonl import truncate_after
+from hrm_ray.metrics.jsonl import drop_copies, truncate_after
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import RunDir, write_json
 from hrm_ray.settings import tree
@@ -128,9 +128,9 @@ def write_description(run_dir: RunDir, plan: RunPlan) -> None:
 def rewind_to(run_dir: RunDir, plan: RunPlan, step: int) -> None:
     """Describe the run that resumes at `step`, delete later records, and rename later checkpoints (`.superseded-N`)."""
     write_description(run_dir, plan)
-    for records in (run_dir.metrics, plan.settings.run.log_file):
-        if records is not None:
-            truncate_after(records, step)
+    if plan.settings.run.log_file is not None:
+        drop_copies(plan.settings.run.log_file, run_dir.metrics, step)
+    truncate_after(run_dir.metrics, step)
     for later in run_dir.checkpoint_steps():
         if later > step:
             folder = run_dir.checkpoint(later)

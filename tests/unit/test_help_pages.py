@@ -55,7 +55,7 @@ def test_help_all_shows_every_option_by_section(monkeypatch: pytest.MonkeyPatch)
         assert set(option.traits.aliases) <= words
         assert not option.is_switch or option.off_flag in words
     flowing = " ".join(out.split())
-    assert "[default: 0.0002]" in flowing and "[default: --packing]" in flowing and "\nOptimizer:\n" in out
+    assert "[default: 0.95]" in flowing and "[default: --packing]" in flowing and "\nOptimizer:\n" in out
 
 
 def test_arch_summary_shows_the_options_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,7 +185,7 @@ TRAINING: dict[str, Case] = {
     "a log over somebody's notes": (
         2,
         lambda d: ["--dataset-file", text_file(d), "--log-file", written(d, "notes.txt", "mine, no newline")],
-        ("--log-file", "notes.txt", "data that this run did not write"),
+        ("--log-file", "notes.txt", "not a file of metrics"),
     ),
     "a stop file that is there": (
         2,
@@ -387,15 +387,26 @@ def test_a_checkpoint_outside_a_bundle(bundles: Path, tmp_path: Path) -> None:
 
 
 def test_a_log_file_of_a_resumed_run(bundles: Path, tmp_path: Path) -> None:
-    """What the run itself wrote is gone on with; anything else is left alone."""
+    """It is appended to, also by other runs; a resume drops what it repeats, of its own alone."""
     bundle, log = tmp_path / "b", tmp_path / "log.jsonl"
     train(bundles / "corpus.txt", bundle, *TEXT, "--steps", "2", "--log-file", log)
     assert log.read_bytes() == (bundle / "metrics.jsonl").read_bytes()
     assert hrm("train", "--bundle-dir", bundle, "--resume", "--steps", "4").code == 0
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 2, 3, 4]
+    foreign = '{"loss": 3.5}'  # as another program left it, without a newline
+    log.write_text(log.read_text() + foreign)
+    other = tmp_path / "other"
+    train(bundles / "corpus.txt", other, *TEXT, "--steps", "2", "--log-file", log)
+    # Two steps after its newest checkpoint the run was killed.
+    shutil.rmtree(bundle / "checkpoints" / "step_4")
+    assert hrm("train", "--bundle-dir", bundle, "--resume", "--steps", "4").code == 0
+    lines = log.read_text().splitlines()
+    for run in (bundle, other):
+        own = (run / "metrics.jsonl").read_text().splitlines()
+        assert [line for line in lines if line in own] == own
+    assert lines.count(foreign) == 1 and len(lines) == len(set(lines))
+    assert [json.loads(line)["step"] for line in lines if line != foreign] == [1, 2, 2, 1, 2, 2, 3, 4]
     log.write_text("something else by now")
     before = files_below(tmp_path)
-    refused(
-        2, "train", "--bundle-dir", bundle, "--resume", "--steps", "5", naming=(log, "data that this run did not write")
-    )
+    refused(2, "train", "--bundle-dir", bundle, "--resume", "--steps", "5", naming=(log, "not a file of metrics"))
     assert files_below(tmp_path) == before
