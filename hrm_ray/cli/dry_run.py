@@ -15,7 +15,7 @@ from hrm_ray.model.attention_backends import FLASH_MODULES
 from hrm_ray.model.transforms.compile import compiles
 from hrm_ray.settings.options import options
 from hrm_ray.settings.rules import as_note
-from hrm_ray.settings.tree import to_dotted
+from hrm_ray.settings.tree import RunSettings, to_dotted
 from hrm_ray.train.attention_choice import kernel_of
 from hrm_ray.train.precision import activation_dtype
 
@@ -72,8 +72,13 @@ def resolved_values(resolved: ResolvedRun) -> dict[str, Any]:
         values["cluster.ray_address"] = devices.ray_address
     if devices.visible_gpus:
         values["cluster.cuda_ids"] = devices.visible_gpus
-    unset = {key: f"({options()[key].traits.unset})" for key, value in values.items() if value is None}
-    return values | unset
+    return values | {key: _meaning_of_unset(key, settings) for key, value in values.items() if value is None}
+
+
+def _meaning_of_unset(key: str, settings: RunSettings) -> str:
+    traits = options()[key].traits
+    missing = next((needs for needs in traits.needs if not needs.holds(settings)), None)
+    return f"({traits.unset})" if missing is None else f"(not used: {missing.because})"
 
 
 def describe_memory(resolved: ResolvedRun) -> str:

@@ -266,3 +266,5 @@ def test_a_dry_run_prints_what_holds(tmp_path: Path) -> None:
     assert lines["memory.keep_freed_memory"] in ("True", "False") and lines["memory.activations"] == "fp32"
     assert lines["optimizer.effective_batch_size"] == "4" and lines["model.num_layers"] == "2"
     assert "run.steps = (no limit)" in hrm(*words, "--epochs", "1").out
+    puzzles = hrm("train", "--dataset-file", puzzle_file(tmp_path), *PUZZLE, "--dry-run").out
+    assert "data.tokenizer_path = (not used: it applies to text" in puzzles and "None" not in puzzles
