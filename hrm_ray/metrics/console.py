@@ -69,7 +69,7 @@ class ConsoleSink:
             console = Console(file=stream, force_terminal=True, highlight=False)
             self._block = LiveBlock(self.state)
             self._live = Live(self._block, console=console, auto_refresh=False, vertical_overflow="crop")
-            self._live.start()
+            self._live.start(refresh=True)
             ConsoleSink._live_is_open = True
 
     def write(self, record: Record) -> None:
@@ -80,6 +80,7 @@ class ConsoleSink:
 
     def close(self) -> None:
         """End the display, whose last state stays visible; a second call does nothing."""
+        self.state.ended = True
         if self._live is not None:
             live, self._live = self._live, None
             ConsoleSink._live_is_open = False
@@ -199,7 +200,7 @@ class LiveBlock:
             yield _fitted([head, *shown], width)
         coming = state.coming()
         if coming:
-            yield _fitted([Text("next:", style="cyan"), *(Text(part) for part in coming)], width)
+            yield _fitted([Text(part, style="bright_black") for part in coming], width)
 
     def _curve(self, width: int, ascii_only: bool) -> Iterator[Text]:
         """The training loss from the first to the last step in one line, where there is room and a loss to show."""

@@ -131,6 +131,8 @@ class DisplayState:
         self.evaluation: Record | None = None
         self.best: Record | None = None
         """The best evaluation, where it was one of this display's records."""
+        self.ended = False
+        self._estimated_steps: int | None = None
         self._pace = _Pace()
         self._losses: list[float] = []
         self._every = 1
@@ -141,6 +143,8 @@ class DisplayState:
         if record.kind in ("train", "progress"):
             self._pace.add(record.step, record.time_s)
             self.latest = record
+            estimate = record.values.get("total_steps")
+            self._estimated_steps = estimate if isinstance(estimate, int) else self._estimated_steps
         if record.kind == "train":
             self.train = record
             self._keep_loss(record.values.get("loss"))
@@ -152,8 +156,7 @@ class DisplayState:
     @property
     def total_steps(self) -> int | None:
         """The last step of the run; with epochs an estimate, which a progress record carries."""
-        told = self.latest.values.get("total_steps") if self.latest is not None else None
-        return told if isinstance(told, int) else self.schedule.total_steps
+        return self.schedule.total_steps if self._estimated_steps is None else self._estimated_steps
 
     def step(self, record: Record) -> str:
         """The step of a record and the last step of the run."""
@@ -175,8 +178,8 @@ class DisplayState:
         return place
 
     def coming(self) -> list[str]:
-        """When the next evaluation and checkpoint come."""
-        if self.latest is None:
+        """When the next evaluation and checkpoint come; empty before the first step and after the last."""
+        if self.latest is None or self.ended:
             return []
         parts = []
         for name, every in (("evaluation", self.schedule.eval_every), ("checkpoint", self.schedule.save_every)):
@@ -184,7 +187,7 @@ class DisplayState:
                 total = self.total_steps
                 step = (self.latest.step // every + 1) * every if every else None
                 at_end = step is None or (total is not None and step >= total)
-                parts.append(f"{name} at {'the end' if at_end else f'step {step}'}")
+                parts.append(f"next {name} at {'the end' if at_end else f'step {step}'}")
         return parts
 
     def best_text(self) -> str | None:

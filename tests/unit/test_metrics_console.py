@@ -277,11 +277,13 @@ def test_the_live_block_moves_at_every_step_whatever_log_every(monkeypatch: pyte
         sink.write(Record("eval", 6, 6.0, {"loss": 1.5, "best": False}))
         for step in range(2, 8):
             sink.write(_progress(step, time_s=3.0 * step, total_steps=207))
+        sink.write(_event(7, "INFO", "an event draws the block"))
+        screen = _screen(stream.text())[1:]
         sink.close()
-    screen = _screen(stream.text())
     assert screen[0].startswith("step 7/~207  epoch 0  elapsed 0:00:21  ETA 0:10:00")
     assert screen[2] == "held out at step 6:  loss 1.5000  best loss 1.2500 at step 5"
-    assert screen[3] == "next:  evaluation at step 50  checkpoint at the end"
+    assert screen[3] == "next evaluation at step 50  next checkpoint at the end"
+    assert "next" not in _screen(stream.text())[4], "after the end nothing comes"
 
 
 def test_a_step_that_is_not_logged_prints_no_plain_line() -> None:

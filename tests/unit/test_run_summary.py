@@ -49,6 +49,11 @@ def test_the_next_command_after_puzzles_solves_some(tmp_path: Path) -> None:
 def test_the_picture_of_a_run(tmp_path: Path) -> None:
     draw(tmp_path / "docs" / "run.svg", at=2, train=100)
     picture = (tmp_path / "docs" / "run.svg").read_text(encoding="utf-8").replace("&#160;", " ")
-    for text in ("hrm-ray train --config sudoku4", "step 2/2500", "next:", "sudoku4-data (puzzle, 100 puzzles"):
+    for text in (
+        "hrm-ray train --config sudoku4",
+        "step 2/2500",
+        "next checkpoint at step 500",
+        "sudoku4-data (puzzle, 100 puzzles",
+    ):
         assert text in picture
     assert str(tmp_path.parent) not in picture and "/tmp" not in picture
