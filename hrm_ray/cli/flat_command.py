@@ -98,7 +98,7 @@ class FlatCommand:
                 continue
             table = found.own if name in own else found.options
             before = table.pop(name, value)
-            if before != value:
+            if before != value and (name in own or name in spellings()):
                 found.overridden.append(overridden(_as_written(name, before), _as_written(name, value)))
             table[name] = value
         if {"--help", "--help-all"} & found.own.keys():

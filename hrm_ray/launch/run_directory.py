@@ -327,7 +327,7 @@ def check_own_files(settings: RunSettings, location: RunLocation) -> None:
         reason = "the file already exists, so the run would stop at its first step"
         raise SettingsError(Fault(f"--stop-file {stop}", reason, "Remove it, or name another"))
     if stop is not None and not stop.parent.is_dir() and location.run_dir.root not in (stop.parent, *stop.parents):
-        reason = f"there is no folder {stop.parent}, so nobody can make the file"
+        reason = f"there is no folder {stop.parent}, so the file cannot be made"
         raise SettingsError(Fault(f"--stop-file {stop}", reason, "Make the folder, or name a file in another one"))
     if log is None:
         return

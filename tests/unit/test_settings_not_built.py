@@ -49,6 +49,8 @@ def test_the_message_says_what_to_use_today(name: str, tmp_path: Path) -> None:
         ("--azure-sas-token", f"-{SECRET}"),
         ("--azure-sas-token", SECRET, "--azure-sas-token", f"{SECRET}2", "--strict"),
         ("--azure-sas-tokn", SECRET),
+        ("--azure-sas-tokn", SECRET, "--azure-sas-tokn", f"{SECRET}2", "--strict"),
+        ("-azure-sas-token", SECRET),
         ("--azure_sas_token", SECRET),
         ("--config", "FILE"),
     ],

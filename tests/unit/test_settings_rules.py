@@ -398,7 +398,7 @@ def test_the_rule_passes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NEEDS)
-def test_an_option_that_nobody_gave_is_never_noted(name: str) -> None:
+def test_an_option_that_was_not_given_is_never_noted(name: str) -> None:
     settings = unchecked(EXAMPLES[name][0])
     assert without_effect(settings)
     assert without_effect(settings.model_copy(update={"given": frozenset()})) == []
