@@ -136,7 +136,7 @@ class RunDir:
     def newest_whole_checkpoint(self) -> Path | None:
         """The undamaged checkpoint of the highest step. Reads checkpoints until one is found."""
         folders = map(self.checkpoint, reversed(self.checkpoint_steps()))
-        return next((folder for folder in folders if _damage(folder) is None), None)
+        return next((folder for folder in folders if checkpoint_damage(folder) is None), None)
 
     def describe_checkpoint(self, step: int) -> str:
         """Write the manifest of the partial checkpoint of `step` over all its files, those in subfolders too, each of
@@ -200,7 +200,7 @@ def _step_aside(checkpoint: Path) -> Path:
 def verify_checkpoint(folder: Path) -> None:
     """Check a checkpoint: its manifest, and the size and sha256 of every file. Raises DataError, which names the newest
     whole checkpoint of the bundle."""
-    damage = _damage(folder)
+    damage = checkpoint_damage(folder)
     if damage is None:
         return
     whole = RunDir(folder.parent.parent).newest_whole_checkpoint()
@@ -210,7 +210,7 @@ def verify_checkpoint(folder: Path) -> None:
     raise DataError(Fault(*damage, hint))
 
 
-def _damage(folder: Path) -> tuple[str, str] | None:
+def checkpoint_damage(folder: Path) -> tuple[str, str] | None:
     """What of a checkpoint is damaged, and how; None where it is whole."""
     manifest = folder / MANIFEST
     if not folder.is_dir():

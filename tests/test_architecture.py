@@ -45,7 +45,7 @@ NO_TORCH_IN = frozenset({"foundation", "settings", "data", "metrics", "ledger"})
 LIGHT_MODULES = frozenset(
     f"hrm_ray.cli.{name}"
     for name in ("main", "error_handler", "build_data", "flat_command", "help_page", "train", "arch_summary", "inspect")
-)
+) | {"hrm_ray.__init__"}
 """Modules that help pages and refusals of wrong options load: torch is imported inside functions only, if at all."""
 VAGUE_NAMES = frozenset({"utils", "util", "helpers", "helper", "common", "misc"})
 
@@ -62,7 +62,7 @@ def layer_of(module: str) -> str | None:
     parts = module.split(".")
     if parts[0] != "hrm_ray" or len(parts) == 1:
         return None
-    return parts[1] if parts[1] in MAY_IMPORT else "cli" if parts[1] == "__main__" else "foundation"
+    return parts[1] if parts[1] in MAY_IMPORT else "cli" if parts[1] in ("__main__", "__init__") else "foundation"
 
 
 def module_of(path: Path) -> str:

@@ -6,7 +6,6 @@ A new run gets a folder of its own, and a resumed one that of its checkpoint. No
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from hrm_ray.launch.named_bundles import architecture_leaves, find_checkpoint, w
 from hrm_ray.launch.run_lock import check_not_in_use
 from hrm_ray.ledger.database import SIDE_FILES
 from hrm_ray.metrics.jsonl import read_records, why_no_metrics
-from hrm_ray.rundir import DRIVER_MARKER, MANIFEST, RunDir, read_json, verify_checkpoint
+from hrm_ray.rundir import DRIVER_MARKER, MANIFEST, RunDir, checkpoint_damage, read_json, verify_checkpoint
 from hrm_ray.settings.load import load_settings, peek_leaves
 from hrm_ray.settings.needs import NoEffect
 from hrm_ray.settings.options import options
@@ -216,26 +215,14 @@ def locate_run(settings: RunSettings) -> RunLocation:
         if newest is None:
             hint = "Leave out --resume and give another --brain-name, or --resume-from a checkpoint"
             raise SettingsError(Fault(str(run_dir.root), "contains no checkpoint to resume from", hint))
-        whole = _newest_whole(run_dir, newest) if run.auto_resume and not settings.cluster.strict else newest
+        whole = newest
+        if run.auto_resume and not settings.cluster.strict and checkpoint_damage(newest) is not None:
+            whole = run_dir.newest_whole_checkpoint() or newest
         location = _resumed(settings, run_dir, whole, run_dir)
         return location if whole == newest else replace(location, damaged=newest)
     location = RunLocation(run_dir, None, None, may_replace=run.auto_resume)
     _check_new_folder(location)
     return location
-
-
-def _newest_whole(run_dir: RunDir, newest: Path) -> Path:
-    """The newest checkpoint that is not damaged. Raises DataError, about `newest`, where all are."""
-    try:
-        verify_checkpoint(newest)
-    except DataError:
-        for step in reversed(run_dir.checkpoint_steps()):
-            with suppress(DataError):
-                if run_dir.checkpoint(step) != newest:
-                    verify_checkpoint(run_dir.checkpoint(step))
-                    return run_dir.checkpoint(step)
-        raise
-    return newest
 
 
 def holds_no_weights(run_dir: RunDir, *, best_too: bool = False) -> bool:
