@@ -10,6 +10,7 @@ import hashlib
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Protocol
@@ -49,6 +50,10 @@ class ChunkSource(Protocol):
         """The chunks from `position` to the end of the epoch. Close the iterator if it is not exhausted."""
 
 
+class _Unwanted(Exception):
+    """Ends the reading of a chunk for which nothing waits any more."""
+
+
 class ChunkPipeline:
     """Reads and tokenises chunks, through the catalog and the cache; used by one thread at a time."""
 
@@ -67,6 +72,7 @@ class ChunkPipeline:
         self._on_read = None if head is None else head.on_read
         self._reading = None if head is None else iter(head)
         self._next = 0
+        self._unwanted = False
         self._cache_reported = False
         self.warnings: list[str] = []
         """Warnings about the chunks that were committed here."""
@@ -134,7 +140,11 @@ class ChunkPipeline:
             return None
         if self._reading is None or self._next != number:
             self._reading = self._read_from(number)
-        raw = next(self._reading, None)
+        try:
+            raw = next(self._reading, None)
+        except BaseException:
+            self._reading = None  # it has ended, though not the corpus
+            raise
         self._next = number + 1
         if raw is None:
             self._reading = None
@@ -153,13 +163,26 @@ class ChunkPipeline:
         entry = self.catalog.get(number)
         last = self.catalog.entries[-1] if len(self.catalog) else None
         start = entry.start if entry is not None else FIRST if last is None else last.next or last.start
-        chunks = read_chunks(self.corpus, start, CorpusReading(self.corpus, start.place, self._on_read))
+        chunks = read_chunks(self.corpus, start, CorpusReading(self.corpus, start.place, self._check_wanted))
         if start.number < number:
             # A catalog of an earlier version does not say where its last chunk ends: read that chunk again.
             again = next(chunks, None)
             if again is not None:
                 self.catalog.add(again.entry)
         return chunks
+
+    @contextmanager
+    def unwanted(self) -> Iterator[None]:
+        """While the block waits for the thread that reads, reading ends at the next row, in the middle of a chunk."""
+        self._unwanted = True
+        yield
+        self._unwanted = False
+
+    def _check_wanted(self, reading: CorpusReading) -> None:
+        if self._unwanted:
+            raise _Unwanted
+        if self._on_read is not None:
+            self._on_read(reading)
 
     def _key(self, entry: ChunkEntry) -> str:
         """The cache key: everything that determines a chunk's tokens."""
@@ -236,7 +259,8 @@ class LocalChunks:
         try:
             yield from ahead
         finally:
-            ahead.close()
+            with self._pipeline.unwanted():
+                ahead.close()
 
     def _chunks(self, epoch: int, position: int) -> Iterator[Chunk]:
         for slot in self._order.slots(self._pipeline.catalog, epoch, position):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hrm_ray.data import corpus as corpus_module
 from hrm_ray.data.catalog import Catalog, ChunkEntry, check_parts
-from hrm_ray.data.chunk_source import ChunkPipeline
+from hrm_ray.data.chunk_source import ChunkPipeline, EpochOrder, LocalChunks, _Prefetcher
 from hrm_ray.data.chunks import read_chunks
 from hrm_ray.data.corpus import Corpus
 from hrm_ray.data.parts import TextSource, list_parts
 from hrm_ray.data.text_store import ChunkCache, load_store
 from hrm_ray.errors import DataError
+from hrm_ray.types import StopReason, StopRequested
 from tests.support.numbered_corpora import TOKENIZER, texts_of, write_corpus
 
 
@@ -145,6 +149,40 @@ def test_a_damaged_chunk_is_made_anew(tmp_path: Path) -> None:
     assert first is not None and again is not None
     assert first.store.tokens.tolist() == again.store.tokens.tolist()
     assert load_store(file) is not None
+
+
+def test_a_chunk_that_is_not_awaited_any_more_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop does not wait for the rest of a chunk, and the same pipeline reads it again from its start."""
+    corpus = corpus_of(write_corpus(tmp_path / "c", texts_of([3] * 5)))
+    (tmp_path / "other").mkdir()
+    whole = pipeline_of(tmp_path / "other", corpus).get(0)
+    rows, second_row, closing = [], threading.Event(), threading.Event()
+    real, close = corpus_module.read_part, _Prefetcher.close
+
+    def paused(*words: Any, **named: Any) -> Iterator[Any]:
+        for row in real(*words, **named):
+            rows.append(row)
+            if len(rows) == 2:
+                second_row.set()
+                assert closing.wait(60)
+            yield row
+
+    def closed(ahead: _Prefetcher) -> None:
+        closing.set()
+        close(ahead)
+
+    monkeypatch.setattr(corpus_module, "read_part", paused)
+    monkeypatch.setattr(_Prefetcher, "close", closed)
+    pipeline = pipeline_of(tmp_path, corpus)
+    stop = StopReason.SIGTERM
+    chunks = LocalChunks(pipeline, EpochOrder(0, shuffled=False), lambda: stop if second_row.is_set() else None)
+    with pytest.raises(StopRequested):
+        next(chunks.chunks(0, 0))
+    assert len(rows) == 2 and len(pipeline.catalog) == 0
+    again = pipeline.get(0)
+    assert whole is not None and again is not None and again.store.tokens.tolist() == whole.store.tokens.tolist()
 
 
 def test_a_full_cache_keeps_what_it_has_and_says_so_once(tmp_path: Path) -> None:
