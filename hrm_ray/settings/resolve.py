@@ -40,11 +40,14 @@ def resolve_task(settings: RunSettings, task_of_data: Task, puzzle_len: int | No
     if task_of_data == "puzzle" and "data.max_seq_len" not in settings.given and puzzle_len is not None:
         # The length of a profile is meant for text.
         length = puzzle_len
+    data: dict[str, Any] = {"max_seq_len": length}
+    least, most = settings.data.min_vocab_size, settings.data.max_vocab_size
+    if least > most and gives_way(settings, "data.min_vocab_size"):
+        data["min_vocab_size"] = most
+    elif least > most and gives_way(settings, "data.max_vocab_size"):
+        data["max_vocab_size"] = least
     resolved = settings.model_copy(
-        update={
-            "model": settings.model.model_copy(update=model),
-            "data": settings.data.model_copy(update={"max_seq_len": length}),
-        }
+        update={"model": settings.model.model_copy(update=model), "data": settings.data.model_copy(update=data)}
     )
     faults = broken_rules(resolved)
     if faults:

@@ -107,7 +107,11 @@ RUN_RULES: dict[str, Rule] = {
     ),
     "stride_within_row": _stride_within_row,
     "vocabulary_bounds_in_order": refuse(
-        lambda s: s.data.auto_vocab_size and s.data.min_vocab_size > s.data.max_vocab_size,
+        lambda s: (
+            s.data.auto_vocab_size
+            and s.data.min_vocab_size > s.data.max_vocab_size
+            and gives_way(s, "data.min_vocab_size") == gives_way(s, "data.max_vocab_size")
+        ),
         ("data.min_vocab_size", "data.max_vocab_size"),
         "there is no size in between",
         "Give at most --min-vocab-size {data.max_vocab_size}, or a larger --max-vocab-size",

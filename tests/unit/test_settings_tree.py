@@ -159,6 +159,17 @@ def test_text_resolves() -> None:
     assert resolve_task(load_settings({"--loss": "stablemax", "--seq-len": "9"}), "lm").model.loss == "stablemax"
 
 
+@pytest.mark.parametrize(
+    ("words", "bounds"),
+    [({"--max-vocab-size": "400"}, (400, 400)), ({"--min-vocab-size": "60000"}, (60000, 60000)), ({}, (5000, 50000))],
+)
+def test_a_bound_of_the_vocabulary_that_is_a_default_gives_way(
+    words: dict[str, str | bool], bounds: tuple[int, int]
+) -> None:
+    data = resolve_task(load_settings({"--auto-vocab-size": True, **words}), "lm").data
+    assert (data.min_vocab_size, data.max_vocab_size) == bounds
+
+
 def test_puzzles_resolve() -> None:
     settings = resolve_task(load_settings({"--task": "puzzle"}), "puzzle", 81)
     model = settings.model
