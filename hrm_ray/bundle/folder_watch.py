@@ -8,7 +8,13 @@ from pathlib import Path
 
 from hrm_ray.errors import DataError, Fault
 
+_HINT = "Start the run again; if the folder was moved: `--bundle-dir NEW_PATH --resume`"
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE})
+
+
+def deleted(folder: Path) -> Fault:
+    """The fault of a bundle whose folder is gone."""
+    return Fault(str(folder), "the bundle was deleted or moved while training; nothing can be saved there", _HINT)
 
 
 class FolderWatch:
@@ -24,19 +30,17 @@ class FolderWatch:
 
     def fault(self) -> Fault | None:
         """What has happened to the folder; None where it is still in its place."""
-        hint = "Start the run again; if the folder was moved: `--bundle-dir NEW_PATH --resume`"
         try:
             now = os.stat(self.folder)
             then = self._first if self._descriptor is None else os.fstat(self._descriptor)
         except OSError as error:
             if error.errno not in _GONE:
                 return None  # Unreachable for the moment: what is written next says why.
-            reason = "the bundle was deleted or moved while training; nothing can be saved there"
-            return Fault(str(self.folder), reason, hint)
+            return deleted(self.folder)
         if os.path.samestat(now, then):
             return None
         reason = "the bundle was deleted or moved while training, and another folder took its place"
-        return Fault(str(self.folder), reason, hint)
+        return Fault(str(self.folder), reason, _HINT)
 
     def check(self) -> None:
         """Raises DataError where the folder is no longer in its place."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import hrm_ray
 from hrm_ray.atomic_files import atomic_directory
+from hrm_ray.bundle.folder_watch import deleted
 from hrm_ray.bundle.progress import Progress
 from hrm_ray.bundle.weights_file import fill_module, read_tensors, save_tensors
 from hrm_ray.data.tokenizer import CONFIG_FILE
@@ -97,7 +98,12 @@ def read_description(folder: Path) -> tuple[ModelConfig, str]:
 
 
 def save_best(run_dir: RunDir, weights: BundleWeights, best: Mapping[str, Any]) -> None:
-    """Write best/, a bundle with the weights of the best evaluation, atomically."""
+    """Write best/, a bundle with the weights of the best evaluation, atomically.
+
+    Raises DataError where the bundle is gone, which is not made anew.
+    """
+    if not run_dir.root.is_dir():
+        raise DataError(deleted(run_dir.root))
     described = _describing(run_dir)
     names = {path.name for path in (*described, run_dir.weights, run_dir.metadata, run_dir.adapter)}
     with atomic_directory(run_dir.best.root, overwrite=True, owned=frozenset(names), option="--bundle-dir") as building:

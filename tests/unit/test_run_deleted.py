@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from hrm_ray.bundle.progress import stored_counts
 from hrm_ray.ledger import read_ledger
 from hrm_ray.ledger.verify import violations
 from hrm_ray.rundir import RunDir
+from hrm_ray.train import evaluator
 from hrm_ray.train.loop import StepReport, TrainingLoop
 from tests.support.runs import PUZZLE, TEXT, files_below, hrm, puzzle_file, records, refused, text_file, train
 
@@ -92,6 +94,19 @@ def test_the_run_ends_at_the_next_record_or_save(
         name: content for name, content in left.items() if "ledger" not in name and ".in_use" not in name
     }
     assert (tmp_path / "x").exists() == (ending in ("replaced", "a file"))
+
+
+def test_deleted_during_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, data = tmp_path / "x", text_file(tmp_path)
+
+    def evaluate(*given: Any) -> dict[str, float]:
+        shutil.rmtree(bundle)
+        return {"loss": 1.0}
+
+    monkeypatch.setattr(evaluator, "evaluate", evaluate)
+    ran = hrm("train", "--dataset-file", data, "--bundle-dir", bundle, *TEXT, "--eval-file", data, "--steps", 2)
+    assert ran.code == 5 and "deleted or moved while training" in ran.err, ran
+    assert not bundle.exists()
 
 
 def test_puzzles_end_at_the_next_record_too(
