@@ -129,7 +129,14 @@ def _rows(part: Part, cursor: Cursor) -> Iterator[Row]:
         elif kind.form == "tar":
             stream = decompressed(file, kind.compression, part.address, part.bytes)
             selection = Selection(part.split, part.apart)
-            yield from tar_rows(stream, cursor, selection, undecided=part.undecided, as_text=part.as_text)
+            yield from tar_rows(
+                stream,
+                cursor,
+                selection,
+                undecided=part.undecided,
+                compressed=kind.compression is not None,
+                as_text=part.as_text,
+            )
         else:
             yield from format_rows(file, kind, cursor, stored_bytes=part.bytes, seekable=True)
             if kind.compression is None and kind.form in _READ_TO_THE_END and file.tell() < part.bytes:

@@ -16,7 +16,7 @@ from hrm_ray.data.archives.members import Member, Selection, member_of, member_r
 from hrm_ray.data.file_systems import file_system_of
 from hrm_ray.data.rows import Cursor, Row
 from hrm_ray.data.splits import WHOLE, split_of
-from hrm_ray.data.streams import BUFFER_BYTES, ContainerUnreadable, read_to_damage
+from hrm_ray.data.streams import BUFFER_BYTES, ContainerUnreadable, Unreadable, read_to_damage
 from hrm_ray.errors import Fault
 
 _BLOCK = 512
@@ -26,6 +26,7 @@ _WITHOUT_BYTES = b"123456"
 _UNUSUAL = {b"1": "a link", b"2": "a link", b"S": "a sparse file", b"M": "a piece of a file on another volume"}
 _LONGEST_NAME_BYTES = 1 << 20
 _COPY_AGAIN = "The archive may be damaged or cut short: copy it again"
+_CUT = "the archive ends in the middle of a member"
 _ADLER = 65521
 _NAMED_SPLITS = 20
 
@@ -36,8 +37,11 @@ USUAL_SPLITS = frozenset({"train", "test", "validation", "valid", "val", "dev", 
 class TarStream:
     """The members of a tar stream, one after the other; `whole` and `open` read the current one."""
 
-    def __init__(self, stream: BinaryIO, where: str, *, seekable: bool = False, as_text: str = "") -> None:
-        self._stream, self._where, self._seekable, self._as_text = stream, where, seekable, as_text
+    def __init__(
+        self, stream: BinaryIO, where: str, *, seekable: bool = False, compressed: bool = False, as_text: str = ""
+    ) -> None:
+        self._stream, self._where, self._as_text = stream, where, as_text
+        self._seekable, self._compressed = seekable, compressed
         self._left = self._padding = 0
         self._rest = b""
         self._damaged: ContainerUnreadable | None = None
@@ -86,20 +90,28 @@ class TarStream:
     def _some(self, length: int) -> tuple[bytes, ContainerUnreadable | None]:
         """The next `length` bytes of the archive; where there are fewer, also the error that comes after them."""
         try:
-            data, damaged = read_to_damage(self._stream, length)
+            # A failing decompressor loses what `read` had of it, a plain file does not.
+            reads = read_to_damage if self._compressed else _read_plain
+            data, damaged = reads(self._stream, length)
+        except Unreadable as error:
+            return b"", ContainerUnreadable(error.fault)
         except OSError as error:
             return b"", ContainerUnreadable(Fault(self._where, f"the rest cannot be read ({error})", _COPY_AGAIN))
         if damaged is not None:
             return data, ContainerUnreadable(damaged.fault)
         if len(data) < length:
-            reason = "the archive ends in the middle of a member"
-            return data, ContainerUnreadable(Fault(self._where, reason, _COPY_AGAIN))
+            return data, ContainerUnreadable(Fault(self._where, _CUT, _COPY_AGAIN))
         return data, None
 
     def _read(self, length: int) -> bytes:
-        data, damaged = self._some(length)
-        if damaged is not None:
-            raise damaged
+        try:
+            data = self._stream.read(length)
+        except Unreadable as error:
+            raise ContainerUnreadable(error.fault) from error
+        except OSError as error:
+            raise ContainerUnreadable(Fault(self._where, f"the rest cannot be read ({error})", _COPY_AGAIN)) from error
+        if len(data) < length:
+            raise ContainerUnreadable(Fault(self._where, _CUT, _COPY_AGAIN))
         return data
 
     def _skip(self, length: int) -> None:
@@ -201,6 +213,10 @@ def _checksum_is_right(block: bytes) -> bool:
     return (zlib.adler32(block) & 0xFFFF) == (expected + 1) % _ADLER
 
 
+def _read_plain(stream: BinaryIO, length: int) -> tuple[bytes, None]:
+    return stream.read(length), None
+
+
 def _short_name(block: bytes) -> str:
     name = block[:100].partition(b"\0")[0]
     if block[257:263] == b"ustar\0":
@@ -232,14 +248,20 @@ def tar_directory(address: str, archive_bytes: int, stamp: str, as_text: str = "
 
 
 def tar_rows(
-    stream: BinaryIO, cursor: Cursor, selection: Selection, *, undecided: bool, as_text: str = ""
+    stream: BinaryIO,
+    cursor: Cursor,
+    selection: Selection,
+    *,
+    undecided: bool,
+    compressed: bool = False,
+    as_text: str = "",
 ) -> Iterator[Row]:
     """The rows of a tar stream, members in the order they are stored in. Raises ContainerUnreadable.
 
     `undecided`: the member names are not known yet, so the first member decides: if it belongs to a split
     (USUAL_SPLITS), the selected split is read, else the whole archive without the held-out split.
     """
-    where, tar = cursor.where, TarStream(stream, cursor.where, as_text=as_text)
+    where, tar = cursor.where, TarStream(stream, cursor.where, compressed=compressed, as_text=as_text)
     other_splits: set[str] = set()
     whole = read = False
     for member in tar:
