@@ -84,7 +84,7 @@ def kind_of(name: str, as_text: str = "") -> FileKind | None:
     kind = _by_suffix(name)
     if not as_text or (kind is not None and kind.is_archive):
         return kind
-    last = re.split(r"[/\\]", name.lower())[-1]
+    last = name.lower().replace("\\", "/").rpartition("/")[2]
     rest, _, suffix = last.rpartition(".")
     packed = COMPRESSIONS.get(suffix) if rest else None
     plain = rest if packed is not None else last

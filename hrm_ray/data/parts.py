@@ -152,10 +152,11 @@ def list_parts(source: TextSource) -> PartList:
 def _listed(source: TextSource, file_system: FileSystem, found: list[Entry]) -> PartList:
     """The parts of a folder or a pattern."""
     visible = [entry for entry in found if not is_hidden(entry.name)]
-    there = [entry for entry in visible if kind_of(entry.name, source.as_text) is not None]
+    kinds = [kind_of(entry.name, source.as_text) for entry in visible]
+    there = [entry for entry, kind in zip(visible, kinds, strict=True) if kind is not None]
     readable = [entry for entry in there if not entry.is_dangling]
     skipped = len(found) - len(readable)
-    unread = [entry.name for entry in visible if kind_of(entry.name, source.as_text) is None]
+    unread = [entry.name for entry, kind in zip(visible, kinds, strict=True) if kind is None]
     dangling = [entry.name for entry in there if entry.is_dangling]
     notes = (*_unread_notes(unread), *(_dangling_notes(dangling)))
     names = [entry.name for entry in readable]

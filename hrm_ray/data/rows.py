@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
@@ -196,14 +197,18 @@ def not_utf8(where: str, error: UnicodeDecodeError, offset: int) -> Fault:
 
 def _encoding_example(error: UnicodeDecodeError) -> str:
     """The name of an encoding in which the bytes around an error can be text; a guess for messages."""
-    near = error.object[max(0, error.start - 100) : error.start + 200]
-    high = [byte for byte in near if byte >= 0x80]
-    if len(high) < len(near) / 4:
-        return "cp1252"
-    # Japanese kana begin with one of two bytes in Shift-JIS.
+    begin = max(0, error.start - 100)
+    near = error.object[begin : error.start + 200]
+    if b"\0" in near:
+        return "utf-16-le" if (begin + near.index(b"\0")) % 2 else "utf-16-be"
+    runs = re.findall(rb"[\x80-\xff]+", near)
+    high = b"".join(runs)
     names: tuple[str, ...] = ("gb18030", "big5", "koi8-r")
-    if (high.count(0x82) + high.count(0x83)) * 5 > len(high):
+    # Japanese kana begin with one of two bytes in Shift-JIS; letters with accents stand alone in cp1252.
+    if (high.count(0x82) + high.count(0x83)) * 6 > len(high):
         names = ("shift_jis", *names)
+    elif sum(len(run) == 1 for run in runs) * 3 > len(runs):
+        return "cp1252"
     for name in names:
         after = error.object[error.start : error.start + 200]
         try:

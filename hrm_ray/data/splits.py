@@ -35,7 +35,7 @@ def has_split(path: str, names: Sequence[str], split: str, skipped: int) -> bool
         raise missing_split(path, split, sorted({split_of(name) for name in names}))
     if not names:
         reason = f"contains no readable file ({skipped} of other kinds)"
-        raise DataError(Fault(path, reason, f"Give {READABLE}"))
+        raise DataError(Fault(path, reason, f"Give {READABLE}, or --as-text PATTERNS"))
     return False
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import time
 from pathlib import Path
 
 import pytest
@@ -115,14 +116,19 @@ def test_html_is_read_as_its_text(tmp_path: Path, step: int, monkeypatch: pytest
     assert texts_of(write(tmp_path / "b.htm", latin), as_text="*.htm") == [TEXT]
 
 
-@given(html=st.text(alphabet="<>!-/[]&;#=\"' pabrtdscioe\n", max_size=200), cut=st.integers(1, 50))
-def test_html_of_any_kind_ends_and_does_not_depend_on_the_steps(html: str, cut: int) -> None:
-    whole = recode._HtmlText().text_of(html, final=True)
-    assert isinstance(whole, str)
-    parser = recode._HtmlText()
-    for begin in range(0, len(html), cut):
-        parser.text_of(html[begin : begin + cut], final=False)
-    parser.text_of("", final=True)
+@given(html=st.text(alphabet="<>!-/[]&;#=\"' pabrtdscioe\n", max_size=200))
+def test_html_of_any_kind_has_a_text(html: str) -> None:
+    assert isinstance(recode._HtmlText().text_of(html), str)
+
+
+@pytest.mark.parametrize(
+    "piece", ["<![foo<p<!-- unclosed ", "<p ", "<a title='", "<!--", "<", "&", '<a b="', "<script>"]
+)
+def test_broken_html_takes_time_in_proportion_to_its_length(piece: str) -> None:
+    began_s = time.process_time()
+    recode._HtmlText().text_of(piece * (100_000 // len(piece)))
+    # The standard library's parser takes minutes.
+    assert time.process_time() - began_s < 5
 
 
 LINES = ["Zeile äöü", "日本語", "", "end 🙂", "ж" * 30]
@@ -206,7 +212,13 @@ def test_only_encodings_of_text_are_taken(tmp_path: Path, name: str, known: bool
 
 @pytest.mark.parametrize(
     ("text", "example"),
-    [("caf\xe9 au lait", "cp1252"), ("日本語のひらがな" * 5, "shift_jis"), ("中文" * 20, "gb18030")],
+    [
+        ("caf\xe9 au lait", "cp1252"),
+        ("日本語のひらがな" * 5, "shift_jis"),
+        ("中文" * 20, "gb18030"),
+        ("編中文\n" * 20, "utf-16-le"),
+        ("déjà vu, çà et là", "cp1252"),
+    ],
 )
 def test_an_encoding_is_guessed_in_the_message(tmp_path: Path, text: str, example: str) -> None:
     path = write(tmp_path / "a.txt", text.encode(example))

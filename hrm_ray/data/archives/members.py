@@ -138,7 +138,7 @@ def nothing_chosen(archive: str, selection: Selection, splits: Sequence[str], sk
     kinds."""
     if not splits:
         reason = f"contains no readable member ({skipped} of other kinds)"
-        return ContainerUnreadable(Fault(archive, reason, f"Give {READABLE}"))
+        return ContainerUnreadable(Fault(archive, reason, f"Give {READABLE}, or --as-text PATTERNS"))
     if selection.split is not None:
         return ContainerUnreadable(missing_split(archive, selection.split, splits).faults[0])
     reason = f"all members belong to the split `{selection.apart}`, which is held out"

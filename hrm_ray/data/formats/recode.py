@@ -5,11 +5,12 @@ from __future__ import annotations
 import codecs
 import io
 import re
-from html.parser import HTMLParser
+from html import unescape
 from typing import Any, BinaryIO, cast
 
 from hrm_ray.data.file_kinds import FileKind
-from hrm_ray.data.rows import Cursor
+from hrm_ray.data.formats.lines import too_long
+from hrm_ray.data.rows import ROW_BYTES, Cursor
 from hrm_ray.data.streams import BUFFER_BYTES, Unreadable
 from hrm_ray.errors import Fault
 
@@ -24,6 +25,8 @@ _BYTE_ORDER_MARKS = (
 _HTML_CHARSET = re.compile(rb"""<(?:meta|\?xml)\b[^>]*?(?:charset|encoding)\s*=\s*["']?\s*([A-Za-z0-9_.:-]+)""", re.I)
 _BEGIN_BYTES = 4096
 _STEP_BYTES = 64 << 10
+_TAG = re.compile(r"<(/?)([A-Za-z][^\s/>]*)")
+_QUOTED_MARKS = 4
 _HIDDEN = frozenset({"script", "style", "template"})
 _PARAGRAPHS = re.compile("p|h[1-6]|pre|table|[uod]l|blockquote|article|section|header|footer|figure|hr")
 _LINES = re.compile("br|div|li|tr|d[td]|title|option|address|aside|main|nav|form|fieldset|(fig)?caption|center|body")
@@ -92,7 +95,8 @@ class _Recoded(io.RawIOBase):
         super().__init__()
         self._source, self._encoding, self._where = source, encoding, where
         self._decoder = codecs.getincrementaldecoder(encoding)()
-        self._html = _HtmlText() if html else None
+        self._html: list[str] | None = [] if html else None
+        self._html_characters = 0
         self._ready, self._read_bytes = b"", 0
         self._ended = False
         self._error: Unreadable | None = None
@@ -132,57 +136,69 @@ class _Recoded(io.RawIOBase):
         if self._read_bytes == len(data):
             text = text.removeprefix("\ufeff")
         if self._html is not None:
-            text = self._html.text_of(text, final=self._ended)
+            self._html.append(text)
+            self._html_characters += len(text)
+            if self._html_characters > ROW_BYTES:
+                raise Unreadable(too_long(self._where))
+            text = _HtmlText().text_of("".join(self._html)) if self._ended else ""
         # A lone surrogate, which UTF-7 may give, is no text.
         self._ready = text.encode("utf-8", "replace")
 
 
-class _HtmlText(HTMLParser):
-    """The text of HTML, given piece by piece: spaces run together as a browser shows them, blocks begin new lines."""
+class _HtmlText:
+    """The text of HTML: spaces run together as a browser shows them, blocks begin new lines.
+
+    The standard library's parser takes time that grows with the square of the length for some broken files; here each
+    character is looked at a bounded number of times.
+    """
 
     def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
         self._out: list[str] = []
         self._gap = ""
-        self._hidden = self._preformatted = 0
-        self._begun = False
+        self._preformatted = 0
 
-    def text_of(self, html: str, *, final: bool) -> str:
-        """The text that is complete after `html`."""
-        self.feed(html)
-        if final:
-            self.close()
-            if self._begun:
-                self._out.append("\n")
-        text = "".join(self._out)
-        self._out.clear()
-        return text
+    def text_of(self, html: str) -> str:
+        """The text of a whole document."""
+        at = 0
+        while at < len(html):
+            tag = html.find("<", at)
+            self._text(unescape(html[at:] if tag < 0 else html[at:tag]))
+            if tag < 0:
+                break
+            at = self._markup(html, tag)
+        return "".join(self._out) + "\n" * bool(self._out)
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._hidden += tag in _HIDDEN
-        self._preformatted += tag == "pre"
+    def _markup(self, html: str, begin: int) -> int:
+        """Takes the tag, comment or lone `<` at `begin`; returns where it ends, or the end of all."""
+        for opening, closing in (("<!--", "-->"), ("<![CDATA[", "]]>"), ("<!", ">"), ("<?", ">")):
+            if html.startswith(opening, begin):
+                end = html.find(closing, begin + len(opening))
+                if opening == "<![CDATA[":
+                    self._text(html[begin + len(opening) : end if end >= 0 else len(html)])
+                return len(html) if end < 0 else end + len(closing)
+        name = _TAG.match(html, begin)
+        if name is None:
+            self._text("<")
+            return begin + 1
+        end = html.find(">", begin)
+        # A `>` within quotes is part of an attribute.
+        for _ in range(_QUOTED_MARKS):
+            if end >= 0 and html.count('"', begin, end) % 2:
+                end = html.find(">", end + 1)
+        if end < 0:
+            return len(html)
+        tag, closes = name[2].lower(), bool(name[1])
+        if tag == "pre":
+            self._preformatted = max(0, self._preformatted + (-1 if closes else 1))
         self._break(tag)
+        if tag in _HIDDEN and not closes:
+            hidden = re.compile(f"</{tag}", re.IGNORECASE).search(html, end)
+            return len(html) if hidden is None else hidden.start()
+        return end + 1
 
-    def handle_endtag(self, tag: str) -> None:
-        self._hidden = max(0, self._hidden - (tag in _HIDDEN))
-        self._preformatted = max(0, self._preformatted - (tag == "pre"))
-        self._break(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._break(tag)
-
-    def parse_marked_section(self, i: int, report: int = 1) -> int:
-        """Skips <![...]>, for which the base class raises where it does not know the keyword."""
-        mark = "]]>" if self.rawdata.startswith("<![CDATA[", i) else ">"
-        end = self.rawdata.find(mark, i)
-        return -1 if end < 0 else end + len(mark)
-
-    def handle_data(self, data: str) -> None:
-        if self._hidden:
-            return
-        if self._preformatted:
-            if data:
-                self._put(data)
+    def _text(self, data: str) -> None:
+        if self._preformatted and data:
+            self._put(data)
             return
         words = " ".join(re.split(r"[ \t\n\r\f]+", data))
         if words.startswith(" "):
@@ -192,10 +208,10 @@ class _HtmlText(HTMLParser):
             self._gap = " " if words.endswith(" ") else ""
 
     def _put(self, text: str) -> None:
-        if self._begun:
+        if self._out:
             self._out.append(self._gap)
         self._out.append(text)
-        self._gap, self._begun = "", True
+        self._gap = ""
 
     def _break(self, tag: str) -> None:
         if _PARAGRAPHS.fullmatch(tag):

@@ -123,7 +123,8 @@ def _header(lines: _Lines, cursor: Cursor, own: str) -> tuple[list[str], str]:
         if _is_found(names, wanted) or len(names) > max(1, len(best)):
             delimiter, best = other, names
     if wrong is not None and not best:
-        raise Unreadable(Fault(where, f"the names of the columns cannot be read ({wrong})", _QUOTES))
+        reason = f"the names of the columns cannot be read ({wrong})"
+        raise Unreadable(Fault(where, reason, _QUOTES), not_text=True)
     absent = cursor.columns.absent(best, cursor.where, "file") if best else None
     if absent is not None:
         if len(best) == 1 or delimiter != own:
