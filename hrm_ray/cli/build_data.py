@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
@@ -47,6 +50,7 @@ def sudoku(
         augment=augment,
         seed=seed,
         overwrite=overwrite,
+        progress=_BuildProgress(),
     )
     print(f"{made.folder}: Sudoku {made.size}x{made.size}")
     print(f"  train  {made.train} puzzles on {made.train_grids} grids ({made.base_puzzles} before augmentation)")
@@ -84,6 +88,7 @@ def maze(
         augment=augment,
         seed=seed,
         overwrite=overwrite,
+        progress=_BuildProgress(),
     )
     fewest, median, most = made.moves
     print(f"{made.folder}: mazes {made.size}x{made.size}, one shortest path each")
@@ -107,7 +112,7 @@ def arc(
     """Build a puzzle set from ARC tasks: their train pairs for training, their test pairs for evaluation."""
     from hrm_ray.data.builders.arc import build_arc
 
-    made = build_arc(tasks, out, augment=augment, seed=seed, overwrite=overwrite)
+    made = build_arc(tasks, out, augment=augment, seed=seed, overwrite=overwrite, progress=_BuildProgress())
     print(f"{made.folder}: {made.tasks} ARC tasks and {made.copies} copies of them")
     print(f"  train  {made.train} train pairs of tasks and copies")
     print(f"  test   {made.test} test pairs of the tasks")
@@ -136,6 +141,27 @@ def text(
     print(f"  test   {made.test_documents} documents, {made.test_bytes} bytes")
     print(f"  {made.duplicates} duplicates left out")
     return _next(made.folder)
+
+
+_ON_TERMINAL_S, _ELSEWHERE_S = 0.5, 10.0
+"""Seconds between two views of the progress."""
+
+
+class _BuildProgress:
+    """Shows how far a builder has come: one line that changes on a terminal, now and then a line elsewhere."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._live = sys.stderr.isatty()
+        self._shown_s = clock()
+
+    def __call__(self, what: str, made: int, wanted: int) -> None:
+        now_s = self._clock()
+        if now_s - self._shown_s < (_ON_TERMINAL_S if self._live else _ELSEWHERE_S):
+            return
+        self._shown_s = now_s
+        text = f"{what}: {made} of {wanted}"
+        print(f"\r{text:40}\r" if self._live else text, end="" if self._live else "\n", file=sys.stderr, flush=True)
 
 
 def _next(folder: Path, more: str = "") -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from hrm_ray.data.tokenizer import TOKENIZER_FILE, TextTokenizer
+from hrm_ray.data.tokenizer import TOKENIZER_FILE, VOCABULARIES, TextTokenizer
 from hrm_ray.errors import DataError, Fault, SettingsError, UnavailableError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
@@ -14,7 +14,6 @@ _FILES = (
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
 """What a tokenizer may be made of; config.json names its class where the tokenizer's own files do not."""
-_VOCABULARIES = frozenset(_FILES) - {"tokenizer_config.json", "special_tokens_map.json", "config.json"}
 _TIMEOUT_S = 10.0
 _GIVE = f"Give a folder with {TOKENIZER_FILE}, or leave it out to train one on the data"
 
@@ -58,7 +57,7 @@ def _cached_folder(hub_id: str) -> Path | None:
         return None
     except HFValidationError as error:
         raise SettingsError(Fault(hub_id, "is neither an existing path nor a Hub id", _GIVE)) from error
-    return folder if any((folder / name).is_file() for name in _VOCABULARIES) else None
+    return folder if any((folder / name).is_file() for name in VOCABULARIES) else None
 
 
 def _downloaded_folder(hub_id: str) -> Path:
@@ -83,6 +82,6 @@ def _downloaded_folder(hub_id: str) -> Path:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         reason = f"{absent}, and the Hub cannot be reached ({first_line})"
         raise UnavailableError(Fault(hub_id, reason, _GIVE)) from error
-    if not held & _VOCABULARIES:
+    if not held & VOCABULARIES:
         raise SettingsError(Fault(hub_id, "the Hub's repository of this id contains no tokenizer", _GIVE))
     return Path(fetched).parent

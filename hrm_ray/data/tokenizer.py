@@ -25,6 +25,11 @@ PAD = "<|pad|>"
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+VOCABULARIES = frozenset(
+    {TOKENIZER_FILE, "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt"}
+    | {"tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}
+)
+"""Files of a tokenizer that hold its vocabulary, or a part of it."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,18 @@ class TextTokenizer:
             return cls._from_file(path)
         if (path / TOKENIZER_FILE).is_file():
             return cls._from_file(path / TOKENIZER_FILE)
+        if not any((path / name).is_file() for name in VOCABULARIES):
+            # Transformers would guess from config.json, and say at length that it cannot.
+            raise DataError(Fault(str(path), "contains no tokenizer", f"Give a folder with {TOKENIZER_FILE}"))
         return cls._through_transformers(path)
+
+    @classmethod
+    def of_bundle(cls, bundle: Path) -> TextTokenizer:
+        """The tokenizer that a run saved in its bundle. Raises DataError."""
+        if not (bundle / TOKENIZER_FILE).is_file():
+            hint = "Restore it from a copy of the bundle"
+            raise DataError(Fault(str(bundle / TOKENIZER_FILE), "the bundle has no tokenizer", hint))
+        return cls.load(bundle)
 
     @classmethod
     def _from_file(cls, file: Path) -> TextTokenizer:
@@ -175,16 +191,22 @@ class TextTokenizer:
     def _through_transformers(cls, folder: Path) -> TextTokenizer:
         try:
             from transformers import AutoTokenizer
+            from transformers.utils import logging as transformers_log
         except ImportError as error:
             reason = f"it has no {TOKENIZER_FILE} and Transformers is not installed"
             raise UnavailableError(Fault(str(folder), reason, "pip install transformers")) from error
         hint = f"Give a folder with {TOKENIZER_FILE}"
+        # It warns at length where it then fails.
+        verbosity = transformers_log.get_verbosity()
+        transformers_log.set_verbosity_error()
         try:
             found = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, use_fast=True)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             reason = f"Transformers found no tokenizer in it ({first_line})"
             raise DataError(Fault(str(folder), reason, hint)) from error
+        finally:
+            transformers_log.set_verbosity(verbosity)
         if not found.is_fast:
             reason = "contains a slow tokenizer, which cannot report the bytes of a token"
             raise DataError(Fault(str(folder), reason, hint))

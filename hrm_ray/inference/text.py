@@ -22,7 +22,6 @@ from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.layers import Attention, Block, Context, KeysValues, Site, call
 from hrm_ray.model.scope import AttentionScope, text_scope
 from hrm_ray.model.transformer import Transformer
-from hrm_ray.rundir import RunDir
 
 
 @dataclass(frozen=True)
@@ -243,10 +242,7 @@ class TextModel:
         model = open_bundle(bundle, device).model
         if model.config.task != "lm":
             raise DataError(Fault(str(bundle), "this is a puzzle model", "Use `hrm-ray solve` with it"))
-        tokenizer_file = RunDir(bundle).tokenizer
-        if not tokenizer_file.is_file():
-            raise DataError(Fault(str(tokenizer_file), "the bundle has no tokenizer", "Give a whole bundle"))
-        return cls(model, TextTokenizer.load(bundle))
+        return cls(model, TextTokenizer.of_bundle(bundle))
 
     def complete(
         self, prompt: str, *, sampling: Sampling, max_new_tokens: int, seed: int, adaptive: bool = False

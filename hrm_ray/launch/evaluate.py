@@ -150,7 +150,7 @@ def _samples(
         return puzzles, f"{dataset_file}:{named}", len(puzzles), []
     text = TextData.from_plain(plain).text
     chunking = replace(chunking_config(settings), max_train_examples=None)
-    tokenizer = TextTokenizer.load(stored.described.root)
+    tokenizer = TextTokenizer.of_bundle(stored.described.root)
     documents, notes = held_out_documents(source, tokenizer, text.form, chunking, sequences)
     return TextSamples(documents, text.form), f"{source.path}:{source.split}", sequences, notes
 

@@ -270,7 +270,7 @@ def _expected_vocabulary(settings: RunSettings, location: RunLocation) -> tuple[
     the plan asks for the resources again when the size is known.
     """
     if location.source is not None:
-        return TextTokenizer.load(location.source.root).vocab_size, True
+        return TextTokenizer.of_bundle(location.source.root).vocab_size, True
     if settings.data.tokenizer_path is not None:
         return load_named(settings.data.tokenizer_path).vocab_size, True
     start = start_tokenizer(settings)

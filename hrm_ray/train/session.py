@@ -127,7 +127,7 @@ def _train(plan: RunPlan, link: WorkerLink, watch: FolderWatch) -> RunResult:
         checkpointer = Checkpointer(loop, run_dir, settings.run.keep, ledger_writer)
         prompt, sampler = settings.run.sample_prompt, None
         if prompt is not None and isinstance(plan.data, TextData):
-            sampler = Sampler(loop, TextTokenizer.load(run_dir.root), prompt)
+            sampler = Sampler(loop, TextTokenizer.of_bundle(run_dir.root), prompt)
         trainer = Trainer(settings, loop, logger, evaluator, checkpointer, expert, watch, sampler, time_limit)
         if isinstance(loop.parts.loader, StreamLoader):
             loop.parts.loader.on_fill = _while_filling(loop, logger)
@@ -210,14 +210,14 @@ def _data(
         else InMemoryChunks(_pipeline(text, run_dir, writes=False), text.epoch_order)
     )
     held_out = TextSamples(folder.read_evaluation(text.evaluation), text.form) if text.evaluation else None
-    return TextStream(source, text.form, TextTokenizer.load(run_dir.root).pad_id, text.shuffle_rows), held_out
+    return TextStream(source, text.form, TextTokenizer.of_bundle(run_dir.root).pad_id, text.shuffle_rows), held_out
 
 
 def _pipeline(text: TextPlan, run_dir: RunDir, *, writes: bool) -> ChunkPipeline:
     return TextDataDir(run_dir.data).pipeline(
         text.chunking_config,
         text.source,
-        TextTokenizer.load(run_dir.root),
+        TextTokenizer.of_bundle(run_dir.root),
         pairs=text.form.prefix,
         writes=writes,
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hrm_ray.cli.build_data import _BuildProgress
 from hrm_ray.data.builders import sudoku as builder
 from hrm_ray.data.builders.sudoku import Difficulty, build_sudoku
 from hrm_ray.data.puzzles import sudoku
@@ -107,10 +108,40 @@ def test_what_cannot_be_built_is_told_at_once(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(SettingsError, match="8 to 35"):
         build_sudoku(tmp_path / "set", size=6, clues=7)
     monkeypatch.setattr(builder, "_PATIENCE", {4: 8, 6: 8, 9: 3})
-    for impossible in ({"difficulty": "hard"}, {"test": 10**6}):
-        with pytest.raises(SettingsError, match="^--t.* draws in a row"):
-            build_sudoku(tmp_path / "set", size=4, train=10, **impossible)  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="^--t.* of difficulty hard .*of the last 8 draws 0 gave a new one"):
+        build_sudoku(tmp_path / "set", size=4, train=10, difficulty="hard")
     assert not any(tmp_path.iterdir())
+
+
+def test_more_4x4_puzzles_than_exist_are_refused_with_their_number(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="only 64244 different 4x4 puzzles that are minimal exist on the 216 grids"):
+        build_sudoku(tmp_path / "set", size=4, train=100_000, test=1)
+    assert not any(tmp_path.iterdir())
+
+
+def test_nearly_all_4x4_puzzles_are_found(tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+
+    def progress(what: str, made: int, wanted: int) -> None:
+        seen.append((what, made, wanted))
+
+    build_sudoku(tmp_path / "set", size=4, train=300, test=21_000, progress=progress)
+    puzzles, _ = split_of(tmp_path / "set", "test")
+    assert len(set(puzzles)) == 21_000
+    assert seen[0] == ("train", 0, 300) and all(made < 300 for _, made, _ in seen) and len(seen) > 2
+    rng = random.Random(0)
+    for grid in rng.sample(sudoku.all_grids_4x4(), 3):
+        minimal = {tuple(puzzle) for puzzle in sudoku.puzzles_4x4(grid, None).tolist()}
+        assert {sudoku.reduce_clues(4, grid, rng, None) for _ in range(50)} <= minimal
+        assert all(list(sudoku.solutions(4, puzzle)) == [grid] for puzzle in list(minimal)[:20])
+
+
+def test_progress_is_a_line_every_ten_seconds_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    times = iter([0.0, 5.0, 11.0, 12.0, 21.5])
+    progress = _BuildProgress(clock=lambda: next(times))
+    for made in (1, 2, 3, 4):
+        progress("train", made, 9)
+    assert capsys.readouterr().err == "train: 2 of 9\ntrain: 4 of 9\n"
 
 
 def test_files_of_others_are_never_replaced(tmp_path: Path) -> None:

@@ -182,6 +182,6 @@ def test_what_cannot_be_built_is_told_at_once(tmp_path: Path, monkeypatch: pytes
         with pytest.raises(SettingsError, match="^--min-path.*1 to 16 moves.*--min-path 16"):
             build_maze(tmp_path / "set", size=5, min_path=min_path)
     monkeypatch.setattr(builder, "_PATIENCE", 20)
-    with pytest.raises(SettingsError, match="20 in a row gave no new one.*--min-path"):
+    with pytest.raises(SettingsError, match="of the last 20 draws 0 gave a new one.*--min-path"):
         build_maze(tmp_path / "set", size=30, min_path=440, train=5, test=5)
     assert not any(tmp_path.iterdir())

@@ -359,6 +359,13 @@ def test_damaged_data_of_a_run_to_resume(name: str, bundles: Path, tmp_path: Pat
     assert files_below(bundle) == before
 
 
+def test_a_bundle_to_resume_without_its_tokenizer(bundles: Path, tmp_path: Path) -> None:
+    bundle = copied(bundles, "text", tmp_path)
+    (bundle / "tokenizer.json").unlink()
+    message = refused(5, "train", "--bundle-dir", bundle, "--resume", "--steps", "4", naming=("has no tokenizer",))
+    assert "Transformers" not in message
+
+
 def test_a_used_name(bundles: Path, tmp_path: Path) -> None:
     bundle = copied(bundles, "text", tmp_path)
     before = files_below(bundle)

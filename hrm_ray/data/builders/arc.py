@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hrm_ray.atomic_files import atomic_directory, check_vacant
+from hrm_ray.data.builders.progress import Progress, no_progress
 from hrm_ray.data.puzzles import arc
 from hrm_ray.data.puzzles.format import BUILT_FILES, SplitEntry, square_description, write_description, write_split
 from hrm_ray.errors import Fault, SettingsError
@@ -52,7 +53,15 @@ class _Samples:
     left_out: int
 
 
-def build_arc(tasks: Path, out: Path, *, augment: int = 0, seed: int = 0, overwrite: bool = False) -> ArcSummary:
+def build_arc(
+    tasks: Path,
+    out: Path,
+    *,
+    augment: int = 0,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> ArcSummary:
     """A puzzle set of the ARC tasks in the folder `tasks` (.json files, also in folders below).
 
     Every task has a puzzle identifier from 1 on, and so has every one of up to `augment` different copies of it (one
@@ -68,7 +77,7 @@ def build_arc(tasks: Path, out: Path, *, augment: int = 0, seed: int = 0, overwr
         raise SettingsError(Fault(str(out), reason, "Give --out another folder"))
     check_vacant(out, overwrite=overwrite, owned=_OWNED, option="--out")
     read = arc.read_tasks(tasks)
-    changes = list(_changes(read, augment, seed))
+    changes = list(_changes(read, augment, seed, progress))
     names = [BLANK, *(f"{task.name}_{change.name}" if change else task.name for task, change in changes)]
     test = _samples([(task.test if change is None else (), None) for task, change in changes], frozenset())
     if not len(test.inputs):
@@ -94,9 +103,12 @@ def build_arc(tasks: Path, out: Path, *, augment: int = 0, seed: int = 0, overwr
     return ArcSummary(out, len(read), copies, len(train.inputs), len(test.inputs), kept_back, train.left_out)
 
 
-def _changes(tasks: list[arc.Task], augment: int, seed: int) -> Iterator[tuple[arc.Task, arc.Change | None]]:
+def _changes(
+    tasks: list[arc.Task], augment: int, seed: int, progress: Progress
+) -> Iterator[tuple[arc.Task, arc.Change | None]]:
     """Each task as it is (None), and then its copies, no two of which show the same."""
     for number, task in enumerate(tasks):
+        progress("tasks", number, len(tasks))
         yield task, None
         rng = np.random.default_rng([seed, number])
         known = {_shown(task, None)}

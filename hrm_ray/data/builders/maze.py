@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hrm_ray.atomic_files import atomic_directory, check_vacant
+from hrm_ray.data.builders.progress import Progress, no_progress
 from hrm_ray.data.puzzles import dihedral, mazes
 from hrm_ray.data.puzzles.format import BUILT_FILES, SplitEntry, square_description, write_description, write_split
 from hrm_ray.errors import Fault, SettingsError
@@ -22,7 +23,9 @@ SYMBOLS = ["?", "#", " ", "S", "G", "o"]
 WALL, OPEN, START, GOAL, WAY = range(1, 6)
 
 _PATIENCE = 2_000
-"""After this many mazes in a row that give no new puzzle the request is taken for impossible."""
+"""If of so many mazes fewer than one in _RAREST gives a new puzzle, the request is taken for impossible."""
+_RAREST = 1000
+_PROGRESS_DRAWS = 20
 _TEST_SHARE = 5
 """One layout in so many is held out."""
 
@@ -53,6 +56,7 @@ def build_maze(
     augment: int = 0,
     seed: int = 0,
     overwrite: bool = False,
+    progress: Progress = no_progress,
 ) -> MazeSummary:
     """A puzzle set of `train` and `test` different mazes of size x size cells, each with exactly one shortest path from
     start to goal, of at least `min_path` moves (None: as many as the maze is wide). `openings` is the share of walls
@@ -66,7 +70,7 @@ def build_maze(
     min_path = size if min_path is None else min_path
     _check_maze(size, train, test, min_path, openings, augment)
     check_vacant(out, overwrite=overwrite, owned=BUILT_FILES, option="--out")
-    maker = _MazeMaker(size, min_path, openings, seed)
+    maker = _MazeMaker(size, min_path, openings, seed, progress)
     held_out, base = maker.draw(test, "test"), maker.draw(train, "train")
     copies = _augmented(base, augment, seed)
     built = {"min_path": min_path, "openings": openings, "augment": augment, "seed": seed, "base_puzzles": train}
@@ -106,21 +110,29 @@ def _check_maze(size: int, train: int, test: int, min_path: int, openings: float
 class _MazeMaker:
     """Draws different mazes for two splits that share no layout of walls."""
 
-    def __init__(self, size: int, min_path: int, openings: float, seed: int) -> None:
+    def __init__(self, size: int, min_path: int, openings: float, seed: int, progress: Progress) -> None:
+        self._progress = progress
         self._size, self._min_path, self._openings, self._seed = size, min_path, openings, seed
 
     def draw(self, count: int, split: str) -> Grids:
         """`count` mazes with their paths marked, uint8 [count, size, size]; no two are copies of each other."""
         rng = random.Random(f"maze {self._size} {split} {self._seed}")
         found: dict[bytes, Grids] = {}
-        idle = 0
+        draws = before = 0
         while len(found) < count:
-            idle += 1
-            if idle > _PATIENCE:
+            if draws % _PROGRESS_DRAWS == 0:
+                self._progress(split, len(found), count)
+            if draws == _PATIENCE and len(found) - before > _PATIENCE // _RAREST:
+                draws, before = 0, len(found)
+            if draws == _PATIENCE:
                 kind = f"{self._size}x{self._size} mazes with a shortest path of {self._min_path} moves or more"
-                reason = f"only {len(found)} different {kind} were found, {_PATIENCE} in a row gave no new one"
+                reason = (
+                    f"only {len(found)} different {kind} were found: of the last {_PATIENCE} draws "
+                    f"{len(found) - before} gave a new one"
+                )
                 hint = f"Give a smaller --{split}, a smaller --min-path, fewer --openings, or a larger --size"
                 raise SettingsError(Fault(f"--{split} {count}", reason, hint))
+            draws += 1
             free = mazes.carve(self._size, rng, self._openings)
             if self._split_of(free) != split:
                 continue
@@ -128,8 +140,7 @@ class _MazeMaker:
             if ends is None:
                 continue
             maze = _marked(free, *ends)
-            if found.setdefault(dihedral.canonical(maze), maze) is maze:
-                idle = 0
+            found.setdefault(dihedral.canonical(maze), maze)
         return np.array(list(found.values()))
 
     def _split_of(self, free: mazes.FreeCells) -> str:

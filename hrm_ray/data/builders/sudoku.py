@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hrm_ray.atomic_files import atomic_directory, check_vacant
+from hrm_ray.data.builders.progress import Progress, no_progress
 from hrm_ray.data.puzzles import sudoku
 from hrm_ray.data.puzzles.format import BUILT_FILES, SplitEntry, square_description, write_description, write_split
 from hrm_ray.errors import Fault, SettingsError
@@ -23,8 +24,10 @@ GRADES: dict[Difficulty, tuple[int, int]] = {"any": (1, 10**9), "easy": (1, 2), 
 
 _HELD_OUT_GRIDS_4X4 = 72
 _HELD_OUT_SHARE_6X6 = 0.2
-# After this many draws in a row without a usable new puzzle the request is taken for impossible.
+# If of so many draws fewer than one in _RAREST gives a usable new puzzle, the request is taken for impossible.
 _PATIENCE = {4: 20_000, 6: 20_000, 9: 2_000}
+_RAREST = 1000
+_PROGRESS_DRAWS = 100
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ def build_sudoku(
     augment: int = 0,
     seed: int = 0,
     overwrite: bool = False,
+    progress: Progress = no_progress,
 ) -> SudokuSummary:
     """A puzzle set of `train` and `test` different unique-solution Sudokus; each training puzzle comes with `augment`
     symmetric copies beside it. `clues` None gives minimal puzzles (no clue can go), else puzzles with that many
@@ -68,7 +72,7 @@ def build_sudoku(
     """
     _check_sudoku(size, train, test, difficulty, clues, augment)
     check_vacant(out, overwrite=overwrite, owned=BUILT_FILES, option="--out")
-    maker = _PuzzleMaker(size, difficulty, clues, seed)
+    maker = _PuzzleMaker(size, difficulty, clues, seed, progress)
     test_puzzles, test_grids = maker.draw(test, "test")
     base_puzzles, base_grids = maker.draw(train, "train")
     train_puzzles, train_grids = _augmented(size, base_puzzles, base_grids, test_grids, augment, seed)
@@ -132,7 +136,8 @@ class _PuzzleMaker:
     """Draws different puzzles for two splits that share no grid. Draw "test" first: "train" then keeps clear of it,
     and the held-out puzzles do not depend on how many training puzzles are wanted."""
 
-    def __init__(self, size: int, difficulty: Difficulty, clues: int | None, seed: int) -> None:
+    def __init__(self, size: int, difficulty: Difficulty, clues: int | None, seed: int, progress: Progress) -> None:
+        self._progress = progress
         self._size, self._difficulty, self._clues, self._seed = size, difficulty, clues, seed
         self._held_out: set[object] = set()
         self._pools: dict[str, list[sudoku.Grid]] = {}
@@ -146,17 +151,35 @@ class _PuzzleMaker:
     def draw(self, count: int, split: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
         """`count` different puzzles and their solutions, uint8 [count, size*size] each."""
         rng = random.Random(f"sudoku {self._size} {split} {self._seed}")
+        if self._pools and self._difficulty == "any":
+            per_grid = [sudoku.puzzles_4x4(grid, self._clues) for grid in self._pools[split]]
+            there = sum(map(len, per_grid))
+            if count > there:
+                reason = f"only {there} different {self._kind} exist on the {len(per_grid)} grids of this split"
+                hint = f"Give --{split} {there} or less, another --size{self._others}"
+                raise SettingsError(Fault(f"--{split} {count}", reason, hint))
+            # Drawing blindly would take long to meet the last ones.
+            if count > there // 4:
+                puzzles = np.concatenate(per_grid)
+                grids = np.repeat(np.array(self._pools[split], dtype=np.uint8), list(map(len, per_grid)), axis=0)
+                chosen = rng.sample(range(there), count)
+                return puzzles[chosen], grids[chosen]
         low, high = GRADES[self._difficulty]
         found: dict[sudoku.Grid, sudoku.Grid] = {}
-        idle, patience = 0, _PATIENCE[self._size]
+        patience, draws, before = _PATIENCE[self._size], 0, 0
         while len(found) < count:
-            idle += 1
-            if idle > patience:
-                kind = f"{self._size}x{self._size} puzzles of difficulty {self._difficulty}"
-                kind += " that are minimal" if self._clues is None else f" with {self._clues} clues"
-                reason = f"only {len(found)} different {kind} were found, {patience} draws in a row gave no new one"
-                hint = f"Give a smaller --{split}, another --difficulty or another --clues, or use --augment"
-                raise SettingsError(Fault(f"--{split} {count}", reason, hint))
+            if draws == patience:
+                if len(found) - before <= patience // _RAREST:
+                    reason = (
+                        f"only {len(found)} different {self._kind} were found: of the last {patience} draws "
+                        f"{len(found) - before} gave a new one"
+                    )
+                    hint = f"Give a smaller --{split}, another --difficulty{self._others}"
+                    raise SettingsError(Fault(f"--{split} {count}", reason, hint))
+                draws, before = 0, len(found)
+            if draws % _PROGRESS_DRAWS == 0:
+                self._progress(split, len(found), count)
+            draws += 1
             grid = self._grid(split, rng)
             if grid is None:
                 continue
@@ -167,10 +190,20 @@ class _PuzzleMaker:
             if self._difficulty != "any" and not low <= sudoku.grade(self._size, puzzle) <= high:
                 continue
             found[puzzle] = grid
-            idle = 0
             if split == "test":
                 self._held_out.add(sudoku.grid_class(self._size, grid))
         return np.array(list(found), dtype=np.uint8), np.array(list(found.values()), dtype=np.uint8)
+
+    @property
+    def _kind(self) -> str:
+        """The puzzles that are wanted, for messages."""
+        of_difficulty = "" if self._difficulty == "any" else f" of difficulty {self._difficulty}"
+        clues = "that are minimal" if self._clues is None else f"with {self._clues} clues"
+        return f"{self._size}x{self._size} puzzles{of_difficulty} {clues}"
+
+    @property
+    def _others(self) -> str:
+        return " or --clues; symmetric copies of training puzzles come with --augment"
 
     def _grid(self, split: str, rng: random.Random) -> sudoku.Grid | None:
         """A grid that `split` may use; None where the one drawn belongs to the other split."""

@@ -274,6 +274,27 @@ def reduce_clues(size: int, grid: Grid, rng: random.Random, clues: int | None) -
     return tuple(puzzle)
 
 
+def puzzles_4x4(grid: Grid, clues: int | None) -> npt.NDArray[np.uint8]:
+    """All 4x4 puzzles with `grid` as their only solution, uint8 [N, 16]: the minimal ones, or those with so many
+    clues."""
+    solution = np.array(grid, dtype=np.uint8)
+    bits = np.uint32(1) << np.arange(16, dtype=np.uint32)
+    kept = np.arange(1 << 16, dtype=np.uint32)  # the cells that keep their clue, as bits
+    unique = np.ones(len(kept), dtype=bool)
+    # A puzzle has no other solution where it shows a cell in which that solution differs.
+    differs = np.array(all_grids_4x4(), dtype=np.uint8) != solution
+    for cells in np.unique(differs @ bits):
+        if cells:
+            unique &= (kept & cells) != 0
+    wanted = unique.copy()
+    if clues is None:
+        for bit in bits:
+            wanted &= ((kept & bit) == 0) | ~unique[kept & ~bit]
+    else:
+        wanted &= (kept[:, None] & bits != 0).sum(axis=1) == clues
+    return np.where(kept[wanted][:, None] & bits != 0, solution, 0).astype(np.uint8)
+
+
 def grid_class(size: int, grid: Grid) -> tuple[object, ...]:
     """A fingerprint that all symmetric copies of a grid share (relabelled digits, permuted bands, stacks, rows and
     columns inside them, and transposed where boxes are square). Different fingerprints prove that two grids are
