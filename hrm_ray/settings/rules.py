@@ -58,7 +58,10 @@ def as_note(found: Sequence[NoEffect]) -> str:
     by_reason: dict[str, list[str]] = {}
     for each in found:
         by_reason.setdefault(each.reason, []).append(each.option)
-    return "no effect here: " + ", ".join(f"{' and '.join(names)} ({why})" for why, names in by_reason.items())
+    parts = []
+    for reason, (*others, last) in by_reason.items():
+        parts.append(f"{', '.join(others)} and {last} ({reason})" if others else f"{last} ({reason})")
+    return "no effect here: " + ", ".join(parts)
 
 
 def watch(read: Callable[[RunSettings], Found], settings: RunSettings) -> tuple[Found, set[str]]:

@@ -9,7 +9,9 @@ import pytest
 
 from hrm_ray.errors import SettingsError
 from hrm_ray.settings.load import load_settings, read_options
+from hrm_ray.settings.model import Task
 from hrm_ray.settings.options import options
+from hrm_ray.settings.resolve import resolve_task
 from hrm_ray.settings.rules import RULES, as_note, broken_rules, watch, without_effect
 from hrm_ray.settings.tree import SECTIONS, RunSettings, leaf_keys
 
@@ -203,7 +205,7 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
     "chunk_leaves_of_chunked_training": (
         {"--chunk-size": "64", "--chunk-gradients": "exact", "--cpu-offload": True},
         {"--chunk-size": "64", "--chunk-gradients": "exact", "--use-chunked-training": True},
-        "--chunk-size 64 and --chunk-gradients exact and --cpu-offload (the sequence",
+        "--chunk-size 64, --chunk-gradients exact and --cpu-offload (the sequence",
     ),
     "transformer_for_text": (
         {"--task": "puzzle", "--arch": "transformer"},
@@ -421,6 +423,18 @@ def test_an_option_that_lacks_two_things_is_noted_once() -> None:
     assert expected in as_note(without_effect(settings))
     ia3 = load_settings({"--lora-r": "16", "--peft-method": "ia3"})
     assert [noted.option for noted in without_effect(ia3)] == ["--peft-method ia3", "--lora-r 16"]
+
+
+@pytest.mark.parametrize("task", ["lm", "puzzle"])
+def test_a_form_may_write_every_default(task: Task) -> None:
+    """As forms do that write all their settings into a command line: nothing is refused."""
+    spelt_out: Options = {
+        option.flag: option.default if option.is_switch else str(option.default)
+        for option in options().values()
+        if option.default is not None
+    }
+    noted = without_effect(resolve_task(load_settings(spelt_out), task, 16))
+    assert {"--no-cpu-offload", "--lora-r 16", "--num-experts 8"} <= {each.option for each in noted}
 
 
 def test_a_default_that_is_spelt_out_is_no_note_where_it_acts() -> None:
