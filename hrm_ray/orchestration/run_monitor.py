@@ -23,6 +23,8 @@ from hrm_ray.types import MetricSink, Record, RunResult, StopReason
 
 SEND_INTERVAL_S = 0.1
 """Records are sent at most ten times a second."""
+PROGRESS_INTERVAL_S = 0.4
+"""Progress alone is sent less often: each call costs up to a millisecond."""
 STOP_CHECK_INTERVAL_S = 0.1
 """`stop_requested` looks for a request at most this often, so that it costs nothing in a loop of fast steps."""
 
@@ -125,14 +127,16 @@ class MonitorSink:
 
     def _send_until_closed(self) -> None:
         try:
-            closing = False
+            closing, batch, sent_s = False, list[Record](), 0.0
             while not closing:
                 closing = self._closing.wait(SEND_INTERVAL_S)
-                batch = [self._records.get() for _ in range(self._records.qsize())]
+                batch += [self._records.get() for _ in range(self._records.qsize())]
                 newest = max((index for index, each in enumerate(batch) if each.kind == "progress"), default=-1)
                 batch = [each for index, each in enumerate(batch) if each.kind != "progress" or index == newest]
-                if batch:
+                waits = newest >= 0 and len(batch) == 1 and time.monotonic() - sent_s < PROGRESS_INTERVAL_S
+                if batch and (closing or not waits):
                     ray.get(self._monitor.push.remote(batch))
+                    batch, sent_s = [], time.monotonic()
         except BaseException as error:  # noqa: BLE001 - raised again by write and close
             self._error = error
 
