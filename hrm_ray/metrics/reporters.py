@@ -22,6 +22,8 @@ from hrm_ray.types import MetricSink, Record
 
 PROJECT = "hrm-ray"
 """Project of Weights & Biases and experiment of MLflow, where the environment names none."""
+OPEN_WAIT_S = 20.0
+"""At most so long Weights & Biases tries to reach its service."""
 CLOSE_WAIT_S = 60.0
 """At most so long the end of a run waits for reports that are still to be sent."""
 PARAMS_AT_ONCE = 100
@@ -68,7 +70,7 @@ class WandbReporter:
             id=run_id,
             resume="allow" if run_id is not None else None,
             # Without `console` the library would take over the standard streams, which the display uses.
-            settings=wandb.Settings(console="off", silent=True),
+            settings=wandb.Settings(console="off", silent=True, init_timeout=OPEN_WAIT_S),
         )
         self.run_id: str = self._run.id
         # A resumed run may begin before the last step reported, which the library's own counter does not allow.
