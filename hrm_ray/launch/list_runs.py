@@ -117,8 +117,9 @@ def _records(run_dir: RunDir) -> dict[str, Any]:
     trained = [record for record in last_records(run_dir.metrics) if record.kind == "train"]
     if not trained:
         return {}
-    loss = trained[-1].values.get("loss")
-    return {"recorded_step": trained[-1].step, "loss": loss if isinstance(loss, float) else None}
+    # A record of puzzles has no loss where none halted since the one before.
+    losses = [loss for record in trained if isinstance(loss := record.values.get("loss"), float)]
+    return {"recorded_step": trained[-1].step, "loss": losses[-1] if losses else None}
 
 
 def _checkpoint(run_dir: RunDir) -> dict[str, Any]:

@@ -14,9 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hrm_ray.launch.list_runs import list_runs
+from hrm_ray.launch.list_runs import _records, list_runs
 from hrm_ray.launch.run_lock import run_lock
+from hrm_ray.metrics.jsonl import JsonlSink
 from hrm_ray.rundir import RunDir
+from hrm_ray.types import Record
 from tests.support.runs import PUZZLE, TEXT, files_below, hrm, puzzle_file, refused, stopping_at, text_file, train
 
 
@@ -136,3 +138,11 @@ def test_it_loads_no_torch(folder: Path) -> None:
     )
     code += "\nassert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_loss_of_puzzles_is_the_last_that_a_record_has(tmp_path: Path) -> None:
+    sink = JsonlSink(RunDir(tmp_path).metrics)
+    for step, values in ((1, {"objective": 3.0}), (2, {"objective": 2.5, "loss": 2.0}), (3, {"objective": 2.25})):
+        sink.write(Record("train", step, float(step), dict(values)))
+    sink.close()
+    assert _records(RunDir(tmp_path)) == {"recorded_step": 3, "loss": 2.0}
