@@ -60,9 +60,9 @@ SMALL_PUZZLE_STEPS, LARGE_PUZZLE_STEPS = 2500, 10000
 def with_defaults(settings: RunSettings, facts: DataFacts, device: str) -> RunSettings:
     """The settings with defaults for this amount of data on this device; what was given stays as it is.
 
-    A profile leaves little open, and a resumed run nothing.
+    A profile leaves little open, and the settings of an earlier run nothing.
     """
-    if settings.run.resume or settings.run.resume_from is not None:
+    if settings.complete:
         return settings
     leaves: dict[str, Any] = {}
     if settings.run.profile is None:
@@ -89,10 +89,9 @@ def with_checkpointing(settings: RunSettings, config: ModelConfig, device: str, 
 def account_of_defaults(settings: RunSettings, config: ModelConfig, device: str, threads: int) -> str | None:
     """What was chosen, and how long the run will take, in a line; None where no size was chosen or named."""
     preset = settings.model.model_preset
-    resumes = settings.run.resume or settings.run.resume_from is not None
     if (
         settings.run.profile is not None
-        or resumes
+        or settings.complete
         or SIZE_LEAVES & settings.given
         or (preset is None and config.task != "puzzle")
     ):

@@ -24,6 +24,7 @@ from hrm_ray.settings.options import options
 from hrm_ray.settings.presets import layer_leaves, preset_leaves
 from hrm_ray.settings.profiles import BUNDLE_DIRS
 from hrm_ray.settings.tree import RunSettings, from_plain, to_dotted
+from hrm_ray.settings.yaml_file import read_mapping
 from hrm_ray.types import RunResult, StopReason
 
 REUSABLE = frozenset({TOKENIZER_FILE, CONFIG_FILE})
@@ -82,8 +83,12 @@ def load_run(
 ) -> RunSettings:
     """The settings of a new or resumed run from options and a settings file, as `load_settings` takes them.
 
-    With --resume or --resume-from they are laid over those of the run to resume.
+    With --resume or --resume-from they are laid over those of the run to resume, and where the file is the
+    training_args.json of a bundle over those of its run, except the bundle's folder.
     """
+    earlier = _run_described_by(config)
+    if earlier is not None:
+        config = None
     flat_options = with_start_weights(flat_options)
     where = peek_leaves(flat_options, config, (*_NAME_A_RUN, "model.student_init"))
     if where["run.resume_from"] is not None:
@@ -100,6 +105,8 @@ def load_run(
             flat_options = {**flat_options, "--resume": True}
     if where["run.resume"] or where["run.resume_from"] is not None:
         base = _base_settings(_find_stored(where["run.resume_from"], where), where)
+    elif earlier is not None:
+        base = earlier
     elif where["model.student_init"] is not None:
         architecture = architecture_leaves(where["model.student_init"])
     settings = load_settings(
@@ -169,15 +176,28 @@ def _stored_leaves(run_dir: RunDir) -> dict[str, Any]:
 
 def stored_settings(run_dir: RunDir) -> RunSettings:
     """The settings of a bundle, also of one that an older version wrote. Raises DataError."""
-    plain = stored_args(run_dir)[0]
+    try:
+        return _settings_of(stored_args(run_dir)[0])
+    except SettingsError as error:
+        raise _not_as_written(run_dir, "; ".join(f"{f.value}: {f.reason}" for f in error.faults)) from error
+
+
+def _run_described_by(config: Path | None) -> dict[str, Any] | None:
+    """The settings of the run that a settings file describes, by dotted key, if it is the training_args.json of a
+    bundle (or the same as YAML). Raises SettingsError where it is one of another version."""
+    content = None if config is None or not config.is_file() else read_mapping(config, "--config")
+    if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
+        return None
+    return to_dotted(_settings_of(content["settings"])) | {"run.brain_name": None, "run.bundle_dir": None}
+
+
+def _settings_of(plain: dict[str, Any]) -> RunSettings:
+    """Stored settings, also of an older version. Raises SettingsError."""
     for option in options().values():
         section = plain.setdefault(option.section, {})
         if option.traits.legacy_default is not None and isinstance(section, dict):
             section.setdefault(option.name, option.traits.legacy_default)
-    try:
-        return from_plain(plain)
-    except SettingsError as error:
-        raise _not_as_written(run_dir, "; ".join(f"{f.value}: {f.reason}" for f in error.faults)) from error
+    return from_plain(plain)
 
 
 def _not_as_written(run_dir: RunDir, what: str) -> DataError:

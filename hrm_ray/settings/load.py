@@ -77,6 +77,7 @@ def load_settings(
             **_nested({key: value for key, value in values.items() if key not in wrong}),
             "given": given - set(wrong),
             "overridden": (*given_again, *user.overridden),
+            "complete": base is not None,
         }
     )
     faults += broken_rules(settings, set(wrong) | _filled_by(wrong, user.values) | user.candidates | resumed.candidates)

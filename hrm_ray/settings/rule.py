@@ -28,8 +28,7 @@ def refuse(broken: Callable[[RunSettings], bool], shows: tuple[str, ...], reason
 def gives_way(settings: RunSettings, key: str) -> bool:
     """Whether the value of a leaf is a default, which may be changed where it does not fit: that of a new run for which
     the user gave none."""
-    resumes = settings.run.resume or settings.run.resume_from is not None
-    return key not in settings.given and not resumes
+    return key not in settings.given and not settings.complete
 
 
 def written(settings: RunSettings, *shown: str) -> str:

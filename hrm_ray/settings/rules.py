@@ -74,7 +74,7 @@ class _Recorder:
     """Stands for settings, and notes which leaves are read of them."""
 
     def __init__(self, settings: RunSettings) -> None:
-        self.settings, self.given = settings, settings.given
+        self.settings, self.given, self.complete = settings, settings.given, settings.complete
         self.reads: set[str] = set()
 
     def __getattr__(self, section: str) -> _SectionRecorder:

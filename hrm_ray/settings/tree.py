@@ -48,6 +48,9 @@ class RunSettings(BaseModel):
     overridden: tuple[NoEffect, ...] = ()
     """What the user gave before the same option with another value."""
 
+    complete: bool = False
+    """Whether they are those of an earlier run, for which all defaults have been chosen."""
+
     @field_serializer("given", when_used="json")
     def _given_in_order(self, given: frozenset[str]) -> list[str]:
         return sorted(given)

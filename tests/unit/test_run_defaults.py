@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +24,7 @@ from hrm_ray.settings.resolve import resolve_task
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train import time_estimate
 from hrm_ray.train.time_estimate import update_s
-from tests.support.runs import hrm, puzzle_file, text_file
+from tests.support.runs import computed, hrm, puzzle_file, refused, text_file
 
 
 @pytest.fixture(autouse=True)
@@ -168,3 +169,25 @@ def test_the_time_of_a_run_grows_with_its_work(monkeypatch: pytest.MonkeyPatch) 
 )
 def test_durations(seconds: float, text: str) -> None:
     assert defaults._duration(seconds) == text
+
+
+def test_the_settings_of_a_bundle_are_a_settings_file(tmp_path: Path) -> None:
+    """training_args.json, or the same as YAML, gives the same run, in another bundle; options override it."""
+    words = ("--max-seq-len", "16", "--batch-size", "2", "--threads", "1", "--device", "cpu", "--steps", "3")
+    ran = hrm(
+        "train", "--dataset-file", text_file(tmp_path), *words, "--log-every", "1", "--bundle-dir", tmp_path / "a"
+    )
+    assert ran.code == 0, ran.err
+    args = tmp_path / "a" / "training_args.json"
+    as_yaml = tmp_path / "run.yaml"
+    as_yaml.write_text(yaml.safe_dump(json.loads(args.read_text())), encoding="utf-8")
+    for name, config in (("b", args), ("c", as_yaml)):
+        again = hrm("train", "--config", config, "--bundle-dir", tmp_path / name)
+        assert again.code == 0 and "no effect" not in again.out and "chosen " not in again.out, again
+        assert computed(tmp_path / name) == computed(tmp_path / "a")
+    other = hrm("train", "--config", args, "--bundle-dir", tmp_path / "d", "--lr", "1e-5", "--dry-run")
+    assert "optimizer.lr = 1e-05" in other.out and "model.hidden_size = 128" in other.out
+    stored = json.loads(args.read_text())
+    stored["settings"]["model"]["of_tomorrow"] = 1
+    args.write_text(json.dumps(stored))
+    refused(2, "train", "--config", args, "--bundle-dir", tmp_path / "d", naming=("model.of_tomorrow", "not a setting"))
