@@ -23,7 +23,7 @@ from hrm_ray.launch.stopping import StopWatch
 from hrm_ray.metrics.console import ConsoleSink
 from hrm_ray.metrics.display_state import Schedule
 from hrm_ray.rundir import RunDir, verify_checkpoint
-from hrm_ray.stop_signals import STOP_SIGNALS
+from hrm_ray.stop_signals import STOP_SIGNALS, exit_at_once
 from hrm_ray.train import session
 from hrm_ray.train.loop import StepReport, TrainingLoop
 from hrm_ray.types import Record, StopReason
@@ -216,6 +216,26 @@ def test_a_signal_while_the_command_starts(name: str, module: str) -> None:
     """From the entry point's first lines on, and though the exception of a handler would be lost in an import."""
     code, said = (130, "interrupted\n") if name == "SIGINT" else (75, f"stopped by {name}\n")
     assert sent_while_starting(module, name) == (code, "", said)
+
+
+@POSIX
+def test_other_commands_are_unwound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they have half written is removed, which an exit at once would leave."""
+    undone = []
+
+    def drawing(*words: Any) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            undone.append("half a picture")
+
+    monkeypatch.setattr("hrm_ray.metrics.plots.plot_runs", drawing)
+    before = signal.signal(signal.SIGTERM, exit_at_once)
+    try:
+        ran = hrm("plot", tmp_path)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (ran.code, ran.err, undone) == (75, "stopped by SIGTERM\n", ["half a picture"])
 
 
 @POSIX
