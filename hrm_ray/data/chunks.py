@@ -225,10 +225,10 @@ class _OpenChunk:
         if bad:
             shown = first_faults(self._faults, bad)
             yield f"{unreadable(bad, self._bad_files, 'bad ')} skipped in {name} ({shown})."
-        if self._broken:
-            reason = "the rest of each is skipped, and the number of its rows is unknown"
-            shown = first_faults(self._broken, len(self._broken))
-            yield f"{counted(len(self._broken), 'file')} broken off in {name} ({shown}); {reason}."
+        for fault in self._broken[:_SHOWN_FAULTS]:
+            yield f"{fault.value}: {fault.reason}. The rest of this file is skipped; its row count is unknown."
+        if len(self._broken) > _SHOWN_FAULTS:
+            yield f"{counted(len(self._broken) - _SHOWN_FAULTS, 'more file')} broken off in {name}."
         if self._passed_over:
             yield passed_over_note(self._passed_over)
         yield from self._remark_notes()

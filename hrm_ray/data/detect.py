@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hrm_ray.data.file_kinds import TEXT_FORMATS, FileKind
+from hrm_ray.data.file_kinds import TEXT_FORMATS, FileKind, kind_of
 from hrm_ray.data.file_systems import file_system_of, is_local
 from hrm_ray.data.formats.lines import parse_line
 from hrm_ray.data.parts import Part, TextSource, list_parts
@@ -21,7 +22,8 @@ from hrm_ray.errors import DataError
 class DataFacts:
     """The result of `detect`. `bytes` and `files` are those of the split, `skipped_files` are in the folder (or
     archive) but not read; `columns` is False if no part can have any (plain text files); `puzzle` is set if the task is
-    "puzzle"; `notes` are warnings about files that are no part of the data."""
+    "puzzle"; `notes` are warnings about files that are no part of the data; `unused` names those of
+    `as_text` and `delimiter` that apply to none of the files."""
 
     task: Literal["lm", "puzzle"]
     path: str
@@ -32,6 +34,7 @@ class DataFacts:
     puzzle: PuzzleFacts | None
     columns: bool = True
     notes: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 def detect(source: TextSource, on_bad_row: OnBadRow = "fail") -> DataFacts:
@@ -58,7 +61,17 @@ def detect(source: TextSource, on_bad_row: OnBadRow = "fail") -> DataFacts:
             if document.text:
                 break
     columns = any(part.kind is None or part.kind.form not in TEXT_FORMATS for part in found.parts)
-    return DataFacts("lm", source.path, split, files, size, skipped, None, columns, found.notes)
+    return DataFacts("lm", source.path, split, files, size, skipped, None, columns, found.notes, _unused(found.parts))
+
+
+def _unused(parts: Sequence[Part]) -> tuple[str, ...]:
+    """Which of `as_text` and `delimiter` apply to none of the parts; what is in an archive or on the Hub may be any."""
+    kinds = [part.kind for part in parts]
+    if any(kind is None or kind.is_archive for kind in kinds):
+        return ()
+    by_name = {"as_text": all(part.kind == kind_of(part.address) for part in parts)}
+    by_name["delimiter"] = not any(kind is not None and kind.form in ("csv", "tsv") for kind in kinds)
+    return tuple(name for name, unused in by_name.items() if unused)
 
 
 def puzzle_tensors(source: TextSource) -> Path | None:

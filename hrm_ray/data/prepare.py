@@ -175,8 +175,9 @@ def _prepare_order(pipeline: ChunkPipeline, chunking_config: ChunkingConfig, not
         return True
     if not pipeline.corpus.random_access:
         notes.append(
-            "The data can only be read in its order (it is compressed, an archive or a stream): sequences are "
-            f"shuffled within the buffer of {chunking_config.shuffle_rows} samples, blocks and chunks are not."
+            "The data can only be read in its order (it is compressed, an archive, a stream or not in UTF-8): "
+            f"sequences are shuffled within the buffer of {chunking_config.shuffle_rows} samples, blocks and chunks "
+            "are not."
         )
         return True
     # The order of blocks and chunks depends on their number.

@@ -33,6 +33,7 @@ from hrm_ray.settings.adaptive_lr import AdaptiveLrSettings, read_adaptive_lr
 from hrm_ray.settings.needs import OWN_TOKENIZER, TRAINED_BEFORE, NoEffect
 from hrm_ray.settings.options import options
 from hrm_ray.settings.resolve import fit_warmup, moderate_lr, resolve_task, with_effective_batch
+from hrm_ray.settings.rule import written
 from hrm_ray.settings.rules import as_faults, without_effect
 from hrm_ray.settings.tree import SECTIONS, RunSettings
 from hrm_ray.train.attention_choice import flash_notes
@@ -179,6 +180,11 @@ def _without_effect(
     has_columns = any(each.columns for each in (facts, evaluation) if each is not None)
     if facts.task == "lm" and "data.text_column" in settings.given and not has_columns:
         found.append(NoEffect(f"--text-column {settings.data.text_column}", "plain text files have no columns"))
+    reasons = {"as_text": "no file is read only because of it", "delimiter": "no file is a .csv or .tsv"}
+    for name, reason in reasons.items():
+        unused = all(name in each.unused for each in (facts, evaluation) if each is not None)
+        if facts.task == "lm" and f"data.{name}" in settings.given and unused:
+            found.append(NoEffect(written(settings, f"data.{name}"), reason))
     found += without_effect_on(settings, device)
     if found and settings.cluster.strict:
         raise SettingsError(as_faults(found))

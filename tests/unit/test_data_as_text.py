@@ -190,6 +190,12 @@ def test_any_text_comes_back_from_any_encoding(
     assert texts_of(path, encoding=encoding) == [text]
 
 
+def test_utf16_without_a_mark_that_is_valid_utf8_is_told(tmp_path: Path) -> None:
+    (row,) = rows_of(write(tmp_path / "a.txt", "plain words\n".encode("utf-16-le")))
+    assert isinstance(row, Document) and "--encoding utf-16-le" in row.remark
+    assert texts_of(tmp_path / "a.txt", encoding="utf-16-le") == ["plain words\n"]
+
+
 def test_bytes_that_are_not_in_the_encoding_end_the_file(tmp_path: Path) -> None:
     content = "".join(f'{{"text": "日本 {number}"}}\n' for number in range(5)).encode("shift_jis")
     path = write(tmp_path / "a.jsonl", content + b'{"text": "\xff\xff"}\n' + content)
@@ -224,3 +230,12 @@ def test_an_encoding_is_guessed_in_the_message(tmp_path: Path, text: str, exampl
     path = write(tmp_path / "a.txt", text.encode(example))
     assert f"for example --encoding {example}" in faults_of(path)[0]
     assert texts_of(path, encoding=example) == [text]
+
+
+def test_options_that_no_file_needs_are_noted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "words " * 300)
+    ran = hrm("train", "--dataset-file", path, *TINY, "--as-text", "*.py", "--delimiter", ";", "--dry-run")
+    assert ran.code == 0, ran.err
+    said = ran.out + ran.err
+    assert "--as-text *.py (no file is read only because of it)" in said
+    assert "--delimiter semicolon (no file is a .csv or .tsv)" in said

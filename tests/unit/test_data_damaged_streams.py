@@ -100,4 +100,4 @@ def test_a_run_on_a_damaged_text_names_the_way_out_and_takes_it(tmp_path: Path) 
     corpus = Corpus(TextSource(str(path)), list_parts(TextSource(str(path))).parts, 100, 100, on_bad_row="skip")
     (chunk,) = read_chunks(corpus)
     assert chunk.entry.rows == chunk.entry.bad == 1 and len(chunk.documents[0].text) > len(WHOLE["txt"]) // 5
-    assert "1 file broken off in block 0, chunk 0" in chunk.notes[0]
+    assert "The rest of this file is skipped" in chunk.notes[0]

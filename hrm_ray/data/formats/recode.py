@@ -39,6 +39,9 @@ def utf8_stream(stream: BinaryIO, kind: FileKind, cursor: Cursor) -> BinaryIO:
     cannot be sought in, so its rows have no marks. Raises Unreadable where a file of which only the content can say
     whether it is text is none, and later for bytes that are not in the encoding.
     """
+    if cursor.mark is not None:
+        # Only plain UTF-8 gives marks; its beginning need not be read again.
+        return stream
     begin: bytes = stream.peek(_BEGIN_BYTES)  # type: ignore[attr-defined]
     encoding = _encoding_of(begin, kind, cursor)
     if kind.guessed:
@@ -73,6 +76,8 @@ def _encoding_of(begin: bytes, kind: FileKind, cursor: Cursor) -> str:
             return codecs.lookup(named[1].decode("ascii")).name
         except LookupError:
             pass
+    if cursor.encoding is None and begin.count(0) * 4 > len(begin):
+        cursor.remark = "many NUL characters, as in UTF-16 without a byte-order mark (--encoding utf-16-le)"
     return codecs.lookup(cursor.encoding).name if cursor.encoding is not None else "utf-8"
 
 
