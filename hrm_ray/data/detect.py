@@ -14,7 +14,7 @@ from hrm_ray.data.parts import Part, TextSource, list_parts
 from hrm_ray.data.puzzles.format import DESCRIPTION, PuzzleFacts
 from hrm_ray.data.puzzles.samples import open_puzzles
 from hrm_ray.data.readers import read_documents
-from hrm_ray.data.rows import Document, OnBadRow, TextColumns
+from hrm_ray.data.rows import Document, OnBadRow
 from hrm_ray.errors import DataError
 
 
@@ -117,6 +117,5 @@ def _is_puzzle(row: dict[str, object] | None) -> bool:
 
 def _has_text(row: dict[str, object], source: TextSource) -> bool:
     """Whether a row is a document that is not empty."""
-    columns = TextColumns(source.text_column, source.prompt_column, source.response_column)
-    document = columns.document(row, "", 0, None)
+    document = source.columns.document(row, "", 0, None)
     return isinstance(document, Document) and bool(document.text)

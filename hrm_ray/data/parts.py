@@ -25,7 +25,8 @@ from hrm_ray.data.file_systems import (
     require_path,
 )
 from hrm_ray.data.formats.columnar import has_arrow_index
-from hrm_ray.data.rows import TextRows
+from hrm_ray.data.messages import MessagesColumn
+from hrm_ray.data.rows import TextColumns, TextRows
 from hrm_ray.data.splits import WHOLE, check_left, has_split, missing_split, split_of
 from hrm_ray.data.streams import ContainerUnreadable
 from hrm_ray.errors import DataError, Fault, SettingsError
@@ -58,6 +59,10 @@ class TextSource:
     """Encoding of text files without a byte-order mark; None: UTF-8."""
     delimiter: str | None = None
     """Character between the fields of .csv and .tsv; None: the suffix's own, or what the header shows."""
+    messages_column: str | None = None
+    """Column of chats; it takes the place of the others."""
+    messages_in_pairs: bool = False
+    """Whether chats are pairs of prompt and response."""
     strict: bool = False
     """Whether a file without text data in a folder is a bad row like others; else it is passed over."""
 
@@ -67,7 +72,14 @@ class TextSource:
     @property
     def pairs(self) -> bool:
         """True where rows are prompt and response."""
-        return self.prompt_column is not None and self.response_column is not None
+        return self.columns.pairs
+
+    @property
+    def columns(self) -> TextColumns:
+        """The columns that hold the documents."""
+        if self.messages_column is not None:
+            return MessagesColumn(self.messages_column, pairs=self.messages_in_pairs)
+        return TextColumns(self.text_column, self.prompt_column, self.response_column)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def read_part(
     read and skipped. The rows are the same either way, except that after a mark `where` counts rows instead of lines.
     `watch` is called as bytes are read; `columns` overrides those of `source`.
     """
-    columns = columns or TextColumns(source.text_column, source.prompt_column, source.response_column)
+    columns = columns or source.columns
     cursor = Cursor(columns, part.address, start_row, mark if part.random_access else None, part.random_access)
     cursor.watch, cursor.text_rows, cursor.start_piece = watch, source.text_rows, start_piece
     cursor.encoding, cursor.delimiter, cursor.lenient = source.encoding, source.delimiter, part.lenient
@@ -102,7 +102,7 @@ def known_rows(part: Part, source: TextSource) -> int | None:
             chosen = directory.chosen(Selection(part.split, part.apart))
             return len(chosen) if chosen and all(member.is_one_row(source.text_rows) for member, _ in chosen) else None
         with file_system_of(part.address).open(part.address) as file:
-            return parquet_length(file, TextColumns(source.text_column, source.prompt_column, source.response_column))
+            return parquet_length(file, source.columns)
     except Unreadable:
         return None
     except DAMAGE:

@@ -73,7 +73,7 @@ class TextColumns:
     def __init__(self, text: str, prompt: str | None, response: str | None) -> None:
         self.pairs = prompt is not None and response is not None
         self.names: tuple[str, ...] = (prompt or "", response or "") if self.pairs else (text,)
-        self._options = ("--prompt-column", "--response-column") if self.pairs else ("--text-column",)
+        self._options: tuple[str, ...] = ("--prompt-column", "--response-column") if self.pairs else ("--text-column",)
 
     def document(self, values: Mapping[str, object], where: str, row: int, mark: int | None) -> Row:
         """The document of a row whose columns are `values`."""
@@ -108,7 +108,11 @@ class TextColumns:
                 return Fault(f"{where}, column `{name}`", reason, f"Rename one, or name another with {option}")
             if name not in columns:
                 reason = f"the {what} has no such column; it has: {listed(sorted(columns))}"
-                return Fault(f"{where}, column `{name}`", reason, f"Name another with {option}")
+                hint = f"Name another with {option}"
+                chats = [column for column in columns if column in ("messages", "conversations")]
+                if chats and option == "--text-column":
+                    hint += f", or give --messages-column {chats[0]} for chats"
+                return Fault(f"{where}, column `{name}`", reason, hint)
         return None
 
     def _no_text(self, value: object, number: int, where: str) -> Fault | None:

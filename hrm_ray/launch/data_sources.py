@@ -39,6 +39,8 @@ def source_of(settings: RunSettings, *, evaluation: bool) -> TextSource:
         as_text=data.as_text or "",
         encoding=None if data.encoding is None or codecs.lookup(data.encoding).name == "utf-8" else data.encoding,
         delimiter=DELIMITERS.get(data.delimiter or "", data.delimiter),
+        messages_column=data.messages_column,
+        messages_in_pairs=settings.model.lm_mask == "prefix",
         strict=settings.cluster.strict,
     )
 

@@ -68,12 +68,24 @@ def _gradient_within_segment(settings: RunSettings) -> Fault | None:
 def _prefix_names_columns(settings: RunSettings) -> Fault | None:
     columns = {"--prompt-column": settings.data.prompt_column, "--response-column": settings.data.response_column}
     missing = [name for name, value in columns.items() if value is None]
-    if settings.model.lm_mask != "prefix" or not missing:
+    if settings.model.lm_mask != "prefix" or not missing or settings.data.messages_column is not None:
         return None
     return Fault(
         "--lm-mask prefix",
         f"it needs the columns of prompt and response, and {' and '.join(missing)} is missing",
-        "Give --prompt-column and --response-column",
+        "Give --prompt-column and --response-column, or --messages-column for chats",
+    )
+
+
+def _columns_or_messages(settings: RunSettings) -> Fault | None:
+    others = [key for key in ("data.prompt_column", "data.response_column") if settings.leaf(key) is not None]
+    others += [key for key in ("data.text_column",) if key in settings.given]
+    if settings.data.messages_column is None or not others:
+        return None
+    return Fault(
+        written(settings, "data.messages_column", *others),
+        "a chat's messages hold all of its text",
+        "Give --messages-column, or the other columns",
     )
 
 
@@ -129,6 +141,7 @@ MODEL_RULES: dict[str, Rule] = {
         "Give one of the two",
     ),
     "gradient_within_segment": _gradient_within_segment,
+    "columns_or_messages": _columns_or_messages,
     "experts_to_choose_from": refuse(
         lambda s: s.model.use_moe and s.model.num_experts_per_tok > s.model.num_experts,
         ("model.num_experts_per_tok", "model.num_experts"),

@@ -178,6 +178,11 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
         {"--halt-max-steps": "1"},
         "no other moment",
     ),
+    "columns_or_messages": (
+        {"--messages-column": "m", "--text-column": "t"},
+        {"--messages-column": "m", "--lm-mask": "prefix"},
+        "hold all of its text",
+    ),
     "columns_need_prefix": ({"--prompt-column": "p"}, PREFIX, "Add --lm-mask prefix"),
     "prefix_names_columns": ({"--lm-mask": "prefix", "--prompt-column": "p"}, PREFIX, "--response-column is missing"),
     "prefix_has_two_columns": ({**PREFIX, "--response-column": "p"}, PREFIX, "copy"),
