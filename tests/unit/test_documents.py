@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
+import hrm_ray
 from hrm_ray.cli import arch_summary, inspect, train
 from hrm_ray.cli.main import app
 from hrm_ray.settings.not_built import NOT_BUILT
@@ -118,7 +119,7 @@ def test_commands_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_python_blocks_import_what_exists(path: Path) -> None:
+def test_python_blocks_name_what_exists(path: Path) -> None:
     for language, lines in blocks(path.read_text(encoding="utf-8")):
         if language != "python":
             continue
@@ -126,6 +127,10 @@ def test_python_blocks_import_what_exists(path: Path) -> None:
             if isinstance(node, ast.ImportFrom):
                 module = importlib.import_module(str(node.module))
                 assert all(name.name in vars(module) for name in node.names), node.module
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("hrm_ray."):
+                assert callable(vars(hrm_ray)[ast.unparse(node.func).partition(".")[2]])
+                options = {f"--{str(word.arg).replace('_', '-')}" for word in node.keywords}
+                assert options <= known_options(), ast.unparse(node)
 
 
 def test_readme_is_short() -> None:
