@@ -58,7 +58,8 @@ def resolved_values(resolved: ResolvedRun) -> dict[str, Any]:
     if settings.run.brain_name is None:
         named = settings.run.bundle_dir is not None
         chosen["run.brain_name"] = "(none: --bundle-dir is the bundle's own folder)" if named else root.name
-    if not devices.ray_address:
+    # What depends on the GPU is left to the run: a dry run uses none.
+    if not devices.ray_address and devices.device != "cuda":
         device = torch.device(devices.device)
         chosen["cluster.compile"] = compiles(settings, device)
         chosen["model.use_flash_attn"] = kernel_of(settings, resolved.config, device) in FLASH_MODULES
