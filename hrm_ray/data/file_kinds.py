@@ -19,7 +19,7 @@ COMPRESSIONS = {"gz": "gzip", "bz2": "bz2", "xz": "xz", "zst": "zstd"}
 """Suffix behind another one -> compression."""
 
 TEXT_FORMATS = frozenset({"txt", "md", "html"})
-"""Formats without rows: a file is one document (a very long one several)."""
+"""Formats without columns; what a row of them is, --text-rows says."""
 
 READABLE = (
     ".txt, .md, .csv, .tsv, .json, .jsonl, .parquet or .arrow files, also compressed (.gz, .bz2, .xz, .zst) "
