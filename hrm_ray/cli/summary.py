@@ -29,7 +29,7 @@ def summary(result: RunResult, resolved: ResolvedRun, taken_s: float) -> str:
     if losses:
         (first, before), (last, after) = losses[0], losses[-1]
         lines.append(f"loss    {before} at step {first}" + (f", {after} at step {last}" if last > first else ""))
-    lines += _held_out(result)
+    lines += _held_out(result, records)
     lines.append(f"bundle  {result.bundle} ({_size(run_dir.root)})")
     lines.append(f"next:   {_next(result, resolved)}")
     if result.reason is StopReason.STOP_FILE:
@@ -59,10 +59,12 @@ def _loss(record: Record) -> str | None:
     return figure(loss) if isinstance(loss, float) and math.isfinite(loss) else None
 
 
-def _held_out(result: RunResult) -> list[str]:
+def _held_out(result: RunResult, records: list[Record]) -> list[str]:
     shown = Record("eval", result.step, 0.0, dict(result.figures))
     parts = [f"{label} {value}" for label, value in labelled(EVAL_FIELDS, shown)]
-    lines = [f"held out  {', '.join(parts)}"] if parts else []
+    evaluated = [record.step for record in records if record.kind == "eval"]
+    where = f" (step {evaluated[-1]})" if evaluated else ""
+    lines = [f"held out  {', '.join(parts)}{where}"] if parts else []
     step = result.best.get("step")
     best = decisive(Record("eval", result.step, 0.0, dict(result.best)))
     if best is not None and step is not None:

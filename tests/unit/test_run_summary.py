@@ -25,6 +25,7 @@ def test_a_stopped_run_is_resumed_by_the_command_it_shows(tmp_path: Path) -> Non
     assert re.match(r"stop_file at step 3, epoch 0, after 0:0\d:\d\d, 12 sequences of 16 tokens$", found["ended"])
     logged = [record["loss"] for record in records(tmp_path / "b c")]
     assert found["loss"] == f"{logged[0]:.4f} at step 1, {logged[-1]:.4f} at step 3"
+    assert found["held"].startswith("out  loss ") and found["held"].endswith(" (step 2)")
     assert found["best"].startswith("loss ") and "at step 2, in " in found["best"]
     assert re.fullmatch(rf"{re.escape(str(tmp_path / 'b c'))} \(\d+\.\d MB\)", found["bundle"])
     program, *resume = shlex.split(found["next"])
