@@ -14,6 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from hrm_ray.cli.arch_summary import DEFAULT_VOCABULARY
 from hrm_ray.model.build import build_model, build_objective
 from hrm_ray.model.config import ModelConfig, model_config
 from hrm_ray.model.describe import count_parameters, segment_flops, summarise, training_flops
@@ -59,9 +60,8 @@ def test_parameters_are_those_of_the_modules(shape: str) -> None:
 
 
 def preset_config(name: str) -> ModelConfig:
-    """The preset with every other leaf at its default, vocabulary and length too."""
-    settings = resolve_task(load_settings({"--model-preset": name}), "lm")
-    return model_config(settings, settings.data.vocab_size)
+    """The preset with every other leaf at its default, the length too, and the vocabulary that its size counts."""
+    return model_config(resolve_task(load_settings({"--model-preset": name}), "lm"), DEFAULT_VOCABULARY)
 
 
 MILLIONS = {"nano": 5, "tiny": 15, "small": 50, "medium": 150, "large": 400, "xlarge": 1000}

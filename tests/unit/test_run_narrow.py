@@ -93,7 +93,7 @@ def test_what_a_narrow_run_leaves(tmp_path: Path) -> None:
     """Narrow weights in the checkpoint, their average and the puzzle table wide, moments wide; and a bundle that can be
     solved with and started from, in either type."""
     data = puzzle_file(tmp_path)
-    words = (*PUZZLE, "--steps", "3", "--puzzle-emb-ndim", "8")
+    words = (*PUZZLE, "--amp", "--steps", "3", "--puzzle-emb-ndim", "8")
     train(data, tmp_path / "b", *words, *BF16, "--ema", "0.9")
     folder = tmp_path / "b" / "checkpoints" / "step_3"
     weights = stored_types(folder / "model.safetensors")
