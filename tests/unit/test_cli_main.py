@@ -154,7 +154,9 @@ def test_a_closed_pager_ends_quietly(command: str, buffered: bool, tmp_path: Pat
         )
     finally:
         os.close(writer)
-    assert (done.returncode, done.stderr) == (0, "")
+    # A builder that takes more than a moment reports its progress there.
+    said = [line for line in done.stderr.splitlines() if not line.startswith(("train: ", "test: "))]
+    assert (done.returncode, said) == (0, [])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a closed pipe is reported differently there")
