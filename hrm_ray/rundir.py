@@ -124,6 +124,11 @@ class RunDir:
         matches = (_STEP.fullmatch(path.name) for path in self.checkpoints.iterdir())
         return sorted(int(match.group(1)) for match in matches if match)
 
+    @property
+    def only_partial_checkpoints(self) -> bool:
+        """Whether the folder of checkpoints contains nothing but checkpoints that were never whole."""
+        return not self.checkpoints.is_dir() or all(p.name.endswith(_PARTIAL) for p in self.checkpoints.iterdir())
+
     def newest_checkpoint(self) -> Path | None:
         """The complete checkpoint of the highest step, also where an interrupted replacement has moved it aside."""
         found = {step: self.checkpoint(step) for step in self.checkpoint_steps()}

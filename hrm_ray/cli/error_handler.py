@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import traceback
 from collections.abc import Callable
 from functools import wraps
@@ -87,6 +88,11 @@ def _report(error: BaseException) -> int:
         failure = output_failure()
         if failure is not None:
             return _report_output(failure, 0)
+        if error.errno == errno.ENAMETOOLONG:
+            name = str(error.filename)
+            fault = Fault(f"...{name[-60:]} ({len(name)} characters)", "is too long for a path", "Give a shorter one")
+            print_error(f"error: {fault}")
+            return EXIT_USAGE
         if error.errno in DISK_FULL_ERRNOS:
             hint = "Free some space, or send it elsewhere"
             fault = Fault(str(error.filename or "the output"), f"it cannot be written ({error.strerror})", hint)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hrm_ray.bundle.progress import STATE
 from hrm_ray.bundle.store import read_description
+from hrm_ray.bundle.stored_settings import stored_args, stored_settings
 from hrm_ray.bundle.weights_file import fill_module, read_tensors
 from hrm_ray.data.detect import detect
 from hrm_ray.data.packing import TextSamples
@@ -22,7 +23,6 @@ from hrm_ray.data.text_data import TextDataDir
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataError, Fault, SettingsError
 from hrm_ray.launch.data_sources import chunking_config, source_of
-from hrm_ray.launch.run_directory import stored_args, stored_settings
 from hrm_ray.model.build import build_model
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.transforms.cast_weights import cast_weights

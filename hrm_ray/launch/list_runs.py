@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hrm_ray.bundle.stored_settings import stored_settings
 from hrm_ray.errors import DataError
-from hrm_ray.launch.run_directory import stored_settings
 from hrm_ray.launch.run_lock import is_in_use
 from hrm_ray.metrics.jsonl import last_records
 from hrm_ray.rundir import RunDir, read_json

@@ -46,15 +46,15 @@ def architecture_leaves(bundle: Path) -> dict[str, Any]:
     return leaves
 
 
-def with_start_weights(options: Mapping[str, str | bool]) -> Mapping[str, str | bool]:
-    """The command's options; where --model names a bundle, its weights are the start weights, too.
+def with_start_weights(options: Mapping[str, str | bool], *, resumes: bool) -> Mapping[str, str | bool]:
+    """The command's options; where --model names a bundle, its weights are the start weights of a new run, too.
 
     --tokenizer-path, which is the same option, means the tokenizer alone.
     """
     model = options.get("--model")
     if not isinstance(model, str) or "--student-init" in options or _config(Path(model)) is None:
         return options
-    if any(options.get(name) for name in ("--resume", "--resume-from")) or not RunDir(Path(model)).weights.is_file():
+    if resumes or not RunDir(Path(model)).weights.is_file():
         return options
     return {**options, "--student-init": model}
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from hrm_ray.bundle.start_weights import check_start_weights
+from hrm_ray.bundle.stored_settings import stored_args
 from hrm_ray.data.bpe import SizeBounds
 from hrm_ray.data.catalog import CHANGED
 from hrm_ray.data.corpus import CorpusReading
@@ -34,7 +35,7 @@ from hrm_ray.launch.resolve import (
     row_form,
     start_tokenizer,
 )
-from hrm_ray.launch.run_directory import RunLocation, stored_args
+from hrm_ray.launch.run_directory import RunLocation
 from hrm_ray.ledger import copy_ledger
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import RunDir, write_json

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hrm_ray.bundle.stored_settings import run_described_by, stored_args, stored_leaves
 from hrm_ray.data.file_systems import name_for_runs
 from hrm_ray.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 from hrm_ray.errors import DataError, Fault, SettingsError
@@ -23,8 +24,7 @@ from hrm_ray.settings.needs import NoEffect
 from hrm_ray.settings.options import options
 from hrm_ray.settings.presets import layer_leaves, preset_leaves
 from hrm_ray.settings.profiles import BUNDLE_DIRS
-from hrm_ray.settings.tree import RunSettings, from_plain, to_dotted
-from hrm_ray.settings.yaml_file import read_mapping
+from hrm_ray.settings.tree import RunSettings, to_dotted
 from hrm_ray.types import RunResult, StopReason
 
 REUSABLE = frozenset({TOKENIZER_FILE, CONFIG_FILE})
@@ -40,8 +40,10 @@ PREPARED = REUSABLE | {
     "ledger.sqlite",
     *(f"ledger.sqlite{ending}" for ending in SIDE_FILES),
     "chunk_tracker_state.json",
+    "reports.json",
+    "wandb",
 }
-"""Files of a bundle that exist before the first step."""
+"""Files of a bundle that exist before the first checkpoint; wandb/ is what --report-to wandb keeps there."""
 
 LOCK_FILES = frozenset({".run.lock", ".in_use.json", ".preparing"})
 """What a run has in its folder beside the bundle while it runs; a Ray run has a DRIVER_MARKER file too."""
@@ -86,11 +88,13 @@ def load_run(
     With --resume or --resume-from they are laid over those of the run to resume, and where the file is the
     training_args.json of a bundle over those of its run, except the bundle's folder.
     """
-    earlier = _run_described_by(config)
+    earlier = run_described_by(config)
     if earlier is not None:
         config = None
-    flat_options = with_start_weights(flat_options)
-    where = peek_leaves(flat_options, config, (*_NAME_A_RUN, "model.student_init"))
+    where = peek_leaves(flat_options, config, _NAME_A_RUN)
+    resumes = where["run.resume"] or where["run.resume_from"] is not None
+    flat_options = with_start_weights(flat_options, resumes=resumes)
+    where |= peek_leaves(flat_options, config, ("model.student_init",))
     if where["run.resume_from"] is not None:
         where["run.resume_from"] = find_checkpoint(where["run.resume_from"])
     where["run.profile"] = where["run.profile"] or profile
@@ -152,7 +156,7 @@ def _base_settings(run_dir: RunDir, where: Mapping[str, Any]) -> dict[str, Any]:
         reason = f"contains no run ({run_dir.training_args.name} is missing)"
         hint = "Give --bundle-dir (or --brain-name) of an earlier run, or leave out --resume"
         raise SettingsError(Fault(str(run_dir.root), reason, hint))
-    dotted = _stored_leaves(run_dir)
+    dotted = stored_leaves(run_dir)
     if where["run.resume_from"] is None:
         # The folder of --profile may be another one than that of the run.
         folder: Path | None = run_dir.root if where["run.brain_name"] is None else run_dir.root.parent
@@ -160,49 +164,6 @@ def _base_settings(run_dir: RunDir, where: Mapping[str, Any]) -> dict[str, Any]:
         named = where["run.brain_name"] is not None or where["run.bundle_dir"] is not None
         folder = None if named else run_dir.root
     return dotted | {"run.brain_name": None, "run.bundle_dir": None if folder is None else str(folder)}
-
-
-def stored_args(run_dir: RunDir) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings and data of a bundle, as in its training_args.json. Raises DataError for other content."""
-    plain = read_json(run_dir.training_args)
-    if not isinstance(plain, dict) or not all(isinstance(plain.get(part), dict) for part in ("settings", "data")):
-        raise _not_as_written(run_dir, "settings and data are not both in it")
-    return plain["settings"], plain["data"]
-
-
-def _stored_leaves(run_dir: RunDir) -> dict[str, Any]:
-    return to_dotted(stored_settings(run_dir))
-
-
-def stored_settings(run_dir: RunDir) -> RunSettings:
-    """The settings of a bundle, also of one that an older version wrote. Raises DataError."""
-    try:
-        return _settings_of(stored_args(run_dir)[0])
-    except SettingsError as error:
-        raise _not_as_written(run_dir, "; ".join(f"{f.value}: {f.reason}" for f in error.faults)) from error
-
-
-def _run_described_by(config: Path | None) -> dict[str, Any] | None:
-    """The settings of the run that a settings file describes, by dotted key, if it is the training_args.json of a
-    bundle (or the same as YAML). Raises SettingsError where it is one of another version."""
-    content = None if config is None or not config.is_file() else read_mapping(config, "--config")
-    if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
-        return None
-    return to_dotted(_settings_of(content["settings"])) | {"run.brain_name": None, "run.bundle_dir": None}
-
-
-def _settings_of(plain: dict[str, Any]) -> RunSettings:
-    """Stored settings, also of an older version. Raises SettingsError."""
-    for option in options().values():
-        section = plain.setdefault(option.section, {})
-        if option.traits.legacy_default is not None and isinstance(section, dict):
-            section.setdefault(option.name, option.traits.legacy_default)
-    return from_plain(plain)
-
-
-def _not_as_written(run_dir: RunDir, what: str) -> DataError:
-    hint = "Restore the file from a copy of the bundle, or use the version of hrm_ray that wrote it"
-    return DataError(Fault(str(run_dir.training_args), f"is not what hrm-ray train wrote ({what})", hint))
 
 
 def trained_with(settings: RunSettings) -> dict[str, Any]:
@@ -217,7 +178,7 @@ def trained_with(settings: RunSettings) -> dict[str, Any]:
         source = RunDir(_folder(run.brain_name, run.bundle_dir, settings.data.training_data, run.profile))
     else:
         return {}
-    return _stored_leaves(source) if source.training_args.is_file() else {}
+    return stored_leaves(source) if source.training_args.is_file() else {}
 
 
 def locate_run(settings: RunSettings) -> RunLocation:
@@ -247,11 +208,8 @@ def locate_run(settings: RunSettings) -> RunLocation:
 
 def holds_no_weights(run_dir: RunDir, *, best_too: bool = False) -> bool:
     """Whether a bundle has no checkpoint and no weights (with `best_too`: but those of an evaluation), and nothing in
-    it but our own files.
-
-    A run that ended before its first checkpoint leaves such a one; a new run may take its place.
-    """
-    if not run_dir.training_args.is_file() or run_dir.newest_checkpoint() is not None:
+    it but our own files, as a run leaves it that ended before its first checkpoint."""
+    if not run_dir.training_args.is_file() or not run_dir.only_partial_checkpoints:
         return False
     own = PREPARED | {run_dir.checkpoints.name, *([run_dir.best.root.name] if best_too else [])}
     return own.issuperset(_names_in(run_dir))
@@ -278,7 +236,7 @@ def finished_before(settings: RunSettings, location: RunLocation) -> RunResult |
     goes_on = run.stop_after_epoch or run.stop_after_block or settings.data.force_train
     if goes_on or about["ended"] != StopReason.FINISHED.value or about["step"] != step:
         return None
-    stored = _stored_leaves(run_dir)
+    stored = stored_leaves(run_dir)
     as_long = all(settings.leaf(f"run.{name}") == stored[f"run.{name}"] for name in ("steps", "epochs", "iterate"))
     if not as_long and (run.step_limit is None or run.step_limit > step):
         return None
@@ -408,14 +366,16 @@ def check_folder_is_free(location: RunLocation) -> None:
     inside = sorted(_names_in(run_dir) - REUSABLE)
     if not inside:
         return
-    if holds_no_weights(run_dir, best_too=location.may_replace):
+    if holds_no_weights(run_dir, best_too=True) if location.may_replace else never_trained(run_dir):
         return
     if run_dir.training_args.is_file():
         steps = run_dir.checkpoint_steps()
         reached = f"a checkpoint at step {steps[-1]}" if steps else "no checkpoint yet"
         hint = "Give --resume to continue it, or another --brain-name"
         if not steps:
-            hint = "There is nothing to resume: delete the folder, or give another --brain-name"
+            hint = "Delete the folder, or give another --brain-name"
+            if holds_no_weights(run_dir, best_too=True):
+                hint = "Give --auto-resume to start again in it (its metrics are replaced), or another --brain-name"
         raise SettingsError(Fault(str(root), f"already contains a run, with {reached}", hint))
     hint = "Give another --brain-name or --bundle-dir"
     raise SettingsError(Fault(str(root), f"the folder is not empty (it contains {inside[0]})", hint))
@@ -423,7 +383,7 @@ def check_folder_is_free(location: RunLocation) -> None:
 
 def _check_same(settings: RunSettings, source: RunDir) -> None:
     """Refuse settings that would make the checkpoint's tensors or its place in the data mean something else."""
-    stored = _stored_leaves(source)
+    stored = stored_leaves(source)
     now = to_dotted(settings)
     hint = "Leave it out to resume the run, or start a new one under another --brain-name"
     faults = []

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from hrm_ray.atomic_files import atomic_write
-from hrm_ray.errors import DataError, Fault
+from hrm_ray.errors import DataError, Fault, ResourceError
 from hrm_ray.types import Record, RecordKind
 
 _LOG = logging.getLogger(__name__)
@@ -30,15 +30,21 @@ class JsonlSink:
 
     `append=False` replaces the file. When appending after a kill, a half-written last line is cut off first and the
     cut is logged. Where the file is deleted or replaced while it is open, later records go into a new one at its path.
-    A second process must not write the same file.
+    A second process must not write the same file. Raises ResourceError where the file cannot be opened.
     """
 
     def __init__(self, path: Path, append: bool = True) -> None:
         self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if append:
-            _repair_tail(path)
-        self._file = path.open("ab" if append else "wb")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if append:
+                _repair_tail(path)
+            self._file = path.open("ab" if append else "wb")
+        except OSError as error:
+            reason = f"cannot be written ({error.strerror})"
+            raise ResourceError(
+                Fault(str(path), reason, "Give a file on a disk with room, that you may write")
+            ) from error
 
     def write(self, record: Record) -> None:
         """Take one record. ValueError if a value is named kind, step or time_s, or if the sink is closed."""

@@ -5,10 +5,11 @@ It runs in the test process (strategy single) and in spawned gloo processes alik
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from hrm_ray.bundle.weights_file import read_tensors
+from hrm_ray.model.objective import SegmentOutput
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.evaluate import EvalSet, evaluate
@@ -39,6 +41,8 @@ class Case:
     scenario: str = "text"
     optimizer: str = "adam-atan2"
     more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    bad_steps: tuple[int, ...] = ()
+    """Steps, counted from 1, whose loss is not a number."""
 
 
 class HeldOutRows(Rows):
@@ -70,6 +74,13 @@ def loop_of(case: Case, strategy: str, cut: str) -> tuple[RunSettings, TrainingL
     config = config_for(settings)
     world = World.here("cpu", 1)
     loop = assemble(settings, config, Rows(config.task), world, 100)
+
+    def spoil(objective: nn.Module, given: Any, output: SegmentOutput[Any]) -> SegmentOutput[Any] | None:
+        if loop.progress.batch_idx not in case.bad_steps:
+            return None
+        return replace(output, terms=tuple(replace(term, total=term.total * math.nan) for term in output.terms))
+
+    loop.parts.objective.register_forward_hook(spoil)
     script(loop, chosen.failures)
     return settings, loop
 
@@ -78,8 +89,9 @@ def write_start(case: Case, folder: Path) -> None:
     """A checkpoint of one process from which every strategy starts: warm heads, and an optimizer two steps old."""
     _, loop = loop_of(case, "single", "1x1x8")
     warm_heads(loop)
-    for _ in range(2):
-        loop.step()
+    if not case.bad_steps:
+        for _ in range(2):
+            loop.step()
     folder.mkdir(parents=True)
     loop.parts.strategy.save(folder)
 
@@ -90,11 +102,12 @@ def trained(case: Case, strategy: str, cut: str, start: Path, end: Path, steps: 
     world = loop.world
     loop.parts.strategy.load(start)
     losses, norms = [], []
-    for _ in range(steps):
+    for number in range(1, steps + 1):
         report = loop.step()
-        assert report is not None and report.applied
-        losses.append(loop.flush_metrics()["objective"])
-        norms.append(report.norm)
+        assert report is not None and report.applied == (number not in case.bad_steps)
+        if report.applied:
+            losses.append(loop.flush_metrics()["objective"])
+            norms.append(report.norm)
     held_out = EvalSet.of_run(HeldOutRows(loop.parts.objective.model.config.task), settings, world)
     assert held_out is not None
     with loop.parts.strategy.evaluating() as objective:

@@ -123,6 +123,8 @@ def test_a_bundle_as_model_gives_weights_architecture_and_the_next_expert(
     data = ("--dataset-file", assets / "text.txt")
     alone = hrm("train", *data, "--tokenizer-path", assets / "base", "--dry-run")
     assert "model.student_init = (random weights)" in alone.out
+    started = hrm("train", *data, "--model", assets / "base", "--resume", "false", "--dry-run")
+    assert f"model.student_init = {assets / 'base'}" in started.out
     against = hrm("train", *data, "--model", assets / "base", "--hidden-size", "64", "--dry-run")
     assert against.code == 5 and len(against.faults) == 1 and "64" in against.err and "32" in against.err
 

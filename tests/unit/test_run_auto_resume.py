@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,22 @@ def test_what_it_does_not_replace(tmp_path: Path) -> None:
         path = bundle / name
         path.unlink() if path.is_file() else path.rename(bundle / "step_1")
     refused(2, *again, naming=(bundle, "no checkpoint yet"))
+
+
+@pytest.mark.parametrize("left", ["reports.json", "wandb/run.wandb", "best/model.safetensors", "metrics.jsonl"])
+def test_what_a_run_killed_before_its_first_checkpoint_leaves(left: str, tmp_path: Path) -> None:
+    data, bundle = text_file(tmp_path), tmp_path / "b"
+    train(data, bundle, *TEXT, "--steps", "1")
+    for path in list(bundle.iterdir()):
+        if path.name not in ("training_args.json", "metrics.jsonl"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (bundle / left).parent.mkdir(exist_ok=True)
+    with (bundle / left).open("a") as file:
+        file.write("{}\n" if left == "reports.json" else "")
+    assert (
+        hrm("train", "--dataset-file", data, "--bundle-dir", bundle, *TEXT, "--steps", "2", "--auto-resume").code == 0
+    )
+    assert RunDir(bundle).checkpoint_steps() == [2]
 
 
 def test_without_a_name_the_data_names_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

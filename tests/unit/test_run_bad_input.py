@@ -417,3 +417,18 @@ def test_a_log_file_of_a_resumed_run(bundles: Path, tmp_path: Path) -> None:
     before = files_below(tmp_path)
     refused(2, "train", "--bundle-dir", bundle, "--resume", "--steps", "5", naming=(log, "not a file of metrics"))
     assert files_below(tmp_path) == before
+
+
+@pytest.mark.parametrize("option", ["--dataset-file", "--bundle-dir", "--log-file", "--config", "--resume-from"])
+def test_a_name_that_no_file_system_takes(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = {"--dataset-file": text_file(tmp_path), "--bundle-dir": tmp_path / "b"} | {option: "a" * 3000}
+    refused(2, "train", *(word for pair in words.items() for word in pair), *TEXT, naming=("aaa", "too long"))
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder in which nobody can make a file")
+def test_a_log_file_that_cannot_be_made(tmp_path: Path) -> None:
+    command = ("train", "--dataset-file", text_file(tmp_path), "--bundle-dir", tmp_path / "b", *TEXT)
+    refused(4, *command, "--log-file", "/proc/x", naming=("/proc/x", "cannot be written"))
+    assert not (tmp_path / "b").exists()

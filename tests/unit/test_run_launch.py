@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -174,14 +175,28 @@ def test_a_run_that_fails_at_its_first_step_leaves_no_bundle(tmp_path: Path, mon
 
 
 def test_a_run_that_diverged_before_its_first_checkpoint_gives_way(tmp_path: Path) -> None:
-    """Its metrics stay until then: they show what happened."""
+    """Its metrics stay until --auto-resume starts again: they show what happened."""
     data, bundle = text_folder(tmp_path / "data"), tmp_path / "b"
     words = ("train", "--dataset-file", data, "--bundle-dir", bundle, *TEXT, "--steps", "40")
     ran = hrm(*words, "--lr", "1e30")
     assert ran.code == 6 and len(ran.faults[0]) < 300, ran.err
     assert len(records(bundle)) >= 1 and not RunDir(bundle).checkpoint_steps()
-    train(data, bundle, *TEXT, "--steps", "2")
+    refused(2, *words, naming=("no checkpoint yet", "Give --auto-resume to start again"))
+    train(data, bundle, *TEXT, "--steps", "2", "--auto-resume")
     assert [record["step"] for record in records(bundle)] == [1, 2]
+
+
+@pytest.mark.parametrize("kept", ["golden_step_4", "step_4.superseded-2"])
+def test_a_checkpoint_under_another_name_is_never_deleted(kept: str, tmp_path: Path) -> None:
+    data, bundle = text_folder(tmp_path / "data"), tmp_path / "b"
+    train(data, bundle, *TEXT, "--steps", "6", "--save-every", "2")
+    checkpoints = bundle / "checkpoints"
+    (checkpoints / "step_4").rename(checkpoints / kept)
+    for gone in (checkpoints / "step_2", checkpoints / "step_6", bundle / "model.safetensors"):
+        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    for more in ((), ("--auto-resume",)):
+        refused(2, "train", "--dataset-file", data, "--bundle-dir", bundle, *TEXT, *more, naming=("contains a run",))
+    assert (checkpoints / kept / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("where", ["preflight", "cluster"])

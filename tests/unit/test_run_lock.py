@@ -46,9 +46,9 @@ def test_a_new_run_in_the_folder_of_a_live_one_is_refused_with_its_process(tmp_p
             message = refused(2, *new, *more, naming=(bundle, f"process {os.getpid()} on", "is training in it"))
             assert "--resume" not in message
         shutil.rmtree(bundle / "checkpoints")
-        assert "delete" not in refused(2, *new, naming=(f"process {os.getpid()} on", "is training in it"))
+        assert "elete" not in refused(2, *new, naming=(f"process {os.getpid()} on", "is training in it"))
     before = files_below(bundle)
-    refused(2, *new, naming=(bundle, "no checkpoint yet", "delete the folder"))
+    refused(2, *new, naming=(bundle, "no checkpoint yet", "Delete the folder"))
     assert files_below(bundle) == before
 
 

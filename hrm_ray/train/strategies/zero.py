@@ -137,7 +137,7 @@ class ZeroStrategy:
 
     def step(self, max_norm: float, scale: float) -> float:
         if self._bad_step:
-            # Only after a skipped step: reading gradients by name costs a collective for each.
+            # Only after a skipped step: to look at every gradient costs time.
             self._non_finite = self._names_not_finite()
         self.optimizer.clip_grad = max_norm
         self.optimizer.override_loss_scale(scale)
@@ -155,10 +155,17 @@ class ZeroStrategy:
         return norm
 
     def _names_not_finite(self) -> list[str]:
-        from deepspeed.utils import safe_get_full_grad
+        """Parameters whose gradient is not finite on any rank; a collective."""
+        found = [name for name, gradient in self._gradients() if not bool(gradient.isfinite().all())]
+        on_ranks: list[list[str]] = [[] for _ in range(self.world.size)]
+        dist.all_gather_object(on_ranks, found)
+        return [name for name in self.trained if any(name in names for names in on_ranks)]
 
-        gradients = ((name, safe_get_full_grad(parameter)) for name, parameter in self.trained.items())
-        return [name for name, gradient in gradients if gradient is not None and not bool(gradient.isfinite().all())]
+    def _gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """The gradients before the step: in stage 1 still this rank's own."""
+        for name, parameter in self.trained.items():
+            if parameter.grad is not None:
+                yield name, parameter.grad
 
     def discard(self) -> None:
         self._non_finite = []
@@ -175,7 +182,7 @@ class ZeroStrategy:
             group["lr"] = lr
 
     def non_finite_parameters(self) -> list[str]:
-        return self._non_finite or ["a parameter that ZeRO does not name at the first such step"]
+        return self._non_finite or ["a parameter that ZeRO does not name"]
 
     def overflowed_parameters(self) -> list[str]:
         return []
@@ -277,7 +284,7 @@ class ZeroStrategy:
 
 
 class Zero2Strategy(ZeroStrategy):
-    """Stage 2."""
+    """Stage 2. Before the step the gradients lie in buckets, and have no names."""
 
     stage = 2
 
@@ -290,6 +297,14 @@ class Zero3Strategy(ZeroStrategy):
 
     stage = 3
     _evaluates = False
+
+    def _gradients(self) -> Iterator[tuple[str, Tensor]]:
+        from deepspeed.utils import safe_get_full_grad
+
+        for name, parameter in self.trained.items():
+            gradient = safe_get_full_grad(parameter)
+            if gradient is not None:
+                yield name, gradient
 
     def _new_average(self, decay: float) -> Ema:
         return Ema({name: p.ds_tensor for name, p in self._partitioned().items() if p.requires_grad}, decay)
