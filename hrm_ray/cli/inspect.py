@@ -57,7 +57,7 @@ def inspect_command(argv: Sequence[str]) -> int:
         flat["--dataset-file"] = path
     if any(peek_leaves(flat, arguments.config, ("data.prompt_column", "data.response_column")).values()):
         # Training takes pairs under this option only; here there is nothing else that the columns could mean.
-        flat["--lm-mask"] = "prefix"
+        flat.setdefault("--lm-mask", "prefix")
     settings = load_settings(
         flat, arguments.config, found=faults, given_again=arguments.overridden, also_known=COMMAND.own_names
     )

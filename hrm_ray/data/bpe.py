@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from hrm_ray.data.rows import Document
-from hrm_ray.data.tokenizer import END_OF_TEXT, PAD, TextTokenizer
+from hrm_ray.data.tokenizer import END_OF_TEXT, PAD, TextTokenizer, text_slices
 from hrm_ray.errors import DataError, Fault, SettingsError
 
 MARKS = (END_OF_TEXT, PAD)
@@ -20,8 +20,6 @@ LONGEST_WORD = 256
 SAMPLE_BYTES = 16 << 20
 """Text to train on at the most (16 MiB, as UTF-8). The trainer keeps every distinct word: of text that hardly repeats
 any, such as Chinese, up to a hundred bytes for each byte."""
-_SLICE_CHARACTERS = 1 << 16
-"""The trainer gets longer texts in slices: it splits up to 256 at once, and needs 50 bytes for each byte of them."""
 
 ENOUGH_COUNTS = 100
 LEAST_SAMPLE_COUNTS = 5
@@ -112,7 +110,7 @@ def train_sized_bpe(read: Callable[[], Iterable[str | Document]], bounds: SizeBo
         decided = f"; that gives {from_counts} tokens, --min-vocab-size {bounds.least} asks for more"
     elif from_counts >= bounds.most:
         decided = f"; --max-vocab-size {bounds.most} limits it"
-    size = f"{sample.bytes / 1e6:.1f} MB in {sample.documents} documents"
+    size = f"{sample.bytes / 1e6:.1f} MB in {sample.documents} document{'' if sample.documents == 1 else 's'}"
     share = f"1/{times:.1f} of it" if times > 1 else "the size of all of it is unknown"
     of_what = f"all of the text ({size})" if sample.is_all else f"a sample of the text ({size}, {share})"
     return SizedBpe(
@@ -123,7 +121,8 @@ def train_sized_bpe(read: Callable[[], Iterable[str | Document]], bounds: SizeBo
 
 
 class _Measured:
-    """The first `examples` texts in slices, at most SAMPLE_BYTES of them, counted with their UTF-8 bytes; `is_all` says
+    """The first `examples` texts in slices (the trainer splits up to 256 at once, and needs 50 bytes for each byte of
+    them), at most SAMPLE_BYTES of them, counted with their UTF-8 bytes; `is_all` says
     whether there were no more."""
 
     def __init__(self, texts: Iterable[str | Document], examples: int) -> None:
@@ -138,20 +137,9 @@ class _Measured:
             if is_first_piece and self.documents == self._examples:
                 return
             self.documents += is_first_piece
-            for part in _slices(text):
+            for part in text_slices(text):
                 if self.bytes >= SAMPLE_BYTES:
                     return
                 self.bytes += len(part.encode("utf-8"))
                 yield part
         self.is_all = True
-
-
-def _slices(text: str) -> Iterator[str]:
-    """The text in slices, cut behind a line, else before a space, so that hardly any word is divided."""
-    begin = 0
-    while len(text) - begin > _SLICE_CHARACTERS:
-        last = begin + _SLICE_CHARACTERS
-        end = text.rfind("\n", begin, last) + 1 or max(text.rfind(" ", begin + 1, last), 0) or last
-        yield text[begin:end]
-        begin = end
-    yield text[begin:] if begin else text

@@ -1,7 +1,7 @@
 """Tokenised chunks in the order of an epoch, made on demand.
 
-A text loader reads from a ChunkSource. LocalChunks reads and tokenises in this process, in a thread that stays a few
-chunks ahead of training (the tokenizer releases the GIL).
+A text loader reads from a ChunkSource. LocalChunks reads and tokenises in this process, in a thread that stays a chunk
+or two ahead of training (the tokenizer releases the GIL).
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from hrm_ray.types import StopPoll, StopRequested
 
 AHEAD = 2
 """Chunks that are read and tokenised before they are asked for."""
+_AHEAD_BYTES = 16 << 20
+"""Of large chunks fewer: no other is made while so many bytes of tokens wait."""
 STOP_CHECK_INTERVAL_S = 0.2
 """How often a stop is looked for while a chunk is awaited."""
 
@@ -268,6 +270,8 @@ class LocalChunks:
             if chunk is None:
                 return
             yield slot.assign(chunk)
+            # Not kept while the next one is made.
+            del chunk
 
 
 class InMemoryChunks:
@@ -290,7 +294,7 @@ class InMemoryChunks:
 
 
 class _Prefetcher:
-    """Reads an iterator in a thread, up to AHEAD items ahead."""
+    """Reads an iterator in a thread, up to AHEAD items or _AHEAD_BYTES ahead."""
 
     def __init__(self, items: Iterator[Chunk], stop: StopPoll) -> None:
         self._items, self._stop = items, stop
@@ -315,6 +319,8 @@ class _Prefetcher:
             if isinstance(item, BaseException):
                 raise item
             yield item
+            # Not kept while the next one is awaited.
+            del item
 
     def close(self) -> None:
         """Stop the thread after its current item."""
@@ -325,18 +331,29 @@ class _Prefetcher:
 
     def _work(self) -> None:
         try:
-            for item in self._items:
-                if not self._put(item):
-                    return
-            self._put(None)
+            while self._has_room() and self._make_one():
+                pass
         except BaseException as error:  # noqa: BLE001 - raised again where the item is asked for
             self._put(error)
 
-    def _put(self, item: Chunk | BaseException | None) -> bool:
-        """Whether the item was wanted; waits until there is room for it."""
+    def _has_room(self) -> bool:
+        """Waits until another item may be made; False where none is wanted any more."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or len(self._ready) < AHEAD)
-            if not self._closed:
-                self._ready.append(item)
-                self._changed.notify_all()
+            self._changed.wait_for(lambda: self._closed or self._wants_more)
             return not self._closed
+
+    @property
+    def _wants_more(self) -> bool:
+        waiting_bytes = sum(item.store.memory_bytes for item in self._ready if isinstance(item, Chunk))
+        return len(self._ready) < AHEAD and waiting_bytes < _AHEAD_BYTES
+
+    def _make_one(self) -> bool:
+        """Whether there was another item."""
+        item = next(self._items, None)
+        self._put(item)
+        return item is not None
+
+    def _put(self, item: Chunk | BaseException | None) -> None:
+        with self._changed:
+            self._ready.append(item)
+            self._changed.notify_all()

@@ -62,6 +62,8 @@ def read_chunks(
             chunk = begun.closed(after)
             yield chunk
             begun = _OpenChunk(corpus, _next(chunk))
+            # Its text is not kept while the next one is read.
+            del chunk
     if begun.taken:
         yield begun.closed(RowPosition(len(corpus.parts), 0))
 

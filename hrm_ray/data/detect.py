@@ -23,7 +23,7 @@ class DataFacts:
     """The result of `detect`. `bytes` and `files` are those of the split, `skipped_files` are in the folder (or
     archive) but not read; `columns` is False if no part can have any (plain text files); `puzzle` is set if the task is
     "puzzle"; `notes` are warnings about files that are no part of the data; `unused` names those of
-    `as_text` and `delimiter` that apply to none of the files."""
+    `as_text`, `delimiter` and `text_rows` that apply to none of the files."""
 
     task: Literal["lm", "puzzle"]
     path: str
@@ -65,12 +65,14 @@ def detect(source: TextSource, on_bad_row: OnBadRow = "fail") -> DataFacts:
 
 
 def _unused(parts: Sequence[Part]) -> tuple[str, ...]:
-    """Which of `as_text` and `delimiter` apply to none of the parts; what is in an archive or on the Hub may be any."""
+    """Which of `as_text`, `delimiter` and `text_rows` apply to none of the parts; what is in an archive or
+    on the Hub may be any."""
     kinds = [part.kind for part in parts]
     if any(kind is None or kind.is_archive for kind in kinds):
         return ()
     by_name = {"as_text": all(part.kind == kind_of(part.address) for part in parts)}
     by_name["delimiter"] = not any(kind is not None and kind.form in ("csv", "tsv") for kind in kinds)
+    by_name["text_rows"] = not any(kind is not None and kind.form in TEXT_FORMATS for kind in kinds)
     return tuple(name for name, unused in by_name.items() if unused)
 
 

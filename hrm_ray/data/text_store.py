@@ -5,39 +5,43 @@ none here."""
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from hrm_ray.atomic_files import atomic_write
 from hrm_ray.data.rows import Document
-from hrm_ray.data.tokenizer import Encoded, TextTokenizer
+from hrm_ray.data.tokenizer import Encoded, TextTokenizer, text_slices
 
 FORMAT = "1"
 
-# A batch goes to the tokenizer's threads at once, which need a hundred bytes for each token. Both bounds limit that:
+# A batch goes to the tokenizer's threads at once, which need some hundred bytes for each token. Both bounds limit that:
 # many small documents, or large ones.
 _BATCH_DOCUMENTS = 1024
 _BATCH_CHARACTERS = 1 << 18
+
+_HEADER_BYTES = 512
+"""What a file is longer than its arrays, at the most."""
 
 
 @dataclass(frozen=True)
 class TextStore:
     """Documents as tokens.
 
-    `tokens` int32 [T], `token_bytes` unsigned [T] (UTF-8 bytes each token stands for, 0 for end-of-text), `starts`
-    int64 [N+1] (where each document begins; the last entry is T), for pairs `prompts` int32 [N] (tokens of the prompt).
-    `pad_id` is what rows are filled up with; `empty_documents` were left out because no token was in them.
+    `tokens` uint16 [T] (int32 for a vocabulary that needs it), `token_bytes` unsigned [T] (UTF-8 bytes each token
+    stands for, 0 for end-of-text), `starts` int64 [N+1] (where each document begins; the last entry is T), for pairs
+    `prompts` int32 [N] (tokens of the prompt). `pad_id` is what rows are filled up with; `empty_documents` were left
+    out because no token was in them.
     """
 
-    tokens: npt.NDArray[np.int32]
+    tokens: npt.NDArray[Any]
     token_bytes: npt.NDArray[Any]
     starts: npt.NDArray[np.int64]
     prompts: npt.NDArray[np.int32] | None
@@ -61,13 +65,14 @@ def tokenise(documents: Iterable[Document], tokenizer: TextTokenizer, pairs: boo
 
     With `pairs` prompt and response are tokenised separately, so that no token spans both.
     """
-    tokens: list[npt.NDArray[Any]] = [np.zeros(0, np.int32)]
+    kind = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32
+    tokens: list[npt.NDArray[Any]] = [np.zeros(0, kind)]
     widths: list[npt.NDArray[Any]] = [np.zeros(0, np.uint8)]
     lengths: list[int] = []
     prompts: list[int] = []
     empty = begun = 0
     end = Encoded(np.array([tokenizer.end_of_text_id], np.int32), np.zeros(1, np.int32))
-    for batch in _batches(documents):
+    for batch in _batches(_divided(documents)):
         pieces: list[Encoded] = []
         for document, parts in zip(batch, _encode(batch, tokenizer, pairs), strict=True):
             pieces += parts
@@ -82,21 +87,35 @@ def tokenise(documents: Iterable[Document], tokenizer: TextTokenizer, pairs: boo
             lengths.append(length + 1)
             prompts.append(len(parts[0].ids))
         if pieces:
-            tokens.append(np.concatenate([piece.ids for piece in pieces]))
+            tokens.append(np.concatenate([piece.ids for piece in pieces]).astype(kind))
             counted = np.concatenate([piece.bytes for piece in pieces])
             widths.append(counted.astype(np.min_scalar_type(int(counted.max(initial=0)))))
     if begun > 1:
         lengths.append(begun)
         prompts.append(begun)
     kept = sum(lengths)  # a single last token would be a document without a label
+    stream = np.concatenate(tokens)[:kept]
+    # Of a large chunk these are megabytes, held twice no longer than needed.
+    tokens.clear()
     return TextStore(
-        tokens=np.concatenate(tokens)[:kept],
+        tokens=stream,
         token_bytes=np.concatenate(widths)[:kept],
         starts=np.concatenate((np.zeros(1, np.int64), np.cumsum(np.array(lengths, dtype=np.int64)))),
         prompts=np.array(prompts, dtype=np.int32) if pairs else None,
         pad_id=tokenizer.pad_id,
         empty_documents=empty,
     )
+
+
+def _divided(documents: Iterable[Document]) -> Iterator[Document]:
+    """The documents, with pieces of a text cut into smaller ones: a piece is longer than a batch may be."""
+    for document in documents:
+        if not document.piece and not document.continues:
+            yield document
+            continue
+        *parts, last = text_slices(document.text)
+        yield from (replace(document, text=part, continues=True) for part in parts)
+        yield replace(document, text=last)
 
 
 def _encode(batch: list[Document], tokenizer: TextTokenizer, pairs: bool) -> list[tuple[Encoded, ...]]:
@@ -145,9 +164,23 @@ def save_store(store: TextStore, path: Path) -> None:
         "empty_documents": str(store.empty_documents),
         "digest": _digest(arrays),
     }
-    # Not by the library's own writing, which makes files that only their owner may read.
+    # Not by the library's own writing, which makes files that only their owner may read, or needs all of it as bytes.
+    header: dict[str, Any] = {"__metadata__": about}
+    begin = 0
+    # Wide values first, so that all are aligned.
+    ordered = sorted(arrays, key=lambda name: -arrays[name].itemsize)
+    for name in ordered:
+        array = arrays[name]
+        end = begin + array.nbytes
+        dtype = f"{array.dtype.kind.upper()}{8 * array.itemsize}"
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": (begin, end)}
+        begin = end
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
     with atomic_write(path) as file:
-        file.write(save(arrays, metadata=about))
+        file.write(len(head).to_bytes(8, "little") + head)
+        for name in ordered:
+            file.write(np.ascontiguousarray(arrays[name]).view(np.uint8).data)
 
 
 def load_store(path: Path) -> TextStore | None:
@@ -211,7 +244,7 @@ class ChunkCache:
             return
         # Nothing is evicted: an epoch reads every chunk once, so the oldest would go just before it is wanted again.
         used_bytes = self._used()
-        if used_bytes + store.memory_bytes > self._limit_bytes:
+        if used_bytes + store.memory_bytes + _HEADER_BYTES > self._limit_bytes:
             gigabytes = self._limit_bytes / 1e9
             self.refusal = f"--cache-gb {gigabytes:g} is full, so later chunks are tokenised again in every epoch"
             return

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ VOCABULARIES = frozenset(
     | {"tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}
 )
 """Files of a tokenizer that hold its vocabulary, or a part of it."""
+_SLICE_CHARACTERS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,18 @@ class TextTokenizer:
         if found.eos_token is None:
             raise _no_end_of_text(folder)
         return cls(found.backend_tokenizer, str(found.eos_token), found.pad_token and str(found.pad_token))
+
+
+def text_slices(text: str) -> Iterator[str]:
+    """A text of any length in slices of at most 65,536 characters, cut behind a line, else before a
+    space, so that hardly any word is divided."""
+    begin = 0
+    while len(text) - begin > _SLICE_CHARACTERS:
+        last = begin + _SLICE_CHARACTERS
+        end = text.rfind("\n", begin, last) + 1 or max(text.rfind(" ", begin + 1, last), 0) or last
+        yield text[begin:end]
+        begin = end
+    yield text[begin:] if begin else text
 
 
 def _widths(backend: Tokenizer, vocab_size: int) -> npt.NDArray[np.int32] | None:

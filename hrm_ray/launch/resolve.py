@@ -180,7 +180,11 @@ def _without_effect(
     has_columns = any(each.columns for each in (facts, evaluation) if each is not None)
     if facts.task == "lm" and "data.text_column" in settings.given and not has_columns:
         found.append(NoEffect(f"--text-column {settings.data.text_column}", "plain text files have no columns"))
-    reasons = {"as_text": "no file is read only because of it", "delimiter": "no file is a .csv or .tsv"}
+    reasons = {
+        "as_text": "no file is read only because of it",
+        "delimiter": "no file is a .csv or .tsv",
+        "text_rows": "no file is plain text",
+    }
     for name, reason in reasons.items():
         unused = all(name in each.unused for each in (facts, evaluation) if each is not None)
         if facts.task == "lm" and f"data.{name}" in settings.given and unused:

@@ -71,7 +71,7 @@ class ModelSettings(Section):
     """Gated feed-forward layer (GLU); otherwise two matrices of the same inner width."""
     dropout_rate: float = option(0.0, "free", ge=0, lt=1)
     """Dropout after attention and after the feed-forward layer."""
-    lm_mask: Literal["causal", "prefix"] = option("causal", "fixed", needs=(TEXT,))
+    lm_mask: Literal["causal", "prefix"] = option("causal", "fixed", affects=("rows",), needs=(TEXT,))
     """Attention mask of a language model: causal, or prefix (full in the prompt, causal in the response)."""
     use_moe: bool = option(False, "fixed", aliases=switch_aliases("--moe"), legacy_default=False)
     """Mixture of experts in place of every feed-forward layer."""

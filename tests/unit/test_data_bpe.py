@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hrm_ray.data import bpe
+from hrm_ray.data import bpe, tokenizer
 from hrm_ray.data.bpe import LEAST_SAMPLE_COUNTS, LEAST_VOCABULARY, SizeBounds, train_bpe, train_sized_bpe
 from hrm_ray.data.readers import TextSource, read_documents
 from hrm_ray.data.rows import Document
@@ -129,7 +129,7 @@ def test_a_vocabulary_of_150000(tmp_path: Path) -> None:
 
 
 def test_the_sample_has_a_bound_in_bytes_and_long_texts_are_sliced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bpe, "_SLICE_CHARACTERS", 40)
+    monkeypatch.setattr(tokenizer, "_SLICE_CHARACTERS", 40)
     lines = [f"{text}\n" for text in corpus(30)]
     text = "".join(lines)
     whole = train_bpe(lines, 400, 99)
@@ -144,7 +144,7 @@ def test_the_sample_has_a_bound_in_bytes_and_long_texts_are_sliced(monkeypatch: 
     half = next(at for at in itertools.accumulate(len(line) for line in lines) if at >= len(text) // 2)
     assert merges_of(train_bpe(lines, 400, 99)) == merges_of(train_bpe([text[:half]], 400, 99))
     sized = train_sized_bpe(lambda: [text, "not read"], SizeBounds(260, 400, len(text)), 99)
-    assert "in 1 documents, 1/" in sized.account and "a sample of the text" in sized.account
+    assert "in 1 document, 1/" in sized.account and "a sample of the text" in sized.account
 
 
 @given(st.text("ab \n", max_size=60))

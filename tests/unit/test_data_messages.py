@@ -110,3 +110,9 @@ def test_a_run_on_chats(tmp_path: Path) -> None:
     )
     ran = hrm(*words, *tiny, "--lm-mask", "prefix")
     assert ran.code == 0, ran.err
+    shown = hrm("data", "inspect", path, "--messages-column", "messages", "--lm-mask", "prefix", "--json")
+    assert shown.code == 0, shown.err
+    assert json.loads(shown.out)["samples"][0]["response"]
+    # No file is plain text.
+    noted = hrm(*words, *tiny, "--text-rows", "line", "--bundle-dir", tmp_path / "c", "--dry-run")
+    assert noted.code == 0 and "--text-rows line (no file is plain text)" in noted.out + noted.err
