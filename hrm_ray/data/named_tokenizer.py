@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
-from hrm_ray.data.tokenizer import TOKENIZER_FILE, VOCABULARIES, TextTokenizer
+from hrm_ray.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE, VOCABULARIES, TextTokenizer
 from hrm_ray.errors import DataError, Fault, SettingsError, UnavailableError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
@@ -40,6 +41,23 @@ def load_named(name: str) -> TextTokenizer:
     except DataError as fault:
         faults = [Fault(f"{name} (in {each.value})", each.reason, each.hint) for each in fault.faults]
         raise DataError(faults) from fault
+
+
+def has_chat_template(name: str) -> bool:
+    """Whether the files of the tokenizer `name` hold a chat template; those of the Hub are looked for on this machine
+    only."""
+    path = Path(name).expanduser()
+    folder = path if path.exists() or not _is_hub_id(name) else _cached_folder(name)
+    if folder is None:
+        return False
+    folder = folder if folder.is_dir() else folder.parent
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and bool(config.get("chat_template"))
 
 
 def _is_hub_id(name: str) -> bool:

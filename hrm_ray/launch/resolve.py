@@ -12,7 +12,7 @@ from hrm_ray.bundle.start_weights import check_start_weights, start_weights
 from hrm_ray.data.catalog import check_parts
 from hrm_ray.data.detect import DataFacts, detect
 from hrm_ray.data.file_systems import absolute, has_wildcards, is_local, real, require_path
-from hrm_ray.data.named_tokenizer import absolute_name, load_named
+from hrm_ray.data.named_tokenizer import absolute_name, has_chat_template, load_named
 from hrm_ray.data.packing import RowForm
 from hrm_ray.data.parts import list_parts, shared_part
 from hrm_ray.data.puzzles.samples import open_puzzles
@@ -147,7 +147,7 @@ def _resolve_on(
     if not devices.ray_address:
         device = torch.device(devices.device)
         notes += flash_notes(settings, config, device) + compile_notes(settings, device)
-    notes += _chunk_notes(settings)
+    notes += _chunk_notes(settings) + _chat_notes(settings)
     keep_freed = check_resources(settings, config, devices, location.run_dir.root)
     resumes = location.checkpoint is not None
     check_expert_run(settings, config, location.run_dir.root, resumes=resumes, vocab_is_certain=certain)
@@ -246,6 +246,17 @@ def _chunk_notes(settings: RunSettings) -> list[str]:
     return [
         f"--use-chunked-training: gradients stop at the borders of chunks of {memory.chunk_size} tokens; the loss is "
         "that of the whole sequence. --chunk-gradients exact lets them through."
+    ]
+
+
+def _chat_notes(settings: RunSettings) -> list[str]:
+    """A note if the tokenizer brings a chat template, which is not used."""
+    data = settings.data
+    if data.messages_column is None or data.tokenizer_path is None or not has_chat_template(data.tokenizer_path):
+        return []
+    return [
+        f'--messages-column {data.messages_column}: chats are written as "User: ..." and "Assistant: ...", not with '
+        "the tokenizer's chat template."
     ]
 
 

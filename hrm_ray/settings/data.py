@@ -58,9 +58,9 @@ class DataSettings(Section):
     response_column: str | None = option(None, "fixed", affects=("rows",), needs=(TEXT,), unset="no column")
     """Column of the response, for --lm-mask prefix."""
     messages_column: str | None = option(None, "fixed", affects=("rows",), needs=(TEXT,), unset="no column")
-    """Column of chats, each a list of messages with role and content (or from and value), in .jsonl, .json, .parquet or
-    .arrow. They are written as "User: ..." and "Assistant: ..."; under --lm-mask prefix the last message of the
-    assistant is the response, and all before it the prompt."""
+    """Column of chats, each a list of messages with role and content (or from and value), in .jsonl, .json, .parquet
+    or .arrow. They are written as "User: ..." and "Assistant: ...", whatever the tokenizer's chat template; under
+    --lm-mask prefix the last message of the assistant is the response, and all before it the prompt."""
     text_rows: Literal["document", "paragraph", "line", "mebibyte"] = option(
         "document", "fixed", affects=("rows",), needs=(TEXT,), legacy_default="mebibyte"
     )

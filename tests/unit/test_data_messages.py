@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hrm_ray.data.bpe import train_bpe
 from hrm_ray.data.rows import Document
 from tests.support.corpora import faults_of, rows_of, texts_of, write
 from tests.support.runs import hrm, refused
@@ -116,3 +117,20 @@ def test_a_run_on_chats(tmp_path: Path) -> None:
     # No file is plain text.
     noted = hrm(*words, *tiny, "--text-rows", "line", "--bundle-dir", tmp_path / "c", "--dry-run")
     assert noted.code == 0 and "--text-rows line (no file is plain text)" in noted.out + noted.err
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.jinja", None])
+def test_a_chat_template_that_is_not_used_is_noted(file: str | None, tmp_path: Path) -> None:
+    train_bpe(["some text of a chat"], 300, 1).save(tmp_path / "t")
+    if file == "tokenizer_config.json":
+        config = json.loads((tmp_path / "t" / file).read_text(encoding="utf-8"))
+        content = json.dumps({**config, "chat_template": "{{ messages }}"})
+    else:
+        content = "{{ messages }}"
+    if file is not None:
+        (tmp_path / "t" / file).write_text(content, encoding="utf-8")
+    path = jsonl(tmp_path / "a.jsonl", *[OPENAI] * 12)
+    words = ("train", "--dataset-file", path, "--messages-column", "messages", "--model", tmp_path / "t")
+    ran = hrm(*words, "--bundle-dir", tmp_path / "b", "--seq-len", "16", "--device", "cpu", "--dry-run")
+    assert ran.code == 0, ran.err
+    assert ("not with the tokenizer's chat template" in ran.out + ran.err) == (file is not None)
