@@ -9,12 +9,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from hrm_ray.atomic_files import atomic_write, sync_folder
 from hrm_ray.bundle.folder_watch import FolderWatch
 from hrm_ray.launch.run_directory import (
     LOCK_FILES,
+    OLDER_BEST,
     PREPARED,
     REUSABLE,
     RunLocation,
@@ -48,7 +50,11 @@ def new_bundle(location: RunLocation) -> Iterator[RunDir]:
         for name in PREPARED - REUSABLE - {preparing.training_args.name}:
             _remove(root / name)
         _remove(location.run_dir.checkpoints)
-        _remove(location.run_dir.best.root)
+        best = location.run_dir.best.root
+        if best.is_dir():
+            # The only weights of that run: kept.
+            number = next(n for n in count(1) if not (root / f"{OLDER_BEST}{n}").exists())
+            best.rename(root / f"{OLDER_BEST}{number}")
         for path in preparing.root.iterdir():
             os.replace(path, root / path.name)
         sync_folder(root)

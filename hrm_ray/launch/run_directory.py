@@ -45,6 +45,9 @@ PREPARED = REUSABLE | {
 }
 """Files of a bundle that exist before the first checkpoint; wandb/ is what --report-to wandb keeps there."""
 
+OLDER_BEST = "best.superseded-"
+"""How the names begin that best/ of a run gets which was killed before its first checkpoint and started again."""
+
 LOCK_FILES = frozenset({".run.lock", ".in_use.json", ".preparing"})
 """What a run has in its folder beside the bundle while it runs; a Ray run has a DRIVER_MARKER file too."""
 
@@ -211,8 +214,11 @@ def holds_no_weights(run_dir: RunDir, *, best_too: bool = False) -> bool:
     it but our own files, as a run leaves it that ended before its first checkpoint."""
     if not run_dir.training_args.is_file() or not run_dir.only_partial_checkpoints:
         return False
+    # A checkpoint that an interrupted replacement has moved aside is whole.
+    if run_dir.newest_checkpoint() is not None:
+        return False
     own = PREPARED | {run_dir.checkpoints.name, *([run_dir.best.root.name] if best_too else [])}
-    return own.issuperset(_names_in(run_dir))
+    return all(name in own or name.startswith(OLDER_BEST) for name in _names_in(run_dir))
 
 
 def never_trained(run_dir: RunDir) -> bool:

@@ -7,9 +7,8 @@ made for a step on real tensors.
 from __future__ import annotations
 
 import math
-import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any
@@ -18,8 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hrm_ray.model.attention import attend
 from hrm_ray.model.config import ModelConfig
@@ -28,6 +25,7 @@ from hrm_ray.model.scope import AttentionScope
 from hrm_ray.model.transforms.attend import use_kernel
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble
+from hrm_ray.train.fake_tensors import fake_tensors
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.optimizer_state import state_tensors, state_tensors_of
 from hrm_ray.train.precision import activation_dtype, sum_gradients_in_float32
@@ -54,7 +52,9 @@ DIVIDED: dict[str, tuple[str, ...]] = {
     "zero2": ("optimizer", "average", "gradients"),
     "zero3": ("optimizer", "average", "gradients", "weights"),
 }
-"""Strategy -> what workers divide. Under ZeRO each also has its part of a float32 copy of the weights to update."""
+"""Strategy -> what workers divide."""
+WITH_COPIES = frozenset({"zero1", "zero2", "zero3"})
+"""Strategies under which each worker also has its part of a float32 copy of the weights, which is updated."""
 
 RESIDENT = ("weights", "gradients", "optimizer", "average", "carries", "batch")
 """What stays in memory over the passes of an update; whatever else the passes make is activations."""
@@ -254,7 +254,7 @@ def _trace_fake_update(settings: RunSettings, config: ModelConfig) -> _Trace:
             sum_gradients_in_float32(loop.parts.objective.parameters())
         use_kernel(loop.parts.objective.model, _attend)
         trace = _trace(loop, [ones_batch(loop, config, settings.data.packing) for _ in range(number)])
-    trace.divide(DIVIDED.get(strategy, ()), settings.cluster.world_size or 1, updated_copies=strategy[:4] == "zero")
+    trace.divide(DIVIDED.get(strategy, ()), settings.cluster.world_size or 1, updated_copies=strategy in WITH_COPIES)
     return trace
 
 
@@ -367,50 +367,3 @@ def _tensors(tree: Any) -> list[Tensor]:
     elif is_dataclass(tree):
         tree = list(vars(tree).values())
     return [tensor for part in tree for tensor in _tensors(part)] if isinstance(tree, list) else []
-
-
-_module_patch_lock = threading.Lock()
-
-
-@contextmanager
-def fake_tensors() -> Iterator[None]:
-    """Make every tensor that this thread creates inside the context a fake one; random generators stay as they were."""
-    with torch.random.fork_rng(devices=()), FakeTensorMode(), _HostNumbers(), _movable_fake_modules():
-        yield
-
-
-class _HostNumbers(TorchDispatchMode):
-    """Answers for a fake tensor whose value is asked for: a float is 1 (a gradient norm), an integer 0 (the start of a
-    document)."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return 0 if args[0].dtype in (torch.int32, torch.int64) else 1.0
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _movable_fake_modules() -> Iterator[None]:
-    """Let `nn.Module.to` work on modules of fake tensors, whose parameters PyTorch's own way cannot swap."""
-    # `_apply` belongs to the whole process: the lock keeps a second thread from restoring the first one's replacement,
-    # and modules of real tensors, which another thread may move meanwhile, go through the real method.
-    with _module_patch_lock:
-        real = nn.Module._apply
-
-        def apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-            if not any(isinstance(parameter, FakeTensor) for parameter in module.parameters()):
-                return real(module, change, recurse)
-            for child in module.children() if recurse else ():
-                child._apply(change)
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    parameter.data = change(parameter.data)
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else change(buffer)
-            return module
-
-        nn.Module._apply = apply  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            nn.Module._apply = real  # type: ignore[method-assign]

@@ -114,8 +114,8 @@ class Trainer:
         if not report.applied:
             return
         if step % run.log_every == 0 or step == 1:
-            if self.loop.world.leads:
-                self._check_folder()
+            # An error of rank 0 alone would leave the others in the collective of the metrics.
+            self.loop.world.from_leader(self._check_folder)
             self.logger.train()
         if run.eval_every and step % run.eval_every == 0:
             self._evaluate()

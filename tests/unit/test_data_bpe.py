@@ -18,7 +18,7 @@ from hrm_ray.data.bpe import LEAST_SAMPLE_COUNTS, LEAST_VOCABULARY, SizeBounds, 
 from hrm_ray.data.readers import TextSource, read_documents
 from hrm_ray.data.rows import Document
 from hrm_ray.data.text_store import load_store, save_store, tokenise
-from hrm_ray.data.tokenizer import TextTokenizer
+from hrm_ray.data.tokenizer import TextTokenizer, text_slices
 from hrm_ray.errors import DataError
 
 WORDS = ["".join(np.random.default_rng(number).choice(list("abcdefgh"), 6)) for number in range(200)]
@@ -150,6 +150,6 @@ def test_the_sample_has_a_bound_in_bytes_and_long_texts_are_sliced(monkeypatch: 
 @given(st.text("ab \n", max_size=60))
 def test_slices_are_the_text(text: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bpe, "_SLICE_CHARACTERS", 7)
-        slices = list(bpe._slices(text))
+        patch.setattr("hrm_ray.data.tokenizer._SLICE_CHARACTERS", 7)
+        slices = list(text_slices(text))
     assert "".join(slices) == text and all(len(each) <= 7 for each in slices)

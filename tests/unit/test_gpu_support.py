@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hrm_ray.model.chunked import Chunking
-from hrm_ray.train.memory_estimate import fake_tensors
+from hrm_ray.train.fake_tensors import fake_tensors
 from tests.support.chunked_cases import Shape, in_chunks, trained, whole
 from tests.support.tiny_models import tiny_config, tiny_model
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from hrm_ray.launch.preflight import least_bytes, most_bytes
+from hrm_ray.train.fake_tensors import fake_tensors
 from hrm_ray.train.loop import TrainingLoop
-from hrm_ray.train.memory_estimate import MemoryAccount, account_for, fake_tensors, memory_estimate
+from hrm_ray.train.memory_estimate import MemoryAccount, account_for, memory_estimate
 from hrm_ray.train.microbatch import to_batch
 from tests.support.measured_memory import case_of, loop_of, measured_bytes
 

@@ -99,6 +99,8 @@ def test_what_a_run_killed_before_its_first_checkpoint_leaves(left: str, tmp_pat
         hrm("train", "--dataset-file", data, "--bundle-dir", bundle, *TEXT, "--steps", "2", "--auto-resume").code == 0
     )
     assert RunDir(bundle).checkpoint_steps() == [2]
+    # The weights of an evaluation are all that such a run has left.
+    assert (bundle / "best.superseded-1" / "model.safetensors").is_file() == (left == "best/model.safetensors")
 
 
 def test_without_a_name_the_data_names_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

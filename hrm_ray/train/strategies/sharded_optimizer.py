@@ -11,6 +11,7 @@ from hrm_ray.bundle.weights_file import fill_module, read_tensors, save_tensors
 from hrm_ray.model.objective import AnyObjective
 from hrm_ray.train.optimizer_state import OPTIMIZER_FILE, load_optimizer, optimizer_tensors
 from hrm_ray.train.optimizers import BuildOptimizer
+from hrm_ray.train.per_parameter_optimizer import PerParameterOptimizer
 from hrm_ray.train.strategies.ddp import DdpStrategy
 from hrm_ray.train.strategies.owned_average import OwnedAverage, Ownership
 from hrm_ray.train.strategies.single import AVERAGE, WEIGHTS
@@ -40,6 +41,8 @@ class ShardedOptimizerStrategy(DdpStrategy):
             self.average.update()
 
     def overflowed_parameters(self) -> list[str]:
+        if not isinstance(self.optimizer, PerParameterOptimizer):
+            return []
         names: list[list[str]] = [[] for _ in range(self.world.size)]
         dist.all_gather_object(names, super().overflowed_parameters())
         return [name for of_rank in names for name in of_rank]
