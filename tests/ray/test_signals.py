@@ -61,7 +61,8 @@ class Driver:
         """Exit code, and what was printed besides records and the announcement of a stop."""
         output, _ = self.process.communicate(timeout=180)
         lines = output.decode().splitlines()
-        return self.process.returncode, [line for line in lines if not line.startswith(("record", "stopping"))]
+        # The announcement begins a new line.
+        return self.process.returncode, [line for line in lines if line and not line.startswith(("record", "stopping"))]
 
     def left(self) -> list[psutil.Process]:
         """Processes alive that this driver has started, however far they are from it."""

@@ -37,7 +37,7 @@ def facts(size_bytes: int) -> DataFacts:
     return DataFacts("lm", "x.txt", "train", 1, size_bytes, 0, None, columns=False)
 
 
-def nano(*, steps: str = "200", **more: str) -> tuple[RunSettings, ModelConfig]:
+def chosen(*, steps: str = "200", **more: str) -> tuple[RunSettings, ModelConfig]:
     settings = resolve_task(with_defaults(load_settings({"--steps": steps, **more}), facts(10**6), "cpu"), "lm")
     return settings, model_config(settings, 4096)
 
@@ -46,7 +46,7 @@ def test_the_choice_is_said_in_one_line(tmp_path: Path) -> None:
     ran = hrm("train", "--dataset-file", text_file(tmp_path, rows=2000), "--dry-run", "--device", "cpu")
     assert ran.code == 0, ran.err
     (line,) = [line for line in ran.out.splitlines() if line.startswith("chosen")]
-    form = r"CPU: dense nano \(\d\.\d million parameters\), float32; about [\d.e+]+ \w+ for 200 steps; --model-preset"
+    form = r"CPU: dense model \(\d\.\d+ million parameters\), float32; about [\d.e+]+ \w+ for 200 steps; --model-preset"
     assert re.search(form, line), line
     shown = dict(re.findall(r"^  (\S+) = (.*)$", ran.out, re.MULTILINE))
     assert shown["model.hidden_size"] == "128" and shown["model.use_moe"] == "False"
@@ -58,25 +58,34 @@ def test_the_choice_is_said_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("size_bytes", "device", "preset", "vocab_size"),
     [
-        (50_000, "cpu", "nano", 512),
-        (10**6, "cpu", "nano", 4096),
-        (10**9, "cpu", "nano", 4096),
+        (50_000, "cpu", None, 512),
+        (10**6, "cpu", None, 1024),
+        (10**9, "cpu", None, 1024),
         (10**6, "cuda", "nano", 4096),
         (10**7, "cuda", "tiny", 8192),
-        (10**9, "cuda", "small", 16384),
-        (0, "cuda", "small", 16384),
+        (10**9, "cuda", "small", 8192),
+        (0, "cuda", "small", 8192),
     ],
 )
-def test_the_size_follows_data_and_device(size_bytes: int, device: str, preset: str, vocab_size: int) -> None:
+def test_the_size_follows_data_and_device(size_bytes: int, device: str, preset: str | None, vocab_size: int) -> None:
     settings = with_defaults(load_settings({}), facts(size_bytes), device)
     assert (settings.model.model_preset, settings.data.vocab_size) == (preset, vocab_size)
     assert settings.memory.amp is (device == "cuda")
+    # A short run on neighbouring rows learns less; a large corpus is not read before the first step.
+    assert settings.data.linear_dataset is (size_bytes == 0 or size_bytes > 64_000_000)
 
 
-@given(small=st.integers(1, 10**12), more=st.integers(0, 10**12), width=st.sampled_from([32, 128, 512, 2048]))
-def test_the_vocabulary_grows_with_the_text(small: int, more: int, width: int) -> None:
-    less, larger = (defaults._vocabulary(size, width) for size in (small, small + more))
-    assert 512 <= less <= larger <= 16384
+@given(
+    small=st.integers(1, 10**12),
+    more=st.integers(0, 10**12),
+    width=st.sampled_from(["32", "128", "512", "2048"]),
+    steps=st.integers(1, 10**6),
+)
+def test_the_vocabulary_grows_with_the_text_and_the_run(small: int, more: int, width: str, steps: int) -> None:
+    settings = load_settings({"--hidden-size": width, "--steps": str(steps)})
+    longer = load_settings({"--hidden-size": width, "--steps": str(2 * steps)})
+    less, larger = (defaults._vocabulary(size, settings) for size in (small, small + more))
+    assert 512 <= less <= larger <= defaults._vocabulary(small + more, longer) <= 16384
 
 
 def test_what_the_user_gives_stays() -> None:
@@ -113,7 +122,7 @@ def test_a_resumed_run_keeps_what_was_chosen(tmp_path: Path, monkeypatch: pytest
     assert hrm("train", *words, "--steps", "1").code == 0
     bundle = Path("artifacts", "brains", "corpus")
     stored = json.loads((bundle / "training_args.json").read_text(encoding="utf-8"))["settings"]
-    assert stored["model"]["model_preset"] == "nano" and stored["memory"]["amp"] is False
+    assert (stored["model"]["h_layers"], stored["model"]["l_layers"]) == (1, 1) and stored["memory"]["amp"] is False
     assert stored["run"]["profile"] is None
     size = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
     assert size < 40e6, "a bundle with one checkpoint"
@@ -136,7 +145,7 @@ def test_puzzles_have_a_small_hrm(tmp_path: Path) -> None:
 
 
 def test_recomputation_only_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings, config = nano()
+    settings, config = chosen()
     assert with_checkpointing(settings, config, "cpu", 1).memory.gradient_checkpointing is False
     monkeypatch.setattr(preflight, "available_memory_bytes", lambda: 10**7)
     assert with_checkpointing(settings, config, "cpu", 1).memory.gradient_checkpointing is True
@@ -152,13 +161,13 @@ def test_the_time_of_a_run_grows_with_its_work(monkeypatch: pytest.MonkeyPatch) 
         return 1.0
 
     monkeypatch.setattr(time_estimate, "_timed", one_second)
-    settings, config = nano()
+    settings, config = chosen()
     once = update_s(settings, config, 2)
-    accumulated, _ = nano(**{"--gradient-accumulation-steps": "4"})
+    accumulated, _ = chosen(**{"--gradient-accumulation-steps": "4"})
     assert once is not None and update_s(accumulated, config, 2) == pytest.approx(4 * once)
-    deeper = update_s(settings, replace(config, h_layers=4, l_layers=4), 2)
+    deeper = update_s(settings, replace(config, h_layers=2, l_layers=2), 2)
     assert deeper is not None and 1.3 * once < deeper < 2 * once
-    assert set(timed) == {(1, 1, 8, 2)}
+    assert {(layers, halts, threads) for layers, halts, _, threads in timed} == {(1, 1, 2)}
     assert defaults.expected_time(settings, config, "cpu", 2) == f"about {defaults._duration(200 * once)} for 200 steps"
     assert defaults.expected_time(settings, config, "cuda", 2) is None
     assert update_s(settings, replace(config, hidden_size=8192, intermediate_size=22016), 2) is None
