@@ -15,7 +15,9 @@ from hrm_ray.bundle.store import read_description
 from hrm_ray.bundle.stored_settings import stored_args, stored_settings
 from hrm_ray.bundle.weights_file import fill_module, read_tensors
 from hrm_ray.data.detect import detect
+from hrm_ray.data.file_systems import has_wildcards, is_local
 from hrm_ray.data.packing import TextSamples
+from hrm_ray.data.parts import TextSource, list_parts
 from hrm_ray.data.prepare import PuzzlePlan, held_out_documents, open_puzzle_sets
 from hrm_ray.data.puzzles.format import PuzzleFacts
 from hrm_ray.data.puzzles.samples import open_puzzles, puzzle_splits
@@ -135,9 +137,16 @@ def _samples(
             raise SettingsError(Fault(f"--split {split}", "no data set is named", "Give --dataset-file too"))
         samples, name, count = _own_samples(stored, settings, plain)
         return samples, name, count, []
-    data = settings.data.model_copy(update={"eval_file": dataset_file, "val_split": split})
-    settings = settings.model_copy(update={"data": data})
-    source = source_of(settings, evaluation=True)
+
+    def of_split(named: str | None) -> tuple[RunSettings, TextSource]:
+        data = settings.data.model_copy(update={"eval_file": dataset_file, "val_split": named})
+        changed = settings.model_copy(update={"data": data})
+        return changed, source_of(changed, evaluation=True)
+
+    if split is None and is_local(dataset_file) and not has_wildcards(dataset_file):
+        split = _test_split(of_split("test")[1])
+    settings, source = of_split(split)
+    data = settings.data
     task = detect(source, data.on_bad_row).task
     if task != plain["task"]:
         kinds = {"lm": "text", "puzzle": "puzzles"}
@@ -153,6 +162,15 @@ def _samples(
     tokenizer = TextTokenizer.of_bundle(stored.described.root)
     documents, notes = held_out_documents(source, tokenizer, text.form, chunking, sequences)
     return TextSamples(documents, text.form), f"{source.path}:{source.split}", sequences, notes
+
+
+def _test_split(source: TextSource) -> str | None:
+    """The split test, where the data has one: what else it has was perhaps trained on."""
+    try:
+        list_parts(source)
+    except DataError:
+        return None
+    return source.split
 
 
 def _own_samples(stored: _Stored, settings: RunSettings, plain: Mapping[str, Any]) -> tuple[SampleSet, str, int]:

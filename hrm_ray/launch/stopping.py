@@ -90,8 +90,8 @@ class StopWatch:
             raise Terminated(name, _NOTHING_TRAINED)
         if first:
             self.reason = self.reason or _REASONS[name]
-            again = "Ctrl-C again" if number == signal.SIGINT else f"({name}) Ctrl-C"
-            self._announcements.put(f"stopping after this step; {again} leaves at once")
+            by, again = ("", "Ctrl-C again") if number == signal.SIGINT else (f" ({name})", "Ctrl-C")
+            self._announcements.put(f"stopping after this step{by}; {again} leaves at once")
         elif number == signal.SIGINT:
             if self._interrupted_again or not self._training:
                 leave(EXIT_INTERRUPTED, "interrupted")

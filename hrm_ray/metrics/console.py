@@ -151,6 +151,9 @@ class ConsoleSink:
     def _event_line(self, record: Record) -> str:
         level = record.values.get("level", "INFO")
         message = _escaped(str(record.values.get("message", "")), self._stream)
+        if "sample" in record.values:
+            # Generated text can be nothing but line ends.
+            message = message.replace("\n", "\\n")
         return f"[{level}] step {record.step}: {message}"
 
 

@@ -186,7 +186,7 @@ class DataSettings(Section):
     def _check_delimiter(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        character = DELIMITERS.get(value.lower(), value)
+        character = DELIMITERS.get(value.lower(), "\t" if value == r"\t" else value)
         if len(character) != 1 or character in '"\r\n\0':
             hint = f"Give one character, or one of the words {', '.join(DELIMITERS)}"
             raise refusal("is not one character", hint)

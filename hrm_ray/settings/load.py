@@ -22,7 +22,7 @@ from hrm_ray.settings.presets import PRESETS, layer_leaves, preset_leaves
 from hrm_ray.settings.profiles import PROFILES, profile_leaves
 from hrm_ray.settings.rules import broken_rules
 from hrm_ray.settings.tree import SECTIONS, RunSettings
-from hrm_ray.settings.yaml_file import ParsedSource, read_settings_file, read_tree
+from hrm_ray.settings.yaml_file import ParsedSource, is_recipe, read_settings_file, read_tree
 
 
 def load_settings(
@@ -65,6 +65,9 @@ def load_settings(
     defaults = {**named, **profiled, **(architecture or {})}
     values = {**{key: value for key, value in defaults.items() if key not in replaced}, **kept, **by_user}
     given = frozenset(key for key, value in user.values.items() if value is not None)
+    if is_recipe(config_path) and "run.steps" in read_options(flat_options).values:
+        # A recipe's warm-up is meant for the recipe's steps: with others it gives way, as a default does.
+        given -= {"optimizer.warmup_steps"} - read_options(flat_options).values.keys()
     quoted = {**resumed.quoted, **user.quoted}
 
     wrong = _wrong_leaves(values)

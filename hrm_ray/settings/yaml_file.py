@@ -59,18 +59,23 @@ def recipes() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in RECIPES.glob("*.yaml")))
 
 
+def is_recipe(path: Path | None) -> bool:
+    """Whether --config names a recipe and no file."""
+    return path is not None and str(path) in recipes() and not path.exists()
+
+
 def read_settings_file(path: Path) -> ParsedSource:
     """The values of a settings file, and everything wrong with its form and names.
 
     A name such as `sudoku4` is the recipe of that name where no such file exists. An empty file sets nothing. A file
     that cannot be read at all gives no values and one fault.
     """
-    if not path.exists():
-        if str(path) not in recipes():
-            reason = "there is no such file, and no recipe of that name"
-            fault = Fault(f"--config {path}", reason, f"Give a YAML file, or a recipe: {', '.join(recipes())}")
-            return ParsedSource(faults=[fault], candidates=set(options()))
+    if is_recipe(path):
         path = RECIPES / f"{path}.yaml"
+    elif not path.exists():
+        reason = "there is no such file, and no recipe of that name"
+        fault = Fault(f"--config {path}", reason, f"Give a YAML file, or a recipe: {', '.join(recipes())}")
+        return ParsedSource(faults=[fault], candidates=set(options()))
     content = read_mapping(path, "--config", "Write sections such as `model:` with their settings below")
     if isinstance(content, Fault):
         return ParsedSource(faults=[content], candidates=set(options()))

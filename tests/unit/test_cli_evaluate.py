@@ -86,6 +86,17 @@ def test_several_bundles_give_a_table(folder: Path) -> None:
     assert "step 6, on" in alone and "other.txt" in alone and "perplexity" in alone
 
 
+def test_other_data_is_evaluated_on_its_test_split(folder: Path, tmp_path: Path) -> None:
+    """Where it has one: the run may have trained on the rest."""
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        text_file(tmp_path / split, 30, seed=len(split))
+    (found,) = figures(folder / "text", "--dataset-file", tmp_path)
+    assert found["data"] == f"{tmp_path}:test"
+    (named,) = figures(folder / "text", "--dataset-file", tmp_path, "--split", "train")
+    assert named["data"] == f"{tmp_path}:train" and named["loss"] != found["loss"]
+
+
 def test_what_cannot_be_evaluated(folder: Path, tmp_path: Path) -> None:
     device = ("--device", "cpu")
     refused(2, "evaluate", tmp_path / "none", *device, naming=("none", "no such bundle"))

@@ -12,6 +12,7 @@ import pytest
 
 from hrm_ray.errors import SettingsError
 from hrm_ray.settings.load import load_settings
+from hrm_ray.settings.resolve import fit_warmup
 from hrm_ray.settings.yaml_file import RECIPES, recipes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,6 +23,17 @@ def test_a_recipe_is_found_by_its_name(name: str, tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     assert load_settings({}, Path(name)) == load_settings({}, RECIPES / f"{name}.yaml")
     assert load_settings({"--steps": "700"}, Path(name)).run.steps == 700
+
+
+def test_the_warm_up_of_a_recipe_gives_way_to_other_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a file of one's own, or one typed beside it, does not."""
+    monkeypatch.chdir(tmp_path)
+    settings, notes = fit_warmup(load_settings({"--steps": "20"}, Path("sudoku4")), 20)
+    assert settings.optimizer.warmup_steps == 2 and len(notes) == 1
+    with pytest.raises(SettingsError):
+        load_settings({"--steps": "20", "--warmup-steps": "100"}, Path("sudoku4"))
+    with pytest.raises(SettingsError):
+        load_settings({"--steps": "20"}, RECIPES / "sudoku4.yaml")
 
 
 def test_a_file_of_that_name_goes_before_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

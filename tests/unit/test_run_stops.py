@@ -104,8 +104,8 @@ def test_a_signal(name: str, code: int, tmp_path: Path) -> None:
     until(process, trains(bundle))
     process.send_signal(signal.Signals[name])
     ending = ended(process)
-    again = "Ctrl-C again" if name == "SIGINT" else f"({name}) Ctrl-C"
-    assert (ending[0], ending[2]) == (code, f"stopping after this step; {again} leaves at once\n")
+    by, again = ("", "Ctrl-C again") if name == "SIGINT" else (f" ({name})", "Ctrl-C")
+    assert (ending[0], ending[2]) == (code, f"stopping after this step{by}; {again} leaves at once\n")
     check_and_resume(bundle, ending[1])
 
 
@@ -268,7 +268,7 @@ def test_queues_and_lost_terminals_save_and_stop(name: str, tmp_path: Path, monk
         patch.setattr(TrainingLoop, "_passes_that_fit", signalled)
         ran = hrm("train", "--dataset-file", data, "--bundle-dir", tmp_path / "b", *TEXT, "--steps", "6")
     assert ran.code == 75 and f"ended   {name.lower()} at step 3, " in ran.out, ran
-    assert ran.err == f"stopping after this step; ({name}) Ctrl-C leaves at once\n"
+    assert ran.err == f"stopping after this step ({name}); Ctrl-C leaves at once\n"
     assert RunDir(tmp_path / "b").checkpoint_steps() == [3]
 
 
@@ -285,7 +285,7 @@ def test_signals_are_left_as_they_were(capsys: pytest.CaptureFixture[str]) -> No
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
-    assert capsys.readouterr().err == "stopping after this step; (SIGTERM) Ctrl-C leaves at once\n"
+    assert capsys.readouterr().err == "stopping after this step (SIGTERM); Ctrl-C leaves at once\n"
 
 
 @POSIX
