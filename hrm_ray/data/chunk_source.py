@@ -177,8 +177,10 @@ class ChunkPipeline:
     def unwanted(self) -> Iterator[None]:
         """While the block waits for the thread that reads, reading ends at the next row, in the middle of a chunk."""
         self._unwanted = True
-        yield
-        self._unwanted = False
+        try:
+            yield
+        finally:
+            self._unwanted = False
 
     def _check_wanted(self, reading: CorpusReading) -> None:
         if self._unwanted:

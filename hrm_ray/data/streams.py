@@ -59,7 +59,7 @@ def damage(error: Exception, where: str) -> Unreadable:
     if isinstance(error, FileNotFoundError):
         return Unreadable(Fault(where, "the file is gone", "Restore it, or start again without it"))
     if isinstance(error, PermissionError):
-        return Unreadable(Fault(where, "no permission to read it", "Make it readable for this user"), not_text=True)
+        return Unreadable(Fault(where, "no permission to read it", "Make it readable for this user"))
     return Unreadable(Fault(where, f"the rest cannot be read ({_message(error)})", _COPY_AGAIN))
 
 

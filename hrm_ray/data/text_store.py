@@ -5,7 +5,6 @@ none here."""
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,8 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from hrm_ray.atomic_files import atomic_write
+from hrm_ray.atomic_files import atomic_path
 from hrm_ray.data.rows import Document
 from hrm_ray.data.tokenizer import Encoded, TextTokenizer, text_slices
 
@@ -164,23 +164,15 @@ def save_store(store: TextStore, path: Path) -> None:
         "empty_documents": str(store.empty_documents),
         "digest": _digest(arrays),
     }
-    # Not by the library's own writing, which makes files that only their owner may read, or needs all of it as bytes.
-    header: dict[str, Any] = {"__metadata__": about}
-    begin = 0
-    # Wide values first, so that all are aligned.
-    ordered = sorted(arrays, key=lambda name: -arrays[name].itemsize)
-    for name in ordered:
-        array = arrays[name]
-        end = begin + array.nbytes
-        dtype = f"{array.dtype.kind.upper()}{8 * array.itemsize}"
-        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": (begin, end)}
-        begin = end
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    with atomic_write(path) as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for name in ordered:
-            file.write(np.ascontiguousarray(arrays[name]).view(np.uint8).data)
+    with atomic_path(path) as temporary:
+        # The library makes files that only their owner may read; another user may resume the run.
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        try:
+            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, about)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        temporary.chmod(mode)
 
 
 def load_store(path: Path) -> TextStore | None:

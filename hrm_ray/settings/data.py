@@ -27,6 +27,14 @@ DELIMITERS = {"tab": "\t", "comma": ",", "semicolon": ";", "pipe": "|", "space":
 """Words that --delimiter takes for characters."""
 
 
+def is_text_encoding(name: str) -> bool:
+    """Whether Python has a codec for text of this name: such a codec gives back what it has encoded."""
+    try:
+        return "a\n".encode(name).decode(name) == "a\n"
+    except (LookupError, ValueError):
+        return False
+
+
 class DataSettings(Section):
     """Training data, tokenizer, sequence form and evaluation data."""
 
@@ -170,12 +178,7 @@ class DataSettings(Section):
     @field_validator("encoding")
     @classmethod
     def _check_encoding(cls, value: str | None) -> str | None:
-        """A codec for text gives back what it has encoded."""
-        try:
-            known = value is None or "a\n".encode(value).decode(value) == "a\n"
-        except (LookupError, ValueError):
-            known = False
-        if not known:
+        if value is not None and not is_text_encoding(value):
             raise refusal(
                 "is no encoding that Python knows", "Give a name such as utf-16, cp1252, gb18030 or shift_jis"
             )

@@ -151,11 +151,16 @@ def _train(plan: RunPlan, link: WorkerLink, watch: FolderWatch) -> RunResult:
 def _while_filling(loop: TrainingLoop, logger: MetricLogger) -> Callable[[int, int], None]:
     """What is done after each chunk of a shuffle buffer: a stop ends the filling, and every few seconds the rows are
     reported."""
-    report_s = time.monotonic() + FILL_REPORT_EVERY_S
+    report_s, filled = 0.0, (-1, 0)
 
     def filling(rows: int, wanted: int) -> None:
-        nonlocal report_s
+        nonlocal report_s, filled
         loop.leave_if_stopped()
+        step, rows_before = filled
+        if loop.progress.step != step or rows <= rows_before:
+            # Another filling begins.
+            report_s = time.monotonic() + FILL_REPORT_EVERY_S
+        filled = loop.progress.step, rows
         if time.monotonic() >= report_s:
             report_s = time.monotonic() + FILL_REPORT_EVERY_S
             logger.event("INFO", f"filling the shuffle buffer: {rows:,} of {wanted:,} rows")

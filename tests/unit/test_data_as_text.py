@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import encodings.aliases
 import gzip
+import itertools
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from hrm_ray.data.parts import TextSource, list_parts
 from hrm_ray.data.readers import read_part
 from hrm_ray.data.rows import Document
 from hrm_ray.errors import DataError
+from hrm_ray.settings.data import is_text_encoding
 from tests.support.corpora import TAR_MODES, faults_of, rows_of, texts_of, write, write_tar, write_zip
 from tests.support.runs import TINY, hrm, records, refused, stopping_at, train
 
@@ -114,6 +117,23 @@ def test_html_is_read_as_its_text(tmp_path: Path, step: int, monkeypatch: pytest
     assert texts_of(write(tmp_path / "a.html", HTML), as_text="*.html") == [TEXT]
     latin = HTML.replace("<title>", '<meta charset="latin-1"><title>', 1).replace("&eacute;", "é").encode("latin-1")
     assert texts_of(write(tmp_path / "b.htm", latin), as_text="*.htm") == [TEXT]
+
+
+@pytest.mark.parametrize("charset", ["hex", "undefined", "rot13", "zlib", "no-such"])
+def test_html_that_names_no_encoding_of_text_is_utf8(tmp_path: Path, charset: str) -> None:
+    write(tmp_path / "a.html", f'<meta charset="{charset}"><p>caf\xe9')
+    assert texts_of(tmp_path, as_text="*.html") == ["caf\xe9\n"]
+
+
+@pytest.mark.parametrize("name", ["a.html", "LICENSE"])
+def test_bytes_in_a_wrong_encoding_are_bad_rows(tmp_path: Path, name: str) -> None:
+    """In each encoding that Python knows: some raise errors that do not say which byte is wrong."""
+    known = sorted({*encodings.aliases.aliases.values(), "idna", "punycode", "utf_8_sig"})
+    for encoding, turn in itertools.product(known, (1, -1)):
+        content = f'<meta charset="{encoding}">xn--a.b-'.encode() + bytes(range(255, 0, -1))
+        write(tmp_path / name, content[::turn])
+        (row, *_) = rows_of(tmp_path, as_text=name, encoding=encoding if is_text_encoding(encoding) else None)
+        assert isinstance(row, Document) or row.fault.reason
 
 
 @given(html=st.text(alphabet="<>!-/[]&;#=\"' pabrtdscioe\n", max_size=200))

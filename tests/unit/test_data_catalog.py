@@ -185,6 +185,23 @@ def test_a_chunk_that_is_not_awaited_any_more_is_not_read_to_its_end(
     assert whole is not None and again is not None and again.store.tokens.tolist() == whole.store.tokens.tolist()
 
 
+def test_a_pipeline_reads_again_after_a_close_that_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(ahead: _Prefetcher) -> None:
+        real(ahead)
+        raise KeyboardInterrupt
+
+    real = _Prefetcher.close
+    monkeypatch.setattr(_Prefetcher, "close", interrupted)
+    pipeline = pipeline_of(tmp_path, corpus_of(write_corpus(tmp_path / "c", texts_of([3] * 20))))
+    chunks = LocalChunks(pipeline, EpochOrder(0, shuffled=False)).chunks(0, 0)
+    next(chunks)
+    with pytest.raises(KeyboardInterrupt):
+        chunks.close()
+    assert pipeline.get(3) is not None
+
+
 def test_a_full_cache_keeps_what_it_has_and_says_so_once(tmp_path: Path) -> None:
     corpus = corpus_of(write_corpus(tmp_path / "c", texts_of([30] * 25)))
     pipeline = pipeline_of(tmp_path, corpus, limit_bytes=2500)

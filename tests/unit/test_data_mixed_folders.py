@@ -154,7 +154,7 @@ def test_a_file_of_which_some_row_has_text_is_not_passed_over(tmp_path: Path) ->
     refused(5, "train", "--dataset-file", tmp_path, *TINY, naming=("a.jsonl:1", "--on-bad-row skip"))
 
 
-def test_a_file_that_may_not_be_read_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_may_not_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "a.txt", "a")
     write(tmp_path / "b.txt", "b")
     real = file_systems._Local.open
@@ -166,10 +166,10 @@ def test_a_file_that_may_not_be_read_is_passed_over(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(file_systems._Local, "open", opened)
     bad, good = rows_of(tmp_path)
-    assert isinstance(bad, BadRow) and bad.passed_over and "no permission" in bad.fault.reason
+    assert isinstance(bad, BadRow) and not bad.passed_over and "no permission" in bad.fault.reason
+    assert bad.whole_file
     assert isinstance(good, Document) and good.text == "b"
-    (alone,) = rows_of(tmp_path / "a.txt")
-    assert isinstance(alone, BadRow) and not alone.passed_over
+    refused(5, "train", "--dataset-file", tmp_path, *TINY, naming=("a.txt", "no permission", "--on-bad-row skip"))
 
 
 def test_files_of_other_kinds_are_named(tmp_path: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.numpy import load
 
 from hrm_ray.data.bpe import train_bpe
 from hrm_ray.data.packing import RowForm, TextSamples, padding_rows
@@ -295,6 +298,37 @@ def test_a_store_comes_back_from_its_file(tmp_path: Path, pairs: bool) -> None:
     save_store(store, tmp_path / "s")
     assert same(store, load_store(tmp_path / "s"))
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
+    (tmp_path / "other").touch()
+    assert (tmp_path / "s").stat().st_mode == (tmp_path / "other").stat().st_mode, "others may read it as any file"
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+@pytest.mark.parametrize("texts", [[], ["a"], ["a", "bé" * 300]])
+@pytest.mark.parametrize("kind", [np.uint16, np.int32])
+def test_any_reader_of_safetensors_reads_a_store(tmp_path: Path, pairs: bool, texts: list[str], kind: type) -> None:
+    store = tokenise(paired(*((text, "r") for text in texts)), TOKENIZER, pairs)
+    # Not contiguous, as a slice may be.
+    store = replace(store, tokens=np.repeat(store.tokens.astype(kind), 2)[::2])
+    save_store(store, tmp_path / "s")
+    arrays = load((tmp_path / "s").read_bytes())
+    assert {name: array.dtype for name, array in arrays.items()} == {
+        "tokens": kind,
+        "token_bytes": store.token_bytes.dtype,
+        "starts": np.int64,
+        **({"prompts": np.int32} if pairs else {}),
+    }
+    assert all(np.array_equal(array, getattr(store, name)) for name, array in arrays.items())
+    assert same(store, load_store(tmp_path / "s"))
+
+
+def test_a_store_for_which_the_disk_has_no_room_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*words: object) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("hrm_ray.data.text_store.save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        save_store(tokenise(plain("abc"), TOKENIZER), tmp_path / "s")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("damage", ["short", "missing", "byte", "other"])

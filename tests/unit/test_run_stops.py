@@ -14,7 +14,9 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -405,6 +407,24 @@ def test_a_stop_while_the_shuffle_buffer_is_filled(
     assert ran.code == 130 and "ended   interrupt at step 0, " in ran.out, ran
     assert hrm("train", "--bundle-dir", tmp_path / "b", "--resume").code == 0
     assert computed(tmp_path / "b") == computed(tmp_path / "whole")
+
+
+def test_each_filling_is_reported_after_seconds_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a second epoch too, hours after the first."""
+    now_s, loop, logger = [0.0], MagicMock(), MagicMock()
+    monkeypatch.setattr(session, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    filling = session._while_filling(loop, logger)
+
+    def reports(passed_s: float, rows: int) -> int:
+        now_s[0] += passed_s
+        before = logger.event.call_count
+        filling(rows, 40)
+        return logger.event.call_count - before
+
+    for _ in range(2):  # within one step
+        assert [reports(3600, 4), reports(1, 8), reports(6, 12), reports(1, 16)] == [0, 0, 1, 0]
+    loop.progress.step = 9
+    assert [reports(3600, 17), reports(6, 20)] == [0, 1]
 
 
 def test_the_filling_of_the_shuffle_buffer_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import re
+from contextlib import suppress
 from html import unescape
 from typing import Any, BinaryIO, cast
 
@@ -13,6 +14,7 @@ from hrm_ray.data.formats.lines import too_long
 from hrm_ray.data.rows import ROW_BYTES, Cursor
 from hrm_ray.data.streams import BUFFER_BYTES, Unreadable
 from hrm_ray.errors import Fault
+from hrm_ray.settings.data import is_text_encoding
 
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -71,11 +73,9 @@ def _encoding_of(begin: bytes, kind: FileKind, cursor: Cursor) -> str:
                 cursor.remark = f"{encoding.upper()} by its byte-order mark"
             return encoding
     named = _HTML_CHARSET.search(begin) if kind.form == "html" else None
-    if named is not None:
-        try:
-            return codecs.lookup(named[1].decode("ascii")).name
-        except LookupError:
-            pass
+    # A file may name anything, also a codec that is none for text ("hex").
+    if named is not None and is_text_encoding(named[1].decode("ascii")):
+        return codecs.lookup(named[1].decode("ascii")).name
     if cursor.encoding is None and begin.count(0) * 4 > len(begin):
         cursor.remark = "many NUL characters, as in UTF-16 without a byte-order mark (--encoding utf-16-le)"
     return codecs.lookup(cursor.encoding).name if cursor.encoding is not None else "utf-8"
@@ -84,8 +84,10 @@ def _encoding_of(begin: bytes, kind: FileKind, cursor: Cursor) -> str:
 def _check_is_text(begin: bytes, encoding: str, where: str) -> None:
     try:
         text = codecs.getincrementaldecoder(encoding)().decode(begin)
-    except UnicodeDecodeError as error:
-        reason = f"does not look like text (byte {error.start} is not {encoding.upper()})"
+    except UnicodeError as error:
+        # Some codecs ("idna") do not say which byte is wrong.
+        wrong = f"byte {error.start}" if isinstance(error, UnicodeDecodeError) else "the beginning"
+        reason = f"does not look like text ({wrong} is not {encoding.upper()})"
         hint = "Leave it out, or name its encoding with --encoding"
         raise Unreadable(Fault(where, reason, hint), not_text=True) from error
     if "\0" in text:
@@ -129,14 +131,18 @@ class _Recoded(io.RawIOBase):
         kept = len(state[0])
         try:
             text = self._decoder.decode(data, final=self._ended and self._error is None)
-        except UnicodeDecodeError as error:
-            # What stands before the wrong byte is still text.
-            self._decoder.setstate(state)
-            text = self._decoder.decode(data[: max(0, error.start - kept)])
-            at = self._read_bytes - kept + error.start
-            reason = f"byte {at} (0x{error.object[error.start]:02x}) is not {self._encoding.upper()}: {error.reason}"
+        except UnicodeError as error:
+            text, begin = "", self._read_bytes - kept
+            wrong, reason = f"the text from byte {begin} on", str(error)
+            if isinstance(error, UnicodeDecodeError):
+                wrong, reason = f"byte {begin + error.start} (0x{error.object[error.start]:02x})", error.reason
+                # What stands before the wrong byte is still text, but not in Punycode or UTF-16 without a mark.
+                self._decoder.setstate(state)
+                with suppress(UnicodeError):
+                    text = self._decoder.decode(data[: max(0, error.start - kept)])
             hint = "Give the encoding that it has with --encoding, or convert it to UTF-8"
-            self._error, self._ended = Unreadable(Fault(self._where, reason, hint)), True
+            self._error = Unreadable(Fault(self._where, f"{wrong} is not {self._encoding.upper()}: {reason}", hint))
+            self._ended = True
         self._read_bytes += len(data)
         if self._read_bytes == len(data):
             text = text.removeprefix("\ufeff")
