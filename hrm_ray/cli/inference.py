@@ -23,9 +23,6 @@ def run_generate(
     bundle: Path, *, prompt: str, sampling: Sampling, max_new_tokens: int, seed: int, adaptive: bool, device: str
 ) -> int:
     """Print the prompt and its continuation, as it is generated; returns the exit code."""
-    if not 0 < sampling.top_p <= 1:
-        hint = "For the likeliest token give --temperature 0"
-        raise SettingsError(Fault(f"--top-p {sampling.top_p:g}", "must be above 0, and 1 or less", hint))
     model = TextModel.open(bundle, torch.device(choose_device(device)))
     completion = model.complete(prompt, sampling=sampling, max_new_tokens=max_new_tokens, seed=seed, adaptive=adaptive)
     for note in completion.notes:

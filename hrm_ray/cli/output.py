@@ -24,13 +24,13 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def print_if_possible(text: str) -> None:
-    """Print what a run says; the run goes on where that cannot be written."""
+def print_if_possible(text: str, *, discards: bool) -> None:
+    """Print what a run says; the run goes on where that cannot be written. `discards` as in `output_failure`."""
     try:
         print(text, flush=True)
     except OSError as error:
         # An unbuffered stream, which has lost the text, shows no failure any more.
-        failure = output_failure() or error
+        failure = output_failure(discards=discards) or error
         if not is_unread(failure):
             print_error(f"warning: standard output cannot be written ({failure.strerror}): the run goes on without it")
 
@@ -41,8 +41,9 @@ def print_error(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def output_failure() -> OSError | None:
-    """Why standard output cannot be written, None where it can; after a failure all output is discarded."""
+def output_failure(*, discards: bool = True) -> OSError | None:
+    """Why standard output cannot be written, None where it can. With `discards`, which only the owner of the process
+    may ask for, all later output is discarded after a failure."""
     try:
         descriptor = sys.stdout.fileno()
     except OSError:  # no file, such as a notebook's output
@@ -54,7 +55,7 @@ def output_failure() -> OSError | None:
             failure = BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
     except OSError as error:
         failure = error
-    if failure is not None:
+    if failure is not None and discards:
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     return failure
 

@@ -34,24 +34,33 @@ def run_train(settings: RunSettings, dry_run: bool) -> int:
             print_dry_run(resolved)
             return 0
         try:
-            ended = train_shown(settings, stop=watch.poll, on_start=watch.begin, started_s=COMMAND_STARTED_S)
+            ended = train_shown(
+                settings, stop=watch.poll, on_start=watch.begin, started_s=COMMAND_STARTED_S, owns_output=True
+            )
             return ended.reason.exit_code
         except StopRequested as stopped:
-            print_if_possible(f"ended   {stopped.reason.value} before the first step: nothing was trained")
+            print_if_possible(
+                f"ended   {stopped.reason.value} before the first step: nothing was trained", discards=True
+            )
             return stopped.reason.exit_code
 
 
 def train_shown(
-    settings: RunSettings, *, stop: StopPoll, on_start: Callable[[], None], started_s: float | None = None
+    settings: RunSettings,
+    *,
+    stop: StopPoll,
+    on_start: Callable[[], None],
+    started_s: float | None = None,
+    owns_output: bool = False,
 ) -> RunResult:
-    """Train, and print what is trained, the progress, and how it ended. The other arguments are those of
-    `launch.run.run`."""
+    """Train, and print what is trained, the progress, and how it ended. With `owns_output` standard output is discarded
+    once it cannot be written. The other arguments are those of `launch.run.run`."""
     called_s = time.time()
     resolved = resolve(settings)
-    print_if_possible(_wrapped(describe(resolved)))
+    print_if_possible(_wrapped(describe(resolved)), discards=owns_output)
     with closing(ConsoleSink(sys.stdout, display_schedule(resolved), started_s=called_s)) as sink:
         result = run(resolved, sink=sink, stop=stop, on_start=on_start, started_s=started_s)
-    print_if_possible(_wrapped(summary(result, resolved, time.time() - called_s)))
+    print_if_possible(_wrapped(summary(result, resolved, time.time() - called_s)), discards=owns_output)
     return result
 
 

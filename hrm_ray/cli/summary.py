@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 from hrm_ray.errors import DataError
+from hrm_ray.launch.list_runs import disk_use
 from hrm_ray.launch.resolve import ResolvedRun
 from hrm_ray.metrics.display_state import EVAL_FIELDS, decisive, duration, figure, labelled
 from hrm_ray.metrics.jsonl import read_records
@@ -73,7 +74,7 @@ def _held_out(result: RunResult, records: list[Record]) -> list[str]:
 
 
 def _size(folder: Path) -> str:
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    size, _ = disk_use(folder)
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
@@ -84,5 +85,5 @@ def _next(result: RunResult, resolved: ResolvedRun) -> str:
     if resolved.facts.puzzle is None:
         return f'hrm-ray generate {bundle} --prompt "..."'
     held_out = data.eval_file or data.dataset_file or data.dataset_id
-    split = f" --split {data.val_split}" if data.val_split is not None and data.eval_file is None else ""
+    split = f" --split {shlex.quote(data.val_split)}" if data.val_split is not None and data.eval_file is None else ""
     return f"hrm-ray solve {bundle} --file {shlex.quote(str(held_out))}{split} --limit 3"

@@ -40,7 +40,8 @@ TokenizerOrigin: TypeAlias = Literal["loaded", "reused", "trained"]
 class PuzzlePlan:
     """The puzzles of a run: where both splits lie, how many of each are used, and what was found there.
 
-    `rows` is the number of puzzles trained on, `fingerprint` that of the whole training set.
+    `rows` is the number of puzzles trained on, `fingerprint` that of the whole training set, `held_out_rows` the
+    number of puzzles of an evaluation; None in bundles that do not tell it.
     """
 
     path: str
@@ -51,6 +52,7 @@ class PuzzlePlan:
     max_val_examples: int | None
     rows: int
     fingerprint: str
+    held_out_rows: int | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """JSON values, as training_args.json holds them."""
@@ -59,7 +61,7 @@ class PuzzlePlan:
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> PuzzlePlan:
         """What `to_plain` gave."""
-        return cls(**{field.name: plain[field.name] for field in fields(cls)})
+        return cls(**{field.name: {"held_out_rows": None, **plain}[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True)

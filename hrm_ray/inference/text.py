@@ -7,6 +7,7 @@ adaptive decoding a halted token leaves copies of its last keys and values in th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,11 +27,23 @@ from hrm_ray.model.transformer import Transformer
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is sampled. Temperature 0 is greedy; top_k 0 and top_p 1 disable those limits."""
+    """How a token is sampled. Temperature 0 is greedy; top_k 0 and top_p 1 disable those limits.
+
+    Raises SettingsError for values out of range.
+    """
 
     temperature: float = 0.8
     top_k: int = 0
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        greedy = "For the likeliest token give --temperature 0"
+        if not 0 <= self.temperature < math.inf:
+            raise SettingsError(Fault(f"--temperature {self.temperature:g}", "must be a number of 0 or more", greedy))
+        if self.top_k < 0:
+            raise SettingsError(Fault(f"--top-k {self.top_k}", "must be 0 or more", "For no limit leave it out"))
+        if not 0 < self.top_p <= 1:
+            raise SettingsError(Fault(f"--top-p {self.top_p:g}", "must be above 0, and 1 or less", greedy))
 
 
 @dataclass(frozen=True)
@@ -222,9 +235,8 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     probabilities = scores.softmax(-1)
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(descending=True)
-        # A token is kept if the probability of those before it is below top_p; the first is kept even at 0.
+        # A token is kept if the probability of those before it is below top_p.
         cut = ordered.cumsum(-1) - ordered >= sampling.top_p
-        cut[0] = False
         probabilities = probabilities.index_fill(0, order[cut], 0.0)
     return int(torch.multinomial(probabilities, 1, generator=generator))
 

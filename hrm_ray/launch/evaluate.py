@@ -181,8 +181,11 @@ def _own_samples(stored: _Stored, settings: RunSettings, plain: Mapping[str, Any
         _, held_out = open_puzzle_sets(plan)
         if held_out is None:
             raise SettingsError(none)
-        chosen, workers = settings.optimizer, settings.cluster.world_size or 1
-        count = settings.data.eval_batches * chosen.batch_size * chosen.gradient_accumulation_steps * workers
+        count = plan.held_out_rows
+        if count is None:
+            # Version 0.1 did not store it; its worker count is known only where it was given.
+            chosen, workers = settings.optimizer, settings.cluster.world_size or 1
+            count = settings.data.eval_batches * chosen.batch_size * chosen.gradient_accumulation_steps * workers
         return held_out, f"{plan.eval_path}:{plan.eval_split}", count
     data, folder = TextData.from_plain(plain), TextDataDir(stored.home.data)
     if data.text.evaluation is None or data.held_out is None:

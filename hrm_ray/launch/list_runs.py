@@ -77,7 +77,7 @@ def _entry(run_dir: RunDir) -> RunEntry:
     else:
         state = "finished" if ended == "finished" else "stopped"
     reached = [one for one in (checkpoint, step, known.pop("recorded_step", None)) if one is not None]
-    size, written_s = _disk(run_dir.root)
+    size, written_s = disk_use(run_dir.root)
     absent = dict.fromkeys(("task", "parameters", "steps", "loss", "best"))
     return RunEntry(
         **{
@@ -126,7 +126,7 @@ def _checkpoint(run_dir: RunDir) -> dict[str, Any]:
     return {"checkpoint": max(run_dir.checkpoint_steps(), default=None)}
 
 
-def _disk(folder: Path) -> tuple[int, float]:
+def disk_use(folder: Path) -> tuple[int, float]:
     """The bytes of all files below a folder, and when the newest was written."""
     size, newest_s = 0, 0.0
     for root, _, files in os.walk(folder):

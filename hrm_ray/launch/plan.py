@@ -249,7 +249,9 @@ def _prepare_puzzles(resolved: ResolvedRun, run_dir: RunDir) -> PuzzlePlan:
     if not resolved.location.continues:
         write_json(run_dir.puzzle, prepared.train.plain())
     _check_puzzles_unchanged(resolved.location, prepared.plan)
-    return prepared.plan
+    return replace(
+        prepared.plan, held_out_rows=settings.data.eval_batches * effective_batch(settings, resolved.devices)
+    )
 
 
 def _held_out_name(settings: RunSettings) -> str | None:

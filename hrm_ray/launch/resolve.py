@@ -91,9 +91,11 @@ def _resolve_data(settings: RunSettings, device: str) -> tuple[RunSettings, Data
     if evaluation is not None and evaluation.task != facts.task:
         reason = f"contains {evaluation.task} data, but the training data is {facts.task}"
         raise DataError(Fault(evaluation.path, reason, "Give held-out data of the same kind"))
-    notes = [note for each in (facts, evaluation) if each is not None for note in each.notes]
-    if notes and settings.cluster.strict:
-        raise DataError(Fault(facts.path, notes[0].removesuffix("."), "Remove them, or leave out --strict"))
+    notes = []
+    for each in (facts, evaluation):
+        if each is not None and each.notes and settings.cluster.strict:
+            raise DataError(Fault(each.path, each.notes[0].removesuffix("."), "Remove them, or leave out --strict"))
+        notes += each.notes if each is not None else ()
     notes += _overlap_notes(settings, facts) if evaluation is not None else []
     if evaluation is not None and facts.puzzle is not None:
         open_puzzles(Path(evaluation.path), evaluation.split).fit_to(facts.puzzle)

@@ -89,13 +89,20 @@ def load_run(
     """The settings of a new or resumed run from options and a settings file, as `load_settings` takes them.
 
     With --resume or --resume-from they are laid over those of the run to resume, and where the file is the
-    training_args.json of a bundle over those of its run, except the bundle's folder.
+    training_args.json of a bundle over those of its run, except the bundle's folder. Raises SettingsError where both
+    are given.
     """
-    earlier = run_described_by(config)
+    given, earlier = config, run_described_by(config)
     if earlier is not None:
         config = None
     where = peek_leaves(flat_options, config, _NAME_A_RUN)
     resumes = where["run.resume"] or where["run.resume_from"] is not None
+    if earlier is not None and resumes and not where["run.auto_resume"]:
+        reason = "it has the settings of a run, and the run to resume has its own"
+        hint = (
+            f"Leave --config out, or leave out {'--resume' if where['run.resume'] else '--resume-from'} for a new run"
+        )
+        raise SettingsError(Fault(f"--config {given}", reason, hint))
     flat_options = with_start_weights(flat_options, resumes=resumes)
     where |= peek_leaves(flat_options, config, ("model.student_init",))
     if where["run.resume_from"] is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +31,12 @@ PARAMS_AT_ONCE = 100
 """Parameters that MLflow takes in one call."""
 TEXT_LIMIT = 5000
 """Characters that MLflow takes as the value of a tag or of a parameter."""
+_LOGIN = re.compile(r"//[^/\s]+@")
+"""User and password in an address."""
+_SECRET_PARAMETER = re.compile(
+    r"([?&][\w.-]*(?:key|token|secret|password|signature|sig|auth)[\w.-]*=)[^&\s'\")]+", re.I
+)
+"""A parameter of an address whose name tells that it is a secret."""
 
 
 class Reporter(Protocol):
@@ -54,6 +61,11 @@ def numbers(record: Record) -> dict[str, float]:
         )
         found |= {f"{record.kind}/{one}": float(item) for one, item in items.items() if not isinstance(item, str)}
     return found
+
+
+def without_secrets(text: str) -> str:
+    """`text` without the passwords and tokens in addresses: errors of network libraries quote what they requested."""
+    return _SECRET_PARAMETER.sub(r"\1***", _LOGIN.sub("//***@", text))
 
 
 class WandbReporter:
@@ -220,5 +232,6 @@ class ReportSink:
         if self._warned:
             return
         self._warned = True
-        message = f"--report-to {self.name}: no more reports ({' '.join(reason.split())[:200]}); training goes on"
+        shown = without_secrets(" ".join(reason.split()))[:200]
+        message = f"--report-to {self.name}: no more reports ({shown}); training goes on"
         self._others.write(Record("event", self._step, time.time(), {"level": "WARNING", "message": message}))

@@ -62,6 +62,22 @@ def test_the_figures_are_those_of_the_run(case: str, folder: Path) -> None:
     assert files_below(bundle) == before, "nothing is written"
 
 
+def test_as_many_puzzles_as_all_workers_of_the_run_read(folder: Path, tmp_path: Path) -> None:
+    """Also where their number was chosen by the program. Version 0.1 did not store it."""
+    bundle = RunDir(shutil.copytree(folder / "puzzles", tmp_path / "b"))
+    stored = json.loads(bundle.training_args.read_text(encoding="utf-8"))
+    assert stored["settings"]["cluster"]["world_size"] is None and stored["data"]["held_out_rows"] == 2 * 4
+    cells = {}
+    for rows in (8, 16, None):
+        stored["data"]["held_out_rows"] = rows
+        if rows is None:
+            del stored["data"]["held_out_rows"]
+        bundle.training_args.write_text(json.dumps(stored), encoding="utf-8")
+        (found,) = figures(bundle.root)
+        cells[rows] = found["puzzles"]
+    assert cells == {8: 8, 16: 16, None: 8}
+
+
 @pytest.mark.parametrize(("case", "data"), [("text", "other.txt"), ("puzzles", "other.safetensors")])
 def test_other_data_and_a_limit(case: str, data: str, folder: Path) -> None:
     bundle = folder / case

@@ -16,7 +16,7 @@ import pytest
 
 from hrm_ray.errors import UnavailableError
 from hrm_ray.metrics import reporters
-from hrm_ray.metrics.reporters import ReportSink, check_reporters, numbers, report_sinks
+from hrm_ray.metrics.reporters import ReportSink, check_reporters, numbers, report_sinks, without_secrets
 from hrm_ray.rundir import RunDir, read_json
 from hrm_ray.types import Record
 from tests.support.runs import TEXT, hrm, records, text_file, train
@@ -166,6 +166,38 @@ def test_a_failing_service_is_one_warning(place: str) -> None:
     (warning,) = kept.records
     assert warning.kind == "event" and warning.values["level"] == "WARNING"
     assert "--report-to wandb: no more reports (ConnectionError: no route to host)" in str(warning.values["message"])
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("at https://me:s3cret@host:5000/api/2.0 (x@y)", "at https://***@host:5000/api/2.0 (x@y)"),
+        ("at https://me:s3@cret@host/api", "at https://***@host/api"),
+        ("with url: /api?api_key=s3cret&run=7 (timed out)", "with url: /api?api_key=***&run=7 (timed out)"),
+        ("'/x?run=7&X-Amz-Signature=s3cret'", "'/x?run=7&X-Amz-Signature=***'"),
+        ("no route to host", "no route to host"),
+    ],
+)
+def test_a_warning_shows_no_secret(text: str, shown: str) -> None:
+    def failing() -> Any:
+        raise ConnectionError(text)
+
+    assert without_secrets(text) == shown
+    kept = Kept()
+    ReportSink("mlflow", failing, kept).close()
+    message = str(kept.records[0].values["message"])
+    assert shown in message and "cret" not in message
+
+
+def test_a_cut_warning_shows_no_secret() -> None:
+    """The address is cut off within its password."""
+
+    def failing() -> Any:
+        raise ConnectionError("x" * 160 + " https://me:" + 50 * "s3cret" + "@host")
+
+    kept = Kept()
+    ReportSink("mlflow", failing, kept).close()
+    assert "s3cret" not in str(kept.records[0].values["message"])
 
 
 def test_a_service_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,30 @@ def test_errors(tmp_path: Path) -> None:
     for function in (hrm_ray.evaluate, lambda bundle: hrm_ray.generate(bundle, "x"), lambda b: hrm_ray.solve(b, ["0"])):
         with pytest.raises(SettingsError, match="no such bundle"):
             function(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"top_p": 0.0}, {"top_p": 2}, {"top_k": -1}, {"temperature": -0.5}, {"temperature": float("nan")}]
+)
+def test_sampling_out_of_range(sampling: dict[str, Any], tmp_path: Path) -> None:
+    """What the command line refuses."""
+    train(text_file(tmp_path), tmp_path / "b", *TEXT, "--steps", "1")
+    (name,) = sampling
+    with pytest.raises(SettingsError, match=f"--{name.replace('_', '-')} "):
+        hrm_ray.generate(tmp_path / "b", "x", device="cpu", **sampling)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+def test_the_program_s_own_output_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it cannot be written the run goes on without it; the program's descriptor is not replaced."""
+    full = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115 (closing it would raise)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        patch.setattr(os, "dup2", lambda *_: pytest.fail("the program's output was replaced"))
+        result = hrm_ray.train(dataset_file=text_file(tmp_path), bundle_dir=tmp_path / "b", steps=1, **TEXT_OPTIONS)
+    assert result.step == 1
+    with suppress(OSError):
+        full.close()
 
 
 def test_an_interrupt_saves_and_ends_the_run(tmp_path: Path, interrupts: Callable[..., None]) -> None:

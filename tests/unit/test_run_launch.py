@@ -96,6 +96,14 @@ def test_an_evaluation_file_inside_the_training_data_is_said(tmp_path: Path) -> 
     refused(2, "train", "--dataset-file", data, *words, "--strict", naming=("b.txt", "held-out"))
 
 
+def test_a_note_on_the_evaluation_data_names_it_under_strict(tmp_path: Path) -> None:
+    data, held_out = text_folder(tmp_path / "data"), text_folder(tmp_path / "held_out")
+    (held_out / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
+    words = ("--dataset-file", data, "--eval-file", held_out, *TEXT, "--strict")
+    message = refused(5, "train", *words, naming=(held_out,))
+    assert str(data) not in message
+
+
 def test_what_ray_cannot_hold_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     data = text_folder(tmp_path / "data")
     words = ("--dataset-file", data, "--bundle-dir", tmp_path / "b", *NO_LAUNCHER, "--launcher", "ray")

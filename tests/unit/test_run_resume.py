@@ -426,3 +426,16 @@ def test_a_branch_in_another_bundle(tmp_path: Path) -> None:
     assert (tmp_path / "branch" / "model.safetensors").read_bytes() == before["model.safetensors"]
     assert hrm("generate", tmp_path / "branch" / "best", "--prompt", "a", "--max-new-tokens", "2").code == 0
     refused(2, *from_4, "--bundle-dir", tmp_path / "branch", naming=(tmp_path / "branch", "already contains a run"))
+
+
+@pytest.mark.parametrize("how", ["--resume", "--resume-from"])
+def test_the_settings_of_another_run_are_refused(how: str, tmp_path: Path) -> None:
+    """They were passed over without a word. Under --auto-resume they are those of the first launch."""
+    data, bundle, other = text_file(tmp_path), tmp_path / "b", tmp_path / "other"
+    train(data, bundle, *TEXT, "--steps", "2")
+    train(data, other, *TEXT, "--steps", "4", "--config", bundle / "training_args.json")
+    again = (how, bundle / "checkpoints" / "step_2") if how == "--resume-from" else (how, "--bundle-dir", bundle)
+    config = other / "training_args.json"
+    refused(2, "train", *again, "--config", config, naming=(f"--config {config}", "Leave --config out", how))
+    launch = ("train", "--config", config, "--bundle-dir", bundle, "--auto-resume")
+    assert hrm(*launch).code == 0 and records(bundle)[-1]["step"] == 2

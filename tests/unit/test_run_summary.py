@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+
+from hrm_ray.cli.summary import _next, _size
+from hrm_ray.settings.tree import RunSettings
+from hrm_ray.types import RunResult, StopReason
 from tests.benchmarks.picture import draw
 from tests.support.runs import PUZZLE, TEXT, hrm, puzzle_file, records, stopping_at, text_file, train
 
@@ -45,6 +53,29 @@ def test_the_next_command_after_puzzles_solves_some(tmp_path: Path) -> None:
     assert found["held"].startswith("out  exact ") and found["best"].startswith("exact ")
     program, *solve = shlex.split(found["next"])
     assert program == "hrm-ray" and "solved exactly" in hrm(*solve).out
+
+
+def test_a_file_that_goes_while_the_size_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a file of another process in the bundle may."""
+    real = os.lstat
+
+    def gone(path: str) -> os.stat_result:
+        if path.endswith("config.json"):
+            raise FileNotFoundError(path)
+        return real(path)
+
+    (tmp_path / "config.json").write_bytes(b"x" * 10**6)
+    (tmp_path / "other").write_bytes(b"x" * 10**6)
+    with monkeypatch.context() as patch:
+        patch.setattr("hrm_ray.launch.list_runs.os.lstat", gone)
+        assert _size(tmp_path) == "1.0 MB"
+
+
+def test_the_split_of_the_next_command_is_quoted() -> None:
+    settings = RunSettings.model_validate({"data": {"dataset_file": "d", "val_split": "held out"}})
+    resolved: Any = SimpleNamespace(settings=settings, facts=SimpleNamespace(puzzle=object()))
+    words = shlex.split(_next(RunResult(StopReason.FINISHED, 1, 0, "b", {}), resolved))
+    assert words[-4:] == ["--split", "held out", "--limit", "3"]
 
 
 def test_the_picture_of_a_run(tmp_path: Path) -> None:
