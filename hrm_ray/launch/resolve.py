@@ -91,7 +91,7 @@ def _resolve_data(settings: RunSettings, device: str) -> tuple[RunSettings, Data
     if evaluation is not None and evaluation.task != facts.task:
         reason = f"contains {evaluation.task} data, but the training data is {facts.task}"
         raise DataError(Fault(evaluation.path, reason, "Give held-out data of the same kind"))
-    notes = []
+    notes: list[str] = []
     for each in (facts, evaluation):
         if each is not None and each.notes and settings.cluster.strict:
             raise DataError(Fault(each.path, each.notes[0].removesuffix("."), "Remove them, or leave out --strict"))

@@ -12,8 +12,11 @@ import logging
 import math
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, get_args
+
+from filelock import FileLock, Timeout
 
 from hrm_ray.atomic_files import atomic_write
 from hrm_ray.errors import DataError, Fault, ResourceError
@@ -22,6 +25,8 @@ from hrm_ray.types import Record, RecordKind
 _LOG = logging.getLogger(__name__)
 _OWN_KEYS = frozenset({"kind", "step", "time_s"})
 _KINDS: dict[str, RecordKind] = {kind: kind for kind in get_args(RecordKind)}
+_LOCK_WAIT_S = 2.0
+"""At most so long a run waits for another one that writes to the same file."""
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -30,16 +35,19 @@ class JsonlSink:
 
     `append=False` replaces the file. When appending after a kill, a half-written last line is cut off first and the
     cut is logged. Where the file is deleted or replaced while it is open, later records go into a new one at its path.
-    A second process must not write the same file. Raises ResourceError where the file cannot be opened.
+    Several processes may write a file that all of them open as `shared`. Raises ResourceError where the file cannot be
+    opened.
     """
 
-    def __init__(self, path: Path, append: bool = True) -> None:
+    def __init__(self, path: Path, append: bool = True, *, shared: bool = False) -> None:
         self._path = path
+        self._shared = shared
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if append:
-                _repair_tail(path)
-            self._file = path.open("ab" if append else "wb")
+            with self._alone():
+                if append:
+                    _repair_tail(path)
+                self._file = path.open("ab" if append else "wb")
         except OSError as error:
             reason = f"cannot be written ({error.strerror})"
             raise ResourceError(
@@ -53,8 +61,12 @@ class JsonlSink:
             self._file.close()
             self._file = self._path.open("ab")
             _LOG.warning("%s was deleted or replaced during the run; its records begin again", self._path)
-        self._file.write(line)
-        self._file.flush()
+        with self._alone():
+            self._file.write(line)
+            self._file.flush()
+
+    def _alone(self) -> AbstractContextManager[None]:
+        return locked(self._path) if self._shared else nullcontext()
 
     def _in_place(self) -> bool:
         """Whether the open file is still the one at the path."""
@@ -66,6 +78,24 @@ class JsonlSink:
     def close(self) -> None:
         """Release the file; a second call does nothing."""
         self._file.close()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes that use this function from the file, by a lock on the file `path`.lock.
+
+    Without it where that cannot be made, or another process holds it too long: metrics must not stop training.
+    """
+    lock = FileLock(f"{path.resolve()}.lock")
+    try:
+        Path(lock.lock_file).touch()  # `acquire` would try for the whole time to make a file that cannot be made
+        lock.acquire(timeout=_LOCK_WAIT_S)
+    except (OSError, NotImplementedError, Timeout) as error:
+        _LOG.debug("%s is written without a lock: %s", path, error)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def to_line(record: Record) -> bytes:
@@ -120,14 +150,22 @@ def truncate_after(path: Path, step: int) -> int:
 def drop_copies(path: Path, own: Path, step: int) -> None:
     """Drop from `path`, to which several runs may append, the lines that the metrics file `own` has after `step`.
 
-    Lines of other runs stay, whatever they are. The file is replaced atomically; either file may be missing. Call this
-    before `own` is truncated. DataError if a line of `own` is not a record.
+    Lines of other runs stay, whatever they are, also those that a sink with `shared` adds meanwhile. The file is
+    changed in place, so that other runs and links keep it. Either file may be missing. Call this before `own` is
+    truncated. DataError if a line of `own` is not a record.
     """
     if not path.exists() or not own.exists():
         return
     later = {line for record, line in _records_and_lines(own) if record.step > step}
-    with atomic_write(path) as file, path.open("rb") as lines:
-        file.writelines(line for line in lines if line.rstrip(b"\n") + b"\n" not in later)
+    with locked(path), path.open("r+b") as file:
+        lines = file.readlines()
+        dropped = [line.rstrip(b"\n") + b"\n" in later for line in lines]
+        if True not in dropped:
+            return
+        first = dropped.index(True)
+        file.seek(sum(map(len, lines[:first])))
+        file.writelines(line for line, drops in zip(lines[first:], dropped[first:], strict=True) if not drops)
+        file.truncate()
 
 
 def why_no_metrics(path: Path) -> str | None:

@@ -27,6 +27,8 @@ OPEN_WAIT_S = 20.0
 """At most so long Weights & Biases tries to reach its service."""
 CLOSE_WAIT_S = 60.0
 """At most so long the end of a run waits for reports that are still to be sent."""
+LEAST_CLOSE_WAIT_S = 1.0
+"""So long it waits also where --max-time is over."""
 PARAMS_AT_ONCE = 100
 """Parameters that MLflow takes in one call."""
 TEXT_LIMIT = 5000
@@ -163,9 +165,16 @@ def _check_wandb_login(wandb: Any) -> None:
 
 
 def report_sinks(
-    names: Iterable[str], run_dir: RunDir, config: Mapping[str, Any], *, resumes: bool, others: MetricSink
+    names: Iterable[str],
+    run_dir: RunDir,
+    config: Mapping[str, Any],
+    *,
+    resumes: bool,
+    others: MetricSink,
+    stop_by_s: float | None = None,
 ) -> list[ReportSink]:
-    """The sinks of a run for the services `names`. Their failures go to `others`, as warnings."""
+    """The sinks of a run for the services `names`. Their failures go to `others`, as warnings. The end waits for
+    reports until `stop_by_s` (seconds since the epoch)."""
 
     stored: dict[str, str] = {}
     with suppress(DataError):
@@ -182,7 +191,7 @@ def report_sinks(
 
         return open_reporter
 
-    return [ReportSink(name, opener(name), others) for name in names]
+    return [ReportSink(name, opener(name), others, stop_by_s) for name in names]
 
 
 class ReportSink:
@@ -191,10 +200,13 @@ class ReportSink:
     Its first failure is written to `others` as a warning at the next record, and ends the reports.
     """
 
-    def __init__(self, name: str, open_reporter: OpenReporter, others: MetricSink) -> None:
+    def __init__(
+        self, name: str, open_reporter: OpenReporter, others: MetricSink, stop_by_s: float | None = None
+    ) -> None:
         self.name = name
         self._open = open_reporter
         self._others = others
+        self._stop_by_s = stop_by_s
         self._records: queue.SimpleQueue[Record | None] = queue.SimpleQueue()
         self._failure: Exception | None = None
         self._warned = False
@@ -211,13 +223,16 @@ class ReportSink:
             self._warn(f"{type(self._failure).__name__}: {self._failure}")
 
     def close(self) -> None:
-        """Wait until all is sent, but for no longer than CLOSE_WAIT_S."""
+        """Wait until all is sent, but for no longer than CLOSE_WAIT_S, and hardly beyond the limit of --max-time."""
+        wait_s = CLOSE_WAIT_S
+        if self._stop_by_s is not None:
+            wait_s = min(wait_s, max(LEAST_CLOSE_WAIT_S, self._stop_by_s - time.time()))
         self._records.put(None)
-        self._thread.join(CLOSE_WAIT_S)
+        self._thread.join(wait_s)
         if self._failure is not None:
             self._warn(f"{type(self._failure).__name__}: {self._failure}")
         elif self._thread.is_alive():
-            self._warn(f"the last reports were not sent within {CLOSE_WAIT_S:.0f} s")
+            self._warn(f"the last reports were not sent within {wait_s:.0f} s")
 
     def _send(self) -> None:
         try:

@@ -31,7 +31,7 @@ from hrm_ray.metrics.tensorboard import TensorBoardSink
 from hrm_ray.model.transforms.compile import compile_notes
 from hrm_ray.rundir import MANIFEST, RunDir, file_sha256
 from hrm_ray.settings.schedule_length import schedule_length
-from hrm_ray.settings.tree import RunSettings, to_dotted
+from hrm_ray.settings.tree import to_dotted
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.attention_choice import flash_notes
 from hrm_ray.train.checkpoint import Checkpointer, load_checkpoint
@@ -116,7 +116,7 @@ def _train(plan: RunPlan, link: WorkerLink, watch: FolderWatch) -> RunResult:
                 opened.callback(_close_ledger, ledger_writer, watch)
             if resumed_step is not None and plan.continues:
                 rewind_to(run_dir, plan, resumed_step)
-            sink = sinks = _sinks(settings, run_dir, resumed_step, link)
+            sink = sinks = _sinks(plan, run_dir, resumed_step, link)
             opened.push(lambda kind, error, trace: sinks.close(run_failed=error is not None))
 
         world.from_leader(open_files)
@@ -267,15 +267,23 @@ def _log_rank_schedule(logger: MetricLogger) -> None:
     )
 
 
-def _sinks(settings: RunSettings, run_dir: RunDir, resumed_step: int | None, link: WorkerLink) -> FanOut:
+def _sinks(plan: RunPlan, run_dir: RunDir, resumed_step: int | None, link: WorkerLink) -> FanOut:
     """Where rank 0 writes records; those of a resumed run were cut at its step by `rewind_to`."""
+    settings = plan.settings
     sinks: list[MetricSink] = [
         JsonlSink(run_dir.metrics),
         TensorBoardSink(run_dir.tensorboard, resumed_step),
         link.sink(),
     ]
     if settings.run.log_file is not None:
-        sinks.append(JsonlSink(settings.run.log_file))
+        sinks.append(JsonlSink(settings.run.log_file, shared=True))
     resumes, others = resumed_step is not None, FanOut(sinks)
-    reports = report_sinks(settings.run.services, run_dir, to_dotted(settings), resumes=resumes, others=others)
+    reports = report_sinks(
+        settings.run.services,
+        run_dir,
+        to_dotted(settings),
+        resumes=resumes,
+        others=others,
+        stop_by_s=plan.stop_by_s,
+    )
     return FanOut([*sinks, *reports])

@@ -118,8 +118,7 @@ class Trainer:
             self.loop.world.from_leader(self._check_folder)
             self.logger.train()
         if run.eval_every and step % run.eval_every == 0:
-            self._evaluate()
-            self._sample()
+            self._evaluate_and_sample()
         # The last step is saved at the end, after the last evaluation, whose figures belong into the checkpoint.
         if run.save_every and step % run.save_every == 0 and step != run.step_limit:
             self._save()
@@ -128,10 +127,15 @@ class Trainer:
         if self.watch is not None:
             self.watch.check()
 
+    def _evaluate_and_sample(self) -> None:
+        with self.time_limit.measuring("evaluation"):
+            self._evaluate()
+            self._sample()
+
     def _evaluate(self) -> None:
         # An improvement is written into best/.
         self.loop.world.from_leader(self._check_folder)
-        with self.logger.paused(), self.time_limit.measuring("evaluation"):
+        with self.logger.paused():
             improved = self.evaluator.evaluate()
             if improved is not None:
                 self.checkpointer.saved_step = None  # a checkpoint of this step lacks these figures
@@ -160,8 +164,7 @@ class Trainer:
         if reason is StopReason.MAX_TIME:
             self.logger.event("INFO", f"--max-time {self.settings.run.max_time} is nearly over: the run saves and ends")
         if reason is StopReason.FINISHED:
-            self._evaluate()
-            self._sample()
+            self._evaluate_and_sample()
         self._save()
         step, figures, run_dir = self.loop.progress.step, self.evaluator.figures, self.checkpointer.run_dir
         self.checkpointer.save_bundle(reason, figures, self.evaluator.best)

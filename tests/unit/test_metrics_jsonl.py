@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrm_ray.errors import DataError
-from hrm_ray.metrics.jsonl import JsonlSink, read_records, to_line, truncate_after
+from hrm_ray.metrics.jsonl import JsonlSink, drop_copies, read_records, to_line, truncate_after
 from hrm_ray.types import Record
 
 _RESERVED = {"NaN", "Infinity", "-Infinity"}
@@ -178,3 +179,42 @@ def test_records_of_version_0_1_have_todays_names(tmp_path: Path) -> None:
     first, second = (record.values for record in read_records(tmp_path / "m.jsonl"))
     assert first == {"objective": 3.0, "loss": 2.0, "token_accuracy": 0.5, "lr": 0.1}
     assert second == {"objective": 3.0, "loss": 2.0, "cell_accuracy": 0.5, "exact_accuracy": 0.25, "lr": 0.1}
+
+
+def test_what_another_run_adds_while_copies_are_dropped_stays(tmp_path: Path) -> None:
+    """The other run has the file open, under the name of a link, which stays one."""
+    own, log, link = tmp_path / "metrics.jsonl", tmp_path / "log.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(log)
+    mine, other = JsonlSink(link, shared=True), JsonlSink(log, shared=True)
+    _write(own, [_train(step) for step in range(4)])
+    for step in range(4):
+        mine.write(_train(step))
+        other.write(_train(10 + step))
+    drop_copies(link, own, 1)
+    other.write(_train(14))
+    for sink in (mine, other):
+        sink.close()
+    assert [record.step for record in read_records(log)] == [0, 10, 1, 11, 12, 13, 14]
+    assert link.is_symlink()
+
+
+def test_a_shared_file_is_not_written_while_it_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process that holds the lock is waited for; where it holds it for too long, the line is written anyway."""
+    monkeypatch.setattr("hrm_ray.metrics.jsonl._LOCK_WAIT_S", 0.0)
+    log = tmp_path / "log.jsonl"
+    sink, acquired = JsonlSink(log, shared=True), []
+    real = FileLock.acquire
+
+    def acquiring(lock: FileLock, timeout: float | None = None) -> Any:
+        try:
+            return real(lock, timeout=timeout)
+        finally:
+            acquired.append(lock.is_locked)
+
+    with FileLock(f"{log}.lock"):
+        monkeypatch.setattr(FileLock, "acquire", acquiring)
+        sink.write(_train(0))
+    sink.write(_train(1))
+    sink.close()
+    assert acquired == [False, True]
+    assert [record.step for record in read_records(log)] == [0, 1]

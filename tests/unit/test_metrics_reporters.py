@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import threading
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -74,6 +75,10 @@ class FakeMlflow(ModuleType):
         )
         self.MlflowClient = lambda: made
         self.entities = SimpleNamespace(Metric=lambda *parts: parts, Param=lambda *parts: parts)
+
+
+def no_service() -> Any:
+    raise ConnectionError("no route to host")
 
 
 def sent(name: str, folder: Path, *, resumes: bool = False, config: dict[str, Any] | None = None) -> Kept:
@@ -213,6 +218,22 @@ def test_a_service_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.Monke
     sink.close()
     freed.set()
     assert "not sent within" in str(kept.records[0].values["message"]) and len(kept.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("left_s", "waits_s"), [(None, reporters.CLOSE_WAIT_S), (500, reporters.CLOSE_WAIT_S), (20, 20), (-5, 1)]
+)
+def test_the_end_waits_for_reports_within_max_time(
+    left_s: float | None, waits_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a run is killed at the limit of its queue while it waits."""
+    asked: list[float | None] = []
+    monkeypatch.setattr(time, "time", lambda: 1000.0)
+    sink = ReportSink("mlflow", no_service, Kept(), None if left_s is None else 1000.0 + left_s)
+    sink._thread.join()
+    monkeypatch.setattr(sink._thread, "join", lambda timeout: asked.append(timeout))
+    sink.close()
+    assert asked == [waits_s]
 
 
 def test_what_is_missing_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

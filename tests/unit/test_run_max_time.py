@@ -11,6 +11,7 @@ from hypothesis import strategies as some
 
 from hrm_ray.rundir import RunDir
 from hrm_ray.settings.duration import LONGEST_S, seconds_of
+from hrm_ray.train.evaluator import Sampler
 from hrm_ray.train.loop import StepReport, TrainingLoop
 from hrm_ray.train.time_limit import TimeLimit
 from hrm_ray.types import StopReason
@@ -102,6 +103,23 @@ def test_a_run_that_is_ended_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert RunDir(tmp_path / "b").checkpoint_steps() == [3]
     assert hrm(*words).code == 0
     assert computed(tmp_path / "b") == computed(tmp_path / "whole")
+
+
+def test_the_sample_counts_as_part_of_the_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is scripted: a sample takes 30 s, all else nothing; after the first one no other fits into 70 s."""
+    data, now_s = text_file(tmp_path), [1000.0]
+
+    def sampling(sampler: Sampler) -> str:
+        now_s[0] += 30.0
+        return "text"
+
+    monkeypatch.setattr("hrm_ray.cli.run.COMMAND_STARTED_S", 1000.0)
+    monkeypatch.setattr("time.time", lambda: now_s[0])
+    monkeypatch.setattr(Sampler, "sample", sampling)
+    words = ("train", "--dataset-file", data, "--bundle-dir", tmp_path / "b", *TEXT, "--steps", "9", "--sample-prompt")
+    ran = hrm(*words, "a", "--eval-file", data, "--eval-every", "2", "--max-time", "70s")
+    assert ran.code == 75 and "ended   max_time at step 3" in ran.out, ran
+    assert now_s[0] == 1030.0
 
 
 def test_the_time_is_over_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
