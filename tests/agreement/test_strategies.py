@@ -60,7 +60,12 @@ RUNS = [
     *((case, strategy, CUT) for case in WHOLE_TENSORS.values() for strategy in STRATEGIES[:2]),
     *((CASES["experts"], strategy, SMALLER) for strategy in ("sharded-optimizer", "zero1")),
 ]
-RESUMES = [(first, then) for first in STRATEGIES for then in STRATEGIES]
+RESUMES = [
+    *((same, same) for same in STRATEGIES),
+    *zip(STRATEGIES, (*STRATEGIES[1:], STRATEGIES[0]), strict=True),
+    *(("ddp", "zero3"), ("zero1", "ddp"), ("zero3", "zero1"), ("zero3", "sharded-optimizer")),
+]
+"""Each from itself, round the ring, and across. A checkpoint has one form, so what each reads and writes is enough."""
 
 Results = dict[tuple[str, ...], Ended]
 

@@ -122,12 +122,12 @@ def test_the_process_takes_what_was_said(name: str) -> None:
 
 
 def test_it_allocates_nothing_and_ends() -> None:
-    """A billion parameters in 2048 dimensions on 65,536 tokens: 4 GB of weights. Half a minute is much for it."""
+    """A billion parameters in 2048 dimensions on 65,536 tokens: 4 GB of weights. Half a CPU minute is much for it."""
     settings, config = case_of({"--task": "lm", "--model-preset": "xlarge", "--max-seq-len": "65536"}, 16_000)
-    before_bytes, start = psutil.Process().memory_info().rss, time.perf_counter()
+    before_bytes, start_s = psutil.Process().memory_info().rss, time.process_time()
     account = memory_estimate(settings, config)
     assert psutil.Process().memory_info().rss - before_bytes < 300e6
-    assert time.perf_counter() - start < 60
+    assert time.process_time() - start_s < 60
     assert account.weights_bytes > 3.9e9 and account.peak_bytes > 4 * account.weights_bytes
     # One square of the sequence, even in a single byte for a pair, would be 8 times 4.3 GB for a batch of 8.
     assert account.activations_bytes < 8 * 65536 * (2048 * 4 * 40)
