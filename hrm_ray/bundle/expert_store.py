@@ -116,7 +116,7 @@ def store_expert(folder: Path, identifier: str, entry: Mapping[str, Any], tensor
             write_json(folder / REGISTRY_FILE, {"experts": plain})
     except Timeout:
         reason = f"another run has been writing the registry for {_LOCK_TIMEOUT_S:g} s"
-        raise ResourceError(Fault(str(lock), reason, "End that run, then go on with --resume")) from None
+        raise ResourceError(Fault(str(lock), reason, "End that run, then continue with --resume")) from None
 
 
 def read_expert(folder: Path, identifier: str) -> tuple[StoredExpert, dict[str, Tensor]]:

@@ -55,8 +55,9 @@ def sudoku(
     print(f"{made.folder}: Sudoku {made.size}x{made.size}")
     print(f"  train  {made.train} puzzles on {made.train_grids} grids ({made.base_puzzles} before augmentation)")
     print(f"  test   {made.test} puzzles on {made.test_grids} other grids")
-    for name, numbers in (("clues", made.clues), ("grades", made.grades)):
-        print(f"  {name:6} " + ", ".join(f"{count} with {value}" for value, count in sorted(numbers.items())))
+    print("  clues  " + ", ".join(f"{count} with {value}" for value, count in sorted(made.clues.items())))
+    grades = ", ".join(f"{count} of grade {value}" for value, count in sorted(made.grades.items()))
+    print(f"  grades {grades} (1 and 2 take no guesses, each guess adds 1)")
     return _next(made.folder)
 
 
@@ -139,7 +140,7 @@ def text(
     print(f"{made.folder}: text of Python's documentation")
     print(f"  train  {made.train_documents} documents, {made.train_bytes} bytes")
     print(f"  test   {made.test_documents} documents, {made.test_bytes} bytes")
-    print(f"  {made.duplicates} duplicates left out")
+    print(f"  {made.duplicates} duplicate(s) left out")
     return _next(made.folder)
 
 

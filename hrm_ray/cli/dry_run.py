@@ -88,5 +88,5 @@ def describe_memory(resolved: ResolvedRun) -> str:
     process = gigabytes(WORKER_MEMORY_BYTES)
     lines = [f"memory  of each worker {account.as_text()}, and about {process} for Python and PyTorch"]
     if resolved.devices.device == "cpu" and resolved.keep_freed_memory:
-        lines.append("        enough is free to keep freed memory (faster, up to three times as much)")
+        lines.append("        freed memory is kept, as enough is free (faster, at up to three times the memory)")
     return "\n".join(lines)

@@ -65,7 +65,7 @@ def train(ctx: typer.Context) -> int:
 @app.command(name="train-actv1", context_settings=FLAT_OPTIONS)
 @training_command
 def train_actv1(ctx: typer.Context) -> int:
-    """The same as train, under its older name."""
+    """As train --profile hrm-hf: with the defaults of the older HRM-HF trainer."""
     from hrm_ray.cli.train import train_command
 
     return train_command(ctx.args, "train-actv1")

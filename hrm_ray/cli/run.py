@@ -11,7 +11,7 @@ from textwrap import TextWrapper
 
 from hrm_ray.cli.dry_run import print_dry_run
 from hrm_ray.cli.output import print_if_possible
-from hrm_ray.cli.summary import summary
+from hrm_ray.cli.summary import ENDED_BY, summary
 from hrm_ray.launch.resolve import ResolvedRun, resolve
 from hrm_ray.launch.run import run
 from hrm_ray.launch.stopping import StopWatch
@@ -40,7 +40,7 @@ def run_train(settings: RunSettings, dry_run: bool) -> int:
             return ended.reason.exit_code
         except StopRequested as stopped:
             print_if_possible(
-                f"ended   {stopped.reason.value} before the first step: nothing was trained", discards=True
+                f"ended   {ENDED_BY[stopped.reason]} before the first step: nothing was trained", discards=True
             )
             return stopped.reason.exit_code
 

@@ -14,6 +14,16 @@ from hrm_ray.metrics.jsonl import read_records
 from hrm_ray.rundir import RunDir
 from hrm_ray.types import Record, RunResult, StopReason
 
+ENDED_BY = {
+    StopReason.FINISHED: "finished",
+    StopReason.STOP_FILE: "stopped by --stop-file",
+    StopReason.SIGTERM: "stopped by SIGTERM",
+    StopReason.SIGHUP: "stopped by SIGHUP",
+    StopReason.SIGUSR1: "stopped by SIGUSR1",
+    StopReason.MAX_TIME: "stopped by --max-time",
+    StopReason.INTERRUPT: "stopped by Ctrl-C",
+}
+
 
 def summary(result: RunResult, resolved: ResolvedRun, taken_s: float) -> str:
     """How the run ended, what it has learned, where it lies, and the command to type next."""
@@ -23,7 +33,7 @@ def summary(result: RunResult, resolved: ResolvedRun, taken_s: float) -> str:
     except DataError:
         records = []
     lines = [
-        f"ended   {result.reason.value} at step {result.step}, epoch {result.epoch}, after {duration(taken_s)}"
+        f"ended   {ENDED_BY[result.reason]} at step {result.step}, epoch {result.epoch}, after {duration(taken_s)}"
         f"{_amount(result, resolved)}{_restarts(records)}"
     ]
     losses = [(record.step, loss) for record in records if record.kind == "train" and (loss := _loss(record))]

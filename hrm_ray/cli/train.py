@@ -48,6 +48,9 @@ EXAMPLES = (
 def train_command(argv: Sequence[str], name: str) -> int:
     """Run the command on its arguments; returns the exit code."""
     about = "Trains a model on text or puzzles, in this process or on Ray. The data decides which."
+    if name == "train-actv1":
+        about += " This is train --profile hrm-hf: experts, mixed precision and activation checkpointing are on, "
+        about += "lines are rows, and the defaults below are those without a profile."
     command = FlatCommand(f"{name} [OPTIONS]", about, OWN, common=COMMON, examples=EXAMPLES)
     arguments = command.parse(argv)
     # Only now: a help page needs none of it.

@@ -61,7 +61,7 @@ Row: TypeAlias = Document | BadRow
 
 TextRows: TypeAlias = Literal["document", "paragraph", "line", "mebibyte"]
 """What a row of a plain text file is: the file, a block between blank lines, a line that is not blank, or (as in
-versions before 0.3) each mebibyte of it, cut after the end of a line."""
+version 0.1) each mebibyte of it, cut after the end of a line."""
 
 OnBadRow: TypeAlias = Literal["fail", "skip"]
 """What happens at a bad row."""

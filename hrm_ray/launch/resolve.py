@@ -133,7 +133,7 @@ def _resolve_on(
             raise SettingsError(as_faults(no_effect))
         settings = settings.model_copy(update={"run": settings.run.model_copy(update={"log_file": None})})
     if location.damaged is not None and location.checkpoint is not None:
-        notes.append(f"{location.damaged} is damaged: the run goes on from {location.checkpoint.name}.")
+        notes.append(f"{location.damaged} is damaged: the run resumes from {location.checkpoint.name}.")
     if not settings.run.auto_resume:
         notes += _no_steps_left(settings, location)
     check_effective_batch(location, effective_batch(settings, devices))

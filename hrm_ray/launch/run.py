@@ -57,7 +57,7 @@ def run(
         stop = partial(_stop_or_time_over, stop, stop_by_s)
     finished = finished_before(resolved.settings, resolved.location)
     if finished is not None:
-        message = "The run has finished: there is nothing to train. More --steps or --epochs go on with it."
+        message = "The run has finished: there is nothing to train. Give more --steps or --epochs to continue it."
         sink.write(Record("event", finished.step, time.time(), {"message": message, "level": "INFO"}))
         return finished
     with ExitStack() as held:

@@ -239,7 +239,7 @@ def never_trained(run_dir: RunDir) -> bool:
 
 
 def finished_before(settings: RunSettings, location: RunLocation) -> RunResult | None:
-    """The result of a run that has finished already, where --auto-resume is asked to go on with it; None where there is
+    """The result of a run that has finished already, where --auto-resume is asked to continue it; None where there is
     more to train."""
     run, run_dir = settings.run, location.run_dir
     if not run.auto_resume or location.checkpoint is None or location.damaged or not run_dir.metadata.is_file():

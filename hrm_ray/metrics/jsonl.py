@@ -51,7 +51,7 @@ class JsonlSink:
         except OSError as error:
             reason = f"cannot be written ({error.strerror})"
             raise ResourceError(
-                Fault(str(path), reason, "Give a file on a disk with room, that you may write")
+                Fault(str(path), reason, "Give a file that you may write, on a disk with room")
             ) from error
 
     def write(self, record: Record) -> None:

@@ -48,7 +48,7 @@ class ClusterSettings(Section):
     """Compile the blocks with torch.compile: faster steps, a slower first step. Compiled code is kept for later runs in
     the folder of TORCHINDUCTOR_CACHE_DIR."""
     strict: bool = option(False, "free")
-    """Treat every fallback as an error."""
+    """Treat fallbacks, and options that have no effect, as errors."""
 
     @model_validator(mode="before")
     @classmethod

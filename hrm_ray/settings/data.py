@@ -73,7 +73,7 @@ class DataSettings(Section):
         "document", "fixed", affects=("rows",), needs=(TEXT,), legacy_default="mebibyte"
     )
     """What a row of a plain text file is: the whole file (document), a block between blank lines (paragraph), a line
-    that is not blank (line), or each MiB of the file (mebibyte, as in versions before 0.3)."""
+    that is not blank (line), or each MiB of the file (mebibyte, as version 0.1 did)."""
     as_text: str | None = option(None, "fixed", affects=("rows",), needs=(TEXT,), unset="no other files")
     """Files to read as text besides .txt and .md: patterns of names, separated by commas, such as
     "*.py,*.rst,*.html,*.log", also for compressed files and in archives. HTML is read as its text. A pattern without a

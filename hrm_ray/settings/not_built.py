@@ -11,7 +11,7 @@ _WORKERS = "Use --launcher ray --world-size N today"
 _CLOUD = "Use a --bundle-dir on a disk today, and copy the bundle with the cloud's own tool"
 _PROMPTS = "Use `hrm-ray generate BUNDLE --prompt TEXT` after the run today"
 _FITTING = "Use `hrm-ray train --dry-run` today: it prints the memory that a run needs"
-_FAILURES = "Use --resume today: it goes on from the newest checkpoint"
+_FAILURES = "Use --resume today: it continues from the newest checkpoint"
 _ARCHITECTURE = "Use --arch actv1 today"
 
 NOT_BUILT: dict[str, str] = {
@@ -39,7 +39,7 @@ NOT_BUILT: dict[str, str] = {
     "--max-workers": _WORKERS,
     "--max-failures": _FAILURES,
     "--hang-after": _FAILURES,
-    "--wait-for-resources": "Start the run when the machines are free today; --resume goes on later",
+    "--wait-for-resources": "Start the run when the machines are free today; --auto-resume continues it",
     "--rejoin-every": _FAILURES,
     "--expert-parallel": "Use --strategy ddp today: every worker has all experts",
     "--context-parallel": "Use --use-chunked-training for long sequences today",

@@ -157,19 +157,19 @@ RUN_RULES: dict[str, Rule] = {
     "zero_trains_the_whole_model": refuse(
         lambda s: _zero(s) and s.run.expert_id is not None,
         ("cluster.strategy", "run.expert_id"),
-        "ZeRO's flat partitions break the memory that a single expert shares with its layer",
+        "a single expert is a part of its layer's tensor, and ZeRO divides whole tensors",
         "Use --strategy ddp",
     ),
     "zero_with_wide_state": refuse(
         lambda s: _zero(s) and s.optimizer.use_8bit_optimizer,
         ("cluster.strategy", "optimizer.use_8bit_optimizer"),
-        "8-bit state has rules for each tensor, which ZeRO's flat partitions lose",
+        "the 8-bit optimizer treats each tensor by itself, and ZeRO joins them into flat buffers",
         "Use --strategy sharded-optimizer",
     ),
     "zero_with_float32_weights": refuse(
         lambda s: _zero(s) and s.memory.model_dtype != "fp32",
         ("cluster.strategy", "memory.model_dtype"),
-        "ZeRO updates float32 copies of its own instead of rounding stochastically",
+        "ZeRO updates float32 copies of the weights and cannot round stochastically",
         "Use --amp with --model-dtype fp32, or --strategy sharded-optimizer",
     ),
     "zero_keeps_its_own_state": refuse(

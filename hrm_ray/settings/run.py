@@ -67,15 +67,15 @@ class RunSectionSettings(Section):
     """Resume from the bundle's newest checkpoint."""
     auto_resume: bool = option(False, "dropped")
     """Resume from the bundle's newest whole checkpoint, or start the run where there is none: one command for a job
-    queue. A run that has finished is left as it is."""
+    queue. A run that has finished is left as it is. With --strict a damaged newest checkpoint is an error."""
     resume_from: Path | None = option(None, "dropped", unset="a new run")
     """Resume from this checkpoint."""
     new_ledger: bool = option(False, "dropped", needs=(RESUMED,))
     """Resume where ledger.sqlite is lost: read the data up to the checkpoint again, and write a new ledger of it."""
     max_time: str | None = option(None, "dropped", unset="no limit")
-    """Save and end (exit code 75) before this much time has passed since the command was started, as 90s, 30m, 1h30m or
-    1:30:00; a number alone is seconds. Room is left for a step and a save as long as the last ones took. A run that
-    reaches its end earlier ends as ever (exit code 0)."""
+    """Save and end (exit code 75) before this much time has passed since this command was started, as 90s, 30m, 1h30m
+    or 1:30:00; a number alone is seconds. Room is left for two steps, the evaluations that are due and the save, as
+    long as the last ones took. A run that is complete before ends with exit code 0."""
     stop_file: Path | None = option(None, "free", unset="no file")
     """When this file appears, the run finishes its step, saves and ends."""
     log_file: Path | None = option(None, "free", unset="the bundle's metrics.jsonl alone")

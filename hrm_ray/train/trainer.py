@@ -101,7 +101,7 @@ class Trainer:
                 raise
             self._save()
             faults = [
-                replace(fault, hint=f"{fault.hint}; step {step} is saved, --resume goes on from there")
+                replace(fault, hint=f"{fault.hint}; step {step} is saved, --resume continues from it")
                 for fault in error.faults
             ]
             raise DataError(faults) from error

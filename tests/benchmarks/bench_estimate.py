@@ -45,7 +45,7 @@ CASES: tuple[Case, ...] = (
     Case("text, float32", ()),
     Case("gradient checkpointing", ("--gradient-checkpointing",)),
     Case("amp", ("--amp",)),
-    Case("experts, amp, checkpointing (the defaults)", ("--use-moe", "--amp", "--gradient-checkpointing")),
+    Case("experts, amp, checkpointing (--profile hrm-hf)", ("--use-moe", "--amp", "--gradient-checkpointing")),
     Case("batch 4 x 4 accumulated", ("--batch-size", "4", "--gradient-accumulation-steps", "4")),
     Case("vocabulary of 50,000", ("--batch-size", "4"), 50_000),
     Case("wide", _WIDE),

@@ -96,7 +96,7 @@ def test_a_long_file_is_one_document_across_pieces_and_chunks(tmp_path: Path) ->
     for chunk in found:
         again = next(read_chunks(corpus, chunk.entry.start))
         assert again.entry == chunk.entry and again.documents == chunk.documents
-    # As versions before 0.3 read it.
+    # As version 0.1 read it.
     older = list(read_chunks(corpus_of(tmp_path / "c", "mebibyte")))
     assert sum(chunk.entry.rows for chunk in older) == sum(len(chunk.documents) for chunk in found)
 

@@ -62,7 +62,7 @@ def test_a_damaged_newest_checkpoint(tmp_path: Path) -> None:
     again = ("train", "--dataset-file", data, "--bundle-dir", bundle, *TEXT, *ENDS, "--auto-resume")
     refused(5, *again, "--strict", naming=(newest, "state.json"))
     ran = hrm(*again)
-    assert ran.code == 0 and f"[WARNING] step 3: {newest} is damaged: the run goes on from step_3." in ran.out, ran
+    assert ran.code == 0 and f"[WARNING] step 3: {newest} is damaged: the run resumes from step_3." in ran.out, ran
     assert computed(bundle) == computed(tmp_path / "whole")
     for step in RunDir(bundle).checkpoint_steps():
         (RunDir(bundle).checkpoint(step) / "state.json").unlink()

@@ -98,7 +98,7 @@ def test_a_run_that_is_ended_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         patch.setattr("time.time", lambda: now_s[0])
         patch.setattr(TrainingLoop, "step", stepping)
         ran = hrm(*words, "--max-time", "52s")
-    assert ran.code == 75 and "ended   max_time at step 3" in ran.out, ran
+    assert ran.code == 75 and "ended   stopped by --max-time at step 3" in ran.out, ran
     assert "--max-time 52s is nearly over: the run saves and ends" in ran.out
     assert RunDir(tmp_path / "b").checkpoint_steps() == [3]
     assert hrm(*words).code == 0

@@ -117,7 +117,7 @@ def test_the_stop_file(tmp_path: Path) -> None:
     until(process, trains(bundle))
     stop.touch()
     code, out, err = ended(process)
-    assert (code, err) == (0, "") and "ended   stop_file" in out
+    assert (code, err) == (0, "") and "ended   stopped by --stop-file" in out
     refused(2, "train", "--bundle-dir", bundle, "--resume", naming=("--stop-file", stop, "already exists", "Remove it"))
     assert f"(remove {stop} first)" in out
     stop.unlink()
@@ -269,7 +269,7 @@ def test_queues_and_lost_terminals_save_and_stop(name: str, tmp_path: Path, monk
     with monkeypatch.context() as patch:
         patch.setattr(TrainingLoop, "_passes_that_fit", signalled)
         ran = hrm("train", "--dataset-file", data, "--bundle-dir", tmp_path / "b", *TEXT, "--steps", "6")
-    assert ran.code == 75 and f"ended   {name.lower()} at step 3, " in ran.out, ran
+    assert ran.code == 75 and f"ended   stopped by {name} at step 3, " in ran.out, ran
     assert ran.err == f"stopping after this step ({name}); Ctrl-C leaves at once\n"
     assert RunDir(tmp_path / "b").checkpoint_steps() == [3]
 
@@ -350,7 +350,7 @@ def test_a_stop_before_the_first_batch(task: str, step: int, tmp_path: Path, mon
         patched.setattr(TrainingLoop, "step", stopped)
         first = ("train", "--dataset-file", data, "--bundle-dir", bundle, *words)
         ran = hrm(*(resume if step else first), "--steps", "6")
-    assert ran.code == 75 and f"ended   sigterm at step {step}, " in ran.out, ran
+    assert ran.code == 75 and f"ended   stopped by SIGTERM at step {step}, " in ran.out, ran
     assert RunDir(bundle).checkpoint_steps() == [step]
     assert hrm(*resume, "--steps", "6").code == 0
     assert computed(bundle) == computed(tmp_path / "whole")
@@ -404,7 +404,7 @@ def test_a_stop_while_the_shuffle_buffer_is_filled(
         patched.setattr(ChunkPipeline, "get", get)
         patched.setattr(StopWatch, "poll", stops)
         ran = hrm("train", "--dataset-file", data, "--bundle-dir", tmp_path / "b", *words)
-    assert ran.code == 130 and "ended   interrupt at step 0, " in ran.out, ran
+    assert ran.code == 130 and "ended   stopped by Ctrl-C at step 0, " in ran.out, ran
     assert hrm("train", "--bundle-dir", tmp_path / "b", "--resume").code == 0
     assert computed(tmp_path / "b") == computed(tmp_path / "whole")
 

@@ -30,7 +30,8 @@ def test_a_stopped_run_is_resumed_by_the_command_it_shows(tmp_path: Path) -> Non
     with stopping_at(3):
         out = train(text_file(tmp_path), tmp_path / "b c", *words).out
     found = ending(out)
-    assert re.match(r"stop_file at step 3, epoch 0, after 0:0\d:\d\d, 12 sequences of 16 tokens$", found["ended"])
+    ended = r"stopped by --stop-file at step 3, epoch 0, after 0:0\d:\d\d, 12 sequences of 16 tokens$"
+    assert re.match(ended, found["ended"])
     logged = [record["loss"] for record in records(tmp_path / "b c")]
     assert found["loss"] == f"{logged[0]:.4f} at step 1, {logged[-1]:.4f} at step 3"
     assert found["held"].startswith("out  loss ") and found["held"].endswith(" (step 2)")
