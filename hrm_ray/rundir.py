@@ -87,6 +87,11 @@ class RunDir:
         return self.root / "ledger.sqlite"
 
     @property
+    def has_ledger(self) -> bool:
+        """Whether the ledger is there. One without a byte, as a full disk or a failed copy leaves it, is lost."""
+        return self.ledger.is_file() and self.ledger.stat().st_size > 0
+
+    @property
     def chunk_tracker(self) -> Path:
         """The ledger as JSON, human-readable."""
         return self.root / "chunk_tracker_state.json"

@@ -6,7 +6,7 @@ of its sequences were taken, so resuming in the middle of a chunk is exact."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -137,9 +137,9 @@ class RowSlice:
 
 def ranges_before(
     source: ChunkSource, form: RowForm, epoch: int, state: StreamState, *, seed: int, shuffle_rows: int
-) -> list[ConsumedRange]:
-    """All that was taken before `state` of `epoch`, found by reading the data again from the start."""
-    ranges: list[ConsumedRange] = []
+) -> Generator[list[ConsumedRange], None, None]:
+    """All that was taken before `state` of `epoch`, found by reading the data again from the start, bit by bit: to be
+    put together by `append_ranges`. Close the iterator if it is not exhausted."""
     for number in range(epoch + 1):
         shuffle = Shuffle(seed, number, shuffle_rows) if shuffle_rows else None
         stream = SequenceStream(source, form, number, StreamState(), shuffle)
@@ -148,11 +148,10 @@ def ranges_before(
                 left = _TAKEN_AT_ONCE if number < epoch else state.sequences - stream.state.sequences
                 if not stream.take(min(left, _TAKEN_AT_ONCE)):
                     break
-                append_ranges(ranges, stream.take_consumed())
-            append_ranges(ranges, stream.take_consumed())
+                yield stream.take_consumed()
+            yield stream.take_consumed()
         finally:
             stream.close()
-    return ranges
 
 
 class SequenceStream:

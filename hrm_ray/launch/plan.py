@@ -142,7 +142,8 @@ def _prepare_text(
     if source is not None and not resolved.location.continues:
         # A branch goes on in the corpus of its checkpoint, so it knows that corpus from the start.
         run_dir.data.mkdir(parents=True, exist_ok=True)
-        copy_ledger(source.ledger, run_dir.ledger)
+        if source.has_ledger:
+            copy_ledger(source.ledger, run_dir.ledger)
         for known in (TextDataDir(source.data).parts, TextDataDir(source.data).catalog):
             if known.is_file():
                 shutil.copyfile(known, run_dir.data / known.name)

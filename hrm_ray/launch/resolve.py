@@ -127,10 +127,17 @@ def _resolve_on(
         known = TextDataDir(location.source.data)
         if known.parts.is_file():
             check_parts(known.read_parts(), list_parts(source_of(settings, evaluation=False)).parts)
-    if settings.run.log_file == location.run_dir.metrics:
+    if settings.run.new_ledger and location.source is not None:
+        if facts.task != "lm":
+            no_effect += (NoEffect("--new-ledger", "a run on puzzles has no ledger"),)
+        elif location.source.has_ledger:
+            no_effect += (NoEffect("--new-ledger", "the ledger is there, and is kept"),)
+    own_log = settings.run.log_file == location.run_dir.metrics
+    if own_log:
         no_effect += (NoEffect(f"--log-file {settings.run.log_file}", "the run writes its metrics there anyway"),)
-        if settings.cluster.strict:
-            raise SettingsError(as_faults(no_effect))
+    if no_effect and settings.cluster.strict:
+        raise SettingsError(as_faults(no_effect))
+    if own_log:
         settings = settings.model_copy(update={"run": settings.run.model_copy(update={"log_file": None})})
     if location.damaged is not None and location.checkpoint is not None:
         notes.append(f"{location.damaged} is damaged: the run resumes from {location.checkpoint.name}.")

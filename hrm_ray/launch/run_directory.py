@@ -350,7 +350,7 @@ def _check_ledger(settings: RunSettings, source: RunDir) -> None:
     """Raises DataError where a run on text has lost its ledger, unless a new one is asked for."""
     if settings.run.new_ledger or stored_args(source)[1].get("task") != "lm":
         return
-    if not source.ledger.is_file() or not source.ledger.stat().st_size:
+    if not source.has_ledger:
         reason = "the ledger, which says what data was trained, is missing"
         hint = "Restore it from a copy, or add --new-ledger: the data up to the checkpoint is read again to write it"
         raise DataError(Fault(str(source.ledger), reason, hint))

@@ -19,10 +19,11 @@ from hrm_ray.data.catalog import Catalog
 from hrm_ray.data.chunk_source import ChunkPipeline, ChunkSource, EpochOrder, InMemoryChunks, LocalChunks
 from hrm_ray.data.packing import TextSamples
 from hrm_ray.data.prepare import PuzzlePlan, open_puzzle_sets
-from hrm_ray.data.stream import ConsumedRange
+from hrm_ray.data.stream import ConsumedRange, append_ranges
 from hrm_ray.data.text_data import TextDataDir, TextPlan
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DISK_FULL_ERRNOS, HrmRayError
+from hrm_ray.ledger import delete_ledger
 from hrm_ray.log_filters import silence_unused_kernels
 from hrm_ray.metrics.fanout import FanOut
 from hrm_ray.metrics.jsonl import JsonlSink
@@ -51,6 +52,8 @@ from hrm_ray.types import DriverLink, MetricSink, RunResult, SampleSet, StopReas
 
 FILL_REPORT_EVERY_S = 5.0
 """Seconds between two reports of how full the shuffle buffer is; shorter filling is not reported."""
+ANSWER_EVERY_S = 10.0
+"""Seconds after which the other ranks hear that rank 0 still reads what a lost ledger said."""
 
 
 class WorkerLink(DriverLink, Protocol):
@@ -108,10 +111,12 @@ def _train(plan: RunPlan, link: WorkerLink, watch: FolderWatch) -> RunResult:
         sink: MetricSink | None = None
         ledger_writer: LedgerWriter | None = None
 
+        trained_before = _trained_before(plan, run_dir, loop)
+
         def open_files() -> None:
             nonlocal sink, ledger_writer
             # First the ledger, which may refuse the checkpoint: the rest of the bundle then stays as it was.
-            ledger_writer = _ledger_writer(plan, run_dir, resumed_step, extra, loop)
+            ledger_writer = _ledger_writer(plan, run_dir, resumed_step, extra, loop, trained_before)
             if ledger_writer is not None:
                 opened.callback(_close_ledger, ledger_writer, watch)
             if resumed_step is not None and plan.continues:
@@ -228,24 +233,59 @@ def _pipeline(text: TextPlan, run_dir: RunDir, *, writes: bool) -> ChunkPipeline
     )
 
 
+def _trained_before(plan: RunPlan, run_dir: RunDir, loop: TrainingLoop) -> list[ConsumedRange] | None:
+    """All that a run on text was trained on up to the checkpoint that it resumes from, where its ledger is lost
+    (--new-ledger); None where it is not. A collective: rank 0 reads the data again.
+
+    The other ranks hear of it every few seconds, because a process group limits how long a rank waits.
+    """
+    world, loader = loop.world, loop.parts.loader
+    if plan.checkpoint is None or isinstance(plan.data, PuzzlePlan) or not isinstance(loader, StreamLoader):
+        return None
+    if world.from_leader(lambda: run_dir.has_ledger):
+        return None
+    text = plan.data.text
+    reading = loader.ranges_before(LocalChunks(_pipeline(text, run_dir, writes=False), text.epoch_order))
+    ranges: list[ConsumedRange] = []
+
+    def read_on() -> bool:
+        answer_s = time.monotonic() + ANSWER_EVERY_S
+        for taken in reading:
+            append_ranges(ranges, taken)
+            if time.monotonic() >= answer_s:
+                return True
+        return False
+
+    with closing(reading):
+        while world.from_leader(read_on):
+            pass
+    return ranges
+
+
 def _ledger_writer(
-    plan: RunPlan, run_dir: RunDir, resumed_step: int | None, extra: dict[str, Any], loop: TrainingLoop
+    plan: RunPlan,
+    run_dir: RunDir,
+    resumed_step: int | None,
+    extra: dict[str, Any],
+    loop: TrainingLoop,
+    trained_before: list[ConsumedRange] | None,
 ) -> LedgerWriter | None:
     """The ledger of a run on text, rolled back to the checkpoint that the run resumes from. Where it is lost, a new one
-    (--new-ledger), whose first round is all that was trained up to that checkpoint."""
+    (--new-ledger), whose first round is all that was trained up to that checkpoint (`trained_before`)."""
     if isinstance(plan.data, PuzzlePlan):
         return None
-    resume_point, loader = None, loop.parts.loader
+    resume_point = None
     if resumed_step is not None and plan.checkpoint is not None:
         trained = tuple(ConsumedRange(*item) for item in extra["trained"])
         resume_point = ResumePoint(resumed_step, file_sha256(plan.checkpoint / MANIFEST), trained)
     text, catalog = plan.data.text, Catalog(TextDataDir(run_dir.data).catalog, writes=False)
     shuffled = text.shuffle_rows > 0
-    if resume_point is None or run_dir.ledger.is_file() or not isinstance(loader, StreamLoader):
+    if resume_point is None or trained_before is None:
         return LedgerWriter(run_dir, catalog, text.start, resume_point, shuffled=shuffled)
-    ranges = loader.ranges_before(LocalChunks(_pipeline(text, run_dir, writes=False), text.epoch_order))
+    delete_ledger(run_dir.ledger)  # an empty one, or what is left beside it
     writer = LedgerWriter(run_dir, catalog, text.start, None, shuffled=shuffled)
-    writer.commit(resume_point.step, ranges, resume_point.checksum, data_ended=loader.data_ended)
+    data_ended = isinstance(loop.parts.loader, StreamLoader) and loop.parts.loader.data_ended
+    writer.commit(resume_point.step, trained_before, resume_point.checksum, data_ended=data_ended)
     return writer
 
 

@@ -6,7 +6,7 @@ how it is split.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -75,8 +75,8 @@ class StreamLoader(BatchLoader):
         self._enter(self.epoch + 1, StreamState())
         return True
 
-    def ranges_before(self, source: ChunkSource) -> list[ConsumedRange]:
-        """All that was taken before the present position, read again from `source`."""
+    def ranges_before(self, source: ChunkSource) -> Generator[list[ConsumedRange], None, None]:
+        """All that was taken before the present position, read again from `source`: as the stream's ranges_before."""
         state, text = self.stream.state, self.text
         return ranges_before(source, text.form, self.epoch, state, seed=self.seed, shuffle_rows=text.shuffle_rows)
 

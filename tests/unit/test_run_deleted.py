@@ -14,8 +14,9 @@ from hrm_ray.bundle.progress import stored_counts
 from hrm_ray.ledger import read_ledger
 from hrm_ray.ledger.verify import violations
 from hrm_ray.rundir import RunDir
-from hrm_ray.train import evaluator
+from hrm_ray.train import evaluator, session
 from hrm_ray.train.loop import StepReport, TrainingLoop
+from hrm_ray.train.world import World
 from tests.support.runs import PUZZLE, TEXT, files_below, hrm, puzzle_file, records, refused, text_file, train
 
 
@@ -226,6 +227,38 @@ def test_a_resume_without_the_ledger_is_refused_with_the_way_out(lost: str, tmp_
     refused(5, *branch, naming=naming)
     assert files_below(bundle) == before, "no empty ledger is left"
     assert not (tmp_path / "y").exists()
+    for words, folder in ((branch, tmp_path / "y"), (resume, bundle)):
+        ran = hrm(*words, "--new-ledger")
+        assert ran.code == 0 and hrm("ledger", "verify", folder).code == 0, ran
+
+
+def test_a_new_ledger_beside_a_sound_one_is_noted(tmp_path: Path) -> None:
+    data, bundle = text_file(tmp_path), tmp_path / "x"
+    train(data, bundle, *TEXT, "--steps", 2)
+    resume = ("train", "--bundle-dir", bundle, "--resume", "--steps", 4, "--new-ledger", "--dry-run")
+    refused(2, *resume, "--strict", naming=("--new-ledger", "the ledger is there"))
+    ran = hrm(*resume)
+    assert ran.code == 0 and "no effect here: --new-ledger (the ledger is there" in ran.out + ran.err, ran
+
+
+def test_ranks_hear_that_a_lost_ledger_is_still_being_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process group limits how long they wait."""
+    data, bundle = text_file(tmp_path), tmp_path / "x"
+    train(data, bundle, *TEXT, "--steps", 4)
+    RunDir(bundle).ledger.unlink()
+    answers: list[object] = []
+    real = World.from_leader
+
+    def from_leader(world: World, make: Callable[[], object]) -> object:
+        answer = real(world, make)
+        if "read_on" in make.__qualname__:
+            answers.append(answer)
+        return answer
+
+    monkeypatch.setattr(World, "from_leader", from_leader)
+    monkeypatch.setattr(session, "ANSWER_EVERY_S", 0.0)
+    train(data, bundle, "--resume", "--new-ledger", "--steps", 5)
+    assert len(answers) > 1 and answers == [*([True] * (len(answers) - 1)), False]
 
 
 @pytest.mark.parametrize("shuffle_rows", [0, 40])
