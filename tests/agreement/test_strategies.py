@@ -34,7 +34,7 @@ CASES = {
         Case("puzzle-ema", "puzzle-embedding", more={"optimizer": {"ema": 0.9, **_CLIPPED}}),
         Case("puzzle-rollout", "puzzle-rollout", "sgd"),
         Case("lora", more={"adapt": _LORA, "optimizer": _CLIPPED}),
-        Case("not-finite", more={"optimizer": {"ema": 0.9, **_CLIPPED}}, bad_steps=(1, 2, 3)),
+        Case("not-finite-ema", more={"optimizer": {"ema": 0.9, **_CLIPPED}}, bad_steps=(1, 2, 3)),
         Case("nf4", more={"adapt": _LORA, "memory": {"load_in_4bit": True}}),
     )
 }
