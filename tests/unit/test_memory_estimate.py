@@ -123,7 +123,9 @@ def test_the_process_takes_what_was_said(name: str) -> None:
 
 def test_it_allocates_nothing_and_ends() -> None:
     """A billion parameters in 2048 dimensions on 65,536 tokens: 4 GB of weights. Half a CPU minute is much for it."""
-    settings, config = case_of({"--task": "lm", "--model-preset": "xlarge", "--max-seq-len": "65536"}, 16_000)
+    words = {"--task": "lm", "--model-preset": "xlarge", "--max-seq-len": "65536"}
+    words |= {"--gradient-checkpointing": True, "--amp": True}
+    settings, config = case_of(words, 16_000)
     before_bytes, start_s = psutil.Process().memory_info().rss, time.process_time()
     account = memory_estimate(settings, config)
     assert psutil.Process().memory_info().rss - before_bytes < 300e6
