@@ -58,7 +58,7 @@ def test_a_maze_is_solved_as_it_is_written(tmp_path: Path) -> None:
 BAD = {
     "sudoku 5x5": (2, ("sudoku", "--size", "5"), ("size 5", "4, 6 or 9")),
     "a maze too wide": (2, ("maze", "--size", "31"), ("size 31", "5 to 30")),
-    "a path too long": (2, ("maze", "--size", "7", "--min-path", "31"), ("min_path 31", "--min-path 30")),
+    "a path too long": (2, ("maze", "--size", "7", "--min-path", "31"), ("--min-path 31", "--min-path 30")),
     "nine copies": (2, ("maze", "--augment", "9"), ("augment 9", "0 to 7")),
     "no folder": (2, ("arc", "nowhere"), ("nowhere", "no such folder")),
     "no tasks": (2, ("arc", "EMPTY"), ("empty", "no .json file")),

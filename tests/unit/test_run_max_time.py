@@ -118,7 +118,7 @@ def test_the_sample_counts_as_part_of_the_evaluation(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Sampler, "sample", sampling)
     words = ("train", "--dataset-file", data, "--bundle-dir", tmp_path / "b", *TEXT, "--steps", "9", "--sample-prompt")
     ran = hrm(*words, "a", "--eval-file", data, "--eval-every", "2", "--max-time", "70s")
-    assert ran.code == 75 and "ended   max_time at step 3" in ran.out, ran
+    assert ran.code == 75 and "ended   stopped by --max-time at step 3" in ran.out, ran
     assert now_s[0] == 1030.0
 
 
