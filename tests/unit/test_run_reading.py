@@ -142,7 +142,7 @@ def test_short_reading_is_not_reported(corpus: Path, reads: Reads) -> None:
 @pytest.mark.parametrize(
     ("stop", "code", "said"),
     [
-        ("file", 0, "stop_file before the first step"),
+        ("file", 0, "--stop-file before the first step"),
         (signal.SIGTERM, 75, ""),
         (signal.SIGINT, 130, ""),
     ],
@@ -179,7 +179,7 @@ def test_checking_a_copied_corpus_is_shown_and_a_stop_ends_it(
     reads.bytes.clear()
     reads.on_open = lambda files: stop_file.touch() if files == 5 else None
     ran = hrm("train", "--bundle-dir", corpus.parent / "b", "--resume", "--steps", "2", "--stop-file", stop_file)
-    assert ran.code == 0 and "stop_file before the first step" in ran.out, ran
+    assert ran.code == 0 and "--stop-file before the first step" in ran.out, ran
     assert len(reads.bytes) <= 6 and "reading the data before the first step" in ran.out
 
 
