@@ -37,7 +37,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        greedy = "For the likeliest token give --temperature 0"
+        greedy = "For greedy decoding give --temperature 0"
         if not 0 <= self.temperature < math.inf:
             raise SettingsError(Fault(f"--temperature {self.temperature:g}", "must be a number of 0 or more", greedy))
         if self.top_k < 0:

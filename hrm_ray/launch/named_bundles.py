@@ -80,7 +80,7 @@ def find_checkpoint(named: Path) -> Path:
 
 
 def _config(bundle: Path) -> dict[str, Any] | None:
-    """config.json of a bundle; None where the folder has none of ours."""
+    """config.json of a bundle; None where the folder is no bundle."""
     path = RunDir(bundle).config
     if not path.is_file():
         return None
