@@ -129,7 +129,8 @@ def trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trial:
 def check_learned(bundle: Path) -> float:
     """The loss falls by more than its noise from the first steps to the last; the most memory that was told, in GB."""
     seen = records(bundle)
-    losses = [float(record["loss"]) for record in seen]
+    # One pass has one loss; of several segments the loss of all, which the data of a step moves least.
+    losses = [float(record["segment_loss" if "segment_loss" in record else "loss"]) for record in seen]
     assert fmean(losses[-4:]) < fmean(losses[:4]) - 0.02, losses
     peaks = [float(record["peak_gb"]) for record in seen]
     assert min(peaks) > 0
@@ -141,7 +142,9 @@ def test_pair(pair: tuple[str, str], text: Path, text_bases: Bases, trial: Trial
     ran = trial.run(pair, text, text_bases, TEXT)
     reason = REFUSED.get(frozenset(pair))
     if reason is not None:
-        assert ran.code == 2 and reason in ran.err, ran.err
+        # An option that changes nothing beside the other feature is a note.
+        noted = ran.code == 0 and "no effect here: " in ran.out and reason in ran.out
+        assert noted or (ran.code == 2 and reason in ran.err), ran
         assert not trial.bundle.exists()
         return
     assert ran.code == 0, ran.err
@@ -153,7 +156,8 @@ def test_on_puzzles(name: str, puzzles: Path, puzzle_bases: Bases, trial: Trial)
     """Each feature alone, in carried supervision with the look-ahead; what is for text only says so."""
     ran = trial.run((name,), puzzles, puzzle_bases, PUZZLES)
     if not FEATURES[name].puzzles:
-        assert ran.code == 2 and "puzzle" in ran.err, ran.err
+        noted = ran.code == 0 and "no effect here: " in ran.out and "puzzle" in ran.out
+        assert noted or (ran.code == 2 and "puzzle" in ran.err), ran
         return
     assert ran.code == 0, ran.err
     check_learned(trial.bundle)
