@@ -235,7 +235,8 @@ class Session:
             num_cpus=self._request.cpus + data_cpus,
             num_gpus=self._request.gpus,
             object_store_memory=DATA_STORE_BYTES if self._data else OBJECT_STORE_BYTES,
-            include_dashboard=None,  # on where Ray's dashboard dependencies are installed
+            # Nobody could reach it with this cluster's token, and ended by a signal it leaves a folder in TMPDIR.
+            include_dashboard=False,
             _temp_dir=str(self.folder),
             **quiet,
         )
