@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 
 import torch
 
 from hrm_ray.data.chunk_source import ChunkPipeline, ChunkSource, EpochOrder, LocalChunks
+from hrm_ray.launch.hangs import BEAT_INTERVAL_S, Heartbeat, Watched, judge
 from hrm_ray.model.transforms.compile import recompile_limit_restored
+from hrm_ray.train.activity import Activity
 from hrm_ray.train.plan import RunPlan
 from hrm_ray.train.session import train
-from hrm_ray.types import MetricSink, RunResult, StopPoll, StopReason
+from hrm_ray.types import MetricSink, Record, RunResult, StopPoll, StopReason
+
+
+class _OneAtATime:
+    """A sink for several threads."""
+
+    def __init__(self, sink: MetricSink) -> None:
+        self._sink = sink
+        self._lock = threading.Lock()
+
+    def write(self, record: Record) -> None:
+        with self._lock:
+            self._sink.write(record)
+
+    def close(self) -> None:
+        self._sink.close()
 
 
 @dataclass(frozen=True)
@@ -20,6 +41,7 @@ class LocalLink:
 
     display: MetricSink
     stop: StopPoll
+    activity: Activity = field(default_factory=Activity)
 
     def sink(self) -> MetricSink:
         return self.display
@@ -40,6 +62,36 @@ def run(plan: RunPlan, *, sink: MetricSink, stop: StopPoll) -> RunResult:
     devices = [torch.cuda.current_device()] if plan.device == "cuda" else []
     try:
         with torch.random.fork_rng(devices), recompile_limit_restored(plan.settings, torch.device(plan.device)):
-            return train(plan, LocalLink(sink, stop))
+            link = LocalLink(_OneAtATime(sink), stop)
+            with stalls_told(link.activity, link.display):
+                return train(plan, link)
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def stalls_told(
+    activity: Activity, sink: MetricSink, clock: Callable[[], float] = time.monotonic, every_s: float = BEAT_INTERVAL_S
+) -> Iterator[None]:
+    """While this is open, a thread tells on `sink` when `activity` makes no progress, for example because a network
+    disk does not answer, and when it goes on. Nothing is ended: a call of this process can only end with it."""
+    left = threading.Event()
+
+    def watch() -> None:
+        watched = Watched()
+        while not left.wait(every_s):
+            beat = Heartbeat.of(activity, 0, "this machine", os.getpid())
+            watched, verdict = judge(watched, [beat], clock(), None, ends=False)
+            if verdict.message:
+                level = "WARNING" if verdict.kind == "warning" else "INFO"
+                event = Record("event", activity.step, time.time(), {"message": verdict.message, "level": level})
+                with suppress(Exception):  # the thread that trains meets the sink's error itself
+                    sink.write(event)
+
+    thread = threading.Thread(target=watch, name="stall-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        thread.join(1.0)  # longer only where the sink hangs

@@ -19,6 +19,7 @@ import ray
 from hrm_ray.data.chunk_source import ChunkPipeline, ChunkSource, EpochOrder, LocalChunks
 from hrm_ray.orchestration.chunk_server import RemoteChunks
 from hrm_ray.orchestration.failures import Failure
+from hrm_ray.train.activity import Activity
 from hrm_ray.types import MetricSink, Record, RunResult, StopReason
 
 SEND_INTERVAL_S = 0.1
@@ -152,6 +153,7 @@ class WorkerChannel:
         self._stop = monitor.wait_for_stop.remote()
         self._next_look_s = 0.0
         self._reason: StopReason | None = None
+        self.activity = Activity()
 
     def sink(self) -> MetricSink:
         """The channel for the leading rank's records; one per worker."""

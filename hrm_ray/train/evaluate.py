@@ -51,15 +51,18 @@ class EvalSet:
         return most if self.limit is None else min(most, self.limit)
 
 
-def evaluate(objective: AnyObjective, held_out: EvalSet, world: World) -> dict[str, float]:
-    """Metrics of the objective's current weights; a collective. Leaves the objective in training mode.
+def evaluate(
+    objective: AnyObjective, held_out: EvalSet, world: World, on_batch: Callable[[], None] = lambda: None
+) -> dict[str, float]:
+    """Metrics of the objective's current weights; a collective. Leaves the objective in training mode. `on_batch` is
+    called for each batch of this rank.
 
     If memory runs out on any rank, all halve their batches. Raises ResourceError if one row is too much.
     """
     _, names, figures_of = _functions_of(objective)
     objective.eval()
     while True:
-        totals = unless_out_of_memory(partial(_own_sums, objective, held_out, world), world.device)
+        totals = unless_out_of_memory(partial(_own_sums, objective, held_out, world, on_batch), world.device)
         failed = world.sum(torch.tensor(float(totals is None), device=world.device))
         if totals is not None and float(failed) == 0:
             break
@@ -75,7 +78,7 @@ def evaluate(objective: AnyObjective, held_out: EvalSet, world: World) -> dict[s
     return figures_of(summed)
 
 
-def _own_sums(objective: AnyObjective, held_out: EvalSet, world: World) -> Sums:
+def _own_sums(objective: AnyObjective, held_out: EvalSet, world: World, on_batch: Callable[[], None]) -> Sums:
     """Sums over this rank's batches."""
     sums_of = _functions_of(objective)[0]
     wanted = wanted_columns(objective.model.config) | {"label_bytes"}
@@ -88,6 +91,7 @@ def _own_sums(objective: AnyObjective, held_out: EvalSet, world: World) -> Sums:
             with reading_data("the held-out data"):
                 columns = held_out.samples.rows(indices)
             batch = to_batch(columns, wanted, world.device)
+            on_batch()
             for name, value in sums_of(objective, batch).items():
                 totals[name] = totals.get(name, torch.zeros((), dtype=torch.float64)) + value.cpu().double()
     return totals

@@ -74,7 +74,7 @@ class Evaluator:
         strategy, world = self.loop.parts.strategy, self.loop.world
         with strategy.evaluating() as objective:
             with strategy.precision.computing(world.device):
-                self.figures = evaluate(objective, self.held_out, world)
+                self.figures = evaluate(objective, self.held_out, world, self.loop.activity.progressed)
             improved = better(self.figures, self.best)
             if improved:
                 self.best = best = {**self.figures, "step": step}

@@ -22,6 +22,7 @@ from hrm_ray.errors import DivergedError, Fault
 from hrm_ray.model.objective import AnyObjective, Batch, SegmentOutput
 from hrm_ray.model.transforms.compile import CompiledCalls
 from hrm_ray.model.transforms.peft import Adapters
+from hrm_ray.train.activity import Activity
 from hrm_ray.train.adaptive_lr import Action
 from hrm_ray.train.loaders import BatchLoader, BatchSize
 from hrm_ray.train.microbatch import to_batch
@@ -107,6 +108,7 @@ class TrainingLoop:
         self.parts = parts
         self.asked_batch_size = parts.shape.batch_size
         self.stop_poll = stop_poll
+        self.activity = Activity()
         self.progress = Progress()
         self.clock = ScheduleClock()
         self.epoch_rows: tuple[int, int] | None = None
@@ -169,7 +171,7 @@ class TrainingLoop:
             halted = [carry.halted.cpu().numpy() for carry in self.carries]
         else:
             halted = [np.ones(shape.batch_size, dtype=np.bool_)] * shape.accumulation
-        with reading_data("the training data"):
+        with self.activity.doing("data"), reading_data("the training data"):
             return self.parts.loader.next_batch(halted, step)
 
     @contextmanager

@@ -33,6 +33,7 @@ from hrm_ray.model.transforms.compile import compile_notes
 from hrm_ray.rundir import MANIFEST, RunDir, file_sha256
 from hrm_ray.settings.schedule_length import schedule_length
 from hrm_ray.settings.tree import to_dotted
+from hrm_ray.train.activity import Activity
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.attention_choice import flash_notes
 from hrm_ray.train.checkpoint import Checkpointer, load_checkpoint
@@ -58,6 +59,10 @@ ANSWER_EVERY_S = 10.0
 
 class WorkerLink(DriverLink, Protocol):
     """A worker's access to the driver, and to chunks of text; each launcher has its own."""
+
+    @property
+    def activity(self) -> Activity:
+        """Where this worker marks what it does."""
 
     def chunks(self, pipeline: Callable[[bool], ChunkPipeline], order: EpochOrder) -> ChunkSource:
         """Where this worker's chunks come from, in `order`.
@@ -98,6 +103,7 @@ def _train(plan: RunPlan, link: WorkerLink, watch: FolderWatch) -> RunResult:
         resumes=plan.checkpoint is not None,
         adaptive_lr=plan.adaptive_lr,
     )
+    loop.activity = link.activity
     resumed_step: int | None = None
     extra: dict[str, Any] = {}
     if plan.checkpoint is not None:
@@ -160,6 +166,7 @@ def _while_filling(loop: TrainingLoop, logger: MetricLogger) -> Callable[[int, i
 
     def filling(rows: int, wanted: int) -> None:
         nonlocal report_s, filled
+        loop.activity.progressed()
         loop.leave_if_stopped()
         step, rows_before = filled
         if loop.progress.step != step or rows <= rows_before:
@@ -252,6 +259,7 @@ def _trained_before(plan: RunPlan, run_dir: RunDir, loop: TrainingLoop) -> list[
         answer_s = time.monotonic() + ANSWER_EVERY_S
         for taken in reading:
             append_ranges(ranges, taken)
+            loop.activity.progressed()
             if time.monotonic() >= answer_s:
                 return True
         return False

@@ -61,7 +61,8 @@ class Trainer:
         limit, progress = self.settings.run.step_limit, self.loop.progress
         reason = StopReason.FINISHED
         if self.expert is not None and progress.step == 0:
-            self._evaluate()
+            with self.loop.activity.doing("evaluation"):
+                self._evaluate()
             self.expert.before = self.evaluator.figures or None
         while limit is None or progress.step < limit:
             try:
@@ -91,8 +92,13 @@ class Trainer:
         if run.eval_every:
             evaluations = sum(number % run.eval_every == 0 for number in (step + 1, step + 2))
         self.time_limit.due = evaluations, int(run.save_every > 0 and (step + 1) % run.save_every == 0)
+        activity = self.loop.activity
+        activity.step = step + 1
         try:
-            with self.time_limit.measuring("step"):
+            with (
+                self.time_limit.measuring("step"),
+                activity.doing("step" if self.loop.trained else "first step", then="records"),
+            ):
                 return self.loop.step()
         except DataError as error:
             step = self.loop.progress.step
@@ -128,7 +134,7 @@ class Trainer:
             self.watch.check()
 
     def _evaluate_and_sample(self) -> None:
-        with self.time_limit.measuring("evaluation"):
+        with self.time_limit.measuring("evaluation"), self.loop.activity.doing("evaluation"):
             self._evaluate()
             self._sample()
 
@@ -151,12 +157,13 @@ class Trainer:
 
     def _save(self) -> None:
         self.loop.world.from_leader(self._check_folder)
-        with self.logger.paused(), self.time_limit.measuring("save"):
+        with self.logger.paused(), self.time_limit.measuring("save"), self.loop.activity.doing("checkpoint"):
             expert = self.expert.plain() if self.expert is not None else None
             self.checkpointer.save({**self.evaluator.state_dict(), "expert": expert})
 
     def _end(self, reason: StopReason) -> RunResult:
         """The last record and checkpoint; after a run that was not stopped, the last evaluation and the expert."""
+        self.loop.activity.enter("ending")
         self.logger.train()
         skipped = self.loop.progress.skipped_samples
         if skipped:

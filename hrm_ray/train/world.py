@@ -128,6 +128,14 @@ class World:
         return torch.cat([piece[: int(count)] for piece, count in zip(pieces, counts, strict=True)])
 
 
+def collectives_begun() -> int | None:
+    """Collectives that this rank has begun in the default group; None without a group. Any thread may ask."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    group = dist.distributed_c10d._get_default_group()
+    return int(group._get_sequence_number_for_group())  # type: ignore[attr-defined] # its stub lacks the name
+
+
 def _portable(error: Exception | None) -> Exception | None:
     """An error that other ranks can unpickle; libraries have some that they cannot."""
     if error is None or isinstance(error, HrmRayError) or type(error) in (OSError, MemoryError):

@@ -58,6 +58,12 @@ LISTED = [
         "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state",
         ["train/strategies/zero.py"],
     ),
+    (
+        "torch.distributed",
+        "torch.distributed.distributed_c10d._get_default_group",
+        ["train/world.py"],
+    ),
+    ("torch.distributed", "torch.distributed.ProcessGroup._get_sequence_number_for_group", ["train/world.py"]),
     ("ray._private.worker", "ray._private.worker._worker_logs_enabled in (True, False)", ["orchestration/session.py"]),
     ("inspect", "'\"_temp_dir\"' in inspect.getsource(__import__('ray').init)", ["orchestration/session.py"]),
     (
