@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,11 @@ class RunDir:
         return self.root / ".in_use.json"
 
     @property
+    def generation(self) -> Path:
+        """The number of times that a set of workers has opened the bundle, with a token of the last one."""
+        return self.root / ".generation.json"
+
+    @property
     def preparing(self) -> Path:
         """Where a new bundle is prepared before it takes its place."""
         return self.root / ".preparing"
@@ -119,8 +125,8 @@ class RunDir:
         return self.checkpoints / f"step_{step}"
 
     def partial_checkpoint(self, step: int) -> Path:
-        """Where a checkpoint is written before it is complete."""
-        return self.checkpoints / f"step_{step}{_PARTIAL}"
+        """A new place to write a checkpoint in before it is complete: no other set of workers writes there."""
+        return self.checkpoints / f"step_{step}.{secrets.token_hex(4)}{_PARTIAL}"
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -148,10 +154,9 @@ class RunDir:
         folders = map(self.checkpoint, reversed(self.checkpoint_steps()))
         return next((folder for folder in folders if checkpoint_damage(folder) is None), None)
 
-    def describe_checkpoint(self, step: int) -> str:
+    def describe_checkpoint(self, step: int, partial: Path) -> str:
         """Write the manifest of the partial checkpoint of `step` over all its files, those in subfolders too, each of
         which has reached the disk; returns its sha256."""
-        partial = self.partial_checkpoint(step)
         files = [path for path in _files(partial) if path != partial / MANIFEST]
         entries = {
             path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
@@ -160,9 +165,9 @@ class RunDir:
         write_json(partial / MANIFEST, {"step": step, "files": entries})
         return file_sha256(partial / MANIFEST)
 
-    def seal_checkpoint(self, step: int) -> Path:
+    def seal_checkpoint(self, step: int, partial: Path) -> Path:
         """Rename the partial checkpoint of `step`, which has its manifest, to its final name."""
-        partial, whole = self.partial_checkpoint(step), self.checkpoint(step)
+        whole = self.checkpoint(step)
         if whole.exists():
             aside = _step_aside(whole)
             partial.rename(whole)
@@ -193,6 +198,12 @@ class RunDir:
             _step_aside(self.checkpoint(step))
         for leftover in self.checkpoints.glob(f"*{_PARTIAL}"):
             shutil.rmtree(leftover)
+
+    def remove_partial_checkpoints(self) -> None:
+        """Delete what interrupted saves have left, but not what an interrupted replacement has moved aside."""
+        for leftover in self.checkpoints.glob(f"*{_PARTIAL}"):
+            if not leftover.name.endswith(_OLD):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _files(folder: Path) -> list[Path]:

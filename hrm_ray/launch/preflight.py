@@ -24,6 +24,7 @@ from hrm_ray.launch.resources import (
 )
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.describe import count_parameters
+from hrm_ray.rundir import RunDir
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.memory_estimate import MemoryAccount, memory_estimate
 
@@ -79,7 +80,7 @@ def check_resources(settings: RunSettings, config: ModelConfig, devices: Devices
             faults.append(_memory_fault(settings, config, devices, available))
         elif keep is None:
             keep = _fits(settings, config, available // _ROOM_TO_KEEP)
-    disk = checkpoint_bytes(settings, config) * (settings.run.keep + 1)
+    disk = disk_bytes(settings, config, bundle)
     there = shutil.disk_usage(_existing(bundle))
     free = there.free
     if there.total == 0:  # such as /proc
@@ -87,7 +88,8 @@ def check_resources(settings: RunSettings, config: ModelConfig, devices: Devices
         faults.append(Fault(f"--bundle-dir {bundle}", reason, "Give a folder on a disk"))
     elif disk > free:
         kept = f"{settings.run.keep} checkpoints and one being written"
-        reason = f"{kept} take {gigabytes(disk)}, {gigabytes(free)} are free at {bundle}"
+        beside = " more than those there" if RunDir(bundle).checkpoint_steps() else ""
+        reason = f"{kept} take {gigabytes(disk)}{beside}, {gigabytes(free)} are free at {bundle}"
         faults.append(Fault("disk", reason, "Lower --keep, free some space, or give another --bundle-dir"))
     if faults:
         raise ResourceError(faults)
@@ -181,6 +183,15 @@ def most_bytes(settings: RunSettings, config: ModelConfig) -> int:
 def checkpoint_bytes(settings: RunSettings, config: ModelConfig) -> int:
     """The least that one checkpoint takes, without carries."""
     return int((_weight_bytes(settings) + _kept_beside(settings)) * count_parameters(config).total)
+
+
+def disk_bytes(settings: RunSettings, config: ModelConfig, bundle: Path) -> int:
+    """What the checkpoints take besides those that the bundle has: all that are kept, and one being written; the oldest
+    is deleted once that one is whole."""
+    one, run_dir = checkpoint_bytes(settings, config), RunDir(bundle)
+    whole = [run_dir.checkpoint(step) for step in run_dir.checkpoint_steps()]
+    there = sum(path.stat().st_size for folder in whole for path in folder.rglob("*") if path.is_file())
+    return max(one, one * (settings.run.keep + 1) - there)
 
 
 def gigabytes(size: int) -> str:

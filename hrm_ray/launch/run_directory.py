@@ -41,6 +41,7 @@ PREPARED = REUSABLE | {
     *(f"ledger.sqlite{ending}" for ending in SIDE_FILES),
     "chunk_tracker_state.json",
     "reports.json",
+    ".generation.json",
     "wandb",
 }
 """Files of a bundle that exist before the first checkpoint; wandb/ is what --report-to wandb keeps there."""

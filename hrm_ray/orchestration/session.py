@@ -30,6 +30,7 @@ import hrm_ray
 from hrm_ray.errors import Fault, HrmRayError, SettingsError, UnavailableError
 from hrm_ray.launch.resources import ResourceRequest, usable_cpus
 from hrm_ray.openmp import SPIN_VARIABLE, limit_openmp_spin
+from hrm_ray.orchestration.session_folder import keep_logs_for_a_while, make_session_folder
 from hrm_ray.types import StopPoll, StopRequested
 
 NAMESPACE = "hrm_ray"
@@ -127,7 +128,7 @@ class Session:
         self._owns_connection = False
         self._data = data
         self._request = request
-        self.folder = Path(tempfile.mkdtemp(prefix="hrm-", dir=_temp_root()))
+        self.folder = make_session_folder(Path(_temp_root()))
         self._ready = threading.Event()
         self._release = threading.Event()
         self._problem: BaseException | None = None
@@ -193,7 +194,9 @@ class Session:
         if self._owns_connection:
             self._owns_connection = False
             _OWN_CONNECTION.release()
-        if not keep_logs:
+        if keep_logs:
+            keep_logs_for_a_while(self.folder)
+        else:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _hold(self) -> None:

@@ -35,14 +35,14 @@ def main(config: dict[str, Any]) -> None:
     """The training function of TorchTrainer; torch.distributed is set up when it is entered.
 
     `config`: "body" (None for training), "plan" (from `RunPlan.to_plain`), "marker" (the path of a file in the bundle),
-    "monitor" and "chunk_server" (actor handles; the latter may be None).
+    "token" (its content), "monitor" and "chunk_server" (actor handles; the latter may be None).
     """
     rank = ray.train.get_context().get_world_rank()
     channel = WorkerChannel(config["monitor"], rank, config["chunk_server"])
     if not channel.announce(WorkerInfo(rank, os.getpid(), ray.util.get_node_ip_address())):
         return
     try:
-        check_shared(Path(config["marker"]))
+        check_shared(Path(config["marker"]), config["token"])
         from hrm_ray.train.session import train
 
         body: Body = config["body"] or train
@@ -56,9 +56,14 @@ def main(config: dict[str, Any]) -> None:
         raise WorkerEnded(f"rank {rank}: {failure.kind}") from None
 
 
-def check_shared(marker: Path) -> None:
-    """Raise UnavailableError where this node does not see the file that the driver has just put into the bundle."""
-    if not marker.exists():
+def check_shared(marker: Path, token: str) -> None:
+    """Raise UnavailableError where this node does not see the file with the token that the driver has just put into the
+    bundle."""
+    try:
+        found = marker.read_text(encoding="utf-8")
+    except OSError:
+        found = ""
+    if found != token:
         folder = "sees another folder of that name" if marker.parent.is_dir() else "has no such folder"
         hint = "Give --bundle-dir a folder that all nodes of the cluster share"
         raise UnavailableError(Fault(str(marker.parent), f"node {socket.gethostname()} {folder}", hint))

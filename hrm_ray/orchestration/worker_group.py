@@ -152,12 +152,14 @@ class WorkerGroupRun:
         self._sink = sink
         self._stop = stop
         # By it each worker knows that its node has this bundle, not another folder of the same name.
+        self._token = secrets.token_hex(16)
         self._marker = plan.bundle / f"{DRIVER_MARKER}{secrets.token_hex(8)}"
         self._monitor: Any = self._on_this_node(RunMonitor).remote()
         self._config = {
             "body": body,
             "plan": plan.to_plain(),
             "marker": str(self._marker),
+            "token": self._token,
             "monitor": self._monitor,
             "chunk_server": self._chunk_server(),
         }
@@ -171,7 +173,7 @@ class WorkerGroupRun:
     def run(self) -> RunResult:
         """Pass on records and stop requests until the worker group has ended; return or raise how."""
         try:
-            self._marker.touch()
+            self._marker.write_text(self._token, encoding="utf-8")
         except OSError as error:
             hint = "Check its free space and permissions"
             raise ResourceError(Fault(str(self._plan.bundle), f"cannot be written ({error})", hint)) from error

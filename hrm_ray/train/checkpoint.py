@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from hrm_ray.bundle.folder_watch import FolderWatch
 from hrm_ray.bundle.progress import STATE, Progress
 from hrm_ray.bundle.store import BundleWeights, save_final
 from hrm_ray.bundle.weights_file import read_tensors, save_tensors, unwritable
@@ -38,16 +39,23 @@ _LOADER = "feed."
 class Checkpointer:
     """Writes a run's checkpoints, their rounds in the ledger where there is one, and the final bundle.
 
-    Every rank of a group has one with the same `run_dir`; the ledger is rank 0's.
+    Every rank of a group has one with the same `run_dir`; the ledger is rank 0's. Nothing takes its place once `watch`
+    says that the bundle is gone, or another set of workers' own.
     """
 
     def __init__(
-        self, loop: TrainingLoop, run_dir: RunDir, keep: int, ledger_writer: LedgerWriter | None = None
+        self,
+        loop: TrainingLoop,
+        run_dir: RunDir,
+        keep: int,
+        ledger_writer: LedgerWriter | None = None,
+        watch: FolderWatch | None = None,
     ) -> None:
         self.loop = loop
         self.run_dir = run_dir
         self.keep = keep
         self.ledger_writer = ledger_writer
+        self.watch = watch
         self.saved_step: int | None = None
         self._consumed: list[ConsumedRange] = []
         """Read and not yet in a whole checkpoint."""
@@ -61,6 +69,7 @@ class Checkpointer:
         consumed = self._consumed if ledger_writer is None else ledger_writer.covered(step, self._consumed)
 
         def commit(checksum: str) -> None:
+            self._check_folder()
             if ledger_writer is not None:
                 ledger_writer.commit(step, consumed, checksum, data_ended=loader.data_ended)
 
@@ -75,9 +84,16 @@ class Checkpointer:
         with loop.parts.strategy.evaluating():
             weights = bundle_weights(loop)
             epoch = loop.parts.loader.epoch
-            loop.world.from_leader(
-                lambda: save_final(self.run_dir, weights, reason, loop.progress, epoch, figures, best)
-            )
+
+            def write() -> None:
+                self._check_folder()
+                save_final(self.run_dir, weights, reason, loop.progress, epoch, figures, best)
+
+            loop.world.from_leader(write)
+
+    def _check_folder(self) -> None:
+        if self.watch is not None:
+            self.watch.check()
 
 
 def bundle_weights(loop: TrainingLoop) -> BundleWeights:
@@ -106,21 +122,25 @@ def save_checkpoint(
     of them cannot write; then nothing of this checkpoint is left, and the earlier checkpoints are.
     """
     world, step = loop.world, loop.progress.step
-    partial = run_dir.partial_checkpoint(step)
 
-    def begin() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
+    def begin() -> Path:
         # Not its parents: where the bundle was deleted, nothing is made in its place.
         run_dir.checkpoints.mkdir(exist_ok=True)
-        partial.mkdir()
+        run_dir.remove_partial_checkpoints()
+        made = run_dir.partial_checkpoint(step)
+        made.mkdir()
+        return made
 
     def finish() -> None:
-        enter(run_dir.describe_checkpoint(step))
-        run_dir.seal_checkpoint(step)
+        enter(run_dir.describe_checkpoint(step, partial))
+        run_dir.seal_checkpoint(step, partial)
         run_dir.prune(keep)
 
     try:
-        world.from_leader(begin)
+        partial = world.from_leader(begin)
+    except OSError as error:
+        raise unwritable(run_dir.checkpoints, error) from error
+    try:
         # The trend is a sum over ranks: before any write, which may fail on one rank alone.
         adaptive = loop.parts.lr_schedule.adaptive
         trend = None if adaptive is None else adaptive.state(loop.parts.strategy.sum_over_ranks, world.leads)

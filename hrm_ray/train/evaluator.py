@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hrm_ray.bundle.store import save_best, step_of_best
+from hrm_ray.bundle.folder_watch import FolderWatch
+from hrm_ray.bundle.store import BundleWeights, save_best, step_of_best
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.inference.text import Sampling, sample_text
 from hrm_ray.rundir import RunDir
@@ -47,11 +48,17 @@ class Evaluator:
     """
 
     def __init__(
-        self, loop: TrainingLoop, held_out: EvalSet | None, source: Sequence[Any], run_dir: RunDir | None
+        self,
+        loop: TrainingLoop,
+        held_out: EvalSet | None,
+        source: Sequence[Any],
+        run_dir: RunDir | None,
+        watch: FolderWatch | None = None,
     ) -> None:
         self.loop = loop
         self.held_out = held_out
         self.run_dir = run_dir
+        self.watch = watch
         self.best: dict[str, Any] | None = None
         self.figures: dict[str, float] = {}
         self.evaluated_step = -1
@@ -80,9 +87,14 @@ class Evaluator:
                 self.best = best = {**self.figures, "step": step}
                 weights, run_dir = bundle_weights(self.loop), self.run_dir
                 if run_dir is not None:
-                    world.from_leader(lambda: save_best(run_dir, weights, best))
+                    world.from_leader(lambda: self._save_best(run_dir, weights, best))
         self.evaluated_step = step
         return improved
+
+    def _save_best(self, run_dir: RunDir, weights: BundleWeights, best: dict[str, Any]) -> None:
+        if self.watch is not None:
+            self.watch.check()  # An evaluation can take long: another set of workers may have begun meanwhile.
+        save_best(run_dir, weights, best)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values for a checkpoint."""

@@ -121,6 +121,7 @@ def _train(plan: RunPlan, link: WorkerLink, watch: FolderWatch) -> RunResult:
 
         def open_files() -> None:
             nonlocal sink, ledger_writer
+            watch.take_generation()
             # First the ledger, which may refuse the checkpoint: the rest of the bundle then stays as it was.
             ledger_writer = _ledger_writer(plan, run_dir, resumed_step, extra, loop, trained_before)
             if ledger_writer is not None:
@@ -134,8 +135,8 @@ def _train(plan: RunPlan, link: WorkerLink, watch: FolderWatch) -> RunResult:
         expert = ExpertRun(**extra["expert"]) if extra.get("expert") else ExpertRun.of_new_run(settings)
         logger = MetricLogger(loop, sink, link.sink() if world.leads else None)
         source = (str(settings.data.eval_file), settings.data.val_split)
-        evaluator = Evaluator(loop, EvalSet.of_run(held_out, settings, world), source, run_dir)
-        checkpointer = Checkpointer(loop, run_dir, settings.run.keep, ledger_writer)
+        evaluator = Evaluator(loop, EvalSet.of_run(held_out, settings, world), source, run_dir, watch)
+        checkpointer = Checkpointer(loop, run_dir, settings.run.keep, ledger_writer, watch)
         prompt, sampler = settings.run.sample_prompt, None
         if prompt is not None and isinstance(plan.data, TextData):
             sampler = Sampler(loop, TextTokenizer.of_bundle(run_dir.root), prompt)

@@ -90,7 +90,7 @@ def spawned(rank: int, folder: str) -> None:
     found += [error_of(loop, run_dir), run_dir.checkpoint_steps()]
     checkpoint.save_tensors = real  # type: ignore[assignment]
 
-    def unknown(run_dir: RunDir, step: int) -> str:
+    def unknown(run_dir: RunDir, step: int, partial: Path) -> str:
         raise DataError(Fault("the ledger", "its head has moved", "Resume"))
 
     described = RunDir.describe_checkpoint

@@ -13,9 +13,14 @@ from hrm_ray.orchestration.worker import check_shared
 def test_a_folder_of_the_same_name_on_another_node_is_told_from_the_bundle(tmp_path: Path) -> None:
     marker = tmp_path / "bundle" / ".driver-12ab"
     with pytest.raises(UnavailableError, match="has no such folder"):
-        check_shared(marker)
+        check_shared(marker, "34cd")
     marker.parent.mkdir()
-    with pytest.raises(UnavailableError, match=r"sees another folder of that name\. Give --bundle-dir"):
-        check_shared(marker)
-    marker.touch()
-    check_shared(marker)
+    another = r"sees another folder of that name\. Give --bundle-dir"
+    with pytest.raises(UnavailableError, match=another):
+        check_shared(marker, "34cd")
+    for content in ("", "56ef"):
+        marker.write_text(content)
+        with pytest.raises(UnavailableError, match=another):
+            check_shared(marker, "34cd")
+    marker.write_text("34cd")
+    check_shared(marker, "34cd")

@@ -92,7 +92,8 @@ def test_two_writers_of_one_file_do_not_share_a_temporary_name(tmp_path: Path) -
 
 def test_sealing_a_checkpoint_syncs_the_folder_of_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_dir, synced = RunDir(tmp_path), []
-    run_dir.partial_checkpoint(1).mkdir(parents=True)
+    partial = run_dir.partial_checkpoint(1)
+    partial.mkdir(parents=True)
     monkeypatch.setattr("hrm_ray.rundir.sync_folder", synced.append)
-    run_dir.seal_checkpoint(1)
+    run_dir.seal_checkpoint(1, partial)
     assert synced == [run_dir.checkpoints]

@@ -256,11 +256,12 @@ def test_the_only_torch_load_admits_tensors_alone() -> None:
 def test_files_in_subfolders_belong_to_a_checkpoint(tmp_path: Path) -> None:
     """A strategy may write into a folder of its own: its files are described and verified like all others."""
     run_dir = RunDir(tmp_path)
-    shard = run_dir.partial_checkpoint(3) / "shards" / "rank_0.bin"
+    partial = run_dir.partial_checkpoint(3)
+    shard = partial / "shards" / "rank_0.bin"
     shard.parent.mkdir(parents=True)
     shard.write_bytes(b"half of the weights")
-    run_dir.describe_checkpoint(3)
-    whole = run_dir.seal_checkpoint(3)
+    run_dir.describe_checkpoint(3, partial)
+    whole = run_dir.seal_checkpoint(3, partial)
     assert json.loads((whole / MANIFEST).read_text())["files"].keys() == {"shards/rank_0.bin"}
     verify_checkpoint(whole)
     sealed = whole / "shards" / "rank_0.bin"

@@ -12,8 +12,9 @@ import torch
 
 from hrm_ray.errors import SettingsError, UnavailableError
 from hrm_ray.launch.devices import choose_device, choose_devices, visible_gpus
+from hrm_ray.rundir import RunDir
 from hrm_ray.settings.cluster import ClusterSettings
-from tests.support.runs import TEXT, hrm, refused, text_file
+from tests.support.runs import TEXT, files_below, hrm, refused, text_file, train
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -44,6 +45,23 @@ def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     words = ("train", "--dataset-file", text_file(tmp_path), "--bundle-dir", tmp_path / "b", *TEXT)
     refused(4, *words, naming=("disk", "checkpoints", "--keep"))
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.txt"]
+
+
+def test_checkpoints_that_are_there_need_no_room_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ended because the disk was full resumes as soon as one checkpoint fits."""
+    data, bundle = text_file(tmp_path), tmp_path / "b"
+    train(data, bundle, *TEXT, "--steps", 3, "--save-every", 1)
+    folders = [RunDir(bundle).checkpoint(step) for step in (1, 2, 3)]
+    (one, *_) = (sum(path.stat().st_size for path in folder.iterdir()) for folder in folders)
+    again = ("train", "--bundle-dir", bundle, "--resume", "--steps", 4)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(10**9, 10**9, one // 2))
+    before = files_below(bundle)
+    refused(4, *again, naming=("disk", "3 checkpoints and one being written", "more than those there"))
+    assert files_below(bundle) == before
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(10**9, 10**9, one))
+    refused(4, *again, "--keep", 5, naming=("disk", "5 checkpoints"))
+    assert hrm(*again).code == 0
+    assert hrm(*again, "--steps", 5, "--keep", 1).code == 0, "fewer are kept than are there"
 
 
 def test_a_file_system_that_stores_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
