@@ -107,8 +107,7 @@ class ChunkedTextObjective(RolloutOnText[ChunkCarry]):
         context = passes.context(chunk)
         start = segment.states.get(chunk)
         segment.states.prefetch(passes.chunk_of(carry.passes + 1))
-        with passes.random_state(chunk):
-            end = self._updates_with_gradient(rows, chunk, start, context)
+        end = self._updates_with_gradient(rows, chunk, start, context)
         # Only z_H is judged.
         z_h = segment.previous_z_h.get(chunk)
         previous = TextCarry(States(z_h, z_h), segment.previous_loss.get(chunk), carry.segments)
@@ -191,8 +190,7 @@ class ChunkedTransformerObjective(OnePassOnText[TransformerCarry]):
             passes.record(lambda chunk, context: self.model(rows.injection(chunk), context))
         chunk = passes.chunk_of(carry.done)
         context = passes.context(chunk)
-        with passes.random_state(chunk):
-            hidden = self.model(passes.rows.injection(chunk), context)
+        hidden = self.model(passes.rows.injection(chunk), context)
         routed = passes.router_terms(context.routing, chunk, batch["active"], self.router_losses)
         terms, metrics = self.supervised(hidden, passes.rows.column("labels", chunk), routed)
         return SegmentOutput(terms, TransformerCarry(carry.done + 1, passes), metrics)

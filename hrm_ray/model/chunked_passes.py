@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,7 +19,7 @@ from hrm_ray.model.routing import Routing, Site
 
 
 class GraphPasses:
-    """The order of a segment's passes, and their keys and values, routers' records and random states.
+    """The order of a segment's passes, and their keys and values and routers' records.
 
     With `exact` gradients all chunks but the last are first computed without a graph, in order. Then passes run from
     the last chunk to the first, and each sends gradients to the keys and values of earlier chunks. Otherwise passes run
@@ -37,8 +36,6 @@ class GraphPasses:
         self._pending: dict[tuple[Site, int], tuple[int, Tensor | OffloadedTensor]] = {}
         self._routings = rows.routings()
         self._row_choices: Mapping[Site, Tensor] = {}
-        self._device = rows.batch["inputs"].device
-        self._random_states: dict[int, list[Tensor]] = {}
 
     def chunk_of(self, number: int) -> int:
         """The chunk of pass `number` of the segment."""
@@ -53,7 +50,6 @@ class GraphPasses:
         if not self.exact:
             return
         for chunk in range(len(self.rows) - 1):
-            self._random_states[chunk] = self._random_state()
             prefetch(chunk + 1)
             compute(chunk, self._context(chunk, self._routings[chunk]))
         # Autocast caches the weights' casts; those made without a graph would cut off the weights' gradients.
@@ -82,23 +78,6 @@ class GraphPasses:
             routing = replace(routing, routed=routed)
         count = positions_that_count(self.rows.batch["labels"]).sum(1)
         return router_terms(routing, active, losses, count)
-
-    @contextmanager
-    def random_state(self, chunk: int) -> Iterator[None]:
-        """Inside, a chunk that was recorded draws the same dropout again; afterwards draws go on as if it had not."""
-        if chunk not in self._random_states:
-            yield
-            return
-        host, *others = self._random_states[chunk]
-        with torch.random.fork_rng([self._device] if others else []):
-            torch.set_rng_state(host)
-            for state in others:
-                torch.cuda.set_rng_state(state, self._device)
-            yield
-
-    def _random_state(self) -> list[Tensor]:
-        cuda = [torch.cuda.get_rng_state(self._device)] if self._device.type == "cuda" else []
-        return [torch.get_rng_state(), *cuda]
 
     def _update(self, chunk: int, site: Site, keys: Tensor, values: Tensor) -> KeysValues:
         """See KVCache."""

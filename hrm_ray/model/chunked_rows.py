@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hrm_ray.model.actv1 import ActV1, States
 from hrm_ray.model.chunk_buffer import ChunkBuffer, CopyStream, KVBuffer, first_seen
+from hrm_ray.model.dropout import Draws
 from hrm_ray.model.layers import Context, KeysValues, KVCache, Level
 from hrm_ray.model.objective import Batch
 from hrm_ray.model.router_losses import text_routing
@@ -60,7 +61,8 @@ class ChunkedRows:
         part = self.parts[chunk]
         # A new scope for each pass: the masks that a scope caches must not outlive the chunk.
         scope = self.scope if len(self) == 1 else self.scope.part(first_seen(part.start, self.window), part.stop)
-        return Context(scope, self.model.rotation(part.start, part.stop), cache, routing=routing)
+        rotation, draws = self.model.rotation(part.start, part.stop), Draws.of(self.batch, part.start)
+        return Context(scope, rotation, cache, routing=routing, draws=draws)
 
     def routings(self) -> list[Routing | None]:
         """A router record for each chunk, which continues the counts of the chunks before."""

@@ -16,6 +16,7 @@ from hrm_ray.model.activations import inner_values
 from hrm_ray.model.attention import AttentionKernel, attend
 from hrm_ray.model.attention_backends import FlexAttention
 from hrm_ray.model.config import ModelConfig
+from hrm_ray.model.dropout import Draws, Dropout
 from hrm_ray.model.moe import MixtureOfExperts
 from hrm_ray.model.routing import Routing
 from hrm_ray.model.routing import Site as Site
@@ -62,10 +63,10 @@ class RotaryTable(nn.Module):
 @dataclass(frozen=True)
 class Context:
     """The state that the layers of a pass share: attention scope, rotary positions, key/value cache, update, routers'
-    record.
+    record, and what dropout draws from.
 
     `update` counts the L and H updates of a segment in time order. `routing` collects what the routers of a model with
-    experts do; None collects nothing.
+    experts do; None collects nothing. `draws` is None where nothing is dropped out.
     """
 
     scope: AttentionScope
@@ -73,6 +74,7 @@ class Context:
     cache: KVCache | None = None
     update: int = 0
     routing: Routing | None = None
+    draws: Draws | None = None
 
     def at(self, update: int) -> Context:
         return replace(self, update=update)
@@ -225,6 +227,10 @@ class FeedForward(nn.Module):
         return self.down_proj(inner_values(self.activation, self.up_proj(x), gate))
 
 
+DropoutKeys = tuple[Tensor | None, Tensor | None]
+"""What the two branches of a block draw from, each [B]."""
+
+
 class Block(nn.Module):
     """Post-norm layer: x <- N(x + Attention(x)); x <- N(x + FFN(x)); in training with dropout on both branches.
 
@@ -239,55 +245,62 @@ class Block(nn.Module):
         self.attn_norm = norm(config)
         self.mlp = MixtureOfExperts(config) if config.num_experts else FeedForward(config)
         self.mlp_norm = norm(config)
-        # nn.Dropout reads the training mode, and an evaluation would be compiled for anew.
-        self.dropout = nn.Dropout(config.dropout_rate) if config.dropout_rate else nn.Identity()
+        self.dropout = Dropout(config.dropout_rate)
         self.call = call
 
     def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
         """x [B, T, D] -> [B, T, D]; `layer` is the block's number in its level."""
         sparse = isinstance(self.mlp, MixtureOfExperts)
         causal = context.scope.is_plain_causal(x.shape[1], x.shape[1])
+        keys = self._dropout_keys(context, layer, x.shape[2])
         if self.self_attn.is_plain(x, context):
-            x = self.call(attention_layer if sparse else dense_block, self, x, context.rotation, causal)
+            x = self.call(attention_layer if sparse else dense_block, self, x, context.rotation, causal, keys)
         else:
             # Attention stays outside what is compiled: masks, caches and sites would each be compiled for.
             attended = self.self_attn(x, context, layer)
-            x = self.call(add_attention if sparse else add_both, self, x, attended)
+            x = self.call(add_attention if sparse else add_both, self, x, attended, keys)
         if not sparse:
             return x
         fed = self.mlp(x, (context.update, layer), context.routing)
-        return add_feed_forward(self, x, fed)
+        return add_feed_forward(self, x, fed, keys)
+
+    def _dropout_keys(self, context: Context, layer: int, width: int) -> DropoutKeys:
+        draws = context.draws
+        if draws is None or not self.dropout.rate:
+            return None, None
+        site = (context.update, layer)
+        return draws.keys(site, 0, width), draws.keys(site, 1, width)
 
 
-def attention_layer(block: Block, x: Tensor, rotation: Rotation | None, causal: bool) -> Tensor:
+def attention_layer(block: Block, x: Tensor, rotation: Rotation | None, causal: bool, keys: DropoutKeys) -> Tensor:
     """x [B, T, D] -> N(x + Attention(x)) over whole rows, by PyTorch's kernel without a mask."""
     attended = F.scaled_dot_product_attention(*project(block.self_attn, x, rotation), is_causal=causal)
-    return add_attention(block, x, attended)
+    return add_attention(block, x, attended, keys)
 
 
-def dense_block(block: Block, x: Tensor, rotation: Rotation | None, causal: bool) -> Tensor:
+def dense_block(block: Block, x: Tensor, rotation: Rotation | None, causal: bool, keys: DropoutKeys) -> Tensor:
     """A block without experts over whole rows."""
-    x = attention_layer(block, x, rotation, causal)
-    return add_feed_forward(block, x, block.mlp(x))
+    x = attention_layer(block, x, rotation, causal, keys)
+    return add_feed_forward(block, x, block.mlp(x), keys)
 
 
-def add_attention(block: Block, x: Tensor, attended: Tensor) -> Tensor:
+def add_attention(block: Block, x: Tensor, attended: Tensor, keys: DropoutKeys) -> Tensor:
     """x [B, T, D] and the heads' results [B, heads, T, d] -> N(x + Attention(x))."""
     joined = block.self_attn.o_proj(attended.transpose(1, 2).reshape(x.shape))
-    result: Tensor = block.attn_norm(x + block.dropout(joined))
+    result: Tensor = block.attn_norm(x + block.dropout(joined, keys[0]))
     return result
 
 
-def add_feed_forward(block: Block, x: Tensor, fed: Tensor) -> Tensor:
+def add_feed_forward(block: Block, x: Tensor, fed: Tensor, keys: DropoutKeys) -> Tensor:
     """x and FFN(x) -> N(x + FFN(x))."""
-    result: Tensor = block.mlp_norm(x + block.dropout(fed))
+    result: Tensor = block.mlp_norm(x + block.dropout(fed, keys[1]))
     return result
 
 
-def add_both(block: Block, x: Tensor, attended: Tensor) -> Tensor:
+def add_both(block: Block, x: Tensor, attended: Tensor, keys: DropoutKeys) -> Tensor:
     """The part after attention of a block without experts."""
-    x = add_attention(block, x, attended)
-    return add_feed_forward(block, x, block.mlp(x))
+    x = add_attention(block, x, attended, keys)
+    return add_feed_forward(block, x, block.mlp(x), keys)
 
 
 class Level(nn.Module):
@@ -306,7 +319,11 @@ class Level(nn.Module):
         """x, injection [B, T, D] -> [B, T, D]."""
         if injection is not None:
             x = x + injection
-        keeps = not (self.recompute and torch.is_grad_enabled())
+        if not (self.recompute and torch.is_grad_enabled()):
+            for number, layer in enumerate(self.layers):
+                x = layer(x, context, number)
+            return x
         for number, layer in enumerate(self.layers):
-            x = layer(x, context, number) if keeps else checkpoint(layer, x, context, number, use_reentrant=False)
+            # What a block draws follows from its place, so no state of a generator is kept.
+            x = checkpoint(layer, x, context, number, use_reentrant=False, preserve_rng_state=False)
         return x

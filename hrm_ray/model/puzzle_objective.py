@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hrm_ray.model.actv1 import ActV1, States
+from hrm_ray.model.dropout import Draws
 from hrm_ray.model.halting import continue_target, halt_in_training, last_segment
 from hrm_ray.model.layers import Context
 from hrm_ray.model.losses import CROSS_ENTROPIES, LossKind, sum_over_active
@@ -139,7 +140,8 @@ class PuzzleObjective(Objective[PuzzleCarry]):
         carry = self.refill(batch, carry)
         x = model.embedding(carry.data["inputs"], carry.data["puzzle_identifiers"], None, carry.data["active"])
         routing = Routing(config.total_positions) if config.num_experts else None
-        context = Context(FULL, model.rotation(0, config.total_positions), routing=routing)
+        draws = Draws.of(batch)
+        context = Context(FULL, model.rotation(0, config.total_positions), routing=routing, draws=draws)
         states = model.segment(carry.states, x, context)
         q_halt, q_continue = model.halting_scores(states.z_h[:, 0])
         steps = carry.steps + 1
@@ -151,7 +153,11 @@ class PuzzleObjective(Objective[PuzzleCarry]):
                 if not self.rollout:
                     halted = halt_in_training(q_halt, q_continue, steps, last, batch["min_steps"])
                 # The look-ahead must not add to the routers' losses.
-                apart = replace(context, routing=routing.detached() if routing is not None else None)
+                apart = replace(
+                    context,
+                    routing=routing.detached() if routing is not None else None,
+                    draws=draws.looking_ahead() if draws is not None else None,
+                )
                 ahead = model.segment(states.detach(), x.detach(), apart)
                 target = continue_target(*model.halting_scores(ahead.z_h[:, 0]), last)
         # A slot of padding halts, so that it can take a row of the next epoch at once.

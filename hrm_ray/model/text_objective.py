@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hrm_ray.model.actv1 import ActV1, States
+from hrm_ray.model.dropout import Draws
 from hrm_ray.model.halting import gain_target
 from hrm_ray.model.layers import Context
 from hrm_ray.model.losses import LossKind
@@ -128,7 +129,7 @@ class TextObjective(RolloutOnText[TextCarry]):
         x = model.embedding(inputs, None, batch.get("positions"))
         scope = text_scope(batch.get("documents"), batch.get("prompt"), model.config.window_size)
         routing = text_routing(model.config, labels)
-        context = Context(scope, model.rotation(0, inputs.shape[1]), routing=routing)
+        context = Context(scope, model.rotation(0, inputs.shape[1]), routing=routing, draws=Draws.of(batch))
         states = model.segment(carry.states, x, context)
         return self.supervised(carry, states, labels, router_terms(routing, batch["active"], self.router_losses))
 
@@ -181,7 +182,8 @@ class TransformerObjective(OnePassOnText[NoCarry]):
         x = self.model.embedding(inputs, None, batch.get("positions"))
         scope = text_scope(batch.get("documents"), batch.get("prompt"), self.model.config.window_size)
         routing = text_routing(self.model.config, labels)
-        hidden = self.model(x, Context(scope, self.model.rotation(0, inputs.shape[1]), routing=routing))
+        rotation, draws = self.model.rotation(0, inputs.shape[1]), Draws.of(batch)
+        hidden = self.model(x, Context(scope, rotation, routing=routing, draws=draws))
         routed = router_terms(routing, batch["active"], self.router_losses)
         terms, metrics = self.supervised(hidden, labels, routed)
         return SegmentOutput(terms, carry, metrics)

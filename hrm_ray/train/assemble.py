@@ -98,6 +98,7 @@ def assemble(
         grad_clip=chosen.grad_clip,
         max_bad_steps=chosen.max_bad_steps,
         seed=settings.run.seed,
+        draws=config.dropout_rate > 0 or (settings.adapt.use_peft and settings.adapt.lora_dropout > 0),
         sparse=SparseSignSGD(table, chosen.puzzle_emb_weight_decay) if table is not None and table.trained else None,
         scaler=LossScaler() if precision.scaled else None,
         adapters=adapters,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hrm_ray.bundle.progress import Progress
 from hrm_ray.errors import DivergedError, Fault
+from hrm_ray.model.dropout import COLUMN, key_of, row_keys
 from hrm_ray.model.objective import AnyObjective, Batch, SegmentOutput
 from hrm_ray.model.transforms.compile import CompiledCalls
 from hrm_ray.model.transforms.peft import Adapters
@@ -83,6 +84,8 @@ class TrainState:
     adapters: Adapters | None = None
     compiled: CompiledCalls | None = None
     seed: int = 0
+    draws: bool = False
+    """Whether the passes draw random numbers (dropout of blocks or of adapters)."""
 
 
 @dataclass
@@ -275,15 +278,17 @@ class TrainingLoop:
         Gives the metrics and the new carries; if it raises, only gradients have changed.
         """
         parts, metrics = self.parts, MetricTotals()
-        seed_step(parts.seed, self.progress.batch_idx, self.world.rank)
         carries: list[Any] = []
         scale = self.world.size * (parts.scaler.scale if parts.scaler is not None else 1.0)
         share = torch.tensor(1.0 / self.world.size, dtype=self.count_type)
         passes = parts.objective.passes_per_step
+        of_segment = passes // parts.objective.segments_per_step
         for number, batch in enumerate(batches):
             carry = self._carry_for(number, batch)
             for index in range(passes):
                 last = number == len(batches) - 1 and index == passes - 1
+                if parts.draws and index % of_segment == 0:
+                    batch = batch | {COLUMN: self._draw(number, index // of_segment)}
                 with parts.strategy.accumulate(last):
                     carry = self._pass(batch, carry, totals, scale, metrics)
             if parts.carried:
@@ -291,6 +296,17 @@ class TrainingLoop:
         # Each rank's loss is its part of the step's loss, so the ranks' weights add up to one step.
         metrics.add({"objective": (torch.zeros(()), share)})
         return metrics, carries
+
+    def _draw(self, micro_batch: int, segment: int) -> Tensor:
+        """What each row of a micro-batch draws from in a segment [B], and the adapters too.
+
+        A resumed run and a step repeated after out of memory draw the same numbers, with no state to save.
+        """
+        parts, place = self.parts, (self.parts.seed, self.progress.batch_idx, segment)
+        if parts.adapters is not None:
+            parts.adapters.draw_from(key_of(*place))
+        slots = torch.from_numpy(parts.shape.slots()[micro_batch])
+        return row_keys(*place, slots).to(self.world.device, non_blocking=True)
 
     def _pass(self, batch: Batch, carry: Any, totals: dict[str, float], scale: float, metrics: MetricTotals) -> Any:
         """One forward and backward; returns the new carry."""
@@ -386,13 +402,3 @@ def weighted_loss(output: SegmentOutput[Any], totals: dict[str, float]) -> Tenso
     for part in parts[1:]:
         loss = loss + part
     return loss
-
-
-def seed_step(seed: int, batch_idx: int, rank: int) -> None:
-    """Seed PyTorch's generators of all devices from the run's seed, the batch's number and the rank.
-
-    A resumed run and a step repeated after out of memory draw the same numbers, with no state to save. Rows draw one
-    after the other, so the split into micro-batches decides which row gets which numbers.
-    """
-    mixed = np.random.SeedSequence((seed, batch_idx, rank)).generate_state(1, np.uint64)
-    torch.manual_seed(int(mixed[0]))

@@ -17,6 +17,7 @@ from hrm_ray.model import text_objective
 from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.build import build_model
 from hrm_ray.model.config import ModelConfig
+from hrm_ray.model.dropout import COLUMN, row_keys
 from hrm_ray.model.objective import AnyObjective, Batch
 from hrm_ray.model.scoring import Scored
 from hrm_ray.model.transformer import Transformer
@@ -112,6 +113,11 @@ def puzzle_batch(seed: int, rows: int, config: ModelConfig) -> Batch:
         "active": torch.ones(rows, dtype=torch.bool),
         "min_steps": torch.zeros(rows, dtype=torch.int32),
     }
+
+
+def drawing(batch: Batch, seed: int = 0) -> Batch:
+    """The batch with what its rows draw from in training."""
+    return batch | {COLUMN: row_keys(seed, 1, 0, torch.arange(len(batch["active"])))}
 
 
 @contextmanager

@@ -72,6 +72,7 @@ BF16 = {"activations": "bf16", "amp": True}
 PEFT = {"use_peft": True, "lora_dropout": 0.0, "lora_r": 2, "lora_target_modules": "q_proj,down_proj"}
 CASES: dict[str, tuple[str, dict[str, Mapping[str, Any]], int, float]] = {
     "text": ("text", {}, 4, 1e-5),
+    "text, dropout": ("text", {"model": {"dropout_rate": 0.3}}, 4, 1e-5),
     "text, bf16 states": ("text", {"memory": BF16}, 4, 0.02),
     "text, fp16 products": ("text", {"memory": {"amp": True, "amp_dtype": "fp16"}}, 4, 0.02),
     "text, recomputed": ("text", {"memory": {"gradient_checkpointing": True}}, 4, 1e-5),

@@ -6,7 +6,6 @@ Float32 on both sides, sums in another order: 2e-5 of a tensor's largest value; 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hrm_ray.model import attention
-from hrm_ray.model.actv1 import ActV1
 from hrm_ray.model.attention import attend
 from hrm_ray.model.objective import AnyObjective
 from hrm_ray.model.scope import AttentionScope
@@ -200,26 +198,6 @@ class UnderAutocast(torch.nn.Module):
     def forward(self, *args: Any) -> Any:
         with torch.autocast("cpu", torch.bfloat16):
             return self.inner(*args)
-
-
-@pytest.mark.parametrize("arch", ["actv1", "transformer"])
-def test_dropout_falls_the_same_way_when_a_chunk_is_computed_again(arch: str) -> None:
-    """What earlier chunks were recorded with is what they are when their own pass comes."""
-    one_pass = {"arch": "transformer", "halt_max_steps": 1, "halt_rule": "none"} if arch == "transformer" else {}
-    config = tiny_config(dropout_rate=0.3, halt_max_steps=1) if arch == "actv1" else tiny_config(**one_pass)
-    config = replace(config, dropout_rate=0.3)
-    model = tiny_model(config)
-    seen: list[Tensor] = []
-    level = model.H_level if isinstance(model, ActV1) else model.stack
-    level.register_forward_hook(lambda module, args, result: seen.append(result.detach()))
-    torch.manual_seed(5)
-    trained(in_chunks(model, 5, exact=True), Shape(((12,), (12,)), config).batch())
-    final = seen[-5:]
-    assert torch.equal(final[0], final[4]) and torch.equal(final[1], final[3])
-    assert final[2].shape[1] == 2, "the last chunk is computed once"
-    torch.manual_seed(6)
-    trained(in_chunks(model, 5, exact=True), Shape(((12,), (12,)), config).batch())
-    assert not torch.equal(seen[-1], final[4]), "there is dropout"
 
 
 def test_passes_of_a_step() -> None:

@@ -24,7 +24,7 @@ from hrm_ray.model.transforms.quantise import quantise_projections
 from hrm_ray.rundir import write_json
 from hrm_ray.settings.adapt import AdaptSettings, PeftMethod
 from hrm_ray.train.storage_tracker import storage_bytes
-from tests.support.tiny_models import backward_all, logits_of_segments, text_batch, tiny_config, tiny_model
+from tests.support.tiny_models import backward_all, drawing, logits_of_segments, text_batch, tiny_config, tiny_model
 
 METHODS: list[PeftMethod] = ["lora", "adalora", "ia3", "loha", "lokr"]
 BASES: dict[str, Callable[[nn.Module], None]] = {
@@ -34,7 +34,7 @@ BASES: dict[str, Callable[[nn.Module], None]] = {
     "bfloat16": lambda model: cast_weights(model, torch.bfloat16),
 }
 STEPS = 12
-BATCH = text_batch(0, [[12], [5, 7], [4, 4, 4]])
+BATCH = drawing(text_batch(0, [[12], [5, 7], [4, 4, 4]]))
 
 
 def chosen(method: PeftMethod, **more: Any) -> AdaptSettings:

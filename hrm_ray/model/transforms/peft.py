@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hrm_ray.model.dropout import Draws, dropout, key_of
+from hrm_ray.model.layers import Block, Context
+from hrm_ray.model.routing import Site
 from hrm_ray.model.transforms.adalora import RankPlan, RankSchedule
 from hrm_ray.model.transforms.quantise import plain_weight
 from hrm_ray.settings.adapt import AdaptSettings
@@ -37,6 +40,32 @@ class Adapters:
     def __init__(self, wrapped: PeftModel, ranks: RankSchedule | None) -> None:
         self.wrapped = wrapped
         self.ranks = ranks
+        self._key = 0
+        for block in self.model.modules():
+            if isinstance(block, Block):
+                self._draw_by_place(block)
+
+    def draw_from(self, key: int) -> None:
+        """What whole adapters, whose rows are no rows of the batch, draw from until the next call."""
+        self._key = key
+
+    def _draw_by_place(self, block: Block) -> None:
+        """Let the adapters of `block` draw the same numbers for a row wherever and however often it is computed."""
+        dropouts = _replace_dropouts(block)
+        # Adapters of products (loha, lokr) drop whole rows of their weight, by PyTorch's generator.
+        whole = any(any(rates.values()) for rates in _rank_dropouts(block))
+        if not dropouts and not whole:
+            return
+
+        def place(_: nn.Module, args: tuple[Any, ...]) -> None:
+            context: Context = args[1]
+            site = (context.update, args[2])
+            for each in dropouts:
+                each.place = None if context.draws is None else (context.draws, site)
+            if whole and context.draws is not None:
+                torch.manual_seed(key_of(self._key, *site, context.draws.ahead))
+
+        block.register_forward_pre_hook(place)
 
     @property
     def model(self) -> nn.Module:
@@ -91,6 +120,48 @@ class Adapters:
                 tensors[_PREFIX + name] = parameter.detach()
         plain = {key: sorted(value) if isinstance(value, set) else value for key, value in described.to_dict().items()}
         return plain, tensors
+
+
+class _AdapterDropout(nn.Module):
+    """Dropout of the input of one adapter. peft calls it with the values alone; `place` is set by the block's hook."""
+
+    def __init__(self, rate: float, number: int) -> None:
+        super().__init__()
+        self.rate = rate
+        self.number = number
+        self.place: tuple[Draws, Site] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        if self.place is None:
+            raise ValueError("dropout in training draws from the batch's keys, and this batch has none")
+        draws, site = self.place
+        return dropout(x, draws.keys(site, self.number, x.shape[-1]), self.rate)
+
+
+def _replace_dropouts(block: Block) -> list[_AdapterDropout]:
+    """Put a dropout of ours in the place of each of peft's, and return them."""
+    from peft.tuners.lora import LoraLayer
+
+    replaced: list[_AdapterDropout] = []
+    for layer in block.modules():
+        # AdaLoRA's layers are LoraLayers too.
+        theirs = layer.lora_dropout[ADAPTER] if isinstance(layer, LoraLayer) else None
+        if isinstance(layer, LoraLayer) and isinstance(theirs, nn.Dropout):
+            # 0 and 1 are the block's own.
+            replaced.append(_AdapterDropout(theirs.p, 2 + len(replaced)))
+            layer.lora_dropout[ADAPTER] = replaced[-1]
+    return replaced
+
+
+def _rank_dropouts(block: Block) -> Iterator[dict[str, float]]:
+    """The rates by adapter of the layers in `block` whose adapters are products."""
+    from peft.tuners.lycoris_utils import LycorisLayer
+
+    for layer in block.modules():
+        if isinstance(layer, LycorisLayer):
+            yield layer.rank_dropout
 
 
 def apply_peft(model: nn.Module, chosen: AdaptSettings, *, seed: int, total_steps: int) -> Adapters:
