@@ -31,6 +31,7 @@ from hrm_ray.train.optimizer_state import state_tensors, state_tensors_of
 from hrm_ray.train.precision import activation_dtype, sum_gradients_in_float32
 from hrm_ray.train.storage_tracker import OTHER, Allocation, StorageTracker, storage_bytes
 from hrm_ray.train.strategies.single import SingleStrategy
+from hrm_ray.train.strategies.zero import reduce_bucket_values
 from hrm_ray.train.world import World
 from hrm_ray.types import Columns
 
@@ -53,8 +54,9 @@ DIVIDED: dict[str, tuple[str, ...]] = {
     "zero3": ("optimizer", "average", "gradients", "weights"),
 }
 """Strategy -> what workers divide."""
-WITH_COPIES = frozenset({"zero1", "zero2", "zero3"})
-"""Strategies under which each worker also has its part of a float32 copy of the weights, which is updated."""
+DEEPSPEED = frozenset({"zero1", "zero2", "zero3"})
+"""Strategies under which each worker also has its part of a float32 copy of the trained weights, which is updated, and
+the bucket in which gradients are reduced."""
 
 RESIDENT = ("weights", "gradients", "optimizer", "average", "carries", "batch")
 """What stays in memory over the passes of an update; whatever else the passes make is activations."""
@@ -124,6 +126,7 @@ class _Trace:
 
     tracker: StorageTracker
     micro_batches: int
+    trained_values: int
     state_bytes: list[int]
     """Optimizer state of each parameter."""
     pass_starts: list[int]
@@ -145,16 +148,17 @@ class _Trace:
             peak_bytes=self.tracker.peak_bytes(since=start, beside=("optimizer",) if offloaded else ()) + in_turn,
         )
 
-    def divide(self, categories: tuple[str, ...], workers: int, *, updated_copies: bool) -> None:
-        """Leave one worker's part of what `workers` divide. With `updated_copies` it has its part of a second float32
-        copy of the trained weights; counted as weights."""
-        trained_bytes = sum(one.bytes for one in self.tracker.allocations if one.category == "weights")
+    def divide(self, strategy: str, workers: int) -> None:
+        """Leave one worker's part of what `workers` divide under `strategy`, and add what it needs to itself: copies
+        count as weights, the bucket as gradients."""
+        categories = DIVIDED.get(strategy, ())
         for one in self.tracker.allocations:
             if one.category in categories:
                 one.bytes = -(-one.bytes // workers)
         self.state_bytes = [-(-size // workers) if "optimizer" in categories else size for size in self.state_bytes]
-        if updated_copies:
-            self.tracker.allocations.append(Allocation(-(-trained_bytes // workers), "weights", 0))
+        if strategy in DEEPSPEED:
+            self.tracker.allocations.append(Allocation(-(-4 * self.trained_values // workers), "weights", 0))
+            self.tracker.allocations.append(Allocation(4 * reduce_bucket_values(self.trained_values), "gradients", 0))
 
     def extrapolate(self, growths: list[tuple[_Trace, float]], factors: dict[int, float]) -> None:
         """Make this trace of short rows that of longer rows and windows.
@@ -254,7 +258,7 @@ def _trace_fake_update(settings: RunSettings, config: ModelConfig) -> _Trace:
             sum_gradients_in_float32(loop.parts.objective.parameters())
         use_kernel(loop.parts.objective.model, _attend)
         trace = _trace(loop, [ones_batch(loop, config, settings.data.packing) for _ in range(number)])
-    trace.divide(DIVIDED.get(strategy, ()), settings.cluster.world_size or 1, updated_copies=strategy in WITH_COPIES)
+    trace.divide(strategy, settings.cluster.world_size or 1)
     return trace
 
 
@@ -284,7 +288,8 @@ def _trace(loop: TrainingLoop, batches: list[Batch]) -> _Trace:
         passes_end = tracker.moment
         del carries
         _update(loop, strategy, tracker)
-    return _Trace(tracker, len(batches), state_bytes, pass_starts, passes_end, tracker.moment)
+    trained = sum(parameter.numel() for parameter in parts.objective.parameters() if parameter.requires_grad)
+    return _Trace(tracker, len(batches), trained, state_bytes, pass_starts, passes_end, tracker.moment)
 
 
 def _update(loop: TrainingLoop, strategy: SingleStrategy, tracker: StorageTracker) -> list[int]:

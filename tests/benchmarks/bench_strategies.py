@@ -1,8 +1,9 @@
 """Bytes and time per step of every strategy on gloo processes of one core each.
 
 `python -m tests.benchmarks.bench_strategies --ranks 2` trains the same text model under each strategy, in rounds that
-take turns within one pair of processes, and prints a table: bytes of a rank at rest (after a step, by storage), what
-theory says, and the time against ddp in the same round.
+take turns within one group of processes, and prints a table: bytes of a rank as weights (with copies of them),
+gradients and optimizer state when the passes of a step are done, counted by storage; the same as
+`train.memory_estimate` has it; and the time against ddp in the same round. `--rounds 0` measures memory alone.
 """
 
 from __future__ import annotations
@@ -11,19 +12,22 @@ import argparse
 import gc
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from hrm_ray.model.config import model_config
+from hrm_ray.model.config import ModelConfig, model_config
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.loop import TrainingLoop
-from hrm_ray.train.memory_estimate import DIVIDED
+from hrm_ray.train.memory_estimate import DIVIDED, memory_estimate
+from hrm_ray.train.optimizer_state import state_tensors
 from hrm_ray.train.storage_tracker import storage_bytes
 from hrm_ray.train.world import World
 from tests.benchmarks.bench_cases import CASES, RandomRows
@@ -32,27 +36,79 @@ from tests.benchmarks.timing import spent, summary, table
 STRATEGIES = ("ddp", *DIVIDED)
 STEPS = 2
 """Steps of a round."""
+CASE = CASES["text_m1"]
+PARTS = ("weights", "gradients", "optimizer")
+
+
+def settings_of(strategy: str, ranks: int) -> tuple[RunSettings, ModelConfig]:
+    """What a rank trains, in two micro-batches; the effective batch is that of the case."""
+    settings = RunSettings.model_validate(
+        {
+            "model": CASE.model,
+            "optimizer": {
+                "batch_size": CASE.batch_size // ranks // 2,
+                "gradient_accumulation_steps": 2,
+                "optimizer": "adamw",
+            },
+            "memory": {"amp": False, "gradient_checkpointing": False},
+            "cluster": {"strategy": strategy, "world_size": ranks},
+        }
+    )
+    return settings, model_config(settings, CASE.vocab_size, seq_len=CASE.seq_len)
 
 
 def build(strategy: str, ranks: int) -> TrainingLoop:
-    """The loop of this rank; the effective batch is that of the case."""
-    case = CASES["text_m1"]
-    settings = RunSettings.model_validate(
-        {
-            "model": case.model,
-            "optimizer": {"batch_size": case.batch_size // ranks, "optimizer": "adamw"},
-            "memory": {"amp": False, "gradient_checkpointing": False},
-            "cluster": {"strategy": strategy},
-        }
-    )
-    config = model_config(settings, case.vocab_size, seq_len=case.seq_len)
-    return assemble(settings, config, RandomRows(case), World.here("cpu", 1), 1000)
+    """The loop of this rank."""
+    settings, config = settings_of(strategy, ranks)
+    return assemble(settings, config, RandomRows(CASE), World.here("cpu", 1), 1000)
 
 
 def tensors_alive() -> list[Tensor]:
-    """Every tensor of this process, views of parameters' data and state included."""
+    """Every tensor of this process that has memory, views of parameters' data and state included."""
     gc.collect()
-    return [found for found in gc.get_objects() if isinstance(found, Tensor)]
+    # `type`: isinstance asks objects for their class, and some of Python's own warn at that.
+    found = [one for one in gc.get_objects() if issubclass(type(one), Tensor)]
+    # A gradient that no Python code has read is no object of Python's.
+    found += [one.grad for one in found if one.is_leaf and one.grad is not None]
+    return [one for one in found if one.device.type != "meta"]
+
+
+def inner_optimizer(strategy: Any) -> torch.optim.Optimizer:
+    """The optimizer that has the state, inside DeepSpeed's where that trains."""
+    optimizer = strategy.optimizer
+    return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
+
+
+def weights_of(strategy: Any) -> Iterator[Tensor]:
+    """The parameters of a rank, whole or its part, and the copies that DeepSpeed updates."""
+    for parameter in strategy.objective.parameters():
+        yield parameter.ds_tensor if "ds_tensor" in vars(parameter) else parameter.detach()
+    if not isinstance(strategy.optimizer, torch.optim.Optimizer):
+        yield from strategy._flat_partitions()
+
+
+def measured(strategy_name: str, ranks: int) -> tuple[TrainingLoop, dict[str, int]]:
+    """A loop after two steps, and bytes by part when the passes of the second were done."""
+    before = storage_bytes(tensors_alive())
+    loop = build(strategy_name, ranks)
+    loop.step()
+    strategy: Any = loop.parts.strategy
+    step, found = strategy.step, dict[str, int]()
+
+    def counted(max_norm: float, scale: float) -> float:
+        weights, optimizer = (
+            storage_bytes(weights_of(strategy)),
+            storage_bytes(state_tensors(inner_optimizer(strategy))),
+        )
+        # The small rest, such as the tables of positions, is counted with the gradients.
+        gradients = storage_bytes(tensors_alive()) - before - weights - optimizer
+        found.update(dict(zip(PARTS, (weights, gradients, optimizer), strict=True)))
+        return float(step(max_norm, scale))
+
+    strategy.step = counted
+    loop.step()
+    strategy.step = step
+    return loop, found
 
 
 def measure(rank: int, ranks: int, folder: str, rounds: int) -> None:
@@ -60,15 +116,11 @@ def measure(rank: int, ranks: int, folder: str, rounds: int) -> None:
     os.environ |= {"LOCAL_RANK": str(rank), "USE_LIBUV": "0"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
-    bytes_at_rest: dict[str, int] = {}
+    bytes_by_part: dict[str, dict[str, int]] = {}
     times_s: dict[str, list[float]] = {strategy: [] for strategy in STRATEGIES}
     loops: dict[str, TrainingLoop] = {}
     for strategy in STRATEGIES:
-        before = storage_bytes(tensors_alive())
-        loops[strategy] = build(strategy, ranks)
-        for _ in range(STEPS):
-            loops[strategy].step()
-        bytes_at_rest[strategy] = storage_bytes(tensors_alive()) - before
+        loops[strategy], bytes_by_part[strategy] = measured(strategy, ranks)
     for number in range(rounds):
         order = STRATEGIES if number % 2 else STRATEGIES[::-1]
         for strategy in order:
@@ -76,19 +128,15 @@ def measure(rank: int, ranks: int, folder: str, rounds: int) -> None:
             taken = spent(lambda loop=loops[strategy]: [loop.step() for _ in range(STEPS)])  # type: ignore[misc]
             times_s[strategy].append(taken.wall_s / STEPS)
     if rank == 0:
-        torch.save((bytes_at_rest, times_s), Path(folder) / "result.pt")
+        torch.save((bytes_by_part, times_s), Path(folder) / "result.pt")
     dist.barrier()
     os._exit(0)
 
 
-def theory(strategy: str, ranks: int) -> float:
-    """Bytes of a parameter on each rank at rest in float32 with two moments; gradients are freed after a step."""
-    divided = DIVIDED.get(strategy, ())
-    weights = 4.0 / (ranks if "weights" in divided else 1)
-    moments = 8.0 / (ranks if "optimizer" in divided else 1)
-    copies = 4.0 / ranks if strategy.startswith("zero") else 0.0
-    # Stage 3 keeps the buffer of its part of the gradients between steps.
-    return weights + moments + copies + (4.0 / ranks if strategy == "zero3" else 0.0)
+def estimated(strategy: str, ranks: int) -> dict[str, int]:
+    """Bytes by part as --dry-run has them."""
+    account = memory_estimate(*settings_of(strategy, ranks)).to_plain()
+    return {part: account[f"{part}_bytes"] for part in PARTS}
 
 
 def main() -> None:
@@ -99,16 +147,21 @@ def main() -> None:
     said = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         spawn(measure, (said.ranks, folder, said.rounds), nprocs=said.ranks)
-        bytes_at_rest, times_s = torch.load(Path(folder) / "result.pt", weights_only=False)
-    count = CASES["text_m1"].parameters
+        bytes_by_part, times_s = torch.load(Path(folder) / "result.pt", weights_only=False)
     rows = []
     for strategy in STRATEGIES:
-        ratios = [own / ddp for own, ddp in zip(times_s[strategy], times_s["ddp"], strict=True)]
-        measured = bytes_at_rest[strategy] / count
-        shown = [f"{measured:.2f}", f"{theory(strategy, said.ranks):.2f}"]
-        rows.append([strategy, *shown, f"{1e3 * median(times_s[strategy]):.0f}", summary(ratios).shown(2)])
-    print(f"{count:,} parameters, {said.ranks} ranks of one core, {said.rounds} rounds of {STEPS} steps")
-    print(table(["strategy", "bytes/parameter", "theory", "ms/step", "time / ddp"], rows))
+        found, expected = bytes_by_part[strategy], estimated(strategy, said.ranks)
+        pairs = [(found[part], expected[part]) for part in PARTS]
+        pairs.append((sum(found.values()), sum(expected.values())))
+        shown = [f"{ours / CASE.parameters:.2f} / {theirs / CASE.parameters:.2f}" for ours, theirs in pairs]
+        if said.rounds:
+            ratios = [own / ddp for own, ddp in zip(times_s[strategy], times_s["ddp"], strict=True)]
+            shown += [f"{1e3 * median(times_s[strategy]):.0f}", summary(ratios).shown(2)]
+        rows.append([strategy, *shown])
+    print(f"{CASE.parameters:,} parameters, {said.ranks} ranks of one core, {said.rounds} rounds of {STEPS} steps;")
+    print("bytes of a parameter, measured / estimated")
+    titles = ["strategy", *PARTS, "sum", *(["ms/step", "time / ddp"] if said.rounds else [])]
+    print(table(titles, rows))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ import torch
 from hrm_ray.launch.preflight import least_bytes, most_bytes
 from hrm_ray.train.fake_tensors import fake_tensors
 from hrm_ray.train.loop import TrainingLoop
-from hrm_ray.train.memory_estimate import MemoryAccount, account_for, memory_estimate
+from hrm_ray.train.memory_estimate import DEEPSPEED, DIVIDED, MemoryAccount, account_for, memory_estimate
 from hrm_ray.train.microbatch import to_batch
+from hrm_ray.train.strategies.zero import reduce_bucket_values
 from tests.support.measured_memory import case_of, loop_of, measured_bytes
 
 Options = dict[str, str | bool]
@@ -177,6 +178,29 @@ def test_gradients_of_several_workers_are_float32() -> None:
     )
     assert one.gradients_bytes == one.weights_bytes - 2 * 24 * 32 * 4  # without the rotary table, a float32 buffer
     assert two.gradients_bytes == 2 * one.gradients_bytes
+
+
+@pytest.mark.parametrize("strategy", [*DIVIDED])
+def test_a_strategy_divides_what_it_says(strategy: str) -> None:
+    """Of three workers; tests/benchmarks/bench_strategies.py measures the same."""
+    options, vocab_size = small(case(TEXT, optimizer="adamw", ema="0.9"))
+    accounts = [
+        memory_estimate(*case_of(options | {"--world-size": "3", "--strategy": name}, vocab_size))
+        for name in ("ddp", strategy)
+    ]
+    whole, part = ({name: size for name, size in account.to_plain().items() if size} for account in accounts)
+    values = whole["optimizer_bytes"] // 8
+    expected = {name: whole[name] / (3 if name.removesuffix("_bytes") in DIVIDED[strategy] else 1) for name in whole}
+    if strategy in DEEPSPEED:
+        expected["weights_bytes"] += 4 * values / 3
+        expected["gradients_bytes"] += 4 * reduce_bucket_values(values)
+    told = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "average_bytes")
+    assert {name: part[name] for name in told} == pytest.approx({name: expected[name] for name in told}, rel=2e-3)
+
+
+def test_the_bucket_of_gradients_is_small_beside_them() -> None:
+    sizes = (100, 10**6, 3 * 10**6, 10**9)
+    assert [reduce_bucket_values(size) for size in sizes] == [100, 2**18, 375_000, 8 * 2**20]
 
 
 def test_state_in_host_memory_is_not_in_the_peak() -> None:

@@ -34,6 +34,13 @@ from hrm_ray.train.world import World
 
 BUCKET_VALUES = 8 * 2**20
 """Largest bucket of a reduction or gather, in values. DeepSpeed's default, 5e8, would hold 2 GB on every rank."""
+SMALL_BUCKET_VALUES = 2**18
+"""Below this a smaller bucket costs more in further collectives than it saves."""
+
+
+def reduce_bucket_values(trained_values: int) -> int:
+    """Values of the bucket in which gradients are reduced: an eighth of the gradients, because stage 3 keeps it."""
+    return min(BUCKET_VALUES, max(-(-trained_values // 8), min(SMALL_BUCKET_VALUES, trained_values)))
 
 
 class _FlatOutput(nn.Module):
@@ -86,12 +93,12 @@ class ZeroStrategy:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.flat,
             optimizer=build_optimizer(self.trained.values()),
-            config=self._config(values),
+            config=self._config(values, reduce_bucket_values(sum(p.numel() for p in self.trained.values()))),
             dist_init_required=False,
         )
         self.average = self._new_average(ema_decay) if ema_decay is not None else None
 
-    def _config(self, bucket_values: int) -> dict[str, Any]:
+    def _config(self, bucket_values: int, reduce_values: int) -> dict[str, Any]:
         return {
             # The loop owns accumulation: any number of backward passes, then one step.
             "train_micro_batch_size_per_gpu": 1,
@@ -102,7 +109,7 @@ class ZeroStrategy:
             "zero_optimization": {
                 "stage": self.stage,
                 "overlap_comm": False,
-                "reduce_bucket_size": bucket_values,
+                "reduce_bucket_size": reduce_values,
                 "allgather_bucket_size": bucket_values,
                 "stage3_prefetch_bucket_size": bucket_values,
                 "stage3_max_live_parameters": bucket_values,
