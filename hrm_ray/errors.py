@@ -12,6 +12,16 @@ from dataclasses import dataclass
 DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """Errors of writing to a full disk, past a quota, or past the largest file size."""
 
+AWAY_ERRNOS = frozenset(
+    number
+    for name in (
+        *("EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "ENOTCONN", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH"),
+        *("ENETRESET", "ECONNRESET", "ECONNABORTED", "ECONNREFUSED", "EREMOTEIO", "ENODEV", "ENXIO"),
+    )
+    if (number := vars(errno).get(name)) is not None
+)
+"""Errors of a disk or network file system that does not answer, and may answer again soon. Windows lacks some."""
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -77,10 +87,30 @@ class ResourceError(HrmRayError):
     exit_code = 4
 
 
+class DiskError(ResourceError):
+    """A file of the run cannot be written: the disk is full, or does not answer."""
+
+
+class DeviceMemoryError(ResourceError):
+    """An update ran out of memory where it cannot be repeated with smaller micro-batches in the same process."""
+
+
+class HostMemoryError(ResourceError):
+    """The memory of a machine ran out, and a process was ended for it."""
+
+
+class NoRoomError(ResourceError):
+    """The workers found no room on a cluster that has it, because others use it."""
+
+
 class DataError(HrmRayError):
     """Data, a bundle or a checkpoint that cannot be read (exit code 5)."""
 
     exit_code = 5
+
+
+class UnreadableError(DataError):
+    """A file cannot be read because its disk or network file system does not answer."""
 
 
 class DivergedError(HrmRayError):
@@ -90,6 +120,31 @@ class DivergedError(HrmRayError):
 
 
 ERROR_KINDS: dict[str, type[HrmRayError]] = {
-    kind.__name__: kind for kind in (SettingsError, UnavailableError, ResourceError, DataError, DivergedError)
+    kind.__name__: kind
+    for kind in (
+        *(SettingsError, UnavailableError, ResourceError, DiskError, DeviceMemoryError, HostMemoryError),
+        NoRoomError,
+        *(DataError, UnreadableError, DivergedError),
+    )
 }
 """By name, to rebuild an error that another process sent."""
+
+
+def away(error: BaseException) -> bool:
+    """Whether `error`, or one that it came from, says that a disk or network file system does not answer."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.errno in AWAY_ERRNOS:
+            return True
+        found = found.__cause__ or found.__context__
+    return False
+
+
+def unreadable_if_away(error: HrmRayError) -> HrmRayError:
+    """`error`, as UnreadableError where it is a DataError because of a file system that does not answer.
+
+    Called in the process where it was raised: an error that another process sent has lost where it came from.
+    """
+    if type(error) is DataError and away(error):
+        return UnreadableError(error.faults)
+    return error

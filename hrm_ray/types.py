@@ -71,9 +71,46 @@ class StopReason(str, Enum):
 
 
 @dataclass(frozen=True)
+class RestartRecord:
+    """A restart after a failure: its number (from 1), the cause, the last step before, the step that training goes on
+    from, and the seconds since the run was there first."""
+
+    number: int
+    cause: str
+    failed_step: int
+    resumed_step: int
+    lost_s: float
+
+    def values(self) -> dict[str, float | int | str | bool | list[float]]:
+        """The values of its record, an event."""
+        return {
+            "restart": self.number,
+            "cause": self.cause,
+            "failed_step": self.failed_step,
+            "resumed_step": self.resumed_step,
+            "lost_s": self.lost_s,
+        }
+
+    @classmethod
+    def of(cls, record: Record) -> RestartRecord | None:
+        """The restart that a record tells of; None for any other record."""
+        values = record.values
+        if record.kind != "event" or "restart" not in values:
+            return None
+        number, failed, resumed = values["restart"], values["failed_step"], values["resumed_step"]
+        lost_s = values["lost_s"]
+        if not isinstance(number, int) or not isinstance(failed, int) or not isinstance(resumed, int):
+            return None
+        if not isinstance(lost_s, (int, float)):
+            return None
+        return cls(number, str(values["cause"]), failed, resumed, float(lost_s))
+
+
+@dataclass(frozen=True)
 class RunResult:
     """How a run ended: the reason, the last step, the epoch reached, the bundle's folder, the last held-out figures,
-    those of the best evaluation with its `step`, and the samples trained on (None: not counted)."""
+    those of the best evaluation with its `step`, the samples trained on (None: not counted), and the restarts after
+    failures."""
 
     reason: StopReason
     step: int
@@ -82,6 +119,7 @@ class RunResult:
     figures: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
     samples: int | None = None
+    restarts: tuple[RestartRecord, ...] = ()
 
 
 StopPoll: TypeAlias = Callable[[], "StopReason | None"]
@@ -106,6 +144,9 @@ class DriverLink(Protocol):
 
     def stop_requested(self) -> StopReason | None:
         """A stop that the driver asked for; cheap, called once per step."""
+
+    def begin(self) -> None:
+        """Told on rank 0 once the files of the run are open, and later checkpoints of a bundle set aside."""
 
 
 class SampleSet(Protocol):

@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hrm_ray.atomic_files import atomic_path
-from hrm_ray.errors import DataError, Fault, ResourceError
+from hrm_ray.errors import DataError, DiskError, Fault
 
 _SHOWN = 2
 """Differences of an architecture that a message names: names of tensors are long."""
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write `tensors` to `path` atomically. Raises ResourceError where that fails, for example on a full disk."""
+    """Write `tensors` to `path` atomically. Raises DiskError where that fails, for example on a full disk."""
     try:
         with atomic_path(path) as temporary:
             # safetensors makes files that only their owner may read; a bundle's files have the user's usual mode.
@@ -30,10 +30,10 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         raise unwritable(path, error) from error
 
 
-def unwritable(path: Path, error: Exception) -> ResourceError:
+def unwritable(path: Path, error: Exception) -> DiskError:
     """The error to raise where a file of a run cannot be written."""
     hint = "Free some space there, then run the command again (training: with --resume)"
-    return ResourceError(Fault(str(path), f"cannot be written ({error})", hint))
+    return DiskError(Fault(str(path), f"cannot be written ({error})", hint))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -8,11 +8,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from hrm_ray.data.chunk_source import ChunkPipeline, ChunkSource, EpochOrder, LocalChunks
+from hrm_ray.errors import DiskError, UnreadableError
 from hrm_ray.launch.hangs import BEAT_INTERVAL_S, Heartbeat, Watched, judge
+from hrm_ray.launch.restarts import Ending, cause_of
+from hrm_ray.launch.supervisor import Failed, WatchedSink, supervise
 from hrm_ray.model.transforms.compile import recompile_limit_restored
 from hrm_ray.train.activity import Activity
 from hrm_ray.train.plan import RunPlan
@@ -35,13 +39,14 @@ class _OneAtATime:
         self._sink.close()
 
 
-@dataclass(frozen=True)
+@dataclass
 class LocalLink:
     """The driver is this process: records go straight to its display, and stops are read from it."""
 
     display: MetricSink
     stop: StopPoll
     activity: Activity = field(default_factory=Activity)
+    begun: bool = False
 
     def sink(self) -> MetricSink:
         return self.display
@@ -52,9 +57,12 @@ class LocalLink:
     def stop_requested(self) -> StopReason | None:
         return self.stop()
 
+    def begin(self) -> None:
+        self.begun = True
+
 
 def run(plan: RunPlan, *, sink: MetricSink, stop: StopPoll) -> RunResult:
-    """Train as the plan says, with a world size of 1.
+    """Train as the plan says, with a world size of 1; after a failure of a disk again from the newest checkpoint.
 
     PyTorch's threads, random numbers and limit of recompilations are as before afterwards.
     """
@@ -62,11 +70,20 @@ def run(plan: RunPlan, *, sink: MetricSink, stop: StopPoll) -> RunResult:
     devices = [torch.cuda.current_device()] if plan.device == "cuda" else []
     try:
         with torch.random.fork_rng(devices), recompile_limit_restored(plan.settings, torch.device(plan.device)):
-            link = LocalLink(_OneAtATime(sink), stop)
-            with stalls_told(link.activity, link.display):
-                return train(plan, link)
+            return supervise(plan, partial(_attempt, stop=stop), sink=_OneAtATime(sink), stop=stop)
     finally:
         torch.set_num_threads(threads)
+
+
+def _attempt(plan: RunPlan, records: WatchedSink, stop: StopPoll) -> RunResult | Failed:
+    link = LocalLink(records, stop)
+    try:
+        with stalls_told(link.activity, records):
+            return train(plan, link)
+    except (DiskError, UnreadableError) as error:
+        batch_size = plan.settings.optimizer.batch_size
+        ending = Ending(cause_of(error), error, records.step, plan.attempt, plan.world_size, batch_size)
+        return Failed(ending, link.begun)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 import psutil
 
 from hrm_ray.atomic_files import atomic_path
-from hrm_ray.errors import DataError, Fault, HrmRayError, ResourceError, SettingsError
+from hrm_ray.errors import DataError, DiskError, Fault, HrmRayError, ResourceError, SettingsError
 
 SqlRow: TypeAlias = tuple[Any, ...]
 
@@ -342,7 +342,8 @@ def fault_of(error: sqlite3.Error, path: Path) -> HrmRayError:
         hint = "Check the disk's free space, then run the command again with --resume"
         if "locking protocol" in text:
             hint = "Use a file system that supports file locks"
-        return ResourceError(Fault(str(path), f"the ledger cannot be written ({text})", hint))
+        kind = ResourceError if "locking protocol" in text else DiskError
+        return kind(Fault(str(path), f"the ledger cannot be written ({text})", hint))
     if "locked" in text or "busy" in text:
         reason = f"another process has kept it locked for {_BUSY_TIMEOUT_S:g} s"
         return ResourceError(Fault(str(path), reason, "End the other run of this bundle, then use --resume"))

@@ -19,7 +19,7 @@ from typing import Any, get_args
 from filelock import FileLock, Timeout
 
 from hrm_ray.atomic_files import atomic_write
-from hrm_ray.errors import DataError, Fault, ResourceError
+from hrm_ray.errors import AWAY_ERRNOS, DISK_FULL_ERRNOS, DataError, DiskError, Fault, ResourceError
 from hrm_ray.types import Record, RecordKind
 
 _LOG = logging.getLogger(__name__)
@@ -50,9 +50,8 @@ class JsonlSink:
                 self._file = path.open("ab" if append else "wb")
         except OSError as error:
             reason = f"cannot be written ({error.strerror})"
-            raise ResourceError(
-                Fault(str(path), reason, "Give a file that you may write, on a disk with room")
-            ) from error
+            kind = DiskError if error.errno in DISK_FULL_ERRNOS | AWAY_ERRNOS else ResourceError
+            raise kind(Fault(str(path), reason, "Give a file that you may write, on a disk with room")) from error
 
     def write(self, record: Record) -> None:
         """Take one record. ValueError if a value is named kind, step or time_s, or if the sink is closed."""

@@ -17,9 +17,9 @@ import ray
 import ray.exceptions
 
 from hrm_ray.data.chunk_source import AHEAD, Chunk, ChunkSlot
-from hrm_ray.errors import HrmRayError
+from hrm_ray.errors import HrmRayError, unreadable_if_away
 from hrm_ray.orchestration.datasets import ChunkResult, ChunkTaskContext, chunks_from, chunks_of
-from hrm_ray.orchestration.failures import shortage
+from hrm_ray.orchestration.failures import actor_lost, shortage
 
 StreamKey = tuple[int, int]
 """Epoch, and the position in its order at which a stream begins."""
@@ -89,7 +89,7 @@ class ChunkServer:
                         return
                 self._publish(stream, None)
         except HrmRayError as error:
-            self._publish(stream, error)
+            self._publish(stream, unreadable_if_away(error))
         except Exception as error:  # noqa: BLE001 - the thread's edge: the ranks raise it
             trace = traceback.format_exc()
             self._publish(stream, shortage(error) or RuntimeError(f"chunks could not be made:\n{trace}"))
@@ -174,5 +174,7 @@ class RemoteChunks:
 def _fetch(reference: Any) -> Any:
     try:
         return ray.get(reference)
+    except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
+        raise actor_lost("the actor that makes chunks of text", "") from error
     except ray.exceptions.RayError as error:
         raise shortage(error) or error from error

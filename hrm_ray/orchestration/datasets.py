@@ -24,7 +24,7 @@ from hrm_ray.data.corpus import Corpus
 from hrm_ray.data.text_data import TextDataDir, TextPlan, corpus_of
 from hrm_ray.data.text_store import tokenise
 from hrm_ray.data.tokenizer import TextTokenizer
-from hrm_ray.errors import HrmRayError
+from hrm_ray.errors import HrmRayError, unreadable_if_away
 from hrm_ray.rundir import RunDir
 
 READ_CPUS, TOKEN_CPUS = 0.4, 0.5
@@ -84,7 +84,7 @@ def chunks_from(context: ChunkTaskContext, first: int) -> Iterator[tuple[int, Ch
                 if raw is None and not pipeline.is_cached(number):
                     return
             except HrmRayError as error:
-                yield _row(number, error)
+                yield _row(number, unreadable_if_away(error))
                 return
             yield _row(number, raw)
 
@@ -103,7 +103,7 @@ def chunks_of(context: ChunkTaskContext, entries: Sequence[ChunkEntry]) -> Itera
         try:
             raw = next(read_chunks(_corpus(context), entry.start), None)
         except HrmRayError as error:
-            return _row(number, error)
+            return _row(number, unreadable_if_away(error))
         return _row(number, None if raw is None else _tokenised(context, raw))
 
     for begin in range(0, len(entries), CHUNKS_PER_DATASET):

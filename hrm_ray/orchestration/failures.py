@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError, RayTaskError
 
-from hrm_ray.errors import ERROR_KINDS, Fault, HrmRayError, ResourceError
+from hrm_ray.errors import ERROR_KINDS, DiskError, Fault, HostMemoryError, HrmRayError, ResourceError
+from hrm_ray.launch import restarts
+from hrm_ray.launch.restarts import Cause
 
 PEER_LOSS_MARKS = (
     "gloo/transport",
@@ -28,16 +30,31 @@ RESUME_HINT = (
     "or under another --brain-name where none was saved"
 )
 _MEMORY_HINT = "Use a smaller --batch-size or fewer workers, or end other programs; with --resume the run continues"
-_SHORTAGES = (
-    (OutOfMemoryError, "memory", "Ray ended a process because its machine was nearly out of memory", _MEMORY_HINT),
-    (ObjectStoreFullError, "Ray's object store", "is full", "Use a smaller --dataset-chunk-size, then --resume"),
+_SHORTAGES: tuple[tuple[type[Exception], type[ResourceError], str, str, str], ...] = (
+    (
+        OutOfMemoryError,
+        HostMemoryError,
+        "memory",
+        "Ray ended a process because its machine was nearly out of memory",
+        _MEMORY_HINT,
+    ),
+    (
+        ObjectStoreFullError,
+        HostMemoryError,
+        "Ray's object store",
+        "is full",
+        "Use a smaller --dataset-chunk-size, then --resume",
+    ),
     (
         OutOfDiskError,
+        DiskError,
         "Ray's object store",
         "is full, and so is the disk it spills to",
         "Free disk space, then --resume",
     ),
 )
+_NODE_DEATH = "node has died"
+"""Part of Ray's message on an actor whose node is gone."""
 _MEMORY_DEATH = "OUT_OF_MEMORY"
 """Part of the exit type that Ray gives an actor which its memory monitor has killed."""
 LONGEST_DEATH_REASON = 400
@@ -47,9 +64,13 @@ LONGEST_DEATH_REASON = 400
 class WorkerCrash(HrmRayError):
     """A training worker failed unexpectedly (exit code 1); `detail` is its traceback, or where its logs are."""
 
-    def __init__(self, fault: Fault, detail: str = "") -> None:
+    def __init__(self, fault: Fault, detail: str = "", cause: Cause = Cause.CRASH) -> None:
         super().__init__(fault)
         self.detail = detail
+        self.cause = cause
+
+    def __reduce__(self) -> tuple[type[WorkerCrash], tuple[Fault, str, Cause]]:
+        return type(self), (self.faults[0], self.detail, self.cause)
 
     def __str__(self) -> str:
         return f"{super().__str__()}\n{self.detail}".rstrip()
@@ -66,6 +87,7 @@ class Failure:
     faults: tuple[Fault, ...] = ()
     expected: bool = False
     peer_loss: bool = False
+    cause: Cause = Cause.CRASH
 
     @classmethod
     def of(cls, rank: int, error: BaseException) -> Failure:
@@ -80,10 +102,13 @@ class Failure:
             faults=error.faults if isinstance(error, HrmRayError) else (),
             expected=isinstance(error, HrmRayError),
             peer_loss=isinstance(error, (RuntimeError, OSError)) and any(mark in message for mark in PEER_LOSS_MARKS),
+            cause=cause_of(error) if isinstance(error, HrmRayError) else Cause.CRASH,
         )
 
     def as_error(self) -> HrmRayError:
         """The error to raise in the driver: the same kind with the same faults, or WorkerCrash with the traceback."""
+        if self.kind == WorkerCrash.__name__:
+            return WorkerCrash(self.faults[0], self.trace, self.cause)
         if self.expected:
             return ERROR_KINDS.get(self.kind, HrmRayError)(self.faults)
         headline = self.message.strip().splitlines()[0] if self.message.strip() else "no message"
@@ -99,15 +124,27 @@ def shortage(error: BaseException) -> ResourceError | None:
     """
     while isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
         error = error.cause
-    for kind, value, reason, hint in _SHORTAGES:
+    for kind, ours, value, reason, hint in _SHORTAGES:
         if isinstance(error, kind):
-            return ResourceError(Fault(value, reason, hint))
+            return ours(Fault(value, reason, hint))
     return None
+
+
+def cause_of(error: HrmRayError) -> Cause:
+    """The cause of an attempt's end, from the error that stands for it."""
+    return error.cause if isinstance(error, WorkerCrash) else restarts.cause_of(error)
+
+
+def actor_lost(doing: str, detail: str) -> WorkerCrash:
+    """The error where an actor of the run is dead; `doing` says which."""
+    return WorkerCrash(Fault(doing, "its process was ended from outside", RESUME_HINT), detail, Cause.ACTOR_LOST)
 
 
 def death_reason(ray_message: str) -> str:
     """The informative part of Ray's message about a dead actor, on one line."""
     text = " ".join(ray_message.split())
+    if _NODE_DEATH in text:
+        return _NODE_DEATH
     _, found, detail = text.partition("Worker exit type:")
     detail = f"exit type{detail}" if found else text
     return detail.partition("Some common causes include")[0].strip().rstrip(".")[:LONGEST_DEATH_REASON]
@@ -128,7 +165,9 @@ def first_cause(reports: Sequence[Failure], lost: Mapping[int, str], logs: str) 
         name = "worker " + " and ".join(str(rank) for rank in silent)
         message = lost[silent[0]]
         if _MEMORY_DEATH in message:
-            return ResourceError(Fault(name, "was killed because its machine was nearly out of memory", _MEMORY_HINT))
-        reason = f"the process died without an error (killed, out of memory, or crashed in native code): {message}"
-        return WorkerCrash(Fault(name, reason.rstrip("."), RESUME_HINT), logs)
+            return HostMemoryError(Fault(name, "was killed because its machine was nearly out of memory", _MEMORY_HINT))
+        if any(_NODE_DEATH in lost[rank] for rank in silent):
+            return WorkerCrash(Fault(name, "its machine is lost", RESUME_HINT), logs, Cause.NODE_LOST)
+        reason = "the process died without an error (killed, or crashed in native code)"
+        return WorkerCrash(Fault(name, reason, RESUME_HINT), f"{message}\n{logs}", Cause.WORKER_LOST)
     return reports[0].as_error() if reports else None

@@ -47,6 +47,7 @@ class StatusUpdate:
     failures: tuple[Failure, ...] = ()
     workers: Mapping[int, WorkerInfo] = field(default_factory=dict)
     finished: frozenset[int] = frozenset()
+    begun: bool = False
     result: RunResult | None = None
 
 
@@ -65,6 +66,10 @@ class RunMonitor:
         if not self._cancelled:
             self._status = replace(self._status, workers={**self._status.workers, worker.rank: worker})
         return not self._cancelled
+
+    async def begin(self) -> None:
+        """The files of the run are open."""
+        self._status = replace(self._status, begun=True)
 
     async def push(self, records: list[Record]) -> None:
         """Add records. The sender waits for each call, so they stay in order."""
@@ -176,6 +181,10 @@ class WorkerChannel:
         if self._chunk_server is not None:
             return RemoteChunks(self._chunk_server, self._rank)
         return LocalChunks(pipeline(True), order)
+
+    def begin(self) -> None:
+        """Tell the driver that the files of the run are open."""
+        ray.get(self._monitor.begin.remote())
 
     def announce(self, worker: WorkerInfo) -> bool:
         """Register this worker; False: it must not begin."""

@@ -47,6 +47,8 @@ CLOSE_TIMEOUT_S = 20.0
 POLL_INTERVAL_S = 0.2
 LONGEST_TEMP_ROOT = 40
 """Ray puts Unix sockets below its folder, whose paths must stay under 107 bytes."""
+SERVERS = frozenset({"gcs_server", "raylet"})
+"""Names of a cluster's servers on this machine."""
 STDERR_TAIL_LINES = 25
 LONGEST_REASON = 400
 """Characters of Ray's own message that are shown."""
@@ -134,6 +136,7 @@ class Session:
         self._problem: BaseException | None = None
         self._environment = _EnvironmentChanges()
         self._thread = threading.Thread(target=self._hold, name="ray-session", daemon=True)
+        self._servers: list[psutil.Process] = []
 
     def open(self, stop: StopPoll) -> None:
         """Return when connected; raises StopRequested where `stop` says so meanwhile, or what went wrong."""
@@ -171,6 +174,12 @@ class Session:
                 raise self._explain(TimeoutError(f"no connection within {timeout_s:.0f} s"))
         if self._problem is not None:
             raise self._explain(self._problem)
+        if self.private:
+            self._servers = [each for each in psutil.Process().children() if _is_server(each, self.folder)]
+
+    def lost(self) -> bool:
+        """Whether a server of the private cluster has ended; without one of them nothing works for long."""
+        return any(not _lives(process) for process in self._servers)
 
     def nodes(self) -> list[Mapping[str, float]]:
         """Total resources of each living node."""
@@ -300,6 +309,19 @@ def _processes_below(folder: Path) -> list[psutil.Process]:
             if any(str(folder) in word for word in child.cmdline()):
                 found.update({process.pid: process for process in (child, *child.children(recursive=True))})
     return list(found.values())
+
+
+def _is_server(process: psutil.Process, folder: Path) -> bool:
+    with contextlib.suppress(psutil.Error):
+        words = process.cmdline()
+        return Path(words[0]).stem in SERVERS and any(str(folder) in word for word in words)
+    return False
+
+
+def _lives(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def _load_ray_train() -> None:

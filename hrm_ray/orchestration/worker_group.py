@@ -1,11 +1,10 @@
 """The driver's side of a distributed run: starts Ray Train workers, and passes on records and stop requests until they
 end.
 
-How a run ends:
+How a run ends (launch/supervisor runs its attempts):
   * every rank returns: the RunResult of rank 0, whose reason may be a stop;
-  * a rank raises: one error of the same kind with the same faults, or WorkerCrash with the first cause's traceback;
-  * a rank dies without a report: WorkerCrash (exit code 1) that names the rank, or ResourceError where Ray
-    killed it because memory ran out. Nothing is retried;
+  * a rank raises, or dies without a report: the attempt has failed, and the next one begins in the same session, or
+    the run ends with an error of the same kind with the same faults, or WorkerCrash (exit code 1) that names the rank;
   * an exception in the driver itself (a second Ctrl-C): everything is ended at once and it is raised again.
 """
 
@@ -16,22 +15,28 @@ import signal
 import threading
 import time
 from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from hrm_ray.errors import Fault, HrmRayError, ResourceError, UnavailableError
+from hrm_ray.errors import DiskError, Fault, HrmRayError, NoRoomError, ResourceError, UnavailableError
 from hrm_ray.launch import resources
 from hrm_ray.launch.cluster_address import check_address
 from hrm_ray.launch.resources import ResourceRequest, usable_cpus
+from hrm_ray.launch.restarts import Cause, Ending
+from hrm_ray.launch.supervisor import Failed, WatchedSink, supervise
 from hrm_ray.orchestration.chunk_server import ChunkServer
 from hrm_ray.orchestration.datasets import TASK_CPUS, ChunkTaskContext
 from hrm_ray.orchestration.failures import (
     RESUME_HINT,
     Failure,
     WorkerCrash,
+    actor_lost,
+    cause_of,
     death_reason,
     first_cause,
     shortage,
@@ -62,7 +67,8 @@ def reads_text(plan: RunPlan) -> bool:
 
 
 def run(plan: RunPlan, *, sink: MetricSink, stop: StopPoll, body: Body | None = None) -> RunResult:
-    """Train on the plan's number of Ray workers and return how it ended.
+    """Train on the plan's number of Ray workers and return how it ended; after a failure again, as `launch/restarts`
+    decides.
 
     Records of rank 0 reach `sink` in order and completely before this returns. `stop` is called several times a second.
     Each worker runs `body`: `train.session.train`, unless another is given. In a program that is connected to Ray
@@ -71,25 +77,65 @@ def run(plan: RunPlan, *, sink: MetricSink, stop: StopPoll, body: Body | None = 
     Raises ResourceError or UnavailableError before anything has started, StopRequested, the error of the
     worker that failed first, or WorkerCrash.
     """
-    request = ResourceRequest(plan.world_size, plan.threads, 1 if plan.device == "cuda" else 0)
-    session = Session(plan.ray_address, request, data=reads_text(plan))
-    keep_logs = opened = False
+    attempts = Attempts(stop, body)
+    keep_logs = False
     try:
+        return supervise(plan, attempts.run, sink=sink, stop=stop)
+    except (WorkerCrash, UnavailableError) as error:
+        # Kept where the message names them: after a crash, and when the cluster did not start.
+        keep_logs = isinstance(error, WorkerCrash) or not attempts.opened
+        raise
+    finally:
+        attempts.close(keep_logs)
+
+
+class Attempts:
+    """Runs the attempts of one run in one Ray session; in a new one where a private cluster is lost."""
+
+    def __init__(self, stop: StopPoll, body: Body | None) -> None:
+        self._stop, self._body = stop, body
+        self._session: Session | None = None
+        self.opened = False
+        """Whether a session was opened."""
+        self._count = 0
+
+    def run(self, plan: RunPlan, records: WatchedSink) -> RunResult | Failed:
+        """One attempt, from its actors to their end."""
+        request = ResourceRequest(plan.world_size, plan.threads, 1 if plan.device == "cuda" else 0)
+        session = self._session
+        if session is not None and session.lost():
+            self.close(keep_logs=False)
+            session = None
+        if session is None:
+            session = self._open(plan, request)
+        _check_cluster(session, request, records)
+        self._count += 1
+        outcome = WorkerGroupRun(session, request, plan, records, self._stop, self._body, self._count).run()
+        if isinstance(outcome, Failed) and session.lost():
+            # Whatever was noticed first follows from it.
+            error = WorkerCrash(
+                Fault("the local Ray cluster", "one of its processes was ended from outside", RESUME_HINT),
+                cause=Cause.CLUSTER_LOST,
+            )
+            return replace(outcome, ending=replace(outcome.ending, cause=error.cause, error=error))
+        return outcome
+
+    def _open(self, plan: RunPlan, request: ResourceRequest) -> Session:
+        session = self._session = Session(plan.ray_address, request, data=reads_text(plan))
         if session.private:
             resources.check_machine(request, usable_cpus(), resources.available_memory_bytes())
         elif plan.ray_address is not None and not session.attached:
             check_address(plan.ray_address)
-        session.open(stop)
-        opened = True
+        session.open(self._stop)
+        self.opened = True
         _restore_signal_handlers()
-        _check_cluster(session, request, sink)
-        return WorkerGroupRun(session, request, plan, sink, stop, body).run()
-    except (WorkerCrash, UnavailableError) as error:
-        # Kept where the message names them: after a crash, and when the cluster did not start.
-        keep_logs = session.private and (isinstance(error, WorkerCrash) or not opened)
-        raise
-    finally:
-        session.close(keep_logs)
+        return session
+
+    def close(self, keep_logs: bool) -> None:
+        """Close the session, if there is one."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.close(keep_logs and session.private)
 
 
 def _restore_signal_handlers() -> None:
@@ -135,22 +181,24 @@ def _event(message: str) -> Record:
 
 
 class WorkerGroupRun:
-    """One run of a worker group, as its driver."""
+    """One attempt of a worker group, as its driver."""
 
     def __init__(
         self,
         session: Session,
         request: ResourceRequest,
         plan: RunPlan,
-        sink: MetricSink,
+        sink: WatchedSink,
         stop: StopPoll,
         body: Body | None,
+        number: int,
     ) -> None:
         self._session = session
         self._request = request
         self._plan = plan
         self._sink = sink
         self._stop = stop
+        self._number = number
         # By it each worker knows that its node has this bundle, not another folder of the same name.
         self._token = secrets.token_hex(16)
         self._marker = plan.bundle / f"{DRIVER_MARKER}{secrets.token_hex(8)}"
@@ -169,32 +217,68 @@ class WorkerGroupRun:
         self._fit_error: BaseException | None = None
         self._stop_sent = False
         self._status = StatusUpdate()
+        self._forced: HrmRayError | None = None
 
-    def run(self) -> RunResult:
-        """Pass on records and stop requests until the worker group has ended; return or raise how."""
+    def end(self, error: HrmRayError) -> None:
+        """End this attempt with `error`, whatever its workers do: their processes are ended."""
+        self._forced = self._forced or error
+
+    def run(self) -> RunResult | Failed:
+        """Pass on records and stop requests until the worker group has ended; return how.
+
+        Nothing of the attempt lives on then. Raises StopRequested for a stop before a worker has begun.
+        """
+        try:
+            return self._run()
+        except HrmRayError as error:
+            self._end_actors()
+            return self._failed(error)
+        except BaseException:
+            if self._session.attached:  # The program's cluster stays; any other ends with the session.
+                self._end_actors()
+            raise
+
+    def _failed(self, error: HrmRayError) -> Failed:
+        plan = self._plan
+        batch_size = plan.settings.optimizer.batch_size
+        ending = Ending(cause_of(error), error, self._sink.step, plan.attempt, plan.world_size, batch_size)
+        return Failed(ending, self._status.begun)
+
+    def _end_actors(self) -> None:
+        """End the attempt's actors and workers."""
+        if self._session.lost():
+            return  # They end with the cluster.
+        for actor in (self._monitor, self._config["chunk_server"]):
+            if actor is not None:
+                ray.kill(actor)
+        # Without the monitor workers that still train fail, and with them the controller.
+        self._fit.join(END_WAIT_S)
+
+    def _run(self) -> RunResult:
         try:
             self._marker.write_text(self._token, encoding="utf-8")
         except OSError as error:
             hint = "Check its free space and permissions"
-            raise ResourceError(Fault(str(self._plan.bundle), f"cannot be written ({error})", hint)) from error
+            raise DiskError(Fault(str(self._plan.bundle), f"cannot be written ({error})", hint)) from error
         try:
             self._fit.start()
             deadline_s: float | None = None
             while self._fit.is_alive() and (deadline_s is None or time.monotonic() < deadline_s):
                 self._update()
+                if self._forced is not None or self._session.lost():
+                    break
                 ended = bool(self._status.failures) or len(self._status.finished) == self._request.world_size
                 if ended and deadline_s is None:
                     deadline_s = time.monotonic() + END_WAIT_S
                 self._fit.join(POLL_INTERVAL_S)
+            if self._session.lost():
+                raise WorkerCrash(Fault("the Ray cluster", "is lost", RESUME_HINT), cause=Cause.CLUSTER_LOST)
             self._update()
-        except BaseException:
-            if self._session.attached:
-                # The program's cluster stays, so its workers must be ended: without the monitor they fail.
-                ray.kill(self._monitor)
-                self._fit.join(END_WAIT_S)
-            raise
+            if self._forced is not None:
+                raise self._forced
         finally:
-            self._marker.unlink(missing_ok=True)
+            with suppress(OSError):
+                self._marker.unlink(missing_ok=True)
         return self._conclude()
 
     def _on_this_node(self, actor: type[Any], **options: Any) -> Any:
@@ -244,7 +328,7 @@ class WorkerGroupRun:
                     resources_per_worker=request.per_worker(),
                 ),
                 run_config=RunConfig(
-                    name=self._plan.bundle.name,
+                    name=f"{self._plan.bundle.name}-{self._number}",  # Ray resumes a run of the same name
                     storage_path=str(self._session.folder / "train"),
                     failure_config=FailureConfig(  # by default the last two retry without end
                         max_failures=0,
@@ -267,8 +351,8 @@ class WorkerGroupRun:
                     raise StopRequested(reason)
             self._status = ray.get(self._monitor.take.remote(), timeout=MONITOR_TIMEOUT_S)
         except ray.exceptions.RayError as error:
-            fault = Fault("the channel to the workers", f"does not answer ({type(error).__name__})", RESUME_HINT)
-            raise shortage(error) or WorkerCrash(fault, f"{death_reason(str(error))}\n{self._logs()}") from error
+            lost = actor_lost("the actor that collects the workers' records", death_reason(str(error)))
+            raise shortage(error) or lost from error
         for record in self._status.records:
             self._sink.write(record)
 
@@ -296,7 +380,11 @@ class WorkerGroupRun:
         if type(cause).__name__ == "WorkerGroupStartupTimeoutError":  # a private class of Ray Train
             reason = f"the workers found no room on {self._session.where} in time; another run may have taken it"
             hint = "Wait until it is free (`ray status` shows who uses it) or use fewer workers"
-            return ResourceError(Fault(f"--world-size {self._request.world_size}", reason, hint))
+            return NoRoomError(Fault(f"--world-size {self._request.world_size}", reason, hint))
+        if isinstance(cause, ray.exceptions.RayActorError):
+            return shortage(cause) or actor_lost(
+                "Ray Train's controller", f"{death_reason(str(cause))}\n{self._logs()}"
+            )
         fault = Fault("Ray Train", f"ended without a result ({type(cause).__name__})", RESUME_HINT)
         crash = WorkerCrash(fault, f"{error}\n{self._logs()}")
         return crash if cause is None else shortage(cause) or crash

@@ -47,6 +47,10 @@ class ClusterSettings(Section):
     compile: bool | None = option(None, "free", unset="on for CUDA with Triton and a C compiler")
     """Compile the blocks with torch.compile: faster steps, a slower first step. Compiled code is kept for later runs in
     the folder of TORCHINDUCTOR_CACHE_DIR."""
+    max_failures: int = option(3, "free", ge=0)
+    """How often a run goes on by itself after a failure, from its newest checkpoint: a lost worker or machine, a full
+    disk. Wrong settings or data and losses that are not finite end it at once, and so does a second failure at one
+    step. 0: never."""
     strict: bool = option(False, "free")
     """Treat fallbacks, and options that have no effect, as errors."""
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from hrm_ray.errors import Fault, ResourceError
+from hrm_ray.errors import Fault, HostMemoryError, ResourceError
 from hrm_ray.types import Columns
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ def reading_data(what: str) -> Iterator[None]:
         message = " ".join(str(error).split())[:120]
         reason = f"host memory ran out while reading the data ({message or type(error).__name__})"
         hint = "Free host memory, use a smaller --shuffle-buffer-size or a larger object store, then --resume"
-        raise ResourceError(Fault(what, reason, hint)) from error
+        raise HostMemoryError(Fault(what, reason, hint)) from error
 
 
 def unless_out_of_memory(run: Callable[[], T], device: torch.device) -> T | None:

@@ -5,8 +5,9 @@ The launcher makes it once. It crosses to other processes as plain JSON values a
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,15 @@ class TextData:
 
 
 @dataclass(frozen=True)
+class EndedAttempt:
+    """Why an attempt of the run ended: the cause in words, the last step that it trained, and the error's message."""
+
+    cause: str
+    step: int
+    message: str
+
+
+@dataclass(frozen=True)
 class RunPlan:
     """Everything that a worker needs besides the files of the bundle. Workers log `notes` as warnings and `remarks` as
     INFO."""
@@ -82,6 +92,13 @@ class RunPlan:
     """Sentences to log as information."""
     stop_by_s: float | None = None
     """When the workers must have saved because of --max-time, in seconds since the epoch."""
+    attempt: int = 0
+    """How many attempts of this run have opened its files before. From 1 on rank 0 looks for the checkpoint to go on
+    from; where the run has none yet, it begins as the first attempt did."""
+    ended: tuple[EndedAttempt, ...] = ()
+    """Why the attempts before ended, oldest first."""
+    begun_s: float = 0.0
+    """When the first attempt began, in seconds since the epoch."""
 
     def to_plain(self) -> dict[str, Any]:
         """JSON values."""
@@ -95,6 +112,7 @@ class RunPlan:
             "adaptive_lr": None if self.adaptive_lr is None else self.adaptive_lr.model_dump(mode="json"),
             "notes": list(self.notes),
             "remarks": list(self.remarks),
+            "ended": [vars(attempt) for attempt in self.ended],
         }
 
     @classmethod
@@ -110,6 +128,7 @@ class RunPlan:
             "adaptive_lr": None if adaptive_lr is None else AdaptiveLrSettings(**adaptive_lr),
             "notes": tuple(plain["notes"]),
             "remarks": tuple(plain["remarks"]),
+            "ended": tuple(EndedAttempt(**attempt) for attempt in plain["ended"]),
         }
         return cls(**{**plain, **rebuilt})
 
@@ -123,6 +142,25 @@ def write_description(run_dir: RunDir, plan: RunPlan) -> None:
     for other in run_dir.data.glob("eval-*.safetensors"):
         if other.name != kept:
             other.unlink()
+
+
+def as_restarted(plan: RunPlan, run_dir: RunDir) -> RunPlan:
+    """The plan of an attempt after the first: it goes on from the bundle's newest whole checkpoint.
+
+    Where the run has none yet, its files are as at the first attempt. Only on rank 0, when no other process writes into
+    the bundle.
+    """
+    run_dir.recover()
+    newest = run_dir.newest_whole_checkpoint()
+    if newest is not None:
+        return replace(plan, checkpoint=newest, continues=True)
+    if plan.settings.run.log_file is not None:
+        drop_copies(plan.settings.run.log_file, run_dir.metrics, -1)
+    run_dir.metrics.unlink(missing_ok=True)
+    for folder in (run_dir.tensorboard, run_dir.best.root):
+        if folder.exists():
+            shutil.rmtree(folder)
+    return plan
 
 
 def rewind_to(run_dir: RunDir, plan: RunPlan, step: int) -> None:

@@ -22,7 +22,7 @@ from hrm_ray.data.prepare import PuzzlePlan, open_puzzle_sets
 from hrm_ray.data.stream import ConsumedRange, append_ranges
 from hrm_ray.data.text_data import TextDataDir, TextPlan
 from hrm_ray.data.tokenizer import TextTokenizer
-from hrm_ray.errors import DISK_FULL_ERRNOS, HrmRayError
+from hrm_ray.errors import AWAY_ERRNOS, DISK_FULL_ERRNOS, HrmRayError, unreadable_if_away
 from hrm_ray.ledger import delete_ledger
 from hrm_ray.log_filters import silence_unused_kernels
 from hrm_ray.metrics.fanout import FanOut
@@ -43,13 +43,13 @@ from hrm_ray.train.expert_run import ExpertRun
 from hrm_ray.train.ledger_writer import LedgerWriter, ResumePoint
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.metric_logger import MetricLogger
-from hrm_ray.train.plan import RunPlan, TextData, rewind_to
+from hrm_ray.train.plan import RunPlan, TextData, as_restarted, rewind_to
 from hrm_ray.train.precision import slow_bfloat16
 from hrm_ray.train.stream_loader import StreamLoader, TextStream
 from hrm_ray.train.time_limit import TimeLimit
 from hrm_ray.train.trainer import Trainer
 from hrm_ray.train.world import World
-from hrm_ray.types import DriverLink, MetricSink, RunResult, SampleSet, StopReason
+from hrm_ray.types import DriverLink, MetricSink, RestartRecord, RunResult, SampleSet, StopReason
 
 FILL_REPORT_EVERY_S = 5.0
 """Seconds between two reports of how full the shuffle buffer is; shorter filling is not reported."""
@@ -78,15 +78,23 @@ def train(plan: RunPlan, link: WorkerLink) -> RunResult:
             return _train(plan, link, watch)
         except (OSError, HrmRayError) as error:
             watch.check()  # Without the folder any file may be missing; the error to report is that.
-            if not isinstance(error, OSError) or error.errno not in DISK_FULL_ERRNOS:
-                raise
-            raise unwritable(Path(error.filename or plan.bundle), error) from error
+            if isinstance(error, HrmRayError):
+                known = unreadable_if_away(error)
+                if known is error:
+                    raise
+                raise known from error
+            if error.errno in DISK_FULL_ERRNOS | AWAY_ERRNOS:
+                raise unwritable(Path(error.filename or plan.bundle), error) from error
+            raise
 
 
 def _train(plan: RunPlan, link: WorkerLink, watch: FolderWatch) -> RunResult:
     silence_unused_kernels()
     settings, config, run_dir = plan.settings, plan.config, RunDir(plan.bundle)
     world = World.here(plan.device, plan.threads, keep_freed=plan.keep_freed_memory)
+    first = plan
+    if plan.attempt:
+        plan = world.from_leader(lambda: as_restarted(first, run_dir))
     data, held_out = _data(plan.data, run_dir, world, link)
     time_limit = TimeLimit(plan.stop_by_s)
 
@@ -108,7 +116,7 @@ def _train(plan: RunPlan, link: WorkerLink, watch: FolderWatch) -> RunResult:
     extra: dict[str, Any] = {}
     if plan.checkpoint is not None:
         extra = load_checkpoint(loop, plan.checkpoint)
-        if settings.data.force_train:
+        if settings.data.force_train and first.checkpoint is not None:
             loop.parts.loader.one_epoch_more()
         resumed_step = loop.progress.step
         world.barrier()  # until every rank has read the checkpoint nothing in the bundle may move
@@ -130,6 +138,7 @@ def _train(plan: RunPlan, link: WorkerLink, watch: FolderWatch) -> RunResult:
                 rewind_to(run_dir, plan, resumed_step)
             sink = sinks = _sinks(plan, run_dir, resumed_step, link)
             opened.push(lambda kind, error, trace: sinks.close(run_failed=error is not None))
+            link.begin()
 
         world.from_leader(open_files)
         expert = ExpertRun(**extra["expert"]) if extra.get("expert") else ExpertRun.of_new_run(settings)
@@ -157,7 +166,23 @@ def _train(plan: RunPlan, link: WorkerLink, watch: FolderWatch) -> RunResult:
             trainer.resume(extra)
             logger.event("INFO", f"resumed from {plan.checkpoint}")
             _log_rank_schedule(logger)
+        if plan.ended and world.leads:
+            _log_restart(plan, logger)
         return trainer.run()
+
+
+def _log_restart(plan: RunPlan, logger: MetricLogger) -> None:
+    """Write a record of the restart; where the run begins again, of those before too, which went with its metrics."""
+    step, last = logger.loop.progress.step, len(plan.ended)
+    since_s = plan.begun_s if plan.checkpoint is None else (plan.checkpoint / MANIFEST).stat().st_mtime
+    lost_s = max(0.0, time.time() - since_s)
+    for number, ended in enumerate(plan.ended, 1):
+        if number == last:
+            record = RestartRecord(number, ended.cause, ended.step, step, round(lost_s, 1))
+            message = f"restart {number} after {ended.message}; it goes on from step {step}, {lost_s:.0f} s lost"
+            logger.write("event", {"level": "WARNING", "message": message, **record.values()})
+        elif plan.checkpoint is None:
+            logger.event("WARNING", f"restart {number} after {ended.message}")
 
 
 def _while_filling(loop: TrainingLoop, logger: MetricLogger) -> Callable[[int, int], None]:
@@ -326,7 +351,7 @@ def _sinks(plan: RunPlan, run_dir: RunDir, resumed_step: int | None, link: Worke
     ]
     if settings.run.log_file is not None:
         sinks.append(JsonlSink(settings.run.log_file, shared=True))
-    resumes, others = resumed_step is not None, FanOut(sinks)
+    resumes, others = resumed_step is not None or plan.attempt > 0, FanOut(sinks)
     reports = report_sinks(
         settings.run.services,
         run_dir,

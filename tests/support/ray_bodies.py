@@ -20,9 +20,11 @@ from hrm_ray.train.plan import RunPlan
 from hrm_ray.types import DriverLink, Record, RunResult, StopReason
 
 
-def plan_of(bundle: Path, *, steps: int = 300, world_size: int = 1, ray_address: str | None = None) -> RunPlan:
+def plan_of(
+    bundle: Path, *, steps: int = 300, world_size: int = 1, ray_address: str | None = None, max_failures: int = 0
+) -> RunPlan:
     """A plan for `bundle` whose settings and data no body looks at."""
-    settings = resolve_task(load_settings({}), "lm", None)
+    settings = resolve_task(load_settings({"--max-failures": str(max_failures)}), "lm", None)
     return RunPlan(
         settings=settings,
         config=model_config(settings, 16),

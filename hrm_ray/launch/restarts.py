@@ -1,0 +1,150 @@
+"""What follows when an attempt of a run has failed: a restart, or the end of the run. Pure decisions.
+
+An attempt is one start of the run's workers. The next one goes on from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from hrm_ray.errors import (
+    DataError,
+    DeviceMemoryError,
+    DiskError,
+    DivergedError,
+    Fault,
+    HostMemoryError,
+    HrmRayError,
+    NoRoomError,
+    ResourceError,
+    SettingsError,
+    UnavailableError,
+    UnreadableError,
+)
+from hrm_ray.train.out_of_memory import halved
+
+
+class Cause(str, Enum):
+    """Why an attempt ended."""
+
+    WORKER_LOST = "worker lost"
+    NODE_LOST = "node lost"
+    HANG = "hang"
+    OUT_OF_MEMORY = "out of memory"
+    HOST_MEMORY = "host memory"
+    DISK = "disk"
+    UNREADABLE = "data unreadable"
+    DATA = "data"
+    SETTINGS = "settings"
+    DIVERGED = "diverged"
+    ACTOR_LOST = "actor lost"
+    CLUSTER_LOST = "cluster lost"
+    NO_ROOM = "no room"
+    CRASH = "crash"
+
+
+_CAUSES: tuple[tuple[type[HrmRayError], Cause], ...] = (
+    (DiskError, Cause.DISK),
+    (DeviceMemoryError, Cause.OUT_OF_MEMORY),
+    (HostMemoryError, Cause.HOST_MEMORY),
+    (UnreadableError, Cause.UNREADABLE),
+    (NoRoomError, Cause.NO_ROOM),
+    (DataError, Cause.DATA),
+    (DivergedError, Cause.DIVERGED),
+    (SettingsError, Cause.SETTINGS),
+    # What was asked for is not there, as with wrong settings.
+    (UnavailableError, Cause.SETTINGS),
+    (ResourceError, Cause.SETTINGS),
+)
+LASTING = frozenset({Cause.DATA, Cause.SETTINGS, Cause.DIVERGED})
+"""Causes that a restart meets again."""
+WAITS_S = (10.0, 20.0, 40.0)
+"""Seconds before the first, second and third restart at one step after a failure of a disk."""
+WAITING = frozenset({Cause.DISK, Cause.UNREADABLE})
+"""Causes that may pass by themselves."""
+MEMORY_WAIT_S = 5.0
+"""After a process was ended for memory: others of the machine give theirs back meanwhile."""
+
+
+def cause_of(error: HrmRayError) -> Cause:
+    """The cause that the kind of an error says."""
+    return next((cause for kind, cause in _CAUSES if isinstance(error, kind)), Cause.CRASH)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt failed: the cause, the error to report if the run ends with it, the last step that was trained,
+    and what had trained: the number of the attempt, its workers, and the rows of a micro-batch."""
+
+    cause: Cause
+    error: HrmRayError
+    step: int
+    attempt: int
+    world_size: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class RestartPolicy:
+    """How often a run is restarted, and with how many workers."""
+
+    max_failures: int
+    min_workers: int
+    max_workers: int
+
+
+@dataclass(frozen=True)
+class Restart:
+    """Start again: with so many workers and rows of a micro-batch, after waiting."""
+
+    world_size: int
+    batch_size: int
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """End the run with this error; `why` says why there is no restart (empty: the cause says it)."""
+
+    error: HrmRayError
+    why: str = ""
+
+
+def decide(ending: Ending, before: Sequence[Ending], policy: RestartPolicy, room: int) -> Restart | GiveUp:
+    """What follows on `ending`; `before` are the earlier endings of the run, oldest first, and `room` is the number of
+    workers that there is room for now."""
+    if ending.cause in LASTING:
+        return GiveUp(ending.error)
+    if len(before) >= policy.max_failures:
+        return GiveUp(ending.error, f"--max-failures {policy.max_failures} is reached")
+    same = [earlier for earlier in before if earlier.cause is ending.cause]
+    here = [earlier for earlier in same if earlier.step == ending.step and _as_large(earlier, ending)]
+    batch_size, wait_s = ending.batch_size, 0.0
+    if ending.cause in WAITING:
+        if len(here) >= len(WAITS_S):
+            return GiveUp(ending.error, f"waiting did not help ({ending.cause.value} at step {ending.step})")
+        wait_s = WAITS_S[len(here)]
+    elif here:
+        return GiveUp(ending.error, f"this was the second failure of its kind at step {ending.step}")
+    if ending.cause is Cause.HOST_MEMORY:
+        wait_s = MEMORY_WAIT_S
+    if ending.cause is Cause.OUT_OF_MEMORY or (ending.cause is Cause.HOST_MEMORY and same):
+        smaller = halved(batch_size)
+        if smaller is None and ending.cause is Cause.OUT_OF_MEMORY:
+            return GiveUp(ending.error, "the micro-batch has one row already")
+        batch_size = smaller or batch_size
+    workers = min(room, policy.max_workers)
+    if workers < policy.min_workers:
+        if ending.cause is Cause.NO_ROOM:
+            return GiveUp(ending.error)
+        reason = f"there is room for {room} after a failure ({ending.cause.value})"
+        hint = "Continue with --resume when the machines are there again"
+        return GiveUp(ResourceError(Fault(f"{policy.min_workers} worker(s)", reason, hint)))
+    return Restart(workers, batch_size, wait_s)
+
+
+def _as_large(earlier: Ending, ending: Ending) -> bool:
+    """Whether the earlier attempt had the same workers and micro-batches: with others the step is another trial."""
+    return (earlier.world_size, earlier.batch_size) == (ending.world_size, ending.batch_size)

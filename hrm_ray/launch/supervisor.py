@@ -1,0 +1,148 @@
+"""Runs a training run as attempts: after a failure the next attempt goes on from the newest checkpoint.
+
+What follows on a failure is decided in `restarts`; how one attempt runs is the launcher's affair.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from hrm_ray.bundle.progress import STATE
+from hrm_ray.launch.restarts import Ending, GiveUp, Restart, RestartPolicy, decide
+from hrm_ray.rundir import RunDir, read_json
+from hrm_ray.train.plan import EndedAttempt, RunPlan
+from hrm_ray.types import MetricSink, Record, RestartRecord, RunResult, StopPoll, StopReason, StopRequested
+
+POLL_INTERVAL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An attempt that failed: its ending, and whether its workers had opened the files of the run."""
+
+    ending: Ending
+    begun: bool = True
+
+
+Attempt: TypeAlias = Callable[[RunPlan, "WatchedSink"], "RunResult | Failed"]
+"""Runs one attempt to its end. When it returns, nothing of the attempt lives on. Records go to the given sink."""
+
+
+class WatchedSink:
+    """A MetricSink that passes records on, and knows the last step trained and the restarts so far."""
+
+    def __init__(self, sink: MetricSink) -> None:
+        self._sink = sink
+        self.step = 0
+        self.restarts: list[RestartRecord] = []
+
+    def write(self, record: Record) -> None:
+        if record.kind != "event":
+            self.step = record.step
+        restart = RestartRecord.of(record)
+        if restart is not None:
+            self.step = restart.resumed_step
+            self.restarts.append(restart)
+        self._sink.write(record)
+
+    def close(self) -> None:
+        """The sink belongs to the caller."""
+
+    def warn(self, message: str) -> None:
+        """Show a message that no worker can write into the files of the run."""
+        self._sink.write(Record("event", self.step, time.time(), {"level": "WARNING", "message": message}))
+
+
+def supervise(
+    plan: RunPlan,
+    attempt: Attempt,
+    *,
+    sink: MetricSink,
+    stop: StopPoll,
+    room: Callable[[], int] | None = None,
+    wait: Callable[[float, StopPoll], None] | None = None,
+) -> RunResult:
+    """Run attempts until one returns a result, or a failure ends the run. Raises the error of that failure.
+
+    `room` says how many workers there is room for (without it: as many as the plan has), and `wait` waits so many
+    seconds, or until a stop is asked for.
+    """
+    policy = RestartPolicy(plan.settings.cluster.max_failures, plan.world_size, plan.world_size)
+    watched, endings = WatchedSink(sink), list[Ending]()
+    plan = replace(plan, begun_s=time.time())
+    while True:
+        try:
+            outcome = attempt(plan, watched)
+        except StopRequested as stopped:
+            return _stopped(plan, stopped.reason, watched)
+        if isinstance(outcome, RunResult):
+            return replace(outcome, restarts=tuple(watched.restarts))
+        ending = outcome.ending
+        reason = stop()
+        if reason is not None:
+            watched.warn(f"{_told(ending)}; the run was asked to stop, so it is not restarted")
+            return _stopped(plan, reason, watched, ending)
+        decision = decide(ending, endings, policy, plan.world_size if room is None else room())
+        if isinstance(decision, GiveUp):
+            if decision.why and policy.max_failures:
+                watched.warn(f"no restart: {decision.why}")
+            raise decision.error
+        endings.append(ending)
+        waits = f" in {decision.wait_s:.0f} s" if decision.wait_s else ""
+        watched.warn(f"{_told(ending)}; restart {len(endings)} of at most {policy.max_failures}{waits}")
+        (wait or wait_for)(decision.wait_s, stop)
+        reason = stop()
+        if reason is not None:
+            return _stopped(plan, reason, watched, ending)
+        plan = next_plan(plan, outcome, decision)
+
+
+def next_plan(plan: RunPlan, failed: Failed, decision: Restart) -> RunPlan:
+    """The plan of the attempt after one that failed."""
+    # A run that continues its own bundle may find later checkpoints there until an attempt has set them aside.
+    attempt = plan.attempt + 1 if failed.begun or not plan.continues else plan.attempt
+    ending = failed.ending
+    ended = (*plan.ended, EndedAttempt(ending.cause.value, ending.step, _told(ending)))
+    return replace(with_batch_size(plan, decision.batch_size), attempt=attempt, ended=ended)
+
+
+def with_batch_size(plan: RunPlan, batch_size: int) -> RunPlan:
+    """The plan with micro-batches of `batch_size` rows and the same effective batch."""
+    before = plan.settings.optimizer
+    if batch_size == before.batch_size:
+        return plan
+    accumulation = before.gradient_accumulation_steps * before.batch_size // batch_size
+    sizes = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    optimizer = before.model_copy(update=sizes)
+    return replace(plan, settings=plan.settings.model_copy(update={"optimizer": optimizer}))
+
+
+def wait_for(wait_s: float, stop: StopPoll) -> None:
+    """Wait so many seconds, or until a stop is asked for."""
+    deadline_s = time.monotonic() + wait_s
+    while time.monotonic() < deadline_s and stop() is None:
+        threading.Event().wait(POLL_INTERVAL_S)
+
+
+def _told(ending: Ending) -> str:
+    """The failure in one sentence, without what to do about it."""
+    fault = ending.error.faults[0]
+    return f"{ending.cause.value} at step {ending.step} ({fault.value}: {fault.reason})"
+
+
+def _stopped(plan: RunPlan, reason: StopReason, watched: WatchedSink, ending: Ending | None = None) -> RunResult:
+    """The result of a run that was asked to stop between attempts: that of its newest checkpoint. Raises the failure,
+    or StopRequested, where it has none."""
+    newest = RunDir(plan.bundle).newest_checkpoint() if plan.ended or ending is not None else None
+    if newest is None:
+        if ending is not None:
+            raise ending.error
+        raise StopRequested(reason)
+    state = read_json(newest / STATE)
+    return RunResult(
+        reason, state["progress"]["step"], state["epoch"], str(plan.bundle), restarts=tuple(watched.restarts)
+    )
