@@ -6,6 +6,7 @@ import math
 import shlex
 from pathlib import Path
 
+from hrm_ray.cli.tables import aligned
 from hrm_ray.errors import DataError
 from hrm_ray.launch.list_runs import disk_use
 from hrm_ray.launch.resolve import ResolvedRun
@@ -41,6 +42,7 @@ def summary(result: RunResult, resolved: ResolvedRun, taken_s: float) -> str:
         (first, before), (last, after) = losses[0], losses[-1]
         lines.append(f"loss    {before} at step {first}" + (f", {after} at step {last}" if last > first else ""))
     lines += _held_out(result, records)
+    lines += _after_failures(result)
     lines.append(f"bundle  {result.bundle} ({_size(run_dir.root)})")
     lines.append(f"next:   {_next(result, resolved)}")
     if result.reason is StopReason.STOP_FILE:
@@ -63,6 +65,16 @@ def _restarts(records: list[Record]) -> str:
         for record in records
     )
     return f", resumed {count} time(s)" if count else ""
+
+
+def _after_failures(result: RunResult) -> list[str]:
+    """A table of the restarts after failures."""
+    rows = [("after", "at step", "on from", "lost")]
+    rows += [
+        (f"restart {row.number}: {row.cause}", f"{row.failed_step}", f"{row.resumed_step}", duration(row.lost_s))
+        for row in result.restarts
+    ]
+    return aligned(rows).splitlines() if result.restarts else []
 
 
 def _loss(record: Record) -> str | None:

@@ -113,7 +113,7 @@ def test_all_ranks_end_with_the_error_of_one(tmp_path: Path) -> None:
     assert ranks[0] == ranks[1]
     whole, steps, full, after_full, unknown, after_unknown, again, at_last, best, stopped = ranks[0]
     assert (whole, steps, again, at_last) == ("nothing", [1], "nothing", [2])
-    assert full.startswith("ResourceError") and "slots_00000004" in full and "No space left" in full
+    assert full.startswith("DiskError") and "slots_00000004" in full and "No space left" in full
     assert unknown.startswith("DataError: the ledger")
     assert after_full == after_unknown == [1], "the earlier checkpoint stays, and nothing of the other is left"
     assert best == 2, "rank 0 decides for all"

@@ -20,9 +20,21 @@ from safetensors.torch import save_file
 from hrm_ray.bundle import weights_file
 from hrm_ray.bundle.store import open_bundle
 from hrm_ray.errors import DataError
+from hrm_ray.launch import supervisor
 from hrm_ray.metrics import jsonl
 from hrm_ray.rundir import MANIFEST, RunDir, verify_checkpoint
-from tests.support.runs import PUZZLE, TEXT, failing_at, files_below, hrm, puzzle_file, refused, text_file, train
+from tests.support.runs import (
+    PUZZLE,
+    TEXT,
+    failing_at,
+    files_below,
+    hrm,
+    puzzle_file,
+    records,
+    refused,
+    text_file,
+    train,
+)
 
 PACKAGE = Path(__file__).resolve().parents[2] / "hrm_ray"
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "slots_00000000.safetensors", "state.json")
@@ -195,6 +207,9 @@ FULL: dict[str, tuple[Any, str, BaseException]] = {
 }
 
 
+SEVEN = ("--steps", "7", "--save-every", "1", "--keep", "9")
+
+
 @pytest.mark.parametrize("writer", FULL)
 def test_a_full_disk(writer: str, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At whichever write: one message, exit code 4, what was saved before stays whole, and no scraps are left."""
@@ -206,7 +221,7 @@ def test_a_full_disk(writer: str, bundle: Path, monkeypatch: pytest.MonkeyPatch)
         shutil.copytree(bundle, copy)
         with monkeypatch.context() as patch:
             patch.setattr(owner, attribute, failing_at(call, real, error))
-            ran = hrm("train", "--bundle-dir", copy, "--resume", "--steps", "7", "--save-every", "1", "--keep", "9")
+            ran = hrm("train", "--bundle-dir", copy, "--resume", *SEVEN, "--max-failures", "0")
         for step, files in kept.items():
             assert files_below(copy / "checkpoints" / f"step_{step}") == files
         for step in RunDir(copy).checkpoint_steps():
@@ -219,6 +234,38 @@ def test_a_full_disk(writer: str, bundle: Path, monkeypatch: pytest.MonkeyPatch)
             break
         assert ran.code == 4 and len(ran.faults) == 1 and "Traceback" not in ran.err, (call, ran.err)
         assert "No space left" in ran.faults[0] and ("--resume" in ran.faults[0] or "--bundle-dir" in ran.faults[0])
+    else:
+        raise AssertionError("it never got through")
+
+
+@pytest.mark.parametrize("writer", ["weights", "fsync"])
+def test_a_disk_that_is_full_for_a_moment(writer: str, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At whichever write of a training run: it waits and goes on, and ends with the files of an undisturbed run."""
+    whole = bundle.with_name("undisturbed")
+    shutil.copytree(bundle, whole)
+    assert hrm("train", "--bundle-dir", whole, "--resume", *SEVEN).code == 0
+    owner, attribute, error = FULL[writer]
+    real = getattr(owner, attribute)
+    waits: list[float] = []
+    monkeypatch.setattr(supervisor, "wait_for", lambda wait_s, stop: waits.append(wait_s))
+    for call in range(1, 60, 4 if writer == "fsync" else 1):
+        copy = bundle.with_name(f"copy{call}")
+        shutil.copytree(bundle, copy)
+        waits.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, attribute, failing_at(call, real, error))
+            ran = hrm("train", "--bundle-dir", copy, "--resume", *SEVEN)
+        if ran.code == 4 and not waits:
+            continue  # while the run was being prepared
+        assert ran.code == 0, ran.err
+        assert (copy / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+        assert [entry["step"] for entry in records(copy)] == [entry["step"] for entry in records(whole)]
+        if not waits:
+            break
+        assert waits == [10.0]
+        (restart,) = (entry for entry in records(copy, "event") if "restart" in entry)
+        assert (restart["restart"], restart["cause"]) == (1, "disk")
+        assert "restart 1: disk" in ran.out
     else:
         raise AssertionError("it never got through")
 
