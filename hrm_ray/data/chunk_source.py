@@ -44,9 +44,7 @@ class Chunk:
 
 
 class ChunkSource(Protocol):
-    """Chunks of any epoch, from any position of its order on. `shared`: all ranks get the same, errors included."""
-
-    shared: bool
+    """Chunks of any epoch, from any position of its order on."""
 
     def chunks(self, epoch: int, position: int) -> Generator[Chunk, None, None]:
         """The chunks from `position` to the end of the epoch. Close the iterator if it is not exhausted."""
@@ -250,8 +248,6 @@ class EpochOrder:
 class LocalChunks:
     """Chunks that are read and tokenised in this process, by a thread that stays at most AHEAD chunks ahead."""
 
-    shared = False
-
     def __init__(self, pipeline: ChunkPipeline, order: EpochOrder, stop: StopPoll = lambda: None) -> None:
         """`stop` is polled while a chunk is awaited. Ranks that must agree on a stop leave it out."""
         self._pipeline, self._order, self._stop = pipeline, order, stop
@@ -278,8 +274,6 @@ class LocalChunks:
 
 class InMemoryChunks:
     """All chunks of the corpus in memory, read before the first is asked for."""
-
-    shared = False
 
     def __init__(self, pipeline: ChunkPipeline, order: EpochOrder) -> None:
         self._order, self._catalog = order, pipeline.catalog

@@ -15,7 +15,9 @@ Memory beyond the store: packed rows need none; the other two keep 8 bytes per r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -86,28 +88,70 @@ class TextSamples:
     def rows(self, indices: npt.NDArray[np.int64]) -> Columns:
         """The rows at `indices` (int64 [B]; -1 gives an inactive padding row) as types.Columns."""
         indices = np.asarray(indices, dtype=np.int64)
-        if indices.size and (indices.min() < -1 or indices.max() >= len(self)):
-            raise IndexError(f"samples are 0..{len(self) - 1}, asked for {indices.min()}..{indices.max()}")
-        active = indices >= 0
-        where = np.flatnonzero(active)
-        pieces = self._layout.pieces(indices[where])
-        columns = self._fill(pieces, where, len(indices))
-        columns["active"] = active
-        return columns
+        active = np.flatnonzero(indices != -1)
+        return self.tokens(indices[active]).columns(self.seq_len, self.store.pad_id, active, len(indices))
 
-    def _fill(self, pieces: _Pieces, where: Ints, count: int) -> Columns:
-        """`count` rows filled with `pieces`; piece row r goes to row `where[r]`."""
-        seq_len, stream = self.seq_len, self.store
-        within = _runs(pieces.length)
-        source = within + np.repeat(pieces.source, pieces.length)
-        row = where[pieces.row]
-        slot = within + np.repeat(row * seq_len + pieces.column, pieces.length)
-        labelled = (source + 1 < np.repeat(pieces.end, pieces.length)) & (
-            within >= np.repeat(pieces.unlabelled, pieces.length)
+    def tokens(self, indices: npt.NDArray[np.int64]) -> RowTokens:
+        """The rows at `indices` (int64 [B]) as the tokens that they hold."""
+        if indices.size and (indices.min() < 0 or indices.max() >= len(self)):
+            raise IndexError(f"samples are 0..{len(self) - 1}, asked for {indices.min()}..{indices.max()}")
+        pieces = self._layout.pieces(indices)
+        held = np.minimum(pieces.end - pieces.source, pieces.length + 1)
+        source = _runs(held) + np.repeat(pieces.source, held)
+        return RowTokens(
+            len(indices),
+            _narrow((pieces.row, pieces.column, pieces.length, held, pieces.prompt, pieces.unlabelled)),
+            self.store.tokens[source],
+            self.store.token_bytes[source],
         )
+
+
+_ROW, _HELD = 0, 3
+"""Places in RowTokens.pieces."""
+
+
+@dataclass(frozen=True)
+class RowTokens:
+    """Rows as the tokens that they hold, about a seventh of the size of types.Columns: what a rank is sent.
+
+    `pieces` [6, P], in the order of their rows and in the smallest integers that hold them: row (0..count-1) and column
+    of the first token, length in input positions, tokens held (one more than that where the last position has a label),
+    how many of the positions are prompt, and how many at the start have no label. `tokens` and `token_bytes` [T] are
+    the held tokens of all pieces one after the other.
+    """
+
+    count: int
+    pieces: npt.NDArray[Any]
+    tokens: npt.NDArray[Any]
+    token_bytes: npt.NDArray[Any]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the arrays."""
+        return self.pieces.nbytes + self.tokens.nbytes + self.token_bytes.nbytes
+
+    def slice(self, first: int, beyond: int) -> RowTokens:
+        """Rows first..beyond-1; past the end there are none."""
+        first, beyond = min(first, self.count), min(beyond, self.count)
+        begin, end = np.searchsorted(self.pieces[_ROW], (first, beyond)).tolist()
+        held = self.pieces[_HELD].astype(np.int64)
+        tokens = slice(int(held[:begin].sum()), int(held[:end].sum()))
+        pieces = self.pieces[:, begin:end].copy()
+        if begin < end:  # else `first` may be too large for the pieces' type
+            pieces[_ROW] -= first
+        return RowTokens(beyond - first, pieces, self.tokens[tokens], self.token_bytes[tokens])
+
+    def columns(self, seq_len: int, pad_id: int, places: Ints, count: int) -> Columns:
+        """`count` rows as types.Columns: row r of these is row `places[r]` (ascending), all others are inactive."""
+        row, column, length, held, prompts, unlabelled = self.pieces.astype(np.int64)
+        row = places[row]
+        within = _runs(length)
+        source = within + np.repeat(np.cumsum(held) - held, length)
+        slot = within + np.repeat(row * seq_len + column, length)
+        labelled = (within + 1 < np.repeat(held, length)) & (within >= np.repeat(unlabelled, length))
         follower = source[labelled] + 1
 
-        def column(fill: int, values: npt.NDArray[np.int32] | Ints, at: Ints) -> npt.NDArray[np.int32]:
+        def filled_with(fill: int, values: npt.NDArray[Any], at: Ints) -> npt.NDArray[np.int32]:
             filled = np.full(count * seq_len, fill, dtype=np.int32)
             filled[at] = values
             return filled.reshape(count, seq_len)
@@ -115,37 +159,53 @@ class TextSamples:
         ordinal = np.arange(len(row)) - np.searchsorted(row, row)
         # Padding is a document of its own: numbered after the row's pieces, positions counted from its first.
         used = np.zeros(count, dtype=np.int64)
-        np.add.at(used, row, pieces.length)
+        np.add.at(used, row, length)
         documents = (
             np.broadcast_to(np.bincount(row, minlength=count)[:, None], (count, seq_len)).astype(np.int32).reshape(-1)
         )
         positions = (np.arange(seq_len)[None, :] - used[:, None]).astype(np.int32).reshape(-1)
-        documents[slot] = np.repeat(ordinal, pieces.length)
+        documents[slot] = np.repeat(ordinal, length)
         positions[slot] = within
         prompt = np.zeros(count * seq_len, dtype=bool)
-        prompt[slot] = within < np.repeat(pieces.prompt, pieces.length)
+        prompt[slot] = within < np.repeat(prompts, length)
+        active = np.zeros(count, dtype=bool)
+        active[places] = True
         return {
-            "inputs": column(stream.pad_id, stream.tokens[source], slot),
-            "labels": column(IGNORE_LABEL, stream.tokens[follower], slot[labelled]),
-            "label_bytes": column(0, stream.token_bytes[follower], slot[labelled]),
+            "inputs": filled_with(pad_id, self.tokens[source], slot),
+            "labels": filled_with(IGNORE_LABEL, self.tokens[follower], slot[labelled]),
+            "label_bytes": filled_with(0, self.token_bytes[follower], slot[labelled]),
             "documents": documents.reshape(count, seq_len),
             "positions": positions.reshape(count, seq_len),
             "prompt": prompt.reshape(count, seq_len),
+            "active": active,
         }
 
 
-def padding_rows(seq_len: int, count: int, pad_id: int) -> Columns:
-    """`count` inactive rows."""
-    shape = (count, seq_len)
-    return {
-        "inputs": np.full(shape, pad_id, dtype=np.int32),
-        "labels": np.full(shape, IGNORE_LABEL, dtype=np.int32),
-        "label_bytes": np.zeros(shape, dtype=np.int32),
-        "documents": np.zeros(shape, dtype=np.int32),
-        "positions": np.tile(np.arange(seq_len, dtype=np.int32), (count, 1)),
-        "prompt": np.zeros(shape, dtype=bool),
-        "active": np.zeros(count, dtype=bool),
-    }
+def merged_rows(parts: Sequence[tuple[RowTokens, Ints]]) -> RowTokens:
+    """The rows of several parts as one: row r of a part becomes row `places[r]` of the whole, whose numbers from 0 on
+    are each given once."""
+    if not parts:
+        return RowTokens(0, np.zeros((6, 0), np.uint8), np.zeros(0, np.uint16), np.zeros(0, np.uint8))
+    if len(parts) == 1 and np.array_equal(parts[0][1], np.arange(parts[0][0].count)):
+        return parts[0][0]
+    pieces = np.concatenate([rows.pieces.astype(np.int64) for rows, _ in parts], axis=1)
+    pieces[_ROW] = np.concatenate([places[rows.pieces[_ROW]] for rows, places in parts])
+    order = np.argsort(pieces[_ROW], kind="stable")
+    begin = np.cumsum(pieces[_HELD]) - pieces[_HELD]
+    pieces = pieces[:, order]
+    source = _runs(pieces[_HELD]) + np.repeat(begin[order], pieces[_HELD])
+    return RowTokens(
+        sum(rows.count for rows, _ in parts),
+        _narrow(pieces),
+        np.concatenate([rows.tokens for rows, _ in parts])[source],
+        np.concatenate([rows.token_bytes for rows, _ in parts])[source],
+    )
+
+
+def _narrow(values: Ints | Sequence[Ints]) -> npt.NDArray[Any]:
+    """The values, none below 0, in the smallest integers that hold them."""
+    whole = np.asarray(values)
+    return whole.astype(np.min_scalar_type(int(whole.max(initial=0))))
 
 
 class _PackedRows:

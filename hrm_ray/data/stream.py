@@ -14,8 +14,7 @@ import numpy.typing as npt
 
 from hrm_ray.data.chunk_source import Chunk, ChunkSource
 from hrm_ray.data.order import WindowOrder
-from hrm_ray.data.packing import RowForm, TextSamples
-from hrm_ray.types import Columns
+from hrm_ray.data.packing import RowForm, RowTokens, TextSamples, merged_rows
 
 Ints = npt.NDArray[np.int64]
 
@@ -114,16 +113,14 @@ class Window:
         chunk = np.searchsorted(self._ends, sequences, side="right")
         return chunk, sequences - np.where(chunk > 0, self._ends[chunk - 1], 0)
 
-    def rows(self, positions: Ints) -> Columns:
-        """The sequences at `positions` (int64 [B], each in the window) as types.Columns."""
+    def rows(self, positions: Ints) -> RowTokens:
+        """The sequences at `positions` (int64 [B], each in the window)."""
         chunk, sequence = self.where(positions)
-        pieces, places = [], []
+        parts = []
         for number in np.unique(chunk).tolist():
             at = np.flatnonzero(chunk == number)
-            pieces.append(self._samples[number].rows(sequence[at]))
-            places.append(at)
-        back = np.argsort(np.concatenate(places))
-        return {name: np.concatenate([piece[name] for piece in pieces])[back] for name in pieces[0]}
+            parts.append((self._samples[number].tokens(sequence[at]), at))
+        return merged_rows(parts)
 
 
 @dataclass(frozen=True)
@@ -133,6 +130,21 @@ class RowSlice:
     window: Window
     first: int
     count: int
+
+
+def rows_of(row_slices: Sequence[RowSlice], first: int, beyond: int) -> RowTokens:
+    """Of the rows that `row_slices` make up one after the other those from `first` to `beyond`-1; past the end there
+    are none."""
+    parts: list[tuple[RowTokens, Ints]] = []
+    number = taken = 0
+    for row_slice in row_slices:
+        begin, end = max(first - number, 0), min(beyond - number, row_slice.count)
+        if begin < end:
+            rows = row_slice.window.rows(row_slice.first + np.arange(begin, end, dtype=np.int64))
+            parts.append((rows, np.arange(taken, taken + end - begin)))
+            taken += end - begin
+        number += row_slice.count
+    return merged_rows(parts)
 
 
 def ranges_before(

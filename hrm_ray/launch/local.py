@@ -12,7 +12,8 @@ from functools import partial
 
 import torch
 
-from hrm_ray.data.chunk_source import ChunkPipeline, ChunkSource, EpochOrder, LocalChunks
+from hrm_ray.data.batches import BatchSource, LocalBatches
+from hrm_ray.data.chunk_source import ChunkPipeline, EpochOrder, LocalChunks
 from hrm_ray.errors import DiskError, UnreadableError
 from hrm_ray.launch.hangs import BEAT_INTERVAL_S, Heartbeat, Watched, judge
 from hrm_ray.launch.restarts import Ending, cause_of
@@ -51,8 +52,8 @@ class LocalLink:
     def sink(self) -> MetricSink:
         return self.display
 
-    def chunks(self, pipeline: Callable[[bool], ChunkPipeline], order: EpochOrder) -> ChunkSource:
-        return LocalChunks(pipeline(True), order, self.stop)
+    def batches(self, pipeline: Callable[[bool], ChunkPipeline], order: EpochOrder) -> BatchSource:
+        return LocalBatches(LocalChunks(pipeline(True), order, self.stop))
 
     def stop_requested(self) -> StopReason | None:
         return self.stop()

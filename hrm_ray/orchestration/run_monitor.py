@@ -16,8 +16,10 @@ from typing import Any
 
 import ray
 
-from hrm_ray.data.chunk_source import ChunkPipeline, ChunkSource, EpochOrder, LocalChunks
-from hrm_ray.orchestration.chunk_server import RemoteChunks
+from hrm_ray.data.batch_server import ServedBatches
+from hrm_ray.data.batches import BatchSource, LocalBatches
+from hrm_ray.data.chunk_source import ChunkPipeline, EpochOrder, LocalChunks
+from hrm_ray.orchestration.chunk_server import ActorCalls
 from hrm_ray.orchestration.failures import Failure
 from hrm_ray.train.activity import Activity
 from hrm_ray.types import MetricSink, Record, RunResult, StopReason
@@ -176,11 +178,11 @@ class WorkerChannel:
                 self._reason = ray.get(self._stop)
         return self._reason
 
-    def chunks(self, pipeline: Callable[[bool], ChunkPipeline], order: EpochOrder) -> ChunkSource:
-        """The ChunkServer's chunks; without a ChunkServer this worker reads and tokenises for itself."""
+    def batches(self, pipeline: Callable[[bool], ChunkPipeline], order: EpochOrder) -> BatchSource:
+        """The ChunkServer's batches; without a ChunkServer this worker reads and tokenises for itself."""
         if self._chunk_server is not None:
-            return RemoteChunks(self._chunk_server, self._rank)
-        return LocalChunks(pipeline(True), order)
+            return ServedBatches(ActorCalls(self._chunk_server), self._rank)
+        return LocalBatches(LocalChunks(pipeline(True), order))
 
     def begin(self) -> None:
         """Tell the driver that the files of the run are open."""

@@ -15,8 +15,9 @@ from typing import Any, Protocol
 
 from hrm_ray.bundle.folder_watch import FolderWatch
 from hrm_ray.bundle.weights_file import unwritable
+from hrm_ray.data.batches import BatchSource, LocalBatches
 from hrm_ray.data.catalog import Catalog
-from hrm_ray.data.chunk_source import ChunkPipeline, ChunkSource, EpochOrder, InMemoryChunks, LocalChunks
+from hrm_ray.data.chunk_source import ChunkPipeline, EpochOrder, InMemoryChunks, LocalChunks
 from hrm_ray.data.packing import TextSamples
 from hrm_ray.data.prepare import PuzzlePlan, open_puzzle_sets
 from hrm_ray.data.stream import ConsumedRange, append_ranges
@@ -58,16 +59,16 @@ ANSWER_EVERY_S = 10.0
 
 
 class WorkerLink(DriverLink, Protocol):
-    """A worker's access to the driver, and to chunks of text; each launcher has its own."""
+    """A worker's access to the driver, and to batches of text; each launcher has its own."""
 
     @property
     def activity(self) -> Activity:
         """Where this worker marks what it does."""
 
-    def chunks(self, pipeline: Callable[[bool], ChunkPipeline], order: EpochOrder) -> ChunkSource:
-        """Where this worker's chunks come from, in `order`.
+    def batches(self, pipeline: Callable[[bool], ChunkPipeline], order: EpochOrder) -> BatchSource:
+        """Where this worker's batches come from, of chunks in `order`.
 
-        `pipeline` makes them in this process; its argument says whether catalog and cache are written here.
+        `pipeline` makes chunks in this process; its argument says whether catalog and cache are written here.
         """
 
 
@@ -248,9 +249,9 @@ def _data(
         return open_puzzle_sets(data)
     text, folder = data.text, TextDataDir(run_dir.data)
     source = (
-        link.chunks(lambda writes: _pipeline(text, run_dir, writes=writes and world.leads), text.epoch_order)
+        link.batches(lambda writes: _pipeline(text, run_dir, writes=writes and world.leads), text.epoch_order)
         if text.chunking_config.streaming
-        else InMemoryChunks(_pipeline(text, run_dir, writes=False), text.epoch_order)
+        else LocalBatches(InMemoryChunks(_pipeline(text, run_dir, writes=False), text.epoch_order))
     )
     held_out = TextSamples(folder.read_evaluation(text.evaluation), text.form) if text.evaluation else None
     return TextStream(source, text.form, TextTokenizer.of_bundle(run_dir.root).pad_id, text.shuffle_rows), held_out

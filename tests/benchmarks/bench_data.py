@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hrm_ray.data.batches import LocalBatches
 from hrm_ray.data.bpe import train_bpe
 from hrm_ray.data.catalog import Catalog
 from hrm_ray.data.chunk_source import ChunkPipeline, EpochOrder, LocalChunks
@@ -47,13 +48,14 @@ PROBE = (
 
 def feed_of(path: str, tokenizer: TextTokenizer) -> StreamLoader:
     """The loader of one epoch of `path`, without a cache."""
-    source = TextSource(path)
-    corpus = Corpus(source, list_parts(source).parts, samples_per_block=100_000, chunk_size=4000)
+    files = TextSource(path)
+    corpus = Corpus(files, list_parts(files).parts, samples_per_block=100_000, chunk_size=4000)
     nowhere = Path(path).with_name("not-written")
     pipeline = ChunkPipeline(
         corpus, tokenizer, Catalog(nowhere, writes=False), ChunkCache(nowhere, 0, writes=False), pairs=False
     )
-    text = TextStream(LocalChunks(pipeline, EpochOrder(0, shuffled=False)), RowForm(SEQ_LEN), tokenizer.pad_id)
+    source = LocalBatches(LocalChunks(pipeline, EpochOrder(0, shuffled=False)))
+    text = TextStream(source, RowForm(SEQ_LEN), tokenizer.pad_id)
     return StreamLoader(text, BatchSize(ROWS, 1, 0, 1), seed=0, stop_condition=StopCondition(1))
 
 

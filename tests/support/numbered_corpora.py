@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from hrm_ray.data.batch_server import BatchServer, ServedBatches
+from hrm_ray.data.batches import LocalBatches
 from hrm_ray.data.bpe import train_bpe
 from hrm_ray.data.catalog import Catalog
 from hrm_ray.data.chunk_source import ChunkPipeline, EpochOrder, LocalChunks
@@ -19,6 +21,7 @@ from hrm_ray.data.text_store import ChunkCache
 from hrm_ray.train.loaders import BatchSize, StopCondition
 from hrm_ray.train.stream_loader import StreamLoader, TextStream
 from hrm_ray.types import Columns
+from tests.support.pickled_calls import PickledCalls
 
 TOKENIZER = train_bpe(["abab abab ba"], 258, 10)
 """Without merges: a token is a byte."""
@@ -74,7 +77,8 @@ def rows_of_corpus(texts: Sequence[str], shape: Shape) -> list[Row]:
 
 @dataclass
 class Opened:
-    """Feeds of all ranks over one corpus, stepped together as a run does."""
+    """Loaders of all ranks over one corpus, stepped together as a run does: each reads for itself, or one server reads
+    for all of them (`served`)."""
 
     corpus: Path
     shape: Shape
@@ -83,12 +87,15 @@ class Opened:
     start: int = 0
     cache_bytes: int = 0
     catalog: Path | None = None
+    served: bool = False
 
     def __post_init__(self) -> None:
+        ranks = len(self.batches)
+        self.calls = PickledCalls(BatchServer(self._chunks(), ranks), ranks) if self.served else None
         self.loaders = [self._loader(batch) for batch in self.batches]
         self.trained = False
 
-    def _loader(self, batch: BatchSize) -> StreamLoader:
+    def _chunks(self) -> LocalChunks:
         shape, source = self.shape, TextSource(self.corpus)
         parts = list_parts(source).parts
         cut = (shape.samples_per_block, shape.chunk_size, shape.offset, shape.max_rows)
@@ -102,8 +109,12 @@ class Opened:
         )
         if shape.shuffle_rows:
             pipeline.scan()
-        order = EpochOrder(shape.seed, shuffled=bool(shape.shuffle_rows), start=self.start)
-        text = TextStream(LocalChunks(pipeline, order), RowForm(shape.seq_len), TOKENIZER.pad_id, shape.shuffle_rows)
+        return LocalChunks(pipeline, EpochOrder(shape.seed, shuffled=bool(shape.shuffle_rows), start=self.start))
+
+    def _loader(self, batch: BatchSize) -> StreamLoader:
+        shape, calls = self.shape, self.calls
+        source = LocalBatches(self._chunks()) if calls is None else ServedBatches(calls, batch.rank)
+        text = TextStream(source, RowForm(shape.seq_len), TOKENIZER.pad_id, shape.shuffle_rows)
         return StreamLoader(text, batch, seed=shape.seed, stop_condition=self.stop_condition)
 
     def step(self) -> list[Row] | None:
@@ -125,6 +136,8 @@ class Opened:
     def close(self) -> None:
         for loader in self.loaders:
             loader.close()
+        if self.calls is not None:
+            self.calls.shut_down()
 
 
 def _rows(columns: Columns) -> Iterator[Row]:

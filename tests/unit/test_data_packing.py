@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from hrm_ray.data.bpe import train_bpe
-from hrm_ray.data.packing import RowForm, TextSamples, padding_rows
+from hrm_ray.data.packing import RowForm, TextSamples
 from hrm_ray.data.rows import Document
 from hrm_ray.data.text_store import TextStore, joined, load_store, save_store, tokenise
 from hrm_ray.errors import DataError, SettingsError
@@ -253,10 +253,10 @@ def test_prefix_rows_need_pairs() -> None:
 def test_no_document_gives_no_row(packing: bool, prefix: bool) -> None:
     samples = samples_of([], 4, packing, prefix)
     assert len(samples) == 0
-    rows, padding = samples.rows(np.array([-1, -1])), padding_rows(4, 2, PAD)
-    assert rows.keys() == padding.keys()
-    for name, values in padding.items():
-        assert np.array_equal(rows[name], values) and rows[name].dtype == values.dtype, name
+    for name, values in samples.rows(np.array([-1, -1])).items():
+        filled = {"inputs": PAD, "labels": IGNORE_LABEL, "positions": np.arange(4)}.get(name, 0)
+        assert values.shape[0] == 2 and np.array_equal(values, np.broadcast_to(filled, values.shape)), name
+        assert values.dtype == (bool if name in ("prompt", "active") else np.int32), name
 
 
 def test_the_store_counts_what_it_holds() -> None:
