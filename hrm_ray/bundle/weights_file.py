@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -38,10 +39,23 @@ def unwritable(path: Path, error: Exception) -> DiskError:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises DataError when it is missing or cut short."""
+    with _whole(path):
+        return load_file(path)
+
+
+def read_rows(path: Path, first: int, beyond: int) -> dict[str, Tensor]:
+    """Rows first..beyond-1 of each tensor of a safetensors file; the others are not read. Raises as `read_tensors`."""
+    with _whole(path), safe_open(path, framework="pt") as file:
+        return {name: file.get_slice(name)[first:beyond] for name in file.keys()}  # noqa: SIM118 - it is no dict
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Raises DataError where `path`, which is read inside, is missing or cut short."""
     if not path.is_file():
         raise DataError(Fault(str(path), "no such file", "Give a whole bundle or checkpoint"))
     try:
-        return load_file(path)
+        yield
     except (SafetensorError, OSError) as error:
         hint = "Copy the file again from its source, or use another checkpoint"
         raise DataError(Fault(str(path), f"is not a complete safetensors file ({error})", hint)) from None

@@ -1,7 +1,8 @@
 """Saves and restores the state of a run, completely or not at all.
 
-The strategy writes weights, optimizer state and moving average; each rank writes its slots (carries and position in the
-data); rank 0 writes counters as JSON. Nothing is pickled. A checkpoint's folder is valid once its manifest exists.
+The strategy writes weights, optimizer state and moving average; with carries each rank writes its slots (carries and
+position in the data), else rank 0 the position; rank 0 writes counters as JSON. Nothing is pickled. A checkpoint's
+folder is valid once its manifest exists.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from hrm_ray.bundle.folder_watch import FolderWatch
 from hrm_ray.bundle.progress import STATE, Progress
 from hrm_ray.bundle.store import BundleWeights, save_final
-from hrm_ray.bundle.weights_file import read_tensors, save_tensors, unwritable
+from hrm_ray.bundle.weights_file import read_rows, read_tensors, save_tensors, unwritable
 from hrm_ray.data.stream import ConsumedRange, append_ranges
 from hrm_ray.errors import DataError, Fault, HrmRayError
 from hrm_ray.model.actv1 import States
@@ -163,7 +164,8 @@ def _write(loop: TrainingLoop, folder: Path, trend: dict[str, Any] | None, extra
     """This rank's files of a checkpoint."""
     parts = loop.parts
     parts.strategy.save(folder)
-    save_tensors(_slots(loop), folder / f"slots_{parts.shape.first_slot:08d}.safetensors")
+    if parts.carried or loop.world.leads:  # without carries all ranks have the same state
+        save_tensors(_slots(loop), _slots_file(folder, parts.shape.first_slot))
     if not loop.world.leads:
         return
     if parts.adapters is not None and parts.adapters.ranks is not None:
@@ -201,7 +203,7 @@ def load_checkpoint(loop: TrainingLoop, folder: Path) -> dict[str, Any]:
         )
     parts.strategy.load(folder)
     if parts.adapters is not None and parts.adapters.ranks is not None:
-        parts.adapters.ranks.load(read_tensors(folder / RANKS))
+        parts.adapters.ranks.load(loop.world.from_leader(lambda: read_tensors(folder / RANKS)))
     loop.progress = Progress.from_plain(state["progress"])
     # Older checkpoints have no position: theirs counted updates.
     loop.clock.position = state.get("schedule_position", loop.progress.step)
@@ -244,13 +246,34 @@ def _slots(loop: TrainingLoop) -> dict[str, Tensor]:
 
 
 def _own_slots(loop: TrainingLoop, folder: Path) -> dict[str, Tensor]:
-    """This rank's slots out of all ranks' files. Without carries every rank stores the same: the first file has it."""
-    shape = loop.parts.shape
-    files = [read_tensors(path) for path in sorted(folder.glob("slots_*.safetensors"))]
+    """This rank's slots. Without carries all ranks have the same state, and the leading rank reads it. A collective."""
+    shape, world = loop.parts.shape, loop.world
     if not loop.parts.carried:
-        return files[0]
-    own = slice(shape.first_slot, shape.first_slot + shape.per_rank)
-    return {name: torch.cat([f[name] for f in files])[own] for name in files[0]}
+        return world.from_leader(lambda: read_tensors(_slots_file(folder, 0)))
+    slots: dict[str, Tensor] = {}
+    failed: Exception | None = None
+    try:
+        slots = slots_between(folder, shape.first_slot, shape.first_slot + shape.per_rank)
+    except HrmRayError as error:
+        failed = error
+    world.raise_together(failed)
+    return slots
+
+
+def slots_between(folder: Path, first: int, beyond: int) -> dict[str, Tensor]:
+    """Slots first..beyond-1 out of the files of a checkpoint, whose names say with which slot each begins."""
+    begins = sorted(int(path.stem.partition("_")[2]) for path in folder.glob("slots_*.safetensors"))
+    parts = []
+    for begin, end in zip(begins, [*begins[1:], beyond], strict=True):
+        own = max(first, begin), min(beyond, end)
+        if own[0] < own[1]:
+            parts.append(read_rows(_slots_file(folder, begin), own[0] - begin, own[1] - begin))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _slots_file(folder: Path, first: int) -> Path:
+    """The file of the rank whose slots begin with `first`."""
+    return folder / f"slots_{first:08d}.safetensors"
 
 
 def _carries(loop: TrainingLoop, slots: dict[str, Tensor]) -> list[PuzzleCarry]:

@@ -8,21 +8,27 @@ import json
 import os
 import pickle
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from hrm_ray.bundle import weights_file
 from hrm_ray.bundle.store import open_bundle
+from hrm_ray.bundle.weights_file import read_rows, save_tensors
 from hrm_ray.errors import DataError
 from hrm_ray.launch import supervisor
 from hrm_ray.metrics import jsonl
 from hrm_ray.rundir import MANIFEST, RunDir, verify_checkpoint
+from hrm_ray.train import checkpoint
 from tests.support.runs import (
     PUZZLE,
     TEXT,
@@ -37,6 +43,7 @@ from tests.support.runs import (
 )
 
 PACKAGE = Path(__file__).resolve().parents[2] / "hrm_ray"
+SLOTS = 12
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "slots_00000000.safetensors", "state.json")
 
 
@@ -61,6 +68,33 @@ def test_what_is_in_it(bundle: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == sorted((*FILES, MANIFEST))
     assert sorted(json.loads((folder / MANIFEST).read_text())["files"]) == sorted(FILES)
     verify_checkpoint(folder)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([1, 2, 3, 4, 6, 12]), st.sampled_from([1, 2, 3, 4, 6, 12]))
+def test_a_rank_reads_its_slots_alone(ranks_before: int, ranks: int) -> None:
+    """Whatever number of ranks saved them; files that hold others are not opened."""
+    whole = {"carry.z_h": torch.randn(SLOTS, 3, 2).bfloat16(), "feed.taken": torch.arange(SLOTS)}
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patched:
+        size, own = SLOTS // ranks_before, SLOTS // ranks
+        for first in range(0, SLOTS, size):
+            part = {name: values[first : first + size] for name, values in whole.items()}
+            save_tensors(part, Path(name) / f"slots_{first:08d}.safetensors")
+        opened: list[tuple[int, int, int]] = []
+
+        def reading(path: Path, first: int, beyond: int) -> dict[str, Tensor]:
+            begin = int(path.stem.removeprefix("slots_"))
+            opened.append((begin, begin + first, begin + beyond))
+            return read_rows(path, first, beyond)
+
+        patched.setattr(checkpoint, "read_rows", reading)
+        for first in range(0, SLOTS, own):
+            opened.clear()
+            found = checkpoint.slots_between(Path(name), first, first + own)
+            assert found.keys() == whole.keys()
+            assert all(torch.equal(found[name], values[first : first + own]) for name, values in whole.items())
+            assert [part for _, *ends in opened for part in range(*ends)] == list(range(first, first + own))
+            assert all(begin <= part < begin + size for begin, *ends in opened for part in range(*ends))
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
