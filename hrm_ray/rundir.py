@@ -113,6 +113,11 @@ class RunDir:
         return self.root / ".generation.json"
 
     @property
+    def stacks(self) -> Path:
+        """The stacks of all ranks, for each time that workers were ended because they hung."""
+        return self.root / "stacks.txt"
+
+    @property
     def preparing(self) -> Path:
         """Where a new bundle is prepared before it takes its place."""
         return self.root / ".preparing"

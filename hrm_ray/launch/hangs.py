@@ -15,7 +15,7 @@ from hrm_ray.train.activity import Activity, Phase
 
 BEAT_INTERVAL_S = 1.0
 """Seconds between two heartbeats of a worker."""
-SILENT_S = 10.0
+SILENT_S = 5.0
 """A worker whose last heartbeat is older does not answer."""
 WARN_S, WARN_STEPS = 30.0, 10
 """A stall is told after so many seconds, or median step times if that is longer."""
@@ -200,14 +200,15 @@ def judge(
     idle_s = min(beat.idle_s + beat.age_s for beat in heartbeats)
     stalled_s = min(idle_s, now_s - counts_from_s)
     limit, culprits = limits(heartbeats, hang_after_s), behind(heartbeats)
-    where = f"step {max(beat.step for beat in heartbeats)}"
+    step = max(beat.step for beat in heartbeats)
+    where = f"in step {step}" if step else "before the first step"
     if ends and stalled_s >= limit.end_s:
-        return seen, Verdict("end", f"no progress for {stalled_s:.0f} s at {where}", stalled_s, culprits)
+        return seen, Verdict("end", f"no progress for {stalled_s:.0f} s {where}", stalled_s, culprits)
     if before.told_s is not None:
         return replace(seen, told_s=max(before.told_s, stalled_s)), Verdict()
     if stalled_s < limit.told_s:
         return seen, Verdict()
-    message = f"no progress for {stalled_s:.0f} s at {where}: {_who(heartbeats, culprits)}"
+    message = f"no progress for {stalled_s:.0f} s {where}: {_who(heartbeats, culprits)}"
     if limit.known and ends:
         message += f"; the run is ended after {limit.end_s:.0f} s"
     return replace(seen, told_s=stalled_s), Verdict("warning" if limit.known else "long", message, stalled_s, culprits)

@@ -79,7 +79,7 @@ def run(plan: RunPlan, *, sink: MetricSink, stop: StopPoll) -> RunResult:
 def _attempt(plan: RunPlan, records: WatchedSink, stop: StopPoll) -> RunResult | Failed:
     link = LocalLink(records, stop)
     try:
-        with stalls_told(link.activity, records):
+        with stalls_told(link.activity, records, plan.settings.cluster.hang_after_s):
             return train(plan, link)
     except (DiskError, UnreadableError) as error:
         batch_size = plan.settings.optimizer.batch_size
@@ -89,7 +89,11 @@ def _attempt(plan: RunPlan, records: WatchedSink, stop: StopPoll) -> RunResult |
 
 @contextmanager
 def stalls_told(
-    activity: Activity, sink: MetricSink, clock: Callable[[], float] = time.monotonic, every_s: float = BEAT_INTERVAL_S
+    activity: Activity,
+    sink: MetricSink,
+    hang_after_s: float | None,
+    clock: Callable[[], float] = time.monotonic,
+    every_s: float = BEAT_INTERVAL_S,
 ) -> Iterator[None]:
     """While this is open, a thread tells on `sink` when `activity` makes no progress, for example because a network
     disk does not answer, and when it goes on. Nothing is ended: a call of this process can only end with it."""
@@ -99,7 +103,7 @@ def stalls_told(
         watched = Watched()
         while not left.wait(every_s):
             beat = Heartbeat.of(activity, 0, "this machine", os.getpid())
-            watched, verdict = judge(watched, [beat], clock(), None, ends=False)
+            watched, verdict = judge(watched, [beat], clock(), hang_after_s, ends=False)
             if verdict.message:
                 level = "WARNING" if verdict.kind == "warning" else "INFO"
                 event = Record("event", activity.step, time.time(), {"message": verdict.message, "level": level})

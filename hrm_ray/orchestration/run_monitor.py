@@ -7,6 +7,7 @@ that a report per step costs hundreds of milliseconds. A push to this actor cost
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import threading
 import time
@@ -14,11 +15,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import psutil
 import ray
 
 from hrm_ray.data.batch_server import ServedBatches
 from hrm_ray.data.batches import BatchSource, LocalBatches
 from hrm_ray.data.chunk_source import ChunkPipeline, EpochOrder, LocalChunks
+from hrm_ray.launch.hangs import Heartbeat
 from hrm_ray.orchestration.chunk_server import ActorCalls
 from hrm_ray.orchestration.failures import Failure
 from hrm_ray.train.activity import Activity
@@ -39,6 +42,15 @@ class WorkerInfo:
     rank: int
     pid: int
     node_ip: str
+    node_id: str = ""
+    created_s: float = 0.0
+    """When the process was started: another one may have its number later."""
+
+    @classmethod
+    def here(cls, rank: int) -> WorkerInfo:
+        """This process."""
+        node_id, created_s = ray.get_runtime_context().get_node_id(), psutil.Process().create_time()
+        return cls(rank, os.getpid(), ray.util.get_node_ip_address(), node_id, created_s)
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,8 @@ class StatusUpdate:
     finished: frozenset[int] = frozenset()
     begun: bool = False
     result: RunResult | None = None
+    heartbeats: tuple[Heartbeat, ...] = ()
+    """The newest of each rank that has begun and not ended."""
 
 
 class RunMonitor:
@@ -62,6 +76,9 @@ class RunMonitor:
         self._stop: StopReason | None = None
         self._stop_set = asyncio.Event()
         self._cancelled = False
+        self._beats: dict[int, tuple[float, Heartbeat]] = {}
+        self._stacks_wanted: set[int] = set()
+        self._stacks: dict[int, str] = {}
 
     async def announce(self, worker: WorkerInfo) -> bool:
         """Register a worker; False: it must not begin, because the run was stopped before."""
@@ -76,6 +93,25 @@ class RunMonitor:
     async def push(self, records: list[Record]) -> None:
         """Add records. The sender waits for each call, so they stay in order."""
         self._status = replace(self._status, records=(*self._status.records, *records))
+
+    async def beat(self, heartbeat: Heartbeat) -> bool:
+        """Keep a heartbeat; returns whether this rank is to send its stacks."""
+        rank = heartbeat.rank
+        self._beats[rank] = time.monotonic(), heartbeat
+        wanted = rank in self._stacks_wanted
+        self._stacks_wanted.discard(rank)
+        return wanted
+
+    async def ask_stacks(self) -> None:
+        """Let every rank send its stacks with its next heartbeat."""
+        self._stacks_wanted = set(self._status.workers)
+
+    async def add_stacks(self, rank: int, stacks: str) -> None:
+        self._stacks[rank] = stacks
+
+    async def stacks(self) -> Mapping[int, str]:
+        """The stacks that ranks have sent."""
+        return dict(self._stacks)
 
     async def fail(self, failure: Failure) -> None:
         self._status = replace(self._status, failures=(*self._status.failures, failure))
@@ -100,8 +136,12 @@ class RunMonitor:
 
     async def take(self) -> StatusUpdate:
         """The state of the worker group, and the records since the last call."""
+        now_s = time.monotonic()
         taken, self._status = self._status, replace(self._status, records=())
-        return taken
+        ended = taken.finished | {failure.rank for failure in taken.failures}
+        beats = sorted(self._beats.items())
+        heartbeats = tuple(replace(beat, age_s=now_s - at_s) for rank, (at_s, beat) in beats if rank not in ended)
+        return replace(taken, heartbeats=heartbeats)
 
 
 class MonitorSink:

@@ -28,6 +28,7 @@ import ray._private.worker as ray_worker
 
 import hrm_ray
 from hrm_ray.errors import Fault, HrmRayError, SettingsError, UnavailableError
+from hrm_ray.launch.hangs import Timeouts
 from hrm_ray.launch.resources import ResourceRequest, usable_cpus
 from hrm_ray.openmp import SPIN_VARIABLE, limit_openmp_spin
 from hrm_ray.orchestration.session_folder import keep_logs_for_a_while, make_session_folder
@@ -68,6 +69,7 @@ LOCAL_SETTINGS = {
     "RAY_enable_metrics_collection": "0",
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # a rank stuck in a collective must not delay the end by 30 s
 }
+KEEPALIVE_SETTINGS = ("RAY_grpc_client_keepalive_timeout_ms", "RAY_grpc_keepalive_timeout_ms")
 
 
 _OWN_CONNECTION = threading.Lock()
@@ -119,7 +121,14 @@ class Session:
     `data` says that it will be used; unless the program is connected to Ray already.
     """
 
-    def __init__(self, address: str | None, request: ResourceRequest, *, data: bool = False) -> None:
+    def __init__(
+        self,
+        address: str | None,
+        request: ResourceRequest,
+        *,
+        data: bool = False,
+        timeouts: Timeouts = Timeouts.of(None),  # noqa: B008 - a frozen value
+    ) -> None:
         self.address = address
         self.attached = attached()
         """Whether the connection is the program's own, and stays open."""
@@ -129,6 +138,7 @@ class Session:
         """The cluster's name in messages."""
         self._owns_connection = False
         self._data = data
+        self._timeouts = timeouts
         self._request = request
         self.folder = make_session_folder(Path(_temp_root()))
         self._ready = threading.Event()
@@ -146,9 +156,12 @@ class Session:
                 hint = "Start this run after that one, or in a process of its own"
                 raise SettingsError(Fault("--launcher ray", "another run of this program is connected to Ray", hint))
         # Ray reads its settings from the environment, here and in every process that it starts.
-        settings = dict(SETTINGS)
+        poll_s, keepalive_ms = self._timeouts.poll_s, f"{self._timeouts.keepalive_s * 1000:.0f}"
+        settings = {**SETTINGS, "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{poll_s:.0f}"}
         if self.private:
             settings.update(LOCAL_SETTINGS)
+            # A cluster of its own is on one machine, where no connection dies in silence.
+            settings.update({name: keepalive_ms for name in KEEPALIVE_SETTINGS})
             # Authentication stays on. With a token of its own the cluster is closed to other users of the machine, and
             # nothing is written to the home folder. The mode itself is fixed when Ray is imported.
             if "RAY_AUTH_MODE" not in os.environ:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 import threading
@@ -11,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import ray
 import ray.train
 
 from hrm_ray.errors import Fault, UnavailableError
 from hrm_ray.orchestration.failures import Failure
+from hrm_ray.orchestration.heartbeats import HeartbeatThread
 from hrm_ray.orchestration.run_monitor import WorkerChannel, WorkerInfo
 from hrm_ray.train.plan import RunPlan
 from hrm_ray.types import RunResult
@@ -39,8 +38,10 @@ def main(config: dict[str, Any]) -> None:
     """
     rank = ray.train.get_context().get_world_rank()
     channel = WorkerChannel(config["monitor"], rank, config["chunk_server"])
-    if not channel.announce(WorkerInfo(rank, os.getpid(), ray.util.get_node_ip_address())):
+    worker = WorkerInfo.here(rank)
+    if not channel.announce(worker):
         return
+    heartbeats = HeartbeatThread(config["monitor"], worker, channel.activity)
     try:
         check_shared(Path(config["marker"]), config["token"])
         from hrm_ray.train.session import train
@@ -54,6 +55,8 @@ def main(config: dict[str, Any]) -> None:
         if failure.peer_loss:
             threading.Event().wait(PEER_LOSS_WAIT_S)
         raise WorkerEnded(f"rank {rank}: {failure.kind}") from None
+    finally:
+        heartbeats.close()
 
 
 def check_shared(marker: Path, token: str) -> None:

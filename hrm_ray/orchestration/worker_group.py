@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from hrm_ray.errors import DiskError, Fault, HrmRayError, NoRoomError, ResourceError, UnavailableError
 from hrm_ray.launch import resources
 from hrm_ray.launch.cluster_address import check_address
+from hrm_ray.launch.hangs import Timeouts
 from hrm_ray.launch.resources import ResourceRequest, usable_cpus
 from hrm_ray.launch.restarts import Cause, Ending
 from hrm_ray.launch.supervisor import Failed, WatchedSink, supervise
@@ -41,9 +42,10 @@ from hrm_ray.orchestration.failures import (
     first_cause,
     shortage,
 )
+from hrm_ray.orchestration.hang_watch import HangWatch, kill_workers
 from hrm_ray.orchestration.run_monitor import RunMonitor, StatusUpdate
 from hrm_ray.orchestration.session import POLL_INTERVAL_S, Session, attached, worker_environment
-from hrm_ray.rundir import DRIVER_MARKER
+from hrm_ray.rundir import DRIVER_MARKER, RunDir
 from hrm_ray.stop_signals import STOP_SIGNALS
 from hrm_ray.train.plan import RunPlan, TextData
 from hrm_ray.types import MetricSink, Record, RunResult, StopPoll, StopRequested
@@ -54,7 +56,6 @@ if TYPE_CHECKING:
 
 __all__ = ["attached", "run"]
 
-MONITOR_TIMEOUT_S = 60.0
 FREE_WAIT_S = 10.0
 """A run that has just ended may hold its resources a little longer."""
 END_WAIT_S = 15.0
@@ -121,7 +122,9 @@ class Attempts:
         return outcome
 
     def _open(self, plan: RunPlan, request: ResourceRequest) -> Session:
-        session = self._session = Session(plan.ray_address, request, data=reads_text(plan))
+        timeouts = Timeouts.of(plan.settings.cluster.hang_after_s)
+        session = Session(plan.ray_address, request, data=reads_text(plan), timeouts=timeouts)
+        self._session = session
         if session.private:
             resources.check_machine(request, usable_cpus(), resources.available_memory_bytes())
         elif plan.ray_address is not None and not session.attached:
@@ -176,8 +179,8 @@ def _check_cluster(session: Session, request: ResourceRequest, sink: MetricSink)
         threading.Event().wait(POLL_INTERVAL_S)
 
 
-def _event(message: str) -> Record:
-    return Record("event", 0, time.time(), {"message": message, "level": "WARNING"})
+def _event(message: str, level: str = "WARNING", step: int = 0) -> Record:
+    return Record("event", step, time.time(), {"message": message, "level": level})
 
 
 class WorkerGroupRun:
@@ -218,6 +221,9 @@ class WorkerGroupRun:
         self._stop_sent = False
         self._status = StatusUpdate()
         self._forced: HrmRayError | None = None
+        hang_after_s = plan.settings.cluster.hang_after_s
+        self._timeouts = Timeouts.of(hang_after_s)
+        self._hang_watch = HangWatch(self._monitor, RunDir(plan.bundle), hang_after_s, self._runtime_env(), self._tell)
 
     def end(self, error: HrmRayError) -> None:
         """End this attempt with `error`, whatever its workers do: their processes are ended."""
@@ -253,6 +259,10 @@ class WorkerGroupRun:
                 ray.kill(actor)
         # Without the monitor workers that still train fail, and with them the controller.
         self._fit.join(END_WAIT_S)
+        if self._fit.is_alive() and self._status.workers:
+            # They wait for a rank that is gone, or are stopped.
+            kill_workers(self._status.workers.values(), self._runtime_env())
+            self._fit.join(END_WAIT_S)
 
     def _run(self) -> RunResult:
         try:
@@ -270,6 +280,10 @@ class WorkerGroupRun:
                 ended = bool(self._status.failures) or len(self._status.finished) == self._request.world_size
                 if ended and deadline_s is None:
                     deadline_s = time.monotonic() + END_WAIT_S
+                hang = None if ended else self._hang_watch.look(self._status)
+                if hang is not None:
+                    self.end(hang)
+                    break
                 self._fit.join(POLL_INTERVAL_S)
             if self._session.lost():
                 raise WorkerCrash(Fault("the Ray cluster", "is lost", RESUME_HINT), cause=Cause.CLUSTER_LOST)
@@ -281,12 +295,21 @@ class WorkerGroupRun:
                 self._marker.unlink(missing_ok=True)
         return self._conclude()
 
+    def _tell(self, level: str, message: str) -> None:
+        step = max((beat.step for beat in self._status.heartbeats), default=0)
+        self._sink.write(_event(message, level, step))
+
     def _on_this_node(self, actor: type[Any], **options: Any) -> Any:
         """An actor class whose actor takes no CPU and runs on the driver's node."""
-        # A cluster that was there before has another PYTHONPATH than this program.
-        environment = {} if self._session.private else {"env_vars": {"PYTHONPATH": worker_environment(1)["PYTHONPATH"]}}
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        environment = self._runtime_env()
         return ray.remote(actor).options(num_cpus=0, scheduling_strategy=here, runtime_env=environment, **options)
+
+    def _runtime_env(self) -> dict[str, Any]:
+        """Of actors and tasks: a cluster that was there before has another PYTHONPATH than this program."""
+        if self._session.private:
+            return {}
+        return {"env_vars": {"PYTHONPATH": worker_environment(1)["PYTHONPATH"]}}
 
     def _chunk_server(self) -> Any:
         """The actor that makes chunks of text for all ranks; None where none is left to make, or no CPU is free.
@@ -321,7 +344,10 @@ class WorkerGroupRun:
                 worker.main,
                 private_cluster=self._session.private,
                 train_loop_config=self._config,
-                torch_config=TorchConfig(backend="nccl" if self._plan.device == "cuda" else "gloo"),
+                torch_config=TorchConfig(
+                    backend="nccl" if self._plan.device == "cuda" else "gloo",
+                    timeout_s=int(self._timeouts.process_group_s),
+                ),
                 scaling_config=ScalingConfig(
                     num_workers=request.world_size,
                     use_gpu=bool(request.gpus),
@@ -347,9 +373,9 @@ class WorkerGroupRun:
         try:
             if reason is not None:
                 self._stop_sent = True
-                if not ray.get(self._monitor.ask_stop.remote(reason), timeout=MONITOR_TIMEOUT_S):
+                if not ray.get(self._monitor.ask_stop.remote(reason), timeout=self._timeouts.monitor_s):
                     raise StopRequested(reason)
-            self._status = ray.get(self._monitor.take.remote(), timeout=MONITOR_TIMEOUT_S)
+            self._status = ray.get(self._monitor.take.remote(), timeout=self._timeouts.monitor_s)
         except ray.exceptions.RayError as error:
             lost = actor_lost("the actor that collects the workers' records", death_reason(str(error)))
             raise shortage(error) or lost from error

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import field_validator, model_validator
 
 from hrm_ray.settings.base import Section, option, refusal
+from hrm_ray.settings.duration import seconds_of
 
 Launcher: TypeAlias = Literal["local", "ray"]
 StrategyName: TypeAlias = Literal["single", "ddp", "sharded-optimizer", "zero1", "zero2", "zero3"]
@@ -15,6 +16,10 @@ StrategyName: TypeAlias = Literal["single", "ddp", "sharded-optimizer", "zero1",
 def strategy_of_ddp(ddp: Any) -> Any:
     """The `strategy` for a value of `ddp`, a setting of version 0.1. An invalid value is kept, and refused later."""
     return {"True": "ddp", "False": "single"}.get(str(ddp), ddp)
+
+
+SHORTEST_HANG_S = 5
+"""Heartbeats come once a second."""
 
 
 class ClusterSettings(Section):
@@ -51,6 +56,10 @@ class ClusterSettings(Section):
     """How often a run goes on by itself after a failure, from its newest checkpoint: a lost worker or machine, a full
     disk. Wrong settings or data and losses that are not finite end it at once, and so does a second failure at one
     step. 0: never."""
+    hang_after: str | None = option(None, "free", unset="120 s or 20 steps, whichever is longer")
+    """End Ray workers that make no progress for this long (90s, 30m, 1h30m; a number alone is seconds), and write the
+    stacks of all ranks to stacks.txt in the bundle. The first step, evaluations, checkpoints and waits for data may
+    take longer. A warning names the rank before, after 30 s or 10 steps. A local run is warned of, and not ended."""
     strict: bool = option(False, "free")
     """Treat fallbacks, and options that have no effect, as errors."""
 
@@ -68,6 +77,18 @@ class ClusterSettings(Section):
         """`--zero-stage none` is the default."""
         return None if value == "none" else value
 
+    @field_validator("hang_after")
+    @classmethod
+    def _long_enough(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        seconds = seconds_of(value)
+        if seconds is None:
+            raise refusal("is not a duration", "Give one like 90s, 30m or 1h30m")
+        if seconds < SHORTEST_HANG_S:
+            raise refusal("is too short to tell a hang from a slow step", f"Give {SHORTEST_HANG_S}s or more")
+        return value
+
     @field_validator("cuda_ids")
     @classmethod
     def _device_numbers(cls, value: str | None) -> str | None:
@@ -80,6 +101,11 @@ class ClusterSettings(Section):
         if len(set(numbers)) != len(numbers):
             raise refusal("names a GPU twice", "Name each GPU once")
         return ",".join(str(number) for number in numbers)
+
+    @property
+    def hang_after_s(self) -> int | None:
+        """The seconds of --hang-after."""
+        return None if self.hang_after is None else seconds_of(self.hang_after)
 
     def strategy_for(self, world_size: int) -> StrategyName:
         """The strategy for `world_size` workers."""

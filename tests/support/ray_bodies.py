@@ -9,7 +9,9 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from hrm_ray.data.prepare import PuzzlePlan
 from hrm_ray.errors import DataError, Fault
@@ -17,14 +19,21 @@ from hrm_ray.model.config import model_config
 from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.resolve import resolve_task
 from hrm_ray.train.plan import RunPlan
+from hrm_ray.train.session import WorkerLink
 from hrm_ray.types import DriverLink, Record, RunResult, StopReason
 
 
 def plan_of(
-    bundle: Path, *, steps: int = 300, world_size: int = 1, ray_address: str | None = None, max_failures: int = 0
+    bundle: Path,
+    *,
+    steps: int = 300,
+    world_size: int = 1,
+    ray_address: str | None = None,
+    max_failures: int = 0,
+    options: Mapping[str, str] = MappingProxyType({}),
 ) -> RunPlan:
     """A plan for `bundle` whose settings and data no body looks at."""
-    settings = resolve_task(load_settings({"--max-failures": str(max_failures)}), "lm", None)
+    settings = resolve_task(load_settings({"--max-failures": str(max_failures), **options}), "lm", None)
     return RunPlan(
         settings=settings,
         config=model_config(settings, 16),
@@ -122,6 +131,23 @@ def until_stopped(plan: RunPlan, link: DriverLink) -> RunResult:
             plan.bundle.joinpath(f"saved_{_rank()}").write_text(str(step))
             return RunResult(agreed, step, 0, str(plan.bundle), {"stop_seen_s": time.time()})
         beat.wait(0.02)
+
+
+def stopped_on_rank_1(plan: RunPlan, link: WorkerLink) -> RunResult:
+    """The schedule's number of steps; at the fortieth, rank 1 is stopped, once in this bundle."""
+    stopped = plan.bundle / "stopped"
+    beat = threading.Event()
+    for step in range(1, plan.schedule_steps + 1):
+        link.activity.step = step
+        with link.activity.doing("step", then="records"):
+            beat.wait(0.05)  # in two seconds of steps a heartbeat was sent
+            if _rank() == 1 and step == 40 and not stopped.exists():
+                stopped.touch()
+                os.kill(os.getpid(), signal.SIGSTOP)
+            _sum_of_ones()
+        if _rank() == 0:
+            link.sink().write(Record("train", step, time.time(), {"loss": 1.0}))
+    return RunResult(StopReason.FINISHED, plan.schedule_steps, 1, str(plan.bundle))
 
 
 def fails_before_the_edge(config: object) -> None:

@@ -36,7 +36,7 @@ def test_a_read_that_hangs_is_told_and_so_is_its_end() -> None:
     with activity.doing("step"):
         now_s[0] += 1
     activity.enter("data")
-    with stalls_told(activity, told, clock, every_s=0.001):
+    with stalls_told(activity, told, None, clock, every_s=0.001):
         assert told.came.acquire(timeout=20)
         activity.progressed()
         assert told.came.acquire(timeout=20)
