@@ -127,7 +127,8 @@ def limits(heartbeats: Collection[Heartbeat], hang_after_s: float | None) -> Lim
         if beat.phase in _STEADY and (step_s is not None or hang_after_s is not None):
             continue
         if beat.phase == "data":
-            ends_s.append(DATA_S)
+            # An epoch fills the shuffle buffer again, as the first step did.
+            ends_s.append(max(DATA_S, 2 * first_step_s))
         elif beat.phase in _STEADY | _ONCE or beat.longest_s is None:
             known = False
             ends_s.append(UNKNOWN_S)
