@@ -63,6 +63,8 @@ class StopReason(str, Enum):
     SIGUSR1 = "sigusr1"
     MAX_TIME = "max_time"
     INTERRUPT = "interrupt"
+    RESIZE = "resize"
+    """The launcher has room for more workers: the attempt ends with its next checkpoint. Never the end of a run."""
 
     @property
     def exit_code(self) -> int:

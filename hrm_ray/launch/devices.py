@@ -98,9 +98,26 @@ def _choose(cluster: ClusterSettings, address: str | None) -> Devices:
         raise SettingsError(
             Fault(f"--world-size {world_size}", f"several workers on {device} are not supported", "Give --world-size 1")
         )
+    _check_workers(cluster, world_size)
     launcher = cluster.launcher or ("ray" if address or strategy != "single" else "local")
+    if launcher == "ray" and not address and (cluster.max_workers or 0) > world_size:
+        reason = "nothing joins a cluster that is started for the run on this machine"
+        hint = "Give --ray-address, or a larger --world-size"
+        raise SettingsError(Fault(f"--max-workers {cluster.max_workers}", reason, hint))
     threads = cluster.threads or (1 if address else max(1, usable_cpus() // world_size))
     return Devices(device, world_size, threads, launcher, strategy, address, ",".join(gpus) or None)
+
+
+def _check_workers(cluster: ClusterSettings, world_size: int) -> None:
+    """Raises SettingsError unless the run begins with a number of workers between the fewest and the most."""
+    least, most = cluster.min_workers or world_size, cluster.max_workers or world_size
+    begins = f"--world-size {world_size}{'' if cluster.world_size else ' (default)'}"
+    if least > world_size:
+        hint = f"Give --world-size {least}, or a smaller --min-workers"
+        raise SettingsError(Fault(f"--min-workers {least} with {begins}", "the run would begin with fewer", hint))
+    if most < world_size:
+        hint = f"Give --world-size {most}, or a larger --max-workers"
+        raise SettingsError(Fault(f"--max-workers {most} with {begins}", "the run would begin with more", hint))
 
 
 def _cluster_address(cluster: ClusterSettings) -> str | None:

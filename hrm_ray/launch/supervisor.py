@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from hrm_ray.bundle.progress import STATE
-from hrm_ray.launch.restarts import Ending, GiveUp, Restart, RestartPolicy, decide
+from hrm_ray.launch.restarts import Ending, GiveUp, RestartPolicy, decide
 from hrm_ray.rundir import RunDir, read_json
-from hrm_ray.train.plan import EndedAttempt, RunPlan
+from hrm_ray.train.plan import EndedAttempt, RunPlan, effective_batch, largest_divisor, resized
 from hrm_ray.types import MetricSink, Record, RestartRecord, RunResult, StopPoll, StopReason, StopRequested
 
 POLL_INTERVAL_S = 0.2
@@ -63,30 +63,40 @@ def supervise(
     *,
     sink: MetricSink,
     stop: StopPoll,
-    room: Callable[[], int] | None = None,
+    room: Callable[[RunPlan], int] | None = None,
     wait: Callable[[float, StopPoll], None] | None = None,
 ) -> RunResult:
     """Run attempts until one returns a result, or a failure ends the run. Raises the error of that failure.
 
-    `room` says how many workers there is room for (without it: as many as the plan has), and `wait` waits so many
-    seconds, or until a stop is asked for.
+    `room` says how many workers there is room for after an attempt with this plan (without it: as many as the plan
+    has), and `wait` waits so many seconds, or until a stop is asked for.
     """
-    policy = RestartPolicy(plan.settings.cluster.max_failures, plan.world_size, plan.world_size)
+    first = plan = replace(plan, begun_s=time.time())
+    cluster, rows = first.settings.cluster, first.settings.optimizer.batch_size
+    least, most = cluster.min_workers or first.world_size, cluster.max_workers or first.world_size
+    policy = RestartPolicy(cluster.max_failures, least, most)
     watched, endings = WatchedSink(sink), list[Ending]()
-    plan = replace(plan, begun_s=time.time())
+
+    def workers() -> int:
+        found = plan.world_size if room is None or least == most else room(plan)
+        return largest_divisor(effective_batch(first), min(found, most)) if found else 0
+
     while True:
         try:
             outcome = attempt(plan, watched)
         except StopRequested as stopped:
             return _stopped(plan, stopped.reason, watched)
         if isinstance(outcome, RunResult):
+            if outcome.reason is StopReason.RESIZE:
+                plan = _after_growth(plan, resized(first, max(workers(), plan.world_size), rows))
+                continue
             return replace(outcome, restarts=tuple(watched.restarts))
         ending = outcome.ending
         reason = stop()
         if reason is not None:
             watched.warn(f"{_told(ending)}; the run was asked to stop, so it is not restarted")
             return _stopped(plan, reason, watched, ending)
-        decision = decide(ending, endings, policy, plan.world_size if room is None else room())
+        decision = decide(ending, endings, policy, workers())
         if isinstance(decision, GiveUp):
             if decision.why and policy.max_failures:
                 watched.warn(f"no restart: {decision.why}")
@@ -98,27 +108,23 @@ def supervise(
         reason = stop()
         if reason is not None:
             return _stopped(plan, reason, watched, ending)
-        plan = next_plan(plan, outcome, decision)
+        if decision.batch_size < ending.batch_size:
+            rows = decision.batch_size
+        plan = next_plan(plan, outcome, resized(first, decision.world_size, rows))
 
 
-def next_plan(plan: RunPlan, failed: Failed, decision: Restart) -> RunPlan:
-    """The plan of the attempt after one that failed."""
+def next_plan(plan: RunPlan, failed: Failed, sizes: RunPlan) -> RunPlan:
+    """The plan of the attempt after one that failed, with the workers and micro-batches of `sizes`."""
     # A run that continues its own bundle may find later checkpoints there until an attempt has set them aside.
     attempt = plan.attempt + 1 if failed.begun or not plan.continues else plan.attempt
     ending = failed.ending
     ended = (*plan.ended, EndedAttempt(ending.cause.value, ending.step, _told(ending)))
-    return replace(with_batch_size(plan, decision.batch_size), attempt=attempt, ended=ended)
+    return replace(sizes, attempt=attempt, ended=ended, grown_from=0)
 
 
-def with_batch_size(plan: RunPlan, batch_size: int) -> RunPlan:
-    """The plan with micro-batches of `batch_size` rows and the same effective batch."""
-    before = plan.settings.optimizer
-    if batch_size == before.batch_size:
-        return plan
-    accumulation = before.gradient_accumulation_steps * before.batch_size // batch_size
-    sizes = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
-    optimizer = before.model_copy(update=sizes)
-    return replace(plan, settings=plan.settings.model_copy(update={"optimizer": optimizer}))
+def _after_growth(plan: RunPlan, sizes: RunPlan) -> RunPlan:
+    """The plan of the attempt after one that has made way for more workers."""
+    return replace(sizes, attempt=plan.attempt + 1, ended=plan.ended, grown_from=plan.world_size)
 
 
 def wait_for(wait_s: float, stop: StopPoll) -> None:

@@ -74,7 +74,7 @@ class RunMonitor:
         # Replaced, never changed in place: what `take` has returned may not be pickled yet.
         self._status = StatusUpdate()
         self._stop: StopReason | None = None
-        self._stop_set = asyncio.Event()
+        self._stop_changed = asyncio.Event()
         self._cancelled = False
         self._beats: dict[int, tuple[float, Heartbeat]] = {}
         self._stacks_wanted: set[int] = set()
@@ -124,14 +124,16 @@ class RunMonitor:
     async def ask_stop(self, reason: StopReason) -> bool:
         """Request a stop; False where no worker has begun, and then none will."""
         self._cancelled = not self._status.workers
-        if self._stop is None:
-            self._stop = reason
-            self._stop_set.set()
+        if self._stop in (None, StopReason.RESIZE):
+            self._stop, changed, self._stop_changed = reason, self._stop_changed, asyncio.Event()
+            changed.set()
         return not self._cancelled
 
-    async def wait_for_stop(self) -> StopReason | None:
-        """Return when a stop is requested. Workers keep the pending result, so that a look needs no call."""
-        await self._stop_set.wait()
+    async def wait_for_stop(self, known: StopReason | None = None) -> StopReason | None:
+        """Return when a stop is requested, another than `known`. Workers keep the pending result, so that a look needs
+        no call."""
+        while self._stop in (None, known):
+            await self._stop_changed.wait()
         return self._stop
 
     async def take(self) -> StatusUpdate:
@@ -211,11 +213,14 @@ class WorkerChannel:
     def stop_requested(self) -> StopReason | None:
         """The driver's stop request, at most STOP_CHECK_INTERVAL_S old."""
         now = time.monotonic()
-        if self._reason is None and now >= self._next_look_s:
+        if self._reason in (None, StopReason.RESIZE) and now >= self._next_look_s:
             self._next_look_s = now + STOP_CHECK_INTERVAL_S
             ready, _ = ray.wait([self._stop], timeout=0)
             if ready:
                 self._reason = ray.get(self._stop)
+                if self._reason is StopReason.RESIZE:
+                    # The run may still be asked to stop before its next checkpoint.
+                    self._stop = self._monitor.wait_for_stop.remote(self._reason)
         return self._reason
 
     def batches(self, pipeline: Callable[[bool], ChunkPipeline], order: EpochOrder) -> BatchSource:

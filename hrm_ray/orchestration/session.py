@@ -14,17 +14,20 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
 import ray._private.worker as ray_worker
+from ray._private.state import available_resources_per_node
 
 import hrm_ray
 from hrm_ray.errors import Fault, HrmRayError, SettingsError, UnavailableError
@@ -46,6 +49,7 @@ START_TIMEOUT_S = 90.0
 """A private cluster is up after 4 s on an idle machine; a loaded machine needs longer."""
 CLOSE_TIMEOUT_S = 20.0
 POLL_INTERVAL_S = 0.2
+PROBE_TIMEOUT_S = 2.0
 LONGEST_TEMP_ROOT = 40
 """Ray puts Unix sockets below its folder, whose paths must stay under 107 bytes."""
 SERVERS = frozenset({"gcs_server", "raylet"})
@@ -198,6 +202,14 @@ class Session:
         """Total resources of each living node."""
         return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
+    def free_nodes(self) -> list[Mapping[str, float]]:
+        """Free resources of each node that answers; Ray itself believes in a lost node for up to a minute."""
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        free = available_resources_per_node()
+        with ThreadPoolExecutor(max_workers=max(1, min(len(alive), 32))) as probes:
+            answers = list(probes.map(_answers, alive))
+        return [free.get(node["NodeID"], {}) for node, answer in zip(alive, answers, strict=True) if answer]
+
     def stderr_tail(self, pid: int) -> str:
         """The last lines that a worker of a private cluster wrote to its error stream; empty if there are none."""
         for log in sorted(self.folder.glob(f"session_*/logs/worker-*-{pid}.err")):
@@ -322,6 +334,15 @@ def _processes_below(folder: Path) -> list[psutil.Process]:
             if any(str(folder) in word for word in child.cmdline()):
                 found.update({process.pid: process for process in (child, *child.children(recursive=True))})
     return list(found.values())
+
+
+def _answers(node: Mapping[str, Any]) -> bool:
+    """Whether the server of a node takes connections."""
+    try:
+        with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=PROBE_TIMEOUT_S):
+            return True
+    except OSError:
+        return False
 
 
 def _is_server(process: psutil.Process, folder: Path) -> bool:

@@ -14,9 +14,10 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -27,7 +28,7 @@ from hrm_ray.errors import DiskError, Fault, HrmRayError, NoRoomError, ResourceE
 from hrm_ray.launch import resources
 from hrm_ray.launch.cluster_address import check_address
 from hrm_ray.launch.hangs import Timeouts
-from hrm_ray.launch.resources import ResourceRequest, usable_cpus
+from hrm_ray.launch.resources import ResourceRequest, places, usable_cpus
 from hrm_ray.launch.restarts import Cause, Ending
 from hrm_ray.launch.supervisor import Failed, WatchedSink, supervise
 from hrm_ray.orchestration.chunk_server import ChunkServer
@@ -47,8 +48,8 @@ from hrm_ray.orchestration.run_monitor import RunMonitor, StatusUpdate
 from hrm_ray.orchestration.session import POLL_INTERVAL_S, Session, attached, worker_environment
 from hrm_ray.rundir import DRIVER_MARKER, RunDir
 from hrm_ray.stop_signals import STOP_SIGNALS
-from hrm_ray.train.plan import RunPlan, TextData
-from hrm_ray.types import MetricSink, Record, RunResult, StopPoll, StopRequested
+from hrm_ray.train.plan import RunPlan, TextData, effective_batch, largest_divisor
+from hrm_ray.types import MetricSink, Record, RunResult, StopPoll, StopReason, StopRequested
 
 if TYPE_CHECKING:
     # It loads ray.train, and with it torch, which the session loads while the cluster starts.
@@ -58,6 +59,11 @@ __all__ = ["attached", "run"]
 
 FREE_WAIT_S = 10.0
 """A run that has just ended may hold its resources a little longer."""
+REPLACEMENT_WAIT_S = 10.0
+"""How long a run that can go on with fewer workers waits for as many as it had. With the time that it takes to notice a
+lost node it has to stay below 30 s."""
+GROWTH_POLL_S = 2.0
+"""How often a run looks for room for more workers."""
 END_WAIT_S = 15.0
 """How long Ray Train may take to notice that all ranks have ended, before the session is closed."""
 
@@ -78,10 +84,10 @@ def run(plan: RunPlan, *, sink: MetricSink, stop: StopPoll, body: Body | None = 
     Raises ResourceError or UnavailableError before anything has started, StopRequested, the error of the
     worker that failed first, or WorkerCrash.
     """
-    attempts = Attempts(stop, body)
+    attempts = Attempts(plan, stop, body)
     keep_logs = False
     try:
-        return supervise(plan, attempts.run, sink=sink, stop=stop)
+        return supervise(plan, attempts.run, sink=sink, stop=stop, room=attempts.room)
     except (WorkerCrash, UnavailableError) as error:
         # Kept where the message names them: after a crash, and when the cluster did not start.
         keep_logs = isinstance(error, WorkerCrash) or not attempts.opened
@@ -93,8 +99,13 @@ def run(plan: RunPlan, *, sink: MetricSink, stop: StopPoll, body: Body | None = 
 class Attempts:
     """Runs the attempts of one run in one Ray session; in a new one where a private cluster is lost."""
 
-    def __init__(self, stop: StopPoll, body: Body | None) -> None:
+    def __init__(self, plan: RunPlan, stop: StopPoll, body: Body | None) -> None:
+        """`plan` is the one that the run begins with."""
         self._stop, self._body = stop, body
+        self._first = plan
+        self._most = plan.settings.cluster.max_workers or plan.world_size
+        self._elastic = self._most > (plan.settings.cluster.min_workers or plan.world_size)
+        self._wanted = plan.world_size
         self._session: Session | None = None
         self.opened = False
         """Whether a session was opened."""
@@ -102,16 +113,27 @@ class Attempts:
 
     def run(self, plan: RunPlan, records: WatchedSink) -> RunResult | Failed:
         """One attempt, from its actors to their end."""
-        request = ResourceRequest(plan.world_size, plan.threads, 1 if plan.device == "cuda" else 0)
+        request = _request(plan)
+        self._wanted = plan.world_size
         session = self._session
         if session is not None and session.lost():
             self.close(keep_logs=False)
             session = None
         if session is None:
             session = self._open(plan, request)
-        _check_cluster(session, request, records)
+        try:
+            _check_cluster(session, request, records)
+        except ResourceError as busy:
+            if not self._count or not self._elastic:
+                raise
+            # What there was room for is gone meanwhile; with fewer workers the run may go on.
+            rows = plan.settings.optimizer.batch_size
+            return Failed(Ending(Cause.NO_ROOM, busy, records.step, plan.attempt, plan.world_size, rows), begun=False)
         self._count += 1
-        outcome = WorkerGroupRun(session, request, plan, records, self._stop, self._body, self._count).run()
+        group = WorkerGroupRun(session, request, plan, records, self._stop, self._body, self._count)
+        if self._elastic and not session.private:
+            group.has_more_room = partial(self._has_more_room, session, plan)
+        outcome = group.run()
         if isinstance(outcome, Failed) and session.lost():
             # Whatever was noticed first follows from it.
             error = WorkerCrash(
@@ -120,6 +142,27 @@ class Attempts:
             )
             return replace(outcome, ending=replace(outcome.ending, cause=error.cause, error=error))
         return outcome
+
+    def room(self, plan: RunPlan) -> int:
+        """How many workers there is room for after an attempt with this plan has ended; waits for a while for a
+        replacement of what was lost."""
+        session = self._session
+        if session is None or session.private or session.lost():
+            return self._first.world_size  # This machine has what the run began with.
+        deadline_s = time.monotonic() + REPLACEMENT_WAIT_S
+        while True:
+            found = places(_request(plan), session.free_nodes())
+            if found >= self._wanted or time.monotonic() > deadline_s or self._stop() is not None:
+                return found
+            threading.Event().wait(POLL_INTERVAL_S)
+
+    def _has_more_room(self, session: Session, plan: RunPlan) -> bool:
+        """Whether the run could go on with more workers than it has now."""
+        free = places(_request(plan), session.free_nodes())
+        wanted = largest_divisor(effective_batch(plan), min(plan.world_size + free, self._most))
+        if wanted > plan.world_size:
+            self._wanted = wanted
+        return wanted > plan.world_size
 
     def _open(self, plan: RunPlan, request: ResourceRequest) -> Session:
         timeouts = Timeouts.of(plan.settings.cluster.hang_after_s)
@@ -183,6 +226,10 @@ def _event(message: str, level: str = "WARNING", step: int = 0) -> Record:
     return Record("event", step, time.time(), {"message": message, "level": level})
 
 
+def _request(plan: RunPlan) -> ResourceRequest:
+    return ResourceRequest(plan.world_size, plan.threads, 1 if plan.device == "cuda" else 0)
+
+
 class WorkerGroupRun:
     """One attempt of a worker group, as its driver."""
 
@@ -218,7 +265,10 @@ class WorkerGroupRun:
         # command line's own handlers run in the main thread, which therefore never waits for long.
         self._fit = threading.Thread(target=self._run_fit, name="ray-train-fit", daemon=True)
         self._fit_error: BaseException | None = None
-        self._stop_sent = False
+        self._stop_sent: StopReason | None = None
+        self.has_more_room: Callable[[], bool] | None = None
+        """Whether the run could go on with more workers; asked every few seconds while it trains."""
+        self._look_s = 0.0
         self._status = StatusUpdate()
         self._forced: HrmRayError | None = None
         hang_after_s = plan.settings.cluster.hang_after_s
@@ -367,12 +417,26 @@ class WorkerGroupRun:
         except BaseException as error:  # noqa: BLE001 - the main thread reads it
             self._fit_error = error
 
+    def _new_stop(self) -> StopReason | None:
+        """What the workers are to be asked now."""
+        if self._stop_sent not in (None, StopReason.RESIZE):
+            return None
+        reason = self._stop()
+        # Before the workers train, what they take may still count as free.
+        if reason is not None or self.has_more_room is None or self._stop_sent or not self._status.begun:
+            return reason
+        now_s = time.monotonic()
+        if now_s < self._look_s:
+            return None
+        self._look_s = now_s + GROWTH_POLL_S
+        return StopReason.RESIZE if self.has_more_room() else None
+
     def _update(self) -> None:
         """Send a stop request if there is one, and write new records to the sink."""
-        reason = None if self._stop_sent else self._stop()
+        reason = self._new_stop()
         try:
             if reason is not None:
-                self._stop_sent = True
+                self._stop_sent = reason
                 if not ray.get(self._monitor.ask_stop.remote(reason), timeout=self._timeouts.monitor_s):
                     raise StopRequested(reason)
             self._status = ray.get(self._monitor.take.remote(), timeout=self._timeouts.monitor_s)

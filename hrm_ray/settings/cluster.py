@@ -41,6 +41,12 @@ class ClusterSettings(Section):
     averaged once per weight update. sharded-optimizer: as ddp, with the optimizer state and the moving average divided
     among the workers. zero1, zero2, zero3: DeepSpeed ZeRO (Linux), which divides the optimizer state; the gradients
     too; the weights too. The numbers are those of ddp, and a run can be resumed under another strategy."""
+    min_workers: int | None = option(None, "free", ge=1, unset="as many as --world-size")
+    """Fewest workers to go on with where some are lost and nothing takes their place. The effective batch stays the
+    same: fewer workers take more rows each."""
+    max_workers: int | None = option(None, "free", ge=1, unset="as many as --world-size")
+    """Most workers to use where the cluster has room for more: they join at the next checkpoint. The effective batch
+    stays the same."""
     ray_address: str | None = option(None, "free", unset="a cluster started on this machine for the run")
     """Address of a running Ray cluster."""
     device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = option("auto", "free", affects=("memory",))

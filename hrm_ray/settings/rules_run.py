@@ -148,6 +148,34 @@ RUN_RULES: dict[str, Rule] = {
         "the local launcher runs one worker, in this process",
         "Give --launcher ray",
     ),
+    "workers_in_order": refuse(
+        lambda s: (
+            s.cluster.min_workers is not None
+            and s.cluster.max_workers is not None
+            and s.cluster.min_workers > s.cluster.max_workers
+        ),
+        ("cluster.min_workers", "cluster.max_workers"),
+        "there is no number of workers in between",
+        "Give at most --min-workers {cluster.max_workers}",
+    ),
+    "fewer_workers_need_ray": refuse(
+        lambda s: s.cluster.launcher == "local" and s.cluster.min_workers not in (None, 1),
+        ("cluster.launcher", "cluster.min_workers"),
+        "the local launcher runs one worker, in this process",
+        "Give --launcher ray",
+    ),
+    "more_workers_need_ray": refuse(
+        lambda s: s.cluster.launcher == "local" and s.cluster.max_workers not in (None, 1),
+        ("cluster.launcher", "cluster.max_workers"),
+        "the local launcher runs one worker, in this process",
+        "Give --launcher ray",
+    ),
+    "single_stays_single": refuse(
+        lambda s: s.cluster.strategy == "single" and s.cluster.max_workers not in (None, 1),
+        ("cluster.strategy", "cluster.max_workers"),
+        "the strategy single runs one worker",
+        "Use --strategy ddp, or leave --max-workers out",
+    ),
     "strategy_without_adalora": refuse(
         lambda s: _divides(s) and s.adapt.use_peft and s.adapt.peft_method == "adalora",
         ("cluster.strategy", "adapt.peft_method"),

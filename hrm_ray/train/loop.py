@@ -42,6 +42,7 @@ from hrm_ray.train.strategies.base import Strategy
 from hrm_ray.types import Columns, StopReason, StopRequested
 
 STOP_REASONS = tuple(StopReason)
+"""A resize comes last: any other stop goes before it."""
 SAMPLES = "samples"
 """Beside the denominators of a step: samples that its batch took from the data."""
 
@@ -174,8 +175,7 @@ class TrainingLoop:
             halted = [carry.halted.cpu().numpy() for carry in self.carries]
         else:
             halted = [np.ones(shape.batch_size, dtype=np.bool_)] * shape.accumulation
-        # The first batch, for which a shuffle buffer is filled, belongs to the first step.
-        with self.activity.doing("data" if self.trained else "first step"), reading_data("the training data"):
+        with self.activity.doing("data"), reading_data("the training data"):
             return self.parts.loader.next_batch(halted, step)
 
     @contextmanager
@@ -214,7 +214,7 @@ class TrainingLoop:
     def leave_if_stopped(self) -> None:
         """Raise StopRequested on every rank where any rank requests a stop. A collective."""
         reason = self._raised(self.parts.strategy.sum_over_ranks(self._stop_flags()).tolist())
-        if reason is not None:
+        if reason is not None and reason is not StopReason.RESIZE:
             raise StopRequested(reason)
 
     def _stop_flags(self) -> Tensor:

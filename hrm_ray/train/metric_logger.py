@@ -114,6 +114,7 @@ class MetricLogger:
             "epoch": parts.loader.epoch,
             "batch_idx": progress.batch_idx,
             "skipped_steps": progress.skipped_steps,
+            "world_size": parts.shape.size,
             "physical_batch_size": parts.shape.batch_size,
             "gradient_accumulation_steps": parts.shape.accumulation,
             "effective_batch_size": parts.shape.effective,

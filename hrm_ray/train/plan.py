@@ -99,6 +99,8 @@ class RunPlan:
     """Why the attempts before ended, oldest first."""
     begun_s: float = 0.0
     """When the first attempt began, in seconds since the epoch."""
+    grown_from: int = 0
+    """The workers of the attempt before, where it ended because there is room for more; else 0."""
 
     def to_plain(self) -> dict[str, Any]:
         """JSON values."""
@@ -133,6 +135,38 @@ class RunPlan:
         return cls(**{**plain, **rebuilt})
 
 
+def resized(plan: RunPlan, workers: int, batch_size: int | None = None) -> RunPlan:
+    """The plan for as many of `workers` as share its effective batch equally, in micro-batches of at most `batch_size`
+    rows (None: as the plan has them).
+
+    Nothing else changes: neither data, nor their order, nor the learning rate. From the plan that a run began with, not
+    from one that was resized: its micro-batches may be smaller than those that were asked for.
+    """
+    chosen, effective = plan.settings.optimizer, effective_batch(plan)
+    world_size = largest_divisor(effective, workers)
+    rows = effective // world_size
+    micro_batch = largest_divisor(rows, batch_size or chosen.batch_size)
+    sizes = {"batch_size": micro_batch, "gradient_accumulation_steps": rows // micro_batch}
+    settings = plan.settings.model_copy(
+        update={
+            "optimizer": chosen.model_copy(update=sizes),
+            "cluster": plan.settings.cluster.model_copy(update={"world_size": world_size}),
+        }
+    )
+    return replace(plan, settings=settings, world_size=world_size)
+
+
+def effective_batch(plan: RunPlan) -> int:
+    """Rows of a weight update over all workers."""
+    chosen = plan.settings.optimizer
+    return chosen.batch_size * chosen.gradient_accumulation_steps * plan.world_size
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` that is at most `most`."""
+    return next(part for part in range(min(number, most), 0, -1) if number % part == 0)
+
+
 def write_description(run_dir: RunDir, plan: RunPlan) -> None:
     """config.json and training_args.json of the run that the plan describes."""
     write_json(run_dir.config, plan.config.to_plain())
@@ -165,7 +199,9 @@ def as_restarted(plan: RunPlan, run_dir: RunDir) -> RunPlan:
 
 def rewind_to(run_dir: RunDir, plan: RunPlan, step: int) -> None:
     """Describe the run that resumes at `step`, delete later records, and rename later checkpoints (`.superseded-N`)."""
-    write_description(run_dir, plan)
+    if not plan.attempt:
+        # A later attempt may have fewer workers and other micro-batches than were asked for.
+        write_description(run_dir, plan)
     if plan.settings.run.log_file is not None:
         drop_copies(plan.settings.run.log_file, run_dir.metrics, step)
     truncate_after(run_dir.metrics, step)

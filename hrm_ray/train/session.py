@@ -100,7 +100,10 @@ def _train(plan: RunPlan, link: WorkerLink, watch: FolderWatch) -> RunResult:
     time_limit = TimeLimit(plan.stop_by_s)
 
     def stop_poll() -> StopReason | None:
-        return (link.stop_requested() or time_limit.poll()) if world.leads else None
+        if not world.leads:
+            return None
+        requested = link.stop_requested()
+        return time_limit.poll() or requested if requested in (None, StopReason.RESIZE) else requested
 
     loop = assemble(
         settings,
@@ -167,9 +170,20 @@ def _train(plan: RunPlan, link: WorkerLink, watch: FolderWatch) -> RunResult:
             trainer.resume(extra)
             logger.event("INFO", f"resumed from {plan.checkpoint}")
             _log_rank_schedule(logger)
-        if plan.ended and world.leads:
+        if plan.grown_from:
+            _log_growth(plan, logger)
+        elif plan.ended and world.leads:
             _log_restart(plan, logger)
         return trainer.run()
+
+
+def _log_growth(plan: RunPlan, logger: MetricLogger) -> None:
+    shape, step = logger.loop.parts.shape, logger.loop.progress.step
+    message = (
+        f"{shape.size} workers instead of {plan.grown_from} from step {step} on: micro-batches of {shape.batch_size}, "
+        f"{shape.accumulation} accumulated; the effective batch stays {shape.effective}"
+    )
+    logger.write("event", {"level": "INFO", "message": message, "world_size": shape.size})
 
 
 def _log_restart(plan: RunPlan, logger: MetricLogger) -> None:
@@ -180,8 +194,12 @@ def _log_restart(plan: RunPlan, logger: MetricLogger) -> None:
     for number, ended in enumerate(plan.ended, 1):
         if number == last:
             record = RestartRecord(number, ended.cause, ended.step, step, round(lost_s, 1))
-            message = f"restart {number} after {ended.message}; it goes on from step {step}, {lost_s:.0f} s lost"
-            logger.write("event", {"level": "WARNING", "message": message, **record.values()})
+            workers = f" with {plan.world_size} workers" if plan.world_size > 1 else ""
+            message = (
+                f"restart {number} after {ended.message}; it goes on from step {step}{workers}, {lost_s:.0f} s lost"
+            )
+            values = {**record.values(), "world_size": plan.world_size}
+            logger.write("event", {"level": "WARNING", "message": message, **values})
         elif plan.checkpoint is None:
             logger.event("WARNING", f"restart {number} after {ended.message}")
 

@@ -73,7 +73,7 @@ class Trainer:
             if report is None:
                 break
             self._after(report)
-            if report.stop is not None:
+            if report.stop is not None and self._ends_with(report):
                 reason = report.stop
                 break
         if (
@@ -84,6 +84,11 @@ class Trainer:
         ):
             self.logger.event("WARNING", "Nothing was trained: all epochs of the run are over. Give more --epochs.")
         return self._end(reason)
+
+    def _ends_with(self, report: StepReport) -> bool:
+        """Whether a run that was asked to stop ends with this step: for a resize only where it has just been saved."""
+        saved = report.applied and self.checkpointer.saved_step == self.loop.progress.step
+        return report.stop is not StopReason.RESIZE or saved or not self.settings.run.save_every
 
     def _step(self) -> StepReport | None:
         """One step; where the data cannot be read on, what was trained before is saved first."""
@@ -174,7 +179,8 @@ class Trainer:
             self._evaluate_and_sample()
         self._save()
         step, figures, run_dir = self.loop.progress.step, self.evaluator.figures, self.checkpointer.run_dir
-        self.checkpointer.save_bundle(reason, figures, self.evaluator.best)
+        if reason is not StopReason.RESIZE:
+            self.checkpointer.save_bundle(reason, figures, self.evaluator.best)
         expert = self.expert
         if expert is not None and reason is StopReason.FINISHED:
             folder = self.loop.world.from_leader(lambda: expert.store(self.settings, run_dir, step, figures))

@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hrm_ray.train.loaders import HaltedSlots
+from hrm_ray.train.loop import StepReport, TrainingLoop
 from hrm_ray.train.plan import RunPlan
 from hrm_ray.train.session import WorkerLink, train
 from hrm_ray.train.stream_loader import StreamLoader
-from hrm_ray.types import Columns, RunResult
+from hrm_ray.types import Columns, RunResult, StopReason
 
 
 def recorded(plan: RunPlan, link: WorkerLink, *, folder: Path, die_at: tuple[int, int] | None = None) -> RunResult:
@@ -39,6 +41,24 @@ def recorded(plan: RunPlan, link: WorkerLink, *, folder: Path, die_at: tuple[int
         return train(plan, link)
     finally:
         StreamLoader.next_batch = real  # type: ignore[method-assign]
+
+
+def recorded_by_attempt(plan: RunPlan, link: WorkerLink, *, folder: Path, halts: Mapping[int, int]) -> RunResult:
+    """`recorded`, each attempt in a folder of its own. Before the step that `halts` names for an attempt rank 0 waits
+    until the workers are to make way for more, or its group is ended."""
+    real = TrainingLoop.step
+
+    def waiting(loop: TrainingLoop) -> StepReport | None:
+        if loop.world.leads and loop.progress.step + 1 == halts.get(plan.attempt):
+            while link.stop_requested() is not StopReason.RESIZE:
+                threading.Event().wait(0.05)
+        return real(loop)
+
+    TrainingLoop.step = waiting  # type: ignore[method-assign]
+    try:
+        return recorded(plan, link, folder=folder / str(plan.attempt))
+    finally:
+        TrainingLoop.step = real  # type: ignore[method-assign]
 
 
 def rows_by_step(folder: Path, ranks: Sequence[int]) -> dict[int, list[tuple[int, ...]]]:

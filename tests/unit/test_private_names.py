@@ -66,6 +66,7 @@ LISTED = [
     ("torch.distributed", "torch.distributed.ProcessGroup._get_sequence_number_for_group", ["train/world.py"]),
     ("ray._private.worker", "ray._private.worker._worker_logs_enabled in (True, False)", ["orchestration/session.py"]),
     ("sys", "sys._current_frames", ["orchestration/heartbeats.py"]),
+    ("ray._private.state", "ray._private.state.available_resources_per_node", ["orchestration/session.py"]),
     ("inspect", "'\"_temp_dir\"' in inspect.getsource(__import__('ray').init)", ["orchestration/session.py"]),
     (
         "ray.train.torch",

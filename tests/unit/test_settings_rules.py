@@ -233,6 +233,26 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
         {"--launcher": "local", "--world-size": "1"},
         "--launcher ray",
     ),
+    "workers_in_order": (
+        {"--min-workers": "3", "--max-workers": "2"},
+        {"--min-workers": "2", "--max-workers": "2"},
+        "Give at most --min-workers 2",
+    ),
+    "fewer_workers_need_ray": (
+        {"--launcher": "local", "--min-workers": "2"},
+        {"--launcher": "local", "--min-workers": "1"},
+        "--launcher ray",
+    ),
+    "more_workers_need_ray": (
+        {"--launcher": "local", "--max-workers": "2"},
+        {"--launcher": "local", "--max-workers": "1"},
+        "--launcher ray",
+    ),
+    "single_stays_single": (
+        {"--no-ddp": True, "--max-workers": "2"},
+        {"--ddp": True, "--max-workers": "2"},
+        "--strategy single with --max-workers 2",
+    ),
     "strategy_without_adalora": (
         {"--strategy": "sharded-optimizer", "--student-init": "b", "--use-peft": True, "--peft-method": "adalora"},
         {"--strategy": "ddp", "--student-init": "b", "--use-peft": True, "--peft-method": "adalora"},
