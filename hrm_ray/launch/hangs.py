@@ -211,8 +211,22 @@ def judge(
         return seen, Verdict()
     message = f"no progress for {stalled_s:.0f} s {where}: {_who(heartbeats, culprits)}"
     if limit.known and ends:
-        message += f"; the run is ended after {limit.end_s:.0f} s"
+        message += f"; workers that hang are ended after {limit.end_s:.0f} s"
     return replace(seen, told_s=stalled_s), Verdict("warning" if limit.known else "long", message, stalled_s, culprits)
+
+
+def judge_start(begun: Collection[int], world_size: int, waited_s: float, *, told: bool) -> Verdict:
+    """One look at a group of which the ranks `begun` have begun, `waited_s` after its start; `told` says whether the
+    wait was told before. Until all have begun they send no heartbeats: they load libraries and find each other."""
+    missing = tuple(rank for rank in range(world_size) if rank not in begun)
+    limit_s = LONG_S if not told else UNKNOWN_S
+    if not missing or waited_s < limit_s:
+        return Verdict()
+    who = "no worker" if len(missing) == world_size else f"{len(begun)} of {world_size} workers"
+    message = (
+        f"{who} has begun after {waited_s:.0f} s" if not begun else f"only {who} have begun after {waited_s:.0f} s"
+    )
+    return Verdict("end" if told else "long", message, waited_s, missing)
 
 
 def _who(heartbeats: Sequence[Heartbeat], culprits: tuple[int, ...]) -> str:

@@ -14,7 +14,7 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hrm_ray.errors import Fault
-from hrm_ray.launch.hangs import Heartbeat, Verdict, Watched, judge
+from hrm_ray.launch.hangs import UNWATCHED_S, Heartbeat, Verdict, Watched, judge, judge_start
 from hrm_ray.launch.restarts import Cause
 from hrm_ray.orchestration.failures import RESUME_HINT, WorkerCrash
 from hrm_ray.orchestration.run_monitor import StatusUpdate, WorkerInfo
@@ -31,20 +31,30 @@ WRITE_WAIT_S = 5.0
 
 @dataclass
 class HangWatch:
-    """Looks at the state of one worker group. `tell` gets a level and a message for the user; `runtime_env` is that of
-    tasks on other nodes."""
+    """Looks at the state of one worker group, from its start. `tell` gets a level and a message for the user;
+    `runtime_env` is that of tasks on other nodes."""
 
     monitor: Any
+    world_size: int
     run_dir: RunDir
     hang_after_s: float | None
     runtime_env: dict[str, Any]
     tell: Callable[[str, str], None]
     _watched: Watched = field(default_factory=Watched)
+    _start_s: float = 0.0
+    """How long workers have been starting, without pauses of the driver itself."""
+    _start_told: bool = False
 
     def look(self, status: StatusUpdate) -> WorkerCrash | None:
         """Tell what is to be told. Where the group hangs, end the processes of the ranks that the others wait for, or
         of all ranks where these are not known, and return the error. Ray Train then ends the rest of the group."""
-        self._watched, verdict = judge(self._watched, status.heartbeats, time.monotonic(), self.hang_after_s)
+        now_s, before_s = time.monotonic(), self._watched.looked_s
+        if before_s is not None:
+            self._start_s += min(now_s - before_s, UNWATCHED_S)
+        self._watched, verdict = judge(self._watched, status.heartbeats, now_s, self.hang_after_s)
+        start = judge_start(status.workers.keys(), self.world_size, self._start_s, told=self._start_told)
+        if start.message:
+            self._start_told, verdict = True, start
         if verdict.kind == "end":
             return self._end(status, verdict)
         if verdict.message:
@@ -54,13 +64,15 @@ class HangWatch:
     def _end(self, status: StatusUpdate, verdict: Verdict) -> WorkerCrash:
         stacks = self._stacks({beat.rank for beat in status.heartbeats if not beat.silent})
         behind = verdict.culprits
-        hanging = [worker for rank, worker in status.workers.items() if rank in behind or not behind]
+        hanging = [worker for rank, worker in status.workers.items() if rank in behind]
+        hanging = hanging or list(status.workers.values())
         states = kill_workers(hanging, self.runtime_env)
         written = self._write(_report(status.heartbeats, verdict, stacks, states))
         value = "workers" if not behind else "worker " + " and ".join(map(str, behind))
         does = [f"{beat}" for beat in status.heartbeats if beat.rank in behind[:1]]
+        does = does or (["no rank is behind the others"] if not behind else [])
         does += [f"the process was {states[rank]}" for rank in behind[:1] if states.get(rank) == psutil.STATUS_STOPPED]
-        reason = "; ".join([verdict.message, *(does or ["no rank is behind the others"]), written])
+        reason = "; ".join([verdict.message, *does, written])
         return WorkerCrash(Fault(value, reason, RESUME_HINT), cause=Cause.HANG)
 
     def _stacks(self, answering: Collection[int]) -> Mapping[int, str]:

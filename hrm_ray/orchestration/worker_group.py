@@ -273,7 +273,9 @@ class WorkerGroupRun:
         self._forced: HrmRayError | None = None
         hang_after_s = plan.settings.cluster.hang_after_s
         self._timeouts = Timeouts.of(hang_after_s)
-        self._hang_watch = HangWatch(self._monitor, RunDir(plan.bundle), hang_after_s, self._runtime_env(), self._tell)
+        self._hang_watch = HangWatch(
+            self._monitor, plan.world_size, RunDir(plan.bundle), hang_after_s, self._runtime_env(), self._tell
+        )
 
     def end(self, error: HrmRayError) -> None:
         """End this attempt with `error`, whatever its workers do: their processes are ended."""

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import ray.exceptions
 
-from hrm_ray.launch.hangs import Heartbeat
+from hrm_ray.launch.hangs import Heartbeat, judge_start
 from hrm_ray.orchestration import hang_watch, heartbeats, run_monitor
 from hrm_ray.orchestration.failures import Failure
 from hrm_ray.orchestration.hang_watch import HangWatch, kill_worker
@@ -89,7 +89,7 @@ def info(rank: int, pid: int) -> WorkerInfo:
 def told_and_ended(monitor: Monitor, folder: Path, now: list[float], pids: list[int]) -> tuple[list[str], Any]:
     """What a watch tells and returns while rank 0 waits in a collective and rank 1 sends no heartbeat any more."""
     told: list[str] = []
-    watch = HangWatch(monitor, RunDir(folder), None, {}, lambda level, message: told.append(f"{level} {message}"))
+    watch = HangWatch(monitor, 2, RunDir(folder), None, {}, lambda level, message: told.append(f"{level} {message}"))
     workers = {rank: info(rank, pid) for rank, pid in enumerate(pids)}
     error = None
     while error is None and now[0] < 500:
@@ -144,6 +144,23 @@ def test_a_monitor_and_a_disk_that_do_not_answer_hold_nothing_up(
     assert processes[1].wait(10) == -signal.SIGKILL
     assert "could not be written (not written in time)" in str(error)
     os.close(os.open(tmp_path / "stacks.txt", os.O_RDONLY | os.O_NONBLOCK))
+
+
+def test_workers_that_never_begin_are_told_and_ended(tmp_path: Path, now: list[float]) -> None:
+    """They load libraries from a dead disk, or do not find each other: then there are no heartbeats."""
+    told: list[str] = []
+    watch = HangWatch(
+        Monitor(), 3, RunDir(tmp_path), None, {}, lambda level, message: told.append(f"{level} {message}")
+    )
+    error = None
+    while error is None:
+        error = watch.look(StatusUpdate())
+        now[0] += 1
+    assert told == ["INFO no worker has begun after 60 s"]
+    assert now[0] > 1800 and str(error).startswith("worker 0 and 1 and 2: no worker has begun after 1800 s")
+    verdict = judge_start({0, 2}, 3, 1800.0, told=True)
+    assert (verdict.message, verdict.culprits) == ("only 2 of 3 workers have begun after 1800 s", (1,))
+    assert judge_start({0, 1, 2}, 3, 1e6, told=True).kind == "nothing"
 
 
 def test_another_process_with_the_number_of_a_worker_is_left_alone(processes: list[subprocess.Popen[bytes]]) -> None:
