@@ -31,6 +31,7 @@ from hrm_ray.train.optimizers import SparseSignSGD
 from hrm_ray.train.out_of_memory import (
     halved,
     is_out_of_memory,
+    needs_restart,
     reading_data,
     split_microbatches,
     too_large,
@@ -150,7 +151,6 @@ class TrainingLoop:
         metrics, new_batch_size = self._passes_that_fit(columns, totals, number)
         adapted: Action | None = None
         with self._outside_passes(number):
-            parts.strategy.reduce()
             rows = parts.sparse.gradients(self.world) if parts.sparse is not None else None
             if rows is None or bool(rows[1].isfinite().all()):
                 norm = parts.strategy.step(parts.grad_clip, parts.scaler.scale if parts.scaler is not None else 1.0)
@@ -231,7 +231,8 @@ class TrainingLoop:
     def _passes_that_fit(
         self, columns: list[Columns], totals: dict[str, float], number: int
     ) -> tuple[MetricTotals, BatchSize | None]:
-        """All passes of a step, repeated with smaller micro-batches while memory runs out on any rank.
+        """All passes of a step, repeated with smaller micro-batches while memory runs out on any rank; then their
+        gradients are reduced.
 
         Gives the metrics, and the new batch size if it changed. `totals` are sums over rows, so they hold however the
         rows are split.
@@ -240,7 +241,8 @@ class TrainingLoop:
         new_size: BatchSize | None = None
         while True:
             done = self._try_passes(columns, totals, number)
-            failed = parts.strategy.any_rank(done is None)
+            with self._outside_passes(number):
+                failed = parts.strategy.reduce(failed=done is None)
             if done is not None and not failed:
                 metrics, carries = done
                 if parts.carried:
@@ -269,8 +271,8 @@ class TrainingLoop:
         """`passes`, or None where memory ran out in one of them and they may be repeated."""
         done = unless_out_of_memory(lambda: self.passes(self._on_device(columns), totals), self.world.device)
         if done is None and not self.parts.strategy.retries_passes:
-            rows = self.parts.shape.batch_size
-            raise too_large(f"step {number}", f"with a micro-batch of {rows}; try a smaller --batch-size")
+            # Before any further collective: the other ranks are in one of this pass, and end as this process does.
+            raise needs_restart(f"step {number}", self.parts.shape.batch_size)
         return done
 
     def passes(self, batches: list[Batch], totals: dict[str, float]) -> tuple[MetricTotals, list[Any]]:
@@ -368,17 +370,28 @@ class TrainingLoop:
                 )
             )
 
-    def flush_metrics(self) -> dict[str, float]:
+    def flush_metrics(self, check: Callable[[], None] = lambda: None) -> dict[str, float]:
         """Means since the last flush over all ranks, without names whose weight is 0. A collective.
 
-        The values of a vector become name_0, name_1 and so on.
+        The values of a vector become name_0, name_1 and so on. Where there is something to flush, the leading rank
+        calls `check`, and an error of it is raised on every rank.
         """
         pairs, self.metrics = self.metrics.pairs, MetricTotals()
         if not pairs:
             return {}
         names = sorted(pairs)
-        flat = [part.to(self.world.device, self.count_type).view(-1) for name in names for part in pairs[name]]
-        summed = iter(self.parts.strategy.sum_over_ranks(torch.cat(flat)).tolist())
+        error: Exception | None = None
+        if self.world.leads:
+            try:
+                check()
+            except Exception as raised:  # noqa: BLE001 - the other ranks learn of it below, whatever it is
+                error = raised
+        parts = [*(part for name in names for part in pairs[name]), torch.tensor(float(error is not None))]
+        flat = [part.to(self.world.device, self.count_type).view(-1) for part in parts]
+        *sums, failed = self.parts.strategy.sum_over_ranks(torch.cat(flat)).tolist()
+        if failed:
+            self.world.raise_together(error)
+        summed = iter(sums)
         means: dict[str, float] = {}
         for name in names:
             total = pairs[name][0]

@@ -102,13 +102,14 @@ class MetricLogger:
             values["total_steps"] = self.loop.parts.lr_schedule.schedule.total_steps
         return values
 
-    def train(self) -> None:
-        """Write the means since the last record, if there was a step since. A collective."""
+    def train(self, check: Callable[[], None] = lambda: None) -> None:
+        """Write the means since the last record, if there was a step since; before that the leading rank calls `check`,
+        and an error of it is raised on every rank. A collective."""
         report, self._unlogged = self._unlogged, None
         if report is None:
             return
         parts, progress = self.loop.parts, self.loop.progress
-        values: dict[str, Any] = self.loop.flush_metrics() | {
+        values: dict[str, Any] = self.loop.flush_metrics(check) | {
             "lr": report.lr,
             "grad_norm": report.norm,
             "epoch": parts.loader.epoch,

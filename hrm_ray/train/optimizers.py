@@ -165,7 +165,7 @@ class SparseSignSGD:
         # A rank whose slots are all idle has no rows, but takes part in gathering those of the others.
         identifiers = torch.cat([weights.new_zeros(0, dtype=torch.long), *(i.long() for i, _ in taken)])
         gradients = torch.cat([weights.new_zeros(0, weights.shape[1]), *(g for _, g in taken)])
-        present, summed = sum_by_identifier(world.gather_rows(identifiers), world.gather_rows(gradients))
+        present, summed = sum_by_identifier(*world.gather_rows(identifiers, gradients))
         return present, summed / world.size
 
     def forget(self) -> None:

@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from hrm_ray.errors import Fault, HostMemoryError, ResourceError
+from hrm_ray.errors import DeviceMemoryError, Fault, HostMemoryError, ResourceError
 from hrm_ray.types import Columns
 
 T = TypeVar("T")
@@ -76,6 +76,18 @@ def split_microbatches(columns: list[Columns], rows: int) -> list[Columns]:
     joined = {name: np.concatenate([micro[name] for micro in columns]) for name in columns[0]}
     count = len(next(iter(joined.values())))
     return [{name: values[first : first + rows] for name, values in joined.items()} for first in range(0, count, rows)]
+
+
+def needs_restart(where: str, rows: int) -> DeviceMemoryError:
+    """The error if smaller micro-batches can help, and the step cannot be repeated with them."""
+    return DeviceMemoryError(
+        Fault(
+            where,
+            f"out of memory with a micro-batch of {rows}, and this --strategy cannot repeat a step",
+            "--resume with a smaller --batch-size and as much more --gradient-accumulation-steps, or with --strategy "
+            "sharded-optimizer",
+        )
+    )
 
 
 def too_large(where: str, doing: str) -> ResourceError:

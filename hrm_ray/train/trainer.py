@@ -125,9 +125,7 @@ class Trainer:
         if not report.applied:
             return
         if step % run.log_every == 0 or step == 1:
-            # An error of rank 0 alone would leave the others in the collective of the metrics.
-            self.loop.world.from_leader(self._check_folder)
-            self.logger.train()
+            self.logger.train(self._check_folder)
         if run.eval_every and step % run.eval_every == 0:
             self._evaluate_and_sample()
         # The last step is saved at the end, after the last evaluation, whose figures belong into the checkpoint.

@@ -114,18 +114,23 @@ class World:
                 gathered[name] = received.cpu()
         return gathered
 
-    def gather_rows(self, tensor: Tensor) -> Tensor:
-        """Rows of all ranks one after the other, rank by rank; ranks may bring different numbers of rows."""
+    def gather_rows(self, *tensors: Tensor) -> list[Tensor]:
+        """Each tensor's rows of all ranks one after the other, rank by rank. All tensors of a rank have the same number
+        of rows; ranks may have different ones."""
         if not self.grouped or self.size == 1:
-            return tensor
-        counts = [torch.zeros(1, dtype=torch.long, device=tensor.device) for _ in range(self.size)]
-        dist.all_gather(counts, torch.tensor([tensor.shape[0]], device=tensor.device))
-        most = int(max(int(c) for c in counts))
-        padded = tensor.new_zeros((most, *tensor.shape[1:]))
-        padded[: tensor.shape[0]] = tensor
-        pieces = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(pieces, padded)
-        return torch.cat([piece[: int(count)] for piece, count in zip(pieces, counts, strict=True)])
+            return list(tensors)
+        own = torch.tensor([tensors[0].shape[0]], device=tensors[0].device)
+        counts = [torch.zeros_like(own) for _ in range(self.size)]
+        dist.all_gather(counts, own)
+        numbers = [int(count) for count in counts]
+        gathered = []
+        for tensor in tensors:
+            padded = tensor.new_zeros((max(numbers), *tensor.shape[1:]))
+            padded[: tensor.shape[0]] = tensor
+            pieces = [torch.empty_like(padded) for _ in range(self.size)]
+            dist.all_gather(pieces, padded)
+            gathered.append(torch.cat([piece[:count] for piece, count in zip(pieces, numbers, strict=True)]))
+        return gathered
 
 
 def collectives_begun() -> int | None:

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from hrm_ray.train import checkpoint
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.evaluator import Evaluator
 from hrm_ray.train.loop import TrainingLoop
-from hrm_ray.train.world import World
+from hrm_ray.train.strategies import ddp
+from hrm_ray.train.world import World, collectives_begun
 from hrm_ray.types import StopReason, StopRequested
 from tests.support.splits import Cut, Rows, config_for, settings_for
 
@@ -55,6 +56,35 @@ def stopped_before_its_first_batch(loop: TrainingLoop) -> str:
     except StopRequested as stopped:
         return f"{stopped.reason.value} {loop.trained}"
     return "a step was taken"
+
+
+def error_at_a_record(loop: TrainingLoop) -> str:
+    """The error of a check that fails on rank 0 as a record is made."""
+
+    def gone() -> None:
+        raise DataError(Fault("the bundle", "is gone", "Start again"))
+
+    loop.step()
+    try:
+        loop.flush_metrics(gone)
+    except DataError as error:
+        return str(error)
+    return "nothing"
+
+
+def collectives_of(step: Callable[[], object]) -> int:
+    """How many collectives this rank takes part in."""
+    before = collectives_begun()
+    step()
+    after = collectives_begun()
+    assert before is not None and after is not None
+    return after - before
+
+
+def folded_alike(loops: Sequence[TrainingLoop]) -> bool:
+    """Whether loops of the same run have the same weights, to the bit."""
+    one, other = (dict(loop.parts.strategy.full_weights()) for loop in loops)
+    return all(bool((one[name] == other[name]).all()) for name in one)
 
 
 def best_seen(loop: TrainingLoop, run_dir: RunDir) -> int:
@@ -100,6 +130,16 @@ def spawned(rank: int, folder: str) -> None:
     found += [error_of(loop, run_dir), run_dir.checkpoint_steps()]
     found.append(best_seen(loop, RunDir(Path(folder) / f"seen_by_{rank}")))
     found.append(stopped_before_its_first_batch(loop_for(Cut(2, 1, 4))))
+    found.append(error_at_a_record(loop))
+    loop.step()
+    found.append([collectives_of(loop.step), collectives_of(loop.flush_metrics)])
+    loops = [loop_for(Cut(2, 1, 4)) for _ in range(2)]
+    for number, each in enumerate(loops):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ddp, "SMALL_BYTES", ddp.SMALL_BYTES * number)
+            for _ in range(3):
+                each.step()
+    found.append(folded_alike(loops))
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
@@ -111,11 +151,15 @@ def test_all_ranks_end_with_the_error_of_one(tmp_path: Path) -> None:
     mp.spawn(spawned, (str(tmp_path),), nprocs=2)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0] == ranks[1]
-    whole, steps, full, after_full, unknown, after_unknown, again, at_last, best, stopped = ranks[0]
+    whole, steps, full, after_full, unknown, after_unknown, again, at_last, best, stopped, *rest = ranks[0]
     assert (whole, steps, again, at_last) == ("nothing", [1], "nothing", [2])
     assert full.startswith("DiskError") and "slots_00000004" in full and "No space left" in full
     assert unknown.startswith("DataError: the ledger")
     assert after_full == after_unknown == [1], "the earlier checkpoint stays, and nothing of the other is left"
     assert best == 2, "rank 0 decides for all"
     assert stopped == "sigterm False"
+    gone, counts, same = rest
+    assert gone.startswith("the bundle") and "is gone" in gone
+    assert counts == [2, 1], "a step adds up denominators and then gradients, a record its means"
+    assert same is True, "gradients in one collective with the word of a failure are those of several"
     assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))

@@ -106,11 +106,11 @@ def account(loop: TrainingLoop) -> Account:
     reduce, gradients = strategy.reduce, [0]
     watch = StorageTracker()
 
-    def reduce_and_name() -> None:
+    def reduce_and_name(failed: bool) -> bool:
         found = [p.grad for p in objective.parameters() if p.grad is not None]
         watch.name("gradients", found)
         gradients[0] = storage_bytes(found)
-        reduce()
+        return reduce(failed)
 
     strategy.reduce = reduce_and_name  # type: ignore[method-assign]
     with watch:

@@ -57,11 +57,14 @@ def test_memory_is_that_of_one_micro_batch(scenario: str) -> None:
             reduce = loop.parts.strategy.reduce
 
             def named(
-                watch: StorageTracker = watch, loop: TrainingLoop = loop, reduce: Callable[[], None] = reduce
-            ) -> None:
+                failed: bool,
+                watch: StorageTracker = watch,
+                loop: TrainingLoop = loop,
+                reduce: Callable[[bool], bool] = reduce,
+            ) -> bool:
                 parameters = loop.parts.objective.parameters()
                 watch.name("gradients", [p.grad for p in parameters if p.grad is not None])
-                reduce()
+                return reduce(failed)
 
             loop.parts.strategy.reduce = named  # type: ignore[method-assign]
             loop.step()
@@ -114,10 +117,10 @@ def test_narrow_gradients_are_added_in_float32(dtype: str) -> None:
     summed: list[Tensor] = []
     reduce = strategy.reduce
 
-    def noted() -> None:
+    def noted(failed: bool) -> bool:
         assert parameter.grad is not None
         summed.append(parameter.grad.double())
-        reduce()
+        return reduce(failed)
 
     strategy.reduce = noted  # type: ignore[method-assign]
     assert loop.step() is not None

@@ -42,11 +42,9 @@ class Strategy(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, which the loop has multiplied by world size, because ranks are averaged."""
 
-    def any_rank(self, flag: bool) -> bool:
-        """Whether `flag` holds on any rank; a collective."""
-
-    def reduce(self) -> None:
-        """Average the gradients over ranks; called once per step, after every rank's last pass."""
+    def reduce(self, failed: bool) -> bool:
+        """Average the gradients over ranks; called after every rank's last pass, also where a pass ran out of memory on
+        this rank (`failed`). Returns whether it did on any rank: then the gradients are of no use. A collective."""
 
     def step(self, max_norm: float, scale: float) -> float:
         """Divide the gradients by `scale`, clip them to `max_norm` (0: no clipping), update weights and moving average

@@ -11,9 +11,13 @@ from torch import Tensor
 from hrm_ray.model.objective import AnyObjective
 from hrm_ray.train.optimizers import BuildOptimizer
 from hrm_ray.train.strategies.single import SingleStrategy
+from hrm_ray.train.world import World
 
 BUCKET_BYTES = 32 * 2**20
 """Gradients that are sent at once: enough to hide latency, little beside the gradients themselves."""
+SMALL_BYTES = 4 * 2**20
+"""Gradients up to this size go in one collective with the word whether memory ran out: the latency of one for itself
+would show beside them, and a rank that has just run out of memory has room for as much."""
 
 
 class DdpStrategy(SingleStrategy):
@@ -25,19 +29,24 @@ class DdpStrategy(SingleStrategy):
     in many passes and reduces once.
     """
 
+    _small: tuple[int, torch.dtype] | None = None
+    """Number and type of all gradients where they are small; known from the first step that no rank failed in."""
+
     def prepare(self, objective: AnyObjective, build_optimizer: BuildOptimizer, ema_decay: float | None = None) -> None:
         with torch.no_grad():
             for tensor in (*objective.to(self.world.device).parameters(), *objective.buffers()):
                 dist.broadcast(tensor.data, 0)
         super().prepare(objective, build_optimizer, ema_decay)
 
-    def any_rank(self, flag: bool) -> bool:
-        raised = torch.tensor(float(flag), device=self.world.device)
-        return bool(self.world.sum(raised) > 0)
-
-    def reduce(self) -> None:
+    def reduce(self, failed: bool) -> bool:
         # Every rank has a gradient for the same parameters: the objective touches all of them in every pass.
         gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
+        if self._small is not None:
+            return self._reduce_small(gradients, failed, self._small)
+        if any_rank(self.world, failed):
+            return True
+        if sum(gradient.nbytes for gradient in gradients) <= SMALL_BYTES and len({g.dtype for g in gradients}) == 1:
+            self._small = sum(gradient.numel() for gradient in gradients), gradients[0].dtype
         for bucket in buckets(gradients):
             if len(bucket) == 1 and bucket[0].is_contiguous():
                 # A large gradient, such as an embedding's, is reduced in place: a copy of it might not fit.
@@ -46,10 +55,34 @@ class DdpStrategy(SingleStrategy):
                 continue
             flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
             dist.all_reduce(flat)
-            flat.div_(self.world.size)
-            parts = flat.split([gradient.numel() for gradient in bucket])
-            for gradient, part in zip(bucket, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
+            _fill(bucket, flat.div_(self.world.size))
+        return False
+
+    def _reduce_small(self, gradients: list[Tensor], failed: bool, layout: tuple[int, torch.dtype]) -> bool:
+        """All gradients, and whether a rank has failed, in one collective."""
+        count, dtype = layout
+        flat = torch.zeros(count + 1, dtype=dtype, device=self.world.device)
+        if failed:
+            flat[-1] = 1
+        else:
+            torch.cat([gradient.reshape(-1) for gradient in gradients], out=flat[:-1])
+        dist.all_reduce(flat)
+        if bool(flat[-1] > 0):
+            return True
+        _fill(gradients, flat[:-1].div_(self.world.size))
+        return False
+
+
+def any_rank(world: World, flag: bool) -> bool:
+    """Whether `flag` holds on any rank; a collective."""
+    return bool(world.sum(torch.tensor(float(flag), device=world.device)) > 0)
+
+
+def _fill(gradients: list[Tensor], flat: Tensor) -> None:
+    """Copy the parts of `flat` into the gradients."""
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -112,11 +112,8 @@ class SingleStrategy:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def any_rank(self, flag: bool) -> bool:
-        return flag
-
-    def reduce(self) -> None:
-        """There is one rank."""
+    def reduce(self, failed: bool) -> bool:
+        return failed
 
     def step(self, max_norm: float, scale: float) -> float:
         self._non_finite = []

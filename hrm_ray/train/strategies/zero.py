@@ -28,6 +28,7 @@ from hrm_ray.model.objective import AnyObjective, Batch, SegmentOutput
 from hrm_ray.train.optimizer_state import OPTIMIZER_FILE, SEPARATOR
 from hrm_ray.train.optimizers import BuildOptimizer
 from hrm_ray.train.precision import Precision
+from hrm_ray.train.strategies.ddp import any_rank
 from hrm_ray.train.strategies.owned_average import OwnedAverage, Ownership
 from hrm_ray.train.strategies.single import AVERAGE, WEIGHTS, Ema
 from hrm_ray.train.world import World
@@ -136,11 +137,10 @@ class ZeroStrategy:
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
 
-    def any_rank(self, flag: bool) -> bool:
-        return bool(self.world.sum(torch.tensor(float(flag), device=self.world.device)) > 0)
-
-    def reduce(self) -> None:
-        """DeepSpeed reduces: in `step` (stage 1) or in every backward pass (stages 2 and 3)."""
+    def reduce(self, failed: bool) -> bool:
+        """DeepSpeed reduces: in `step` (stage 1) or in every backward pass (stages 2 and 3, where a failure ends the
+        run)."""
+        return self.stage == 1 and any_rank(self.world, failed)
 
     def step(self, max_norm: float, scale: float) -> float:
         if self._bad_step:
