@@ -37,7 +37,7 @@ STOP_CHECK_INTERVAL_S = 0.1
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """The process and node of a rank, for messages."""
+    """The process and node of a rank, for messages, and the placement group of all ranks."""
 
     rank: int
     pid: int
@@ -45,12 +45,14 @@ class WorkerInfo:
     node_id: str = ""
     created_s: float = 0.0
     """When the process was started: another one may have its number later."""
+    placement_group: Any = None
 
     @classmethod
     def here(cls, rank: int) -> WorkerInfo:
         """This process."""
-        node_id, created_s = ray.get_runtime_context().get_node_id(), psutil.Process().create_time()
-        return cls(rank, os.getpid(), ray.util.get_node_ip_address(), node_id, created_s)
+        context, address = ray.get_runtime_context(), ray.util.get_node_ip_address()
+        created_s, group = psutil.Process().create_time(), ray.util.get_current_placement_group()
+        return cls(rank, os.getpid(), address, context.get_node_id(), created_s, group)
 
 
 @dataclass(frozen=True)

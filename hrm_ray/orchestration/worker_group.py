@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.exceptions
+from ray.util import remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hrm_ray.errors import DiskError, Fault, HrmRayError, NoRoomError, ResourceError, UnavailableError
@@ -43,7 +44,7 @@ from hrm_ray.orchestration.failures import (
     first_cause,
     shortage,
 )
-from hrm_ray.orchestration.hang_watch import HangWatch, kill_workers
+from hrm_ray.orchestration.hang_watch import HangWatch, kill_worker, kill_workers
 from hrm_ray.orchestration.run_monitor import RunMonitor, StatusUpdate
 from hrm_ray.orchestration.session import POLL_INTERVAL_S, Session, attached, worker_environment
 from hrm_ray.rundir import DRIVER_MARKER, RunDir
@@ -134,6 +135,8 @@ class Attempts:
         if self._elastic and not session.private:
             group.has_more_room = partial(self._has_more_room, session, plan)
         outcome = group.run()
+        if isinstance(outcome, Failed) and session.private and outcome.ending.cause is Cause.NO_ROOM:
+            self.close(keep_logs=False)  # Nobody else is there: processes of an earlier attempt are in the way.
         if isinstance(outcome, Failed) and session.lost():
             # Whatever was noticed first follows from it.
             error = WorkerCrash(
@@ -305,11 +308,17 @@ class WorkerGroupRun:
     def _end_actors(self) -> None:
         """End the attempt's actors and workers."""
         if self._session.lost():
-            return  # They end with the cluster.
+            # They end with the cluster; what trains is ended now, so that it writes nothing into the bundle any more.
+            for worker in self._status.workers.values():
+                kill_worker(worker)
+            return
         for actor in (self._monitor, self._config["chunk_server"]):
             if actor is not None:
                 ray.kill(actor)
-        # Without the monitor workers that still train fail, and with them the controller.
+        # Without it workers that still live are killed; a killed controller leaves it behind.
+        for group in [each.placement_group for each in self._status.workers.values() if each.placement_group][:1]:
+            with suppress(ray.exceptions.RayError):
+                remove_placement_group(group)
         self._fit.join(END_WAIT_S)
         if self._fit.is_alive() and self._status.workers:
             # They wait for a rank that is gone, or are stopped.
