@@ -126,7 +126,9 @@ def _row(number: int, content: object) -> TaskBatch:
 
 
 def _content(row: TaskBatch) -> tuple[int, Any]:
-    return int(row["number"][0]), row["content"][0]
+    column = row["content"]
+    # Ray makes a column of numbers (NaN) of one that holds None.
+    return int(row["number"][0]), column[0] if column.dtype == object else None
 
 
 def _run(items: list[dict[str, Any]], *stages: tuple[Any, float]) -> Iterator[tuple[int, Any]]:

@@ -137,7 +137,7 @@ class Attempts:
         outcome = group.run()
         if isinstance(outcome, Failed) and session.private and outcome.ending.cause is Cause.NO_ROOM:
             self.close(keep_logs=False)  # Nobody else is there: processes of an earlier attempt are in the way.
-        if isinstance(outcome, Failed) and session.lost():
+        elif isinstance(outcome, Failed) and session.lost():
             # Whatever was noticed first follows from it.
             error = WorkerCrash(
                 Fault("the local Ray cluster", "one of its processes was ended from outside", RESUME_HINT),
@@ -302,7 +302,9 @@ class WorkerGroupRun:
     def _failed(self, error: HrmRayError) -> Failed:
         plan = self._plan
         batch_size = plan.settings.optimizer.batch_size
-        ending = Ending(cause_of(error), error, self._sink.step, plan.attempt, plan.world_size, batch_size)
+        # The last records may not have arrived.
+        step = max([self._sink.step, *RunDir(plan.bundle).checkpoint_steps()])
+        ending = Ending(cause_of(error), error, step, plan.attempt, plan.world_size, batch_size)
         return Failed(ending, self._status.begun)
 
     def _end_actors(self) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import signal
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ Kind: TypeAlias = Literal[
     "raylet",
     "gcs",
 ]
+STUCK_S = 120.0
+"""A rank that has killed another process waits so long for its own end."""
 _TITLES: dict[str, str] = {
     "sigkill all": "ray::RayTrainWorker",
     "monitor": "ray::RunMonitor",
@@ -66,24 +69,23 @@ def fail_at(rank: int = 0, step: int = 2, kind: Kind = "sigkill", attempt: int |
     return Fault(rank, step, kind, attempt)
 
 
-SURVIVED: tuple[Kind, ...] = ("sigkill", "sigkill all", "raise", "disk", "monitor", "controller", "chunk server")
-"""Faults of a private cluster on one machine after which a run goes on within the same session."""
-CLUSTER: tuple[Kind, ...] = ("raylet", "gcs")
-"""Those that take a new session."""
+SURVIVED: tuple[Kind, ...] = (
+    *("sigkill", "sigkill all", "raise", "disk", "unreadable", "monitor", "controller", "chunk server"),
+    *("raylet", "gcs"),
+)
+"""Faults of a private cluster on one machine after which a run goes on by itself."""
 
 
-def random_faults(
-    seed: int, count: int, *, ranks: int = 2, every: int = 3, kinds: Sequence[Kind] = SURVIVED
-) -> list[Fault]:
-    """One fault for each of `count` attempts, each at a later step than the one before; every kind at least once where
-    there are enough."""
+def random_faults(seed: int, count: int, *, ranks: int = 2, kinds: Sequence[Kind] = SURVIVED) -> list[Fault]:
+    """One fault for each of `count` attempts, each two to four steps after the one before; every kind at least once
+    where there are enough."""
     chosen = random.Random(seed)
     order = [*kinds]
     chosen.shuffle(order)
     order = (order + chosen.choices(kinds, k=count))[:count]
     step, faults = 1, list[Fault]()
     for attempt, kind in enumerate(order):
-        step += chosen.randint(1, every)
+        step += chosen.randint(2, 4)
         faults.append(Fault(chosen.randrange(ranks), step, kind, attempt))
     return faults
 
@@ -138,6 +140,8 @@ def happen(kind: Kind) -> None:
     for process in of_this_cluster(_TITLES[kind]):
         with suppress(psutil.Error):
             process.kill()
+    # No further: how many steps it would still make is chance.
+    threading.Event().wait(STUCK_S)
 
 
 def of_this_cluster(title: str) -> list[psutil.Process]:
