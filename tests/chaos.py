@@ -39,7 +39,7 @@ from tests.support.runs import records
 SAVE_EVERY = 2
 WAIT_S = 0.1
 """In place of the waits for a disk."""
-WORDS = {
+WORDS: dict[str, str | bool] = {
     **{"--max-seq-len": "16", "--samples-per-block": "60", "--dataset-chunk-size": "13"},
     **{"--hidden-size": "32", "--num-heads": "2", "--num-layers": "2", "--no-use-moe": True, "--no-amp": True},
     **{"--launcher": "ray", "--world-size": "2", "--threads": "1", "--batch-size": "4", "--log-every": "1"},
@@ -66,7 +66,7 @@ def plan_of(folder: Path, name: str, steps: int, max_failures: int) -> RunPlan:
     if not (folder / "corpus").exists():
         TOKENIZER.save(folder / "tokenizer")
         write_corpus(folder / "corpus", texts_of([number % 23 for number in range(160)]), files=3)
-    own = {
+    own: dict[str, str | bool] = {
         **{"--dataset-file": str(folder / "corpus"), "--tokenizer-path": str(folder / "tokenizer")},
         **{"--bundle-dir": str(folder / name), "--steps": str(steps), "--max-failures": str(max_failures)},
     }

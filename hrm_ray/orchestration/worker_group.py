@@ -121,7 +121,13 @@ class Attempts:
             self.close(keep_logs=False)
             session = None
         if session is None:
-            session = self._open(plan, request)
+            try:
+                session = self._open(plan, request)
+            except UnavailableError:
+                if not self._count or plan.ray_address is not None:
+                    raise
+                self.close(keep_logs=False)
+                session = self._open(plan, request)  # A machine that has just lost a cluster may be overloaded.
         try:
             _check_cluster(session, request, records)
         except ResourceError as busy:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,14 +18,13 @@ from hrm_ray.ledger import read_ledger
 from hrm_ray.ledger.verify import violations
 from hrm_ray.orchestration import worker_group
 from hrm_ray.orchestration.datasets import ChunkTaskContext
-from hrm_ray.orchestration.failures import WorkerCrash
 from hrm_ray.rundir import RunDir
 from hrm_ray.settings.load import load_settings
 from hrm_ray.train.plan import RunPlan, TextData
 from hrm_ray.types import Record
 from tests.ray.test_worker_group import Received, never
+from tests.support.faults import Faulty, fail_at, rows_by_step
 from tests.support.numbered_corpora import TOKENIZER, Row, Shape, rows_of_corpus, texts_of, write_corpus
-from tests.support.recorded_training import recorded, rows_by_step
 from tests.support.runs import records
 
 pytestmark = [
@@ -72,11 +70,11 @@ def test_ray_data_gives_the_rows_of_one_process(corpus: Path, tmp_path: Path, or
     if order == "shuffled":
         said = {"--no-linear-dataset": True, "--shuffle-buffer-size": "30"}
     alone = plan_of(corpus, tmp_path / "one", 1, **said)
-    recorded(alone, local.LocalLink(Received(), never), folder=tmp_path / "rows1")
+    Faulty(rows=tmp_path / "rows1")(alone, local.LocalLink(Received(), never))
     plan = plan_of(corpus, tmp_path / "two", 2, **said)
     assert worker_group.reads_text(plan), "there should be something left for Ray Data to make"
-    outcome = worker_group.run(plan, sink=Received(), stop=never, body=partial(recorded, folder=tmp_path / "rows2"))
-    one, two = rows_by_step(tmp_path / "rows1", [0]), rows_by_step(tmp_path / "rows2", [0, 1])
+    outcome = worker_group.run(plan, sink=Received(), stop=never, body=Faulty(rows=tmp_path / "rows2"))
+    one, two = rows_by_step(tmp_path / "rows1"), rows_by_step(tmp_path / "rows2")
     assert one == two
     assert total(two) == EXPECTED and outcome.step == len(two)
     losses = [record["loss"] for record in records(tmp_path / "one")]
@@ -102,21 +100,16 @@ def test_a_process_that_served_another_run_opens_this_ones_tokenizer(corpus: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_worker_costs_no_row_and_doubles_none(corpus: Path, tmp_path: Path, rank: int) -> None:
-    """Killed after the checkpoint of step 6; the run goes on in one process from there. What survives in the weights is
-    what was trained up to step 6 and what was trained after going on: together every row once."""
+    """Killed after the checkpoint of step 6. What survives in the weights is what was trained up to step 6 and what was
+    trained after going on: together every row once."""
     bundle = tmp_path / "b"
     plan = plan_of(corpus, bundle, 2, **{"--save-every": "3"})
-    with pytest.raises(WorkerCrash):
-        body = partial(recorded, folder=tmp_path / "rows1", die_at=(rank, 9))
-        worker_group.run(plan, sink=Received(), stop=never, body=body)
-    steps = RunDir(bundle).checkpoint_steps()
-    assert steps == [3, 6]
-    again = plan_of(corpus, bundle, 1, **{"--resume": True})
-    recorded(again, local.LocalLink(Received(), never), folder=tmp_path / "rows2")
-    before, after = rows_by_step(tmp_path / "rows1", [0, 1]), rows_by_step(tmp_path / "rows2", [0])
-    survived = {step: rows for step, rows in before.items() if step <= 6}
-    assert min(after) == 7 and max(before) >= 8
-    assert total(survived) + total(after) == EXPECTED
+    body = Faulty([fail_at(rank, 9)], rows=tmp_path / "rows")
+    result = worker_group.run(plan, sink=Received(), stop=never, body=body)
+    (restart,) = result.restarts
+    assert (restart.cause, restart.resumed_step) == ("worker lost", 6)
+    trained = rows_by_step(tmp_path / "rows")
+    assert total(trained) == EXPECTED and max(trained) == result.step
     with read_ledger(RunDir(bundle).ledger) as ledger:
         assert list(violations(ledger)) == [] and ledger.complete(0)
         assert ledger.head is not None and ledger.head.total_sequences == EXPECTED.total()

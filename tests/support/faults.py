@@ -158,11 +158,12 @@ def of_this_cluster(title: str) -> list[psutil.Process]:
     return sorted(named, key=lambda process: process.pid == os.getpid())
 
 
-def rows_by_step(folder: Path) -> dict[int, dict[int, list[tuple[int, ...]]]]:
-    """step -> rank -> rows, of the last attempt that made the step."""
+def rows_by_step(folder: Path) -> dict[int, list[tuple[int, ...]]]:
+    """What was recorded: the rows of each step, rank after rank, from the last attempt that made the step."""
     found: dict[int, dict[int, list[tuple[int, ...]]]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
             found.setdefault(entry["step"], {})[int(path.stem)] = [tuple(row) for row in entry["rows"]]
-    return {step: ranks for step, ranks in found.items() if any(ranks.values())}
+    joined = {step: [row for rank in sorted(ranks) for row in ranks[rank]] for step, ranks in sorted(found.items())}
+    return {step: rows for step, rows in joined.items() if rows}
