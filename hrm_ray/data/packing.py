@@ -190,16 +190,16 @@ def merged_rows(parts: Sequence[tuple[RowTokens, Ints]]) -> RowTokens:
         return parts[0][0]
     pieces = np.concatenate([rows.pieces.astype(np.int64) for rows, _ in parts], axis=1)
     pieces[_ROW] = np.concatenate([places[rows.pieces[_ROW]] for rows, places in parts])
+    count = sum(rows.count for rows, _ in parts)
+    tokens = np.concatenate([rows.tokens for rows, _ in parts])
+    token_bytes = np.concatenate([rows.token_bytes for rows, _ in parts])
+    if (np.diff(pieces[_ROW]) >= 0).all():
+        return RowTokens(count, _narrow(pieces), tokens, token_bytes)
     order = np.argsort(pieces[_ROW], kind="stable")
     begin = np.cumsum(pieces[_HELD]) - pieces[_HELD]
     pieces = pieces[:, order]
     source = _runs(pieces[_HELD]) + np.repeat(begin[order], pieces[_HELD])
-    return RowTokens(
-        sum(rows.count for rows, _ in parts),
-        _narrow(pieces),
-        np.concatenate([rows.tokens for rows, _ in parts])[source],
-        np.concatenate([rows.token_bytes for rows, _ in parts])[source],
-    )
+    return RowTokens(count, _narrow(pieces), tokens[source], token_bytes[source])
 
 
 def _narrow(values: Ints | Sequence[Ints]) -> npt.NDArray[Any]:
