@@ -97,12 +97,12 @@ class TextSamples:
             raise IndexError(f"samples are 0..{len(self) - 1}, asked for {indices.min()}..{indices.max()}")
         pieces = self._layout.pieces(indices)
         held = np.minimum(pieces.end - pieces.source, pieces.length + 1)
-        source = _runs(held) + np.repeat(pieces.source, held)
+        parts = _slices(pieces.source, held)
         return RowTokens(
             len(indices),
             _narrow((pieces.row, pieces.column, pieces.length, held, pieces.prompt, pieces.unlabelled)),
-            self.store.tokens[source],
-            self.store.token_bytes[source],
+            _concatenated(self.store.tokens, parts),
+            _concatenated(self.store.token_bytes, parts),
         )
 
 
@@ -198,8 +198,23 @@ def merged_rows(parts: Sequence[tuple[RowTokens, Ints]]) -> RowTokens:
     order = np.argsort(pieces[_ROW], kind="stable")
     begin = np.cumsum(pieces[_HELD]) - pieces[_HELD]
     pieces = pieces[:, order]
-    source = _runs(pieces[_HELD]) + np.repeat(begin[order], pieces[_HELD])
-    return RowTokens(count, _narrow(pieces), tokens[source], token_bytes[source])
+    slices = _slices(begin[order], pieces[_HELD])
+    return RowTokens(count, _narrow(pieces), _concatenated(tokens, slices), _concatenated(token_bytes, slices))
+
+
+def _slices(begin: Ints, length: Ints) -> list[slice]:
+    """The runs of `length` elements from `begin` on, one after the other, those that follow each other as one: a slice
+    copies many times faster than as many indices."""
+    if not len(begin):
+        return []
+    end = begin + length
+    breaks = np.flatnonzero(begin[1:] != end[:-1])
+    firsts, lasts = np.concatenate(([0], breaks + 1)), np.concatenate((breaks, [len(begin) - 1]))
+    return [slice(first, beyond) for first, beyond in zip(begin[firsts].tolist(), end[lasts].tolist(), strict=True)]
+
+
+def _concatenated(values: npt.NDArray[Any], parts: list[slice]) -> npt.NDArray[Any]:
+    return np.concatenate([values[:0], *(values[part] for part in parts)])
 
 
 def _narrow(values: Ints | Sequence[Ints]) -> npt.NDArray[Any]:

@@ -74,6 +74,13 @@ def reads_text(plan: RunPlan) -> bool:
     return isinstance(plan.data, TextData) and plan.data.text.chunking_config.streaming and not plan.data.text.kept
 
 
+def is_served(plan: RunPlan) -> bool:
+    """Whether one process reads text for the workers: where it is tokenised while they train, and where several would
+    each read all of the cache."""
+    streams = isinstance(plan.data, TextData) and plan.data.text.chunking_config.streaming
+    return reads_text(plan) or (streams and plan.world_size > 1)
+
+
 def run(plan: RunPlan, *, sink: MetricSink, stop: StopPoll, body: Body | None = None) -> RunResult:
     """Train on the plan's number of Ray workers and return how it ended; after a failure again, as `launch/restarts`
     decides.
@@ -381,13 +388,17 @@ class WorkerGroupRun:
         return {"env_vars": {"PYTHONPATH": worker_environment(1)["PYTHONPATH"]}}
 
     def _chunk_server(self) -> Any:
-        """The actor that makes chunks of text for all ranks; None where none is left to make, or no CPU is free.
+        """The actor that reads text for all ranks; None where each reads for itself, also because no CPU is free.
 
-        Its tasks need CPUs beside the workers', or they would never start. Without them each worker reads for itself.
+        Tasks that tokenise need CPUs beside the workers', or they would never start.
         """
-        if not isinstance(self._plan.data, TextData) or not reads_text(self._plan):
+        if not isinstance(self._plan.data, TextData) or not is_served(self._plan):
             return None
-        if not self._session.private and ray.available_resources().get("CPU", 0.0) < self._request.cpus + TASK_CPUS:
+        if (
+            reads_text(self._plan)
+            and not self._session.private
+            and ray.available_resources().get("CPU", 0.0) < self._request.cpus + TASK_CPUS
+        ):
             reason = f"the cluster has less than {TASK_CPUS:g} CPU left besides those of the workers"
             if self._plan.settings.cluster.strict:
                 hint = "Free a CPU, or leave --strict out"

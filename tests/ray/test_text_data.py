@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,14 @@ def test_ray_data_gives_the_rows_of_one_process(corpus: Path, tmp_path: Path, or
     assert [record["loss"] for record in records(tmp_path / "two")] == pytest.approx(losses, rel=1e-4)
     with read_ledger(RunDir(tmp_path / "two").ledger) as ledger:
         assert list(violations(ledger)) == [] and ledger.complete(0)
+
+
+def test_several_workers_are_served_what_is_in_the_cache_too(corpus: Path, tmp_path: Path) -> None:
+    plan = plan_of(corpus, tmp_path / "b", 2)
+    assert isinstance(plan.data, TextData) and worker_group.is_served(plan)
+    kept = replace(plan, data=replace(plan.data, text=replace(plan.data.text, kept=True)))
+    assert worker_group.is_served(kept) and not worker_group.reads_text(kept)
+    assert not worker_group.is_served(replace(kept, world_size=1))
 
 
 def test_a_process_that_served_another_run_opens_this_ones_tokenizer(corpus: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from hrm_ray.data.bpe import train_bpe
-from hrm_ray.data.packing import RowForm, TextSamples
+from hrm_ray.data.packing import RowForm, TextSamples, merged_rows
 from hrm_ray.data.rows import Document
 from hrm_ray.data.text_store import TextStore, joined, load_store, save_store, tokenise
 from hrm_ray.errors import DataError, SettingsError
@@ -214,6 +214,38 @@ def test_rows_come_in_any_order_and_padding_rows_weigh_nothing(packing: bool, pr
     for wrong in (-2, len(samples)):
         with pytest.raises(IndexError):
             samples.rows(np.array([wrong]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    texts=st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=12),
+    form=st.builds(RowForm, st.integers(2, 20), st.booleans(), st.booleans(), st.one_of(st.none(), st.integers(2, 6))),
+    data=st.data(),
+)
+def test_rows_as_tokens_are_cut_and_joined_without_a_change(
+    texts: list[tuple[str, str]], form: RowForm, data: st.DataObject
+) -> None:
+    """What a rank gets of rows that come from several stores in any order is what these rows are."""
+    form = replace(form, stride=min(form.stride or form.seq_len, form.seq_len))
+    half = len(texts) // 2
+    stores = [
+        TextSamples(tokenise(paired(*part), TOKENIZER, form.prefix), form) for part in (texts[:half], texts[half:])
+    ]
+    places = [(store, row) for store in (0, 1) for row in range(len(stores[store]))]
+    chosen = data.draw(st.lists(st.sampled_from(places), max_size=12)) if places else []
+    parts = []
+    for number, store in enumerate(stores):
+        at = np.array([place for place, (one, _) in enumerate(chosen) if one == number], dtype=np.int64)
+        if len(at):
+            parts.append((store.tokens(np.array([chosen[place][1] for place in at])), at))
+    first, beyond = sorted((data.draw(st.integers(0, 14)), data.draw(st.integers(0, 14))))
+    rows = merged_rows(parts).slice(first, beyond)
+    count = rows.count + 2
+    found = rows.columns(form.seq_len, PAD, np.arange(rows.count), count)
+    for place, (store, row) in enumerate(chosen[first:beyond]):
+        for name, values in stores[store].rows(np.array([row])).items():
+            assert np.array_equal(found[name][place], values[0]), name
+    assert found["active"].tolist() == [True] * len(chosen[first:beyond]) + [False] * 2
 
 
 @settings(max_examples=200, deadline=None)
