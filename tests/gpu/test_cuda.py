@@ -33,8 +33,8 @@ def test_gradients_and_losses_are_those_of_the_cpu(scenario: str, monkeypatch: p
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_every_feature_trains_as_on_the_cpu(name: str, tmp_path: Path) -> None:
-    """Losses of four updates. Products in 8 or 11 bits, dropout's own random numbers, and the first loss scale's
-    overflow differ between devices, hence the width; what is wrong by a scale or a mask is off by far more."""
+    """Losses of four updates. Products in 8 or 11 bits and the first loss scale's overflow differ between devices,
+    hence the width; what is wrong by a scale or a mask is off by far more."""
     write_bases(tmp_path)
     cpu = run_feature(name, 1, tmp_path)
     gpu = run_feature(name, 1, tmp_path, device="cuda")

@@ -9,8 +9,8 @@ import pytest
 
 from hrm_ray.orchestration import run_monitor
 from hrm_ray.orchestration.failures import Failure
-from hrm_ray.orchestration.run_monitor import MonitorSink, RunMonitor, WorkerChannel
-from hrm_ray.types import Record
+from hrm_ray.orchestration.run_monitor import MonitorSink, RunMonitor, WorkerChannel, WorkerInfo
+from hrm_ray.types import Record, StopReason
 
 
 class Remote:
@@ -99,3 +99,22 @@ def test_of_several_progress_records_only_the_newest_is_sent(monkeypatch: pytest
     sink.close()
     records = asyncio.run(monitor.monitor.take()).records
     assert [(each.kind, each.step) for each in records] == [("train", 1), ("train", 2), ("progress", 3), ("train", 3)]
+
+
+def test_a_stop_goes_before_a_resize() -> None:
+    """A worker that is to make way at its next checkpoint may still be asked to stop at once; not the other way round."""
+
+    async def asked() -> list[StopReason | None]:
+        monitor = RunMonitor()
+        await monitor.announce(WorkerInfo(0, 1, "here"))
+        first = asyncio.ensure_future(monitor.wait_for_stop())
+        await monitor.ask_stop(StopReason.RESIZE)
+        seen = [await first]
+        then = asyncio.ensure_future(monitor.wait_for_stop(StopReason.RESIZE))
+        await asyncio.sleep(0)
+        assert not then.done()
+        await monitor.ask_stop(StopReason.SIGTERM)
+        await monitor.ask_stop(StopReason.RESIZE)
+        return [*seen, await then, await monitor.wait_for_stop()]
+
+    assert asyncio.run(asked()) == [StopReason.RESIZE, StopReason.SIGTERM, StopReason.SIGTERM]
