@@ -139,8 +139,8 @@ def test_a_run_goes_on_while_its_cluster_shrinks_and_grows(nodes: Nodes, tmp_pat
     events = [str(record["message"]) for record in records(tmp_path / "many", "event")]
     for said in ("3 workers instead of 2 from step 20 on", "4 workers instead of 1 from step 36 on"):
         assert any(message.startswith(said) for message in events), events
-    began = [record.time_s for record in sink.records if record.kind == "event" and "restart" in record.values]
-    print(
-        "from a lost node to the next attempt:",
-        [round(at - lost, 1) for at, lost in zip(began, sink.lost_s[::2], strict=True)],
-    )
+    shown = [record for record in sink.records if record.kind == "event"]
+    decided = [record.time_s for record in shown if " of at most " in str(record.values["message"])]
+    began = [record.time_s for record in shown if "restart" in record.values]
+    for what, times in (("the decision", decided), ("the next attempt", began)):
+        print(f"from a lost node to {what}:", [round(at - lost) for at, lost in zip(times, sink.lost_s[::2], strict=True)])

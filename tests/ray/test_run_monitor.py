@@ -102,7 +102,7 @@ def test_of_several_progress_records_only_the_newest_is_sent(monkeypatch: pytest
 
 
 def test_a_stop_goes_before_a_resize() -> None:
-    """A worker that is to make way at its next checkpoint may still be asked to stop at once; not the other way round."""
+    """A worker that is to make way at its next checkpoint may still be asked to stop; not the other way round."""
 
     async def asked() -> list[StopReason | None]:
         monitor = RunMonitor()
