@@ -109,9 +109,7 @@ def describe(resolved: ResolvedRun) -> str:
     least = settings.cluster.min_workers or devices.world_size
     most = settings.cluster.max_workers or devices.world_size
     if least < most:
-        lines.insert(
-            3, f"workers {least} to {most}, as the cluster has room; {effective} rows of each update in any case"
-        )
+        lines.insert(3, f"workers {least} to {most}, as the cluster has room; the {effective} rows of an update stay")
     if resolved.defaults is not None:
         lines.append(f"chosen  {resolved.defaults}")
     if settings.run.expert_id is not None:

@@ -143,4 +143,5 @@ def test_a_run_goes_on_while_its_cluster_shrinks_and_grows(nodes: Nodes, tmp_pat
     decided = [record.time_s for record in shown if " of at most " in str(record.values["message"])]
     began = [record.time_s for record in shown if "restart" in record.values]
     for what, times in (("the decision", decided), ("the next attempt", began)):
-        print(f"from a lost node to {what}:", [round(at - lost) for at, lost in zip(times, sink.lost_s[::2], strict=True)])
+        taken_s = [round(at - lost) for at, lost in zip(times, sink.lost_s[::2], strict=True)]
+        print(f"seconds from a lost node to {what}: {taken_s}")
