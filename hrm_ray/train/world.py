@@ -134,11 +134,15 @@ class World:
 
 
 def collectives_begun() -> int | None:
-    """Collectives that this rank has begun in the default group; None without a group. Any thread may ask."""
+    """Collectives that this rank has begun in the default group; None without a group, or where its backend does not
+    count them. Any thread may ask."""
     if not dist.is_available() or not dist.is_initialized():
         return None
-    group = dist.distributed_c10d._get_default_group()
-    return int(group._get_sequence_number_for_group())  # type: ignore[attr-defined] # its stub lacks the name
+    try:
+        group = dist.distributed_c10d._get_default_group()
+        return int(group._get_sequence_number_for_group())  # type: ignore[attr-defined] # its stub lacks the name
+    except (RuntimeError, ValueError):
+        return None
 
 
 def _portable(error: Exception | None) -> Exception | None:

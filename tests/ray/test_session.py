@@ -18,6 +18,7 @@ import ray._private.worker as ray_worker
 
 from hrm_ray.errors import SettingsError, UnavailableError
 from hrm_ray.launch.devices import choose_devices
+from hrm_ray.launch.hangs import Timeouts
 from hrm_ray.launch.preflight import check_launch
 from hrm_ray.launch.resources import ResourceRequest
 from hrm_ray.orchestration import session as session_module
@@ -61,6 +62,7 @@ def test_a_private_session_undoes_only_what_it_has_changed(restored: Path) -> No
             second.open(never)
         second.close()
         assert session.private and ray.is_initialized() and not ray_worker._worker_logs_enabled
+        assert float(os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"]) == Timeouts.of(None).poll_s
         meanwhile = {"OF_THE_PROGRAM": "after", "NEW": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "7"}
         assert meanwhile.keys() - os.environ.keys() == {"NEW"}
         os.environ.update(meanwhile)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
@@ -23,6 +26,7 @@ from hrm_ray.launch.hangs import (
     limits,
 )
 from hrm_ray.train.activity import Activity, Phase
+from hrm_ray.train.world import collectives_begun
 
 
 class Worker:
@@ -284,3 +288,18 @@ def test_an_activity_measures_steps_and_the_longest_time_without_progress() -> N
     assert activity.longest_s["evaluation"] == 3.0
     now_s = 15.0
     assert activity.idle_s == 4.0
+
+
+def test_a_rank_counts_the_collectives_that_it_has_begun(tmp_path: Path) -> None:
+    """By this count the rank that has not entered a collective is told from those that wait in it."""
+    assert collectives_begun() is None
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
+    try:
+        before = collectives_begun()
+        assert before is not None
+        dist.all_reduce(torch.ones(1))
+        dist.barrier()
+        after = collectives_begun()
+    finally:
+        dist.destroy_process_group()
+    assert after is not None and after >= before + 2
