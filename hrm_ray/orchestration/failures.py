@@ -135,9 +135,10 @@ def cause_of(error: HrmRayError) -> Cause:
     return error.cause if isinstance(error, WorkerCrash) else restarts.cause_of(error)
 
 
-def actor_lost(doing: str, detail: str) -> WorkerCrash:
-    """The error where an actor of the run is dead; `doing` says which."""
-    return WorkerCrash(Fault(doing, "its process was ended from outside", RESUME_HINT), detail, Cause.ACTOR_LOST)
+def actor_lost(doing: str, detail: str, silent_s: float | None = None) -> WorkerCrash:
+    """The error where an actor of the run is dead, or has not answered for `silent_s`; `doing` says which."""
+    reason = "its process was ended from outside" if silent_s is None else f"did not answer for {silent_s:.0f} s"
+    return WorkerCrash(Fault(doing, reason, RESUME_HINT), detail, Cause.ACTOR_LOST)
 
 
 def death_reason(ray_message: str) -> str:

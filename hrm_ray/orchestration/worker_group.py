@@ -471,7 +471,8 @@ class WorkerGroupRun:
                     raise StopRequested(reason)
             self._status = ray.get(self._monitor.take.remote(), timeout=self._timeouts.monitor_s)
         except ray.exceptions.RayError as error:
-            lost = actor_lost("the actor that collects the workers' records", death_reason(str(error)))
+            silent_s = self._timeouts.monitor_s if isinstance(error, ray.exceptions.GetTimeoutError) else None
+            lost = actor_lost("the actor that collects the workers' records", death_reason(str(error)), silent_s)
             raise shortage(error) or lost from error
         for record in self._status.records:
             self._sink.write(record)

@@ -13,6 +13,7 @@ from hrm_ray.errors import DataError, DivergedError, Fault, ResourceError
 from hrm_ray.orchestration.failures import (
     Failure,
     WorkerCrash,
+    actor_lost,
     death_reason,
     first_cause,
     shortage,
@@ -103,3 +104,8 @@ def test_a_worker_that_the_memory_monitor_has_killed_ran_out_of_memory() -> None
     error = first_cause([Failure.of(0, GLOO)], {1: message}, "the logs")
     assert isinstance(error, ResourceError)
     assert str(error).startswith("worker 1: was killed because its machine was nearly out of memory")
+
+
+def test_an_actor_that_does_not_answer_is_told_from_one_that_is_dead() -> None:
+    assert "did not answer for 60 s" in str(actor_lost("the actor", "", 60.0))
+    assert "was ended from outside" in str(actor_lost("the actor", ""))
