@@ -106,10 +106,11 @@ def describe(resolved: ResolvedRun) -> str:
         f"{devices.strategy}",
         f"bundle  {resolved.location.run_dir.root}",
     ]
-    least = settings.cluster.min_workers or devices.world_size
-    most = settings.cluster.max_workers or devices.world_size
-    if least < most:
-        lines.insert(3, f"workers {least} to {most}, as the cluster has room; the {effective} rows of an update stay")
+    fewest = settings.cluster.min_workers or devices.world_size
+    largest = settings.cluster.max_workers or devices.world_size
+    if fewest < largest:
+        room = "as the cluster has room"
+        lines.insert(3, f"workers {fewest} to {largest}, {room}; the {effective} rows of an update stay")
     if resolved.defaults is not None:
         lines.append(f"chosen  {resolved.defaults}")
     if settings.run.expert_id is not None:
