@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
 
 from hrm_ray.launch.defaults import expected_time
-from hrm_ray.launch.preflight import gigabytes, needed_memory
+from hrm_ray.launch.devices import LAUNCHERS
+from hrm_ray.launch.node_report import NodeReport, check_nodes, measure, table
+from hrm_ray.launch.preflight import need_of, needed_memory
 from hrm_ray.launch.resolve import ResolvedRun, effective_batch
-from hrm_ray.launch.resources import WORKER_MEMORY_BYTES
+from hrm_ray.launch.resources import WORKER_MEMORY_BYTES, check_cluster, gigabytes, usable_cpus
 from hrm_ray.launch.scan_data import scan_data
 from hrm_ray.model.attention_backends import FLASH_MODULES
 from hrm_ray.model.transforms.compile import compiles
@@ -32,7 +35,24 @@ def print_dry_run(resolved: ResolvedRun) -> None:
         duration = expected_time(resolved.settings, resolved.config, resolved.devices.device, resolved.devices.threads)
         print(f"time    {duration or 'is not estimated for this device or size'}")
     print(scan_data(resolved))
+    print_nodes(resolved)
     print("dry run: nothing was started or written")
+
+
+def print_nodes(resolved: ResolvedRun) -> None:
+    """What the run asks of its machines, and what each has. Raises HrmRayError where that does not suffice."""
+    devices, bundle = resolved.devices, resolved.location.run_dir.root
+    request = devices.request
+    need = need_of(resolved.settings, resolved.config, request, devices.strategy, devices.device, bundle)
+    if devices.ray_address is None:
+        own = {"CPU": float(usable_cpus()), "GPU": float(request.gpus and torch.cuda.device_count())}
+        print(table(need, [NodeReport("this machine", own, measure(str(bundle), list(need.versions)))]))
+        return
+    look = import_module(LAUNCHERS[devices.launcher]).node_reports
+    reports: list[NodeReport] = look(devices.ray_address, bundle, list(need.versions))
+    print(table(need, reports))
+    check_cluster(request, [report.resources for report in reports], devices.ray_address)
+    check_nodes(need, reports, devices.ray_address)
 
 
 def resolved_values(resolved: ResolvedRun) -> dict[str, Any]:

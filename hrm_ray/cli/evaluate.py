@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hrm_ray.cli.tables import aligned
 from hrm_ray.launch.devices import choose_device
 from hrm_ray.launch.evaluate import Evaluation, evaluate_bundle
+from hrm_ray.tables import aligned
 
 
 def run_evaluate(

@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hrm_ray.bundle.expert_store import StoredExpert, put_expert, read_registry
-from hrm_ray.cli.tables import aligned
 from hrm_ray.errors import Fault, SettingsError
 from hrm_ray.settings.run import DEFAULT_EXPERTS_DIR
+from hrm_ray.tables import aligned
 
 _FIGURES = ("exact_accuracy", "loss")
 """The evaluation figure to show: the first that exists."""

@@ -6,11 +6,11 @@ import sys
 import time
 from pathlib import Path
 
-from hrm_ray.cli.tables import aligned
 from hrm_ray.errors import Fault, SettingsError
 from hrm_ray.launch import list_runs
 from hrm_ray.launch.list_runs import RunEntry
 from hrm_ray.settings.profiles import BUNDLE_DIRS
+from hrm_ray.tables import aligned
 
 _UNITS = ((86400, "d"), (3600, "h"), (60, "min"))
 _COLUMNS = ("bundle", "task", "parameters", "disk", "step", "loss", "best held out", "state", "age")

@@ -6,13 +6,13 @@ import math
 import shlex
 from pathlib import Path
 
-from hrm_ray.cli.tables import aligned
 from hrm_ray.errors import DataError
 from hrm_ray.launch.list_runs import disk_use
 from hrm_ray.launch.resolve import ResolvedRun
 from hrm_ray.metrics.display_state import EVAL_FIELDS, decisive, duration, figure, labelled
 from hrm_ray.metrics.jsonl import read_records
 from hrm_ray.rundir import RunDir
+from hrm_ray.tables import aligned
 from hrm_ray.types import Record, RunResult, StopReason
 
 ENDED_BY = {

@@ -8,6 +8,7 @@ import socket
 from hrm_ray.errors import Fault, SettingsError, UnavailableError
 
 PROBE_TIMEOUT_S = 5.0
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 EMPTY_SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 """An HTTP/2 SETTINGS frame (RFC 9113, 6.5); both sides begin with one, type 4 in the fourth byte."""
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + EMPTY_SETTINGS
@@ -34,13 +35,25 @@ def check_address(address: str) -> None:
                 "Give --ray-address HOST:PORT such as 10.0.0.1:6379, or auto",
             )
         )
-    problem = _probe(host.strip("[]"), int(port))
+    host = host.strip("[]")
+    problem = _probe(host, int(port))
+    hint = "Give the address of a running head, or none to use this machine"
+    own = own_address() if problem is None and host in LOOPBACK else None
+    if own is not None and (there := _probe(own, int(port))) is not None:
+        problem = f"Ray looks for it at {own}:{port}, this machine's own address, and {there}"
+        hint = f"Start the head with --node-ip-address={own}, or give the address of a running head"
     if problem is not None:
-        raise UnavailableError(
-            Fault(
-                f"the Ray address {address}", problem, "Give the address of a running head, or none to use this machine"
-            )
-        )
+        raise UnavailableError(Fault(f"the Ray address {address}", problem, hint))
+
+
+def own_address() -> str | None:
+    """The address of this machine, which Ray takes in place of a loopback address; None without a network."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as unsent:
+            unsent.connect(("8.8.8.8", 53))  # It sends nothing: the system chooses the interface.
+            return str(unsent.getsockname()[0])
+    except OSError:
+        return None
 
 
 def _probe(host: str, port: int) -> str | None:

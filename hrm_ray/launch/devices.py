@@ -11,14 +11,15 @@ from importlib import import_module
 import torch
 
 from hrm_ray.errors import Fault, SettingsError, UnavailableError
-from hrm_ray.launch.resources import usable_cpus
+from hrm_ray.launch.resources import ResourceRequest, places, usable_cpus
 from hrm_ray.settings.cluster import ClusterSettings
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 LAUNCHERS = {"local": "hrm_ray.launch.local", "ray": "hrm_ray.orchestration.worker_group"}
-"""--launcher -> module, imported when it is used. Its function `run(plan, *, sink, stop)` gives a RunResult; that of a
-launcher with a cluster has `attached()` too: whether the program has connected this process to a cluster itself."""
+"""--launcher -> module, imported when it is used. Its function `run(plan, *, sink, stop)` gives a RunResult. That of a
+launcher with a cluster has `attached()` too, whether the program has connected this process to a cluster itself, and
+`cluster_nodes(address)`, the resources of each node, and `node_reports(address, bundle, libraries)`."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Devices:
     strategy: str
     ray_address: str | None
     visible_gpus: str | None
+
+    @property
+    def request(self) -> ResourceRequest:
+        """What the workers take."""
+        return ResourceRequest(self.world_size, self.threads, 1 if self.device == "cuda" else 0)
 
 
 @contextmanager
@@ -84,14 +90,14 @@ def choose_devices(cluster: ClusterSettings) -> Devices:
 
 
 def _choose(cluster: ClusterSettings, address: str | None) -> Devices:
-    # The devices of a running cluster are the cluster's: it is asked when the run connects.
-    device = cluster.device if address and cluster.device != "auto" else choose_device(cluster.device)
     gpus = _chosen_gpus(cluster, address) if cluster.cuda_numbers else []
-    if gpus:
-        device = "cuda"
     found = 1
-    if device == "cuda" and not address and cluster.launcher != "local":
-        found = len(gpus) or _COUNT["cuda"]()
+    if address:
+        device, found = _on_cluster(cluster, address)
+    else:
+        device = "cuda" if gpus else choose_device(cluster.device)
+        if device == "cuda" and cluster.launcher != "local":
+            found = len(gpus) or _COUNT["cuda"]()
     world_size = cluster.world_size or (1 if cluster.strategy == "single" else found)
     strategy = cluster.strategy_for(world_size)
     if device in ("xpu", "mps") and world_size > 1:
@@ -118,6 +124,19 @@ def _check_workers(cluster: ClusterSettings, world_size: int) -> None:
     if most < world_size:
         hint = f"Give --world-size {most}, or a larger --max-workers"
         raise SettingsError(Fault(f"--max-workers {most} with {begins}", "the run would begin with more", hint))
+
+
+def _on_cluster(cluster: ClusterSettings, address: str) -> tuple[str, int]:
+    """The device of workers on a running cluster, and the number of workers by default: one for each of its GPUs.
+
+    The cluster is asked only for what the settings leave open.
+    """
+    counts_workers = cluster.world_size is None and cluster.strategy != "single"
+    if cluster.device not in ("auto", "cuda") or (cluster.device == "cuda" and not counts_workers):
+        return cluster.device, 1
+    nodes = import_module(LAUNCHERS["ray"]).cluster_nodes(address)
+    gpus = places(ResourceRequest(1, cluster.threads or 1, 1), nodes)
+    return "cuda" if gpus or cluster.device == "cuda" else "cpu", max(1, gpus)
 
 
 def _cluster_address(cluster: ClusterSettings) -> str | None:

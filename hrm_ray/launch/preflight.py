@@ -15,11 +15,14 @@ import torch
 from hrm_ray.errors import Fault, ResourceError, UnavailableError
 from hrm_ray.launch.cluster_address import check_address
 from hrm_ray.launch.devices import Devices
+from hrm_ray.launch.node_report import LIBRARIES, Need, installed
 from hrm_ray.launch.resources import (
+    WORKER_MEMORY_BYTES,
     ResourceRequest,
     available_memory_bytes,
     check_local_gpus,
     check_machine,
+    gigabytes,
     usable_cpus,
 )
 from hrm_ray.model.config import ModelConfig
@@ -61,7 +64,7 @@ def check_launch(devices: Devices) -> None:
     if devices.ray_address is not None:
         check_address(devices.ray_address)
         return
-    request = ResourceRequest(devices.world_size, devices.threads, 1 if devices.device == "cuda" else 0)
+    request = devices.request
     check_machine(request, usable_cpus(), available_memory_bytes())
     if request.gpus:
         check_local_gpus(request, torch.cuda.device_count())
@@ -185,6 +188,17 @@ def checkpoint_bytes(settings: RunSettings, config: ModelConfig) -> int:
     return int((_weight_bytes(settings) + _kept_beside(settings)) * count_parameters(config).total)
 
 
+def need_of(
+    settings: RunSettings, config: ModelConfig, request: ResourceRequest, strategy: str, device: str, bundle: Path
+) -> Need:
+    """What a run asks of its nodes, at least."""
+    libraries = [*LIBRARIES, *(["deepspeed"] if strategy.startswith("zero") else [])]
+    model = least_bytes(settings, config) if device == "cpu" else 0
+    # A library that is missing here may be there.
+    versions = dict.fromkeys(libraries, "") | installed(libraries)
+    return Need(request, WORKER_MEMORY_BYTES + model, disk_bytes(settings, config, bundle), versions)
+
+
 def disk_bytes(settings: RunSettings, config: ModelConfig, bundle: Path) -> int:
     """What the checkpoints take besides those that the bundle has: all that are kept, and one being written; the oldest
     is deleted once that one is whole."""
@@ -192,8 +206,3 @@ def disk_bytes(settings: RunSettings, config: ModelConfig, bundle: Path) -> int:
     whole = [run_dir.checkpoint(step) for step in run_dir.checkpoint_steps()]
     there = sum(path.stat().st_size for folder in whole for path in folder.rglob("*") if path.is_file())
     return max(one, one * (settings.run.keep + 1) - there)
-
-
-def gigabytes(size: int) -> str:
-    """Bytes as text."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

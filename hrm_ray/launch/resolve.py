@@ -110,6 +110,10 @@ def _resolve_on(
         raise SettingsError(Fault("--loss stablemax on mps", reason, "Give --loss softmax, or --device cpu"))
     settings = with_effective_batch(settings, devices.world_size)
     no_effect = _without_effect(settings, facts, evaluation, devices.device)
+    if settings.cluster.wait_for_resources is not None and devices.ray_address is None:
+        option = f"--wait-for-resources {settings.cluster.wait_for_resources}"
+        hint = "Leave it out, or give --ray-address"
+        no_effect += (NoEffect(option, "no running cluster is used, and this machine does not grow", hint),)
     if settings.data.force_train and not TRAINED_BEFORE.holds(settings):
         settings = settings.model_copy(update={"data": settings.data.model_copy(update={"force_train": False})})
     for settle in (with_expert_index, moderate_lr):

@@ -116,7 +116,8 @@ def check_cluster(request: ResourceRequest, nodes: Sequence[Mapping[str, float]]
             Fault(
                 f"--world-size {request.world_size} with {_words(request)} per worker",
                 f"the cluster at {address} has room for {fits}: {_totals(nodes)} on {len(nodes)} node(s)",
-                f"Use --world-size {fits}" if fits else "Lower --threads, use another device, or add nodes",
+                f"{f'Use --world-size {fits}' if fits else 'Lower --threads, use another device'}, or "
+                "--wait-for-resources 10m for more nodes",
             )
         )
 
@@ -131,7 +132,7 @@ def check_free(request: ResourceRequest, free: Mapping[str, float], total: Mappi
             Fault(
                 f"--world-size {request.world_size} with {_words(request)} per worker",
                 f"the cluster at {address} is busy: {state}",
-                "Wait until it is free (`ray status` shows who uses it) or use fewer workers",
+                "Give --wait-for-resources 10m (`ray status` shows who uses it), or use fewer workers",
             )
         )
 
@@ -143,3 +144,8 @@ def _words(request: ResourceRequest) -> str:
 
 def _totals(nodes: Sequence[Mapping[str, float]]) -> str:
     return ", ".join(f"{sum(node.get(name, 0.0) for node in nodes):g} {name}s" for name in ("CPU", "GPU"))
+
+
+def gigabytes(size: int) -> str:
+    """Bytes as text."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

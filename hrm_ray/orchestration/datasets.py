@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from hrm_ray.data.catalog import ChunkEntry
 from hrm_ray.data.chunk_source import Chunk, ChunkPipeline
@@ -50,6 +52,8 @@ class ChunkTaskContext:
     text: TextPlan
     run: str
     """A token of the run. Ray uses the processes of tasks again, and another run may have replaced the bundle."""
+    cpus: PlacementGroup | None = field(default=None, compare=False)
+    """The CPUs that are reserved for the tasks; None where they take what is free."""
 
     @property
     def folder(self) -> TextDataDir:
@@ -92,7 +96,7 @@ def chunks_from(context: ChunkTaskContext, first: int) -> Iterator[tuple[int, Ch
         number, raw = _content(batch)
         return _row(number, _tokenised(context, raw) if isinstance(raw, RawChunk) else raw)
 
-    yield from _run([{"first": first}], (read, READ_CPUS), (tokenise_chunk, TOKEN_CPUS))
+    yield from _run(context.cpus, [{"first": first}], (read, READ_CPUS), (tokenise_chunk, TOKEN_CPUS))
 
 
 def chunks_of(context: ChunkTaskContext, entries: Sequence[ChunkEntry]) -> Iterator[tuple[int, ChunkResult]]:
@@ -108,7 +112,9 @@ def chunks_of(context: ChunkTaskContext, entries: Sequence[ChunkEntry]) -> Itera
 
     for begin in range(0, len(entries), CHUNKS_PER_DATASET):
         some = entries[begin : begin + CHUNKS_PER_DATASET]
-        yield from _run([{"number": entry.number, "content": entry} for entry in some], (make, TOKEN_CPUS))
+        yield from _run(
+            context.cpus, [{"number": entry.number, "content": entry} for entry in some], (make, TOKEN_CPUS)
+        )
 
 
 def _tokenised(context: ChunkTaskContext, raw: RawChunk) -> Chunk:
@@ -131,7 +137,9 @@ def _content(row: TaskBatch) -> tuple[int, Any]:
     return int(row["number"][0]), column[0] if column.dtype == object else None
 
 
-def _run(items: list[dict[str, Any]], *stages: tuple[Any, float]) -> Iterator[tuple[int, Any]]:
+def _run(
+    reserved: PlacementGroup | None, items: list[dict[str, Any]], *stages: tuple[Any, float]
+) -> Iterator[tuple[int, Any]]:
     """The results of the stages (a function, and the CPUs of a task) for the items, in order."""
     import ray.data
 
@@ -140,7 +148,10 @@ def _run(items: list[dict[str, Any]], *stages: tuple[Any, float]) -> Iterator[tu
     context.execution_options.preserve_order = True
     context.target_max_block_size = BLOCK_BYTES
     dataset: ray.data.Dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    placed: dict[str, Any] = (
+        {} if reserved is None else {"scheduling_strategy": PlacementGroupSchedulingStrategy(reserved)}
+    )
     for work, cpus in stages:
-        dataset = dataset.map_batches(work, batch_size=1, batch_format="numpy", num_cpus=cpus)
+        dataset = dataset.map_batches(work, batch_size=1, batch_format="numpy", num_cpus=cpus, **placed)
     for batch in dataset.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=1):
         yield _content(batch)

@@ -35,6 +35,7 @@ from hrm_ray.launch.hangs import Timeouts
 from hrm_ray.launch.resources import ResourceRequest, usable_cpus
 from hrm_ray.openmp import SPIN_VARIABLE, limit_openmp_spin
 from hrm_ray.orchestration.session_folder import keep_logs_for_a_while, make_session_folder
+from hrm_ray.stop_signals import STOP_SIGNALS
 from hrm_ray.types import StopPoll, StopRequested
 
 NAMESPACE = "hrm_ray"
@@ -78,6 +79,20 @@ KEEPALIVE_SETTINGS = ("RAY_grpc_client_keepalive_timeout_ms", "RAY_grpc_keepaliv
 
 _OWN_CONNECTION = threading.Lock()
 """Held by the session that has connected this process to Ray. A process has one connection, which all threads see."""
+
+
+def restore_signal_handlers() -> None:
+    """Install the command line's signal handlers again where Ray has put its own over them.
+
+    Ray's native library takes SIGTERM below Python's table of handlers: it prints a stack trace before it passes
+    the signal on. Setting the same handler again takes the signal back.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in STOP_SIGNALS:
+        handler = signal.getsignal(number)
+        if handler is not None:  # None: it was not installed from Python
+            signal.signal(number, handler)
 
 
 def attached() -> bool:

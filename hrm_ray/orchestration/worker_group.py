@@ -11,28 +11,30 @@ How a run ends (launch/supervisor runs its attempts):
 from __future__ import annotations
 
 import secrets
-import signal
 import threading
 import time
 from collections.abc import Callable, Collection
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.exceptions
-from ray.util import remove_placement_group
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hrm_ray.errors import DiskError, Fault, HrmRayError, NoRoomError, ResourceError, UnavailableError
 from hrm_ray.launch import resources
 from hrm_ray.launch.cluster_address import check_address
 from hrm_ray.launch.hangs import Timeouts
+from hrm_ray.launch.node_report import check_nodes
 from hrm_ray.launch.resources import ResourceRequest, places, usable_cpus
 from hrm_ray.launch.restarts import Cause, Ending
 from hrm_ray.launch.supervisor import Failed, WatchedSink, supervise
 from hrm_ray.orchestration.chunk_server import ChunkServer
+from hrm_ray.orchestration.cluster_look import ask_nodes, cluster_nodes, node_reports
+from hrm_ray.orchestration.cluster_room import StartTurn, reserve_cpus, wait_for_room
 from hrm_ray.orchestration.datasets import TASK_CPUS, ChunkTaskContext
 from hrm_ray.orchestration.failures import (
     RESUME_HINT,
@@ -46,9 +48,14 @@ from hrm_ray.orchestration.failures import (
 )
 from hrm_ray.orchestration.hang_watch import HangWatch, kill_worker, kill_workers
 from hrm_ray.orchestration.run_monitor import RunMonitor, StatusUpdate
-from hrm_ray.orchestration.session import POLL_INTERVAL_S, Session, attached, worker_environment
+from hrm_ray.orchestration.session import (
+    POLL_INTERVAL_S,
+    Session,
+    attached,
+    restore_signal_handlers,
+    worker_environment,
+)
 from hrm_ray.rundir import DRIVER_MARKER, RunDir
-from hrm_ray.stop_signals import STOP_SIGNALS
 from hrm_ray.train.plan import RunPlan, TextData, effective_batch, largest_divisor
 from hrm_ray.types import MetricSink, Record, RunResult, StopPoll, StopReason, StopRequested
 
@@ -56,10 +63,8 @@ if TYPE_CHECKING:
     # It loads ray.train, and with it torch, which the session loads while the cluster starts.
     from hrm_ray.orchestration.worker import Body
 
-__all__ = ["attached", "run"]
+__all__ = ["attached", "cluster_nodes", "node_reports", "run"]
 
-FREE_WAIT_S = 10.0
-"""A run that has just ended may hold its resources a little longer."""
 REPLACEMENT_WAIT_S = 10.0
 """How long a run that can go on with fewer workers waits for as many as it had. With the time that it takes to notice a
 lost node it has to stay below 30 s."""
@@ -136,7 +141,7 @@ class Attempts:
                 self.close(keep_logs=False)
                 session = self._open(plan, request)  # A machine that has just lost a cluster may be overloaded.
         try:
-            _check_cluster(session, request, records)
+            turn = self._turn(session, request, plan, records)
         except ResourceError as busy:
             if not self._count or not self._elastic:
                 raise
@@ -144,10 +149,11 @@ class Attempts:
             rows = plan.settings.optimizer.batch_size
             return Failed(Ending(Cause.NO_ROOM, busy, records.step, plan.attempt, plan.world_size, rows), begun=False)
         self._count += 1
-        group = WorkerGroupRun(session, request, plan, records, self._stop, self._body, self._count)
-        if self._elastic and not session.private:
-            group.has_more_room = partial(self._has_more_room, session, plan)
-        outcome = group.run()
+        with closing(turn):
+            group = WorkerGroupRun(session, request, plan, records, self._stop, self._body, self._count, turn)
+            if self._elastic and not session.private:
+                group.has_more_room = partial(self._has_more_room, session, plan)
+            outcome = group.run()
         if isinstance(outcome, Failed) and session.private and outcome.ending.cause is Cause.NO_ROOM:
             self.close(keep_logs=False)  # Nobody else is there: processes of an earlier attempt are in the way.
         elif isinstance(outcome, Failed) and session.lost():
@@ -190,8 +196,28 @@ class Attempts:
             check_address(plan.ray_address)
         session.open(self._stop)
         self.opened = True
-        _restore_signal_handlers()
+        restore_signal_handlers()
         return session
+
+    def _turn(self, session: Session, request: ResourceRequest, plan: RunPlan, sink: MetricSink) -> StartTurn:
+        """Return when there is room for the workers, with the turn to take it. Raises HrmRayError where there is not,
+        or where nodes lack memory, disk or libraries, and StopRequested."""
+        if session.private:
+            if request.gpus:
+                import torch
+
+                resources.check_local_gpus(request, torch.cuda.device_count())
+            return StartTurn()
+        # A run that can go on with fewer workers does that, rather than wait for those that it has lost.
+        wait_s = None if self._count and self._elastic else plan.settings.cluster.wait_s
+        turn = wait_for_room(session, request, wait_s=wait_s, sink=sink, stop=self._stop)
+        try:
+            if not self._count:
+                _check_nodes(session, request, plan)
+        except BaseException:
+            turn.close()
+            raise
+        return turn
 
     def close(self, keep_logs: bool) -> None:
         """Close the session, if there is one."""
@@ -200,42 +226,12 @@ class Attempts:
             session.close(keep_logs and session.private)
 
 
-def _restore_signal_handlers() -> None:
-    """Install the command line's signal handlers again where Ray has put its own over them.
+def _check_nodes(session: Session, request: ResourceRequest, plan: RunPlan) -> None:
+    from hrm_ray.launch.preflight import need_of  # It loads torch.
 
-    Ray's native library takes SIGTERM below Python's table of handlers: it prints a stack trace before it passes
-    the signal on. Setting the same handler again takes the signal back.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return
-    for number in STOP_SIGNALS:
-        handler = signal.getsignal(number)
-        if handler is not None:  # None: it was not installed from Python
-            signal.signal(number, handler)
-
-
-def _check_cluster(session: Session, request: ResourceRequest, sink: MetricSink) -> None:
-    """Refuse a request larger than the cluster; wait FREE_WAIT_S for resources in use, then refuse too."""
-    if session.private:
-        if request.gpus:
-            import torch
-
-            resources.check_local_gpus(request, torch.cuda.device_count())
-        return
-    resources.check_cluster(request, session.nodes(), session.where)
-    deadline_s = time.monotonic() + FREE_WAIT_S
-    reported = False
-    while True:
-        try:
-            resources.check_free(request, ray.available_resources(), ray.cluster_resources(), session.where)
-            return
-        except HrmRayError as busy:
-            if time.monotonic() > deadline_s:
-                raise
-            if not reported:
-                sink.write(_event(f"{busy.faults[0].reason}; waiting up to {FREE_WAIT_S:.0f} s"))
-                reported = True
-        threading.Event().wait(POLL_INTERVAL_S)
+    strategy = plan.settings.cluster.strategy_for(request.world_size)
+    need = need_of(plan.settings, plan.config, request, strategy, plan.device, plan.bundle)
+    check_nodes(need, ask_nodes(plan.bundle, list(need.versions)), session.where)
 
 
 def _event(message: str, level: str = "WARNING", step: int = 0) -> Record:
@@ -258,8 +254,12 @@ class WorkerGroupRun:
         stop: StopPoll,
         body: Body | None,
         number: int,
+        turn: StartTurn,
     ) -> None:
+        """`turn` is closed once the workers have their resources."""
         self._session = session
+        self._turn = turn
+        self._data_cpus: PlacementGroup | None = None
         self._request = request
         self._plan = plan
         self._sink = sink
@@ -369,6 +369,9 @@ class WorkerGroupRun:
         finally:
             with suppress(OSError):
                 self._marker.unlink(missing_ok=True)
+            if self._data_cpus is not None:
+                with suppress(ray.exceptions.RayError):
+                    remove_placement_group(self._data_cpus)
         return self._conclude()
 
     def _tell(self, level: str, message: str) -> None:
@@ -394,11 +397,7 @@ class WorkerGroupRun:
         """
         if not isinstance(self._plan.data, TextData) or not is_served(self._plan):
             return None
-        if (
-            reads_text(self._plan)
-            and not self._session.private
-            and ray.available_resources().get("CPU", 0.0) < self._request.cpus + TASK_CPUS
-        ):
+        if reads_text(self._plan) and not self._session.private and not self._reserve_data_cpus():
             reason = f"the cluster has less than {TASK_CPUS:g} CPU left besides those of the workers"
             if self._plan.settings.cluster.strict:
                 hint = "Free a CPU, or leave --strict out"
@@ -407,8 +406,15 @@ class WorkerGroupRun:
             return None
         world_size = self._request.world_size
         server = self._on_this_node(ChunkServer, max_concurrency=4 * world_size)
-        context = ChunkTaskContext(self._plan.bundle, self._plan.data.text, run=self._marker.name)
+        context = ChunkTaskContext(self._plan.bundle, self._plan.data.text, self._marker.name, self._data_cpus)
         return server.remote(context, world_size)
+
+    def _reserve_data_cpus(self) -> bool:
+        """Whether CPUs for Ray Data are reserved beside the workers': one for each worker at most."""
+        spare = int(ray.available_resources().get("CPU", 0.0) - self._request.cpus)
+        if spare >= TASK_CPUS:
+            self._data_cpus = reserve_cpus(min(spare, self._request.world_size))
+        return self._data_cpus is not None
 
     def _run_fit(self) -> None:
         request = self._request
@@ -474,6 +480,8 @@ class WorkerGroupRun:
             silent_s = self._timeouts.monitor_s if isinstance(error, ray.exceptions.GetTimeoutError) else None
             lost = actor_lost("the actor that collects the workers' records", death_reason(str(error)), silent_s)
             raise shortage(error) or lost from error
+        if len(self._status.workers) == self._request.world_size:
+            self._turn.close()
         for record in self._status.records:
             self._sink.write(record)
 

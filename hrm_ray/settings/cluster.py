@@ -29,7 +29,7 @@ class ClusterSettings(Section):
         None, "free", replaces_stored=("cluster.strategy",), unset="local for one device without a cluster"
     )
     """local: in this process; ray: through Ray Train."""
-    world_size: int | None = option(None, "free", ge=1, unset="one per visible GPU, else one")
+    world_size: int | None = option(None, "free", ge=1, unset="one per GPU of this machine or cluster, else one")
     """Number of workers that train together."""
     strategy: StrategyName | None = option(
         None,
@@ -49,6 +49,8 @@ class ClusterSettings(Section):
     stays the same."""
     ray_address: str | None = option(None, "free", unset="a cluster started on this machine for the run")
     """Address of a running Ray cluster."""
+    wait_for_resources: str | None = option(None, "dropped", unset="10 s for a cluster in use")
+    """Wait at most this long (as 90s, 30m, 1h30m or 1:30:00) while the cluster is too small or in use by others."""
     device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = option("auto", "free", affects=("memory",))
     """Device type to train on; auto takes the best one available."""
     cuda_ids: str | None = option(None, "free", unset="all visible GPUs")
@@ -95,6 +97,13 @@ class ClusterSettings(Section):
             raise refusal("is too short to tell a hang from a slow step", f"Give {SHORTEST_HANG_S}s or more")
         return value
 
+    @field_validator("wait_for_resources")
+    @classmethod
+    def _duration(cls, value: str | None) -> str | None:
+        if value is not None and seconds_of(value) is None:
+            raise refusal("is not a duration", "Give one like 90s, 30m, 1h30m or 1:30:00")
+        return value
+
     @field_validator("cuda_ids")
     @classmethod
     def _device_numbers(cls, value: str | None) -> str | None:
@@ -116,6 +125,11 @@ class ClusterSettings(Section):
     def strategy_for(self, world_size: int) -> StrategyName:
         """The strategy for `world_size` workers."""
         return self.strategy or ("ddp" if world_size > 1 else "single")
+
+    @property
+    def wait_s(self) -> int | None:
+        """The seconds of --wait-for-resources."""
+        return None if self.wait_for_resources is None else seconds_of(self.wait_for_resources)
 
     @property
     def cuda_numbers(self) -> tuple[int, ...]:

@@ -35,7 +35,6 @@ NOT_BUILT: dict[str, str] = {
     "--serve-port": _PROMPTS,
     "--optimize": _FITTING,
     "--memory-budget": _FITTING,
-    "--wait-for-resources": "Start the run when the machines are free today; --auto-resume continues it",
     "--rejoin-every": _FAILURES,
     "--expert-parallel": "Use --strategy ddp today: every worker has all experts",
     "--context-parallel": "Use --use-chunked-training for long sequences today",

@@ -19,7 +19,7 @@ import ray._private.worker as ray_worker
 from hrm_ray.errors import SettingsError, UnavailableError
 from hrm_ray.launch.devices import choose_devices
 from hrm_ray.launch.hangs import Timeouts
-from hrm_ray.launch.preflight import check_launch
+from hrm_ray.launch.preflight import check_launch, least_bytes
 from hrm_ray.launch.resources import ResourceRequest
 from hrm_ray.orchestration import session as session_module
 from hrm_ray.orchestration import worker_group
@@ -84,6 +84,8 @@ def test_a_program_keeps_its_own_cluster(restored: Path, tmp_path: Path, monkeyp
     )  # fmt: skip
     address = context.address_info["gcs_address"]
     kept = ray.put("kept")
+    plan = plan_of(tmp_path, steps=20)
+    least_bytes(plan.settings, plan.config)  # PyTorch sets a variable when it first counts parameters, as any run does.
     before = dict(os.environ)
     # The cluster may be larger than this machine, which is not asked.
     monkeypatch.setattr("hrm_ray.launch.preflight.usable_cpus", lambda: 1)
@@ -91,7 +93,7 @@ def test_a_program_keeps_its_own_cluster(restored: Path, tmp_path: Path, monkeyp
     check_launch(choose_devices(many))
     assert choose_devices(ClusterSettings(device="cpu")).launcher == "local"
     received = Received()
-    outcome = worker_group.run(plan_of(tmp_path, steps=20), sink=received, stop=never, body=counts)
+    outcome = worker_group.run(plan, sink=received, stop=never, body=counts)
     assert outcome.reason is StopReason.FINISHED and [record.step for record in received.records] == list(range(1, 21))
     assert ray.get_runtime_context().gcs_address == address and ray.get(kept) == "kept"
     assert dict(os.environ) == before and ray_worker._worker_logs_enabled

@@ -6,15 +6,17 @@ import os
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from hrm_ray.errors import SettingsError, UnavailableError
+from hrm_ray.errors import ResourceError, SettingsError, UnavailableError
 from hrm_ray.launch.devices import choose_device, choose_devices, visible_gpus
 from hrm_ray.rundir import RunDir
 from hrm_ray.settings.cluster import ClusterSettings
-from tests.support.runs import TEXT, files_below, hrm, refused, text_file, train
+from hrm_ray.train.plan import RunPlan
+from tests.support.runs import TEXT, files_below, hrm, last_said, refused, text_file, train
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -140,3 +142,70 @@ def test_gpus_of_a_cluster_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_devices(ClusterSettings(cuda_ids="0", ray_address="auto"))
     chosen = choose_devices(ClusterSettings(device="cuda", ray_address="auto", world_size=2))
     assert (chosen.device, chosen.world_size, chosen.launcher) == ("cuda", 2, "ray")
+
+
+CPUS, GPUS = {"CPU": 4.0}, {"CPU": 8.0, "GPU": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said", "expected"),
+    [
+        ([CPUS, GPUS, GPUS], {}, ("cuda", 4)),
+        ([CPUS, GPUS, GPUS], {"threads": 5}, ("cuda", 2)),
+        ([CPUS, GPUS, GPUS], {"world_size": 3}, ("cuda", 3)),
+        ([CPUS, GPUS, GPUS], {"strategy": "single"}, ("cuda", 1)),
+        ([CPUS, CPUS], {}, ("cpu", 1)),
+        ([CPUS, CPUS], {"world_size": 8}, ("cpu", 8)),
+        ([CPUS, CPUS], {"device": "cuda"}, ("cuda", 1)),
+        (None, {"device": "cpu"}, ("cpu", 1)),
+        (None, {"device": "cuda", "world_size": 2}, ("cuda", 2)),
+    ],
+)
+def test_a_running_cluster_gives_its_gpus(
+    nodes: list[dict[str, float]] | None,
+    said: dict[str, Any],
+    expected: tuple[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is asked only for what was left open; what this machine has does not matter."""
+    machine(monkeypatch, cuda=1)
+
+    def cluster_nodes(address: str) -> list[dict[str, float]]:
+        assert address == "auto" and nodes is not None
+        return nodes
+
+    monkeypatch.setattr("hrm_ray.orchestration.worker_group.cluster_nodes", cluster_nodes)
+    chosen = choose_devices(ClusterSettings.model_validate({"ray_address": "auto", **said}))
+    assert (chosen.device, chosen.world_size) == expected and chosen.launcher == "ray"
+
+
+def test_named_gpus_are_set_before_ray_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, cuda=4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.setattr("hrm_ray.launch.resolve.check_launch", lambda devices: None)
+    seen: list[tuple[str, int]] = []
+
+    def starting(plan: RunPlan, **named: Any) -> None:
+        seen.append((os.environ["CUDA_VISIBLE_DEVICES"], plan.world_size))
+        raise ResourceError([])
+
+    monkeypatch.setattr("hrm_ray.orchestration.worker_group.run", starting)
+    words = last_said((*TEXT, "--launcher", "ray", "--cuda-ids", "1,3", "--no-amp"))
+    hrm("train", "--dataset-file", text_file(tmp_path), "--bundle-dir", tmp_path / "b", *words)
+    assert seen == [("5,7", 2)]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5,6,7"
+
+
+def test_waiting_for_a_machine_that_does_not_grow_is_noted(tmp_path: Path) -> None:
+    words = ("train", "--dataset-file", text_file(tmp_path), "--bundle-dir", tmp_path / "b", *TEXT)
+    ran = hrm(*words, "--wait-for-resources", "10m", "--dry-run")
+    assert ran.code == 0 and "--wait-for-resources 10m (no running cluster is used" in ran.out
+    refused(2, *words, "--wait-for-resources", "soon", naming=("--wait-for-resources soon", "duration", "1h30m"))
+
+
+def test_a_dry_run_shows_what_is_needed_and_what_is_there(tmp_path: Path) -> None:
+    ran = hrm("train", "--dataset-file", text_file(tmp_path), "--bundle-dir", tmp_path / "b", *TEXT, "--dry-run")
+    lines = ran.out.splitlines()
+    (row,) = (number for number, line in enumerate(lines) if line.startswith("1 worker, each"))
+    assert lines[row - 1].split() == ["CPUs", "GPUs", "memory", "disk", "hrm_ray", "torch", "ray"]
+    assert lines[row + 1].startswith("this machine")

@@ -68,3 +68,22 @@ def test_an_address_of_the_wrong_form_is_a_usage_error(address: str) -> None:
 def test_an_address_where_nothing_listens_is_refused() -> None:
     with pytest.raises(UnavailableError, match="nothing answers"):
         check_address("127.0.0.1:1")
+
+
+def test_a_loopback_address_is_looked_for_where_ray_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray takes this machine's own address in its place, where a head that is bound to loopback does not answer."""
+    probed: list[str] = []
+
+    def probe(host: str, port: int) -> str | None:
+        probed.append(host)
+        return "nothing answers there (refused)" if host == "10.0.0.7" else None
+
+    monkeypatch.setattr("hrm_ray.launch.cluster_address._probe", probe)
+    monkeypatch.setattr("hrm_ray.launch.cluster_address.own_address", lambda: "10.0.0.7")
+    with pytest.raises(UnavailableError) as caught:
+        check_address("127.0.0.1:6379")
+    assert "127.0.0.1:6379: Ray looks for it at 10.0.0.7:6379" in str(caught.value) and len(str(caught.value)) < 300
+    check_address("10.0.0.8:6379")
+    assert probed == ["127.0.0.1", "10.0.0.7", "10.0.0.8"]
+    monkeypatch.setattr("hrm_ray.launch.cluster_address.own_address", lambda: None)
+    check_address("localhost:6379")

@@ -67,6 +67,7 @@ def test_the_local_launcher_needs_no_cluster(four_gpus: None, monkeypatch: pytes
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     alone = choose_devices(ClusterSettings(launcher="local", device="cpu"))
     assert alone.ray_address is None and alone.threads >= 1
+    monkeypatch.setattr("hrm_ray.orchestration.worker_group.cluster_nodes", lambda address: [])
     assert choose_devices(ClusterSettings()).ray_address == "10.0.0.1:6379"
     assert choose_devices(ClusterSettings(ray_address="local")).ray_address is None
 
