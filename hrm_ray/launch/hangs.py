@@ -96,9 +96,12 @@ class Heartbeat:
     def silent(self) -> bool:
         return self.age_s > SILENT_S
 
+    @property
+    def does(self) -> str:
+        return "does not answer" if self.silent else f"is {_SAID[self.phase]}"
+
     def __str__(self) -> str:
-        does = "does not answer" if self.silent else f"is {_SAID[self.phase]}"
-        return f"rank {self.rank} (pid {self.pid} on {self.node}) {does}"
+        return f"rank {self.rank} (pid {self.pid} on {self.node}) {self.does}"
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,6 @@ class Verdict:
 
     kind: Kind = "nothing"
     message: str = ""
-    stalled_s: float = 0.0
     culprits: tuple[int, ...] = ()
     """The ranks that the others wait for; empty where that is not known."""
 
@@ -204,7 +206,7 @@ def judge(
     step = max(beat.step for beat in heartbeats)
     where = f"in step {step}" if step else "before the first step"
     if ends and stalled_s >= limit.end_s:
-        return seen, Verdict("end", f"no progress for {stalled_s:.0f} s {where}", stalled_s, culprits)
+        return seen, Verdict("end", f"no progress for {stalled_s:.0f} s {where}", culprits)
     if before.told_s is not None:
         return replace(seen, told_s=max(before.told_s, stalled_s)), Verdict()
     if stalled_s < limit.told_s:
@@ -212,7 +214,7 @@ def judge(
     message = f"no progress for {stalled_s:.0f} s {where}: {_who(heartbeats, culprits)}"
     if limit.known and ends:
         message += f"; workers that hang are ended after {limit.end_s:.0f} s"
-    return replace(seen, told_s=stalled_s), Verdict("warning" if limit.known else "long", message, stalled_s, culprits)
+    return replace(seen, told_s=stalled_s), Verdict("warning" if limit.known else "long", message, culprits)
 
 
 def judge_start(begun: Collection[int], world_size: int, waited_s: float, *, told: bool) -> Verdict:
@@ -226,7 +228,7 @@ def judge_start(begun: Collection[int], world_size: int, waited_s: float, *, tol
     message = (
         f"{who} has begun after {waited_s:.0f} s" if not begun else f"only {who} have begun after {waited_s:.0f} s"
     )
-    return Verdict("end" if told else "long", message, waited_s, missing)
+    return Verdict("end" if told else "long", message, missing)
 
 
 def _who(heartbeats: Sequence[Heartbeat], culprits: tuple[int, ...]) -> str:

@@ -69,9 +69,11 @@ class HangWatch:
         states = kill_workers(hanging, self.runtime_env)
         written = self._write(_report(status.heartbeats, verdict, stacks, states))
         value = "workers" if not behind else "worker " + " and ".join(map(str, behind))
-        does = [f"{beat}" for beat in status.heartbeats if beat.rank in behind[:1]]
-        does = does or (["no rank is behind the others"] if not behind else [])
-        does += [f"the process was {states[rank]}" for rank in behind[:1] if states.get(rank) == psutil.STATUS_STOPPED]
+        first = next((beat for beat in status.heartbeats if beat.rank in behind[:1]), None)
+        does = [] if behind else ["no rank is behind the others"]
+        if first is not None:
+            stopped = " (it was stopped)" if states.get(first.rank) == psutil.STATUS_STOPPED else ""
+            does = [f"pid {first.pid} on {first.node} {first.does}{stopped}"]
         reason = "; ".join([verdict.message, *does, written])
         return WorkerCrash(Fault(value, reason, RESUME_HINT), cause=Cause.HANG)
 
@@ -103,7 +105,7 @@ class HangWatch:
         thread = threading.Thread(target=write, name="write-stacks", daemon=True)
         thread.start()
         thread.join(WRITE_WAIT_S)
-        return f"{path} could not be written ({problems[0]})" if problems else f"the stacks are in {path}"
+        return f"{path} could not be written ({problems[0]})" if problems else f"stacks are in {path}"
 
 
 def _report(

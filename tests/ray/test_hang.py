@@ -26,8 +26,8 @@ def test_a_stopped_worker_is_told_and_ended_and_the_run_goes_on(temp_root: Path,
     assert (result.reason, result.step) == (StopReason.FINISHED, 60)
     warning, restart = [record for record in received.records if record.kind == "event"]
     stopped_s = (tmp_path / "stopped").stat().st_mtime
-    assert "in step 40: rank 1 " in str(warning.values["message"]) and warning.time_s - stopped_s < 6
-    told = "hang at step 39 .worker 1: no progress for .* s in step 40; rank 1 .* the process was stopped"
-    assert re.match(told, str(restart.values["message"])) and restart.time_s - stopped_s < 30
+    assert "in step 40: rank 1 " in str(warning.values["message"]) and warning.time_s - stopped_s < 15
+    told = "hang at step 39 .worker 1: no progress for .* s in step 40; pid .* does not answer \\(it was stopped\\)"
+    assert re.match(told, str(restart.values["message"])) and restart.time_s - stopped_s < 60
     report = (tmp_path / "stacks.txt").read_text(encoding="utf-8")
     assert "_sum_of_ones" in report and "no stacks: the process did not answer" in report
