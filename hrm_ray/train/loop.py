@@ -175,7 +175,8 @@ class TrainingLoop:
             halted = [carry.halted.cpu().numpy() for carry in self.carries]
         else:
             halted = [np.ones(shape.batch_size, dtype=np.bool_)] * shape.accumulation
-        with self.activity.doing("data"), reading_data("the training data"):
+        # The first batch, for which a shuffle buffer is filled, belongs to the first step.
+        with self.activity.doing("data" if self.trained else "first step"), reading_data("the training data"):
             return self.parts.loader.next_batch(halted, step)
 
     @contextmanager

@@ -10,6 +10,7 @@ from hrm_ray.bundle.progress import Progress, stored_counts
 from hrm_ray.errors import ResourceError
 from hrm_ray.rundir import RunDir, write_json
 from hrm_ray.settings.tree import RunSettings
+from hrm_ray.train.activity import Phase
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.checkpoint import Checkpointer, load_checkpoint, save_checkpoint
 from hrm_ray.train.evaluate import EvalSet
@@ -79,6 +80,26 @@ def test_trainers_beside_each_other_write_what_they_are_given(tmp_path: Path) ->
     names = [{name.split("/")[0] for name in files_below(tmp_path / each)} for each in ("first", "second")]
     own = {"config.json", "metadata.json", "model.safetensors", "checkpoints"}
     assert names == [own | {"best", "training_args.json"}, own]
+
+
+def test_a_trainer_marks_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a worker's heartbeat says, and by which a hang is told from a long evaluation."""
+    trainer = trainer_of(settings_of(steps=2, log_every=1, eval_every=1, save_every=1), tmp_path / "run", None, None)
+    activity, entered = trainer.loop.activity, list[tuple[int, str]]()
+    assert (activity.phase, activity.step) == ("starting", 0)
+    enter = activity.enter
+
+    def noted(phase: Phase) -> None:
+        entered.append((activity.step, phase))
+        enter(phase)
+
+    monkeypatch.setattr(activity, "enter", noted)
+    trainer.run()
+    between = ["records", "evaluation", "records", "checkpoint", "records"]
+    first = ["first step", "first step", "first step", *between]
+    second = ["step", "data", "step", "records", "evaluation", "records", "ending", "evaluation", "ending"]
+    assert entered == [*((1, phase) for phase in first), *((2, phase) for phase in [*second, "checkpoint", "ending"])]
+    assert activity.step_s is not None and activity.longest_s.keys() >= {"first step", "evaluation", "checkpoint"}
 
 
 def test_the_schedule_follows_its_clock(tmp_path: Path) -> None:
