@@ -191,13 +191,13 @@ RUN_RULES: dict[str, Rule] = {
     "zero_with_wide_state": refuse(
         lambda s: _zero(s) and s.optimizer.use_8bit_optimizer,
         ("cluster.strategy", "optimizer.use_8bit_optimizer"),
-        "the 8-bit optimizer treats each tensor by itself, and ZeRO joins them into flat buffers",
+        "the 8-bit optimizer decides by tensor, and ZeRO joins tensors into flat buffers that it cannot save by name",
         "Use --strategy sharded-optimizer",
     ),
     "zero_with_float32_weights": refuse(
         lambda s: _zero(s) and s.memory.model_dtype != "fp32",
         ("cluster.strategy", "memory.model_dtype"),
-        "ZeRO updates float32 copies of the weights and cannot round stochastically",
+        "ZeRO would update float32 copies that checkpoints do not hold, so a resumed run would go on otherwise",
         "Use --amp with --model-dtype fp32, or --strategy sharded-optimizer",
     ),
     "zero_keeps_its_own_state": refuse(

@@ -98,10 +98,10 @@ def test_an_evaluation_goes_on_smaller(tmp_path: Path, monkeypatch: pytest.Monke
     train(data, tmp_path / "enough", *words)
     genuine = evaluation._own_sums
 
-    def short(objective: Any, held_out: Any, world: Any) -> Any:
+    def short(objective: Any, held_out: Any, *more: Any) -> Any:
         if held_out.batch_size > 1:
             raise MemoryError
-        return genuine(objective, held_out, world)
+        return genuine(objective, held_out, *more)
 
     monkeypatch.setattr(evaluation, "_own_sums", short)
     train(data, tmp_path / "short", *words)
