@@ -22,7 +22,7 @@ NOT_BUILT: dict[str, str] = {
     "--outer-momentum": _WORKERS,
     "--merge-weights": _WORKERS,
     "--gpu-share": _WORKERS,
-    "--strategy fsdp": "Use --strategy zero3 today: it also divides experts, whose gradients FSDP2 got wrong in a trial",
+    "--strategy fsdp": "Use --strategy zero3 today: it trains experts too, which FSDP2 did wrong in a trial",
     "--cloud-provider": _CLOUD,
     "--cloud-bucket": _CLOUD,
     "--cloud-region": _CLOUD,

@@ -3,7 +3,8 @@
 `python -m tests.benchmarks.bench_strategies --ranks 2` trains the same text model under each strategy, in rounds that
 take turns within one group of processes, and prints a table: bytes of a rank as weights (with copies of them),
 gradients and optimizer state when the passes of a step are done, counted by storage; the same as
-`train.memory_estimate` has it; and the time against ddp in the same round. `--rounds 0` measures memory alone.
+`train.memory_estimate` has it; and the time against ddp in the same round, by the wall and of the CPU. The time of the
+CPU leaves out waits, and so holds on a machine that does other work too. `--rounds 0` measures memory alone.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from hrm_ray.train.optimizer_state import state_tensors
 from hrm_ray.train.storage_tracker import storage_bytes
 from hrm_ray.train.world import World
 from tests.benchmarks.bench_cases import CASES, RandomRows
-from tests.benchmarks.timing import spent, summary, table
+from tests.benchmarks.timing import Spent, spent, summary, table
 
 STRATEGIES = ("ddp", *DIVIDED)
 STEPS = 2
@@ -117,7 +118,7 @@ def measure(rank: int, ranks: int, folder: str, rounds: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
     bytes_by_part: dict[str, dict[str, int]] = {}
-    times_s: dict[str, list[float]] = {strategy: [] for strategy in STRATEGIES}
+    times: dict[str, list[Spent]] = {strategy: [] for strategy in STRATEGIES}
     loops: dict[str, TrainingLoop] = {}
     for strategy in STRATEGIES:
         loops[strategy], bytes_by_part[strategy] = measured(strategy, ranks)
@@ -126,9 +127,9 @@ def measure(rank: int, ranks: int, folder: str, rounds: int) -> None:
         for strategy in order:
             dist.barrier()
             taken = spent(lambda loop=loops[strategy]: [loop.step() for _ in range(STEPS)])  # type: ignore[misc]
-            times_s[strategy].append(taken.wall_s / STEPS)
+            times[strategy].append(taken)
     if rank == 0:
-        torch.save((bytes_by_part, times_s), Path(folder) / "result.pt")
+        torch.save((bytes_by_part, times), Path(folder) / "result.pt")
     dist.barrier()
     os._exit(0)
 
@@ -147,20 +148,22 @@ def main() -> None:
     said = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         spawn(measure, (said.ranks, folder, said.rounds), nprocs=said.ranks)
-        bytes_by_part, times_s = torch.load(Path(folder) / "result.pt", weights_only=False)
+        bytes_by_part, times = torch.load(Path(folder) / "result.pt", weights_only=False)
     rows = []
     for strategy in STRATEGIES:
         found, expected = bytes_by_part[strategy], estimated(strategy, said.ranks)
-        pairs = [(found[part], expected[part]) for part in PARTS]
-        pairs.append((sum(found.values()), sum(expected.values())))
-        shown = [f"{ours / CASE.parameters:.2f} / {theirs / CASE.parameters:.2f}" for ours, theirs in pairs]
+        sizes = [(found[part], expected[part]) for part in PARTS]
+        sizes.append((sum(found.values()), sum(expected.values())))
+        shown = [f"{ours / CASE.parameters:.2f} / {theirs / CASE.parameters:.2f}" for ours, theirs in sizes]
         if said.rounds:
-            ratios = [own / ddp for own, ddp in zip(times_s[strategy], times_s["ddp"], strict=True)]
-            shown += [f"{1e3 * median(times_s[strategy]):.0f}", summary(ratios).shown(2)]
+            pairs = list(zip(times[strategy], times["ddp"], strict=True))
+            shown.append(f"{1e3 * median(own.wall_s for own in times[strategy]) / STEPS:.0f}")
+            shown.append(summary([own.wall_s / ddp.wall_s for own, ddp in pairs]).shown(2))
+            shown.append(summary([own.cpu_s / ddp.cpu_s for own, ddp in pairs]).shown(2))
         rows.append([strategy, *shown])
     print(f"{CASE.parameters:,} parameters, {said.ranks} ranks of one core, {said.rounds} rounds of {STEPS} steps;")
     print("bytes of a parameter, measured / estimated")
-    titles = ["strategy", *PARTS, "sum", *(["ms/step", "time / ddp"] if said.rounds else [])]
+    titles = ["strategy", *PARTS, "sum", *(["ms/step", "time / ddp", "CPU / ddp"] if said.rounds else [])]
     print(table(titles, rows))
 
 
