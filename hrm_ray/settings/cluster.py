@@ -40,7 +40,8 @@ class ClusterSettings(Section):
     """How several workers train together. single: one worker. ddp: every worker has the whole model, and gradients are
     averaged once per weight update. sharded-optimizer: as ddp, with the optimizer state and the moving average divided
     among the workers. zero1, zero2, zero3: DeepSpeed ZeRO (Linux), which divides the optimizer state; the gradients
-    too; the weights too. The numbers are those of ddp, and a run can be resumed under another strategy."""
+    too; the weights too. The numbers are those of ddp, and a run can be resumed under another strategy.
+    docs/memory.md says which to take."""
     min_workers: int | None = option(None, "free", ge=1, unset="as many as --world-size")
     """Fewest workers to go on with where some are lost and nothing takes their place. The effective batch stays the
     same: fewer workers take more rows each."""
