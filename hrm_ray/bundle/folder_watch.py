@@ -30,13 +30,20 @@ class FolderWatch:
     """
 
     def __init__(self, folder: Path) -> None:
+        """Raises DataError where there is no such folder, and OSError where its disk does not answer."""
         self.folder = folder
         self._generation: dict[str, Any] | None = None
         self._descriptor: int | None = None
-        if os.name != "nt":
-            # While it is open no new folder gets the number of this one. Windows deletes no folder with open files.
-            self._descriptor = os.open(folder, os.O_RDONLY)
-        self._first = os.stat(folder)
+        try:
+            if os.name != "nt":
+                # While it is open no new folder gets the number of this one. Windows deletes no folder with open files.
+                self._descriptor = os.open(folder, os.O_RDONLY)
+            self._first = os.stat(folder)
+        except OSError as error:
+            self.close()
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                raise DataError(deleted(folder)) from error
+            raise
 
     def take_generation(self) -> None:
         """Open the bundle for this set of workers: an earlier set is refused from now on. Called on rank 0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -82,9 +83,14 @@ def _attempt(plan: RunPlan, records: WatchedSink, stop: StopPoll) -> RunResult |
         with stalls_told(link.activity, records, plan.settings.cluster.hang_after_s):
             return train(plan, link)
     except (DiskError, UnreadableError) as error:
-        batch_size = plan.settings.optimizer.batch_size
-        ending = Ending(cause_of(error), error, records.step, plan.attempt, plan.world_size, batch_size)
-        return Failed(ending, link.begun)
+        # Without the frames that it was raised in: they hold the model, beside which the next attempt builds another.
+        kept = type(error)(error.faults)
+    gc.collect()
+    if plan.device == "cuda":
+        torch.cuda.empty_cache()
+    batch_size = plan.settings.optimizer.batch_size
+    ending = Ending(cause_of(kept), kept, records.step, plan.attempt, plan.world_size, batch_size)
+    return Failed(ending, link.begun)
 
 
 @contextmanager

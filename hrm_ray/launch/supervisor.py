@@ -8,10 +8,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from hrm_ray.bundle.progress import STATE
+from hrm_ray.errors import DataError
 from hrm_ray.launch.restarts import Ending, GiveUp, RestartPolicy, decide
 from hrm_ray.rundir import RunDir, read_json
 from hrm_ray.train.plan import EndedAttempt, RunPlan, effective_batch, largest_divisor, resized
@@ -143,12 +145,15 @@ def _told(ending: Ending) -> str:
 def _stopped(plan: RunPlan, reason: StopReason, watched: WatchedSink, ending: Ending | None = None) -> RunResult:
     """The result of a run that was asked to stop between attempts: that of its newest checkpoint. Raises the failure,
     or StopRequested, where it has none."""
-    newest = RunDir(plan.bundle).newest_checkpoint() if plan.ended or ending is not None else None
-    if newest is None:
+    state: dict[str, Any] | None = None
+    if plan.ended or ending is not None:
+        with suppress(OSError, DataError):  # The disk may still be away.
+            newest = RunDir(plan.bundle).newest_checkpoint()
+            state = None if newest is None else read_json(newest / STATE)
+    if state is None:
         if ending is not None:
             raise ending.error
         raise StopRequested(reason)
-    state = read_json(newest / STATE)
     return RunResult(
         reason, state["progress"]["step"], state["epoch"], str(plan.bundle), restarts=tuple(watched.restarts)
     )

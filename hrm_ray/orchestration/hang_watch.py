@@ -18,6 +18,7 @@ from hrm_ray.launch.hangs import UNWATCHED_S, Heartbeat, Verdict, Watched, judge
 from hrm_ray.launch.restarts import Cause
 from hrm_ray.orchestration.failures import RESUME_HINT, WorkerCrash
 from hrm_ray.orchestration.run_monitor import StatusUpdate, WorkerInfo
+from hrm_ray.orchestration.session_folder import started_at
 from hrm_ray.rundir import RunDir
 
 STACKS_WAIT_S = 4.0
@@ -127,13 +128,15 @@ def kill_worker(worker: WorkerInfo) -> str:
     """End a worker's process on this node; returns what the system said of it before, such as `stopped`."""
     try:
         process = psutil.Process(worker.pid)
-        if process.create_time() != worker.created_s:
+        if not started_at(process, worker.created_s):
             return "gone"
         status = str(process.status())
         process.kill()
         return status
     except psutil.NoSuchProcess:
         return "gone"
+    except psutil.AccessDenied:
+        return "another user's"
 
 
 def kill_workers(workers: Collection[WorkerInfo], runtime_env: dict[str, Any]) -> dict[int, str]:

@@ -23,7 +23,7 @@ DRIVER = "driver.json"
 KEPT_LOGS_S = 24 * 3600.0
 """How long logs that a message has named are kept after the driver has ended."""
 _SAME_START_S = 2.0
-"""Start times of one process differ by less, as its clock is read again."""
+"""Start times of one process differ by less: they count from the boot, whose time moves with the system's clock."""
 
 
 def make_session_folder(root: Path) -> Path:
@@ -66,9 +66,14 @@ def _write_driver(folder: Path, *, logs_named: bool) -> None:
     (folder / DRIVER).write_text(json.dumps(driver), encoding="utf-8")
 
 
+def started_at(process: psutil.Process, start_s: float) -> bool:
+    """Whether the process started at that time (seconds since the epoch), and is no later one with its number."""
+    return abs(process.create_time() - start_s) < _SAME_START_S
+
+
 def _is_alive(pid: int, start_s: float) -> bool:
     try:
-        return abs(psutil.Process(pid).create_time() - start_s) < _SAME_START_S
+        return started_at(psutil.Process(pid), start_s)
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:

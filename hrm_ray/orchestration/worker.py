@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import sys
 import threading
@@ -12,7 +13,7 @@ from typing import Any, TypeAlias
 
 import ray.train
 
-from hrm_ray.errors import Fault, UnavailableError
+from hrm_ray.errors import AWAY_ERRNOS, DiskError, Fault, UnavailableError
 from hrm_ray.orchestration.failures import Failure
 from hrm_ray.orchestration.heartbeats import HeartbeatThread
 from hrm_ray.orchestration.run_monitor import WorkerChannel, WorkerInfo
@@ -61,10 +62,14 @@ def main(config: dict[str, Any]) -> None:
 
 def check_shared(marker: Path, token: str) -> None:
     """Raise UnavailableError where this node does not see the file with the token that the driver has just put into the
-    bundle."""
+    bundle, and DiskError where the disk does not answer."""
     try:
         found = marker.read_text(encoding="utf-8")
-    except OSError:
+    except OSError as error:
+        if error.errno in AWAY_ERRNOS - {errno.ESTALE}:
+            raise DiskError(
+                Fault(str(marker.parent), f"node {socket.gethostname()} cannot read it ({error})", "")
+            ) from error
         found = ""
     if found != token:
         folder = "sees another folder of that name" if marker.parent.is_dir() else "has no such folder"

@@ -303,7 +303,11 @@ class WorkerGroupRun:
         Nothing of the attempt lives on then. Raises StopRequested for a stop before a worker has begun.
         """
         try:
-            return self._run()
+            result = self._run()
+            if result.reason is StopReason.RESIZE:
+                # The chunk server may still make a chunk ahead, while the next attempt's does.
+                self._end_actors()
+            return result
         except HrmRayError as error:
             self._end_actors()
             return self._failed(error)

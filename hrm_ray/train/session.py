@@ -74,11 +74,14 @@ class WorkerLink(DriverLink, Protocol):
 
 def train(plan: RunPlan, link: WorkerLink) -> RunResult:
     """Run this worker's share of the plan; the process group, if there is to be one, already exists."""
-    with closing(FolderWatch(plan.bundle)) as watch:
+    with ExitStack() as opened:
+        watch: FolderWatch | None = None
         try:
+            watch = opened.enter_context(closing(FolderWatch(plan.bundle)))
             return _train(plan, link, watch)
         except (OSError, HrmRayError) as error:
-            watch.check()  # Without the folder any file may be missing; the error to report is that.
+            if watch is not None:
+                watch.check()  # Without the folder any file may be missing; the error to report is that.
             if isinstance(error, HrmRayError):
                 known = unreadable_if_away(error)
                 if known is error:

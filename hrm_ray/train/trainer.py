@@ -115,7 +115,7 @@ class Trainer:
                 replace(fault, hint=f"{fault.hint}; step {step} is saved, --resume continues from it")
                 for fault in error.faults
             ]
-            raise DataError(faults) from error
+            raise type(error)(faults) from error
 
     def _after(self, report: StepReport) -> None:
         run, step = self.settings.run, self.loop.progress.step

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hrm_ray.errors import HrmRayError
+from hrm_ray.errors import HrmRayError, unreadable_if_away
 from hrm_ray.train.host_memory import keep_freed_memory
 
 T = TypeVar("T")
@@ -146,9 +146,16 @@ def collectives_begun() -> int | None:
 
 
 def _portable(error: Exception | None) -> Exception | None:
-    """An error that other ranks can unpickle; libraries have some that they cannot."""
-    if error is None or isinstance(error, HrmRayError) or type(error) in (OSError, MemoryError):
+    """An error that other ranks can unpickle; libraries have some that they cannot.
+
+    Its kind says what it came from, which is not sent: all ranks report the same cause.
+    """
+    if error is None or type(error) is MemoryError:
         return error
+    if isinstance(error, HrmRayError):
+        return unreadable_if_away(error)
+    if isinstance(error, OSError):
+        return OSError(error.errno, error.strerror, error.filename)
     return RuntimeError(f"{type(error).__name__}: {error}")
 
 

@@ -47,6 +47,9 @@ class DdpStrategy(SingleStrategy):
             return True
         if sum(gradient.nbytes for gradient in gradients) <= SMALL_BYTES and len({g.dtype for g in gradients}) == 1:
             self._small = sum(gradient.numel() for gradient in gradients), gradients[0].dtype
+            # As in every later step: the order in which a ring adds depends on the length of what is sent, and a
+            # resumed run has its first step where another run has a later one.
+            return self._reduce_small(gradients, False, self._small)
         for bucket in buckets(gradients):
             if len(bucket) == 1 and bucket[0].is_contiguous():
                 # A large gradient, such as an embedding's, is reduced in place: a copy of it might not fit.

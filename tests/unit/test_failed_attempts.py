@@ -1,0 +1,146 @@
+"""What a failed attempt leaves, and that every part of a run reports the cause which a restart can meet."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hrm_ray.bundle.folder_watch import FolderWatch
+from hrm_ray.errors import DataError, DiskError, Fault, HrmRayError, UnavailableError, UnreadableError
+from hrm_ray.launch import local, supervisor
+from hrm_ray.launch.restarts import Cause, Ending
+from hrm_ray.launch.supervisor import WatchedSink
+from hrm_ray.metrics.fanout import FanOut
+from hrm_ray.orchestration.worker import check_shared
+from hrm_ray.rundir import RunDir
+from hrm_ray.train import session
+from hrm_ray.train.plan import RunPlan
+from hrm_ray.train.strategies.ddp import DdpStrategy
+from hrm_ray.train.world import World
+from hrm_ray.types import RunResult, StopReason
+from tests.support.ray_bodies import plan_of
+
+RANK_0 = World(0, 1, torch.device("cpu"), False)
+
+
+def fails_with(number: int) -> Any:
+    def call(*arguments: Any, **options: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+def test_the_model_of_a_failed_local_attempt_is_freed_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[weakref.ref[nn.Module]] = []
+    alive: list[bool] = []
+
+    def train(plan: RunPlan, link: local.LocalLink) -> RunResult:
+        alive.extend(model() is not None for model in models)
+        model = nn.Linear(2, 2)
+        models.append(weakref.ref(model))
+        if len(models) == 1:
+            try:
+                raise OSError(errno.ENOSPC, "full")
+            except OSError as full:
+                raise DiskError(Fault("the disk", "is full", "")) from full
+        return RunResult(StopReason.FINISHED, 1, 0, str(tmp_path))
+
+    monkeypatch.setattr(local, "train", train)
+    monkeypatch.setattr(supervisor, "wait_for", lambda wait_s, stop: None)
+    gc.disable()
+    try:
+        result = local.run(plan_of(tmp_path, max_failures=1), sink=FanOut([]), stop=lambda: None)
+    finally:
+        gc.enable()
+    assert result.reason is StopReason.FINISHED
+    assert alive == [False]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the folder is held open on POSIX only")
+@pytest.mark.parametrize(("number", "kind"), [(errno.EIO, DiskError), (errno.ENOENT, DataError)])
+def test_a_disk_that_is_away_when_an_attempt_begins_is_a_fault_of_the_disk(
+    number: int, kind: type[HrmRayError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(tmp_path)
+    monkeypatch.setattr(os, "open", fails_with(number))
+    with pytest.raises(kind) as raised:
+        session.train(plan, local.LocalLink(FanOut([]), lambda: None))
+    assert type(raised.value) is kind
+
+
+def test_a_folder_that_cannot_be_looked_at_leaves_no_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[int] = []
+    monkeypatch.setattr(os, "open", lambda *arguments: 4711)
+    monkeypatch.setattr(os, "close", closed.append)
+    monkeypatch.setattr(os, "stat", fails_with(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"):
+        FolderWatch(tmp_path)
+    monkeypatch.undo()
+    assert closed == ([] if os.name == "nt" else [4711])
+
+
+def test_a_stop_while_the_disk_is_away_reports_the_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = DiskError(Fault("the disk", "does not answer", ""))
+    ending = Ending(Cause.DISK, error, 3, 0, 1, 1)
+    monkeypatch.setattr(RunDir, "newest_checkpoint", fails_with(errno.EIO))
+    with pytest.raises(DiskError):
+        supervisor._stopped(plan_of(tmp_path), StopReason.INTERRUPT, WatchedSink(FanOut([])), ending)
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.EIO, DiskError), (errno.ENOENT, UnavailableError)])
+def test_a_node_whose_disk_is_away_is_no_node_with_another_folder(
+    number: int, kind: type[HrmRayError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "read_text", fails_with(number))
+    with pytest.raises(kind):
+        check_shared(tmp_path / "marker", "token")
+
+
+def test_other_ranks_get_the_cause_of_the_leaders_error() -> None:
+    """Errors are pickled without what they came from, and kinds of OSError by their number."""
+    from hrm_ray.train.world import _portable
+
+    try:
+        try:
+            raise OSError(errno.ESTALE, "stale")
+        except OSError as away:
+            raise DataError(Fault("rows.jsonl", "cannot be read", "")) from away
+    except DataError as error:
+        sent = _portable(error)
+    assert type(sent) is UnreadableError
+    timed_out = _portable(TimeoutError(errno.ETIMEDOUT, "timed out", "rows.jsonl"))
+    assert isinstance(timed_out, OSError) and timed_out.errno == errno.ETIMEDOUT
+
+
+def test_the_first_step_of_a_process_reduces_as_every_later_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run has its first step where another run has a later one, and a sum over ranks depends on the length of
+    what is sent."""
+    lengths: list[int] = []
+
+    def all_reduce(tensor: Tensor) -> None:
+        lengths.append(tensor.numel())
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    objective = nn.Linear(3, 2)
+    strategy: Any = DdpStrategy.__new__(DdpStrategy)
+    strategy.world, strategy.objective = RANK_0, objective
+    sent: list[list[int]] = []
+    for _ in range(2):
+        objective(torch.ones(1, 3)).sum().backward()
+        assert strategy.reduce(False) is False
+        sent.append(lengths.copy())
+        lengths.clear()
+    assert sent == [[9], [9]]
