@@ -47,6 +47,8 @@ def told(opened: Opened, actions: Sequence[str]) -> tuple[list[Any], list[Any]]:
             if any(rows["active"]):
                 trained = True
             elif not same([loader.start_epoch(trained) for loader in loaders]):
+                # Asked again after the end, it takes nothing twice.
+                said.append(joined([micro for loader in loaders for micro in loader.next_batch([], 0)]))
                 break
     said.append(same([(loader.epoch, loader.state_dict(), loader.take_consumed()) for loader in loaders]))
     return said, same(fillings)
