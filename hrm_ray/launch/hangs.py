@@ -117,12 +117,14 @@ class Limits:
 def limits(heartbeats: Collection[Heartbeat], hang_after_s: float | None) -> Limits:
     """The limits that hold while ranks are in these phases: the longest of theirs.
 
-    What a rank does that does not answer is not known, so the phases of the others count.
+    What a rank does that does not answer is not known, so the phases of the others count. One that has not answered for
+    as long as a step may take is gone: no phase lets a worker be silent, and the limits of a step hold.
     """
+    gone_s = max(beat.age_s for beat in heartbeats)
     heartbeats = [beat for beat in heartbeats if not beat.silent] or heartbeats
     step_s = max((beat.step_s for beat in heartbeats if beat.step_s is not None), default=None)
     first_step_s = max((beat.first_step_s for beat in heartbeats), default=0.0)
-    end_s = hang_after_s or max(END_S, END_STEPS * (step_s or 0.0), 2 * first_step_s)
+    end_s = hang_after_s or min(LONGEST_S, max(END_S, END_STEPS * (step_s or 0.0), 2 * first_step_s))
     told_s = max(WARN_S, WARN_STEPS * (step_s or 0.0))
     known = True
     ends_s, tolds_s = [end_s], [told_s]
@@ -139,8 +141,11 @@ def limits(heartbeats: Collection[Heartbeat], hang_after_s: float | None) -> Lim
         if beat.phase not in _STEADY | _ONCE and beat.longest_s is not None:
             ends_s.append(MEASURED * beat.longest_s)
             tolds_s.append(MEASURED_WARN * beat.longest_s)
-    end_s = min(max(ends_s), max(LONGEST_S, hang_after_s or 0.0))
-    return Limits(min(max(tolds_s), end_s / 2), end_s, known)
+    longest_s = min(max(ends_s), max(LONGEST_S, hang_after_s or 0.0))
+    long_told_s, told_s = min(max(tolds_s), longest_s / 2), min(told_s, end_s / 2)
+    if gone_s >= told_s:
+        long_told_s, known = told_s, True
+    return Limits(long_told_s, end_s if gone_s >= end_s else longest_s, known)
 
 
 def behind(heartbeats: Collection[Heartbeat]) -> tuple[int, ...]:

@@ -172,6 +172,20 @@ def test_data_may_come_late() -> None:
     assert group.kinds() == ["warning", "goes on"] or group.kinds() == ["warning"]
 
 
+@pytest.mark.parametrize("phase", ["first step", "evaluation", "checkpoint", "data"])
+def test_a_stopped_rank_is_told_and_ended_as_in_a_step_whatever_the_others_do(phase: Phase) -> None:
+    group = trained()
+    for worker in group.workers:
+        worker.activity.enter(phase)
+    group.wait(2)
+    stopped_s = group.now_s
+    group.workers[1].stopped = True
+    group.wait(123)
+    (warned_s, warning), (ended_s, end) = group.told[:2]
+    assert (warning.kind, end.kind, end.culprits) == ("warning", "end", (1,))
+    assert warned_s - stopped_s < 32 and 119 <= ended_s - stopped_s < 122
+
+
 def test_hang_after_is_what_the_user_says_and_the_warning_comes_before() -> None:
     group = trained(hang_after_s=10.0)
     stopped_s = group.now_s
