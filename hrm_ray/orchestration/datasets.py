@@ -148,6 +148,7 @@ def _run(
     context.execution_options.preserve_order = True
     context.target_max_block_size = BLOCK_BYTES
     dataset: ray.data.Dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    # Deprecated: Ray 2.64 will take no such argument. In 2.60 it is the only way to use reserved CPUs.
     placed: dict[str, Any] = (
         {} if reserved is None else {"scheduling_strategy": PlacementGroupSchedulingStrategy(reserved)}
     )
