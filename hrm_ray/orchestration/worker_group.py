@@ -141,6 +141,19 @@ class Attempts:
                 self.close(keep_logs=False)
                 session = self._open(plan, request)  # A machine that has just lost a cluster may be overloaded.
         try:
+            return self._attempt(session, plan, records)
+        except ray.exceptions.RayError as error:
+            # Ray was asked for something while the cluster went.
+            fault = Fault(session.where, f"Ray does not answer any more ({type(error).__name__})", RESUME_HINT)
+            if not session.private:
+                raise UnavailableError(fault) from error
+            self.close(keep_logs=False)
+            lost, rows = WorkerCrash(fault, cause=Cause.CLUSTER_LOST), plan.settings.optimizer.batch_size
+            return Failed(Ending(lost.cause, lost, records.step, plan.attempt, plan.world_size, rows))
+
+    def _attempt(self, session: Session, plan: RunPlan, records: WatchedSink) -> RunResult | Failed:
+        request = _request(plan)
+        try:
             turn = self._turn(session, request, plan, records)
         except ResourceError as busy:
             if not self._count or not self._elastic:
@@ -338,6 +351,8 @@ class WorkerGroupRun:
         for group in [each.placement_group for each in self._status.workers.values() if each.placement_group][:1]:
             with suppress(ray.exceptions.RayError):
                 remove_placement_group(group)
+        if self._fit.ident is None:
+            return  # It was not started.
         self._fit.join(END_WAIT_S)
         if self._fit.is_alive() and self._status.workers:
             # They wait for a rank that is gone, or are stopped.

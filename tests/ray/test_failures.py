@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 
 import pytest
@@ -9,11 +10,13 @@ import ray.exceptions
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hrm_ray.errors import DataError, DivergedError, Fault, ResourceError
+from hrm_ray.errors import DataError, DiskError, DivergedError, Fault, HostMemoryError, HrmRayError, ResourceError
+from hrm_ray.launch.restarts import Cause
 from hrm_ray.orchestration.failures import (
     Failure,
     WorkerCrash,
     actor_lost,
+    cause_of,
     death_reason,
     first_cause,
     shortage,
@@ -102,10 +105,43 @@ def test_other_errors_are_no_shortage() -> None:
 def test_a_worker_that_the_memory_monitor_has_killed_ran_out_of_memory() -> None:
     message = death_reason("The actor died.\n Worker exit type: NODE_OUT_OF_MEMORY Worker exit detail: low on memory")
     error = first_cause([Failure.of(0, GLOO)], {1: message}, "the logs")
-    assert isinstance(error, ResourceError)
+    assert isinstance(error, HostMemoryError) and cause_of(error) is Cause.HOST_MEMORY
     assert str(error).startswith("worker 1: was killed because its machine was nearly out of memory")
 
 
 def test_an_actor_that_does_not_answer_is_told_from_one_that_is_dead() -> None:
     assert "did not answer for 60 s" in str(actor_lost("the actor", "", 60.0))
     assert "was ended from outside" in str(actor_lost("the actor", ""))
+
+
+def test_a_lost_machine_is_named_as_such() -> None:
+    message = death_reason(
+        "The actor died because its node has died. Node Id: 1f0c The actor's node was terminated unexpectedly: health "
+        "check failed due to missing too many heartbeats"
+    )
+    error = first_cause([Failure.of(0, GLOO)], {1: message}, "the logs")
+    assert isinstance(error, WorkerCrash) and error.cause is Cause.NODE_LOST
+    assert str(error).startswith("worker 1: its machine is lost.") and len(str(error.faults[0])) < 300
+
+
+def test_a_killed_process_is_a_lost_worker_and_a_raised_error_a_crash() -> None:
+    killed = first_cause([Failure.of(0, GLOO)], {1: "exit type SYSTEM_ERROR"}, "")
+    raised = first_cause([Failure.of(0, ValueError("odd"))], {}, "")
+    assert isinstance(killed, WorkerCrash) and isinstance(raised, WorkerCrash)
+    assert (killed.cause, raised.cause) == (Cause.WORKER_LOST, Cause.CRASH)
+    assert len(str(killed.faults[0])) < 300
+
+
+def test_a_dead_actor_keeps_its_name_and_cause_on_the_way_to_the_driver() -> None:
+    report = pickle.loads(pickle.dumps(Failure.of(1, actor_lost("the actor that makes chunks of text", ""))))
+    error = first_cause([Failure.of(0, GLOO), report], {}, "")
+    assert isinstance(error, WorkerCrash) and cause_of(error) is Cause.ACTOR_LOST
+    assert str(error.faults[0]).startswith("the actor that makes chunks of text: its process was ended from outside")
+
+
+@pytest.mark.parametrize(
+    "error", [DiskError(Fault("a", "b", "")), DataError(Fault("a", "b", "")), actor_lost("an actor", "x")]
+)
+def test_errors_keep_their_cause_through_pickling(error: HrmRayError) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error) and again.faults == error.faults and cause_of(again) is cause_of(error)

@@ -69,6 +69,7 @@ def fail_at(rank: int = 0, step: int = 2, kind: Kind = "sigkill", attempt: int |
     return Fault(rank, step, kind, attempt)
 
 
+BATCHES_AHEAD = 12
 SURVIVED: tuple[Kind, ...] = (
     *("sigkill", "sigkill all", "raise", "disk", "unreadable", "monitor", "controller", "chunk server"),
     *("raylet", "gcs"),
@@ -85,7 +86,8 @@ def random_faults(seed: int, count: int, *, ranks: int = 2, kinds: Sequence[Kind
     order = (order + chosen.choices(kinds, k=count))[:count]
     step, faults = 1, list[Fault]()
     for attempt, kind in enumerate(order):
-        step += chosen.randint(2, 4)
+        # Batches that have been made already are trained without the server of chunks.
+        step += chosen.randint(2, 4) + (BATCHES_AHEAD if order[attempt - 1] == "chunk server" and attempt else 0)
         faults.append(Fault(chosen.randrange(ranks), step, kind, attempt))
     return faults
 
@@ -140,6 +142,8 @@ def happen(kind: Kind) -> None:
     for process in of_this_cluster(_TITLES[kind]):
         with suppress(psutil.Error):
             process.kill()
+    if kind == "chunk server":
+        return  # The ranks notice it when they ask for more.
     # No further: how many steps it would still make is chance.
     threading.Event().wait(STUCK_S)
 
