@@ -86,7 +86,12 @@ def choose_devices(cluster: ClusterSettings) -> Devices:
             here = _choose(cluster.model_copy(update={"device": "auto", "cuda_ids": None}), None)
         if here.launcher != "local" and import_module(LAUNCHERS[here.launcher]).attached():
             cluster, address = cluster.model_copy(update={"world_size": here.world_size}), "auto"
-    return _choose(cluster, address)
+    devices = _choose(cluster, address)
+    if devices.ray_address is None and (cluster.max_workers or 0) > devices.world_size:
+        reason = "nothing joins a cluster that is started for the run on this machine"
+        hint = "Give --ray-address, or a larger --world-size"
+        raise SettingsError(Fault(f"--max-workers {cluster.max_workers}", reason, hint))
+    return devices
 
 
 def _choose(cluster: ClusterSettings, address: str | None) -> Devices:
@@ -98,6 +103,8 @@ def _choose(cluster: ClusterSettings, address: str | None) -> Devices:
         device = "cuda" if gpus else choose_device(cluster.device)
         if device == "cuda" and cluster.launcher != "local":
             found = len(gpus) or _COUNT["cuda"]()
+    if cluster.max_workers is not None:
+        found = min(found, cluster.max_workers)
     world_size = cluster.world_size or (1 if cluster.strategy == "single" else found)
     strategy = cluster.strategy_for(world_size)
     if device in ("xpu", "mps") and world_size > 1:
@@ -105,11 +112,8 @@ def _choose(cluster: ClusterSettings, address: str | None) -> Devices:
             Fault(f"--world-size {world_size}", f"several workers on {device} are not supported", "Give --world-size 1")
         )
     _check_workers(cluster, world_size)
-    launcher = cluster.launcher or ("ray" if address or strategy != "single" else "local")
-    if launcher == "ray" and not address and (cluster.max_workers or 0) > world_size:
-        reason = "nothing joins a cluster that is started for the run on this machine"
-        hint = "Give --ray-address, or a larger --world-size"
-        raise SettingsError(Fault(f"--max-workers {cluster.max_workers}", reason, hint))
+    grows = (cluster.max_workers or 0) > world_size
+    launcher = cluster.launcher or ("ray" if address or grows or strategy != "single" else "local")
     threads = cluster.threads or (1 if address else max(1, usable_cpus() // world_size))
     return Devices(device, world_size, threads, launcher, strategy, address, ",".join(gpus) or None)
 

@@ -84,11 +84,12 @@ def test_nothing_but_the_split_changes() -> None:
         (("--min-workers", "2", "--launcher", "local"), "--launcher local with --min-workers 2"),
         (("--max-workers", "2", "--strategy", "single"), "--strategy single with --max-workers 2"),
         (("--max-workers", "2", "--world-size", "1"), "--max-workers 2: nothing joins a cluster that is started"),
+        (("--max-workers", "2", "--dry-run"), "--max-workers 2: nothing joins a cluster that is started"),
         (("--max-workers", "0"), "--max-workers 0"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(words: tuple[str, ...], said: str, tmp_path: Path) -> None:
-    words = words if "--launcher" in words else (*words, "--launcher", "ray")
+    words = words if "--launcher" in words or "--dry-run" in words else (*words, "--launcher", "ray")
     ran = hrm("train", "--dataset-file", text_file(tmp_path), *words, "--bundle-dir", tmp_path / "b")
     assert ran.code == SettingsError.exit_code, ran.err
     assert said in ran.err
