@@ -47,7 +47,17 @@ def test_runs_that_start_together_on_a_full_cluster_end_one_after_the_other(two_
     temp.mkdir()
 
     def start(name: str, *more: str) -> subprocess.Popen[str]:
-        words = ["--dataset-file", data, "--bundle-dir", tmp_path / name, *TEXT, "--steps", 3, *more]
+        words = [
+            "--dataset-file",
+            data,
+            "--bundle-dir",
+            tmp_path / name,
+            *TEXT,
+            "--linear-dataset",
+            "--steps",
+            3,
+            *more,
+        ]
         words += ["--launcher", "ray", "--ray-address", two_cpus]
         return subprocess.Popen(
             [sys.executable, "-m", "hrm_ray", "train", *map(str, last_said(words))],
