@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -68,12 +68,13 @@ class Nodes:
 
 
 @pytest.fixture
-def nodes() -> Iterator[Nodes]:
-    os.environ["RAY_AUTH_TOKEN"] = session._token()
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", session._token())
     logging.getLogger("ray").setLevel(logging.ERROR)
     made = Nodes(4)
     yield made
     made.cluster.shutdown()
+    shutil.rmtree(made.folder, ignore_errors=True)
 
 
 def plan_of(tmp_path: Path, bundle: Path, **said: str | bool) -> RunPlan:
