@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hrm_ray.atomic_files import atomic_write, sync_folder
-from hrm_ray.errors import DataError, Fault
+from hrm_ray.errors import DataError, Fault, UnreadableError, away
 
 _STEP = re.compile(r"step_(\d+)")
 _PARTIAL = ".partial"
@@ -237,7 +237,10 @@ def verify_checkpoint(folder: Path) -> None:
 
 
 def checkpoint_damage(folder: Path) -> tuple[str, str] | None:
-    """What of a checkpoint is damaged, and how; None where it is whole."""
+    """What of a checkpoint is damaged, and how; None where it is whole.
+
+    Raises UnreadableError or OSError where its disk does not answer: then nothing is known.
+    """
     manifest = folder / MANIFEST
     if not folder.is_dir():
         return str(folder), "there is no such checkpoint"
@@ -245,6 +248,8 @@ def checkpoint_damage(folder: Path) -> tuple[str, str] | None:
         return str(folder), f"the checkpoint is incomplete ({MANIFEST} is missing)"
     try:
         files = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in read_json(manifest)["files"].items()}
+    except UnreadableError:
+        raise
     except DataError as error:
         return error.faults[0].value, error.faults[0].reason
     except (KeyError, TypeError, AttributeError) as error:
@@ -289,6 +294,7 @@ def read_json(path: Path) -> Any:
             Fault(str(path), "there is no such file", "Give a complete bundle, as hrm-ray train wrote it")
         ) from None
     except (ValueError, OSError) as error:
-        raise DataError(
+        kind = UnreadableError if away(error) else DataError
+        raise kind(
             Fault(str(path), f"the file cannot be read as JSON ({error})", "Restore the file, or start a new run")
         ) from None

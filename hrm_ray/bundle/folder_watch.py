@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hrm_ray.errors import DataError, Fault
 from hrm_ray.rundir import RunDir, write_json
 
 _HINT = "Start the run again; if the folder was moved: `--bundle-dir NEW_PATH --resume`"
-_GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE})
+_GONE = frozenset({errno.ENOENT, errno.ENOTDIR})
 
 
 def deleted(folder: Path) -> Fault:
@@ -41,7 +42,7 @@ class FolderWatch:
             self._first = os.stat(folder)
         except OSError as error:
             self.close()
-            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            if error.errno in _GONE:
                 raise DataError(deleted(folder)) from error
             raise
 
@@ -58,11 +59,15 @@ class FolderWatch:
         """What has happened to the folder; None where it is still in its place, and this process may write into it."""
         try:
             now = os.stat(self.folder)
-            then = self._first if self._descriptor is None else os.fstat(self._descriptor)
         except OSError as error:
             if error.errno not in _GONE:
                 return None  # Unreachable for the moment: what is written next says why.
             return deleted(self.folder)
+        then = self._first
+        if self._descriptor is not None:
+            # The handle alone is stale after a network file system was restarted.
+            with suppress(OSError):
+                then = os.fstat(self._descriptor)
         if not os.path.samestat(now, then):
             reason = "the bundle was deleted or moved while training, and another folder took its place"
             return Fault(str(self.folder), reason, _HINT)

@@ -23,7 +23,7 @@ from hrm_ray.errors import (
     UnavailableError,
     UnreadableError,
 )
-from hrm_ray.train.out_of_memory import halved
+from hrm_ray.train.plan import halved
 
 
 class Cause(str, Enum):

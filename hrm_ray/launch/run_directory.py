@@ -42,6 +42,7 @@ PREPARED = REUSABLE | {
     "chunk_tracker_state.json",
     "reports.json",
     ".generation.json",
+    "stacks.txt",
     "wandb",
 }
 """Files of a bundle that exist before the first checkpoint; wandb/ is what --report-to wandb keeps there."""

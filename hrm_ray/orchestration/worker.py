@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import socket
 import sys
 import threading
@@ -66,7 +65,7 @@ def check_shared(marker: Path, token: str) -> None:
     try:
         found = marker.read_text(encoding="utf-8")
     except OSError as error:
-        if error.errno in AWAY_ERRNOS - {errno.ESTALE}:
+        if error.errno in AWAY_ERRNOS:
             raise DiskError(
                 Fault(str(marker.parent), f"node {socket.gethostname()} cannot read it ({error})", "")
             ) from error

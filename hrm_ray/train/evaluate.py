@@ -19,7 +19,8 @@ from hrm_ray.model.puzzle_objective import PuzzleObjective
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.evaluate_text import Sums, TextObjectives, text_figures, text_names, text_sums
 from hrm_ray.train.microbatch import to_batch, wanted_columns
-from hrm_ray.train.out_of_memory import halved, reading_data, too_large, unless_out_of_memory
+from hrm_ray.train.out_of_memory import reading_data, too_large, unless_out_of_memory
+from hrm_ray.train.plan import halved
 from hrm_ray.train.world import World
 from hrm_ray.types import IGNORE_LABEL, SampleSet
 

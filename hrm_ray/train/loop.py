@@ -29,7 +29,6 @@ from hrm_ray.train.loaders import BatchLoader, BatchSize
 from hrm_ray.train.microbatch import to_batch
 from hrm_ray.train.optimizers import SparseSignSGD
 from hrm_ray.train.out_of_memory import (
-    halved,
     is_out_of_memory,
     needs_restart,
     reading_data,
@@ -37,6 +36,7 @@ from hrm_ray.train.out_of_memory import (
     too_large,
     unless_out_of_memory,
 )
+from hrm_ray.train.plan import halved
 from hrm_ray.train.precision import LossScaler
 from hrm_ray.train.schedules import LrSchedule, ScheduleClock
 from hrm_ray.train.strategies.base import Strategy

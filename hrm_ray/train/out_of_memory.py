@@ -66,11 +66,6 @@ def unless_out_of_memory(run: Callable[[], T], device: torch.device) -> T | None
     return None
 
 
-def halved(batch_size: int) -> int | None:
-    """The largest divisor of `batch_size` up to half of it; None for 1."""
-    return max((part for part in range(1, batch_size // 2 + 1) if batch_size % part == 0), default=None)
-
-
 def split_microbatches(columns: list[Columns], rows: int) -> list[Columns]:
     """The same rows in the same order, as micro-batches of `rows`."""
     joined = {name: np.concatenate([micro[name] for micro in columns]) for name in columns[0]}

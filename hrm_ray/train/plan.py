@@ -16,7 +16,7 @@ from hrm_ray.data.prepare import PuzzlePlan
 from hrm_ray.data.text_data import TextPlan
 from hrm_ray.metrics.jsonl import drop_copies, truncate_after
 from hrm_ray.model.config import ModelConfig
-from hrm_ray.rundir import RunDir, write_json
+from hrm_ray.rundir import RunDir, verify_checkpoint, write_json
 from hrm_ray.settings import tree
 from hrm_ray.settings.adaptive_lr import AdaptiveLrSettings
 from hrm_ray.settings.tree import RunSettings, to_plain
@@ -167,6 +167,11 @@ def largest_divisor(number: int, most: int) -> int:
     return next(part for part in range(min(number, most), 0, -1) if number % part == 0)
 
 
+def halved(batch_size: int) -> int | None:
+    """The largest divisor of `batch_size` up to half of it; None for 1."""
+    return largest_divisor(batch_size, batch_size // 2) if batch_size > 1 else None
+
+
 def write_description(run_dir: RunDir, plan: RunPlan) -> None:
     """config.json and training_args.json of the run that the plan describes."""
     write_json(run_dir.config, plan.config.to_plain())
@@ -182,12 +187,15 @@ def as_restarted(plan: RunPlan, run_dir: RunDir) -> RunPlan:
     """The plan of an attempt after the first: it goes on from the bundle's newest whole checkpoint.
 
     Where the run has none yet, its files are as at the first attempt. Only on rank 0, when no other process writes into
-    the bundle.
+    the bundle. Raises DataError where all checkpoints are damaged: the run does not begin again beside them.
     """
     run_dir.recover()
     newest = run_dir.newest_whole_checkpoint()
     if newest is not None:
         return replace(plan, checkpoint=newest, continues=True)
+    damaged = run_dir.newest_checkpoint()
+    if damaged is not None:
+        verify_checkpoint(damaged)
     if plan.settings.run.log_file is not None:
         drop_copies(plan.settings.run.log_file, run_dir.metrics, -1)
     run_dir.metrics.unlink(missing_ok=True)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import subprocess
+import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,9 @@ from hrm_ray.launch.restarts import Cause, Ending
 from hrm_ray.launch.supervisor import WatchedSink
 from hrm_ray.metrics.fanout import FanOut
 from hrm_ray.orchestration.worker import check_shared
-from hrm_ray.rundir import RunDir
+from hrm_ray.rundir import MANIFEST, RunDir
 from hrm_ray.train import session
-from hrm_ray.train.plan import RunPlan
+from hrm_ray.train.plan import RunPlan, as_restarted
 from hrm_ray.train.strategies.ddp import DdpStrategy
 from hrm_ray.train.world import World
 from hrm_ray.types import RunResult, StopReason
@@ -90,6 +93,61 @@ def test_a_folder_that_cannot_be_looked_at_leaves_no_descriptor(
         FolderWatch(tmp_path)
     monkeypatch.undo()
     assert closed == ([] if os.name == "nt" else [4711])
+
+
+def test_a_stale_handle_of_the_same_folder_is_no_deleted_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a network file system was restarted."""
+    watch = FolderWatch(tmp_path)
+    monkeypatch.setattr(os, "fstat", fails_with(errno.ESTALE))
+    assert watch.fault() is None
+    monkeypatch.undo()
+    watch.close()
+
+
+def whole_checkpoint(run_dir: RunDir, step: int) -> Path:
+    partial = run_dir.partial_checkpoint(step)
+    partial.mkdir(parents=True)
+    (partial / "state.json").write_text("{}")
+    run_dir.describe_checkpoint(step, partial)
+    return run_dir.seal_checkpoint(step, partial)
+
+
+@pytest.mark.parametrize("away", [True, False])
+def test_a_restart_never_begins_again_beside_checkpoints(
+    away: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where their disk is away for a moment, nor where all are damaged."""
+    run_dir = RunDir(tmp_path)
+    whole = whole_checkpoint(run_dir, 2)
+    run_dir.metrics.write_text("kept")
+    plan = replace(plan_of(tmp_path), attempt=1)
+    if away:
+        read_text = Path.read_text
+
+        def read(path: Path, *arguments: Any, **options: Any) -> str:
+            if path.name == MANIFEST:
+                raise OSError(errno.EIO, "away")
+            return read_text(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, "read_text", read)
+    else:
+        (whole / "state.json").write_text("other")
+    with pytest.raises(UnreadableError if away else DataError) as raised:
+        as_restarted(plan, run_dir)
+    assert isinstance(raised.value, UnreadableError) == away
+    assert run_dir.metrics.is_file()
+    monkeypatch.undo()
+    if away:
+        assert as_restarted(plan, run_dir).checkpoint == whole
+
+
+def test_the_actors_of_a_run_load_no_torch() -> None:
+    """They start beside the workers."""
+    modules = "launch.restarts", "orchestration.run_monitor", "orchestration.worker_group"
+    code = f"import sys, {', '.join(f'hrm_ray.{name}' for name in modules)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_stop_while_the_disk_is_away_reports_the_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

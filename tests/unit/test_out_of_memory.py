@@ -21,7 +21,8 @@ from hrm_ray.train import evaluate as evaluation
 from hrm_ray.train.evaluate import EvalSet
 from hrm_ray.train.loaders import BatchSize
 from hrm_ray.train.loop import TrainingLoop
-from hrm_ray.train.out_of_memory import halved, is_out_of_memory, split_microbatches
+from hrm_ray.train.out_of_memory import is_out_of_memory, split_microbatches
+from hrm_ray.train.plan import halved
 from tests.support.fail_at import FailAt, script
 from tests.support.runs import PUZZLE, TEXT, hrm, last_said, puzzle_file, records, text_file, train
 
