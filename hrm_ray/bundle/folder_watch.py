@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hrm_ray.errors import DataError, Fault
+from hrm_ray.errors import DataError, Fault, UnreadableError
 from hrm_ray.rundir import RunDir, write_json
 
 _HINT = "Start the run again; if the folder was moved: `--bundle-dir NEW_PATH --resume`"
@@ -85,10 +85,17 @@ class FolderWatch:
         return Fault(str(self.folder), f"{reason}save nothing more", "End one of the two runs of this bundle")
 
     def check(self) -> None:
-        """Raises DataError where the folder is no longer in its place."""
+        """Raises DataError where the folder is no longer in its place, and UnreadableError where its disk is not."""
         fault = self.fault()
         if fault is not None:
-            raise DataError(fault)
+            raise UnreadableError(fault) if self._unmounted() else DataError(fault)
+
+    def _unmounted(self) -> bool:
+        """Whether the path is on another disk now: the folder's own may come back."""
+        for place in (self.folder, *self.folder.resolve().parents):
+            with suppress(OSError):
+                return os.stat(place).st_dev != self._first.st_dev
+        return True
 
     def close(self) -> None:
         """Release the folder; a second call does nothing."""

@@ -109,8 +109,10 @@ def describe(resolved: ResolvedRun) -> str:
     fewest = settings.cluster.min_workers or devices.world_size
     largest = settings.cluster.max_workers or devices.world_size
     if fewest < largest:
-        room = "as the cluster has room"
-        lines.insert(3, f"workers {fewest} to {largest}, {room}; the {effective} rows of an update stay")
+        room = f"{fewest} to {largest}, as the cluster has room; the {effective} rows of an update stay"
+        if devices.ray_address is None:
+            room = f"{largest}; --min-workers has no effect on a cluster that is started for the run"
+        lines.insert(3, f"workers {room}")
     if resolved.defaults is not None:
         lines.append(f"chosen  {resolved.defaults}")
     if settings.run.expert_id is not None:

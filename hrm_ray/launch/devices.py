@@ -91,6 +91,13 @@ def choose_devices(cluster: ClusterSettings) -> Devices:
         reason = "nothing joins a cluster that is started for the run on this machine"
         hint = "Give --ray-address, or a larger --world-size"
         raise SettingsError(Fault(f"--max-workers {cluster.max_workers}", reason, hint))
+    if (
+        cluster.strict
+        and devices.ray_address is None
+        and (cluster.min_workers or devices.world_size) < devices.world_size
+    ):
+        reason = f"--min-workers {cluster.min_workers} has no effect on a cluster that is started for the run"
+        raise SettingsError(Fault("--strict", reason, "Leave one of them out, or give --ray-address"))
     return devices
 
 

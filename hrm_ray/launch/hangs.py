@@ -139,7 +139,7 @@ def limits(heartbeats: Collection[Heartbeat], hang_after_s: float | None) -> Lim
             ends_s.append(UNKNOWN_S)
             tolds_s.append(LONG_S)
         if beat.phase not in _STEADY | _ONCE and beat.longest_s is not None:
-            ends_s.append(MEASURED * beat.longest_s)
+            ends_s.append(max(DATA_S, MEASURED * beat.longest_s))
             tolds_s.append(MEASURED_WARN * beat.longest_s)
     longest_s = min(max(ends_s), max(LONGEST_S, hang_after_s or 0.0))
     long_told_s, told_s = min(max(tolds_s), longest_s / 2), min(told_s, end_s / 2)

@@ -108,6 +108,20 @@ def places(request: ResourceRequest, nodes: Sequence[Mapping[str, float]]) -> in
     )
 
 
+def spare_cpus(request: ResourceRequest, nodes: Sequence[Mapping[str, float]], most: int) -> list[int]:
+    """Whole CPUs that these nodes (free resources of each) have besides those of the workers, at most `most`: for each
+    CPU the index of its node. All workers still find a place when they are taken."""
+    free, spare = [dict(node) for node in nodes], list[int]()
+    for index, node in enumerate(free):
+        while len(spare) < most and node.get("CPU", 0.0) >= 1:
+            node["CPU"] -= 1
+            if places(request, free) < request.world_size:
+                node["CPU"] += 1
+                break
+            spare.append(index)
+    return spare
+
+
 def check_cluster(request: ResourceRequest, nodes: Sequence[Mapping[str, float]], address: str) -> None:
     """Raise ResourceError unless the worker group fits on the living nodes (total resources of each)."""
     fits = places(request, nodes)

@@ -62,7 +62,7 @@ LASTING = frozenset({Cause.DATA, Cause.SETTINGS, Cause.DIVERGED})
 """Causes that a restart meets again."""
 WAITS_S = (10.0, 20.0, 40.0)
 """Seconds before the first, second and third restart at one step after a failure of a disk."""
-WAITING = frozenset({Cause.DISK, Cause.UNREADABLE})
+WAITING = frozenset({Cause.DISK, Cause.UNREADABLE, Cause.NO_ROOM})
 """Causes that may pass by themselves."""
 MEMORY_WAIT_S = 5.0
 """After a process was ended for memory: others of the machine give theirs back meanwhile."""
@@ -136,6 +136,8 @@ def decide(ending: Ending, before: Sequence[Ending], policy: RestartPolicy, room
             return GiveUp(ending.error, "the micro-batch has one row already")
         batch_size = smaller or batch_size
     workers = min(room, policy.max_workers)
+    if ending.cause is Cause.NO_ROOM and workers < ending.world_size:
+        wait_s = 0.0  # It goes on with fewer.
     if workers < policy.min_workers:
         if ending.cause is Cause.NO_ROOM:
             return GiveUp(ending.error)

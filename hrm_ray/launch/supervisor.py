@@ -90,6 +90,9 @@ def supervise(
             return _stopped(plan, stopped.reason, watched)
         if isinstance(outcome, RunResult):
             if outcome.reason is StopReason.RESIZE:
+                reason = stop()
+                if reason is not None:
+                    return replace(outcome, reason=reason, restarts=tuple(watched.restarts))
                 plan = _after_growth(plan, resized(first, max(workers(), plan.world_size), rows))
                 continue
             return replace(outcome, restarts=tuple(watched.restarts))
@@ -100,6 +103,9 @@ def supervise(
             return _stopped(plan, reason, watched, ending)
         decision = decide(ending, endings, policy, workers())
         if isinstance(decision, GiveUp):
+            reason = stop()
+            if reason is not None:  # It came while a replacement was waited for.
+                return _stopped(plan, reason, watched, ending)
             if decision.why and policy.max_failures:
                 watched.warn(f"no restart: {decision.why}")
             raise decision.error
@@ -146,7 +152,7 @@ def _stopped(plan: RunPlan, reason: StopReason, watched: WatchedSink, ending: En
     """The result of a run that was asked to stop between attempts: that of its newest checkpoint. Raises the failure,
     or StopRequested, where it has none."""
     state: dict[str, Any] | None = None
-    if plan.ended or ending is not None:
+    if plan.attempt or plan.ended or ending is not None:
         with suppress(OSError, DataError):  # The disk may still be away.
             newest = RunDir(plan.bundle).newest_checkpoint()
             state = None if newest is None else read_json(newest / STATE)

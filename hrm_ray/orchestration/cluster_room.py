@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -60,13 +61,19 @@ class StartTurn:
                 ray.kill(holder)
 
 
-def reserve_cpus(count: int) -> PlacementGroup | None:
-    """CPUs that no other run gets, as bundles of one each; None where they are not free after all."""
-    group = placement_group([{"CPU": 1.0}] * count)
+def reserve_cpus(nodes: Sequence[Mapping[str, float]]) -> PlacementGroup | None:
+    """A CPU of each of the nodes (free resources; a node may be named more than once) that no other run gets; None
+    where they are not free after all."""
+    group = placement_group([{"CPU": 1.0, **_place(node)} for node in nodes])
     if group.wait(RESERVE_WAIT_S):
         return group
     remove_placement_group(group)
     return None
+
+
+def _place(node: Mapping[str, float]) -> dict[str, float]:
+    """A share of the resource that only this node has."""
+    return {name: 0.001 for name in node if name.startswith("node:") and name != "node:__internal_head__"}
 
 
 def wait_for_room(

@@ -29,7 +29,7 @@ from hrm_ray.launch import resources
 from hrm_ray.launch.cluster_address import check_address
 from hrm_ray.launch.hangs import Timeouts
 from hrm_ray.launch.node_report import check_nodes
-from hrm_ray.launch.resources import ResourceRequest, places, usable_cpus
+from hrm_ray.launch.resources import ResourceRequest, places, spare_cpus, usable_cpus
 from hrm_ray.launch.restarts import Cause, Ending
 from hrm_ray.launch.supervisor import Failed, WatchedSink, supervise
 from hrm_ray.orchestration.chunk_server import ChunkServer
@@ -156,15 +156,15 @@ class Attempts:
         try:
             turn = self._turn(session, request, plan, records)
         except ResourceError as busy:
-            if not self._count or not self._elastic:
+            if not self._count:
                 raise
-            # What there was room for is gone meanwhile; with fewer workers the run may go on.
+            # A replacement of what was lost may come, or the run may go on with fewer workers.
             rows = plan.settings.optimizer.batch_size
             return Failed(Ending(Cause.NO_ROOM, busy, records.step, plan.attempt, plan.world_size, rows), begun=False)
         self._count += 1
         with closing(turn):
             group = WorkerGroupRun(session, request, plan, records, self._stop, self._body, self._count, turn)
-            if self._elastic and not session.private:
+            if plan.world_size < self._most and not session.private:
                 group.has_more_room = partial(self._has_more_room, session, plan)
             outcome = group.run()
         if isinstance(outcome, Failed) and session.private and outcome.ending.cause is Cause.NO_ROOM:
@@ -193,7 +193,10 @@ class Attempts:
 
     def _has_more_room(self, session: Session, plan: RunPlan) -> bool:
         """Whether the run could go on with more workers than it has now."""
-        free = places(_request(plan), session.free_nodes())
+        try:
+            free = places(_request(plan), session.free_nodes())
+        except ray.exceptions.RayError:
+            return False  # The next look may be answered.
         wanted = largest_divisor(effective_batch(plan), min(plan.world_size + free, self._most))
         if wanted > plan.world_size:
             self._wanted = wanted
@@ -332,8 +335,10 @@ class WorkerGroupRun:
     def _failed(self, error: HrmRayError) -> Failed:
         plan = self._plan
         batch_size = plan.settings.optimizer.batch_size
-        # The last records may not have arrived.
-        step = max([self._sink.step, *RunDir(plan.bundle).checkpoint_steps()])
+        step = self._sink.step
+        with suppress(OSError):  # The disk may be what failed.
+            # The last records may not have arrived.
+            step = max([step, *RunDir(plan.bundle).checkpoint_steps()])
         ending = Ending(cause_of(error), error, step, plan.attempt, plan.world_size, batch_size)
         return Failed(ending, self._status.begun)
 
@@ -346,7 +351,8 @@ class WorkerGroupRun:
             return
         for actor in (self._monitor, self._config["chunk_server"]):
             if actor is not None:
-                ray.kill(actor)
+                with suppress(ray.exceptions.RayError):
+                    ray.kill(actor)
         # Without it workers that still live are killed; a killed controller leaves it behind.
         for group in [each.placement_group for each in self._status.workers.values() if each.placement_group][:1]:
             with suppress(ray.exceptions.RayError):
@@ -361,11 +367,11 @@ class WorkerGroupRun:
 
     def _run(self) -> RunResult:
         try:
-            self._marker.write_text(self._token, encoding="utf-8")
-        except OSError as error:
-            hint = "Check its free space and permissions"
-            raise DiskError(Fault(str(self._plan.bundle), f"cannot be written ({error})", hint)) from error
-        try:
+            try:
+                self._marker.write_text(self._token, encoding="utf-8")
+            except OSError as error:
+                hint = "Check its free space and permissions"
+                raise DiskError(Fault(str(self._plan.bundle), f"cannot be written ({error})", hint)) from error
             self._fit.start()
             deadline_s: float | None = None
             while self._fit.is_alive() and (deadline_s is None or time.monotonic() < deadline_s):
@@ -418,7 +424,7 @@ class WorkerGroupRun:
             return None
         if reads_text(self._plan) and not self._session.private and not self._reserve_data_cpus():
             reason = f"the cluster has less than {TASK_CPUS:g} CPU left besides those of the workers"
-            if self._plan.settings.cluster.strict:
+            if self._plan.settings.cluster.strict and self._number == 1:
                 hint = "Free a CPU, or leave --strict out"
                 raise ResourceError(Fault("--strict", f"no CPU for Ray Data: {reason}", hint))
             self._sink.write(_event(f"{reason}: each worker reads and tokenises all of the data"))
@@ -430,9 +436,10 @@ class WorkerGroupRun:
 
     def _reserve_data_cpus(self) -> bool:
         """Whether CPUs for Ray Data are reserved beside the workers': one for each worker at most."""
-        spare = int(ray.available_resources().get("CPU", 0.0) - self._request.cpus)
-        if spare >= TASK_CPUS:
-            self._data_cpus = reserve_cpus(min(spare, self._request.world_size))
+        nodes = self._session.free_nodes()
+        spare = spare_cpus(self._request, nodes, self._request.world_size)
+        if spare:
+            self._data_cpus = reserve_cpus([nodes[index] for index in spare])
         return self._data_cpus is not None
 
     def _run_fit(self) -> None:

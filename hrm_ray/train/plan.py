@@ -14,6 +14,7 @@ from typing import Any
 
 from hrm_ray.data.prepare import PuzzlePlan
 from hrm_ray.data.text_data import TextPlan
+from hrm_ray.errors import Fault, UnreadableError
 from hrm_ray.metrics.jsonl import drop_copies, truncate_after
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import RunDir, verify_checkpoint, write_json
@@ -189,6 +190,11 @@ def as_restarted(plan: RunPlan, run_dir: RunDir) -> RunPlan:
     Where the run has none yet, its files are as at the first attempt. Only on rank 0, when no other process writes into
     the bundle. Raises DataError where all checkpoints are damaged: the run does not begin again beside them.
     """
+    if not run_dir.config.is_file():
+        # The folder below a mount point, for example.
+        reason = "the bundle is not there any more: it was deleted or moved, or its disk is away"
+        hint = "When it is there again, run the command with --resume"
+        raise UnreadableError(Fault(str(run_dir.root), reason, hint))
     run_dir.recover()
     newest = run_dir.newest_whole_checkpoint()
     if newest is not None:

@@ -23,7 +23,14 @@ from hrm_ray.data.prepare import PuzzlePlan, open_puzzle_sets
 from hrm_ray.data.stream import ConsumedRange, append_ranges
 from hrm_ray.data.text_data import TextDataDir, TextPlan
 from hrm_ray.data.tokenizer import TextTokenizer
-from hrm_ray.errors import AWAY_ERRNOS, DISK_FULL_ERRNOS, HrmRayError, unreadable_if_away
+from hrm_ray.errors import (
+    AWAY_ERRNOS,
+    DISK_FULL_ERRNOS,
+    DataError,
+    HrmRayError,
+    UnreadableError,
+    unreadable_if_away,
+)
 from hrm_ray.ledger import delete_ledger
 from hrm_ray.log_filters import silence_unused_kernels
 from hrm_ray.metrics.fanout import FanOut
@@ -82,6 +89,8 @@ def train(plan: RunPlan, link: WorkerLink) -> RunResult:
         except (OSError, HrmRayError) as error:
             if watch is not None:
                 watch.check()  # Without the folder any file may be missing; the error to report is that.
+            elif plan.attempt and isinstance(error, DataError):
+                raise UnreadableError(error.faults) from error  # Its disk may be away.
             if isinstance(error, HrmRayError):
                 known = unreadable_if_away(error)
                 if known is error:

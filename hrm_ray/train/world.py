@@ -154,7 +154,7 @@ def _portable(error: Exception | None) -> Exception | None:
         return error
     if isinstance(error, HrmRayError):
         return unreadable_if_away(error)
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         return OSError(error.errno, error.strerror, error.filename)
     return RuntimeError(f"{type(error).__name__}: {error}")
 

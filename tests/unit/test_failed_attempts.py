@@ -121,6 +121,7 @@ def test_a_restart_never_begins_again_beside_checkpoints(
     """Neither where their disk is away for a moment, nor where all are damaged."""
     run_dir = RunDir(tmp_path)
     whole = whole_checkpoint(run_dir, 2)
+    run_dir.config.write_text("{}")
     run_dir.metrics.write_text("kept")
     plan = replace(plan_of(tmp_path), attempt=1)
     if away:
@@ -143,6 +144,39 @@ def test_a_restart_never_begins_again_beside_checkpoints(
         assert as_restarted(plan, run_dir).checkpoint == whole
 
 
+def test_a_restart_waits_for_a_bundle_that_is_not_there(tmp_path: Path) -> None:
+    """As in the empty folder below a mount point: the run does not begin again there."""
+    plan = replace(plan_of(tmp_path), attempt=1)
+    with pytest.raises(UnreadableError, match="is not there any more"):
+        as_restarted(plan, RunDir(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UnreadableError, match="deleted or moved"):
+        session.train(replace(plan, bundle=tmp_path / "gone"), local.LocalLink(FanOut([]), lambda: None))
+
+
+def test_a_folder_on_another_disk_than_before_may_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    watch = FolderWatch(bundle)
+    if os.name != "nt":
+        bundle.rmdir()
+        with pytest.raises(DataError) as raised:
+            watch.check()
+        assert type(raised.value) is DataError
+        bundle.mkdir()
+    stat = os.stat
+
+    def below_the_mount(path: Any, *arguments: Any, **options: Any) -> Any:
+        found = stat(path, *arguments, **options)
+        return os.stat_result((*found[:2], found.st_dev + 1, *found[3:10]))
+
+    monkeypatch.setattr(os, "stat", below_the_mount)
+    with pytest.raises(UnreadableError):
+        watch.check()
+    monkeypatch.undo()
+    watch.close()
+
+
 def test_the_actors_of_a_run_load_no_torch() -> None:
     """They start beside the workers."""
     modules = "launch.restarts", "orchestration.run_monitor", "orchestration.worker_group"
@@ -156,6 +190,14 @@ def test_a_stop_while_the_disk_is_away_reports_the_failure(tmp_path: Path, monke
     monkeypatch.setattr(RunDir, "newest_checkpoint", fails_with(errno.EIO))
     with pytest.raises(DiskError):
         supervisor._stopped(plan_of(tmp_path), StopReason.INTERRUPT, WatchedSink(FanOut([])), ending)
+
+
+def test_a_stop_after_workers_made_room_for_more_ends_with_what_is_saved(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    whole = whole_checkpoint(run_dir, 2)
+    (whole / "state.json").write_text('{"progress": {"step": 2}, "epoch": 0}')
+    result = supervisor._stopped(replace(plan_of(tmp_path), attempt=1), StopReason.SIGTERM, WatchedSink(FanOut([])))
+    assert (result.reason, result.step) == (StopReason.SIGTERM, 2)
 
 
 @pytest.mark.parametrize(("number", "kind"), [(errno.EIO, DiskError), (errno.ENOENT, UnavailableError)])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hrm_ray.errors import ResourceError, SettingsError, UnavailableError
 from hrm_ray.launch.cluster_address import check_address
@@ -14,6 +16,7 @@ from hrm_ray.launch.resources import (
     check_local_gpus,
     check_machine,
     places,
+    spare_cpus,
     usable_cpus,
 )
 
@@ -87,3 +90,26 @@ def test_a_loopback_address_is_looked_for_where_ray_looks(monkeypatch: pytest.Mo
     assert probed == ["127.0.0.1", "10.0.0.7", "10.0.0.8"]
     monkeypatch.setattr("hrm_ray.launch.cluster_address.own_address", lambda: None)
     check_address("localhost:6379")
+
+
+NODES = st.lists(st.fixed_dictionaries({"CPU": st.integers(0, 9).map(float)}), min_size=1, max_size=4)
+
+
+@given(NODES, st.integers(1, 4), st.integers(1, 7), st.integers(1, 5))
+def test_spare_cpus_leave_every_worker_its_place(
+    nodes: list[dict[str, float]], workers: int, threads: int, most: int
+) -> None:
+    request = ResourceRequest(workers, threads, 0)
+    spare = spare_cpus(request, nodes, most)
+    assert len(spare) <= most
+    left = [dict(node) for node in nodes]
+    for index in spare:
+        left[index]["CPU"] -= 1
+    assert not spare or places(request, left) >= workers
+    assert all(node["CPU"] >= 0 for node in left)
+
+
+def test_a_cpu_is_spared_only_where_no_worker_needs_it() -> None:
+    two = [{"CPU": 8.0}, {"CPU": 8.0}]
+    assert spare_cpus(ResourceRequest(2, 7, 0), two, 2) == [0, 1]
+    assert spare_cpus(ResourceRequest(2, 8, 0), two, 2) == []

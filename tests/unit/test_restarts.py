@@ -101,6 +101,11 @@ def test_too_little_room_ends_a_run_of_fixed_size() -> None:
     assert isinstance(decision, GiveUp) and decision.error.exit_code == 4 and "--resume" in str(decision.error)
 
 
+def test_room_is_waited_for_unless_fewer_workers_may_go_on() -> None:
+    assert decide(ending(Cause.NO_ROOM), [], FIXED, 2) == Restart(2, 4, WAITS_S[0])
+    assert decide(ending(Cause.NO_ROOM), [], RestartPolicy(3, 1, 2), 1) == Restart(1, 4)
+
+
 CAUSES = st.sampled_from(list(Cause))
 ENDINGS = st.builds(ending, CAUSES, st.integers(0, 5), st.sampled_from([1, 2, 3, 4]), st.integers(1, 3))
 
