@@ -139,7 +139,8 @@ def test_a_disk_that_is_full_in_a_run_is_one_message(
         else:
             full = fault_of(sqlite3.OperationalError("database or disk is full"), RunDir(bundle).ledger)
             patch.setattr(LedgerWriter, "commit", failing_at(2, LedgerWriter.commit, full))
-        ran = hrm("train", "--dataset-file", data, "--bundle-dir", bundle, *TEXT, "--steps", "4", "--save-every", "2")
+        words = ("--dataset-file", data, "--bundle-dir", bundle, *TEXT, "--steps", "4", "--save-every", "2")
+        ran = hrm("train", *words, "--max-failures", "0")
     assert ran.code == 4 and ran.err.count("\n") == 1, ran
     assert ran.err.startswith(f"error: {bundle}") and "is full" in ran.err.replace("No space left", "is full")
     assert "--resume" in ran.err and RunDir(bundle).checkpoint_steps() == [2]
