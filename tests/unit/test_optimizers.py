@@ -25,9 +25,9 @@ ALONE = World(0, 1, torch.device("cpu"), False)
 class BesideAnother(World):
     """A world of two whose other rank used the identifiers 1 and 2."""
 
-    def gather_rows(self, tensor: Tensor) -> Tensor:
+    def gather_rows(self, *tensors: Tensor) -> list[Tensor]:
         far = {torch.int64: torch.tensor([1, 2]), torch.float32: torch.tensor([[-3.0], [1.0]])}
-        return torch.cat((tensor, far[tensor.dtype]))
+        return [torch.cat((tensor, far[tensor.dtype])) for tensor in tensors]
 
 
 def naive_atan2(p: float, gradients: Sequence[float], lr: float, b1: float, b2: float, w: float) -> float:
