@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from hrm_ray.errors import DataError, HrmRayError, ResourceError, SettingsError
+from hrm_ray.errors import DataError, DiskError, HrmRayError, ResourceError, SettingsError
 from hrm_ray.ledger import BlockLength, Ledger, Refused, State, delete_ledger, open_ledger, read_ledger
 from hrm_ray.ledger import database as ledger_database
 from hrm_ray.ledger.database import Database, fault_of
@@ -380,7 +380,7 @@ def test_a_full_disk_is_said_and_nothing_is_lost(path: Path) -> None:
     ("said", "kind"),
     [
         *[("database is locked", ResourceError), ("attempt to write a readonly database", ResourceError)],
-        *[("disk I/O error", ResourceError), ("database disk image is malformed", DataError)],
+        *[("disk I/O error", DiskError), ("database disk image is malformed", DataError)],
     ],
 )
 def test_each_failure_of_the_file_has_its_kind(said: str, kind: type[HrmRayError]) -> None:

@@ -67,7 +67,7 @@ def sha256(path: Path) -> str:
 
 def test_files(text: Path, puzzle: Path) -> None:
     common = {"config.json", "model.safetensors", "metadata.json", "training_args.json"}
-    run = {*common, "best", "checkpoints", "metrics.jsonl", "tensorboard", ".run.lock"}
+    run = {*common, "best", "checkpoints", "metrics.jsonl", "tensorboard", ".run.lock", ".generation.json"}
     text_only = {"data", "ledger.sqlite", "chunk_tracker_state.json"}
     tokenizer = {"tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in (text / "b").iterdir()} == {*run, *tokenizer, *text_only}
