@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -12,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 import ray._private.worker as ray_worker
@@ -131,3 +133,34 @@ def test_what_a_failed_connection_has_set_is_undone_too(monkeypatch: pytest.Monk
 
 def test_the_environment_of_workers_begins_with_this_package() -> None:
     assert worker_environment(3)["PYTHONPATH"].split(os.pathsep)[0] == session_module.source_root()
+
+
+ORPHAN = """
+import logging, pathlib, sys, time
+import hrm_ray.orchestration
+import psutil, ray
+ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False,
+         object_store_memory=100 * 2**20, _temp_dir=sys.argv[1])
+for process in psutil.Process().children(recursive=True):
+    if process.name() == "raylet":
+        process.kill()
+        process.wait(20)
+ray.shutdown()
+pathlib.Path(sys.argv[1], "survived").write_text(str(psutil.Process().ppid()))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a process without a parent, as POSIX has them")
+def test_a_driver_whose_parent_is_process_1_survives_its_raylet() -> None:
+    """As in a container, or started by a daemon. Ray alone would end it."""
+    temp = tempfile.mkdtemp(prefix="o")
+    code = (
+        "from subprocess import *; import sys; print(Popen([sys.executable, '-c', *sys.argv[1:]], stdout=DEVNULL).pid)"
+    )
+    try:
+        started = subprocess.run([sys.executable, "-c", code, ORPHAN, temp], stdout=subprocess.PIPE, check=True)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(int(started.stdout)).wait(60)
+        assert Path(temp, "survived").is_file()
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)

@@ -41,6 +41,8 @@ Kind: TypeAlias = Literal[
     "raylet",
     "gcs",
 ]
+ALIKE: tuple[Kind, ...] = ("unreadable", "data")
+"""Faults of the data, which all ranks have at once: the server of chunks gives each the same error."""
 STUCK_S = 120.0
 """A rank that has killed another process waits so long for its own end."""
 _TITLES: dict[str, str] = {
@@ -56,7 +58,7 @@ _TITLES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong, on which rank and at which step; `attempt` None: in every attempt."""
+    """What goes wrong, on which rank (those of ALIKE: on all) and at which step; `attempt` None: in every attempt."""
 
     rank: int
     step: int
@@ -105,7 +107,7 @@ class Faulty:
 
         def step(loop: TrainingLoop) -> StepReport | None:
             for fault in due:
-                if (fault.rank, fault.step) == (loop.world.rank, loop.progress.step + 1):
+                if fault.step == loop.progress.step + 1 and (fault.rank == loop.world.rank or fault.kind in ALIKE):
                     happen(fault.kind)
             return real(loop)
 
