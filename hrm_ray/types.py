@@ -75,23 +75,25 @@ class StopReason(str, Enum):
 @dataclass(frozen=True)
 class RestartRecord:
     """A restart after a failure: its number (from 1), the cause, the last step before, the step that training goes on
-    from, and the seconds since the run was there first."""
+    from, and the seconds since the run was there first. The last two are None where the workers ended before they could
+    send them."""
 
     number: int
     cause: str
     failed_step: int
-    resumed_step: int
-    lost_s: float
+    resumed_step: int | None = None
+    lost_s: float | None = None
 
     def values(self) -> dict[str, float | int | str | bool | list[float]]:
         """The values of its record, an event."""
-        return {
+        values: dict[str, float | int | str | bool | list[float]] = {
             "restart": self.number,
             "cause": self.cause,
             "failed_step": self.failed_step,
-            "resumed_step": self.resumed_step,
-            "lost_s": self.lost_s,
         }
+        if self.resumed_step is not None and self.lost_s is not None:
+            values |= {"resumed_step": self.resumed_step, "lost_s": self.lost_s}
+        return values
 
     @classmethod
     def of(cls, record: Record) -> RestartRecord | None:

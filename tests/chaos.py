@@ -101,7 +101,7 @@ def run_with_faults(folder: Path, faults: Sequence[Fault]) -> RunResult:
     assert result.step == steps
     assert len(result.restarts) == len(faults) == len({row.number for row in result.restarts})
     told = [entry for entry in records(plan.bundle, "event") if "restart" in entry]
-    assert len(told) >= sum(row.resumed_step > 0 for row in result.restarts)
+    assert len(told) >= sum((row.resumed_step or 0) > 0 for row in result.restarts)
     assert rows_by_step(folder / "faulty-rows") == rows_by_step(folder / "undisturbed-rows")
     for name in ("model.safetensors", f"checkpoints/step_{steps}/optimizer.safetensors"):
         theirs, ours = load_file(whole.bundle / name), load_file(plan.bundle / name)
@@ -124,7 +124,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         begun_s = time.time()
         result = run_with_faults(Path(folder), faults)
-    lost_s = sorted(row.lost_s for row in result.restarts)
+    lost_s = sorted(row.lost_s for row in result.restarts if row.lost_s is not None)
     print(f"{len(faults)} faults of {dict(Counter(fault.kind for fault in faults))} in {time.time() - begun_s:.0f} s:")
     print(f"weights and rows are those of the undisturbed run; lost {lost_s[len(lost_s) // 2]:.1f} s at the median")
 

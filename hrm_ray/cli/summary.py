@@ -70,10 +70,10 @@ def _restarts(records: list[Record]) -> str:
 def _after_failures(result: RunResult) -> list[str]:
     """A table of the restarts after failures."""
     rows = [("after", "at step", "on from", "lost")]
-    rows += [
-        (f"restart {row.number}: {row.cause}", f"{row.failed_step}", f"{row.resumed_step}", duration(row.lost_s))
-        for row in result.restarts
-    ]
+    for row in result.restarts:
+        step = "" if row.resumed_step is None else f"{row.resumed_step}"
+        lost = "" if row.lost_s is None else duration(row.lost_s)
+        rows.append((f"restart {row.number}: {row.cause}", f"{row.failed_step}", step, lost))
     return aligned(rows).splitlines() if result.restarts else []
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -46,7 +46,7 @@ class WatchedSink:
         if record.kind != "event":
             self.step = record.step
         restart = RestartRecord.of(record)
-        if restart is not None:
+        if restart is not None and restart.resumed_step is not None:
             self.step = restart.resumed_step
             self.restarts.append(restart)
         self._sink.write(record)
@@ -92,10 +92,10 @@ def supervise(
             if outcome.reason is StopReason.RESIZE:
                 reason = stop()
                 if reason is not None:
-                    return replace(outcome, reason=reason, restarts=tuple(watched.restarts))
+                    return replace(outcome, reason=reason, restarts=_restarts(watched, endings))
                 plan = _after_growth(plan, resized(first, max(workers(), plan.world_size), rows))
                 continue
-            return replace(outcome, restarts=tuple(watched.restarts))
+            return replace(outcome, restarts=_restarts(watched, endings))
         ending = outcome.ending
         reason = stop()
         if reason is not None:
@@ -119,6 +119,13 @@ def supervise(
         if decision.batch_size < ending.batch_size:
             rows = decision.batch_size
         plan = next_plan(plan, outcome, resized(first, decision.world_size, rows))
+
+
+def _restarts(watched: WatchedSink, endings: Sequence[Ending]) -> tuple[RestartRecord, ...]:
+    """All restarts: also those of whose workers nothing came."""
+    received = {restart.number: restart for restart in watched.restarts}
+    known = [RestartRecord(number, each.cause.value, each.step) for number, each in enumerate(endings, 1)]
+    return tuple(received.get(restart.number, restart) for restart in known)
 
 
 def next_plan(plan: RunPlan, failed: Failed, sizes: RunPlan) -> RunPlan:

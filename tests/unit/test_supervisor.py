@@ -199,3 +199,18 @@ def test_a_stop_before_the_first_step_is_passed_on(tmp_path: Path) -> None:
 
 def test_a_wait_ends_with_a_stop() -> None:
     supervisor.wait_for(3600.0, lambda: StopReason.SIGTERM)
+
+
+def test_a_restart_of_which_no_record_came_is_listed_too(tmp_path: Path) -> None:
+    """The actor that collects records was killed, or the attempt ended before it had the bundle's files."""
+    crash = HrmRayError(Fault("worker 0", "died", ""))
+
+    def attempt(plan: RunPlan, records: WatchedSink) -> RunResult | Failed:
+        number = len(plan.ended)
+        if number == 2:
+            records.write(Record("event", 4, 0.0, {**RestartRecord(2, "crash", 9, 4, 1.5).values(), "message": ""}))
+            return RunResult(StopReason.FINISHED, 9, 0, str(tmp_path))
+        return Failed(Ending(Cause.CRASH, crash, 5 + 4 * number, number, 1, 1), begun=number > 0)
+
+    result = supervise(plan_of(tmp_path, max_failures=3), attempt, sink=Shown(), stop=lambda: None, wait=Clock().wait)
+    assert result.restarts == (RestartRecord(1, "crash", 5), RestartRecord(2, "crash", 9, 4, 1.5))
