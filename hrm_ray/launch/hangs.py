@@ -1,4 +1,4 @@
-"""Decides from the workers' heartbeats whether a run hangs: what the user is told, and when the run is ended.
+"""Decides from the workers' heartbeats whether a run hangs: what the user is warned of, and when the run is ended.
 
 A worker makes progress with each batch, step, evaluation and checkpoint (`train.activity`), and a thread in it sends
 that, with the time since, every second. All ranks work in step, so a run makes progress while any rank does, and stalls
@@ -18,11 +18,11 @@ BEAT_INTERVAL_S = 1.0
 SILENT_S = 5.0
 """A worker whose last heartbeat is older does not answer."""
 WARN_S, WARN_STEPS = 30.0, 10
-"""A stall is told after so many seconds, or median step times if that is longer."""
+"""A stall is reported after so many seconds, or median step times if that is longer."""
 END_S, END_STEPS = 120.0, 20
 """Without --hang-after a stalled run is ended after so many seconds, or median step times if that is longer."""
 LONG_S = 60.0
-"""A phase whose usual time is not known, such as the first step, is told when it lasts so long without progress."""
+"""A phase whose usual time is not known, such as the first step, is reported when it lasts so long without progress."""
 UNKNOWN_S = 1800.0
 """Such a phase is a hang after so many seconds without progress, or after --hang-after if that is longer."""
 DATA_S = 600.0
@@ -30,7 +30,7 @@ DATA_S = 600.0
 MEASURED = 10
 """An evaluation, a checkpoint or a wait for data is a hang after so many times the longest one before."""
 MEASURED_WARN = 3
-"""It is told after so many times the longest one before."""
+"""It is reported after so many times the longest one before."""
 LONGEST_S = 6 * 3600.0
 """No run is without progress for longer, unless --hang-after is."""
 UNWATCHED_S = 10.0
@@ -106,9 +106,9 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a run may be without progress before that is told, and before the run is ended."""
+    """How long a run may be without progress before that is reported, and before the run is ended."""
 
-    told_s: float
+    warn_s: float
     end_s: float
     known: bool
     """Whether the usual time of the present phase is known; otherwise a long one is no cause for a warning."""
@@ -125,9 +125,9 @@ def limits(heartbeats: Collection[Heartbeat], hang_after_s: float | None) -> Lim
     step_s = max((beat.step_s for beat in heartbeats if beat.step_s is not None), default=None)
     first_step_s = max((beat.first_step_s for beat in heartbeats), default=0.0)
     end_s = hang_after_s or min(LONGEST_S, max(END_S, END_STEPS * (step_s or 0.0), 2 * first_step_s))
-    told_s = max(WARN_S, WARN_STEPS * (step_s or 0.0))
+    warn_s = max(WARN_S, WARN_STEPS * (step_s or 0.0))
     known = True
-    ends_s, tolds_s = [end_s], [told_s]
+    ends_s, warns_s = [end_s], [warn_s]
     for beat in heartbeats:
         if beat.phase in _STEADY and (step_s is not None or hang_after_s is not None):
             continue
@@ -137,15 +137,15 @@ def limits(heartbeats: Collection[Heartbeat], hang_after_s: float | None) -> Lim
         elif beat.phase in _STEADY | _ONCE or beat.longest_s is None:
             known = False
             ends_s.append(UNKNOWN_S)
-            tolds_s.append(LONG_S)
+            warns_s.append(LONG_S)
         if beat.phase not in _STEADY | _ONCE and beat.longest_s is not None:
             ends_s.append(max(DATA_S, MEASURED * beat.longest_s))
-            tolds_s.append(MEASURED_WARN * beat.longest_s)
+            warns_s.append(MEASURED_WARN * beat.longest_s)
     longest_s = min(max(ends_s), max(LONGEST_S, hang_after_s or 0.0))
-    long_told_s, told_s = min(max(tolds_s), longest_s / 2), min(told_s, end_s / 2)
-    if gone_s >= told_s:
-        long_told_s, known = told_s, True
-    return Limits(long_told_s, end_s if gone_s >= end_s else longest_s, known)
+    long_warn_s, warn_s = min(max(warns_s), longest_s / 2), min(warn_s, end_s / 2)
+    if gone_s >= warn_s:
+        long_warn_s, known = warn_s, True
+    return Limits(long_warn_s, end_s if gone_s >= end_s else longest_s, known)
 
 
 def behind(heartbeats: Collection[Heartbeat]) -> tuple[int, ...]:
@@ -184,8 +184,8 @@ class Watched:
     marks: Mapping[int, int] = field(default_factory=dict)
     counts_from_s: float = float("-inf")
     """A stall counts from here at the earliest: before, nobody looked."""
-    told_s: float | None = None
-    """The length of the present stall when it was told last."""
+    warn_s: float | None = None
+    """The length of the present stall when it was last reported."""
 
 
 def judge(
@@ -193,7 +193,7 @@ def judge(
 ) -> tuple[Watched, Verdict]:
     """One look at the newest heartbeat of each rank that has begun and not finished.
 
-    `ends` says whether the run is ended when it hangs. Each stall is told once, and once more when the run goes on.
+    `ends` says whether the run is ended when it hangs. Each stall is reported once, and once more when the run goes on.
     """
     marks = {beat.rank: beat.marks for beat in heartbeats}
     counts_from_s = before.counts_from_s
@@ -201,10 +201,10 @@ def judge(
         counts_from_s = now_s
     seen = replace(before, looked_s=now_s, marks=marks, counts_from_s=counts_from_s)
     if not heartbeats or marks != before.marks:
-        if before.told_s is None:
+        if before.warn_s is None:
             return seen, Verdict()
-        message = f"the run goes on, after {before.told_s:.0f} s without progress"
-        return replace(seen, told_s=None), Verdict("goes on", message)
+        message = f"the run goes on, after {before.warn_s:.0f} s without progress"
+        return replace(seen, warn_s=None), Verdict("goes on", message)
     idle_s = min(beat.idle_s + beat.age_s for beat in heartbeats)
     stalled_s = min(idle_s, now_s - counts_from_s)
     limit, culprits = limits(heartbeats, hang_after_s), behind(heartbeats)
@@ -212,28 +212,31 @@ def judge(
     where = f"in step {step}" if step else "before the first step"
     if ends and stalled_s >= limit.end_s:
         return seen, Verdict("end", f"no progress for {stalled_s:.0f} s {where}", culprits)
-    if before.told_s is not None:
-        return replace(seen, told_s=max(before.told_s, stalled_s)), Verdict()
-    if stalled_s < limit.told_s:
+    if before.warn_s is not None:
+        return replace(seen, warn_s=max(before.warn_s, stalled_s)), Verdict()
+    if stalled_s < limit.warn_s:
         return seen, Verdict()
     message = f"no progress for {stalled_s:.0f} s {where}: {_who(heartbeats, culprits)}"
     if limit.known and ends:
         message += f"; workers that hang are ended after {limit.end_s:.0f} s"
-    return replace(seen, told_s=stalled_s), Verdict("warning" if limit.known else "long", message, culprits)
+    return replace(seen, warn_s=stalled_s), Verdict("warning" if limit.known else "long", message, culprits)
 
 
-def judge_start(begun: Collection[int], world_size: int, waited_s: float, *, told: bool) -> Verdict:
-    """One look at a group of which the ranks `begun` have begun, `waited_s` after its start; `told` says whether the
-    wait was told before. Until all have begun they send no heartbeats: they load libraries and find each other."""
+def judge_start(begun: Collection[int], world_size: int, waited_s: float, *, reported: bool) -> Verdict:
+    """One look at a group of which the ranks `begun` have begun, `waited_s` after its start.
+
+    `reported`: whether the wait was reported before. Until all have begun they send no heartbeats: they load libraries
+    and find each other.
+    """
     missing = tuple(rank for rank in range(world_size) if rank not in begun)
-    limit_s = LONG_S if not told else UNKNOWN_S
+    limit_s = LONG_S if not reported else UNKNOWN_S
     if not missing or waited_s < limit_s:
         return Verdict()
     who = "no worker" if len(missing) == world_size else f"{len(begun)} of {world_size} workers"
     message = (
         f"{who} has begun after {waited_s:.0f} s" if not begun else f"only {who} have begun after {waited_s:.0f} s"
     )
-    return Verdict("end" if told else "long", message, missing)
+    return Verdict("end" if reported else "long", message, missing)
 
 
 def _who(heartbeats: Sequence[Heartbeat], culprits: tuple[int, ...]) -> str:

@@ -44,7 +44,7 @@ class HangWatch:
     _watched: Watched = field(default_factory=Watched)
     _start_s: float = 0.0
     """How long workers have been starting, without pauses of the driver itself."""
-    _start_told: bool = False
+    _start_reported: bool = False
 
     def look(self, status: StatusUpdate) -> WorkerCrash | None:
         """Tell what is to be told. Where the group hangs, end the processes of the ranks that the others wait for, or
@@ -53,9 +53,9 @@ class HangWatch:
         if before_s is not None:
             self._start_s += min(now_s - before_s, UNWATCHED_S)
         self._watched, verdict = judge(self._watched, status.heartbeats, now_s, self.hang_after_s)
-        start = judge_start(status.workers.keys(), self.world_size, self._start_s, told=self._start_told)
+        start = judge_start(status.workers.keys(), self.world_size, self._start_s, reported=self._start_reported)
         if start.message:
-            self._start_told, verdict = True, start
+            self._start_reported, verdict = True, start
         if verdict.kind == "end":
             return self._end(status, verdict)
         if verdict.message:

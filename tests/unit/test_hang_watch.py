@@ -158,9 +158,9 @@ def test_workers_that_never_begin_are_told_and_ended(tmp_path: Path, now: list[f
         now[0] += 1
     assert told == ["INFO no worker has begun after 60 s"]
     assert now[0] > 1800 and str(error).startswith("worker 0 and 1 and 2: no worker has begun after 1800 s")
-    verdict = judge_start({0, 2}, 3, 1800.0, told=True)
+    verdict = judge_start({0, 2}, 3, 1800.0, reported=True)
     assert (verdict.message, verdict.culprits) == ("only 2 of 3 workers have begun after 1800 s", (1,))
-    assert judge_start({0, 1, 2}, 3, 1e6, told=True).kind == "nothing"
+    assert judge_start({0, 1, 2}, 3, 1e6, reported=True).kind == "nothing"
 
 
 def test_another_process_with_the_number_of_a_worker_is_left_alone(processes: list[subprocess.Popen[bytes]]) -> None:

@@ -277,7 +277,7 @@ def test_limits_are_in_order_and_all_other_timeouts_are_longer(
     beats: list[Heartbeat], hang_after_s: float | None
 ) -> None:
     limit, others = limits(beats, hang_after_s), Timeouts.of(hang_after_s)
-    assert 0 < limit.told_s < limit.end_s
+    assert 0 < limit.warn_s < limit.end_s
     assert limit.end_s >= (hang_after_s or 120.0)
     assert limit.end_s < others.poll_s < others.keepalive_s < others.process_group_s
     assert set(behind(beats)) <= {beat.rank for beat in beats}
