@@ -42,7 +42,9 @@ class Driver:
             [sys.executable, "-m", "tests.ray.worker_group_driver", str(temp / "plan.json"), body],
             # Unbuffered: `communicate` reads past a buffer, so what a line-wise read had taken ahead would be lost.
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0, start_new_session=True,
-            env={**os.environ, **environment, "TMPDIR": str(temp)},
+            # PyTorch keeps a folder for all programs of a user in the temporary one, unless it is told another place.
+            env={"TORCHINDUCTOR_CACHE_DIR": str(temp.parent / "torchinductor"), **os.environ, **environment,
+                 "TMPDIR": str(temp)},
         )  # fmt: skip
 
     def wait_for_records(self) -> None:
