@@ -31,7 +31,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "bundle": _LOW | {"model", "data"},
     "inference": _LOW | {"model", "data", "bundle"},
     "train": _MIDDLE | {"bundle", "inference"},
-    "launch": _MIDDLE | {"bundle", "train"},
+    "independent": _MIDDLE | {"bundle", "merging", "train"},
+    "launch": _MIDDLE | {"bundle", "train", "independent"},
     "orchestration": _MIDDLE | {"bundle", "train", "launch"},
     "cli": _MIDDLE | {"bundle", "inference", "train", "launch", "orchestration"},
 }
