@@ -98,6 +98,11 @@ class RunDir:
         return self.root / "chunk_tracker_state.json"
 
     @property
+    def independent(self) -> IndependentDir:
+        """The files of parallel-independent training."""
+        return IndependentDir(self.root / "independent")
+
+    @property
     def run_lock(self) -> Path:
         """Locked while a process trains in the bundle."""
         return self.root / ".run.lock"
@@ -209,6 +214,32 @@ class RunDir:
         for leftover in self.checkpoints.glob(f"*{_PARTIAL}"):
             if not leftover.name.endswith(_OLD):
                 shutil.rmtree(leftover, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class IndependentDir:
+    """The folder of parallel-independent training: anchors/, contributions/, trainers/NAME/.
+
+    Every file of the first two has a name that was never used before, because another process may have it mapped.
+    """
+
+    root: Path
+
+    @property
+    def anchors(self) -> Path:
+        return self.root / "anchors"
+
+    @property
+    def contributions(self) -> Path:
+        return self.root / "contributions"
+
+    def new_contribution(self, report: str) -> Path:
+        """Where the trainer writes the change of its report of that name."""
+        return self.contributions / f"{report}.{secrets.token_hex(4)}.safetensors"
+
+    def trainer(self, name: str) -> Path:
+        """The folder of one trainer: its records, and its optimizer's state."""
+        return self.root / "trainers" / name
 
 
 def _files(folder: Path) -> list[Path]:

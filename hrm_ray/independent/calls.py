@@ -17,18 +17,23 @@ from hrm_ray.types import StopReason
 @dataclass(frozen=True)
 class AnchorRef:
     """The common weights after a round (0: the start), an immutable file. `path` is relative to the bundle;
-    `total_sequences` are the samples that its lineage has learned, the clock of the learning rate."""
+    `total_sequences` are the samples that its lineage has learned. `copy_of` names the report whose weights this anchor
+    is to the bit: a trainer that trains on from that report lays nothing in place."""
 
     round: int
     path: str
     sha256: str
     total_sequences: int
+    copy_of: str | None = None
 
 
 @dataclass(frozen=True)
 class News:
     """What a trainer hears with every answer: the newest anchor, which of its reports were rejected since its last
     call, and whether it shall end (report what it has, release the rest, leave).
+
+    `staged_sequences` are the samples of all reports that no round has taken yet, of any trainer. The clock of the
+    learning rate is what the anchor has learned, what is staged, and the trainer's open samples.
 
     A trainer lays a newer anchor in place at a step boundary: weights = anchor + (weights - snap), snap = anchor. It
     does the same with the anchor that it has where one of its reports was `rejected`.
@@ -37,18 +42,21 @@ class News:
     anchor: AnchorRef
     rejected: tuple[str, ...] = ()
     stop: StopReason | None = None
+    staged_sequences: int = 0
 
 
 @dataclass(frozen=True)
 class Joined:
     """The answer to `join`. A trainer reports after at most `report_updates` weight updates, and renews its leases
-    every `renew_every_s`."""
+    every `renew_every_s`. With `whole_weights` its reports have the weights too: then a round of one report alone can
+    commit them to the bit."""
 
     trainer: str
     generation: int
     news: News
     report_updates: int
     renew_every_s: float
+    whole_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,10 @@ class Report:
     the order of training; a lease may end in the middle: with `keeps` the rest is leased to the trainer again,
     otherwise it is returned. Spans of skipped updates are marked. `updates` are weight updates, `tokens` the label
     positions learned, `loss` the mean training loss, `seconds` the time since the last report.
+
+    `weights_path` is a file with the weights themselves, where the coordinator wants it. They descend from the anchor
+    `base` with nothing between, or, where `follows` is given, from the trainer's own report of that name: a round of
+    this report alone may commit them only on top of exactly that.
     """
 
     name: str
@@ -122,6 +134,9 @@ class Report:
     loss: float
     seconds: float
     keeps: bool = True
+    weights_path: str | None = None
+    weights_sha256: str | None = None
+    follows: str | None = None
 
 
 @dataclass(frozen=True)
