@@ -133,6 +133,21 @@ class Ledger(LedgerReader):
                 )
             return self._lease(held)
 
+    def claim_at(
+        self, worker: str, generation: int, place: Lease, start: int, *, now_s: float, lease_s: float
+    ) -> Lease | Refused:
+        """Lease to a worker the PENDING range that begins at sequence `start` of the chunk of `place`: what a split has
+        left of it."""
+        with self.database.transaction():
+            if not self._active(worker, generation):
+                return _stopped(worker, generation)
+            found = ranges.at(self.database, place.epoch, place.chunk, start)
+            if found is None or found.state is not states.State.PENDING:
+                return Refused(f"no range of chunk {place.chunk} waits at sequence {start}")
+            held = states.lease(found, worker, generation, now_s + lease_s)
+            ranges.put(self.database, held)
+            return self._lease(held)
+
     def expire(self, now_s: float) -> list[Range]:
         """Take back the leases that have expired by `now_s`; returns their ranges as they were."""
         with self.database.transaction():
@@ -272,6 +287,21 @@ class Ledger(LedgerReader):
         with self.database.transaction():
             found = [ranges.at(self.database, one.epoch, one.chunk, one.start) for one in aside]
             ranges.put_all(self.database, [states.requeue(one) for one in found if one is not None])
+
+    def outstanding(self) -> int:
+        """Sequences that are leased and measured, or staged: they will be learned, or come back."""
+        leased = sum(held.sequences for held in ranges.leased(self.database))
+        return leased + sum(one.sequences for one in self.staged())
+
+    def has_more(self, order: ClaimOrder, epochs: int | None = None) -> bool:
+        """Whether a claim would be given a range now."""
+        with self.database.transaction():
+            waiting = ranges.any_pending(self.database, epochs)
+            return waiting or not isinstance(known_blocks.next_untouched(self, order, epochs), Idle)
+
+    def any_leased(self) -> bool:
+        """Whether any range is leased."""
+        return bool(ranges.leased(self.database))
 
     def _active(self, worker: str, generation: int) -> bool:
         row = self.database.row(

@@ -85,6 +85,12 @@ def first_pending(database: Database, epochs: int | None) -> Range | None:
     return found
 
 
+def any_pending(database: Database, epochs: int | None) -> bool:
+    """Whether a range with a row is PENDING, of the epochs before `epochs`."""
+    statement = "SELECT 1 FROM ranges INDEXED BY pending WHERE state = 0 AND epoch < ? LIMIT 1"
+    return database.row(statement, (2**62 if epochs is None else epochs,)) is not None
+
+
 def expired(database: Database, now_s: float) -> list[Range]:
     """LEASED ranges that have expired by `now_s`."""
     return _many(database, "leased", "WHERE state = 1 AND expiry_s <= ?", now_s)

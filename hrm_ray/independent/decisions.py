@@ -1,0 +1,157 @@
+"""The decisions of parallel-independent training, as pure functions: no clock, no file, no process.
+
+When a round closes, with which weights and which of its members, and how many weight updates lie between two reports.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal, TypeAlias
+
+LEASE_S = 60.0
+"""A lease ends so long after it was given or renewed."""
+RENEW_S = 15.0
+"""Seconds between two renewals."""
+WAIT_S = 0.5
+"""Seconds after which a trainer without a range asks again."""
+FIRST_MERGE_EVERY = 50
+"""Weight updates of a trainer between two reports with which `auto` begins."""
+LEAST_MERGE_EVERY, MOST_MERGE_EVERY = 8, 500
+MERGE_SHARE = 0.03
+"""The share of the time that merging may take under `auto`."""
+MOST_UPDATES = 100
+"""Weight updates in a report, at most, unless --merge-every asks for more."""
+NORM_LIMIT = 3.0
+"""A change whose norm is so many times the median of its round is rejected."""
+LOSS_TOLERANCE = 0.01
+"""The share by which the held-out loss may rise in a round."""
+GUARD_SAMPLES = 256
+"""Held-out samples that the guard evaluates."""
+
+MergeEvery: TypeAlias = "int | Literal['auto', 'end']"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A staged contribution: its trainer, its samples, and the seconds and weight updates that they took (0 where the
+    coordinator was started since)."""
+
+    name: str
+    trainer: str
+    sequences: int
+    seconds: float = 0.0
+    updates: int = 0
+
+
+def round_closes(
+    staged: Sequence[Member],
+    active: frozenset[str],
+    durations: Mapping[str, float],
+    since_s: float,
+    now_s: float,
+    *,
+    at_end: bool,
+    idle: bool,
+) -> bool:
+    """Whether the staged contributions are merged now.
+
+    `active` are the trainers at work, `durations` the seconds of each one's last report, `since_s` when the round
+    before closed. A round waits for a report of every trainer, but not past the median of their durations and three
+    median deviations. `idle`: nobody can report more before this round closes. `at_end`: only then.
+    """
+    if not staged:
+        return False
+    if idle:
+        return True
+    if at_end:
+        return False
+    if active <= {member.trainer for member in staged}:
+        return True
+    known = [durations[trainer] for trainer in active if trainer in durations]
+    known = known or [member.seconds for member in staged]
+    return now_s >= since_s + _deadline_s(known)
+
+
+def _deadline_s(durations: Sequence[float]) -> float:
+    middle = median(durations)
+    deviation = median(abs(duration - middle) for duration in durations)
+    # Equal trainers have no deviation, and still do not report at the same instant.
+    return middle + max(3 * deviation, 0.25 * middle)
+
+
+def merge_weights(members: Sequence[Member], by: Literal["samples", "equal"]) -> tuple[float, ...]:
+    """The weight of each member's change. Those of one trainer follow each other, so each of them has the weight of
+    all; the weights of the trainers add up to 1."""
+    samples: dict[str, int] = {}
+    for member in members:
+        samples[member.trainer] = samples.get(member.trainer, 0) + member.sequences
+    total = sum(samples.values())
+    if by == "equal" or not total:
+        return (1 / len(samples),) * len(members)
+    return tuple(samples[member.trainer] / total for member in members)
+
+
+def report_updates(merge_every: MergeEvery, current: int | None, merge_s: float = 0.0, update_s: float = 0.0) -> int:
+    """Weight updates of a trainer between two reports.
+
+    Under `auto` the smallest number with which merging takes at most MERGE_SHARE of the time, after a round that took
+    `merge_s` with updates of `update_s`; at most twice or half as many as `current`.
+    """
+    if merge_every == "end":
+        return MOST_UPDATES
+    if merge_every != "auto":
+        return merge_every
+    if current is None or merge_s <= 0 or update_s <= 0:
+        return FIRST_MERGE_EVERY if current is None else current
+    wanted = math.ceil(min(merge_s / MERGE_SHARE / update_s, MOST_MERGE_EVERY))
+    near = min(max(wanted, current // 2), 2 * current)
+    return min(max(near, LEAST_MERGE_EVERY), MOST_MERGE_EVERY)
+
+
+def unfit(norms: Mapping[str, float]) -> dict[str, str]:
+    """Members that a round rejects for the norms of their changes, with the reason."""
+    rejected = {name: "its change is not finite" for name, norm in norms.items() if not math.isfinite(norm)}
+    sound = {name: norm for name, norm in norms.items() if name not in rejected}
+    if len(sound) < 3:
+        return rejected  # of two nobody can say which is the odd one
+    middle = median(sound.values())
+    for name, norm in sound.items():
+        if norm > NORM_LIMIT * middle:
+            rejected[name] = f"its change has {norm / middle:.1f} times the median norm of its round"
+    return rejected
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The members that a round takes, the member that it leaves out, if any, with the reason, and the held-out
+    loss."""
+
+    taken: tuple[str, ...]
+    rejected: Mapping[str, str]
+    loss: float
+
+
+def leave_one_out(members: Sequence[str], loss_of: Callable[[tuple[str, ...]], float], before: float | None) -> Choice:
+    """Which members to merge by the held-out loss of the result: all, unless leaving one out mends a rise.
+
+    `loss_of` merges and evaluates; `before` is the loss of the anchor. A sole member is taken whatever its loss is: in
+    plain training too the loss may rise. Without one of its members a round must be better by more than the tolerance.
+    """
+    everyone = tuple(members)
+    loss = loss_of(everyone)
+    fine = math.isfinite(loss) and (before is None or loss <= before * (1 + LOSS_TOLERANCE))
+    if fine or len(members) < 2:
+        return Choice(everyone, {}, loss)
+    others = {name: tuple(each for each in members if each != name) for name in members}
+    losses = {name: loss_of(rest) for name, rest in others.items()}
+    finite = {name: found for name, found in losses.items() if math.isfinite(found)}
+    if not finite:
+        return Choice(everyone, {}, loss)
+    worst = min(finite, key=lambda name: finite[name])
+    if math.isfinite(loss) and finite[worst] > loss * (1 - LOSS_TOLERANCE):
+        return Choice(everyone, {}, loss)
+    reason = f"without it the held-out loss is {finite[worst]:.4f}, with it {loss:.4f}"
+    return Choice(others[worst], {worst: reason}, finite[worst])

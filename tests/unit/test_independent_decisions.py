@@ -1,0 +1,96 @@
+"""When a round of parallel-independent training closes, and with what; no process, no clock."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hrm_ray.independent.decisions import (
+    LEAST_MERGE_EVERY,
+    MOST_MERGE_EVERY,
+    Member,
+    leave_one_out,
+    merge_weights,
+    report_updates,
+    round_closes,
+    unfit,
+)
+
+
+def closes(reporters: str, active: str, now_s: float, durations: dict[str, float], *, idle: bool = False) -> bool:
+    members = [Member(f"r{number}", trainer, 10, 10.0, 5) for number, trainer in enumerate(reporters)]
+    return round_closes(members, frozenset(active), durations, 0.0, now_s, at_end=False, idle=idle)
+
+
+def test_a_round_waits_for_equal_trainers_and_not_for_a_slow_one() -> None:
+    equal = {"a": 10.0, "b": 10.0}
+    assert not closes("a", "ab", 10.5, equal)
+    assert closes("ab", "ab", 10.5, equal)
+    unequal = {"a": 10.0, "b": 10.0, "c": 10.0, "d": 40.0}
+    assert not closes("abc", "abcd", 11.0, unequal)
+    assert closes("abc", "abcd", 13.0, unequal)
+    assert closes("a", "ab", 0.0, equal, idle=True)
+    assert not closes("", "ab", 100.0, equal, idle=True)
+
+
+def test_at_end_closes_only_when_nobody_can_report_any_more() -> None:
+    members = [Member("r", "a", 1)]
+    assert not round_closes(members, frozenset("a"), {}, 0.0, 1e9, at_end=True, idle=False)
+    assert round_closes(members, frozenset("a"), {}, 0.0, 0.0, at_end=True, idle=True)
+
+
+def test_changes_of_one_trainer_are_added_and_those_of_several_averaged() -> None:
+    members = [Member("r1", "a", 30), Member("r2", "a", 30), Member("r3", "b", 20)]
+    assert merge_weights(members, "samples") == (0.75, 0.75, 0.25)
+    assert merge_weights(members, "equal") == (0.5, 0.5, 0.5)
+    assert merge_weights([Member("r1", "a", 0), Member("r2", "b", 0)], "samples") == (0.5, 0.5)
+
+
+def test_auto_approaches_the_smallest_interval_whose_merges_are_cheap() -> None:
+    current = report_updates("auto", None)
+    for _ in range(10):
+        current = report_updates("auto", current, merge_s=0.3, update_s=0.1)
+    assert current == 100  # 0.3 s is 3 % of 100 updates of 0.1 s
+    assert report_updates(7, None) == report_updates(7, 7, 9.0, 0.001) == 7
+
+
+@given(st.integers(8, 500), st.floats(0, 1e6), st.floats(0, 1e3))
+def test_auto_stays_within_its_bounds(current: int, merge_s: float, update_s: float) -> None:
+    found = report_updates("auto", current, merge_s, update_s)
+    assert LEAST_MERGE_EVERY <= found <= MOST_MERGE_EVERY
+    assert current // 2 <= found <= 2 * current or found in (LEAST_MERGE_EVERY, MOST_MERGE_EVERY)
+
+
+def test_an_outlier_is_rejected_by_its_norm_only_among_three() -> None:
+    assert set(unfit({"a": 1.0, "b": 1.1, "c": 3.4})) == {"c"}
+    assert unfit({"a": 1.0, "b": 50.0}) == {}
+    assert set(unfit({"a": 1.0, "b": math.nan})) == {"b"}
+
+
+@pytest.mark.parametrize(("bad", "before"), [("b", 2.0), ("c", 2.0)])
+def test_the_member_that_spoils_a_round_is_left_out(bad: str, before: float) -> None:
+    calls: list[tuple[str, ...]] = []
+
+    def loss_of(names: tuple[str, ...]) -> float:
+        calls.append(names)
+        return 3.0 if bad in names else 1.9
+
+    choice = leave_one_out(["a", "b", "c"], loss_of, before)
+    assert choice.taken == tuple(name for name in "abc" if name != bad)
+    assert set(choice.rejected) == {bad} and choice.loss == 1.9
+    assert leave_one_out([bad], loss_of, before).taken == (bad,)  # a sole trainer's loss may rise
+    calls.clear()
+    assert leave_one_out(["a"], loss_of, before).loss == 1.9 and calls == [("a",)]
+
+
+def test_a_rise_that_nobody_is_to_blame_for_is_taken() -> None:
+    choice = leave_one_out(["a", "b"], lambda names: 2.5, 2.0)
+    assert choice.taken == ("a", "b") and not choice.rejected
+
+
+def test_a_loss_that_is_not_finite_is_mended_where_that_is_possible() -> None:
+    choice = leave_one_out(["a", "b"], lambda names: math.inf if "b" in names else 5.0, None)
+    assert choice.taken == ("a",) and set(choice.rejected) == {"b"}
