@@ -297,6 +297,7 @@ class WorkerGroupRun:
         # command line's own handlers run in the main thread, which therefore never waits for long.
         self._fit = threading.Thread(target=self._run_fit, name="ray-train-fit", daemon=True)
         self._fit_error: BaseException | None = None
+        self._leave_fit = threading.Event()
         self._stop_sent: StopReason | None = None
         self.has_more_room: Callable[[], bool] | None = None
         """Whether the run could go on with more workers; asked every few seconds while it trains."""
@@ -331,6 +332,10 @@ class WorkerGroupRun:
             if self._session.attached:  # The program's cluster stays; any other ends with the session.
                 self._end_actors()
             raise
+        finally:
+            self._leave_fit.set()
+            if self._fit.ident is not None:
+                self._fit.join(END_WAIT_S)  # No thread may wait for Ray when it is shut down.
 
     def _failed(self, error: HrmRayError) -> Failed:
         plan = self._plan
@@ -455,6 +460,7 @@ class WorkerGroupRun:
             WorkerGroupTrainer(
                 worker.main,
                 private_cluster=self._session.private,
+                leave=self._leave_fit,
                 train_loop_config=self._config,
                 torch_config=TorchConfig(
                     backend="nccl" if self._plan.device == "cuda" else "gloo",

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,10 +106,6 @@ def test_a_program_keeps_its_own_cluster(restored: Path, tmp_path: Path, monkeyp
 
     with pytest.raises(KeyboardInterrupt):
         worker_group.run(plan_of(tmp_path), sink=received, stop=interrupt, body=until_stopped)
-    for thread in threading.enumerate():
-        if thread.name == "ray-train-fit":
-            thread.join(60.0)
-            assert not thread.is_alive(), "the workers are left on the program's cluster"
     with pytest.raises(SettingsError, match="connected to the Ray cluster at"):
         worker_group.run(plan_of(tmp_path, ray_address="198.51.100.1:6379"), sink=Received(), stop=never)
     assert ray.is_initialized()

@@ -73,6 +73,21 @@ LISTED = [
         "ray.train.torch.TorchTrainer._create_default_callbacks",
         ["orchestration/worker_group_trainer.py"],
     ),
+    (
+        "ray.train.torch",
+        "ray.train.torch.TorchTrainer._initialize_and_run_controller",
+        [],  # orchestration/worker_group_trainer.py overrides it
+    ),
+    (
+        "ray.train.v2._internal.constants",
+        "ray.train.v2._internal.constants.get_env_vars_to_propagate",
+        ["orchestration/worker_group_trainer.py"],
+    ),
+    (
+        "ray.train.v2._internal.execution.controller",
+        "ray.train.v2._internal.execution.controller.TrainController",
+        ["orchestration/worker_group_trainer.py"],
+    ),
 ]
 BY_CLASS_NAME = [
     # private classes that are compared by name
