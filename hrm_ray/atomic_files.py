@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from hrm_ray.errors import Fault, SettingsError
+from hrm_ray.errors import DiskError, Fault, SettingsError
 
 
 @contextmanager
@@ -39,6 +39,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def unwritable(path: Path, error: Exception) -> DiskError:
+    """The error to raise where a file of a run cannot be written."""
+    hint = "Free some space there, then run the command again (training: with --resume)"
+    return DiskError(Fault(str(path), f"cannot be written ({error})", hint))
 
 
 def sync_folder(folder: Path) -> None:

@@ -28,11 +28,12 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "data": _LOW,
     "metrics": _LOW,
     "ledger": frozenset({"foundation"}),
+    "merging": frozenset({"foundation"}),
     "bundle": _LOW | {"model", "data"},
     "inference": _LOW | {"model", "data", "bundle"},
     "train": _MIDDLE | {"bundle", "inference"},
     "independent": _MIDDLE | {"bundle", "merging", "train"},
-    "launch": _MIDDLE | {"bundle", "train", "independent"},
+    "launch": _MIDDLE | {"bundle", "merging", "train", "independent"},
     "orchestration": _MIDDLE | {"bundle", "train", "launch"},
     "cli": _MIDDLE | {"bundle", "inference", "train", "launch", "orchestration"},
 }
@@ -42,7 +43,7 @@ DOTTED_NAME = re.compile(r"hrm_ray(\.\w+)+(:\w+)?")
 NAMED_UPWARD = frozenset({("hrm_ray.launch.devices", "hrm_ray.orchestration.worker_group")})
 """Modules of a layer above that a table names, to be loaded when they are asked for: the launchers."""
 RAY_ONLY_IN = frozenset({"orchestration"})
-NO_TORCH_IN = frozenset({"foundation", "settings", "data", "metrics", "ledger"})
+NO_TORCH_IN = frozenset({"foundation", "settings", "data", "metrics", "ledger", "merging"})
 LIGHT_MODULES = frozenset(
     f"hrm_ray.cli.{name}"
     for name in ("main", "error_handler", "build_data", "flat_command", "help_page", "train", "arch_summary", "inspect")

@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hrm_ray.atomic_files import atomic_path
-from hrm_ray.errors import DataError, DiskError, Fault
+from hrm_ray.atomic_files import atomic_path, unwritable
+from hrm_ray.errors import DataError, Fault
 
 _SHOWN = 2
 """Differences of an architecture that a message names: names of tensors are long."""
@@ -29,12 +29,6 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
             temporary.chmod(mode)
     except (SafetensorError, OSError) as error:
         raise unwritable(path, error) from error
-
-
-def unwritable(path: Path, error: Exception) -> DiskError:
-    """The error to raise where a file of a run cannot be written."""
-    hint = "Free some space there, then run the command again (training: with --resume)"
-    return DiskError(Fault(str(path), f"cannot be written ({error})", hint))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

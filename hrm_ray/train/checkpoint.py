@@ -18,10 +18,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from hrm_ray.atomic_files import unwritable
 from hrm_ray.bundle.folder_watch import FolderWatch
 from hrm_ray.bundle.progress import STATE, Progress
 from hrm_ray.bundle.store import BundleWeights, save_final
-from hrm_ray.bundle.weights_file import read_rows, read_tensors, save_tensors, unwritable
+from hrm_ray.bundle.weights_file import read_rows, read_tensors, save_tensors
 from hrm_ray.data.stream import ConsumedRange, append_ranges
 from hrm_ray.errors import DataError, Fault, HrmRayError
 from hrm_ray.model.actv1 import States

@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from hrm_ray.atomic_files import unwritable
 from hrm_ray.bundle.folder_watch import FolderWatch
-from hrm_ray.bundle.weights_file import unwritable
 from hrm_ray.data.batches import BatchSource, LocalBatches
 from hrm_ray.data.catalog import Catalog
 from hrm_ray.data.chunk_source import ChunkPipeline, EpochOrder, InMemoryChunks, LocalChunks
