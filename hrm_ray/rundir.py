@@ -218,9 +218,9 @@ class RunDir:
 
 @dataclass(frozen=True)
 class IndependentDir:
-    """The folder of parallel-independent training: anchors/, contributions/, trainers/NAME/.
+    """The folder of parallel-independent training: anchors/, contributions/, trainers/NAME/, fixed.safetensors.
 
-    Every file of the first two has a name that was never used before, because another process may have it mapped.
+    Every anchor and contribution has a name that was never used before, because another process may have it mapped.
     """
 
     root: Path
@@ -232,6 +232,11 @@ class IndependentDir:
     @property
     def contributions(self) -> Path:
         return self.root / "contributions"
+
+    @property
+    def fixed(self) -> Path:
+        """The tensors that are not trained, and so are in no anchor."""
+        return self.root / "fixed.safetensors"
 
     def new_contribution(self, report: str) -> Path:
         """Where the trainer writes the change of its report of that name."""

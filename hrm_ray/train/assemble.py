@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import cast
+from typing import TypeAlias, cast
 
 from torch import nn
 
@@ -34,6 +34,8 @@ from hrm_ray.settings.adaptive_lr import AdaptiveLrSettings
 from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.adaptive_lr import AdaptiveLr
 from hrm_ray.train.attention_choice import kernel_of
+from hrm_ray.train.claimed_loader import ClaimedLoader
+from hrm_ray.train.claimed_rows import ClaimedPuzzles, ClaimedText
 from hrm_ray.train.loaders import BatchLoader, BatchSize, RolloutLoader, SlotLoader, StopCondition, exploration
 from hrm_ray.train.loop import TrainingLoop, TrainState
 from hrm_ray.train.microbatch import wanted_columns
@@ -46,11 +48,14 @@ from hrm_ray.train.stream_loader import StreamLoader, TextStream
 from hrm_ray.train.world import World
 from hrm_ray.types import SampleSet, StopReason
 
+TrainingData: TypeAlias = SampleSet | TextStream | ClaimedText | ClaimedPuzzles
+"""What a loop trains on: a set of puzzles, text, or the ranges of either that a block trainer claims."""
+
 
 def assemble(
     settings: RunSettings,
     config: ModelConfig,
-    data: SampleSet | TextStream,
+    data: TrainingData,
     world: World,
     schedule_steps: int,
     stop_poll: Callable[[], StopReason | None] = lambda: None,
@@ -155,13 +160,15 @@ def _build_optimizer(settings: RunSettings, world: World, adapters: Adapters | N
 
 
 def _loader(
-    settings: RunSettings, config: ModelConfig, data: SampleSet | TextStream, shape: BatchSize, carried: bool
+    settings: RunSettings, config: ModelConfig, data: TrainingData, shape: BatchSize, carried: bool
 ) -> BatchLoader:
     seed, linear, run = settings.run.seed, settings.data.linear_dataset, settings.run
     stop_condition = StopCondition(run.epochs, after_epoch=run.stop_after_epoch, after_block=run.stop_after_block)
     if isinstance(data, TextStream):
         return StreamLoader(data, shape, seed=seed, stop_condition=stop_condition)
+    explore = exploration(seed, settings.model.halt_exploration_prob or 0.0, config.halt_max_steps)
+    if isinstance(data, ClaimedText | ClaimedPuzzles):
+        return ClaimedLoader(data, shape, carried=carried, explore=explore if carried else None)
     if not carried:
         return RolloutLoader(data, shape, seed=seed, linear=linear, stop_condition=stop_condition)
-    explore = exploration(seed, settings.model.halt_exploration_prob or 0.0, config.halt_max_steps)
     return SlotLoader(data, shape, seed=seed, linear=linear, stop_condition=stop_condition, explore=explore)

@@ -85,7 +85,7 @@ class ScheduleClock:
     """
 
     position: float = 0
-    samples_per_update: int | None = None
+    samples_per_update: float | None = None
 
     def advance(self, samples: float) -> None:
         """Count one applied update of `samples` samples."""

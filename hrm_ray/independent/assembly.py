@@ -1,0 +1,57 @@
+"""The training loop of parallel-independent training, for trainers and for whoever evaluates or writes an anchor."""
+
+from __future__ import annotations
+
+from hrm_ray.data.prepare import PuzzlePlan, open_puzzle_sets
+from hrm_ray.data.text_data import TextDataDir
+from hrm_ray.data.tokenizer import TextTokenizer
+from hrm_ray.independent.weights import load_fixed_tensors
+from hrm_ray.rundir import RunDir
+from hrm_ray.train.assemble import assemble
+from hrm_ray.train.claimed_rows import ClaimedPuzzles, ClaimedText
+from hrm_ray.train.loop import TrainingLoop
+from hrm_ray.train.plan import RunPlan, effective_batch
+from hrm_ray.train.world import World
+
+
+def claimed_rows(plan: RunPlan) -> ClaimedText | ClaimedPuzzles:
+    """The samples of a run's claimed ranges. Close it."""
+    run_dir, seed = RunDir(plan.bundle), plan.settings.run.seed
+    if isinstance(plan.data, PuzzlePlan):
+        return ClaimedPuzzles(open_puzzle_sets(plan.data)[0], seed=seed, linear=plan.settings.data.linear_dataset)
+    text, tokenizer = plan.data.text, TextTokenizer.of_bundle(run_dir.root)
+    # Catalog and cache are written by the driver alone.
+    pipeline = TextDataDir(run_dir.data).pipeline(
+        text.chunking_config, text.source, tokenizer, pairs=text.form.prefix, writes=False
+    )
+    return ClaimedText(pipeline, text.form, tokenizer.pad_id, seed=seed, shuffle_rows=text.shuffle_rows)
+
+
+def assemble_loop(plan: RunPlan, number: int = 0) -> TrainingLoop:
+    """A loop on this process's device over claimed ranges; its loader is to be closed. `number` is that of the trainer:
+    each draws (dropout, exploration) from a seed of its own.
+
+    Its weights are the first ones, of which those that are not trained come from the bundle, once they are there.
+    """
+    world = World.here(plan.device, plan.threads, keep_freed=plan.keep_freed_memory)
+    fixed = RunDir(plan.bundle).independent.fixed
+    loop = assemble(
+        plan.settings,
+        plan.config,
+        claimed_rows(plan),
+        world,
+        plan.schedule_steps,
+        resumes=fixed.exists(),
+        adaptive_lr=plan.adaptive_lr,
+    )
+    loop.parts.seed += number
+    if fixed.exists():
+        load_fixed_tensors(loop, fixed)
+    return loop
+
+
+def samples_per_step(plan: RunPlan) -> float:
+    """Samples after which the clock of the learning rate goes on by one: those that all trainers together take in one
+    update each. In carried supervision, where a row stays for several updates, the schedule counts with the most."""
+    carried = plan.settings.model.supervision == "segment"
+    return effective_batch(plan) / (plan.config.halt_max_steps if carried else 1)
