@@ -15,6 +15,9 @@ PIP := $(PY) -m pip --disable-pip-version-check install -c constraints.txt
 # CI runs the slow tests, and the reference's numbers a second time on fixtures it has beside the checkout.
 RUN_SLOW := $(or $(filter-out 0,$(SLOW)),$(filter true 1,$(CI)))
 MARKS := $(if $(RUN_SLOW),,-m "not slow")
+# Tests that start several processes run one after the other; the others share the cores.
+SEVERAL := tests/agreement tests/gpu tests/ray
+ONE_EACH := tests/test_architecture.py tests/unit
 
 .PHONY: demo test clean
 
@@ -25,7 +28,8 @@ test: $(VENV)/installed-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m pytest $(MARKS)
+	$(PY) -m pytest $(MARKS) -n logical --maxprocesses 4 --dist worksteal $(ONE_EACH)
+	$(PY) -m pytest $(MARKS) $(SEVERAL)
 ifneq ($(filter true 1,$(CI)),)
 ifneq ($(wildcard $(FIXTURES)),)
 	HRM_RAY_FIXTURES=$(abspath $(FIXTURES)) $(PY) -m pytest tests/unit/test_reference_fixtures.py

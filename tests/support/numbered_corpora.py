@@ -91,11 +91,12 @@ class Opened:
 
     def __post_init__(self) -> None:
         ranks = len(self.batches)
-        self.calls = PickledCalls(BatchServer(self._chunks(), ranks), ranks) if self.served else None
+        self.calls = PickledCalls(BatchServer(self.chunks(), ranks), ranks) if self.served else None
         self.loaders = [self._loader(batch) for batch in self.batches]
         self.trained = False
 
-    def _chunks(self) -> LocalChunks:
+    def chunks(self) -> LocalChunks:
+        """The chunks in the order of an epoch."""
         shape, source = self.shape, TextSource(self.corpus)
         parts = list_parts(source).parts
         cut = (shape.samples_per_block, shape.chunk_size, shape.offset, shape.max_rows)
@@ -113,7 +114,7 @@ class Opened:
 
     def _loader(self, batch: BatchSize) -> StreamLoader:
         shape, calls = self.shape, self.calls
-        source = LocalBatches(self._chunks()) if calls is None else ServedBatches(calls, batch.rank)
+        source = LocalBatches(self.chunks()) if calls is None else ServedBatches(calls, batch.rank)
         text = TextStream(source, RowForm(shape.seq_len), TOKENIZER.pad_id, shape.shuffle_rows)
         return StreamLoader(text, batch, seed=shape.seed, stop_condition=self.stop_condition)
 

@@ -14,11 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrm_ray.data import batch_server
+from hrm_ray.data.batches import BatchRequest
+from hrm_ray.data.packing import RowForm
+from hrm_ray.data.stream import StreamState
 from hrm_ray.errors import DataError
 from hrm_ray.train.loaders import BatchSize, StopCondition
 from hrm_ray.train.stream_loader import StreamLoader
 from hrm_ray.types import Columns, StopReason, StopRequested
 from tests.support.numbered_corpora import Opened, Shape, cuts_of, rows_of_corpus, texts_of, write_corpus
+from tests.support.pickled_calls import PickledCalls
 from tests.unit.test_data_stream import CASES, corpus_of
 
 
@@ -194,11 +198,14 @@ def test_a_stop_while_the_buffer_fills_takes_nothing_and_ends_the_reading(tmp_pa
 
 
 def test_a_rank_that_has_closed_a_stream_gets_nothing_more_of_it(tmp_path: Path) -> None:
-    corpus = write_corpus(tmp_path / "c", texts_of([5] * 20))
-    opened = Opened(corpus, Shape(), cuts_of(2)[2], served=True)
-    opened.loaders[0].next_batch([], 0)
-    opened.loaders[0].close()
-    opened.close()
-    with pytest.raises(RuntimeError):
-        while True:
-            opened.loaders[0].next_batch([], 0)
+    opened = Opened(write_corpus(tmp_path / "c", texts_of([5] * 20)), Shape(), cuts_of(2)[0])
+    server = batch_server.BatchServer(opened.chunks(), 2)
+    request = BatchRequest(0, StreamState(), RowForm(opened.shape.seq_len), 0, 0, 2, within_block=False)
+    assert server.get(0, request, range(1), 0)
+    server.close(0, request)
+    calls = PickledCalls(server, 2)
+    with pytest.raises(RuntimeError, match="asked for after the stream was closed"):
+        batch_server.ServedBatches(calls, 0).batches(request, range(1), lambda rows, wanted: None).next()
+    assert server.get(1, request, range(1, 2), 0), "the other rank has not"
+    server.close(1, request)
+    calls.shut_down()
