@@ -238,6 +238,10 @@ class IndependentDir:
         """The tensors that are not trained, and so are in no anchor."""
         return self.root / "fixed.safetensors"
 
+    def new_anchor(self, round_: int) -> Path:
+        """Where the anchor of a round is written."""
+        return self.anchors / f"round-{round_:06d}.{secrets.token_hex(4)}.safetensors"
+
     def new_contribution(self, report: str) -> Path:
         """Where the trainer writes the change of its report of that name."""
         return self.contributions / f"{report}.{secrets.token_hex(4)}.safetensors"

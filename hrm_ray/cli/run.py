@@ -12,7 +12,7 @@ from textwrap import TextWrapper
 from hrm_ray.cli.dry_run import print_dry_run
 from hrm_ray.cli.output import print_if_possible
 from hrm_ray.cli.summary import ENDED_BY, summary
-from hrm_ray.launch.resolve import ResolvedRun, resolve
+from hrm_ray.launch.resolve import ResolvedRun, effective_batch, resolve
 from hrm_ray.launch.run import run
 from hrm_ray.launch.stopping import StopWatch
 from hrm_ray.metrics.console import ConsoleSink
@@ -93,15 +93,17 @@ def describe(resolved: ResolvedRun) -> str:
             f"vocabulary {settings.data.min_vocab_size} to {settings.data.max_vocab_size}, chosen from the data"
         )
     chosen = settings.optimizer
-    effective = chosen.batch_size * chosen.gradient_accumulation_steps * devices.world_size
+    effective = effective_batch(settings, devices)
+    workers = f"{devices.world_size} worker(s) = {effective}"
+    if devices.independent:
+        workers = f"1 = {effective}, in each of {devices.world_size} independent trainer(s)"
     size = f"{facts.puzzle.count} puzzles" if facts.puzzle is not None else f"{facts.bytes / 1e6:.1f} MB of text"
     skipped = f", {facts.skipped_files} other file(s) not read" if facts.skipped_files else ""
     lines = [
         f"data    {facts.path} ({facts.task}, {size} in {facts.files} file(s){skipped})",
         f"model   {resolved.config.arch}, {most}{parameters.total:,} parameters{active}, "
         f"sequence {resolved.config.seq_len}, {vocabulary}",
-        f"batch   {chosen.batch_size} x {chosen.gradient_accumulation_steps} accumulated x {devices.world_size} "
-        f"worker(s) = {effective}",
+        f"batch   {chosen.batch_size} x {chosen.gradient_accumulation_steps} accumulated x {workers}",
         f"device  {devices.device}, {devices.threads} thread(s) per worker, launcher {devices.launcher}, strategy "
         f"{devices.strategy}",
         f"bundle  {resolved.location.run_dir.root}",

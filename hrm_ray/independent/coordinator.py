@@ -113,9 +113,17 @@ class LedgerCoordinator:
     """`calls.Coordinator`, and what the process that holds it does between the calls: `tick`, `due`, `commit`."""
 
     def __init__(
-        self, ledger: Ledger, anchor: AnchorRef, rules: Rules, order: ClaimOrder, clock: Callable[[], float]
+        self,
+        ledger: Ledger,
+        anchor: AnchorRef,
+        rules: Rules,
+        order: ClaimOrder,
+        clock: Callable[[], float],
+        *,
+        renew_every_s: float = RENEW_S,
     ) -> None:
         """`anchor` is that of the ledger's head, or of the start. `clock` is monotonic, in seconds."""
+        self.renew_every_s = renew_every_s
         self.ledger = ledger
         self.anchor = anchor
         self.rules = rules

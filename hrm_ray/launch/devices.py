@@ -16,7 +16,11 @@ from hrm_ray.settings.cluster import ClusterSettings
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
-LAUNCHERS = {"local": "hrm_ray.launch.local", "ray": "hrm_ray.orchestration.worker_group"}
+LAUNCHERS = {
+    "local": "hrm_ray.launch.local",
+    "ray": "hrm_ray.orchestration.worker_group",
+    "subprocess": "hrm_ray.launch.subprocesses",
+}
 """--launcher -> module, imported when it is used. Its function `run(plan, *, sink, stop)` gives a RunResult. That of a
 launcher with a cluster has `attached()` too, whether the program has connected this process to a cluster itself, and
 `cluster_nodes(address)`, the resources of each node, and `node_reports(address, bundle, libraries)`."""
@@ -34,6 +38,13 @@ class Devices:
     strategy: str
     ray_address: str | None
     visible_gpus: str | None
+    independent: bool = False
+    """Whether the workers share no step."""
+
+    @property
+    def workers_of_an_update(self) -> int:
+        """Workers whose rows are in one weight update."""
+        return 1 if self.independent else self.world_size
 
     @property
     def request(self) -> ResourceRequest:
@@ -84,7 +95,7 @@ def choose_devices(cluster: ClusterSettings) -> Devices:
         except UnavailableError:
             # What this machine lacks, the program's cluster may have.
             here = _choose(cluster.model_copy(update={"device": "auto", "cuda_ids": None}), None)
-        if here.launcher != "local" and import_module(LAUNCHERS[here.launcher]).attached():
+        if here.launcher == "ray" and import_module(LAUNCHERS[here.launcher]).attached():
             cluster, address = cluster.model_copy(update={"world_size": here.world_size}), "auto"
     devices = _choose(cluster, address)
     if devices.ray_address is None and (cluster.max_workers or 0) > devices.world_size:
@@ -114,6 +125,8 @@ def _choose(cluster: ClusterSettings, address: str | None) -> Devices:
         found = min(found, cluster.max_workers)
     world_size = cluster.world_size or (1 if cluster.strategy == "single" else found)
     strategy = cluster.strategy_for(world_size)
+    if cluster.parallel_independent:
+        strategy = "single"
     if device in ("xpu", "mps") and world_size > 1:
         raise SettingsError(
             Fault(f"--world-size {world_size}", f"several workers on {device} are not supported", "Give --world-size 1")
@@ -121,8 +134,11 @@ def _choose(cluster: ClusterSettings, address: str | None) -> Devices:
     _check_workers(cluster, world_size)
     grows = (cluster.max_workers or 0) > world_size
     launcher = cluster.launcher or ("ray" if address or grows or strategy != "single" else "local")
+    if cluster.parallel_independent:
+        launcher = "subprocess"
     threads = cluster.threads or (1 if address else max(1, usable_cpus() // world_size))
-    return Devices(device, world_size, threads, launcher, strategy, address, ",".join(gpus) or None)
+    visible = ",".join(gpus) or None
+    return Devices(device, world_size, threads, launcher, strategy, address, visible, cluster.parallel_independent)
 
 
 def _check_workers(cluster: ClusterSettings, world_size: int) -> None:
@@ -152,7 +168,7 @@ def _on_cluster(cluster: ClusterSettings, address: str) -> tuple[str, int]:
 
 def _cluster_address(cluster: ClusterSettings) -> str | None:
     """The running cluster to use, if any: the option, or what `ray job submit` sets; the local launcher uses none."""
-    if cluster.launcher == "local":
+    if cluster.launcher == "local" or cluster.parallel_independent:
         return None
     address = cluster.ray_address or os.environ.get("RAY_ADDRESS") or None
     return None if address == "local" else address

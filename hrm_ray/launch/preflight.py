@@ -60,6 +60,8 @@ def check_launch(devices: Devices) -> None:
         if devices.threads > cpus:
             reason = f"this machine offers {cpus} CPUs"
             raise ResourceError(Fault(f"--threads {devices.threads}", reason, f"Give --threads {cpus} or fewer"))
+        if devices.request.gpus:
+            check_local_gpus(devices.request, torch.cuda.device_count())
         return
     if devices.ray_address is not None:
         check_address(devices.ray_address)

@@ -108,7 +108,7 @@ def _resolve_on(
     if devices.device == "mps" and settings.model.loss == "stablemax":
         reason = "it is computed in float64, which this device does not have"
         raise SettingsError(Fault("--loss stablemax on mps", reason, "Give --loss softmax, or --device cpu"))
-    settings = with_effective_batch(settings, devices.world_size)
+    settings = with_effective_batch(settings, devices.workers_of_an_update)
     no_effect = _without_effect(settings, facts, evaluation, devices.device)
     if settings.cluster.wait_for_resources is not None and devices.ray_address is None:
         option = f"--wait-for-resources {settings.cluster.wait_for_resources}"
@@ -209,9 +209,9 @@ def _without_effect(
 
 
 def effective_batch(settings: RunSettings, devices: Devices) -> int:
-    """Rows of one weight update over all workers."""
+    """Rows of one weight update over all workers that take it together."""
     chosen = settings.optimizer
-    return chosen.batch_size * chosen.gradient_accumulation_steps * devices.world_size
+    return chosen.batch_size * chosen.gradient_accumulation_steps * devices.workers_of_an_update
 
 
 def row_form(settings: RunSettings) -> RowForm:

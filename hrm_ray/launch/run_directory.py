@@ -40,6 +40,7 @@ PREPARED = REUSABLE | {
     "ledger.sqlite",
     *(f"ledger.sqlite{ending}" for ending in SIDE_FILES),
     "chunk_tracker_state.json",
+    "independent",
     "reports.json",
     ".generation.json",
     "stacks.txt",

@@ -8,8 +8,9 @@ from pydantic import field_validator, model_validator
 
 from hrm_ray.settings.base import Section, option, refusal
 from hrm_ray.settings.duration import seconds_of
+from hrm_ray.settings.needs import MERGED, OUTER_STEP
 
-Launcher: TypeAlias = Literal["local", "ray"]
+Launcher: TypeAlias = Literal["local", "ray", "subprocess"]
 StrategyName: TypeAlias = Literal["single", "ddp", "sharded-optimizer", "zero1", "zero2", "zero3"]
 
 
@@ -28,7 +29,8 @@ class ClusterSettings(Section):
     launcher: Launcher | None = option(
         None, "free", replaces_stored=("cluster.strategy",), unset="local for one device without a cluster"
     )
-    """local: in this process; ray: through Ray Train."""
+    """local: in this process; ray: through Ray Train; subprocess: trainers of --parallel-independent in processes of
+    their own, without Ray."""
     world_size: int | None = option(None, "free", ge=1, unset="one per GPU of this machine or cluster, else one")
     """Number of workers that train together."""
     strategy: StrategyName | None = option(
@@ -42,6 +44,25 @@ class ClusterSettings(Section):
     among the workers. zero1, zero2, zero3: DeepSpeed ZeRO (Linux), which divides the optimizer state; the gradients
     too; the weights too. The numbers are those of ddp, and a run can be resumed under another strategy.
     docs/memory.md says which to take."""
+    parallel_independent: bool = option(False, "fixed")
+    """Train in --world-size trainers that share no step: each trains ranges of the data on its own, and their changes
+    are merged every so many weight updates. For devices of unequal speed, and where workers cannot be connected."""
+    merge_every: str = option("auto", "free", needs=(MERGED,))
+    """Weight updates of a trainer between two merges. auto: as few as keep merging below 3 % of the time (8 to 500);
+    end: once, at the end, which is much worse than one trainer alone."""
+    outer_optimizer: Literal["nesterov", "none", "diloco"] = option("nesterov", "free", needs=(MERGED,))
+    """What is done with the mean of the trainers' changes. none: it is added; nesterov: with momentum 0.3; diloco: rate
+    0.7 and momentum 0.9, for long runs."""
+    outer_lr: float | None = option(
+        None, "free", gt=0, needs=(MERGED, OUTER_STEP), unset="1 for nesterov, 0.7 for diloco"
+    )
+    """Factor of each merge."""
+    outer_momentum: float | None = option(
+        None, "free", ge=0, lt=1, needs=(MERGED, OUTER_STEP), unset="0.3 for nesterov, 0.9 for diloco"
+    )
+    """Nesterov momentum of the merges."""
+    merge_weights: Literal["samples", "equal"] = option("samples", "free", needs=(MERGED,))
+    """How much each trainer's change counts in a merge: by the samples that it was trained on, or all alike."""
     min_workers: int | None = option(None, "free", ge=1, unset="as many as --world-size")
     """Fewest workers to go on with where some are lost and nothing takes their place. The effective batch stays the
     same: fewer workers take more rows each."""
@@ -97,6 +118,13 @@ class ClusterSettings(Section):
         if seconds < SHORTEST_HANG_S:
             raise refusal("is too short to tell a hang from a slow step", f"Give {SHORTEST_HANG_S}s or more")
         return value
+
+    @field_validator("merge_every")
+    @classmethod
+    def _auto_end_or_number(cls, value: str) -> str:
+        if value in ("auto", "end") or (value.isascii() and value.isdigit() and int(value) > 0):
+            return value
+        raise refusal("is no number of weight updates", "Give auto, end, or a number such as 50")
 
     @field_validator("wait_for_resources")
     @classmethod

@@ -259,3 +259,18 @@ NO_STEPS = Needs(
     "with --steps a run begins as many epochs as it needs anyway",
     "Leave one of the two out",
 )
+
+# Workers
+
+MERGED = Needs(
+    "merges_of_independent_trainers",
+    lambda s: s.cluster.parallel_independent,
+    "only independent trainers are merged",
+    "Give --parallel-independent, or leave it out",
+)
+OUTER_STEP = Needs(
+    "rate_of_an_outer_step",
+    lambda s: not s.cluster.parallel_independent or s.cluster.outer_optimizer != "none",
+    "under --outer-optimizer none the changes are added as they are",
+    "Leave it out, or give another --outer-optimizer",
+)

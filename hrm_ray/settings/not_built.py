@@ -15,13 +15,7 @@ _FAILURES = "Use --resume today: it continues from the newest checkpoint"
 _ARCHITECTURE = "Use --arch actv1 today"
 
 NOT_BUILT: dict[str, str] = {
-    "--parallel-independent": _WORKERS,
-    "--merge-every": _WORKERS,
-    "--outer-optimizer": _WORKERS,
-    "--outer-lr": _WORKERS,
-    "--outer-momentum": _WORKERS,
-    "--merge-weights": _WORKERS,
-    "--gpu-share": _WORKERS,
+    "--gpu-share": "Use one trainer for each GPU today",
     "--strategy fsdp": "Use --strategy zero3 today: it trains experts too, which FSDP2 did wrong in a trial",
     "--cloud-provider": _CLOUD,
     "--cloud-bucket": _CLOUD,
@@ -39,7 +33,6 @@ NOT_BUILT: dict[str, str] = {
     "--expert-parallel": "Use --strategy ddp today: every worker has all experts",
     "--context-parallel": "Use --use-chunked-training for long sequences today",
     "--device dml": "Use --device cpu today",
-    "--launcher subprocess": "Use --launcher local, or --launcher ray for several workers today",
     "--arch trm": _ARCHITECTURE,
     "--arch hrm-text": _ARCHITECTURE,
     "--puzzle-emb-len": _ARCHITECTURE,
@@ -61,7 +54,7 @@ NOT_BUILT: dict[str, str] = {
 }
 """An option, `--option value`, or `hrm-ray command` -> the hint of its message."""
 
-SWITCHES = frozenset({"--parallel-independent", "--optimize", "--expert-parallel", "--context-parallel", "--mlp-t"})
+SWITCHES = frozenset({"--optimize", "--expert-parallel", "--context-parallel", "--mlp-t"})
 """Those of the options that take no value."""
 
 

@@ -182,6 +182,62 @@ RUN_RULES: dict[str, Rule] = {
         "AdaLoRA needs every gradient on every worker after the update",
         "Use --strategy ddp, or another --peft-method",
     ),
+    "independent_trainers_in_processes": refuse(
+        lambda s: s.cluster.parallel_independent and s.cluster.launcher not in (None, "subprocess"),
+        ("cluster.launcher", "cluster.parallel_independent"),
+        "independent trainers run in processes of their own",
+        "Give --launcher subprocess, or leave it out",
+    ),
+    "processes_for_independent_trainers": refuse(
+        lambda s: s.cluster.launcher == "subprocess" and not s.cluster.parallel_independent,
+        ("cluster.launcher",),
+        "it runs trainers that share no step",
+        "Give --parallel-independent too, or --launcher ray",
+    ),
+    "independent_trainers_are_single": refuse(
+        lambda s: s.cluster.parallel_independent and s.cluster.strategy not in (None, "single"),
+        ("cluster.parallel_independent", "cluster.strategy"),
+        "independent trainers share no gradients, so there is no strategy to choose",
+        "Leave --strategy out",
+    ),
+    "independent_trainers_come_and_go": refuse(
+        lambda s: (
+            s.cluster.parallel_independent and (s.cluster.min_workers is not None or s.cluster.max_workers is not None)
+        ),
+        ("cluster.parallel_independent",),
+        "--min-workers and --max-workers are for workers that train together",
+        "Leave them out: a run can be resumed with any --world-size",
+    ),
+    "independent_trainers_on_one_machine": refuse(
+        lambda s: s.cluster.parallel_independent and s.cluster.ray_address is not None,
+        ("cluster.parallel_independent", "cluster.ray_address"),
+        "independent trainers run on this machine, without Ray",
+        "Leave --ray-address out",
+    ),
+    "independent_trainers_train_the_whole_model": refuse(
+        lambda s: s.cluster.parallel_independent and s.run.expert_id is not None,
+        ("cluster.parallel_independent", "run.expert_id"),
+        "a single expert is trained by one worker",
+        "Leave --parallel-independent out",
+    ),
+    "independent_trainers_without_adalora": refuse(
+        lambda s: s.cluster.parallel_independent and s.adapt.use_peft and s.adapt.peft_method == "adalora",
+        ("cluster.parallel_independent", "adapt.peft_method"),
+        "each trainer would choose ranks of its own, and adapters of other ranks cannot be merged",
+        "Give another --peft-method",
+    ),
+    "independent_trainers_without_adaptive_lr": refuse(
+        lambda s: s.cluster.parallel_independent and s.optimizer.adaptive_lr_config is not None,
+        ("cluster.parallel_independent", "optimizer.adaptive_lr_config"),
+        "each trainer would see only its own part of the loss",
+        "Leave --adaptive-lr-config out",
+    ),
+    "independent_trainers_keep_their_ledger": refuse(
+        lambda s: s.cluster.parallel_independent and (s.run.new_ledger or s.data.force_train),
+        ("cluster.parallel_independent",),
+        "--new-ledger and --force-train are for workers that train together",
+        "Leave them out; to train longer, resume with more --steps or --epochs",
+    ),
     "zero_trains_the_whole_model": refuse(
         lambda s: _zero(s) and s.run.expert_id is not None,
         ("cluster.strategy", "run.expert_id"),

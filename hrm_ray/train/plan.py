@@ -158,9 +158,10 @@ def resized(plan: RunPlan, workers: int, batch_size: int | None = None) -> RunPl
 
 
 def effective_batch(plan: RunPlan) -> int:
-    """Rows of a weight update over all workers."""
+    """Rows of a weight update over all workers that take it together."""
     chosen = plan.settings.optimizer
-    return chosen.batch_size * chosen.gradient_accumulation_steps * plan.world_size
+    together = 1 if plan.settings.cluster.parallel_independent else plan.world_size
+    return chosen.batch_size * chosen.gradient_accumulation_steps * together
 
 
 def largest_divisor(number: int, most: int) -> int:

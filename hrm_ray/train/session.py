@@ -152,7 +152,7 @@ def _train(plan: RunPlan, link: WorkerLink, watch: FolderWatch) -> RunResult:
                 opened.callback(_close_ledger, ledger_writer, watch)
             if resumed_step is not None and plan.continues:
                 rewind_to(run_dir, plan, resumed_step)
-            sink = sinks = _sinks(plan, run_dir, resumed_step, link)
+            sink = sinks = run_sinks(plan, run_dir, resumed_step, link.sink())
             opened.push(lambda kind, error, trace: sinks.close(run_failed=error is not None))
             link.begin()
 
@@ -372,13 +372,16 @@ def _log_rank_schedule(logger: MetricLogger) -> None:
     )
 
 
-def _sinks(plan: RunPlan, run_dir: RunDir, resumed_step: int | None, link: WorkerLink) -> FanOut:
-    """Where rank 0 writes records; those of a resumed run were cut at its step by `rewind_to`."""
+def run_sinks(plan: RunPlan, run_dir: RunDir, resumed_step: int | None, display: MetricSink) -> FanOut:
+    """Where the records of a run are written, and shown on `display`.
+
+    Those of a resumed run were cut at its step by `rewind_to`.
+    """
     settings = plan.settings
     sinks: list[MetricSink] = [
         JsonlSink(run_dir.metrics),
         TensorBoardSink(run_dir.tensorboard, resumed_step),
-        link.sink(),
+        display,
     ]
     if settings.run.log_file is not None:
         sinks.append(JsonlSink(settings.run.log_file, shared=True))

@@ -1,0 +1,62 @@
+"""Which files of anchors and contributions are whole, and which nobody needs any more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+from hrm_ray.independent.calls import AnchorRef
+from hrm_ray.ledger import LedgerReader, Round
+from hrm_ray.rundir import RunDir, file_sha256
+
+KEPT_ANCHORS = 3
+"""Newest anchors that stay: a trainer may be reading the one before, and recovery goes back where the newest is
+damaged."""
+_WEIGHTS, _MOMENTUM = ".safetensors", ".momentum.safetensors"
+
+
+def momentum_of(anchor: Path) -> Path:
+    """The momentum of the outer step beside an anchor."""
+    return anchor.with_name(anchor.name.replace(_WEIGHTS, _MOMENTUM))
+
+
+def whole_anchor(run_dir: RunDir, round_: Round) -> bool:
+    """Whether the anchor of a round is there as it was written."""
+    path = run_dir.root / round_.anchor
+    return path.is_file() and file_sha256(path) == round_.checksum
+
+
+def remove_old_anchors(run_dir: RunDir, ledger: LedgerReader, anchor: AnchorRef) -> None:
+    """Delete all anchors but the newest of the lineage. What another process has open stays: Windows deletes no such
+    file, and the next call does."""
+    kept = {run_dir.root / anchor.path}
+    kept |= {run_dir.root / one.anchor for one in islice(ledger.lineage(), KEPT_ANCHORS)}
+    for path in _files(run_dir.independent.anchors):
+        if path.with_name(path.name.replace(_MOMENTUM, _WEIGHTS)) not in kept:
+            _remove(path)
+
+
+def remove_reports(run_dir: RunDir, names: Iterable[str]) -> None:
+    """Delete the files of reports that were merged or rejected."""
+    for name in names:
+        for path in run_dir.independent.contributions.glob(f"{name}.*"):
+            _remove(path)
+
+
+def remove_unreported(run_dir: RunDir, ledger: LedgerReader) -> None:
+    """Delete the contributions that are not staged. Only while no trainer writes any."""
+    staged = {run_dir.root / one.path for one in ledger.staged()}
+    for path in _files(run_dir.independent.contributions):
+        if path not in staged:
+            _remove(path)
+
+
+def _files(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()

@@ -1,0 +1,231 @@
+"""The processes of a run of independent trainers: started, connected by a local socket with a key, served, ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hrm_ray.errors import Fault, HrmRayError
+from hrm_ray.independent.calls import Coordinator
+from hrm_ray.independent.wire import Disconnected, answer, serve_one, unpacked
+from hrm_ray.rundir import RunDir
+from hrm_ray.train.plan import RunPlan
+
+START_S = 120.0
+"""Seconds in which a process must be connected: it imports PyTorch, on a busy machine."""
+_POLL_S = 0.05
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass
+class ChildProcess:
+    """A process of the run: its name, its number among the trainers, and what it said about its failure."""
+
+    name: str
+    number: int
+    process: subprocess.Popen[bytes]
+    started_s: float
+    connection: Connection | None = None
+    connected: threading.Event = field(default_factory=threading.Event)
+    served: threading.Thread | None = None
+    failure: HrmRayError | None = None
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code; None while it lives."""
+        return self.process.poll()
+
+
+class Children:
+    """All processes that this one has started. Closing ends those that are left."""
+
+    def __init__(self, plan: RunPlan) -> None:
+        self._plan = plan
+        self._key = secrets.token_bytes(32)
+        # Not a file-system socket: a killed process would leave its file behind.
+        self._listener = Listener(("127.0.0.1", 0), authkey=self._key)
+        self._children: dict[str, ChildProcess] = {}
+        self._keeper: ChildProcess | None = None
+        self._closed = False
+        self._accepting = threading.Thread(target=self._accept, name="accepting", daemon=True)
+        self._accepting.start()
+
+    @property
+    def trainers(self) -> Mapping[str, ChildProcess]:
+        """The trainers whose end was not taken yet."""
+        return self._children
+
+    def start_trainer(self, name: str, number: int, coordinator: Coordinator) -> None:
+        """Start a trainer, whose calls go to `coordinator`."""
+        child = self._start("trainer", name, number)
+        self._children[name] = child
+        methods = {
+            "join": coordinator.join,
+            "claim": coordinator.claim,
+            "measure": coordinator.measure,
+            "renew": coordinator.renew,
+            "report": coordinator.report,
+            "release": coordinator.release,
+            "leave": coordinator.leave,
+            "failed": lambda plain: _set_failure(child, plain),
+        }
+        child.served = threading.Thread(target=_serve, args=(child, methods), name=f"serving {name}", daemon=True)
+        child.served.start()
+
+    def take_ended(self) -> list[ChildProcess]:
+        """The trainers that have ended since the last call, with all that they had said taken in."""
+        ended = [child for child in self._children.values() if child.code is not None]
+        for child in ended:
+            del self._children[child.name]
+            child.connected.set()
+            if child.served is not None:
+                child.served.join(5.0)
+        return ended
+
+    def end(self, child: ChildProcess) -> None:
+        """End a process."""
+        _end(child)
+        self._children.pop(child.name, None)
+
+    def call_keeper(self, name: str, call: str, arguments: Sequence[Any], meanwhile: Callable[[], None]) -> Any:
+        """Call the process that keeps anchors, started where there is none; `meanwhile` is called while it works.
+
+        Raises Disconnected where it ends, and the error that it answers with.
+        """
+        if self._keeper is None:
+            self._keeper = self._start("keeper", name, 0)
+        keeper = self._keeper
+        try:
+            while not keeper.connected.wait(_POLL_S):
+                self._check_started(keeper)
+                meanwhile()
+            if keeper.connection is None:
+                raise Disconnected
+            keeper.connection.send((call, tuple(arguments)))
+            while not keeper.connection.poll(_POLL_S):
+                meanwhile()
+            return answer(keeper.connection)
+        except (Disconnected, EOFError, OSError):
+            _end(keeper)
+            self._keeper = None
+            raise Disconnected from None
+
+    def close(self) -> None:
+        """End all processes."""
+        self._closed = True
+        for child in [*self._children.values(), *([self._keeper] if self._keeper is not None else [])]:
+            _end(child)
+        self._children.clear()
+        self._keeper = None
+        with suppress(OSError):
+            self._listener.close()
+
+    def _check_started(self, child: ChildProcess) -> None:
+        if child.code is not None:
+            raise Disconnected
+        if time.monotonic() - child.started_s > START_S:
+            raise HrmRayError(Fault(child.name, f"was not there after {START_S:.0f} s", "Use fewer trainers"))
+
+    def _start(self, role: str, name: str, number: int) -> ChildProcess:
+        task = {
+            "role": role,
+            "name": name,
+            "number": number,
+            "plan": self._plan.to_plain(),
+            "address": list(self._listener.address),
+            "key": self._key.hex(),
+        }
+        folder = RunDir(self._plan.bundle).independent.root
+        folder.mkdir(exist_ok=True)
+        package = str(Path(__file__).resolve().parents[2])
+        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "OMP_NUM_THREADS": str(self._plan.threads),
+            **_device_of(self._plan, number),
+        }
+        with (folder / f"{name}.stderr.txt").open("ab") as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "hrm_ray.independent.child_process"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                env=environment,
+            )
+        child = ChildProcess(name, number, process, time.monotonic())
+        if role == "keeper":
+            self._keeper = child
+        else:
+            self._children[name] = child
+        with suppress(OSError):  # it has ended already, which is seen where it is looked at
+            if process.stdin is not None:
+                process.stdin.write(json.dumps(task).encode() + b"\n")
+                process.stdin.close()
+        return child
+
+    def _accept(self) -> None:
+        while not self._closed:
+            try:
+                connection = self._listener.accept()
+                name = connection.recv()
+            except (AuthenticationError, EOFError, ConnectionError):
+                continue
+            except OSError:
+                return
+            child = self._children.get(name)
+            if child is None and self._keeper is not None and self._keeper.name == name:
+                child = self._keeper
+            if child is None or child.connected.is_set():
+                connection.close()
+                continue
+            child.connection = connection
+            child.connected.set()
+
+
+def _serve(child: ChildProcess, methods: Mapping[str, Callable[..., Any]]) -> None:
+    """Answer a trainer's calls until it is gone."""
+    child.connected.wait()
+    if child.connection is None:
+        return
+    try:
+        while True:
+            serve_one(child.connection, methods)
+    except (EOFError, OSError):
+        child.connection.close()
+
+
+def _set_failure(child: ChildProcess, plain: Any) -> None:
+    child.failure = unpacked(plain)
+
+
+def _end(child: ChildProcess) -> None:
+    child.process.kill()
+    child.process.wait()
+    child.connected.set()
+    if child.connection is not None:
+        with suppress(OSError):
+            child.connection.close()
+
+
+def _device_of(plan: RunPlan, number: int) -> dict[str, str]:
+    """The GPU of a trainer: one for each, in turn where there are fewer."""
+    if plan.device != "cuda":
+        return {}
+    visible = [name for name in os.environ.get(_VISIBLE, "").split(",") if name]
+    visible = visible or [str(gpu) for gpu in range(torch.cuda.device_count())]
+    return {_VISIBLE: visible[number % len(visible)]}

@@ -1,0 +1,384 @@
+"""The launcher of independent trainers: each is a process on this machine, and so is the keeper of anchors.
+
+This process owns the ledger and the files of the run. It answers the trainers in a thread for each, and between two
+looks at the processes it has the rounds merged that are due.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from typing import Any
+
+from hrm_ray.bundle.folder_watch import FolderWatch
+from hrm_ray.bundle.progress import STATE
+from hrm_ray.errors import DataError, Fault, HrmRayError
+from hrm_ray.independent.anchor_files import remove_old_anchors, remove_reports, remove_unreported, whole_anchor
+from hrm_ray.independent.anchor_keeper import Evaluated, Written
+from hrm_ray.independent.calls import AnchorRef
+from hrm_ray.independent.claims import prepare_claims
+from hrm_ray.independent.coordinator import LedgerCoordinator, Merged, MergeRequest, Rules
+from hrm_ray.independent.decisions import MergeEvery
+from hrm_ray.independent.processes import ChildProcess, Children
+from hrm_ray.independent.wire import Disconnected
+from hrm_ray.launch.restarts import LASTING, Cause, cause_of
+from hrm_ray.ledger import Ledger, Refused, open_ledger
+from hrm_ray.ledger.export import export
+from hrm_ray.metrics.fanout import FanOut
+from hrm_ray.rundir import RunDir, read_json
+from hrm_ray.train.plan import RunPlan, effective_batch, rewind_to
+from hrm_ray.train.session import run_sinks
+from hrm_ray.types import MetricSink, Record, RestartRecord, RunResult, StopPoll, StopReason, StopRequested
+
+LOOK_EVERY_S = 0.05
+"""Seconds between two looks at the processes."""
+PROGRESS_EVERY_S = 1.0
+"""Seconds between two records for the display."""
+RENEW_EVERY_S = 1.0
+"""Seconds between two renewals of a trainer: so long a stop may take to reach it between its other calls."""
+LEAVE_S = 60.0
+"""Seconds that trainers have to report and leave once the run ends."""
+KEEPER = "anchors"
+
+
+def run(plan: RunPlan, *, sink: MetricSink, stop: StopPoll) -> RunResult:
+    """Train with independent trainers. Raises HrmRayError, and StopRequested for a stop before the first merge."""
+    with ExitStack() as opened:
+        watch = opened.enter_context(closing(FolderWatch(plan.bundle)))
+        watch.take_generation()
+        ledger = opened.enter_context(closing(open_ledger(RunDir(plan.bundle).ledger)))
+        children = opened.enter_context(closing(Children(plan)))
+        return _IndependentRun(plan, sink, stop, watch, ledger, children, opened).run()
+
+
+class _IndependentRun:
+    """One run of independent trainers, from its start or resume to its end."""
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        display: MetricSink,
+        stop: StopPoll,
+        watch: FolderWatch,
+        ledger: Ledger,
+        children: Children,
+        opened: ExitStack,
+    ) -> None:
+        self.plan, self.display, self.stop, self.watch, self.ledger = plan, display, stop, watch, ledger
+        self.children, self.opened = children, opened
+        self.settings, self.run_dir = plan.settings, RunDir(plan.bundle)
+        self.names = [f"trainer-{number}" for number in range(plan.world_size)]
+        self.sink: MetricSink = display
+        self._coordinator: LedgerCoordinator | None = None
+        self.fatal: HrmRayError | None = None
+        self.restarts: list[RestartRecord] = []
+        self.gone: set[str] = set()
+        """Trainers that are not started again."""
+        self.evaluated: Evaluated | None = None
+        self.saved_round: int | None = None
+        self._shown_s = 0.0
+
+    def run(self) -> RunResult:
+        order, blocks = prepare_claims(self.plan, self._reading)
+        self.ledger.add_blocks(blocks)
+        if not self.ledger.data_ended:
+            self.ledger.end_data()
+        self.ledger.set_shuffled(order.shuffled)
+        if order.start:
+            self.ledger.start_at(order.start)
+        anchor = self._first_anchor()
+        self._coordinator = LedgerCoordinator(
+            self.ledger, anchor, self._rules(), order, time.monotonic, renew_every_s=RENEW_EVERY_S
+        )
+        self._open_files(anchor)
+        for name in self.names:
+            self.children.start_trainer(name, self.names.index(name), self.coordinator)
+        self._train()
+        return self._end()
+
+    @property
+    def coordinator(self) -> LedgerCoordinator:
+        if self._coordinator is None:
+            raise RuntimeError("the run has no anchor yet")
+        return self._coordinator
+
+    def _rules(self) -> Rules:
+        cluster, run = self.settings.cluster, self.settings.run
+        effective = effective_batch(self.plan)
+        every: MergeEvery = "auto"
+        if cluster.merge_every != "auto":
+            every = "end" if cluster.merge_every == "end" else int(cluster.merge_every)
+        epochs = run.epochs
+        if run.stop_after_epoch:
+            epochs = min(epochs or self.ledger.epoch + 1, self.ledger.epoch + 1)
+        return Rules(
+            samples_per_update=effective,
+            merge_every=every,
+            weights=cluster.merge_weights,
+            budget=None if run.step_limit is None else run.step_limit * effective,
+            epochs=epochs,
+            within_block=run.stop_after_block,
+            whole_weights=cluster.outer_optimizer == "none" and self.plan.world_size == 1,
+        )
+
+    def _first_anchor(self) -> AnchorRef:
+        """The anchor that the run begins with, or goes on from: that of the newest round whose file is whole, which may
+        be later than the checkpoint."""
+        checkpoint = self.plan.checkpoint
+        if checkpoint is None:
+            begun: Written = self._keeper("begin", None)
+            return AnchorRef(0, begun.path, begun.sha256, 0)
+        step: int = read_json(checkpoint / STATE)["progress"]["step"]
+        if self.settings.run.resume_from is not None:
+            self._roll_back(step)
+        self._keeper("resume", checkpoint)
+        for one in self.ledger.lineage():
+            if whole_anchor(self.run_dir, one):
+                self._roll_back(one.round)
+                return AnchorRef(one.round, one.anchor, one.checksum, one.total_sequences)
+            if one.round <= step:
+                break
+        self._roll_back(step)
+        head = self.ledger.head
+        written: Written = self._keeper("begin", checkpoint)
+        return AnchorRef(step, written.path, written.sha256, 0 if head is None else head.total_sequences)
+
+    def _roll_back(self, to: int) -> None:
+        undone = self.ledger.rollback(to)
+        if isinstance(undone, Refused):
+            hint = "Resume from a checkpoint that is in the ledger, or train again under another --brain-name"
+            raise DataError(Fault(str(self.ledger.path), undone.reason, hint))
+
+    def _open_files(self, anchor: AnchorRef) -> None:
+        plan, resumed = self.plan, self.plan.checkpoint is not None
+        if resumed and plan.continues:
+            rewind_to(self.run_dir, plan, anchor.round)
+        sinks: FanOut = run_sinks(plan, self.run_dir, anchor.round if resumed else None, self.display)
+        self.opened.push(lambda kind, error, trace: sinks.close(run_failed=error is not None))
+        self.sink = sinks
+        remove_old_anchors(self.run_dir, self.ledger, anchor)
+        remove_unreported(self.run_dir, self.ledger)
+        for note in plan.notes:
+            self._event("WARNING", note)
+        for remark in plan.remarks:
+            self._event("INFO", remark)
+        if resumed:
+            self._event("INFO", f"resumed from {plan.checkpoint}: round {anchor.round} is the newest anchor")
+
+    def _train(self) -> None:
+        """Until everything is merged, or the run was asked to stop and the trainers have left."""
+        ends_s: float | None = None
+        while True:
+            self._look()
+            request = self.coordinator.due()
+            if request is not None:
+                self._merge(request)
+                continue
+            ending = self.coordinator.stop is not None or self.coordinator.finished
+            if ending:
+                ends_s = time.monotonic() + LEAVE_S if ends_s is None else ends_s
+                if not self.children.trainers:
+                    return
+                if time.monotonic() >= ends_s:
+                    for child in list(self.children.trainers.values()):
+                        self._event("WARNING", f"{child.name} did not leave for {LEAVE_S:.0f} s and is ended")
+                        self.children.end(child)
+                        self.coordinator.lost(child.name, "it did not leave")
+            elif not self.children.trainers:
+                raise self.fatal or HrmRayError(
+                    Fault("all trainers", "have ended and are not started again", "Use --resume, or see the messages")
+                )
+            threading.Event().wait(LOOK_EVERY_S)
+
+    def _look(self) -> None:
+        """See to processes that have ended, expired leases, a requested stop, and the display."""
+        coordinator = self.coordinator
+        if coordinator.stop is None:
+            reason = self.stop()
+            if reason is not None:
+                coordinator.stop = reason
+        for name in coordinator.tick():
+            self._event("WARNING", f"{name} was silent for the length of a lease; what it had not reported goes back")
+        for child in self.children.take_ended():
+            self._ended(child)
+        now_s = time.monotonic()
+        if now_s >= self._shown_s + PROGRESS_EVERY_S:
+            self._shown_s = now_s
+            self._show_progress()
+
+    def _ended(self, child: ChildProcess) -> None:
+        """A trainer's process has ended: in order, or it is started again, or the run goes on without it."""
+        coordinator, left = self.coordinator, child.name not in self.coordinator.trainers
+        error = child.failure
+        if left and error is None and child.code == 0:
+            if coordinator.stop is None and not coordinator.finished:
+                self.children.start_trainer(child.name, child.number, coordinator)
+            return
+        told = str(error.faults[0]) if error is not None else f"its process ended with code {child.code}"
+        coordinator.lost(child.name, told)
+        if error is not None and cause_of(error) in LASTING:
+            self.fatal = self.fatal or error
+            coordinator.stop = coordinator.stop or StopReason.FINISHED
+            return
+        if coordinator.stop is not None:
+            self._event("WARNING", f"{child.name} has failed at the end of the run: {told}")
+            return
+        if len(self.restarts) >= self.settings.cluster.max_failures:
+            self.fatal = self.fatal or error
+            self.gone.add(child.name)
+            self._event("WARNING", f"{child.name} has failed ({told}); the run goes on without it")
+            return
+        step = coordinator.anchor.round
+        cause = Cause.WORKER_LOST if error is None else cause_of(error)
+        restart = RestartRecord(len(self.restarts) + 1, cause.value, step, step, 0.0)
+        self.restarts.append(restart)
+        message = f"{child.name} has failed ({told}) and is started again; only what it had not reported is lost"
+        self._write("event", {"level": "WARNING", "message": message, **restart.values()})
+        self.children.start_trainer(child.name, child.number, coordinator)
+
+    def _merge(self, request: MergeRequest) -> None:
+        try:
+            merged: Merged = self._keeper("merge", request)
+        except HrmRayError:
+            self.coordinator.abandon()
+            raise
+        reports = [self.coordinator.reported(one.name) for one in request.members]
+        trainers = {one.name: one.worker for one in request.members}
+        self.watch.check()
+        made = self.coordinator.commit(request, merged)
+        for name, reason in {**merged.rejected, **merged.lost}.items():
+            self._event("WARNING", f"a report of {trainers[name]} is not merged, and its samples go back: {reason}")
+        remove_reports(self.run_dir, [one.name for one in request.members])
+        if made is None:
+            return
+        taken = [one for one in reports if one is not None and one.name in merged.accepted]
+        values: dict[str, Any] = {
+            "epoch": self.ledger.epoch,
+            "reports": len(merged.accepted),
+            "rejected_reports": len(merged.rejected),
+            "lost_reports": len(merged.lost),
+            "merge_s": round(merged.seconds, 4),
+            "merge_every": self.coordinator.report_updates,
+            "trained_samples": made.total_sequences,
+            **merged.figures,
+        }
+        samples = {one.name: one.sequences for one in request.members}
+        total = sum(samples[one.name] for one in taken)
+        if total:
+            values["loss"] = sum(one.loss * samples[one.name] for one in taken) / total
+        speeds = 0.0
+        for name, state in list(self.coordinator.trainers.items()):
+            if state.progress is not None:
+                speeds += state.progress.samples_per_s
+                values[f"{name}/samples_per_s"] = round(state.progress.samples_per_s, 3)
+                values[f"{name}/loss"] = state.progress.loss
+            values[f"{name}/rejected_reports"] = state.rejections
+        values["samples_per_s"] = round(speeds, 3)
+        values["trainers"] = len(self.coordinator.trainers)
+        self._write("train", values)
+        self._after_round(request, made.round)
+        remove_old_anchors(self.run_dir, self.ledger, self.coordinator.anchor)
+
+    def _after_round(self, request: MergeRequest, step: int) -> None:
+        """The evaluation and the checkpoint that became due in a round."""
+        run, before = self.settings.run, request.parent.round
+        if run.eval_every and step // run.eval_every > before // run.eval_every:
+            self._evaluate()
+        first = self.saved_round is None and self.plan.checkpoint is None
+        if first or (run.save_every and step // run.save_every > before // run.save_every):
+            self._save()
+
+    def _evaluate(self) -> None:
+        found: Evaluated | None = self._keeper("evaluate", self.coordinator.anchor)
+        if found is not None:
+            self.evaluated = found
+            self._write("eval", {**found.figures, "best": found.improved})
+        text: str | None = self._keeper("sample", self.coordinator.anchor)
+        prompt = self.settings.run.sample_prompt
+        if text is not None and prompt is not None:
+            message = f"sample: {prompt}{text}"
+            self._write("event", {"level": "INFO", "message": message, "prompt": prompt, "sample": text})
+
+    def _save(self) -> None:
+        self.watch.check()
+        self._keeper("save", self.coordinator.anchor, sum(self.ledger.skipped().values()))
+        self.saved_round = self.coordinator.anchor.round
+
+    def _end(self) -> RunResult:
+        coordinator = self.coordinator
+        reason = StopReason.FINISHED if coordinator.finished else coordinator.stop or StopReason.FINISHED
+        anchor = coordinator.anchor
+        if self.fatal is not None and self.saved_round is None and not anchor.total_sequences:
+            raise self.fatal
+        if not anchor.total_sequences:
+            raise StopRequested(reason)
+        if reason is StopReason.FINISHED and self.fatal is None:
+            self._evaluate()
+        self._save()
+        aside = sum(one.sequences for one in self.ledger.quarantined())
+        if aside:
+            self._event("WARNING", f"{aside} samples failed too often and were left out; `hrm-ray ledger` names them")
+        if self.fatal is not None:
+            hint = f"step {anchor.round} is saved, --resume continues from it"
+            faults = [replace(each, hint=f"{each.hint}; {hint}" if each.hint else hint) for each in self.fatal.faults]
+            raise type(self.fatal)(faults)
+        epoch = self.ledger.epoch
+        self._keeper("finish", anchor, reason, epoch)
+        export(self.ledger, self.run_dir.chunk_tracker)
+        found = self.evaluated
+        figures, best = (found.figures, found.best or {}) if found is not None else ({}, {})
+        return RunResult(
+            reason, anchor.round, epoch, str(self.run_dir.root), figures, best, anchor.total_sequences,
+            tuple(self.restarts),
+        )  # fmt: skip
+
+    def _keeper(self, name: str, *arguments: Any) -> Any:
+        """A call of the keeper of anchors, which is started where it is not there, and again where it dies."""
+        failures = 0
+        while True:
+            try:
+                return self.children.call_keeper(KEEPER, name, arguments, self._meanwhile)
+            except Disconnected:
+                failures += 1
+                if failures > self.settings.cluster.max_failures:
+                    hint = "See whether the machine's memory suffices, then use --resume"
+                    fault = Fault("the process that merges", f"has ended {failures} times during `{name}`", hint)
+                    raise HrmRayError(fault) from None
+                self._event("WARNING", "the process that merges has ended, and is started again")
+                if name != "resume" and self.plan.checkpoint is not None:
+                    self.children.call_keeper(KEEPER, "resume", (self.plan.checkpoint,), self._meanwhile)
+
+    def _meanwhile(self) -> None:
+        """While the keeper works, the trainers are looked after."""
+        if self._coordinator is not None:
+            self._look()
+        else:
+            reason = self.stop()
+            if reason is not None:
+                raise StopRequested(reason)
+
+    def _reading(self, message: str) -> None:
+        reason = self.stop()
+        if reason is not None:
+            raise StopRequested(reason)
+        if message:
+            self._event("INFO", message)
+
+    def _show_progress(self) -> None:
+        coordinator = self.coordinator
+        shown = []
+        for name, state in sorted(coordinator.trainers.items()):
+            if state.progress is not None:
+                chunk = "no chunk" if state.progress.chunk is None else f"chunk {state.progress.chunk}"
+                shown.append(f"{name} {chunk} {state.progress.samples_per_s:.3g}/s")
+        values: dict[str, Any] = {"epoch": self.ledger.epoch, "round_of_trainers": "  ".join(shown)}
+        self.display.write(Record("progress", coordinator.anchor.round, time.time(), values))
+
+    def _event(self, level: str, message: str) -> None:
+        self._write("event", {"level": level, "message": message})
+
+    def _write(self, kind: Any, values: dict[str, Any]) -> None:
+        step = 0 if self._coordinator is None else self._coordinator.anchor.round
+        self.sink.write(Record(kind, step, time.time(), values))
