@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from hrm_ray.bundle.weights_file import read_tensors
+from hrm_ray.errors import DataError
+from hrm_ray.independent.calls import Progress, Report, Reported
+from hrm_ray.independent.coordinator import Merged
+from hrm_ray.independent.trainer import NEWCOMER_STEPS, BlockTrainer
 from hrm_ray.independent.weights import AVERAGE
+from hrm_ray.ledger import Lease, Refused
 from hrm_ray.ledger.verify import violations
 from hrm_ray.rundir import RunDir
+from hrm_ray.train.loop import StepReport
 from hrm_ray.train.strategies.single import AVERAGE as AVERAGE_FILE
 from hrm_ray.train.strategies.single import WEIGHTS
 from hrm_ray.types import StopReason
 from tests.support.block_trainers import Block, plan_of, same, shared_of
-from tests.support.runs import TEXT, text_file, train
+from tests.support.runs import PUZZLE, TEXT, puzzle_file, text_file, train
 
 CHUNKS = ("--dataset-chunk-size", "3", "--samples-per-block", "9")
 
@@ -49,3 +61,272 @@ def test_alone_it_is_plain_training_to_the_bit(tmp_path: Path, merge_after: int)
     assert same(block.weights(), expected)
     assert len(block.anchors) > 3
     assert list(violations(block.ledger)) == []
+
+
+def run(block: Block, trainers: Sequence[BlockTrainer], pace: Sequence[int], merge_every: int = 4) -> None:
+    """Turns of the trainers, `pace` of each at a time, until all have left; a merge after every few of them."""
+    for trainer in trainers:
+        assert trainer.join() is None
+    running, turns = dict(zip(trainers, pace, strict=True)), 0
+    while running:
+        for trainer, times in list(running.items()):
+            for _ in range(times):
+                turns += 1
+                if trainer in running and trainer.turn() is not None:
+                    del running[trainer]
+                if turns % merge_every == 0:
+                    block.merge()
+        assert turns < 5000
+
+
+def plain_rows(data: Path, plan_words: Sequence[object], folder: Path) -> Counter[bytes]:
+    """The rows of an epoch, as one trainer alone takes them."""
+    block = Block(plan_of(data, folder, *plan_words), report_updates=100)
+    with block.trainer() as trainer:
+        run(block, [trainer], [1])
+    return block.rows()
+
+
+def test_alone_on_puzzles_it_is_plain_training_to_the_bit(tmp_path: Path) -> None:
+    """Rollout, two epochs in the epochs' own orders; the puzzle table too."""
+    data = puzzle_file(tmp_path, count=16)
+    words = (*PUZZLE, "--supervision", "rollout", "--epochs", 2, "--no-linear-dataset")
+    train(data, tmp_path / "plain", *words)
+    plain = RunDir(tmp_path / "plain").newest_checkpoint()
+    assert plain is not None
+    block = Block(plan_of(data, tmp_path / "block", *words), report_updates=3, whole_weights=True)
+    with block.trainer() as trainer:
+        run(block, [trainer], [1])
+    assert same(block.weights(), shared_of(read_tensors(plain / WEIGHTS)))
+
+
+def test_three_of_unequal_speed_train_every_sample_once(tmp_path: Path) -> None:
+    """And the last anchor is the first and all that was learned, each trainer's part by its weight."""
+    data = lines_file(tmp_path)
+    words = (*TEXT, *CHUNKS, "--epochs", 1)
+    expected = plain_rows(data, words, tmp_path / "alone")
+    block = Block(plan_of(data, tmp_path / "block", *words), report_updates=2)
+    with ExitStack() as opened:
+        trainers = [opened.enter_context(block.trainer(str(n), n)) for n in range(3)]
+        run(block, trainers, [4, 2, 1])
+    assert block.rows() == expected
+    assert min(len(batches) for batches in block.trained.values()) > 0
+    assert block.coordinator.anchor.total_sequences == expected.total()
+    assert list(violations(block.ledger)) == []
+
+
+def test_rows_run_to_their_end_before_a_report(tmp_path: Path) -> None:
+    """Carried supervision: only as many puzzles are taken as rows have halted, and none runs over a report."""
+    data = puzzle_file(tmp_path, count=22)
+    words = (*PUZZLE, "--epochs", 2)
+    block = Block(plan_of(data, tmp_path / "block", *words), report_updates=4)
+    running: list[bool] = []
+    real = block.coordinator.report
+
+    def report(given: Report) -> Reported | Refused:
+        running.extend(not bool(carry.halted.all()) for carry in trainers[int(given.trainer)].loop.carries or [])
+        return real(given)
+
+    block.coordinator.report = report  # type: ignore[method-assign]
+    with ExitStack() as opened:
+        trainers = [opened.enter_context(block.trainer(str(n), n)) for n in range(2)]
+        run(block, trainers, [2, 1])
+    assert running and not any(running)
+    assert block.rows().total() == 44
+    assert block.coordinator.anchor.total_sequences == 44
+    assert list(violations(block.ledger)) == []
+
+
+def test_a_newer_anchor_keeps_the_open_work(tmp_path: Path) -> None:
+    """weights = anchor + (weights - snap), and the report has the open work alone."""
+    data = lines_file(tmp_path)
+    block = Block(plan_of(data, tmp_path / "block", *TEXT, *CHUNKS, "--epochs", 1), report_updates=2)
+    with block.trainer("0") as first, block.trainer("1", 1) as second:
+        assert first.join() is None and second.join() is None
+        second.turn()  # open work of one update
+        weights = second.loop.parts.strategy.full_weights()
+        before = {name: tensor.clone() for name, tensor in weights.items()}
+        start = block.weights()
+        while not block.ledger.staged():
+            first.turn()
+        block.clock.now_s = 100.0
+        second.renew()
+        block.merge()
+        second.renew()
+        second._lay_newer_anchor()
+        anchor = block.weights()
+        assert not same(anchor, start)
+        for name in anchor:
+            learned = before[name] - start[name]
+            torch.testing.assert_close(weights[name], anchor[name] + learned, rtol=0, atol=1e-6)
+        second._report()
+        for name, change in block.change(block.ledger.staged()[-1]).items():
+            torch.testing.assert_close(change, before[name] - start[name], rtol=0, atol=1e-6)
+
+
+def rejecting(names: dict[str, str]) -> Merged:
+    """A merge that takes none of the members."""
+    return Merged((), names, {}, "", "", {}, 0.0)
+
+
+def take_leases(block: Block, trainer: BlockTrainer) -> None:
+    """The leases run out, and another claims first."""
+    block.clock.now_s += 1000.0
+    block.ledger.expire(block.clock.now_s)
+    trainer.renew()
+
+
+def end_generation(block: Block, trainer: BlockTrainer) -> None:
+    """The coordinator takes the trainer for dead."""
+    block.coordinator.lost(trainer.name, "scripted")
+
+
+def damage_ranges(block: Block, trainer: BlockTrainer) -> None:
+    """The next report comes too late."""
+    for lease in trainer._held:
+        block.ledger.release(lease)
+
+
+@pytest.mark.parametrize("fault", [take_leases, end_generation, damage_ranges])
+def test_work_that_was_taken_away_is_trained_again_from_the_anchor(
+    tmp_path: Path, fault: Callable[[Block, BlockTrainer], None]
+) -> None:
+    data = lines_file(tmp_path)
+    words = (*TEXT, *CHUNKS, "--epochs", 1)
+    plain = Block(plan_of(data, tmp_path / "plain", *words), report_updates=4, whole_weights=True)
+    with plain.trainer() as trainer:
+        run(plain, [trainer], [1], merge_every=1)
+    block = Block(plan_of(data, tmp_path / "block", *words), report_updates=4, whole_weights=True)
+    with block.trainer() as trainer:
+        assert trainer.join() is None
+        for _ in range(6):
+            trainer.turn()
+            block.merge()
+        assert trainer._work.updates == 2
+        fault(block, trainer)
+        ended = None
+        while ended is None:
+            ended = trainer.turn()
+            block.merge()
+    assert block.coordinator.anchor.total_sequences == plain.coordinator.anchor.total_sequences
+    assert list(violations(block.ledger)) == []
+    assert not plain.rows() - block.rows()
+    # At least the two open updates of four rows, and at most a report's.
+    assert 8 <= (block.rows() - plain.rows()).total() <= 16
+
+
+def test_a_rejected_report_is_dropped_from_the_weights(tmp_path: Path) -> None:
+    data = lines_file(tmp_path)
+    block = Block(plan_of(data, tmp_path / "block", *TEXT, *CHUNKS, "--epochs", 1), report_updates=2)
+    with block.trainer() as trainer:
+        assert trainer.join() is None
+        trainer.turn()
+        trainer.turn()
+        request = block.coordinator.due()
+        assert request is not None
+        names = {member.name: "scripted" for member in request.members}
+        block.coordinator.commit(request, merged=rejecting(names))
+        trainer.renew()
+        trainer._lay_newer_anchor()
+        own = trainer.loop.parts.strategy.full_weights()
+        assert same(block.weights(), {name: own[name] for name in block.weights()})
+
+
+def test_a_stop_reports_what_is_trained_and_returns_the_rest(tmp_path: Path) -> None:
+    """Another trainer goes on with the rest; nothing is trained twice."""
+    data = lines_file(tmp_path)
+    words = (*TEXT, *CHUNKS, "--epochs", 1)
+    expected = plain_rows(data, words, tmp_path / "alone")
+    block = Block(plan_of(data, tmp_path / "block", *words), report_updates=5)
+    with block.trainer("0") as trainer:
+        assert trainer.join() is None
+        for _ in range(7):
+            trainer.turn()
+        block.coordinator.stop = StopReason.STOP_FILE
+        trainer.renew()
+        assert trainer.turn() is StopReason.STOP_FILE
+    assert block.ledger.leases("0") == [] and sum(one.sequences for one in block.ledger.staged()) == 28
+    block.coordinator.stop = None
+    with block.trainer("1", 1) as trainer:
+        run(block, [trainer], [1])
+    assert block.rows() == expected
+
+
+def test_a_trainer_that_comes_back_has_its_moments_and_another_warms_up(tmp_path: Path) -> None:
+    data = lines_file(tmp_path)
+    words = (*TEXT, *CHUNKS, "--epochs", 1, "--lr-schedule", "constant", "--lr", 0.01)
+    block = Block(plan_of(data, tmp_path / "block", *words), report_updates=3)
+    with block.trainer("0") as trainer:
+        assert trainer.join() is None
+        for _ in range(4):
+            trainer.turn()
+        block.coordinator.stop = StopReason.INTERRUPT
+        trainer.renew()
+        trainer.turn()
+        moments = trainer.loop.parts.strategy.optimizer.state_dict()["state"]  # type: ignore[attr-defined]
+    block.coordinator.stop = None
+    block.merge()
+    with block.trainer("0") as back, block.trainer("1", 1) as newcomer:
+        restored = back.loop.parts.strategy.optimizer.state_dict()["state"]  # type: ignore[attr-defined]
+        assert all(torch.equal(moments[n]["exp_avg"], restored[n]["exp_avg"]) for n in moments)
+        assert back.join() is None and newcomer.join() is None
+        assert back.loop.progress.step == 4 and newcomer.loop.progress.step == 0
+        step, first = back._step, newcomer._step
+        back._fill_loader()
+        newcomer._fill_loader()
+        whole, warmed = step(), first()
+        assert whole is not None and warmed is not None
+        assert whole.lr == pytest.approx(0.01) and warmed.lr == pytest.approx(0.01 / (NEWCOMER_STEPS + 1))
+
+
+def test_the_learning_rate_follows_the_samples_of_all(tmp_path: Path) -> None:
+    """Of two trainers, whose update together is one step of the schedule."""
+    data = lines_file(tmp_path)
+    words = (*TEXT, *CHUNKS, "--epochs", 1, "--lr-schedule", "linear", "--lr", 0.01, "--warmup-steps", 0)
+    block = Block(plan_of(data, tmp_path / "block", *words), report_updates=2)
+    with block.trainer("0") as first, block.trainer("1", 1) as second:
+        assert first.join() is None and second.join() is None
+        for _ in range(4):
+            first.turn()  # two reports, staged
+        second.renew()
+        second.turn()
+    assert second.loop.clock.position == pytest.approx(5.0)
+
+
+def test_an_anchor_that_is_gone_or_damaged_is_never_laid(tmp_path: Path) -> None:
+    data = lines_file(tmp_path)
+    block = Block(plan_of(data, tmp_path / "block", *TEXT, *CHUNKS, "--epochs", 1), report_updates=2)
+    path = block.run_dir.root / block.coordinator.anchor.path
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with block.trainer() as trainer, pytest.raises(DataError, match="sha256 differs"):
+        trainer.join()
+    path.unlink()
+    with block.trainer() as trainer, pytest.raises(DataError, match="missing"):
+        trainer.join()
+
+
+def test_renewals_keep_leases_while_a_step_takes_long(tmp_path: Path) -> None:
+    """The thread of `run` renews; an error of it ends the trainer between two steps."""
+    data = lines_file(tmp_path)
+    block = Block(plan_of(data, tmp_path / "block", *TEXT, *CHUNKS, "--epochs", 1), report_updates=2)
+    renewed, joined = threading.Event(), block.coordinator.join
+
+    def renew(trainer: str, generation: int, leases: Sequence[Lease], progress: Progress) -> Refused:
+        assert leases
+        renewed.set()
+        raise ConnectionError("scripted")
+
+    block.coordinator.join = lambda name: replace(joined(name), renew_every_s=0.01)  # type: ignore[method-assign]
+    block.coordinator.renew = renew  # type: ignore[method-assign]
+    with block.trainer() as trainer:
+        real = trainer.loop.step
+
+        def step() -> StepReport | None:
+            assert renewed.wait(30)
+            return real()
+
+        trainer.loop.step = step  # type: ignore[method-assign]
+        with pytest.raises(ConnectionError, match="scripted"):
+            trainer.run()
