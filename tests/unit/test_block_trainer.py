@@ -101,7 +101,6 @@ def test_alone_on_puzzles_it_is_plain_training_to_the_bit(tmp_path: Path) -> Non
 
 
 def test_three_of_unequal_speed_train_every_sample_once(tmp_path: Path) -> None:
-    """And the last anchor is the first and all that was learned, each trainer's part by its weight."""
     data = lines_file(tmp_path)
     words = (*TEXT, *CHUNKS, "--epochs", 1)
     expected = plain_rows(data, words, tmp_path / "alone")
@@ -162,6 +161,19 @@ def test_a_newer_anchor_keeps_the_open_work(tmp_path: Path) -> None:
         second._report()
         for name, change in block.change(block.ledger.staged()[-1]).items():
             torch.testing.assert_close(change, before[name] - start[name], rtol=0, atol=1e-6)
+
+
+def test_each_report_has_what_was_learned_since_the_one_before(tmp_path: Path) -> None:
+    data = lines_file(tmp_path)
+    block = Block(plan_of(data, tmp_path / "block", *TEXT, *CHUNKS, "--epochs", 1), report_updates=2)
+    with block.trainer() as trainer:
+        assert trainer.join() is None
+        for _ in range(4):
+            trainer.turn()
+        weights = trainer.loop.parts.strategy.full_weights()
+    first, second = map(block.change, block.ledger.staged())
+    for name, start in block.weights().items():
+        torch.testing.assert_close(start + first[name] + second[name], weights[name], rtol=0, atol=1e-6)
 
 
 def rejecting(names: dict[str, str]) -> Merged:
