@@ -148,7 +148,8 @@ def put_expert(folder: Path, identifier: str, into: Path, out: Path) -> StoredEx
     weights = read_tensors(RunDir(into).weights)
     _check_fit(weights, expert, entry.index, into)
     about = {"id": identifier, "index": entry.index, "sha256": entry.sha256, "into": str(into), "into_sha256": sha256}
-    save_copy(RunDir(into), out, with_expert(weights, expert, entry.index), expert=about)
+    whole = with_expert(weights, expert, entry.index)
+    save_copy(RunDir(into), out, lambda path: save_tensors(whole, path), expert=about)
     return entry
 
 

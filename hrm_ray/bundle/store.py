@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,18 +115,26 @@ def save_best(run_dir: RunDir, weights: BundleWeights, best: Mapping[str, Any]) 
         write_json(folder.metadata, _metadata(folder, best={**best}, step=best["step"]))
 
 
-def save_copy(source: RunDir, out: Path, tensors: Mapping[str, Tensor], **about: Any) -> None:
-    """Write the bundle `out`: the description of `source` with other weights; `about` goes into its metadata.
+def save_copy(
+    source: RunDir, out: Path, write_weights: Callable[[Path], object], *, overwrite: bool = False, **about: Any
+) -> None:
+    """Write the bundle `out`: the description of `source` with the weights that `write_weights` writes to the path
+    that it is given; `about` goes into its metadata.
 
-    Raises SettingsError where `out` exists.
+    Raises SettingsError where `out` exists; with `overwrite` only where it has other files than this function writes.
     """
-    with atomic_directory(out, overwrite=False, owned=frozenset()) as building:
+    with atomic_directory(out, overwrite=overwrite, owned=copied_names(source)) as building:
         for path in _describing(source):
             if path.is_file():
                 shutil.copyfile(path, building / path.name)
         folder = RunDir(building)
-        save_tensors(tensors, folder.weights)
+        write_weights(folder.weights)
         write_json(folder.metadata, _metadata(folder, **about))
+
+
+def copied_names(source: RunDir) -> frozenset[str]:
+    """The names of all files that `save_copy` may write."""
+    return frozenset(path.name for path in (*_describing(source), source.weights, source.metadata))
 
 
 def _describing(run_dir: RunDir) -> tuple[Path, ...]:

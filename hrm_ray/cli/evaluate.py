@@ -32,21 +32,22 @@ def run_evaluate(
             print(json.dumps(evaluation.plain()), flush=True)
         found.append(evaluation)
     if not as_json:
-        print(_figures(found[0]) if len(found) == 1 else _table(found))
+        print(_figures(found[0]) if len(found) == 1 else figures_table(found))
     return 0
 
 
 def _figures(evaluation: Evaluation) -> str:
-    lines = [f"{evaluation.bundle}: step {evaluation.step}, on {evaluation.data}"]
+    step = "" if evaluation.step is None else f"step {evaluation.step}, "
+    lines = [f"{evaluation.bundle}: {step}on {evaluation.data}"]
     width = max(map(len, evaluation.figures))
     return "\n".join([*lines, *(f"  {name:{width}}  {value:.6g}" for name, value in evaluation.figures.items())])
 
 
-def _table(found: Sequence[Evaluation]) -> str:
+def figures_table(found: Sequence[Evaluation]) -> str:
     """One line a model. Figures that only some of the models have are left empty for the others."""
     names = list(dict.fromkeys(name for each in found for name in each.figures))
     rows = [["bundle", "step", *names]]
     for each in found:
         figures = [f"{each.figures[name]:.5g}" if name in each.figures else "" for name in names]
-        rows.append([each.bundle, str(each.step), *figures])
+        rows.append([each.bundle, "" if each.step is None else str(each.step), *figures])
     return aligned(rows)

@@ -175,6 +175,58 @@ def evaluate(
 
 @app.command()
 @command
+def merge(
+    members: Annotated[
+        list[Path], typer.Argument(metavar="MEMBER", help="Bundles or .safetensors files that began from one start.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Bundle to write; a .safetensors file where no member is a bundle.", show_default=False)
+    ],
+    weights: Annotated[
+        str | None, typer.Option(metavar="W1,W2,...", help="A number for each member; equal ones by default.")
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="What all members were trained from: experts and puzzle rows then count for those who trained them."
+        ),
+    ] = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Merge members of different or unknown starts; usually worse than each of them."),
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result at --out.")] = False,
+    dataset_file: Annotated[
+        str | None,
+        typer.Option("--dataset-file", "--file", help="Data to compare the members and the result on."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of --dataset-file.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Compare on the first N sequences or puzzles.")
+    ] = None,
+    device: DeviceChoice = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> int:
+    """Merge trained models into one with the weighted mean of their weights."""
+    from hrm_ray.cli.merge import run_merge
+
+    return run_merge(
+        members,
+        out,
+        weights=weights,
+        base=base,
+        force=force,
+        overwrite=overwrite,
+        dataset_file=dataset_file,
+        split=split,
+        limit=limit,
+        device=device,
+        as_json=as_json,
+    )
+
+
+@app.command()
+@command
 def runs(
     folder: Annotated[Path | None, typer.Argument(help="Folder of bundles [default: artifacts/brains].")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object per bundle.")] = False,

@@ -40,6 +40,10 @@ class RunEntry:
     """When the run last wrote, in seconds since the epoch."""
 
 
+_MADE = {"merged": "merged", "expert": "with expert"}
+"""What the metadata of a bundle that no run wrote tells of -> its state."""
+
+
 def list_runs(folder: Path) -> list[RunEntry]:
     """The bundles below `folder` (or `folder` itself), the last written first. Damaged ones are listed as such."""
     return sorted(map(_entry, _bundles(folder)), key=lambda entry: -entry.written_s)
@@ -75,7 +79,7 @@ def _entry(run_dir: RunDir) -> RunEntry:
     elif ended is None or (checkpoint is not None and checkpoint > (step or 0)):
         state = "failed"
     else:
-        state = "finished" if ended == "finished" else "stopped"
+        state = ended if ended in ("finished", *_MADE.values()) else "stopped"
     reached = [one for one in (checkpoint, step, known.pop("recorded_step", None)) if one is not None]
     size, written_s = disk_use(run_dir.root)
     absent = dict.fromkeys(("task", "parameters", "steps", "loss", "best"))
@@ -106,7 +110,12 @@ def _end(run_dir: RunDir) -> dict[str, Any]:
         found["best"] = None if name is None else {name: float(best[name]), "step": int(best["step"])}
     if run_dir.metadata.is_file():
         about = read_json(run_dir.metadata)
-        found |= {"parameters": int(about["parameters"]), "ended": about["ended"], "ended_step": int(about["step"])}
+        found["parameters"] = int(about["parameters"])
+        made = next((name for name in _MADE if name in about), None)
+        if made is None:
+            found |= {"ended": about["ended"], "ended_step": int(about["step"])}
+        else:
+            found["ended"] = _MADE[made]
     return found
 
 

@@ -7,9 +7,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from hrm_ray.errors import DataError, Fault, listed
+from hrm_ray.errors import DataError, Fault
 from hrm_ray.merging.rules import TOUCHED, Rule, rule_of
 from hrm_ray.merging.tensor_file import TensorFile
+
+_SHOWN = 2
+"""Differences that a message names: names of tensors are long."""
 
 RuleOf = Callable[[str, bool], Rule]
 
@@ -63,7 +66,7 @@ def check_fit(anchor: TensorFile, member: OpenMember, rule: RuleOf) -> None:
     """Raises DataError that lists what of a member does not fit the anchor."""
     theirs, ours = member.file.tensors, anchor.tensors
     counts = {name for name in theirs if name.endswith(TOUCHED) and name.removesuffix(TOUCHED) in ours}
-    wrong = [f"{name} is not in {anchor.path}" for name in theirs if name not in ours and name not in counts]
+    wrong = [f"{name} is not in that" for name in theirs if name not in ours and name not in counts]
     for name, stored in ours.items():
         copied = rule(name, stored.is_float) in (Rule.EQUAL, Rule.KEPT)
         if name not in theirs:
@@ -80,7 +83,8 @@ def check_fit(anchor: TensorFile, member: OpenMember, rule: RuleOf) -> None:
         if theirs[name].shape != rows or not theirs[name].is_float:
             wrong.append(f"{name} is not one float for each row")
     if wrong:
+        shown = "; ".join(wrong[:_SHOWN]) + (f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else "")
         hint = "Merge weights of the same architecture"
-        raise DataError(Fault(str(member.file.path), f"its tensors do not fit: {listed(wrong)}", hint))
+        raise DataError(Fault(str(member.file.path), f"does not fit {anchor.path}: {shown}", hint))
     if member.base is not None and member.base is not anchor:
         check_fit(anchor, OpenMember(member.base, 0.0, anchor), rule)

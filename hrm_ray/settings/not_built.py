@@ -42,7 +42,6 @@ NOT_BUILT: dict[str, str] = {
     "--bp-warmup-ratio": "Use --bp-steps today",
     "hrm-ray submit": "Use `ray job submit -- hrm-ray train ...` today",
     "hrm-ray stop": "Use --stop-file or SIGTERM today: both save the run",
-    "hrm-ray merge": _WORKERS,
     "hrm-ray export": "Use the bundle's model.safetensors and config.json today",
     "hrm-ray serve": _PROMPTS,
     "hrm-ray tune": "Use `hrm-ray train` once for each set of options today, and `hrm-ray plot` to compare",
