@@ -265,7 +265,10 @@ class _RoundMerge:
         if sole is not None:
             files = [MemberFile(sole, 1.0, self._parent)]
         else:
-            files = [MemberFile(root / one.path, weight) for one, weight in zip(members, weights, strict=True)]
+            files = [
+                MemberFile(root / one.path, weight, series=one.worker)
+                for one, weight in zip(members, weights, strict=True)
+            ]
         path = keeper.run_dir.independent.new_anchor(request.round)
         momentum = momentum_of(self._parent)
         report = merge_deltas(

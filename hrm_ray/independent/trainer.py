@@ -29,7 +29,7 @@ from hrm_ray.independent.calls import (
     Reported,
     Wait,
 )
-from hrm_ray.independent.weights import SharedWeights
+from hrm_ray.independent.weights import ExpertTokens, SharedWeights
 from hrm_ray.ledger import Lease, Refused, Span
 from hrm_ray.metrics.meters import Throughput
 from hrm_ray.rundir import RunDir
@@ -112,7 +112,7 @@ class BlockTrainer:
         self._losses = _LastLoss(sink)
         self.logger = MetricLogger(loop, self._losses)
         self._clock, self._sleep = clock, sleep
-        self._weights = SharedWeights(loop)
+        self._weights, self._expert_tokens = SharedWeights(loop), ExpertTokens(loop)
         self._speed = Throughput(clock=clock)
         self._base_rates = loop.parts.lr_schedule.lr, loop.parts.lr_schedule.puzzle_emb_lr
         self._warm_up_left = 0
@@ -356,6 +356,7 @@ class BlockTrainer:
         self._lay(keep_open_work=False)
         self.loop.carries = None
         self._work = OpenWork(self._clock())
+        self._expert_tokens.reset()
         unread = self._unread
         self.loader.replace(lease for lease in leases if unread is None or _key(lease) != _key(unread))
 
@@ -373,7 +374,7 @@ class BlockTrainer:
         work, folder = self._work, self.run_dir.independent
         name = f"{self.name}-{self._joined.generation}-{self._reports + 1}"
         path = folder.new_contribution(name)
-        checksum = self._weights.save_change(path)
+        checksum = self._weights.save_change(path, self._expert_tokens.by_tensor())
         weights_path: Path | None = None
         weights_checksum: str | None = None
         if self._joined.whole_weights:
@@ -411,6 +412,7 @@ class BlockTrainer:
             self._over = True
             return
         self._weights.take_snap()
+        self._expert_tokens.reset()
         self._chain.append(name)
         self._losses.losses = losses[-1:]
         self._work = OpenWork(self._clock())

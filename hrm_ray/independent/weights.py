@@ -8,14 +8,18 @@ states, the weights below adapters) is the same everywhere and stands in a file 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from hrm_ray.bundle.weights_file import fill_module, read_tensors, save_tensors
 from hrm_ray.errors import DataError, Fault
+from hrm_ray.merging import TOUCHED
+from hrm_ray.model.grouped_product import SortedChoices
+from hrm_ray.model.moe import Experts
 from hrm_ray.rundir import file_sha256
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.strategies.single import SingleStrategy
@@ -94,14 +98,56 @@ class SharedWeights:
             self._snap[name].copy_(weight)
 
     @torch.no_grad()
-    def save_change(self, path: Path) -> str:
-        """Write weights - snap in float32; returns the file's sha256. Raises DiskError."""
+    def save_change(self, path: Path, tokens: Mapping[str, Tensor]) -> str:
+        """Write weights - snap in float32, and beside experts how many `tokens` each was trained on; returns the file's
+        sha256. Raises DiskError."""
         change = {name: weight.float() - self._snap[name].float() for name, weight in self._shared.items()}
-        return _saved(change, path)
+        of_each = [*tokens.items()]
+        of_each += [(f"{AVERAGE}{name}", count) for name, count in tokens.items()]
+        # Copies: a safetensors file may not hold two tensors of the same memory.
+        touched = {f"{name}{TOUCHED}": count.clone() for name, count in of_each if name in change}
+        return _saved({**change, **touched}, path)
 
     def save_weights(self, path: Path) -> str:
         """Write the weights in float32; returns the file's sha256. Raises DiskError."""
         return _saved({name: weight.float() for name, weight in self._shared.items()}, path)
+
+
+class ExpertTokens:
+    """Counts the tokens that each expert is trained on, so that a merge weighs experts by them.
+
+    A layer that is recomputed in the backward pass counts twice, in all trainers alike. Compiled layers do not count:
+    then a merge goes by which experts have changed.
+    """
+
+    def __init__(self, loop: TrainingLoop) -> None:
+        self._counts: dict[str, Tensor] = {}
+        self._names: frozenset[str] = frozenset(shared_tensors(loop))
+        if loop.parts.compiled is not None:
+            return
+        for name, module in loop.parts.objective.model.named_modules():
+            if isinstance(module, Experts):
+                module.register_forward_pre_hook(partial(self._count, name))
+
+    def _count(self, name: str, module: nn.Module, given: tuple[Tensor, SortedChoices, object]) -> None:
+        if not module.training or not torch.is_grad_enabled():
+            return
+        ends = given[1].ends
+        counts = ends.diff(prepend=ends.new_zeros(1)).float()
+        self._counts[name] = self._counts[name] + counts if name in self._counts else counts
+
+    def by_tensor(self) -> dict[str, Tensor]:
+        """The tokens [experts] of each trained stack of experts since the last `reset`."""
+        return {
+            tensor: counts
+            for name, counts in self._counts.items()
+            for tensor in self._names
+            if tensor.startswith(f"{name}.") and tensor.endswith(".weight")
+        }
+
+    def reset(self) -> None:
+        """Begin to count again."""
+        self._counts = {}
 
 
 def check_file(path: Path, sha256: str) -> None:

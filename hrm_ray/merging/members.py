@@ -24,11 +24,15 @@ class Member:
     Without `base` the file holds the changes themselves, in float32 or bfloat16; it may leave out tensors that are only
     copied. With `base` it holds whole weights, and `base` is the file of those that they were trained from, the
     anchor's or an older one's.
+
+    Members of one `series` follow each other, as the reports of a trainer do: their changes are added up, and each has
+    the weight of the whole series, which counts once.
     """
 
     path: Path
     weight: float
     base: Path | None = None
+    series: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,11 @@ def check_member(anchor: Path, member: Member, rule: RuleOf = rule_of) -> None:
 class OpenMember:
     """A member while it is merged, with the sum of squares of its change so far."""
 
-    def __init__(self, file: TensorFile, weight: float, base: TensorFile | None) -> None:
+    def __init__(self, file: TensorFile, weight: float, base: TensorFile | None, series: str | None = None) -> None:
         self.file = file
         self.weight = weight
         self.base = base
+        self.series = series
         self.squares = 0.0
         self.finite = True
 

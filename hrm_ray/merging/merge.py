@@ -103,7 +103,10 @@ def merge_deltas(
         merge = _Merge(
             whole,
             read(anchor.momentum) if anchor.momentum is not None and outer.momentum else None,
-            [OpenMember(read(one.path), one.weight, read(one.base) if one.base else None) for one in members],
+            [
+                OpenMember(read(one.path), one.weight, read(one.base) if one.base else None, one.series)
+                for one in members
+            ],
             outer,
             rule,
             window_bytes,
@@ -196,14 +199,20 @@ class _Merge:
 
     def _shares(self, name: str, first: int, rows: int, row: int) -> Array:
         """Each member's share [members, rows] of rows `first` and on of a tensor: by its counts, or where it has none
-        by its weight if it changed the row. The shares of a row add up to 1, or are all 0."""
-        shares = np.zeros((len(self.members), rows))
-        for share, member in zip(shares, self.members, strict=True):
+        by its weight if it changed the row. The shares of a row add up to 1, or are all 0; each member of a series has
+        the share of all of it."""
+        parts: dict[str | int, Array] = {}
+        for number, member in enumerate(self.members):
+            part = parts.setdefault(number if member.series is None else member.series, np.zeros(rows))
             if name + TOUCHED in member.file.tensors:
-                member.file.read_floats(name + TOUCHED, first, share)
+                counts = np.zeros(rows)
+                member.file.read_floats(name + TOUCHED, first, counts)
+                part += counts
             else:
-                share[:] = member.weight * self._changed(member, name, first, rows, row)
-        total = shares.sum(axis=0)
+                np.maximum(part, member.weight * self._changed(member, name, first, rows, row), out=part)
+        keys = [number if member.series is None else member.series for number, member in enumerate(self.members)]
+        shares = np.stack([parts[key] for key in keys])
+        total = np.sum(list(parts.values()), axis=0)
         return np.divide(shares, total, out=shares, where=total > 0)
 
     def _changed(self, member: OpenMember, name: str, first: int, rows: int, row: int) -> Array:

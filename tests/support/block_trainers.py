@@ -161,8 +161,9 @@ class Block:
 
     def _summed(self, request: MergeRequest, anchor: dict[str, Tensor]) -> dict[str, Tensor]:
         for member, weight in zip(request.members, request.weights, strict=True):
-            for name, change in self.change(member).items():
-                anchor[name] += weight * change
+            change = self.change(member)
+            for name in anchor:
+                anchor[name] += weight * change[name]
         return anchor
 
     def change(self, member: Contribution) -> dict[str, Tensor]:

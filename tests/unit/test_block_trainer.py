@@ -20,13 +20,14 @@ from hrm_ray.independent.trainer import NEWCOMER_STEPS, BlockTrainer
 from hrm_ray.independent.weights import AVERAGE
 from hrm_ray.ledger import Lease, Refused
 from hrm_ray.ledger.verify import violations
+from hrm_ray.merging import TOUCHED
 from hrm_ray.rundir import RunDir
 from hrm_ray.train.loop import StepReport
 from hrm_ray.train.strategies.single import AVERAGE as AVERAGE_FILE
 from hrm_ray.train.strategies.single import WEIGHTS
 from hrm_ray.types import StopReason
 from tests.support.block_trainers import Block, plan_of, same, shared_of
-from tests.support.runs import PUZZLE, TEXT, puzzle_file, text_file, train
+from tests.support.runs import EXPERTS, PUZZLE, TEXT, puzzle_file, text_file, train
 
 CHUNKS = ("--dataset-chunk-size", "3", "--samples-per-block", "9")
 
@@ -174,6 +175,26 @@ def test_each_report_has_what_was_learned_since_the_one_before(tmp_path: Path) -
     first, second = map(block.change, block.ledger.staged())
     for name, start in block.weights().items():
         torch.testing.assert_close(start + first[name] + second[name], weights[name], rtol=0, atol=1e-6)
+
+
+def test_experts_are_reported_with_the_tokens_they_were_trained_on(tmp_path: Path) -> None:
+    """Every token goes to two of four experts in each of the passes that train; a report counts from the one before."""
+    data = lines_file(tmp_path)
+    words = (*TEXT, *EXPERTS, *CHUNKS, "--epochs", 1, "--ema", 0.9, "--no-gradient-checkpointing")
+    block = Block(plan_of(data, tmp_path / "block", *words), report_updates=1)
+    with block.trainer() as trainer:
+        assert trainer.join() is None
+        for _ in range(2):
+            trainer.turn()
+    for change in map(block.change, block.ledger.staged()):
+        counts = {name.removesuffix(TOUCHED): tensor for name, tensor in change.items() if name.endswith(TOUCHED)}
+        stacks = {name for name in block.weights() if ".mlp.experts." in name}
+        assert counts.keys() == stacks
+        tokens = 4 * 16 * 2  # rows, positions, experts of a token
+        assert all(count.shape == (4,) and count.sum() > 0 and count.sum() % tokens == 0 for count in counts.values())
+        assert max(float(count.sum()) for count in counts.values()) <= 4 * tokens
+    block.merge()
+    assert block.coordinator.anchor.round > 0
 
 
 def rejecting(names: dict[str, str]) -> Merged:

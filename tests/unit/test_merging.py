@@ -61,6 +61,7 @@ def merged(
     *,
     momentum: Path | None = None,
     whole: bool = False,
+    series: Sequence[str] | None = None,
     **options: Any,
 ) -> tuple[dict[str, Tensor], MergeReport]:
     """The merge of trees, written to files below a fresh folder and read back. `whole`: members are weights."""
@@ -69,7 +70,7 @@ def merged(
     start = saved(place, "anchor", anchor)
     shares = weights or [1 / len(members)] * len(members)
     named = [
-        Member(saved(place, f"member{k}", tree), share, start if whole else None)
+        Member(saved(place, f"member{k}", tree), share, start if whole else None, series[k] if series else None)
         for k, (tree, share) in enumerate(zip(members, shares, strict=True))
     ]
     out = AnchorFiles(place / "out.safetensors", place / "momentum.safetensors" if outer.momentum else None)
@@ -357,3 +358,19 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert file.metadata["round"] == "1"
     with pytest.raises(FileExistsError):
         merge_deltas(AnchorFiles(anchor), [member], OUTER_STEPS["diloco"], out)
+
+
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("name", [EXPERTS, "lm_head.weight"])
+def test_changes_that_follow_each_other_are_added_up(name: str, counted: bool, tmp_path: Path) -> None:
+    """Two reports of one trainer and one of another with three times the weight: the reports are never averaged with
+    each other. Rows: both trainers changed the first, the second trainer alone the second."""
+    anchor = {name: torch.ones(2, 3, 3)}
+    one, two, other = ({name: torch.zeros(2, 3, 3)} for _ in range(3))
+    one[name][0], two[name][0], other[name][:] = 4.0, 8.0, 16.0
+    if counted and name == EXPERTS:
+        for tree, counts in ((one, [4, 0]), (two, [6, 0]), (other, [30, 7])):
+            tree[name + TOUCHED] = torch.tensor(counts, dtype=torch.float32)
+    result, _ = merged(tmp_path, anchor, [one, two, other], [0.25, 0.25, 0.75], series=["a", "a", "b"])
+    both, alone = 1 + 0.25 * 12 + 0.75 * 16, 17.0 if name == EXPERTS else 13.0
+    assert [float(row.unique()) for row in result[name]] == [both, alone]
