@@ -43,6 +43,8 @@ NEWCOMER_STEPS = 20
 """Weight updates over which a trainer without optimizer state that joins in mid-run warms up."""
 SAVE_STATE_EVERY_S = 60.0
 """A trainer's optimizer state is saved at a report when the last time is so long ago, and when it leaves."""
+HEAR_EVERY_S = 1.0
+"""Between two steps the coordinator is asked for news so often at least: a stop, or a newer anchor."""
 
 _Key: TypeAlias = tuple[int, int, int, int]
 
@@ -137,6 +139,7 @@ class BlockTrainer:
         self._unread: Lease | None = None
         """Claimed, and not given to the loader yet."""
         self._ask_again_s = clock()
+        self._heard_s = clock()
         self._finished = False
 
     def run(self) -> StopReason:
@@ -172,6 +175,8 @@ class BlockTrainer:
         """What lies between two steps, and a step; the reason when the trainer has left."""
         if self._renewal_error is not None:
             raise self._renewal_error
+        if self._clock() - self._heard_s >= HEAR_EVERY_S:
+            self.renew()
         self._drop_lost()
         if self._over:
             return self.join()
@@ -231,6 +236,7 @@ class BlockTrainer:
 
     def _hear(self, news: News) -> None:
         """Keep what an answer said; call it while holding the lock, so that news come in their order."""
+        self._heard_s = self._clock()
         self._news = news
         self._rejected |= set(news.rejected)
 

@@ -16,7 +16,7 @@ from hrm_ray.bundle.weights_file import read_tensors
 from hrm_ray.errors import DataError
 from hrm_ray.independent.calls import Progress, Report, Reported
 from hrm_ray.independent.coordinator import Merged
-from hrm_ray.independent.trainer import NEWCOMER_STEPS, BlockTrainer
+from hrm_ray.independent.trainer import HEAR_EVERY_S, NEWCOMER_STEPS, BlockTrainer
 from hrm_ray.independent.weights import AVERAGE
 from hrm_ray.ledger import Lease, Refused
 from hrm_ray.ledger.verify import violations
@@ -283,6 +283,19 @@ def test_a_stop_reports_what_is_trained_and_returns_the_rest(tmp_path: Path) -> 
     with block.trainer("1", 1) as trainer:
         run(block, [trainer], [1])
     assert block.rows() == expected
+
+
+def test_a_stop_is_heard_of_in_the_middle_of_a_report(tmp_path: Path) -> None:
+    data = lines_file(tmp_path)
+    block = Block(plan_of(data, tmp_path / "block", *TEXT, *CHUNKS, "--epochs", 1), report_updates=50)
+    with block.trainer() as trainer:
+        assert trainer.join() is None
+        for _ in range(3):
+            assert trainer.turn() is None
+        block.coordinator.stop = StopReason.SIGTERM
+        block.clock.now_s += HEAR_EVERY_S
+        assert trainer.turn() is StopReason.SIGTERM
+    assert [one.sequences for one in block.ledger.staged()] == [12]
 
 
 def test_a_trainer_that_comes_back_has_its_moments_and_another_warms_up(tmp_path: Path) -> None:
