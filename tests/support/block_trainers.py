@@ -15,22 +15,18 @@ import torch
 from torch import Tensor
 
 from hrm_ray.bundle.weights_file import read_tensors, save_tensors
-from hrm_ray.data.catalog import Catalog
-from hrm_ray.data.prepare import PuzzlePlan
-from hrm_ray.data.text_data import TextDataDir
-from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.independent.assembly import assemble_loop, samples_per_step
 from hrm_ray.independent.calls import AnchorRef
+from hrm_ray.independent.claims import prepare_claims
 from hrm_ray.independent.coordinator import LedgerCoordinator, Merged, MergeRequest, Rules
 from hrm_ray.independent.trainer import BlockTrainer
 from hrm_ray.independent.weights import anchor_tensors, save_fixed_tensors
 from hrm_ray.launch.plan import make_plan
 from hrm_ray.launch.resolve import resolve
 from hrm_ray.launch.run_directory import load_run
-from hrm_ray.ledger import BlockLength, Contribution, open_ledger
+from hrm_ray.ledger import Contribution, open_ledger
 from hrm_ray.rundir import RunDir, file_sha256
 from hrm_ray.train.claimed_loader import ClaimedLoader
-from hrm_ray.train.claimed_rows import puzzle_chunks
 from hrm_ray.train.loaders import HaltedSlots
 from hrm_ray.train.plan import RunPlan, effective_batch
 from hrm_ray.types import Columns
@@ -77,7 +73,8 @@ class Block:
     def __post_init__(self) -> None:
         self.run_dir = RunDir(self.plan.bundle)
         self.ledger = open_ledger(self.run_dir.ledger, durable=False)
-        self.ledger.add_blocks(self._blocks())
+        order, blocks = prepare_claims(self.plan, lambda message: None)
+        self.ledger.add_blocks(blocks)
         self.ledger.end_data()
         rules = Rules(
             samples_per_update=effective_batch(self.plan) // self.plan.world_size,
@@ -85,20 +82,8 @@ class Block:
             epochs=self.plan.settings.run.epochs,
             whole_weights=self.whole_weights,
         )
-        self.coordinator = LedgerCoordinator(self.ledger, self._first_anchor(), rules, lambda _, at: at, self.clock)
+        self.coordinator = LedgerCoordinator(self.ledger, self._first_anchor(), rules, order, self.clock)
         self.anchors: list[AnchorRef] = [self.coordinator.anchor]
-
-    def _blocks(self) -> Iterator[BlockLength]:
-        if isinstance(self.plan.data, PuzzlePlan):
-            yield BlockLength(0, puzzle_chunks(self.plan.data.rows))
-            return
-        text, folder = self.plan.data.text, TextDataDir(self.run_dir.data)
-        pipeline = folder.pipeline(
-            text.chunking_config, text.source, TextTokenizer.of_bundle(self.run_dir.root), pairs=False, writes=True
-        )
-        pipeline.scan()
-        pipeline.catalog.close()
-        yield from (BlockLength(n, size) for n, size in enumerate(Catalog(folder.catalog, writes=False).block_sizes()))
 
     def _first_anchor(self) -> AnchorRef:
         folder = self.run_dir.independent

@@ -40,11 +40,15 @@ def lines_file(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("merge_after", [1, 3])
-def test_alone_it_is_plain_training_to_the_bit(tmp_path: Path, merge_after: int) -> None:
+SHUFFLED = ("--no-linear-dataset", "--shuffle-buffer-size", 1, "--epochs", 2, "--lr-schedule", "constant")
+"""A shuffle window is one chunk."""
+
+
+@pytest.mark.parametrize(("merge_after", "order"), [(1, ("--epochs", 1)), (3, SHUFFLED)])
+def test_alone_it_is_plain_training_to_the_bit(tmp_path: Path, merge_after: int, order: Sequence[object]) -> None:
     """With no outer step: whole weights, moving average included, however late the merges come."""
     data = lines_file(tmp_path)
-    words = (*TEXT, *CHUNKS, "--epochs", 1, "--ema", 0.9, "--dropout-rate", 0.1, "--gradient-accumulation-steps", 2)
+    words = (*TEXT, *CHUNKS, *order, "--ema", 0.9, "--dropout-rate", 0.1, "--gradient-accumulation-steps", 2)
     words = (*words, "--batch-size", 2, "--lr", 1e-2)
     train(data, tmp_path / "plain", *words)
     plain = RunDir(tmp_path / "plain").newest_checkpoint()
