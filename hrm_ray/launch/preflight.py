@@ -29,7 +29,7 @@ from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.describe import count_parameters
 from hrm_ray.rundir import RunDir
 from hrm_ray.settings.tree import RunSettings
-from hrm_ray.train.memory_estimate import MemoryAccount, memory_estimate
+from hrm_ray.train.memory_estimate import DEEPSPEED, DIVIDED, MemoryAccount, memory_estimate
 
 _ROOM_TO_KEEP = 3
 """Freed memory is kept where this many times the peak is available. A process that keeps it was measured to take up to
@@ -136,9 +136,20 @@ def state_bytes(settings: RunSettings, config: ModelConfig) -> int:
 
     If nearly everything is frozen, the trained rest is not counted.
     """
-    number = count_parameters(config).total
-    gradient = 0 if _mostly_frozen(settings) else _WEIGHT_BYTES[settings.memory.model_dtype]
-    return int((_weight_bytes(settings) + gradient + _kept_beside(settings)) * number)
+    trained = 0 if _mostly_frozen(settings) else 1
+    cluster = settings.cluster
+    workers = cluster.world_size or 1
+    strategy = cluster.strategy_for(workers)
+    of_a_weight = {
+        "weights": _weight_bytes(settings),
+        "gradients": trained * _WEIGHT_BYTES[settings.memory.model_dtype],
+        "optimizer": _kept_beside(settings),
+    }
+    divided = DIVIDED.get(strategy, ())
+    each = sum(size / workers if part in divided else size for part, size in of_a_weight.items())
+    if strategy in DEEPSPEED:
+        each += trained * 4 / workers
+    return int(each * count_parameters(config).total)
 
 
 def _mostly_frozen(settings: RunSettings) -> bool:
@@ -187,7 +198,10 @@ def most_bytes(settings: RunSettings, config: ModelConfig) -> int:
 
 def checkpoint_bytes(settings: RunSettings, config: ModelConfig) -> int:
     """The least that one checkpoint takes, without carries."""
-    return int((_weight_bytes(settings) + _kept_beside(settings)) * count_parameters(config).total)
+    stored = _weight_bytes(settings)
+    if settings.memory.model_dtype == "bf16" and settings.cluster.strategy in DEEPSPEED:
+        stored = 4  # the float32 weights, of which the model's are rounded copies
+    return int((stored + _kept_beside(settings)) * count_parameters(config).total)
 
 
 def need_of(

@@ -34,7 +34,8 @@ class MemorySettings(Section):
     """The 16-bit type of --amp: bf16, fp16 (with a loss scaler), or auto (bf16 if the device has it, else fp16)."""
     model_dtype: ModelDtype = option("fp32", "fixed")
     """Type of weights, activations and the gradients of one pass. Gradients of several passes or workers are added in
-    float32; updates of 16-bit weights are rounded stochastically."""
+    float32; updates of 16-bit weights are rounded stochastically. Under zero1, zero2, zero3, which take bf16, float32
+    copies are updated, divided among the workers and saved in checkpoints."""
     activations: Literal["fp32", "bf16"] | None = option(
         None,
         "free",

@@ -250,11 +250,17 @@ RUN_RULES: dict[str, Rule] = {
         "the 8-bit optimizer decides by tensor, and ZeRO joins tensors into flat buffers that it cannot save by name",
         "Use --strategy sharded-optimizer",
     ),
-    "zero_with_float32_weights": refuse(
-        lambda s: _zero(s) and s.memory.model_dtype != "fp32",
+    "zero_without_float16_weights": refuse(
+        lambda s: _zero(s) and s.memory.model_dtype == "fp16",
         ("cluster.strategy", "memory.model_dtype"),
-        "ZeRO would update float32 copies that checkpoints do not hold, so a resumed run would go on otherwise",
-        "Use --amp with --model-dtype fp32, or --strategy sharded-optimizer",
+        "DeepSpeed scales the loss of float16 weights once more, so that no gradient is finite",
+        "Use --model-dtype bf16, or --strategy sharded-optimizer",
+    ),
+    "zero_with_one_type_of_weights": refuse(
+        lambda s: _zero(s) and s.memory.model_dtype != "fp32" and s.adapt.use_peft,
+        ("cluster.strategy", "memory.model_dtype"),
+        "adapters are float32 beside 16-bit weights, and DeepSpeed joins both in one buffer of one type",
+        "Use --model-dtype fp32, or --strategy sharded-optimizer",
     ),
     "zero_keeps_its_own_state": refuse(
         lambda s: _zero(s) and s.memory.optimizer_offload,

@@ -83,7 +83,8 @@ def assemble(
     if strategy_name == "single" and world.size > 1:
         raise RuntimeError(f"the strategy single has one worker, and there are {world.size}")
     strategy = STRATEGIES[strategy_name](world, precision)
-    strategy.prepare(objective, _build_optimizer(settings, world, adapters), settings.optimizer.ema)
+    build = _build_optimizer(settings, world, adapters, widens=not strategy.updates_float32_weights)
+    strategy.prepare(objective, build, settings.optimizer.ema)
     chosen = settings.optimizer
     schedule = Schedule(
         chosen.lr_schedule, chosen.warmup_steps, schedule_steps, chosen.lr_min_ratio, chosen.wsd_decay_ratio
@@ -148,10 +149,11 @@ def objective_of(model: ActV1 | Transformer, settings: RunSettings, adapters: Ad
     return objective
 
 
-def _build_optimizer(settings: RunSettings, world: World, adapters: Adapters | None) -> BuildOptimizer:
+def _build_optimizer(settings: RunSettings, world: World, adapters: Adapters | None, *, widens: bool) -> BuildOptimizer:
+    """What builds the optimizer; with `widens` it makes 16-bit weights float32 for their update."""
     build = builder(settings.optimizer)
     offload = settings.memory.optimizer_offload and world.device.type != "cpu"
-    if settings.memory.model_dtype != "fp32" or offload:
+    if (widens and settings.memory.model_dtype != "fp32") or offload:
         storage = StateStorage(world.device, offload=offload)
         build = partial(PerParameterOptimizer, build=build, seed=settings.run.seed, storage=storage)
     if adapters is not None and adapters.ranks is not None:

@@ -148,9 +148,9 @@ class _Trace:
             peak_bytes=self.tracker.peak_bytes(since=start, beside=("optimizer",) if offloaded else ()) + in_turn,
         )
 
-    def divide(self, strategy: str, workers: int) -> None:
+    def divide(self, strategy: str, workers: int, bucket_bytes: int) -> None:
         """Leave one worker's part of what `workers` divide under `strategy`, and add what it needs to itself: copies
-        count as weights, the bucket as gradients."""
+        count as weights, the bucket, of `bucket_bytes` for each value, as gradients."""
         categories = DIVIDED.get(strategy, ())
         for one in self.tracker.allocations:
             if one.category in categories:
@@ -158,7 +158,8 @@ class _Trace:
         self.state_bytes = [-(-size // workers) if "optimizer" in categories else size for size in self.state_bytes]
         if strategy in DEEPSPEED:
             self.tracker.allocations.append(Allocation(-(-4 * self.trained_values // workers), "weights", 0))
-            self.tracker.allocations.append(Allocation(4 * reduce_bucket_values(self.trained_values), "gradients", 0))
+            bucket = bucket_bytes * reduce_bucket_values(self.trained_values)
+            self.tracker.allocations.append(Allocation(bucket, "gradients", 0))
 
     def extrapolate(self, growths: list[tuple[_Trace, float]], factors: dict[int, float]) -> None:
         """Make this trace of short rows that of longer rows and windows.
@@ -254,11 +255,13 @@ def _trace_fake_update(settings: RunSettings, config: ModelConfig) -> _Trace:
     world = World(0, 1, torch.device("cpu"), grouped=False)
     with fake_tensors():
         loop = assemble(settings, config, NoRows(), world, SCHEDULE_STEPS, resumes=True)
-        if (settings.cluster.world_size or 1) > 1:
+        if (settings.cluster.world_size or 1) > 1 or strategy in DEEPSPEED:
             sum_gradients_in_float32(loop.parts.objective.parameters())
         use_kernel(loop.parts.objective.model, _attend)
         trace = _trace(loop, [ones_batch(loop, config, settings.data.packing) for _ in range(number)])
-    trace.divide(strategy, settings.cluster.world_size or 1)
+    # Gradients are float32, but stage 2 reduces them in the type of the weights.
+    narrow_bucket = strategy == "zero2" and settings.memory.model_dtype == "bf16"
+    trace.divide(strategy, settings.cluster.world_size or 1, bucket_bytes=2 if narrow_bucket else 4)
     return trace
 
 

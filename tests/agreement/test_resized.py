@@ -1,4 +1,4 @@
-"""A run on 3, 1 and 2 gloo processes one after the other trains as one process does, whatever the strategy."""
+"""A run on 2, 3 and 1 gloo processes one after the other trains as one process does, whatever the strategy."""
 
 from __future__ import annotations
 

@@ -45,19 +45,31 @@ NARROW = {
         Case("fp16", more={"memory": {"amp": True, "amp_dtype": "fp16"}, "optimizer": _CLIPPED}),
     )
 }
+_BF16: dict[str, Any] = {"memory": {"model_dtype": "bf16"}}
+BF16_WEIGHTS = {
+    case.name: case
+    for case in (
+        Case("bf16-weights", more={**_BF16, "optimizer": {"ema": 0.9}}),
+        Case("bf16-weights-sgd", optimizer="sgd", more=_BF16),
+        Case("bf16-weights-puzzle", "puzzle-embedding", more={**_BF16, "optimizer": {"ema": 0.9, **_CLIPPED}}),
+        Case("bf16-weights-not-finite", more={**_BF16, "optimizer": _CLIPPED}, bad_steps=(1, 2, 3)),
+    )
+}
 WHOLE_TENSORS = {
     case.name: case
     for case in (
         Case("8-bit", more={"optimizer": {"use_8bit_optimizer": True, "optimizer": "adamw", "lr": 1e-3}}),
-        Case("bf16-weights", more={"memory": {"model_dtype": "bf16"}, "optimizer": {"ema": 0.9}}),
+        BF16_WEIGHTS["bf16-weights"],
         Case("one-expert", "text-one-expert-trained"),
     )
 }
-"""What needs whole tensors: under ddp and sharded-optimizer."""
-RESUMED = "text-ema"
+"""What ddp and sharded-optimizer update to the bit alike; for DeepSpeed these are other numbers, or refused."""
+RESUMED, BF16_RESUMED = "text-ema", "bf16-weights"
+ZERO = STRATEGIES[2:]
 RUNS = [
     *((case, strategy, CUT) for case in (*CASES.values(), *NARROW.values()) for strategy in STRATEGIES),
     *((case, strategy, CUT) for case in WHOLE_TENSORS.values() for strategy in STRATEGIES[:2]),
+    *((case, strategy, CUT) for case in BF16_WEIGHTS.values() for strategy in ZERO),
     *((CASES["experts"], strategy, SMALLER) for strategy in ("sharded-optimizer", "zero1")),
 ]
 RESUMES = [
@@ -66,6 +78,7 @@ RESUMES = [
     *(("ddp", "zero3"), ("zero1", "ddp"), ("zero3", "zero1"), ("zero3", "sharded-optimizer")),
 ]
 """Each from itself, round the ring, and across. A checkpoint has one form, so what each reads and writes is enough."""
+BF16_RESUMES = [*((same, same) for same in ZERO), ("zero2", "sharded-optimizer"), ("ddp", "zero3"), ("zero3", "zero1")]
 
 Results = dict[tuple[str, ...], Ended]
 
@@ -75,12 +88,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
     folder: Path = tmp_path_factory.mktemp("strategies")
     threads = torch.get_num_threads()
     found: Results = {}
-    for case in (*CASES.values(), *NARROW.values(), *WHOLE_TENSORS.values()):
+    for case in (CASES | NARROW | WHOLE_TENSORS | BF16_WEIGHTS).values():
         write_start(case, folder / f"start-{case.name}")
         end = folder / f"end-{case.name}-single"
         found[case.name, "single"] = trained(case, "single", "1x1x8", folder / f"start-{case.name}", end)
     resumed = [(CASES[RESUMED], first, then) for first, then in RESUMES]
-    mp.spawn(in_two_processes, (2, folder, RUNS, resumed), nprocs=2)
+    resumed += [(BF16_WEIGHTS[BF16_RESUMED], first, then) for first, then in BF16_RESUMES]
+    interrupted = [(BF16_WEIGHTS[BF16_RESUMED], strategy) for strategy in ZERO]
+    mp.spawn(in_two_processes, (2, folder, RUNS, resumed, interrupted), nprocs=2)
     found |= torch.load(folder / "results.pt", weights_only=False)
     case = CASES[RESUMED]
     for first in ("single", *STRATEGIES):
@@ -131,6 +146,54 @@ def test_a_sharded_optimizer_updates_to_the_bit_as_ddp(results: Results, name: s
     assert ours.losses == ddp.losses and ours.figures == ddp.figures
 
 
+def assert_close_as_bfloat16(ours: Ended, theirs: Ended, steps: int) -> None:
+    """Weights of size 1 in bfloat16 lie 8e-3 apart and are rounded in every update, to nearest here and stochastically
+    there, so `steps` updates leave them a few of these steps apart. A row of the puzzle table moves by the sign of its
+    gradient, which rounding turns round where the gradient is next to zero."""
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-2)
+    assert ours.norms == pytest.approx(theirs.norms, rel=5e-2)
+    rounded, there = ({n: t for n, t in e.weights.items() if "puzzle_emb" not in n} for e in (ours, theirs))
+    assert gap(rounded, there) <= 4e-3 * steps
+    assert gap(ours.average, theirs.average) <= 2e-3 * steps
+    assert gap(without_updates(ours), without_updates(theirs)) <= 1e-3 * steps
+
+
+def without_updates(ended: Ended) -> dict[str, Tensor]:
+    """The optimizer state without the number from which stochastic rounding draws."""
+    return {name: tensor for name, tensor in ended.optimizer.items() if not name.endswith("|updates")}
+
+
+@pytest.mark.parametrize("strategy", ZERO)
+@pytest.mark.parametrize("name", BF16_WEIGHTS)
+def test_bf16_weights_under_zero(results: Results, name: str, strategy: str) -> None:
+    """As one process with bf16 weights; the checkpoint has the float32 weights that are updated."""
+    ours, whole = results[name, strategy, CUT], results[name, "single"]
+    assert_close_as_bfloat16(ours, whole, 4)
+    # The first update has the same weights; a wrong weighing of rows shows at 1e-2.
+    assert ours.losses[0] == pytest.approx(whole.losses[0], rel=1e-3)
+    assert ours.norms[0] == pytest.approx(whole.norms[0], rel=2e-3)
+    assert {ours.weights[trained].dtype for trained in ours.average} <= {torch.float32}
+    assert bool(ours.average) == ("ema" in BF16_WEIGHTS[name].more.get("optimizer", {}))
+
+
+@pytest.mark.parametrize(("first", "then"), BF16_RESUMES)
+def test_bf16_weights_resume_under_any_strategy(results: Results, first: str, then: str) -> None:
+    whole = results[BF16_RESUMED, "zero1", "then", "zero1"]
+    assert_close_as_bfloat16(results[BF16_RESUMED, first, "then", then], whole, 8)
+
+
+@pytest.mark.parametrize("strategy", ZERO)
+def test_an_interruption_with_bf16_weights_loses_nothing(results: Results, strategy: str) -> None:
+    """The float32 weights go through the checkpoint whole, where those rounded to bfloat16 are up to 4e-3 off. Products
+    in bfloat16 may round otherwise where tensors lie elsewhere in memory."""
+    whole, resumed = results[BF16_RESUMED, strategy, "whole"], results[BF16_RESUMED, strategy, "resumed"]
+    assert resumed.losses[0] == whole.losses[4]
+    assert resumed.losses == pytest.approx(whole.losses[4:], rel=1e-3)
+    assert gap(resumed.weights, whole.weights) <= 1e-4
+    assert gap(resumed.optimizer, whole.optimizer) <= 1e-4
+    assert gap(resumed.average, whole.average) <= 1e-4
+
+
 @pytest.mark.parametrize("strategy", ["sharded-optimizer", "zero1"])
 def test_micro_batches_are_halved_where_passes_may_be_repeated(results: Results, strategy: str) -> None:
     """The sums of smaller micro-batches differ as above; capacity of experts is per micro-batch and none drops here."""
@@ -150,9 +213,11 @@ def test_every_strategy_resumes_every_other(results: Results, first: str, then: 
     assert gap(ours.average, whole.average) <= 2e-6
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_strategy_resumes_itself_to_the_bit(results: Results, strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "strategy"), [*((RESUMED, each) for each in STRATEGIES), *((BF16_RESUMED, each) for each in ZERO)]
+)
+def test_a_strategy_resumes_itself_to_the_bit(results: Results, name: str, strategy: str) -> None:
     """Loading a checkpoint and saving it again changes nothing."""
-    saved, again = results[RESUMED, strategy, CUT], results[RESUMED, strategy, "saved again"]
+    saved, again = results[name, strategy, CUT], results[name, strategy, "saved again"]
     assert gap(again.weights, saved.weights) == gap(again.optimizer, saved.optimizer) == 0
     assert gap(again.average, saved.average) == 0

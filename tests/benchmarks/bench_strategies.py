@@ -4,7 +4,8 @@
 take turns within one group of processes, and prints a table: bytes of a rank as weights (with copies of them),
 gradients and optimizer state when the passes of a step are done, counted by storage; the same as
 `train.memory_estimate` has it; and the time against ddp in the same round, by the wall and of the CPU. The time of the
-CPU leaves out waits, and so holds on a machine that does other work too. `--rounds 0` measures memory alone.
+CPU leaves out waits, and so holds on a machine that does other work too. `--rounds 0` measures memory alone, and
+`--model-dtype bf16` takes weights of 16 bits.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ CASE = CASES["text_m1"]
 PARTS = ("weights", "gradients", "optimizer")
 
 
-def settings_of(strategy: str, ranks: int) -> tuple[RunSettings, ModelConfig]:
+def settings_of(strategy: str, ranks: int, model_dtype: str) -> tuple[RunSettings, ModelConfig]:
     """What a rank trains, in two micro-batches; the effective batch is that of the case."""
     settings = RunSettings.model_validate(
         {
@@ -51,16 +52,16 @@ def settings_of(strategy: str, ranks: int) -> tuple[RunSettings, ModelConfig]:
                 "gradient_accumulation_steps": 2,
                 "optimizer": "adamw",
             },
-            "memory": {"amp": False, "gradient_checkpointing": False},
+            "memory": {"amp": False, "gradient_checkpointing": False, "model_dtype": model_dtype},
             "cluster": {"strategy": strategy, "world_size": ranks},
         }
     )
     return settings, model_config(settings, CASE.vocab_size, seq_len=CASE.seq_len)
 
 
-def build(strategy: str, ranks: int) -> TrainingLoop:
+def build(strategy: str, ranks: int, model_dtype: str) -> TrainingLoop:
     """The loop of this rank."""
-    settings, config = settings_of(strategy, ranks)
+    settings, config = settings_of(strategy, ranks, model_dtype)
     return assemble(settings, config, RandomRows(CASE), World.here("cpu", 1), 1000)
 
 
@@ -88,10 +89,10 @@ def weights_of(strategy: Any) -> Iterator[Tensor]:
         yield from strategy._flat_partitions()
 
 
-def measured(strategy_name: str, ranks: int) -> tuple[TrainingLoop, dict[str, int]]:
+def measured(strategy_name: str, ranks: int, model_dtype: str) -> tuple[TrainingLoop, dict[str, int]]:
     """A loop after two steps, and bytes by part when the passes of the second were done."""
     before = storage_bytes(tensors_alive())
-    loop = build(strategy_name, ranks)
+    loop = build(strategy_name, ranks, model_dtype)
     loop.step()
     strategy: Any = loop.parts.strategy
     step, found = strategy.step, dict[str, int]()
@@ -112,7 +113,7 @@ def measured(strategy_name: str, ranks: int) -> tuple[TrainingLoop, dict[str, in
     return loop, found
 
 
-def measure(rank: int, ranks: int, folder: str, rounds: int) -> None:
+def measure(rank: int, ranks: int, folder: str, rounds: int, model_dtype: str) -> None:
     """One gloo process."""
     os.environ |= {"LOCAL_RANK": str(rank), "USE_LIBUV": "0"}
     torch.set_num_threads(1)
@@ -121,7 +122,7 @@ def measure(rank: int, ranks: int, folder: str, rounds: int) -> None:
     times: dict[str, list[Spent]] = {strategy: [] for strategy in STRATEGIES}
     loops: dict[str, TrainingLoop] = {}
     for strategy in STRATEGIES:
-        loops[strategy], bytes_by_part[strategy] = measured(strategy, ranks)
+        loops[strategy], bytes_by_part[strategy] = measured(strategy, ranks, model_dtype)
     for number in range(rounds):
         order = STRATEGIES if number % 2 else STRATEGIES[::-1]
         for strategy in order:
@@ -134,9 +135,9 @@ def measure(rank: int, ranks: int, folder: str, rounds: int) -> None:
     os._exit(0)
 
 
-def estimated(strategy: str, ranks: int) -> dict[str, int]:
+def estimated(strategy: str, ranks: int, model_dtype: str) -> dict[str, int]:
     """Bytes by part as --dry-run has them."""
-    account = memory_estimate(*settings_of(strategy, ranks)).to_plain()
+    account = memory_estimate(*settings_of(strategy, ranks, model_dtype)).to_plain()
     return {part: account[f"{part}_bytes"] for part in PARTS}
 
 
@@ -145,13 +146,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--model-dtype", choices=["fp32", "bf16"], default="fp32")
     said = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        spawn(measure, (said.ranks, folder, said.rounds), nprocs=said.ranks)
+        spawn(measure, (said.ranks, folder, said.rounds, said.model_dtype), nprocs=said.ranks)
         bytes_by_part, times = torch.load(Path(folder) / "result.pt", weights_only=False)
     rows = []
     for strategy in STRATEGIES:
-        found, expected = bytes_by_part[strategy], estimated(strategy, said.ranks)
+        found, expected = bytes_by_part[strategy], estimated(strategy, said.ranks, said.model_dtype)
         sizes = [(found[part], expected[part]) for part in PARTS]
         sizes.append((sum(found.values()), sum(expected.values())))
         shown = [f"{ours / CASE.parameters:.2f} / {theirs / CASE.parameters:.2f}" for ours, theirs in sizes]

@@ -24,8 +24,8 @@ from tests.support.splits import Cut, Rows, config_for, settings_for
 
 ROWS, MICRO_BATCH = 6, 2
 """Rows of the effective batch, and the micro-batch that is asked for."""
-PATH, STEPS = (3, 1, 2), 3
-"""Numbers of processes one after the other, and the updates of each."""
+PATH, STEPS = (2, 3, 1), 3
+"""Numbers of processes one after the other, and the updates of each. Three do not divide the tensors evenly."""
 
 
 @dataclass(frozen=True)

@@ -97,10 +97,16 @@ def write_start(case: Case, folder: Path) -> None:
     loop.parts.strategy.save(folder)
 
 
-def trained(case: Case, strategy: str, cut: str, start: Path, end: Path, steps: int = STEPS) -> Ended:
-    """Load `start`, train, evaluate, and save to `end`; tensors are read from the files, on every rank."""
+def trained(
+    case: Case, strategy: str, cut: str, start: Path, end: Path, steps: int = STEPS, steps_before: int = 0
+) -> Ended:
+    """Load `start`, train, evaluate, and save to `end`; tensors are read from the files, on every rank. The rows of
+    `steps_before` updates, made before `start` is loaded, are those that the run which saved it has trained."""
     settings, loop = loop_of(case, strategy, cut)
     world = loop.world
+    for _ in range(steps_before):
+        loop.step()
+        loop.flush_metrics()
     loop.parts.strategy.load(start)
     losses, norms = [], []
     for number in range(1, steps + 1):
@@ -125,10 +131,16 @@ def trained(case: Case, strategy: str, cut: str, start: Path, end: Path, steps: 
 
 
 def in_two_processes(
-    rank: int, ranks: int, folder: Path, runs: list[tuple[Case, str, str]], resumed: list[tuple[Case, str, str]]
+    rank: int,
+    ranks: int,
+    folder: Path,
+    runs: list[tuple[Case, str, str]],
+    resumed: list[tuple[Case, str, str]],
+    interrupted: list[tuple[Case, str]],
 ) -> None:
-    """A gloo process: all `runs` (case, strategy, cut), and `resumed` (case, strategy whose end is the start, strategy
-    that goes on); the leading rank saves the results."""
+    """A gloo process: all `runs` (case, strategy, cut), `resumed` (case, strategy whose end is the start, strategy that
+    goes on) and `interrupted` (case, strategy), with and without an interruption; the leading rank saves the results.
+    """
     os.environ |= {"USE_LIBUV": "0", "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
@@ -144,6 +156,12 @@ def in_two_processes(
         if first == then:
             again = trained(case, then, "2x1x4", start, folder / f"again-{first}", steps=0)
             results[case.name, first, "saved again"] = again
+    for case, strategy in interrupted:
+        start, end = folder / f"start-{case.name}", folder / f"end-{case.name}-{strategy}-2x2x2"
+        for name, begin, further, before in (("whole", start, STEPS, 0), ("resumed", end, 0, STEPS)):
+            to = folder / f"{name}-{case.name}-{strategy}"
+            ended = trained(case, strategy, "2x2x2", begin, to, STEPS + further, before)
+            results[case.name, strategy, name] = ended
     if rank == 0:
         torch.save(results, folder / "results.pt")
     dist.barrier()

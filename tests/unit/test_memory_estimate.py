@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from hrm_ray.launch.preflight import least_bytes, most_bytes
+from hrm_ray.launch.preflight import checkpoint_bytes, least_bytes, most_bytes
 from hrm_ray.train.fake_tensors import fake_tensors
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.memory_estimate import DEEPSPEED, DIVIDED, MemoryAccount, account_for, memory_estimate
@@ -182,12 +182,12 @@ def test_gradients_of_several_workers_are_float32() -> None:
 
 @pytest.mark.parametrize("strategy", [*DIVIDED])
 def test_a_strategy_divides_what_it_says(strategy: str) -> None:
-    """Of three workers; tests/benchmarks/bench_strategies.py measures the same."""
+    """Of three workers, of whom the preflight asks no more; tests/benchmarks/bench_strategies.py measures the same."""
     options, vocab_size = small(case(TEXT, optimizer="adamw", ema="0.9"))
-    accounts = [
-        memory_estimate(*case_of(options | {"--world-size": "3", "--strategy": name}, vocab_size))
-        for name in ("ddp", strategy)
-    ]
+    chosen = [case_of(options | {"--world-size": "3", "--strategy": name}, vocab_size) for name in ("ddp", strategy)]
+    accounts = [memory_estimate(settings, config) for settings, config in chosen]
+    for (settings, config), account in zip(chosen, accounts, strict=True):
+        assert 0.5 * account.peak_bytes < least_bytes(settings, config) <= account.peak_bytes
     whole, part = ({name: size for name, size in account.to_plain().items() if size} for account in accounts)
     values = whole["optimizer_bytes"] // 8
     expected = {name: whole[name] / (3 if name.removesuffix("_bytes") in DIVIDED[strategy] else 1) for name in whole}
@@ -196,6 +196,22 @@ def test_a_strategy_divides_what_it_says(strategy: str) -> None:
         expected["gradients_bytes"] += 4 * reduce_bucket_values(values)
     told = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "average_bytes")
     assert {name: part[name] for name in told} == pytest.approx({name: expected[name] for name in told}, rel=2e-3)
+
+
+def test_deepspeed_keeps_float32_copies_of_bf16_weights() -> None:
+    """And adds gradients in float32, with one worker too; stage 2 reduces them in bf16."""
+    options, vocab_size = small(case(TEXT, optimizer="adamw", model_dtype="bf16"))
+    whole = memory_estimate(*case_of(options, vocab_size))
+    for strategy, number in (("zero1", 1), *((strategy, 2) for strategy in sorted(DEEPSPEED))):
+        settings, config = case_of(options | {"--world-size": str(number), "--strategy": strategy}, vocab_size)
+        part, values = memory_estimate(settings, config), whole.optimizer_bytes // 8
+        bucket = (2 if strategy == "zero2" else 4) * reduce_bucket_values(values)
+        gradients = 4 * values / (number if "gradients" in DIVIDED[strategy] else 1)
+        weights = whole.weights_bytes / (number if "weights" in DIVIDED[strategy] else 1)
+        assert part.gradients_bytes == pytest.approx(gradients + bucket, rel=2e-3)
+        assert part.weights_bytes == pytest.approx(weights + 4 * values / number, rel=2e-3)
+        assert checkpoint_bytes(settings, config) == pytest.approx(12 * values, rel=1e-3)
+        assert least_bytes(settings, config) <= part.peak_bytes
 
 
 def test_the_bucket_of_gradients_is_small_beside_them() -> None:

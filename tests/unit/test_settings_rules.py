@@ -268,10 +268,15 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
         {"--strategy": "sharded-optimizer", "--use-8bit-optimizer": True},
         "--strategy sharded-optimizer",
     ),
-    "zero_with_float32_weights": (
+    "zero_without_float16_weights": (
+        {"--strategy": "zero3", "--model-dtype": "fp16"},
         {"--strategy": "zero3", "--model-dtype": "bf16"},
-        {"--strategy": "zero3", "--model-dtype": "fp32"},
         "--model-dtype bf16",
+    ),
+    "zero_with_one_type_of_weights": (
+        {"--strategy": "zero1", "--model-dtype": "bf16", "--student-init": "b", "--use-peft": True},
+        {"--strategy": "ddp", "--model-dtype": "bf16", "--student-init": "b", "--use-peft": True},
+        "--strategy sharded-optimizer",
     ),
     "zero_keeps_its_own_state": (
         {"--strategy": "zero1", "--optimizer-offload": True},

@@ -28,6 +28,8 @@ class Strategy(Protocol):
     retries_passes: bool
     """Whether a step's passes may be repeated after one of them ran out of memory: not where a pass contains
     collectives, which would leave other ranks waiting."""
+    updates_float32_weights: bool
+    """Whether the optimizer updates float32 weights where those of the model have 16 bits."""
 
     def prepare(self, objective: AnyObjective, build_optimizer: BuildOptimizer, ema_decay: float | None = None) -> None:
         """Move the objective to the device, wrap it, build the optimizer over its parameters and, with `ema_decay`,

@@ -84,6 +84,7 @@ class SingleStrategy:
     """One worker with the whole model, the whole optimizer and, as `average`, the whole moving average."""
 
     retries_passes = True
+    updates_float32_weights = False
 
     def __init__(self, world: World, precision: Precision) -> None:
         self.world = world

@@ -3,6 +3,9 @@
 DeepSpeed owns the float32 weights of the update, the gradients and the optimizer state, as flat partitions. Checkpoints
 are written by parameter name, as every other strategy writes them, and never in DeepSpeed's own format, which holds for
 one number of ranks only. Names of DeepSpeed that are private stand in tests/unit/test_private_names.py.
+
+Weights in bfloat16 are the float32 weights rounded to nearest after each update, and gradients are added in float32. A
+checkpoint then has the float32 weights: they give the others to the bit, and any strategy that reads them rounds alike.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from hrm_ray.errors import DataError, Fault
 from hrm_ray.model.objective import AnyObjective, Batch, SegmentOutput
 from hrm_ray.train.optimizer_state import OPTIMIZER_FILE, SEPARATOR
 from hrm_ray.train.optimizers import BuildOptimizer
-from hrm_ray.train.precision import Precision
+from hrm_ray.train.per_parameter_optimizer import UPDATES
+from hrm_ray.train.precision import Precision, sum_gradients_in_float32
 from hrm_ray.train.strategies.ddp import any_rank
 from hrm_ray.train.strategies.owned_average import OwnedAverage, Ownership
 from hrm_ray.train.strategies.single import AVERAGE, WEIGHTS, Ema
@@ -72,6 +76,7 @@ class ZeroStrategy:
     are updated; in stage 2 of the gradients too, which are reduced in every backward pass."""
 
     stage = 1
+    updates_float32_weights = True
 
     def __init__(self, world: World, precision: Precision) -> None:
         self.world = world
@@ -86,6 +91,7 @@ class ZeroStrategy:
         deepspeed = _import_deepspeed(self.world.device)
         self.objective = objective.to(self.world.device)
         self.trained = {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
+        self.narrow = all(parameter.dtype == torch.bfloat16 for parameter in self.trained.values())
         self.flat = _FlatOutput(self.objective, lambda: self.precision.computing(self.world.device))
         with torch.no_grad():
             for buffer in self.objective.buffers():
@@ -97,6 +103,11 @@ class ZeroStrategy:
             config=self._config(values, reduce_bucket_values(sum(p.numel() for p in self.trained.values()))),
             dist_init_required=False,
         )
+        if self.narrow and self.stage == 1:
+            # Stage 1 adds gradients up as PyTorch does, and reduces them in the type `dtype`. Its setting for that,
+            # grad_accum_dtype, chooses another optimizer, without a loss scale and without state by name.
+            sum_gradients_in_float32(self.trained.values())
+            self.optimizer.dtype = self.optimizer.gradient_accumulation_dtype = torch.float32
         self.average = self._new_average(ema_decay) if ema_decay is not None else None
 
     def _config(self, bucket_values: int, reduce_values: int) -> dict[str, Any]:
@@ -107,6 +118,9 @@ class ZeroStrategy:
             "managed_gradient_accumulation": False,
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 2**31,
+            "bf16": {"enabled": self.narrow},
+            "communication_data_type": "fp32",
+            "data_types": {"grad_accum_dtype": "fp32" if self.narrow and self.stage > 1 else None},
             "zero_optimization": {
                 "stage": self.stage,
                 "overlap_comm": False,
@@ -206,13 +220,31 @@ class ZeroStrategy:
         return dict(self.objective.model.state_dict())
 
     def save(self, folder: Path) -> None:
-        weights, state = self.full_weights(), self._optimizer_state()
+        weights = self.full_weights() | self._float32_weights()
+        state = self._optimizer_state()
         average = self._whole_average()
         if self.world.leads:
             save_tensors(weights, folder / WEIGHTS)
             save_tensors(state, folder / OPTIMIZER_FILE)
             if average is not None:
                 save_tensors(average, folder / AVERAGE)
+
+    def _float32_weights(self) -> dict[str, Tensor]:
+        """The weights that are updated, by name, on the leading rank, where they are more exact than those of the
+        model; a collective."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if not self.narrow:
+            return {}
+        found: dict[str, Tensor] = {}
+        for name, parameter in self._trained_of_model():
+            whole = safe_get_full_fp32_param(parameter)
+            if self.world.leads:
+                found[name] = whole.cpu()
+        return found
+
+    def _trained_of_model(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self.objective.model.named_parameters() if p.requires_grad)
 
     def _whole_average(self) -> dict[str, Tensor] | None:
         return self.world.to_leader(self.average.average) if self.average is not None else None
@@ -245,6 +277,9 @@ class ZeroStrategy:
             self.objective.model.load_state_dict(weights)
         # The weights that DeepSpeed updates are copies of its own.
         self.optimizer.refresh_fp32_params()
+        if self.narrow:
+            for name, parameter in self._trained_of_model():
+                self._set_partition(parameter, weights[name].float())
         self._load_optimizer_state(folder)
         self._load_average(folder)
 
@@ -258,8 +293,6 @@ class ZeroStrategy:
         yield
 
     def _load_optimizer_state(self, folder: Path) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         path = folder / OPTIMIZER_FILE
         stored = read_tensors(path)
         by_parameter: dict[str, dict[str, Tensor]] = {name: {} for name in self.trained}
@@ -268,7 +301,8 @@ class ZeroStrategy:
             if name not in by_parameter:
                 hint = "Resume with the architecture and the optimizer that wrote the checkpoint"
                 raise DataError(Fault(f"{full_name!r} in {path}", "belongs to another model or optimizer", hint))
-            by_parameter[name][key] = tensor
+            if key != UPDATES:
+                by_parameter[name][key] = tensor
         keys = next(iter(by_parameter.values()))
         if not keys:
             return
@@ -278,13 +312,22 @@ class ZeroStrategy:
             for key, value in keys.items():
                 if value.dim() == 0:
                     state[key] = int(value) if value.dtype == torch.int64 else value.clone()
-                else:
+                elif key not in state:
                     state[key] = torch.zeros_like(flat)
         self._link_state()
         for name, tensors in by_parameter.items():
             for key, tensor in tensors.items():
                 if tensor.dim() > 0 or keys[key].dim() > 0:
-                    safe_set_full_optimizer_state(self.trained[name], tensor.to(self.world.device), key)
+                    self._set_partition(self.trained[name], tensor, key)
+
+    def _set_partition(self, parameter: nn.Parameter, whole: Tensor, key: str | None = None) -> None:
+        """Lay this rank's part of `whole` into the float32 weights, or into the entry `key` of the optimizer state."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if key is None:
+            safe_set_full_fp32_param(parameter, whole.to(self.world.device))
+        else:
+            safe_set_full_optimizer_state(parameter, whole.to(self.world.device), key)
 
     def _link_state(self) -> None:
         self.optimizer._lazy_init_hp_params_optimizer_state()
@@ -368,13 +411,25 @@ class Zero3Strategy(ZeroStrategy):
     def _load_average(self, folder: Path) -> None:
         if self.average is None:
             return
-        rank = self.world.rank
         stored = read_tensors(folder / AVERAGE)
         with torch.no_grad():
             for name, shard in self.average.average.items():
-                flat = stored[name].flatten()
-                part = flat[rank * shard.numel() : (rank + 1) * shard.numel()]
-                shard.zero_()[: part.numel()].copy_(part)
+                shard.copy_(self._part(stored[name], shard.numel()))
+
+    def _part(self, whole: Tensor, size: int) -> Tensor:
+        """This rank's `size` values of a parameter's; the last ranks' are padded with zeros."""
+        part = whole.flatten()[self.world.rank * size : (self.world.rank + 1) * size]
+        return nn.functional.pad(part, (0, size - part.numel()))
+
+    def _set_partition(self, parameter: nn.Parameter, whole: Tensor, key: str | None = None) -> None:
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        # DeepSpeed's functions for whole tensors fail where the ranks' parts are padded.
+        part = self._part(whole, vars(parameter)["ds_tensor"].numel()).to(self.world.device)
+        if key is None:
+            safe_set_local_fp32_param(parameter, part)
+        else:
+            safe_set_local_optimizer_state(parameter, part, key)
 
     def _flat_partitions(self) -> list[Tensor]:
         partitions: list[Tensor] = self.optimizer.fp32_partitioned_groups_flat
