@@ -73,6 +73,8 @@ class PerParameterOptimizer(torch.optim.Optimizer):
             for number, parameter in enumerate(group["params"]):
                 if parameter.grad is not None:
                     self._update(parameter, parameter.grad, number)
+        # The float32 copies of the last weight and its gradient would stay until the next update.
+        self.inner.param_groups[0]["params"] = []
         self.gradient_factor = None
         self.storage.finish()
         self.overflowed = _not_finite(
