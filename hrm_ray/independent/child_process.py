@@ -10,12 +10,12 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Client, Connection
-from typing import Any
+from typing import Any, TypeAlias
 
 from hrm_ray.errors import Fault, HrmRayError, unreadable_if_away
 from hrm_ray.independent.wire import Disconnected, RemoteCoordinator, packed, serve_one
 
-_LAST_LINES = 3
+Work: TypeAlias = Callable[[dict[str, Any], Connection], None]
 
 
 def main() -> int:
@@ -25,14 +25,13 @@ def main() -> int:
             # A stop is the driver's to tell: Ctrl-C reaches all processes of a terminal.
             signal.signal(signal.Signals[name], signal.SIG_IGN)
     task = json.loads(sys.stdin.readline())
+    # What takes long comes first: the driver gets on with other things until this process is connected.
+    work = _load_trainer() if task["role"] == "trainer" else _load_keeper()
     connection = Client(tuple(task["address"]), authkey=bytes.fromhex(task["key"]))
-    connection.send(task["name"])
     try:
-        if task["role"] == "trainer":
-            _train(task, connection)
-        else:
-            _keep_anchors(task, connection)
-    except Disconnected:
+        connection.send(task["name"])
+        work(task, connection)
+    except (Disconnected, EOFError, ConnectionError):
         return 1
     except Exception as error:  # noqa: BLE001 - the process's edge: the driver reports it
         with suppress(OSError):
@@ -50,50 +49,56 @@ def _known(error: Exception) -> HrmRayError:
     return known
 
 
-def _train(task: dict[str, Any], connection: Connection) -> None:
+def _load_trainer() -> Work:
     from hrm_ray.independent.assembly import assemble_loop, samples_per_step
     from hrm_ray.independent.trainer import BlockTrainer
     from hrm_ray.metrics.jsonl import JsonlSink
     from hrm_ray.rundir import RunDir
     from hrm_ray.train.plan import RunPlan
 
-    plan, name = RunPlan.from_plain(task["plan"]), task["name"]
-    run_dir = RunDir(plan.bundle)
-    folder = run_dir.independent.trainer(name)
-    folder.mkdir(parents=True, exist_ok=True)
-    trainer = BlockTrainer(
-        name,
-        assemble_loop(plan, task["number"]),
-        run_dir,
-        RemoteCoordinator(connection),
-        samples_per_update=samples_per_step(plan),
-        log_every=plan.settings.run.log_every,
-        sink=JsonlSink(RunDir(folder).metrics),
-    )
-    trainer.run()
+    def train(task: dict[str, Any], connection: Connection) -> None:
+        plan, name = RunPlan.from_plain(task["plan"]), task["name"]
+        connection.recv()  # the first anchor is there
+        run_dir = RunDir(plan.bundle)
+        folder = run_dir.independent.trainer(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        BlockTrainer(
+            name,
+            assemble_loop(plan, task["number"]),
+            run_dir,
+            RemoteCoordinator(connection),
+            samples_per_update=samples_per_step(plan),
+            log_every=plan.settings.run.log_every,
+            sink=JsonlSink(RunDir(folder).metrics),
+        ).run()
+
+    return train
 
 
-def _keep_anchors(task: dict[str, Any], connection: Connection) -> None:
+def _load_keeper() -> Work:
     from hrm_ray.independent.anchor_keeper import AnchorKeeper
     from hrm_ray.train.plan import RunPlan
 
-    keeper = AnchorKeeper(RunPlan.from_plain(task["plan"]))
-    methods: dict[str, Callable[..., Any]] = {
-        "begin": keeper.begin,
-        "resume": keeper.resume,
-        "merge": keeper.merge,
-        "evaluate": keeper.evaluate,
-        "sample": keeper.sample,
-        "save": keeper.save,
-        "finish": keeper.finish,
-    }
-    try:
-        while True:
-            serve_one(connection, methods)
-    except (EOFError, OSError):
-        return
-    finally:
-        keeper.close()
+    def keep_anchors(task: dict[str, Any], connection: Connection) -> None:
+        keeper = AnchorKeeper(RunPlan.from_plain(task["plan"]))
+        methods: dict[str, Callable[..., Any]] = {
+            "begin": keeper.begin,
+            "resume": keeper.resume,
+            "merge": keeper.merge,
+            "evaluate": keeper.evaluate,
+            "sample": keeper.sample,
+            "save": keeper.save,
+            "finish": keeper.finish,
+        }
+        try:
+            while True:
+                serve_one(connection, methods)
+        except (EOFError, OSError):
+            return
+        finally:
+            keeper.close()
+
+    return keep_anchors
 
 
 if __name__ == "__main__":

@@ -43,12 +43,14 @@ from hrm_ray.types import StopReason
 class Rules:
     """What the settings say about claims and rounds.
 
-    `samples_per_update` are the samples of a trainer's weight update; `budget` the samples of the whole run (None: as
-    many as the epochs have), `epochs` the epochs (None: no limit). `within_block`: the run ends with the block of its
+    `samples_per_update` are the samples of a trainer's weight update, `samples_per_step` those after which a round is
+    numbered one higher (fewer, where a sample stays for several updates); `budget` the samples of the whole run (None:
+    as many as the epochs have), `epochs` the epochs (None: no limit). `within_block`: the run ends with the block of its
     first claim. `whole_weights`: reports have the weights too, so that a sole trainer's are committed to the bit.
     """
 
     samples_per_update: int
+    samples_per_step: float
     merge_every: MergeEvery = "auto"
     weights: Literal["samples", "equal"] = "samples"
     budget: int | None = None
@@ -281,7 +283,7 @@ class LedgerCoordinator:
             ):
                 return None
             total = self.anchor.total_sequences + sum(one.sequences for one in staged)
-            number = max(self.anchor.round + 1, total // self.rules.samples_per_update)
+            number = max(self.anchor.round + 1, int(total / self.rules.samples_per_step))
             weights = merge_weights(members, self.rules.weights)
             self.merging = MergeRequest(number, self.anchor, tuple(staged), weights, self._whole(staged))
             return self.merging

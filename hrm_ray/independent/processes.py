@@ -21,7 +21,7 @@ import torch
 
 from hrm_ray.errors import Fault, HrmRayError
 from hrm_ray.independent.calls import Coordinator
-from hrm_ray.independent.wire import Disconnected, answer, serve_one, unpacked
+from hrm_ray.independent.wire import BEGIN, Disconnected, answer, serve_one, unpacked
 from hrm_ray.rundir import RunDir
 from hrm_ray.train.plan import RunPlan
 
@@ -69,10 +69,17 @@ class Children:
         """The trainers whose end was not taken yet."""
         return self._children
 
-    def start_trainer(self, name: str, number: int, coordinator: Coordinator) -> None:
-        """Start a trainer, whose calls go to `coordinator`."""
-        child = self._start("trainer", name, number)
-        self._children[name] = child
+    def start_trainer(self, name: str, number: int) -> None:
+        """Start a trainer's process, which loads its libraries and waits until it is served."""
+        self._start("trainer", name, number)
+
+    def serve(self, coordinator: Coordinator) -> None:
+        """Let the trainers that were started since the last call begin; their calls go to `coordinator`."""
+        for child in self._children.values():
+            if child.served is None:
+                self._serve(child, coordinator)
+
+    def _serve(self, child: ChildProcess, coordinator: Coordinator) -> None:
         methods = {
             "join": coordinator.join,
             "claim": coordinator.claim,
@@ -83,7 +90,7 @@ class Children:
             "leave": coordinator.leave,
             "failed": lambda plain: _set_failure(child, plain),
         }
-        child.served = threading.Thread(target=_serve, args=(child, methods), name=f"serving {name}", daemon=True)
+        child.served = threading.Thread(target=_serve, args=(child, methods), name=f"serving {child.name}", daemon=True)
         child.served.start()
 
     def take_ended(self) -> list[ChildProcess]:
@@ -203,6 +210,7 @@ def _serve(child: ChildProcess, methods: Mapping[str, Callable[..., Any]]) -> No
     if child.connection is None:
         return
     try:
+        child.connection.send(BEGIN)
         while True:
             serve_one(child.connection, methods)
     except (EOFError, OSError):

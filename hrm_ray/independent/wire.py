@@ -13,6 +13,9 @@ from hrm_ray.errors import ERROR_KINDS, Fault, HrmRayError
 from hrm_ray.independent.calls import Claim, Joined, Progress, Renewed, Report, Reported
 from hrm_ray.ledger import Lease, Refused
 
+BEGIN = "begin"
+"""What a trainer waits for when it is connected: the first anchor is there."""
+
 
 class Disconnected(Exception):
     """The other process is gone."""

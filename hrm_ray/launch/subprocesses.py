@@ -17,6 +17,7 @@ from hrm_ray.bundle.progress import STATE
 from hrm_ray.errors import DataError, Fault, HrmRayError
 from hrm_ray.independent.anchor_files import remove_old_anchors, remove_reports, remove_unreported, whole_anchor
 from hrm_ray.independent.anchor_keeper import Evaluated, Written
+from hrm_ray.independent.assembly import samples_per_step
 from hrm_ray.independent.calls import AnchorRef
 from hrm_ray.independent.claims import prepare_claims
 from hrm_ray.independent.coordinator import LedgerCoordinator, Merged, MergeRequest, Rules
@@ -81,6 +82,8 @@ class _IndependentRun:
         self._shown_s = 0.0
 
     def run(self) -> RunResult:
+        for number, name in enumerate(self.names):
+            self.children.start_trainer(name, number)
         order, blocks = prepare_claims(self.plan, self._reading)
         self.ledger.add_blocks(blocks)
         if not self.ledger.data_ended:
@@ -93,8 +96,7 @@ class _IndependentRun:
             self.ledger, anchor, self._rules(), order, time.monotonic, renew_every_s=RENEW_EVERY_S
         )
         self._open_files(anchor)
-        for name in self.names:
-            self.children.start_trainer(name, self.names.index(name), self.coordinator)
+        self.children.serve(self.coordinator)
         self._train()
         return self._end()
 
@@ -106,7 +108,7 @@ class _IndependentRun:
 
     def _rules(self) -> Rules:
         cluster, run = self.settings.cluster, self.settings.run
-        effective = effective_batch(self.plan)
+        per_step = samples_per_step(self.plan)
         every: MergeEvery = "auto"
         if cluster.merge_every != "auto":
             every = "end" if cluster.merge_every == "end" else int(cluster.merge_every)
@@ -114,10 +116,11 @@ class _IndependentRun:
         if run.stop_after_epoch:
             epochs = min(epochs or self.ledger.epoch + 1, self.ledger.epoch + 1)
         return Rules(
-            samples_per_update=effective,
+            samples_per_update=effective_batch(self.plan),
+            samples_per_step=per_step,
             merge_every=every,
             weights=cluster.merge_weights,
-            budget=None if run.step_limit is None else run.step_limit * effective,
+            budget=None if run.step_limit is None else max(1, round(run.step_limit * per_step)),
             epochs=epochs,
             within_block=run.stop_after_block,
             whole_weights=cluster.outer_optimizer == "none" and self.plan.world_size == 1,
@@ -214,7 +217,7 @@ class _IndependentRun:
         error = child.failure
         if left and error is None and child.code == 0:
             if coordinator.stop is None and not coordinator.finished:
-                self.children.start_trainer(child.name, child.number, coordinator)
+                self._start_again(child)
             return
         told = str(error.faults[0]) if error is not None else f"its process ended with code {child.code}"
         coordinator.lost(child.name, told)
@@ -236,7 +239,11 @@ class _IndependentRun:
         self.restarts.append(restart)
         message = f"{child.name} has failed ({told}) and is started again; only what it had not reported is lost"
         self._write("event", {"level": "WARNING", "message": message, **restart.values()})
-        self.children.start_trainer(child.name, child.number, coordinator)
+        self._start_again(child)
+
+    def _start_again(self, child: ChildProcess) -> None:
+        self.children.start_trainer(child.name, child.number)
+        self.children.serve(self.coordinator)
 
     def _merge(self, request: MergeRequest) -> None:
         try:
@@ -268,14 +275,17 @@ class _IndependentRun:
         total = sum(samples[one.name] for one in taken)
         if total:
             values["loss"] = sum(one.loss * samples[one.name] for one in taken) / total
-        speeds = 0.0
+        speeds = []
+        for one in taken:
+            if one.seconds > 0:
+                speeds.append(samples[one.name] / one.seconds)
+                values[f"{one.trainer}/samples_per_s"] = round(speeds[-1], 3)
+                values[f"{one.trainer}/loss"] = one.loss
         for name, state in list(self.coordinator.trainers.items()):
-            if state.progress is not None:
-                speeds += state.progress.samples_per_s
-                values[f"{name}/samples_per_s"] = round(state.progress.samples_per_s, 3)
-                values[f"{name}/loss"] = state.progress.loss
             values[f"{name}/rejected_reports"] = state.rejections
-        values["samples_per_s"] = round(speeds, 3)
+        if speeds:
+            # A trainer with several reports in this round counts once.
+            values["samples_per_s"] = round(sum(speeds) * len({one.trainer for one in taken}) / len(speeds), 3)
         values["trainers"] = len(self.coordinator.trainers)
         self._write("train", values)
         self._after_round(request, made.round)
@@ -369,12 +379,18 @@ class _IndependentRun:
     def _show_progress(self) -> None:
         coordinator = self.coordinator
         shown = []
+        open_samples = sum(one.sequences for one in self.ledger.staged())
         for name, state in sorted(coordinator.trainers.items()):
-            if state.progress is not None:
-                chunk = "no chunk" if state.progress.chunk is None else f"chunk {state.progress.chunk}"
-                shown.append(f"{name} {chunk} {state.progress.samples_per_s:.3g}/s")
-        values: dict[str, Any] = {"epoch": self.ledger.epoch, "round_of_trainers": "  ".join(shown)}
-        self.display.write(Record("progress", coordinator.anchor.round, time.time(), values))
+            progress = state.progress
+            if progress is not None:
+                open_samples += progress.open_samples
+                chunk = "waits" if progress.chunk is None else f"chunk {progress.chunk}"
+                rejected = f", {state.rejections} rejected" if state.rejections else ""
+                shown.append(f"{name}: {chunk}, {progress.samples_per_s:.3g}/s{rejected}")
+        # The steps that are trained, though not merged yet.
+        step = coordinator.anchor.round + int(open_samples / samples_per_step(self.plan))
+        values: dict[str, Any] = {"epoch": self.ledger.epoch, "trainers_now": "; ".join(shown)}
+        self.display.write(Record("progress", step, time.time(), values))
 
     def _event(self, level: str, message: str) -> None:
         self._write("event", {"level": level, "message": message})

@@ -193,6 +193,9 @@ class LiveBlock:
             yield Text(_SEPARATOR).join([place, bar]) if bar is not None else place
         if state.train is not None:
             yield _fitted(_styled(labelled(TRAIN_FIELDS, state.train)), width)
+        trainers = state.latest.values.get("trainers_now") if state.latest is not None else None
+        if isinstance(trainers, str) and trainers:
+            yield _fitted([Text(part) for part in trainers.split("; ")], width)
         yield from self._curve(width, ascii_only)
         if state.evaluation is not None:
             head = Text(f"held out at step {state.evaluation.step}:", style="cyan")

@@ -96,7 +96,7 @@ class CoordinatorSimulation:
         self.first = np.cumsum([0, *self.lengths])
         self.size = int(self.first[-1]) * self.epochs
         budget = draw.randint(1, self.size) if draw.random() < 0.3 else None
-        self.rules = Rules(BATCH, draw.choice(["auto", 1, 3, "end"]), budget=budget, epochs=self.epochs)
+        self.rules = Rules(BATCH, BATCH, draw.choice(["auto", 1, 3, "end"]), budget=budget, epochs=self.epochs)
         self.now_s, self.events, self.serial = 0.0, 0, 0
         self.files: dict[str, Vector] = {"start": np.zeros(self.size, np.int64)}
         self.newest = "start"

@@ -1,0 +1,108 @@
+"""Runs of independent trainers in real processes: real kills at named points, audited from the rows that were trained
+into the surviving weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import psutil
+import pytest
+import torch
+
+from hrm_ray.bundle.store import open_bundle
+from hrm_ray.ledger import read_ledger
+from hrm_ray.ledger.verify import violations
+from hrm_ray.rundir import RunDir
+
+HOOKS = Path(__file__).resolve().parents[1] / "support" / "killed_processes"
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONS = [
+    *("--parallel-independent", "--world-size", "2", "--launcher", "subprocess", "--threads", "1", "--epochs", "1"),
+    *("--merge-every", "4", "--max-failures", "9", "--hidden-size", "32", "--num-heads", "2", "--h-layers", "1"),
+    *("--l-layers", "1", "--seq-len", "32", "--batch-size", "2", "--vocab-size", "300", "--no-amp", "--no-moe"),
+    "--no-gradient-checkpointing",
+]
+KILLS = [
+    ["trainer-0", "before write", 2],
+    ["trainer-1", "after write", 1],
+    ["trainer-1", "after report", 1],
+    ["anchors", "after merge", 2],
+    ["driver", "after commit", 3],
+    ["driver", "before commit", 1],
+    ["anchors", "before merge", 2],
+]
+"""Process, point, and number of the call in that process. The driver dies twice, and the command is given again."""
+
+
+def text_file(folder: Path) -> Path:
+    draw = Random(0)
+    path = folder / "text.txt"
+    path.write_text("\n".join(" ".join(f"w{draw.randrange(99)}" for _ in range(12)) for _ in range(260)))
+    return path
+
+
+def command(folder: Path, *options: str, kills: object = ()) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join([str(HOOKS), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": paths, "HRM_AUDIT": str(folder), "HRM_KILLS": json.dumps(kills)}
+    words = [sys.executable, "-m", "hrm_ray", "train", "--bundle-dir", str(folder / "b"), *options]
+    return subprocess.run(words, env=environment, cwd=folder, capture_output=True, text=True, timeout=170)
+
+
+def lines(path: Path) -> list[list[object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def rows_of_the_weights(folder: Path, bundle: RunDir) -> Counter[tuple[int, int, int]]:
+    """How often each row was trained into the last anchor, from what trainers and merges themselves have logged."""
+    fed = {str(name): ranges for name, ranges in lines(folder / "reports.jsonl")}
+    made = {str(out): (str(parent), members) for _, parent, out, members in lines(folder / "merges.jsonl")}
+    with read_ledger(bundle.ledger) as ledger:
+        assert list(violations(ledger)) == []
+        head = ledger.head
+        assert head is not None
+        anchor = Path(head.anchor).name
+    found: Counter[tuple[int, int, int]] = Counter()
+    while anchor in made:
+        anchor, members = made[anchor]
+        for member in members:  # type: ignore[attr-defined]
+            for epoch, chunk, start, end in fed[member.partition(".")[0]]:  # type: ignore[attr-defined]
+                found.update((epoch, chunk, row) for row in range(start, end))
+    return found
+
+
+@pytest.mark.slow
+def test_kills_cost_time_and_never_a_row(tmp_path: Path) -> None:
+    text = text_file(tmp_path)
+    before = set(psutil.pids())
+    ended = command(tmp_path, "--dataset-file", str(text), *OPTIONS, kills=KILLS)
+    starts = 1
+    while ended.returncode == -9 and starts < 4:
+        starts += 1
+        ended = command(tmp_path, "--resume", kills=KILLS)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stdout + ended.stderr
+    assert starts == 3
+    killed = [kill for number, kill in enumerate(KILLS) if (tmp_path / f"killed-{number}").exists()]
+    assert len(killed) >= 6, killed  # the last comes only where a third merge is left for the third driver
+    bundle = RunDir(tmp_path / "b")
+    trained = rows_of_the_weights(tmp_path, bundle)
+    with read_ledger(bundle.ledger) as ledger:
+        rows = sum(ledger.sequences(chunk) or 0 for chunk in range(ledger.chunks))
+    assert len(trained) == rows and set(trained.values()) == {1}
+    open_bundle(bundle.root, torch.device("cpu"))
+    left = [p for p in psutil.process_iter(["pid", "cmdline"]) if p.pid not in before and _is_ours(p, tmp_path)]
+    assert left == []
+    assert list(bundle.independent.contributions.iterdir()) == []
+
+
+def _is_ours(process: psutil.Process, folder: Path) -> bool:
+    try:
+        return "hrm_ray.independent.child_process" in process.cmdline() and process.cwd() == str(folder)
+    except psutil.Error:
+        return False
