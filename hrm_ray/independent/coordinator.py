@@ -44,9 +44,10 @@ class Rules:
     """What the settings say about claims and rounds.
 
     `samples_per_update` are the samples of a trainer's weight update, `samples_per_step` those after which a round is
-    numbered one higher (fewer, where a sample stays for several updates); `budget` the samples of the whole run (None:
-    as many as the epochs have), `epochs` the epochs (None: no limit). `within_block`: the run ends with the block of its
-    first claim. `whole_weights`: reports have the weights too, so that a sole trainer's are committed to the bit.
+    numbered one higher (fewer, where a sample stays for several updates). `budget` are the samples of the whole run
+    (None: as many as the epochs have), `epochs` the epochs (None: no limit). `within_block`: the run ends with the
+    block of its first claim. `whole_weights`: reports have the weights too, so that a sole trainer's are committed to
+    the bit.
     """
 
     samples_per_update: int

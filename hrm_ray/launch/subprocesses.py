@@ -149,7 +149,7 @@ class _IndependentRun:
         return AnchorRef(step, written.path, written.sha256, 0 if head is None else head.total_sequences)
 
     def _roll_back(self, to: int) -> None:
-        undone = self.ledger.rollback(to)
+        undone = self.ledger.rollback(to or None)  # the checkpoint of step 0 is before the first round
         if isinstance(undone, Refused):
             hint = "Resume from a checkpoint that is in the ledger, or train again under another --brain-name"
             raise DataError(Fault(str(self.ledger.path), undone.reason, hint))
@@ -253,6 +253,8 @@ class _IndependentRun:
             raise
         reports = [self.coordinator.reported(one.name) for one in request.members]
         trainers = {one.name: one.worker for one in request.members}
+        if self.saved_round is None and self.plan.checkpoint is None:
+            self._save()  # before the first round, so that a run that is killed from now on can be resumed
         self.watch.check()
         made = self.coordinator.commit(request, merged)
         for name, reason in {**merged.rejected, **merged.lost}.items():
@@ -296,8 +298,7 @@ class _IndependentRun:
         run, before = self.settings.run, request.parent.round
         if run.eval_every and step // run.eval_every > before // run.eval_every:
             self._evaluate()
-        first = self.saved_round is None and self.plan.checkpoint is None
-        if first or (run.save_every and step // run.save_every > before // run.save_every):
+        if run.save_every and step // run.save_every > before // run.save_every:
             self._save()
 
     def _evaluate(self) -> None:
