@@ -50,7 +50,6 @@ BF16_WEIGHTS = {
     case.name: case
     for case in (
         Case("bf16-weights", more={**_BF16, "optimizer": {"ema": 0.9}}),
-        Case("bf16-weights-sgd", optimizer="sgd", more=_BF16),
         Case("bf16-weights-puzzle", "puzzle-embedding", more={**_BF16, "optimizer": {"ema": 0.9, **_CLIPPED}}),
         Case("bf16-weights-not-finite", more={**_BF16, "optimizer": _CLIPPED}, bad_steps=(1, 2, 3)),
     )

@@ -56,6 +56,28 @@ def one_at_a_time(named: dict[str, nn.Parameter], kind: str, seed: int = 0) -> P
     return PerParameterOptimizer(named.values(), builder(chosen(kind)), seed=seed, storage=StateStorage(CPU))
 
 
+def test_no_copy_of_a_weight_stays_after_an_update() -> None:
+    named = parameters(torch.bfloat16)
+    optimizer = one_at_a_time(named, "adamw")
+    train(optimizer, named, range(2))
+    assert optimizer.inner.param_groups[0]["params"] == []
+
+
+def test_8_bit_moments_of_joined_tensors_change_by_name() -> None:
+    """Why DeepSpeed's stages refuse the 8-bit optimizer: blocks in a joined buffer are not those of each tensor, and
+    even the same blocks do not give back a first moment whose largest value is negative."""
+    from bitsandbytes.functional import create_dynamic_map, dequantize_blockwise, quantize_blockwise
+
+    def through_8_bits(values: Tensor) -> Tensor:
+        return dequantize_blockwise(*quantize_blockwise(values, code=create_dynamic_map(), blocksize=256))
+
+    joined = torch.randn(2 * 4100, generator=torch.Generator().manual_seed(0))
+    kept = through_8_bits(joined)
+    by_name = torch.cat([through_8_bits(part.contiguous()) for part in kept.split(4100)])
+    for again in (through_8_bits(kept), through_8_bits(by_name)):
+        assert 2e-3 < float((again - kept).norm() / kept.norm()) < 2e-2
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_wide_weights_get_the_inner_optimizers_own_update(kind: str) -> None:
     """To the bit, decay, schedule and moments included; a parameter without a gradient is left alone."""
