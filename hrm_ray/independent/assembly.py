@@ -6,6 +6,7 @@ from hrm_ray.data.prepare import PuzzlePlan, open_puzzle_sets
 from hrm_ray.data.text_data import TextDataDir
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.independent.weights import load_fixed_tensors
+from hrm_ray.log_filters import silence_unused_kernels
 from hrm_ray.rundir import RunDir
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.claimed_rows import ClaimedPuzzles, ClaimedText
@@ -29,10 +30,11 @@ def claimed_rows(plan: RunPlan) -> ClaimedText | ClaimedPuzzles:
 
 def assemble_loop(plan: RunPlan, number: int = 0) -> TrainingLoop:
     """A loop on this process's device over claimed ranges; its loader is to be closed. `number` is that of the trainer:
-    each draws (dropout, exploration) from a seed of its own.
+    each draws its dropout from a seed of its own.
 
     Its weights are the first ones, of which those that are not trained come from the bundle, once they are there.
     """
+    silence_unused_kernels()
     world = World.here(plan.device, plan.threads, keep_freed=plan.keep_freed_memory)
     fixed = RunDir(plan.bundle).independent.fixed
     loop = assemble(

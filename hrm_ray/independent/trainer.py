@@ -337,9 +337,10 @@ class BlockTrainer:
         rejected, self._rejected = self._rejected, set()
         if anchor.sha256 == self._anchor.sha256 and not rejected:
             return
-        if anchor.copy_of in self._chain and not rejected.intersection(self._chain):
+        if anchor.copy_of is not None and anchor.copy_of in self._chain and not rejected.intersection(self._chain):
             # The weights are this anchor and what was trained since, and a + (w - a) is not w in floating point.
             self._anchor = anchor
+            self._chain = self._chain[self._chain.index(anchor.copy_of) :]
             return
         self._lay(keep_open_work=self._work.updates > 0)
 
