@@ -53,7 +53,7 @@ def assemble_loop(plan: RunPlan, number: int = 0) -> TrainingLoop:
 
 
 def samples_per_step(plan: RunPlan) -> float:
-    """Samples after which the clock of the learning rate goes on by one: those that all trainers together take in one
-    update each. In carried supervision, where a row stays for several updates, the schedule counts with the most."""
+    """Samples after which a run is one step further, and so is the clock of its learning rate: those of one trainer's
+    weight update. In carried supervision, where a row stays for several updates, the schedule counts with the most."""
     carried = plan.settings.model.supervision == "segment"
     return effective_batch(plan) / (plan.config.halt_max_steps if carried else 1)

@@ -100,8 +100,8 @@ class BlockTrainer:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`loop` has a ClaimedLoader; the trainer closes it. `samples_per_update`: how far the clock of the learning
-        rate goes on with each sample, the effective batch of all trainers together. `sink` gets the records of this
+        """`loop` has a ClaimedLoader; the trainer closes it. `samples_per_update`: samples after which
+        the clock of the learning rate is one further (assembly.samples_per_step). `sink` gets the records of this
         trainer."""
         loader = loop.parts.loader
         if not isinstance(loader, ClaimedLoader):

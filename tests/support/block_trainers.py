@@ -77,7 +77,8 @@ class Block:
         self.ledger.add_blocks(blocks)
         self.ledger.end_data()
         rules = Rules(
-            samples_per_update=effective_batch(self.plan) // self.plan.world_size,
+            samples_per_update=effective_batch(self.plan),
+            samples_per_step=samples_per_step(self.plan),
             merge_every=self.report_updates,
             epochs=self.plan.settings.run.epochs,
             whole_weights=self.whole_weights,

@@ -331,7 +331,6 @@ def test_a_trainer_that_comes_back_has_its_moments_and_another_warms_up(tmp_path
 
 
 def test_the_learning_rate_follows_the_samples_of_all(tmp_path: Path) -> None:
-    """Of two trainers, whose update together is one step of the schedule."""
     data = lines_file(tmp_path)
     words = (*TEXT, *CHUNKS, "--epochs", 1, "--lr-schedule", "linear", "--lr", 0.01, "--warmup-steps", 0)
     block = Block(plan_of(data, tmp_path / "block", *words), report_updates=2)
