@@ -101,8 +101,8 @@ class RestartRecord:
         values = record.values
         if record.kind != "event" or "restart" not in values:
             return None
-        number, failed, resumed = values["restart"], values["failed_step"], values["resumed_step"]
-        lost_s = values["lost_s"]
+        number, failed, resumed = values["restart"], values["failed_step"], values.get("resumed_step")
+        lost_s = values.get("lost_s")
         if not isinstance(number, int) or not isinstance(failed, int) or not isinstance(resumed, int):
             return None
         if not isinstance(lost_s, (int, float)):

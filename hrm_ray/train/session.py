@@ -34,7 +34,7 @@ from hrm_ray.errors import (
 from hrm_ray.ledger import delete_ledger
 from hrm_ray.log_filters import silence_unused_kernels
 from hrm_ray.metrics.fanout import FanOut
-from hrm_ray.metrics.jsonl import JsonlSink
+from hrm_ray.metrics.jsonl import JsonlSink, read_records
 from hrm_ray.metrics.reporters import report_sinks
 from hrm_ray.metrics.tensorboard import TensorBoardSink
 from hrm_ray.model.transforms.compile import compile_notes
@@ -179,13 +179,13 @@ def _train(plan: RunPlan, link: WorkerLink, watch: FolderWatch) -> RunResult:
         if loop.parts.strategy.precision.autocast is not None and slow_bfloat16(world.device):
             logger.event("INFO", "This CPU has no bfloat16 units: --amp saves memory but is slower than --no-amp.")
         if plan.checkpoint is not None:
-            trainer.resume(extra)
+            trainer.resume(extra, restarted=plan.attempt > 0)
             logger.event("INFO", f"resumed from {plan.checkpoint}")
             _log_rank_schedule(logger)
         if plan.grown_from:
             _log_growth(plan, logger)
         elif plan.ended and world.leads:
-            _log_restart(plan, logger)
+            _log_restarts(plan, logger, run_dir.metrics)
         return trainer.run()
 
 
@@ -198,22 +198,24 @@ def _log_growth(plan: RunPlan, logger: MetricLogger) -> None:
     logger.write("event", {"level": "INFO", "message": message, "world_size": shape.size})
 
 
-def _log_restart(plan: RunPlan, logger: MetricLogger) -> None:
-    """Write a record of the restart; where the run begins again, of those before too, which went with its metrics."""
+def _log_restarts(plan: RunPlan, logger: MetricLogger, metrics: Path) -> None:
+    """Write a record of the restart, and of earlier ones that the metrics lack: of those the workers failed before they
+    could write, or the record went with what is trained again."""
     step, last = logger.loop.progress.step, len(plan.ended)
     since_s = plan.begun_s if plan.checkpoint is None else (plan.checkpoint / MANIFEST).stat().st_mtime
     lost_s = max(0.0, time.time() - since_s)
+    written = {record.values.get("restart") for record in read_records(metrics) if record.time_s >= plan.begun_s}
     for number, ended in enumerate(plan.ended, 1):
+        message = f"restart {number} after {ended.message}"
+        record = RestartRecord(number, ended.cause, ended.step)
         if number == last:
-            record = RestartRecord(number, ended.cause, ended.step, step, round(lost_s, 1))
             workers = f" with {plan.world_size} workers" if plan.world_size > 1 else ""
-            message = (
-                f"restart {number} after {ended.message}; it goes on from step {step}{workers}, {lost_s:.0f} s lost"
-            )
-            values = {**record.values(), "world_size": plan.world_size}
-            logger.write("event", {"level": "WARNING", "message": message, **values})
-        elif plan.checkpoint is None:
-            logger.event("WARNING", f"restart {number} after {ended.message}")
+            message += f"; it goes on from step {step}{workers}, {lost_s:.0f} s lost"
+            record = replace(record, resumed_step=step, lost_s=round(lost_s, 1))
+        elif number in written:
+            continue
+        values = {**record.values(), "world_size": plan.world_size}
+        logger.write("event", {"level": "WARNING", "message": message, **values})
 
 
 def _while_filling(loop: TrainingLoop, logger: MetricLogger) -> Callable[[int, int], None]:

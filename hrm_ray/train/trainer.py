@@ -49,9 +49,10 @@ class Trainer:
         self.time_limit = time_limit or TimeLimit(None)
         self.resumed = False
 
-    def resume(self, extra: dict[str, Any]) -> None:
-        """Restore what `_save` put into the checkpoint that the loop was restored from."""
-        self.resumed = True
+    def resume(self, extra: dict[str, Any], *, restarted: bool) -> None:
+        """Restore what `_save` put into the checkpoint that the loop was restored from. `restarted`: the run itself
+        wrote the checkpoint, in an earlier attempt."""
+        self.resumed = not restarted
         self.checkpointer.saved_step = self.loop.progress.step
         if not self.evaluator.load_state_dict(extra) and self.expert is not None:
             self.expert.before = None

@@ -11,6 +11,8 @@ import pytest
 
 from hrm_ray.errors import DataError, Fault, HrmRayError, UnreadableError, unreadable_if_away
 from hrm_ray.launch import supervisor
+from hrm_ray.train import session
+from hrm_ray.train.checkpoint import Checkpointer
 from hrm_ray.train.loop import TrainingLoop
 from tests.support.runs import PUZZLE, TEXT, Ran, computed, failing_at, hrm, puzzle_file, records, text_file, train
 
@@ -62,6 +64,28 @@ def test_a_text_run_begins_again_or_goes_on(
     assert "restart 1: disk" in ran.out and "resumed_step" not in ran.out
     if resumed == 0:
         assert len(list((tmp_path / "b" / "tensorboard").iterdir())) == 1
+
+
+def test_a_restart_whose_workers_wrote_nothing_is_in_the_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = text_file(tmp_path, 60)
+    failing_step(monkeypatch, 6)
+    monkeypatch.setattr(session, "load_checkpoint", failing_at(1, session.load_checkpoint, FULL))
+    train(data, tmp_path / "b", *TEXT, "--steps", "8", "--save-every", "4")
+    first, second = (entry for entry in records(tmp_path / "b", "event") if "restart" in entry)
+    assert (first["restart"], first["failed_step"], second["restart"], second["resumed_step"]) == (1, 5, 2, 4)
+    assert "resumed_step" not in first
+
+
+def test_a_restart_after_the_last_step_is_not_said_to_have_trained_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = text_file(tmp_path, 20)
+    monkeypatch.setattr(Checkpointer, "save_bundle", failing_at(1, Checkpointer.save_bundle, FULL))
+    ran = train(data, tmp_path / "b", *TEXT, "--epochs", "1")
+    assert only_restart(tmp_path / "b")["restart"] == 1 and "Nothing was trained" not in ran.out + ran.err
+    assert "Nothing was trained" in hrm("train", "--bundle-dir", tmp_path / "b", "--resume").out
 
 
 def test_a_branch_begins_again_from_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
