@@ -343,6 +343,40 @@ def test_the_learning_rate_follows_the_samples_of_all(tmp_path: Path) -> None:
     assert second.loop.clock.position == pytest.approx(5.0)
 
 
+def test_with_another_batch_a_trainer_begins_without_its_moments(tmp_path: Path) -> None:
+    data = lines_file(tmp_path)
+    words = (*TEXT, *CHUNKS, "--epochs", 1)
+    block = Block(plan_of(data, tmp_path / "block", *words), report_updates=2)
+    with block.trainer() as trainer:
+        assert trainer.join() is None
+        trainer.turn()
+        trainer._leave(StopReason.STOP_FILE)
+    chosen = block.plan.settings.optimizer.model_copy(update={"batch_size": 2})
+    block.plan = replace(block.plan, settings=block.plan.settings.model_copy(update={"optimizer": chosen}))
+    with block.trainer() as trainer:
+        assert trainer.join() is None
+        assert trainer.loop.progress.step == 0 and trainer._warm_up_left == NEWCOMER_STEPS
+
+
+def test_an_anchor_that_was_deleted_meanwhile_is_passed_over_for_the_newest(tmp_path: Path) -> None:
+    data = lines_file(tmp_path)
+    block = Block(plan_of(data, tmp_path / "block", *TEXT, *CHUNKS, "--epochs", 1), report_updates=1)
+    with block.trainer("0") as first, block.trainer("1", 1) as slow:
+        assert slow.join() is None and first.join() is None
+        for _ in range(2):
+            first.turn()
+            block.clock.now_s += 1000.0
+            block.coordinator.trainers.pop("1", None)  # nobody waits for it
+            block.merge()
+        assert len(block.anchors) == 3
+        slow._news = replace(slow._news, anchor=block.anchors[1])
+        (block.run_dir.root / block.anchors[1].path).unlink()
+        assert slow.join() is None
+        slow._news = replace(slow._news, anchor=block.anchors[1])
+        slow._lay_newer_anchor()
+        assert slow._anchor == block.anchors[2]
+
+
 def test_an_anchor_that_is_gone_or_damaged_is_never_laid(tmp_path: Path) -> None:
     data = lines_file(tmp_path)
     block = Block(plan_of(data, tmp_path / "block", *TEXT, *CHUNKS, "--epochs", 1), report_updates=2)
