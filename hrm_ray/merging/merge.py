@@ -22,7 +22,8 @@ from hrm_ray.merging.members import Member, MemberFigures, OpenMember, RuleOf, c
 from hrm_ray.merging.rules import TOUCHED, Rule, rule_of
 from hrm_ray.merging.tensor_file import Array, Stored, TensorFile, TensorWriter
 
-WINDOW_BYTES = 8 << 20
+WINDOW_BYTES = 1 << 20
+"""Bytes of a file that are read at once; larger windows took longer, for they do not stay in a core's cache."""
 _BLOCK = 1 << 16
 """Values that are computed at a time: few enough for a core's cache."""
 
@@ -113,8 +114,7 @@ def merge_deltas(
         )
         for member in merge.members:
             check_fit(whole, member, rule)
-        changes = [(one.file, one.base) for one in merge.members]
-        residual = lora_residual(whole, changes, [one.weight for one in members], window_bytes)
+        residual = lora_residual(whole, merge.members, window_bytes)
         with np.errstate(over="ignore", invalid="ignore"):
             checksum, momentum_checksum = merge.write(out, metadata or {})
     return MergeReport(checksum, momentum_checksum, tuple(map(OpenMember.figures, merge.members)), residual)
@@ -162,8 +162,8 @@ class _Merge:
                 file = stack.enter_context(stack.enter_context(atomic_path(out.weights)).open("wb"))
                 weights, momentum = TensorWriter(file, tensors, metadata), None
                 if out.momentum is not None and self.outer.momentum:
-                    file = stack.enter_context(stack.enter_context(atomic_path(out.momentum)).open("wb"))
                     floats = {name: Stored("F32", stored.shape, 0) for name, stored in averaged.items()}
+                    file = stack.enter_context(stack.enter_context(atomic_path(out.momentum)).open("wb"))
                     momentum = TensorWriter(file, floats, metadata)
                 for name in tensors:
                     if name in averaged:
