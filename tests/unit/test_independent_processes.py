@@ -16,6 +16,9 @@ import pytest
 import torch
 
 from hrm_ray.bundle.store import open_bundle
+from hrm_ray.bundle.weights_file import read_tensors
+from hrm_ray.launch.run import run
+from hrm_ray.launch.run_directory import load_run
 from hrm_ray.ledger import read_ledger
 from hrm_ray.ledger.verify import violations
 from hrm_ray.rundir import RunDir
@@ -106,3 +109,26 @@ def _is_ours(process: psutil.Process, folder: Path) -> bool:
         return "hrm_ray.independent.child_process" in process.cmdline() and process.cwd() == str(folder)
     except psutil.Error:
         return False
+
+
+@pytest.mark.slow
+def test_one_trainer_without_an_outer_step_is_plain_training(tmp_path: Path) -> None:
+    text = text_file(tmp_path)
+    shape = [*OPTIONS[OPTIONS.index("--hidden-size") :], "--dataset-file", str(text), "--linear-dataset"]
+    shape += ["--steps", "23", "--threads", "1"]
+    plain = run(load_run(_flat([*shape, "--bundle-dir", str(tmp_path / "plain"), "--launcher", "local"])))
+    alone = ["--parallel-independent", "--world-size", "1", "--outer-optimizer", "none", "--merge-every", "5"]
+    result = run(load_run(_flat([*shape, "--bundle-dir", str(tmp_path / "alone"), *alone])))
+    assert (result.step, result.samples) == (plain.step, plain.samples)
+    own, other = (read_tensors(RunDir(Path(one.bundle)).weights) for one in (plain, result))
+    assert own.keys() == other.keys()
+    assert [name for name in own if not torch.equal(own[name], other[name])] == []
+
+
+def _flat(words: list[str]) -> dict[str, str | bool]:
+    """Options as `load_run` takes them."""
+    found: dict[str, str | bool] = {}
+    for word, after in zip(words, [*words[1:], "--"], strict=True):
+        if word.startswith("--"):
+            found[word] = True if after.startswith("--") else after
+    return found
