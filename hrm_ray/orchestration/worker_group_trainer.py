@@ -42,8 +42,8 @@ class WorkerGroupTrainer(TorchTrainer):
         such a thread takes a core until the process ends."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         environment = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}
-        actor = ray.remote(num_cpus=0, scheduling_strategy=here, runtime_env={"env_vars": environment})(TrainController)
-        controller = actor.remote(**options)
+        where: dict[str, Any] = {"scheduling_strategy": here, "runtime_env": {"env_vars": environment}}
+        controller: Any = ray.remote(TrainController).options(num_cpus=0, **where).remote(**options)
         self._result_of(controller.run.remote())
         result: Result = self._result_of(controller.get_result.remote())
         return result
