@@ -6,14 +6,12 @@ from __future__ import annotations
 import json
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Client, Connection
 from typing import Any, TypeAlias
 
-from hrm_ray.errors import Fault, HrmRayError, unreadable_if_away
-from hrm_ray.independent.wire import Disconnected, RemoteCoordinator, packed, serve_one
+from hrm_ray.independent.wire import FAILED, Disconnected, RemoteCoordinator, expected, packed, serve_one
 
 Work: TypeAlias = Callable[[dict[str, Any], Connection], None]
 
@@ -35,18 +33,9 @@ def main() -> int:
         return 1
     except Exception as error:  # noqa: BLE001 - the process's edge: the driver reports it
         with suppress(OSError):
-            connection.send(("failed", (packed(_known(error)),)))
+            connection.send((FAILED, (packed(expected(error)),)))
         return 1
     return 0
-
-
-def _known(error: Exception) -> HrmRayError:
-    if isinstance(error, HrmRayError):
-        return unreadable_if_away(error)
-    last = traceback.format_exception(error)
-    known = HrmRayError(Fault(type(error).__name__, str(error)[:200], ""))
-    known.detail = "".join(last)
-    return known
 
 
 def _load_trainer() -> Work:

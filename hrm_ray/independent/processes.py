@@ -21,7 +21,7 @@ import torch
 
 from hrm_ray.errors import Fault, HrmRayError
 from hrm_ray.independent.calls import Coordinator
-from hrm_ray.independent.wire import BEGIN, Disconnected, answer, serve_one, unpacked
+from hrm_ray.independent.wire import BEGIN, FAILED, Disconnected, answer, serve_one, unpacked
 from hrm_ray.rundir import RunDir
 from hrm_ray.train.plan import RunPlan
 
@@ -88,7 +88,7 @@ class Children:
             "report": coordinator.report,
             "release": coordinator.release,
             "leave": coordinator.leave,
-            "failed": lambda plain: _set_failure(child, plain),
+            FAILED: lambda plain: _set_failure(child, plain),
         }
         child.served = threading.Thread(target=_serve, args=(child, methods), name=f"serving {child.name}", daemon=True)
         child.served.start()
@@ -214,6 +214,8 @@ def _serve(child: ChildProcess, methods: Mapping[str, Callable[..., Any]]) -> No
         while True:
             serve_one(child.connection, methods)
     except (EOFError, OSError):
+        pass
+    finally:
         child.connection.close()
 
 

@@ -5,14 +5,17 @@ The process that serves answers each call in turn; an expected error of it is ra
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from hrm_ray.errors import ERROR_KINDS, Fault, HrmRayError
+from hrm_ray.errors import ERROR_KINDS, Fault, HrmRayError, unreadable_if_away
 from hrm_ray.independent.calls import Claim, Joined, Progress, Renewed, Report, Reported
 from hrm_ray.ledger import Lease, Refused
 
+FAILED = "failed"
+"""The last thing that a process says which ends because of an error."""
 BEGIN = "begin"
 """What a trainer waits for when it is connected: the first anchor is there."""
 
@@ -33,20 +36,32 @@ def call(connection: Connection, name: str, *arguments: Any) -> Any:
 def answer(connection: Connection) -> Any:
     """The answer to a call that was sent. Raises the HrmRayError of the other side, EOFError where it is gone."""
     kind, value = connection.recv()
+    if kind == FAILED:
+        raise unpacked(value[0])
     if kind == "error":
         raise unpacked(value)
     return value
 
 
 def serve_one(connection: Connection, methods: Mapping[str, Callable[..., Any]]) -> None:
-    """Take one call and answer it. Raises EOFError or OSError where the other process is gone."""
+    """Take one call and answer it, with an error where it fails. Raises EOFError or OSError where the other process is
+    gone."""
     name, arguments = connection.recv()
     try:
         value = methods[name](*arguments)
-    except HrmRayError as error:
-        connection.send(("error", packed(error)))
+    except Exception as error:  # noqa: BLE001 - the process's edge: the caller waits for an answer, whatever it is
+        connection.send(("error", packed(expected(error))))
     else:
         connection.send(("ok", value))
+
+
+def expected(error: Exception) -> HrmRayError:
+    """An error as one of this package's own; of any other the traceback is kept as its detail."""
+    if isinstance(error, HrmRayError):
+        return unreadable_if_away(error)
+    known = HrmRayError(Fault(type(error).__name__, str(error)[:200] or "an unexpected error", ""))
+    known.detail = "".join(traceback.format_exception(error))
+    return known
 
 
 def packed(error: HrmRayError) -> tuple[str, tuple[tuple[str, str, str], ...], str]:

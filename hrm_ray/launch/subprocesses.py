@@ -334,7 +334,9 @@ class _IndependentRun:
         if self.fatal is not None:
             hint = f"step {anchor.round} is saved, --resume continues from it"
             faults = [replace(each, hint=f"{each.hint}; {hint}" if each.hint else hint) for each in self.fatal.faults]
-            raise type(self.fatal)(faults)
+            ended = type(self.fatal)(faults)
+            ended.detail = self.fatal.detail
+            raise ended
         epoch = self.ledger.epoch
         self._keeper("finish", anchor, reason, epoch)
         export(self.ledger, self.run_dir.chunk_tracker)

@@ -85,6 +85,11 @@ def _zero(settings: RunSettings) -> bool:
     return settings.cluster.strategy in ("zero1", "zero2", "zero3")
 
 
+def _locally(settings: RunSettings) -> bool:
+    """Whether the local launcher was chosen; with --parallel-independent that alone is refused."""
+    return settings.cluster.launcher == "local" and not settings.cluster.parallel_independent
+
+
 def _divides(settings: RunSettings) -> bool:
     """Whether workers divide the optimizer state."""
     return _zero(settings) or settings.cluster.strategy == "sharded-optimizer"
@@ -143,7 +148,7 @@ RUN_RULES: dict[str, Rule] = {
         "Give one of the two",
     ),
     "workers_need_ray": refuse(
-        lambda s: s.cluster.launcher == "local" and s.cluster.world_size not in (None, 1),
+        lambda s: _locally(s) and s.cluster.world_size not in (None, 1),
         ("cluster.launcher", "cluster.world_size"),
         "the local launcher runs one worker, in this process",
         "Give --launcher ray",
@@ -159,13 +164,13 @@ RUN_RULES: dict[str, Rule] = {
         "Give at most --min-workers {cluster.max_workers}",
     ),
     "fewer_workers_need_ray": refuse(
-        lambda s: s.cluster.launcher == "local" and s.cluster.min_workers not in (None, 1),
+        lambda s: _locally(s) and s.cluster.min_workers not in (None, 1),
         ("cluster.launcher", "cluster.min_workers"),
         "the local launcher runs one worker, in this process",
         "Give --launcher ray",
     ),
     "more_workers_need_ray": refuse(
-        lambda s: s.cluster.launcher == "local" and s.cluster.max_workers not in (None, 1),
+        lambda s: _locally(s) and s.cluster.max_workers not in (None, 1),
         ("cluster.launcher", "cluster.max_workers"),
         "the local launcher runs one worker, in this process",
         "Give --launcher ray",
@@ -270,13 +275,17 @@ RUN_RULES: dict[str, Rule] = {
         "Use --strategy sharded-optimizer",
     ),
     "single_has_one_worker": refuse(
-        lambda s: s.cluster.strategy == "single" and s.cluster.world_size not in (None, 1),
+        lambda s: (
+            s.cluster.strategy == "single"
+            and s.cluster.world_size not in (None, 1)
+            and not s.cluster.parallel_independent
+        ),
         ("cluster.strategy", "cluster.world_size"),
         "the strategy single runs one worker",
         "Use --strategy ddp, or --world-size 1",
     ),
     "strategy_of_workers_needs_ray": refuse(
-        lambda s: s.cluster.launcher == "local" and s.cluster.strategy not in (None, "single"),
+        lambda s: _locally(s) and s.cluster.strategy not in (None, "single"),
         ("cluster.strategy", "cluster.launcher"),
         "the local launcher has one worker, and nothing to share with others",
         "Use --strategy single, or --launcher ray",

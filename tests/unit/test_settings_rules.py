@@ -19,6 +19,8 @@ Options = dict[str, str | bool]
 
 PREFIX: Options = {"--lm-mask": "prefix", "--prompt-column": "p", "--response-column": "r"}
 
+INDEPENDENT: Options = {"--parallel-independent": True}
+
 EXAMPLES: dict[str, tuple[Options, Options, str]] = {
     "chunks_of_a_row": (
         {"--use-chunked-training": True, "--chunk-size": "128", "--max-seq-len": "128"},
@@ -283,6 +285,61 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
         {"--strategy": "sharded-optimizer", "--optimizer-offload": True},
         "--strategy sharded-optimizer",
     ),
+    "independent_trainers_in_processes": (
+        {**INDEPENDENT, "--launcher": "ray"},
+        {**INDEPENDENT, "--launcher": "subprocess"},
+        "--launcher subprocess",
+    ),
+    "processes_for_independent_trainers": (
+        {"--launcher": "subprocess"},
+        {**INDEPENDENT, "--launcher": "subprocess"},
+        "Give --parallel-independent",
+    ),
+    "independent_trainers_are_single": (
+        {**INDEPENDENT, "--strategy": "ddp"},
+        {**INDEPENDENT, "--strategy": "single"},
+        "Leave --strategy out",
+    ),
+    "independent_trainers_come_and_go": (
+        {**INDEPENDENT, "--min-workers": "1"},
+        {**INDEPENDENT, "--world-size": "2"},
+        "any --world-size",
+    ),
+    "independent_trainers_on_one_machine": (
+        {**INDEPENDENT, "--ray-address": "a:1"},
+        INDEPENDENT,
+        "Leave --ray-address out",
+    ),
+    "independent_trainers_train_the_whole_model": (
+        {**INDEPENDENT, "--use-moe": True, "--expert-id": "e", "--expert-index": "0", "--student-init": "b"},
+        {**INDEPENDENT, "--use-moe": True, "--student-init": "b"},
+        "Leave --parallel-independent out",
+    ),
+    "independent_trainers_without_adalora": (
+        {**INDEPENDENT, "--student-init": "b", "--use-peft": True, "--peft-method": "adalora"},
+        {**INDEPENDENT, "--student-init": "b", "--use-peft": True, "--peft-method": "lora"},
+        "another --peft-method",
+    ),
+    "independent_trainers_without_adaptive_lr": (
+        {**INDEPENDENT, "--adaptive-lr-config": "a.yaml"},
+        INDEPENDENT,
+        "Leave --adaptive-lr-config out",
+    ),
+    "independent_trainers_keep_their_ledger": (
+        {**INDEPENDENT, "--force-train": True},
+        INDEPENDENT,
+        "more --steps or --epochs",
+    ),
+    "merges_of_independent_trainers": (
+        {"--merge-every": "50"},
+        {**INDEPENDENT, "--merge-every": "50"},
+        "only independent trainers are merged",
+    ),
+    "rate_of_an_outer_step": (
+        {**INDEPENDENT, "--outer-optimizer": "none", "--outer-lr": "0.5"},
+        {**INDEPENDENT, "--outer-lr": "0.5"},
+        "--outer-optimizer none",
+    ),
     "single_has_one_worker": (
         {"--no-ddp": True, "--world-size": "2"},
         {"--ddp": True, "--world-size": "1"},
@@ -444,6 +501,12 @@ def test_every_option_is_noted_where_what_it_needs_is_missing(key: str) -> None:
         (noted,) = without_effect(settings)
         assert noted.option.startswith((options()[key].flag, options()[key].off_flag)), needs.name
         assert not needs.holds(settings)
+
+
+def test_a_launcher_that_independent_trainers_lack_is_one_fault() -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings({**INDEPENDENT, "--launcher": "local", "--world-size": "2"})
+    assert [fault.hint for fault in caught.value.faults] == ["Give --launcher subprocess, or leave it out"]
 
 
 def test_an_option_that_lacks_two_things_is_noted_once() -> None:
