@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Literal
 
+from hrm_ray.errors import DataError, Fault
 from hrm_ray.independent.calls import (
     AnchorRef,
     Claim,
@@ -149,7 +150,12 @@ class LedgerCoordinator:
             generation = self.ledger.start_worker(trainer)
             self.trainers[trainer] = TrainerState(generation, self._clock())
             return Joined(
-                trainer, generation, self._news(trainer), self.report_updates, RENEW_S, self.rules.whole_weights
+                trainer,
+                generation,
+                self._news(trainer),
+                self.report_updates,
+                self.renew_every_s,
+                self.rules.whole_weights,
             )
 
     def claim(self, trainer: str, generation: int, key: str, origin: str) -> Claim:
@@ -250,8 +256,9 @@ class LedgerCoordinator:
             budget, epochs = self.rules.budget, self.rules.epochs
             if budget is not None and self.anchor.total_sequences >= budget:
                 return True
-            if self._block is not None and not self.ledger.staged() and self._nobody_reports():
-                return True
+            if self._block is not None and not self.ledger.staged() and not self.ledger.any_leased():
+                # Whether trainers are there does not count: one that was lost is started again.
+                return not self.ledger.has_more(self._allowed, epochs)
             return epochs is not None and self.ledger.epoch >= epochs
 
     def tick(self) -> list[str]:
@@ -296,7 +303,7 @@ class LedgerCoordinator:
             for name, reason in merged.lost.items():
                 self.ledger.reject(name, reason, lost=True)
             if merged.accepted:
-                parent = self.ledger.head
+                parent = self.ledger.round(request.parent.round)
                 answer = self.ledger.commit(
                     request.round,
                     parent=None if parent is None else parent.round,
@@ -306,7 +313,8 @@ class LedgerCoordinator:
                     rejected=merged.rejected,
                 )
                 if isinstance(answer, Refused):
-                    raise RuntimeError(f"round {request.round} was not committed: {answer.reason}")
+                    hint = "End what else writes there, then use --resume"
+                    raise DataError(Fault(f"round {request.round}", f"was not committed: {answer.reason}", hint))
                 made = answer
                 kept = request.whole is not None and len(merged.accepted) == len(request.members)
                 copied = request.whole.name if request.whole is not None and kept else None

@@ -122,20 +122,22 @@ class Children:
                 meanwhile()
             if keeper.connection is None:
                 raise Disconnected
-            keeper.connection.send((call, tuple(arguments)))
-            while not keeper.connection.poll(_POLL_S):
+            _send(keeper.connection, (call, tuple(arguments)))
+            while not _has_answer(keeper.connection):
                 meanwhile()
-            return answer(keeper.connection)
-        except (Disconnected, EOFError, OSError):
+            return _received(keeper.connection)
+        except Disconnected:
             _end(keeper)
             self._keeper = None
-            raise Disconnected from None
+            raise
 
     def close(self) -> None:
         """End all processes."""
         self._closed = True
         for child in [*self._children.values(), *([self._keeper] if self._keeper is not None else [])]:
             _end(child)
+            if child.served is not None:
+                child.served.join(5.0)  # the ledger that it calls is closed next
         self._children.clear()
         self._keeper = None
         with suppress(OSError):
@@ -217,6 +219,27 @@ def _serve(child: ChildProcess, methods: Mapping[str, Callable[..., Any]]) -> No
         pass
     finally:
         child.connection.close()
+
+
+def _send(connection: Connection, message: Any) -> None:
+    try:
+        connection.send(message)
+    except OSError as error:
+        raise Disconnected from error
+
+
+def _has_answer(connection: Connection) -> bool:
+    try:
+        return connection.poll(_POLL_S)
+    except OSError as error:
+        raise Disconnected from error
+
+
+def _received(connection: Connection) -> Any:
+    try:
+        return answer(connection)
+    except (EOFError, OSError) as error:
+        raise Disconnected from error
 
 
 def _set_failure(child: ChildProcess, plain: Any) -> None:

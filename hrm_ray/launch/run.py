@@ -26,7 +26,7 @@ from hrm_ray.types import MetricSink, Record, RunResult, StopPoll, StopReason, S
 
 REPORT_EVERY_S = 5.0
 """Seconds between two reports of how far the data was read; shorter reading is not reported."""
-_END_S = {"local": 3.0, "ray": 20.0, "subprocess": 20.0}
+_END_S = {"local": 3.0, "ray": 20.0, "subprocess": 6.0}
 """What the end takes after the last step, by launcher: Ray closes its cluster, and independent trainers are merged."""
 
 

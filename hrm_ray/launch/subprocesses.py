@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +41,8 @@ RENEW_EVERY_S = 1.0
 """Seconds between two renewals of a trainer: so long a stop may take to reach it between its other calls."""
 LEAVE_S = 60.0
 """Seconds that trainers have to report and leave once the run ends."""
+HANG_AFTER_S = 600
+"""Without --hang-after a trainer is ended after so long without an update: a first step may be compiled for minutes."""
 KEEPER = "anchors"
 
 
@@ -80,6 +82,8 @@ class _IndependentRun:
         self.evaluated: Evaluated | None = None
         self.saved_round: int | None = None
         self._shown_s = 0.0
+        self._moved: dict[str, tuple[object, float]] = {}
+        """What each trainer said last of its progress, and since when that stands."""
 
     def run(self) -> RunResult:
         for number, name in enumerate(self.names):
@@ -204,12 +208,33 @@ class _IndependentRun:
                 coordinator.stop = reason
         for name in coordinator.tick():
             self._event("WARNING", f"{name} was silent for the length of a lease; what it had not reported goes back")
+            child = self.children.trainers.get(name)
+            if child is not None:
+                child.process.kill()  # it is frozen; its end is seen below, and it is started again
+        self._end_hung()
         for child in self.children.take_ended():
             self._ended(child)
         now_s = time.monotonic()
         if now_s >= self._shown_s + PROGRESS_EVERY_S:
             self._shown_s = now_s
             self._show_progress()
+
+    def _end_hung(self) -> None:
+        """End trainers that hold a range and make no progress, though a thread of theirs renews it."""
+        limit_s, now_s = self.settings.cluster.hang_after_s or HANG_AFTER_S, time.monotonic()
+        for name, state in list(self.coordinator.trainers.items()):
+            progress, child = state.progress, self.children.trainers.get(name)
+            if progress is None or progress.chunk is None or child is None:
+                self._moved.pop(name, None)
+                continue
+            mark = (state.generation, progress.updates, progress.open_samples, progress.chunk)
+            before, since_s = self._moved.get(name, (None, now_s))
+            if mark != before:
+                self._moved[name] = mark, now_s
+            elif now_s - since_s > limit_s:
+                self._event("WARNING", f"{name} has made no update for {limit_s:.0f} s and is ended")
+                self._moved.pop(name)
+                child.process.kill()
 
     def _ended(self, child: ChildProcess) -> None:
         """A trainer's process has ended: in order, or it is started again, or the run goes on without it."""
@@ -360,8 +385,10 @@ class _IndependentRun:
                     fault = Fault("the process that merges", f"has ended {failures} times during `{name}`", hint)
                     raise HrmRayError(fault) from None
                 self._event("WARNING", "the process that merges has ended, and is started again")
-                if name != "resume" and self.plan.checkpoint is not None:
-                    self.children.call_keeper(KEEPER, "resume", (self.plan.checkpoint,), self._meanwhile)
+                newest = self.run_dir.newest_whole_checkpoint()
+                if name != "resume" and newest is not None:
+                    with suppress(Disconnected):  # the next call finds it gone, and counts
+                        self.children.call_keeper(KEEPER, "resume", (newest,), self._meanwhile)
 
     def _meanwhile(self) -> None:
         """While the keeper works, the trainers are looked after."""

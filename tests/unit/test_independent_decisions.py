@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hrm_ray.independent.calls import AnchorRef, Claimed, Joined
+from hrm_ray.independent.coordinator import LedgerCoordinator, Rules
 from hrm_ray.independent.decisions import (
     LEAST_MERGE_EVERY,
     MOST_MERGE_EVERY,
@@ -18,6 +21,7 @@ from hrm_ray.independent.decisions import (
     round_closes,
     unfit,
 )
+from hrm_ray.ledger import BlockLength, open_ledger
 
 
 def closes(reporters: str, active: str, now_s: float, durations: dict[str, float], *, idle: bool = False) -> bool:
@@ -94,3 +98,16 @@ def test_a_rise_that_nobody_is_to_blame_for_is_taken() -> None:
 def test_a_loss_that_is_not_finite_is_mended_where_that_is_possible() -> None:
     choice = leave_one_out(["a", "b"], lambda names: math.inf if "b" in names else 5.0, None)
     assert choice.taken == ("a",) and set(choice.rejected) == {"b"}
+
+
+def test_a_block_whose_only_trainer_was_lost_is_not_finished(tmp_path: Path) -> None:
+    with open_ledger(tmp_path / "l.sqlite", durable=False) as ledger:
+        ledger.add_blocks([BlockLength(0, 1), BlockLength(1, 1)])
+        ledger.end_data()
+        rules = Rules(2, 2, epochs=1, within_block=True)
+        coordinator = LedgerCoordinator(ledger, AnchorRef(0, "a", "a", 0), rules, lambda e, p: p, lambda: 0.0)
+        joined = coordinator.join("t")
+        assert isinstance(joined, Joined)
+        assert isinstance(coordinator.claim("t", joined.generation, "k", "a"), Claimed)
+        coordinator.lost("t", "it was killed")
+        assert not coordinator.finished and isinstance(coordinator.join("t"), Joined)
