@@ -11,7 +11,7 @@ from hrm_ray.settings.duration import seconds_of
 from hrm_ray.settings.needs import MERGED, OUTER_STEP
 
 Launcher: TypeAlias = Literal["local", "ray", "subprocess"]
-StrategyName: TypeAlias = Literal["single", "ddp", "sharded-optimizer", "zero1", "zero2", "zero3"]
+StrategyName: TypeAlias = Literal["single", "ddp", "sharded-optimizer", "zero1", "zero2", "zero3", "fsdp"]
 
 
 def strategy_of_ddp(ddp: Any) -> Any:
@@ -42,8 +42,8 @@ class ClusterSettings(Section):
     """How several workers train together. single: one worker. ddp: every worker has the whole model, and gradients are
     averaged once per weight update. sharded-optimizer: as ddp, with the optimizer state and the moving average divided
     among the workers. zero1, zero2, zero3: DeepSpeed ZeRO (Linux), which divides the optimizer state; the gradients
-    too; the weights too. The numbers are those of ddp, and a run can be resumed under another strategy.
-    docs/memory.md says which to take."""
+    too; the weights too. fsdp: PyTorch's FSDP2, which divides as zero3 does, without experts. The numbers are those of
+    ddp, and a run can be resumed under another strategy. docs/memory.md says which to take."""
     parallel_independent: bool = option(False, "fixed")
     """Train in --world-size trainers that share no step: each trains ranges of the data on its own, and their changes
     are merged every so many weight updates. For devices of unequal speed, and where workers cannot be connected."""

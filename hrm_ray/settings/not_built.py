@@ -16,7 +16,6 @@ _ARCHITECTURE = "Use --arch actv1 today"
 
 NOT_BUILT: dict[str, str] = {
     "--gpu-share": "Use one trainer for each GPU today",
-    "--strategy fsdp": "Use --strategy zero3 today: it trains experts too, which FSDP2 did wrong in a trial",
     "--cloud-provider": _CLOUD,
     "--cloud-bucket": _CLOUD,
     "--cloud-region": _CLOUD,

@@ -92,7 +92,7 @@ def _locally(settings: RunSettings) -> bool:
 
 def _divides(settings: RunSettings) -> bool:
     """Whether workers divide the optimizer state."""
-    return _zero(settings) or settings.cluster.strategy == "sharded-optimizer"
+    return _zero(settings) or settings.cluster.strategy in ("sharded-optimizer", "fsdp")
 
 
 RUN_RULES: dict[str, Rule] = {
@@ -242,6 +242,30 @@ RUN_RULES: dict[str, Rule] = {
         ("cluster.parallel_independent",),
         "--new-ledger and --force-train are for workers that train together",
         "Leave them out; to train longer, resume with more --steps or --epochs",
+    ),
+    "fsdp_without_experts": refuse(
+        lambda s: s.cluster.strategy == "fsdp" and s.model.use_moe,
+        ("cluster.strategy", "model.use_moe"),
+        "FSDP2 trained experts wrongly in trials",
+        "Use --strategy zero3, or --no-moe",
+    ),
+    "fsdp_with_float32_weights": refuse(
+        lambda s: s.cluster.strategy == "fsdp" and s.memory.model_dtype != "fp32",
+        ("cluster.strategy", "memory.model_dtype"),
+        "FSDP2 adds the gradients of several passes in the type of the weights",
+        "Use --amp with --model-dtype fp32, or --strategy zero3",
+    ),
+    "fsdp_with_wide_state": refuse(
+        lambda s: s.cluster.strategy == "fsdp" and s.optimizer.use_8bit_optimizer,
+        ("cluster.strategy", "optimizer.use_8bit_optimizer"),
+        "blocks of 8-bit moments would depend on the number of workers",
+        "Use --strategy sharded-optimizer",
+    ),
+    "fsdp_keeps_state_on_the_device": refuse(
+        lambda s: s.cluster.strategy == "fsdp" and s.memory.optimizer_offload,
+        ("cluster.strategy", "memory.optimizer_offload"),
+        "the state of divided weights is not kept in host memory",
+        "Use --strategy sharded-optimizer",
     ),
     "zero_trains_the_whole_model": refuse(
         lambda s: _zero(s) and s.run.expert_id is not None,

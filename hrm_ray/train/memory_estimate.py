@@ -52,6 +52,7 @@ DIVIDED: dict[str, tuple[str, ...]] = {
     "zero1": ("optimizer", "average"),
     "zero2": ("optimizer", "average", "gradients"),
     "zero3": ("optimizer", "average", "gradients", "weights"),
+    "fsdp": ("optimizer", "average", "gradients", "weights"),
 }
 """Strategy -> what workers divide."""
 DEEPSPEED = frozenset({"zero1", "zero2", "zero3"})

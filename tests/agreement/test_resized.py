@@ -22,7 +22,7 @@ _TEXT: dict[str, Any] = {"model": {"dropout_rate": 0.2}, "adapt": {"use_peft": T
 CASES = {
     **{
         f"puzzle, {strategy}": Case("puzzle-embedding", strategy, _PUZZLE)
-        for strategy in ("ddp", "sharded-optimizer", "zero2", "zero3")
+        for strategy in ("ddp", "sharded-optimizer", "zero2", "zero3", "fsdp")
     },
     "text, ddp": Case("text", "ddp", _TEXT),
 }

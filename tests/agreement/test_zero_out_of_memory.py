@@ -56,7 +56,7 @@ def spawned(rank: int, folder: str, strategy: str) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp"])
 def test_both_ranks_end(tmp_path: Path, strategy: str) -> None:
     mp.spawn(spawned, (str(tmp_path), strategy), nprocs=2)
     waiting, failed = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))

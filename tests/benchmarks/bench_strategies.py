@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
 from hrm_ray.model.config import ModelConfig, model_config
@@ -84,7 +85,10 @@ def inner_optimizer(strategy: Any) -> torch.optim.Optimizer:
 def weights_of(strategy: Any) -> Iterator[Tensor]:
     """The parameters of a rank, whole or its part, and the copies that DeepSpeed updates."""
     for parameter in strategy.objective.parameters():
-        yield parameter.ds_tensor if "ds_tensor" in vars(parameter) else parameter.detach()
+        if isinstance(parameter, DTensor):
+            yield parameter.to_local().detach()
+        else:
+            yield parameter.ds_tensor if "ds_tensor" in vars(parameter) else parameter.detach()
     if not isinstance(strategy.optimizer, torch.optim.Optimizer):
         yield from strategy._flat_partitions()
 

@@ -29,7 +29,7 @@ LISTED = [
     # module, an expression with its names that fails or is False where the name is gone, the files that use it
     ("torch", "torch._foreach_norm", ["train/strategies/single.py"]),
     ("torch", "torch._foreach_lerp_", [FOREACH, "train/strategies/single.py"]),
-    ("torch", "torch._foreach_mul_", [FOREACH, "train/per_parameter_optimizer.py"]),
+    ("torch", "torch._foreach_mul_", [FOREACH, "train/per_parameter_optimizer.py", "train/strategies/fsdp.py"]),
     ("torch", "torch._foreach_addcmul_", [FOREACH]),
     ("torch", "torch._foreach_sqrt", [FOREACH]),
     ("torch", "torch._foreach_div_", [FOREACH]),
@@ -53,6 +53,7 @@ LISTED = [
     ("torch.utils._pytree", "torch.utils._pytree.tree_leaves", ["train/storage_tracker.py"]),
     ("torch", "torch.nn.Module()._forward_hooks == {}", ["train/strategies/zero.py"]),
     ("torch", "torch.nn.Module()._forward_pre_hooks == {}", ["train/strategies/zero.py"]),
+    ("torch", "torch.nn.Module()._state_dict_pre_hooks == {}", ["train/strategies/fsdp.py"]),
     (
         "deepspeed.runtime.zero.stage_1_and_2",
         "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state",

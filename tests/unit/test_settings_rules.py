@@ -260,6 +260,26 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
         {"--strategy": "ddp", "--student-init": "b", "--use-peft": True, "--peft-method": "adalora"},
         "--strategy ddp",
     ),
+    "fsdp_without_experts": (
+        {"--strategy": "fsdp", "--use-moe": True},
+        {"--strategy": "fsdp", "--no-moe": True},
+        "--strategy zero3",
+    ),
+    "fsdp_with_float32_weights": (
+        {"--strategy": "fsdp", "--no-moe": True, "--model-dtype": "bf16"},
+        {"--strategy": "fsdp", "--no-moe": True, "--model-dtype": "fp32"},
+        "--strategy zero3",
+    ),
+    "fsdp_with_wide_state": (
+        {"--strategy": "fsdp", "--no-moe": True, "--use-8bit-optimizer": True},
+        {"--strategy": "fsdp", "--no-moe": True},
+        "--strategy sharded-optimizer",
+    ),
+    "fsdp_keeps_state_on_the_device": (
+        {"--strategy": "fsdp", "--no-moe": True, "--optimizer-offload": True},
+        {"--strategy": "fsdp", "--no-moe": True},
+        "--strategy sharded-optimizer",
+    ),
     "zero_trains_the_whole_model": (
         {"--zero-stage": "zero2", "--use-moe": True, "--expert-id": "e", "--expert-index": "0", "--student-init": "b"},
         {"--zero-stage": "none", "--use-moe": True, "--expert-id": "e", "--expert-index": "0", "--student-init": "b"},

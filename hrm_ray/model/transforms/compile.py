@@ -124,8 +124,8 @@ def compile_obstacle(settings: RunSettings, device: torch.device) -> str | None:
         return f"no compiler found ({', '.join(_COMPILERS[device.type])} or ${_COMPILER_VARIABLES[device.type]})"
     if settings.memory.load_in_8bit or settings.memory.load_in_4bit:
         return "layers in 8 or 4 bits are not compiled"
-    if settings.cluster.strategy == "zero3":
-        return "zero3 gathers the weights of each module with hooks, which are not compiled"
+    if settings.cluster.strategy in ("zero3", "fsdp"):
+        return f"{settings.cluster.strategy} gathers the weights of each module with hooks, which are not compiled"
     if settings.adapt.use_peft and settings.adapt.lora_dropout > 0:
         return "adapters with dropout are not compiled (--lora-dropout 0)"
     return None

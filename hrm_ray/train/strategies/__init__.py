@@ -7,6 +7,7 @@ from collections.abc import Callable
 from hrm_ray.train.precision import Precision
 from hrm_ray.train.strategies.base import Strategy
 from hrm_ray.train.strategies.ddp import DdpStrategy
+from hrm_ray.train.strategies.fsdp import FsdpStrategy
 from hrm_ray.train.strategies.sharded_optimizer import ShardedOptimizerStrategy
 from hrm_ray.train.strategies.single import SingleStrategy
 from hrm_ray.train.strategies.zero import Zero2Strategy, Zero3Strategy, ZeroStrategy
@@ -19,5 +20,6 @@ STRATEGIES: dict[str, Callable[[World, Precision], Strategy]] = {
     "zero1": ZeroStrategy,
     "zero2": Zero2Strategy,
     "zero3": Zero3Strategy,
+    "fsdp": FsdpStrategy,
 }
 """--strategy -> its class."""

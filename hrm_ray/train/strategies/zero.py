@@ -48,8 +48,8 @@ def reduce_bucket_values(trained_values: int) -> int:
     return min(BUCKET_VALUES, max(-(-trained_values // 8), min(SMALL_BUCKET_VALUES, trained_values)))
 
 
-class _FlatOutput(nn.Module):
-    """The module that DeepSpeed wraps. Its output is a tuple of tensors: the hooks of stage 3 walk tuples, lists and
+class FlatOutput(nn.Module):
+    """The module that DeepSpeed or FSDP wraps. Its output is a tuple of tensors: their hooks walk tuples, lists and
     dictionaries, and would not see the loss terms in a SegmentOutput, so that their weights were not gathered for the
     backward pass."""
 
@@ -92,7 +92,7 @@ class ZeroStrategy:
         self.objective = objective.to(self.world.device)
         self.trained = {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
         self.narrow = all(parameter.dtype == torch.bfloat16 for parameter in self.trained.values())
-        self.flat = _FlatOutput(self.objective, lambda: self.precision.computing(self.world.device))
+        self.flat = FlatOutput(self.objective, lambda: self.precision.computing(self.world.device))
         with torch.no_grad():
             for buffer in self.objective.buffers():
                 dist.broadcast(buffer, 0)
@@ -367,7 +367,7 @@ class Zero3Strategy(ZeroStrategy):
     def evaluating(self) -> Iterator[AnyObjective]:
         """The whole model is on every rank inside, without the hooks that gather and free its weights."""
         average = self._gathered_average()
-        with self._whole_parameters(), _without_hooks(self.flat):
+        with self._whole_parameters(), without_hooks(self.flat):
             if average is not None:
                 with torch.no_grad():
                     for name, parameter in self.objective.model.named_parameters():
@@ -440,7 +440,7 @@ class Zero3Strategy(ZeroStrategy):
 
 
 @contextmanager
-def _without_hooks(module: nn.Module) -> Iterator[None]:
+def without_hooks(module: nn.Module) -> Iterator[None]:
     """The module and its submodules run without their hooks inside."""
     kept = [(each, each._forward_hooks, each._forward_pre_hooks) for each in module.modules()]
     try:
