@@ -73,7 +73,8 @@ def tensors_alive() -> list[Tensor]:
     found = [one for one in gc.get_objects() if issubclass(type(one), Tensor)]
     # A gradient that no Python code has read is no object of Python's.
     found += [one.grad for one in found if one.is_leaf and one.grad is not None]
-    return [one for one in found if one.device.type != "meta"]
+    # A DTensor has its size, and the memory is that of its local tensor, which is found too.
+    return [one for one in found if one.device.type != "meta" and not isinstance(one, DTensor)]
 
 
 def inner_optimizer(strategy: Any) -> torch.optim.Optimizer:
