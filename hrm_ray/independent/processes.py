@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, Listener
+from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +140,9 @@ class Children:
                 child.served.join(5.0)  # the ledger that it calls is closed next
         self._children.clear()
         self._keeper = None
+        with suppress(OSError, EOFError, AuthenticationError):
+            Client(self._listener.address, authkey=self._key).close()  # wakes the thread that accepts
+        self._accepting.join(5.0)
         with suppress(OSError):
             self._listener.close()
 
