@@ -29,6 +29,7 @@ from hrm_ray.independent.calls import (
 from hrm_ray.independent.decisions import (
     LEASE_S,
     RENEW_S,
+    STOOD_STILL_S,
     WAIT_S,
     Member,
     MergeEvery,
@@ -139,7 +140,7 @@ class LedgerCoordinator:
         self._order = order
         self._block: int | None = None
         self._clock = clock
-        self._closed_s = clock()
+        self._closed_s = self._awake_s = clock()
         self._reports: dict[str, Report] = {}
         self._lock = threading.RLock()
 
@@ -175,7 +176,7 @@ class LedgerCoordinator:
                 generation,
                 self._allowed,
                 epochs=self.rules.epochs,
-                now_s=self._clock(),
+                now_s=self._now_s(),
                 lease_s=LEASE_S,
                 key=key,
             )
@@ -209,7 +210,7 @@ class LedgerCoordinator:
             if isinstance(state, Refused):
                 return state
             state.progress = progress
-            now_s = self._clock()
+            now_s = self._now_s()
             renewed = [self.ledger.renew(lease, now_s, LEASE_S) for lease in leases]
             return Renewed(tuple(one for one in renewed if isinstance(one, Lease)), self._news(trainer))
 
@@ -262,9 +263,10 @@ class LedgerCoordinator:
             return epochs is not None and self.ledger.epoch >= epochs
 
     def tick(self) -> list[str]:
-        """Take back leases that have expired; returns the trainers that were not heard of since, which are dropped."""
+        """Take back leases that have expired; returns the trainers that were not heard of since, which are dropped.
+        To be called far more often than a lease lasts."""
         with self._lock:
-            now_s = self._clock()
+            now_s = self._now_s()
             self.ledger.expire(now_s)
             silent = [name for name, state in self.trainers.items() if now_s - state.seen_s >= LEASE_S]
             for name in silent:
@@ -463,11 +465,23 @@ class LedgerCoordinator:
         staged = sum(one.sequences for one in self.ledger.staged())
         return News(self.anchor, rejected, self.stop, staged)
 
+    def _now_s(self) -> float:
+        """The clock. Where nothing was asked of this process for long, it stood still itself (Ctrl-Z, a paused
+        machine), and trainers were silent because nobody answered them: their leases last on from now."""
+        now_s = self._clock()
+        if now_s - self._awake_s > STOOD_STILL_S:
+            for name, state in self.trainers.items():
+                state.seen_s = now_s
+                for lease in self.ledger.leases(name):
+                    self.ledger.renew(lease, now_s, LEASE_S)
+        self._awake_s = now_s
+        return now_s
+
     def _seen(self, trainer: str, generation: int) -> TrainerState | Refused:
         state = self.trainers.get(trainer)
         if state is None or state.generation != generation:
             return Refused(f"generation {generation} of trainer {trainer} is over")
-        state.seen_s = self._clock()
+        state.seen_s = self._now_s()
         return state
 
 

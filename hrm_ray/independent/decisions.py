@@ -15,6 +15,8 @@ LEASE_S = 60.0
 """A lease ends so long after it was given or renewed."""
 RENEW_S = 15.0
 """Seconds between two renewals."""
+STOOD_STILL_S = LEASE_S / 2
+"""A coordinator that looked at nothing for so long stood still itself: no trainer is blamed for that time."""
 WAIT_S = 0.5
 """Seconds after which a trainer without a range asks again."""
 FIRST_MERGE_EVERY = 50

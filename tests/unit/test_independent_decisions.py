@@ -111,3 +111,25 @@ def test_a_block_whose_only_trainer_was_lost_is_not_finished(tmp_path: Path) -> 
         assert isinstance(coordinator.claim("t", joined.generation, "k", "a"), Claimed)
         coordinator.lost("t", "it was killed")
         assert not coordinator.finished and isinstance(coordinator.join("t"), Joined)
+
+
+def test_a_command_that_stood_still_blames_no_trainer(tmp_path: Path) -> None:
+    """Ctrl-Z and fg: nobody could be heard, so all trainers stay and keep what they hold; the next silence counts."""
+    now_s = 0.0
+    with open_ledger(tmp_path / "l.sqlite", durable=False) as ledger:
+        ledger.add_blocks([BlockLength(0, 2)])
+        ledger.end_data()
+        start = AnchorRef(0, "a", "a", 0)
+        coordinator = LedgerCoordinator(ledger, start, Rules(2, 2, epochs=1), lambda e, p: p, lambda: now_s)
+        for name in ("t", "u"):
+            joined = coordinator.join(name)
+            assert isinstance(joined, Joined)
+            assert isinstance(coordinator.claim(name, joined.generation, name, "a"), Claimed)
+        now_s = 100.0
+        assert coordinator.tick() == [] and len(coordinator.trainers) == 2
+        assert len(ledger.leases("t")) == len(ledger.leases("u")) == 1
+        for now_s in range(101, 170):  # noqa: B007 - the clock reads it
+            silent = coordinator.tick()
+            if silent:
+                break
+        assert silent == ["t", "u"] and now_s == 160 and ledger.leases("t") == []
