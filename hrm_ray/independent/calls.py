@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from hrm_ray.ledger import Lease, Refused, Span
+from hrm_ray.train.activity import Phase
 from hrm_ray.types import StopReason
 
 
@@ -90,13 +91,16 @@ Claim: TypeAlias = Claimed | Wait | Finished | Refused
 @dataclass(frozen=True)
 class Progress:
     """How far a trainer is, for displays: weight updates since it joined, samples since its last report, samples per
-    second, the training loss of the last update, and the chunk that it reads."""
+    second, the training loss of the last update, and the chunk that it reads. `marks` increases with all that it does,
+    skipped updates and waits for others too, and stands where it hangs within `phase`."""
 
     updates: int
     open_samples: int
     samples_per_s: float
     loss: float
     chunk: int | None
+    marks: int = 0
+    phase: Phase = "starting"
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Literal, TypeAlias
+
+from hrm_ray.train.activity import Phase
 
 LEASE_S = 60.0
 """A lease ends so long after it was given or renewed."""
@@ -17,6 +19,9 @@ RENEW_S = 15.0
 """Seconds between two renewals."""
 STOOD_STILL_S = LEASE_S / 2
 """A coordinator that looked at nothing for so long stood still itself: no trainer is blamed for that time."""
+HANG_AFTER_S = 600.0
+"""A trainer is ended after so long without progress: its start, its first step (which may be compiled for minutes), its
+checkpoints and reading always have this time, and without --hang-after everything has."""
 WAIT_S = 0.5
 """Seconds after which a trainer without a range asks again."""
 FIRST_MERGE_EVERY = 50
@@ -82,6 +87,38 @@ def _deadline_s(durations: Sequence[float]) -> float:
     deviation = median(abs(duration - middle) for duration in durations)
     # Equal trainers have no deviation, and still do not report at the same instant.
     return middle + max(3 * deviation, 0.25 * middle)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What earlier looks at the trainers have seen: when the last was, and each one's progress with the time since when
+    it stands."""
+
+    looked_s: float
+    stands: Mapping[str, tuple[object, float]] = field(default_factory=dict)
+
+
+def hung(
+    before: Watched, progress: Mapping[str, tuple[object, Phase]], now_s: float, hang_after_s: float | None
+) -> tuple[Watched, dict[str, float]]:
+    """One look at the trainers' processes: those that hang, with the seconds for which nothing has moved.
+
+    `progress` is what each was seen to have done, a value that changes with it, and its phase. Time in which nobody
+    looked does not count.
+    """
+    watched = now_s - before.looked_s <= STOOD_STILL_S
+    stands: dict[str, tuple[object, float]] = {}
+    for name, (mark, _) in progress.items():
+        old, since_s = before.stands.get(name, (None, now_s))
+        stands[name] = mark, since_s if watched and mark == old else now_s
+    found = {}
+    for name, (_, phase) in progress.items():
+        steady = phase in ("step", "records")
+        limit_s = HANG_AFTER_S if hang_after_s is None else hang_after_s if steady else max(hang_after_s, HANG_AFTER_S)
+        if now_s - stands[name][1] > limit_s:
+            found[name] = now_s - stands[name][1]
+            stands[name] = stands[name][0], now_s  # said once
+    return Watched(now_s, stands), found
 
 
 def merge_weights(members: Sequence[Member], by: Literal["samples", "equal"]) -> tuple[float, ...]:

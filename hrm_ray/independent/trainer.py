@@ -173,6 +173,7 @@ class BlockTrainer:
 
     def turn(self) -> StopReason | None:
         """What lies between two steps, and a step; the reason when the trainer has left."""
+        self.loop.activity.progressed()
         if self._renewal_error is not None:
             raise self._renewal_error
         if self._clock() - self._heard_s >= HEAR_EVERY_S:
@@ -306,7 +307,8 @@ class BlockTrainer:
 
     def _measure(self, lease: Lease) -> None:
         """Give a range that was claimed to the loader, as soon as its chunk is read."""
-        sequences = self.loader.rows.sequences(lease)
+        with self.loop.activity.doing("data"):
+            sequences = self.loader.rows.sequences(lease)
         self._unread = None
         measured: Lease | Refused = lease
         with self._calling:
@@ -345,6 +347,10 @@ class BlockTrainer:
         self._lay(keep_open_work=self._work.updates > 0)
 
     def _lay(self, *, keep_open_work: bool) -> None:
+        with self.loop.activity.doing("data"):
+            self._lay_newest(keep_open_work=keep_open_work)
+
+    def _lay_newest(self, *, keep_open_work: bool) -> None:
         anchor = self._news.anchor
         try:
             self._weights.lay(self.run_dir.root / anchor.path, anchor.sha256, keep_open_work=keep_open_work)
@@ -381,12 +387,13 @@ class BlockTrainer:
         work, folder = self._work, self.run_dir.independent
         name = f"{self.name}-{self._joined.generation}-{self._reports + 1}"
         path = folder.new_contribution(name)
-        checksum = self._weights.save_change(path, self._expert_tokens.by_tensor())
         weights_path: Path | None = None
         weights_checksum: str | None = None
-        if self._joined.whole_weights:
-            weights_path = folder.new_contribution(f"{name}.weights")
-            weights_checksum = self._weights.save_weights(weights_path)
+        with self.loop.activity.doing("checkpoint"):
+            checksum = self._weights.save_change(path, self._expert_tokens.by_tensor())
+            if self._joined.whole_weights:
+                weights_path = folder.new_contribution(f"{name}.weights")
+                weights_checksum = self._weights.save_weights(weights_path)
         losses = self._losses.losses
         report = Report(
             name=name,
@@ -456,11 +463,11 @@ class BlockTrainer:
     def _leave(self, reason: StopReason) -> StopReason:
         """Report what is open, return the rest, save the optimizer's state and leave."""
         self._report(keeps=False)
+        self._save_state()  # the other thread speaks for this one meanwhile, however long the disk takes
         with self._calling:
             held, self._held = self._held, ()
             for lease in held:
                 self.coordinator.release(lease)
-            self._save_state()
             self.coordinator.leave(self.name, self._joined.generation)
             self._over = True
         return reason
@@ -470,7 +477,8 @@ class BlockTrainer:
         chunk = self._held[0].chunk if self._held else None
         loss = losses[-1] if losses else 0.0
         rate = self._speed.per_s() or 0.0
-        return Progress(self.loop.progress.step, self._work.samples, rate, loss, chunk)
+        activity = self.loop.activity
+        return Progress(self.loop.progress.step, self._work.samples, rate, loss, chunk, activity.marks, activity.phase)
 
     @property
     def _folder(self) -> RunDir:
@@ -480,7 +488,8 @@ class BlockTrainer:
     def _save_state(self) -> None:
         """Save the optimizer's state and the counters, by the rules of a run's checkpoints."""
         self._folder.root.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(self.loop, self._folder, {}, 1)
+        with self.loop.activity.doing("checkpoint"):
+            save_checkpoint(self.loop, self._folder, {}, 1)
         self._state_saved_s = self._clock()
 
     def _load_state(self) -> bool:

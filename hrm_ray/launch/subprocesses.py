@@ -21,7 +21,7 @@ from hrm_ray.independent.assembly import samples_per_step
 from hrm_ray.independent.calls import AnchorRef
 from hrm_ray.independent.claims import prepare_claims
 from hrm_ray.independent.coordinator import LedgerCoordinator, Merged, MergeRequest, Rules
-from hrm_ray.independent.decisions import MergeEvery
+from hrm_ray.independent.decisions import MergeEvery, Watched, hung
 from hrm_ray.independent.processes import ChildProcess, Children
 from hrm_ray.independent.wire import Disconnected
 from hrm_ray.launch.restarts import LASTING, Cause, cause_of
@@ -29,6 +29,7 @@ from hrm_ray.ledger import Ledger, Refused, open_ledger
 from hrm_ray.ledger.export import export
 from hrm_ray.metrics.fanout import FanOut
 from hrm_ray.rundir import RunDir, read_json
+from hrm_ray.train.activity import Phase
 from hrm_ray.train.plan import RunPlan, effective_batch, rewind_to
 from hrm_ray.train.session import run_sinks
 from hrm_ray.types import MetricSink, Record, RestartRecord, RunResult, StopPoll, StopReason, StopRequested
@@ -41,8 +42,6 @@ RENEW_EVERY_S = 1.0
 """Seconds between two renewals of a trainer: so long a stop may take to reach it between its other calls."""
 LEAVE_S = 60.0
 """Seconds that trainers have to report and leave once the run ends."""
-HANG_AFTER_S = 600
-"""Without --hang-after a trainer is ended after so long without an update: a first step may be compiled for minutes."""
 KEEPER = "anchors"
 
 
@@ -82,8 +81,7 @@ class _IndependentRun:
         self.evaluated: Evaluated | None = None
         self.saved_round: int | None = None
         self._shown_s = 0.0
-        self._moved: dict[str, tuple[object, float]] = {}
-        """What each trainer said last of its progress, and since when that stands."""
+        self._watched = Watched(time.monotonic())
 
     def run(self) -> RunResult:
         for number, name in enumerate(self.names):
@@ -220,21 +218,18 @@ class _IndependentRun:
             self._show_progress()
 
     def _end_hung(self) -> None:
-        """End trainers that hold a range and make no progress, though a thread of theirs renews it."""
-        limit_s, now_s = self.settings.cluster.hang_after_s or HANG_AFTER_S, time.monotonic()
-        for name, state in list(self.coordinator.trainers.items()):
-            progress, child = state.progress, self.children.trainers.get(name)
-            if progress is None or progress.chunk is None or child is None:
-                self._moved.pop(name, None)
-                continue
-            mark = (state.generation, progress.updates, progress.open_samples, progress.chunk)
-            before, since_s = self._moved.get(name, (None, now_s))
-            if mark != before:
-                self._moved[name] = mark, now_s
-            elif now_s - since_s > limit_s:
-                self._event("WARNING", f"{name} has made no update for {limit_s:.0f} s and is ended")
-                self._moved.pop(name)
-                child.process.kill()
+        """End trainers that make no progress, though a thread of theirs answers; also those that never joined."""
+        done: dict[str, tuple[object, Phase]] = {}
+        for name, child in self.children.trainers.items():
+            state = self.coordinator.trainers.get(name)
+            if state is None or state.progress is None:
+                done[name] = (child.process.pid, state is None), "starting"
+            else:
+                done[name] = (child.process.pid, state.generation, state.progress.marks), state.progress.phase
+        self._watched, hangs = hung(self._watched, done, time.monotonic(), self.settings.cluster.hang_after_s)
+        for name, stood_s in hangs.items():
+            self._event("WARNING", f"{name} has made no progress for {stood_s:.0f} s ({done[name][1]}) and is ended")
+            self.children.trainers[name].process.kill()
 
     def _ended(self, child: ChildProcess) -> None:
         """A trainer's process has ended: in order, or it is started again, or the run goes on without it."""

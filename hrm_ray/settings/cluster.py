@@ -89,7 +89,8 @@ class ClusterSettings(Section):
     hang_after: str | None = option(None, "free", unset="120 s or 20 steps, whichever is longer")
     """End Ray workers that make no progress for this long (90s, 30m, 1h30m; a number alone is seconds), and write the
     stacks of all ranks to stacks.txt in the bundle. The first step, evaluations, checkpoints and waits for data may
-    take longer. A warning names the rank before, after 30 s or 10 steps. A local run is warned of, and not ended."""
+    take longer. A warning names the rank before, after 30 s or 10 steps. A local run is warned of, and not ended. Under
+    --parallel-independent the trainer is ended and started again, by default after 600 s."""
     strict: bool = option(False, "free")
     """Treat fallbacks, and options that have no effect, as errors."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -12,9 +13,12 @@ from hypothesis import strategies as st
 from hrm_ray.independent.calls import AnchorRef, Claimed, Joined
 from hrm_ray.independent.coordinator import LedgerCoordinator, Rules
 from hrm_ray.independent.decisions import (
+    HANG_AFTER_S,
     LEAST_MERGE_EVERY,
     MOST_MERGE_EVERY,
     Member,
+    Watched,
+    hung,
     leave_one_out,
     merge_weights,
     report_updates,
@@ -22,6 +26,9 @@ from hrm_ray.independent.decisions import (
     unfit,
 )
 from hrm_ray.ledger import BlockLength, open_ledger
+from hrm_ray.train.activity import Phase
+
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 def closes(reporters: str, active: str, now_s: float, durations: dict[str, float], *, idle: bool = False) -> bool:
@@ -133,3 +140,31 @@ def test_a_command_that_stood_still_blames_no_trainer(tmp_path: Path) -> None:
             if silent:
                 break
         assert silent == ["t", "u"] and now_s == 160 and ledger.leases("t") == []
+
+
+def look(phase: Phase, hang_after_s: float | None, until_s: int, moves_every_s: int = 10**9) -> float | None:
+    """When a trainer in that phase, looked at every second, is ended."""
+    watched = Watched(0.0)
+    for second in range(until_s):
+        watched, found = hung(watched, {"t": (second // moves_every_s, phase)}, float(second), hang_after_s)
+        if found:
+            return second
+    return None
+
+
+def test_a_trainer_without_progress_is_ended_and_only_a_step_is_held_to_the_users_limit() -> None:
+    assert look("step", 30, 99) == 31 and look("records", 30, 99) == 31
+    assert look("step", 30, 999, moves_every_s=29) is None
+    for phase in PHASES:
+        if phase not in ("step", "records"):
+            assert look(phase, 30, 999) == look(phase, None, 999) == HANG_AFTER_S + 1
+    assert look("first step", 900, 999) == 901
+
+
+def test_a_look_after_a_long_pause_finds_nobody_hung() -> None:
+    watched, _ = hung(Watched(0.0), {"t": (1, "step")}, 1.0, 30)
+    watched, found = hung(watched, {"t": (1, "step")}, 1000.0, 30)
+    assert found == {}
+    for second in range(1001, 1032):
+        watched, found = hung(watched, {"t": (1, "step")}, float(second), 30)
+    assert set(found) == {"t"}
