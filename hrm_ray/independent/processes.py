@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Connection, Listener, answer_challenge, deliver_challenge
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Children:
         self._plan = plan
         self._key = secrets.token_bytes(32)
         # Not a file-system socket: a killed process would leave its file behind.
-        self._listener = Listener(("127.0.0.1", 0), authkey=self._key)
+        self._listener = Listener(("127.0.0.1", 0))
         self._children: dict[str, ChildProcess] = {}
         self._keeper: ChildProcess | None = None
         self._closed = False
@@ -140,8 +141,9 @@ class Children:
                 child.served.join(5.0)  # the ledger that it calls is closed next
         self._children.clear()
         self._keeper = None
-        with suppress(OSError, EOFError, AuthenticationError):
-            Client(self._listener.address, authkey=self._key).close()  # wakes the thread that accepts
+        with suppress(OSError):
+            # Wakes the thread that accepts.
+            socket.create_connection(tuple(self._listener.address), 1.0).close()
         self._accepting.join(5.0)
         with suppress(OSError):
             self._listener.close()
@@ -194,19 +196,30 @@ class Children:
         while not self._closed:
             try:
                 connection = self._listener.accept()
-                name = connection.recv()
-            except (AuthenticationError, EOFError, ConnectionError):
+            except ConnectionError:
                 continue
             except OSError:
                 return
-            child = self._children.get(name)
-            if child is None and self._keeper is not None and self._keeper.name == name:
-                child = self._keeper
-            if child is None or child.connected.is_set():
-                connection.close()
-                continue
-            child.connection = connection
-            child.connected.set()
+            # A thread for each: one that connects and says nothing keeps nobody out.
+            threading.Thread(target=self._greet, args=(connection,), name="greeting", daemon=True).start()
+
+    def _greet(self, connection: Connection) -> None:
+        """Take in a process that has the key and says its name; close the connection of any other."""
+        try:
+            deliver_challenge(connection, self._key)
+            answer_challenge(connection, self._key)
+            name = connection.recv()
+        except (AuthenticationError, EOFError, OSError):
+            connection.close()
+            return
+        child = self._children.get(name)
+        if child is None and self._keeper is not None and self._keeper.name == name:
+            child = self._keeper
+        if child is None or child.connected.is_set():
+            connection.close()
+            return
+        child.connection = connection
+        child.connected.set()
 
 
 def _serve(child: ChildProcess, methods: Mapping[str, Callable[..., Any]]) -> None:

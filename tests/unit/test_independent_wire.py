@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
-from multiprocessing import Pipe
+from contextlib import closing, suppress
+from multiprocessing import AuthenticationError, Pipe
+from multiprocessing.connection import Client
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hrm_ray.errors import DataError, Fault, HrmRayError
+from hrm_ray.independent.processes import ChildProcess, Children
 from hrm_ray.independent.wire import FAILED, Disconnected, call, expected, packed, serve_one
+from tests.support.block_trainers import plan_of
+from tests.support.runs import TEXT, text_file
 
 
 def served(methods: dict[str, Callable[..., Any]]) -> Any:
@@ -54,3 +62,20 @@ def test_a_process_that_is_gone_and_one_that_says_why() -> None:
     theirs.send((FAILED, (packed(expected(ValueError("odd"))),)))
     with pytest.raises(HrmRayError, match="ValueError: odd"):
         call(ours, "merge")
+
+
+def test_a_stranger_that_says_nothing_keeps_no_process_out(tmp_path: Path) -> None:
+    plan = plan_of(text_file(tmp_path), tmp_path / "b", *TEXT)
+    before = set(threading.enumerate())
+    with closing(Children(plan)) as children:
+        address, key = tuple(children._listener.address), children._key
+        stranger = socket.create_connection(address)
+        child = ChildProcess("trainer-0", 0, subprocess.Popen([sys.executable, "-c", ""]), 0.0)
+        children._children[child.name] = child
+        with pytest.raises(AuthenticationError):
+            Client(address, authkey=b"wrong")
+        with Client(address, authkey=key) as connection:
+            connection.send(child.name)
+            assert child.connected.wait(10.0) and child.connection is not None
+    assert "accepting" not in [thread.name for thread in set(threading.enumerate()) - before]
+    stranger.close()
