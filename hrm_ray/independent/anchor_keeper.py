@@ -75,7 +75,8 @@ class AnchorKeeper:
         self.settings = plan.settings
         self.run_dir = RunDir(plan.bundle)
         self.outer = outer_step(plan.settings.cluster)
-        self.loop = assemble_loop(plan)
+        # Also where another keeper died while it wrote the first anchor.
+        self.loop = assemble_loop(plan, starts=plan.checkpoint is None)
         self._weights = SharedWeights(self.loop)
         self._laid = ""
         samples = _held_out(plan)

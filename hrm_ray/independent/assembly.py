@@ -28,11 +28,12 @@ def claimed_rows(plan: RunPlan) -> ClaimedText | ClaimedPuzzles:
     return ClaimedText(pipeline, text.form, tokenizer.pad_id, seed=seed, shuffle_rows=text.shuffle_rows)
 
 
-def assemble_loop(plan: RunPlan, number: int = 0) -> TrainingLoop:
+def assemble_loop(plan: RunPlan, number: int = 0, *, starts: bool = False) -> TrainingLoop:
     """A loop on this process's device over claimed ranges; its loader is to be closed. `number` is that of the trainer:
     each draws its dropout from a seed of its own.
 
-    Its weights are the first ones, of which those that are not trained come from the bundle, once they are there.
+    With `starts` its weights are those that a new run begins with, --student-init too; without, whoever calls lays an
+    anchor or a checkpoint in place. Tensors that are not trained come from the bundle, once they are there.
     """
     silence_unused_kernels()
     world = World.here(plan.device, plan.threads, keep_freed=plan.keep_freed_memory)
@@ -43,7 +44,7 @@ def assemble_loop(plan: RunPlan, number: int = 0) -> TrainingLoop:
         claimed_rows(plan),
         world,
         plan.schedule_steps,
-        resumes=fixed.exists(),
+        resumes=not starts,
         adaptive_lr=plan.adaptive_lr,
     )
     loop.parts.seed += number

@@ -89,7 +89,7 @@ class Block:
     def _first_anchor(self) -> AnchorRef:
         folder = self.run_dir.independent
         folder.anchors.mkdir(parents=True)
-        loop = assemble_loop(self.plan)
+        loop = assemble_loop(self.plan, starts=True)
         save_fixed_tensors(loop, folder.fixed)
         path = folder.anchors / "round-000000.safetensors"
         save_tensors(anchor_tensors(loop), path)

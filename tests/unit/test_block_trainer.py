@@ -14,6 +14,7 @@ import torch
 
 from hrm_ray.bundle.weights_file import read_tensors
 from hrm_ray.errors import DataError
+from hrm_ray.independent.anchor_keeper import AnchorKeeper
 from hrm_ray.independent.calls import Progress, Report, Reported
 from hrm_ray.independent.coordinator import Merged
 from hrm_ray.independent.trainer import HEAR_EVERY_S, NEWCOMER_STEPS, BlockTrainer
@@ -414,3 +415,16 @@ def test_renewals_keep_leases_while_a_step_takes_long(tmp_path: Path) -> None:
         trainer.loop.step = step  # type: ignore[method-assign]
         with pytest.raises(ConnectionError, match="scripted"):
             trainer.run()
+
+
+def test_the_first_anchor_has_the_start_weights_also_where_its_writer_was_killed(tmp_path: Path) -> None:
+    data = text_file(tmp_path)
+    train(data, tmp_path / "student", *TEXT, "--steps", 1, "--lr", 1e-2)
+    student = RunDir(tmp_path / "student")
+    words = (*TEXT, "--epochs", 1, "--student-init", student.root)
+    plan = plan_of(data, tmp_path / "tuned", *words)
+    for _ in range(2):  # the second finds what the first, killed before its answer, has left
+        keeper = AnchorKeeper(plan)
+        written = keeper.begin(None)
+        keeper.close()
+        assert same(read_tensors(RunDir(plan.bundle).root / written.path), shared_of(read_tensors(student.weights)))
