@@ -151,10 +151,10 @@ def in_two_processes(
         end = folder / f"end-{case.name}-{strategy}-{cut}"
         results[case.name, strategy, cut] = trained(case, strategy, cut, folder / f"start-{case.name}", end)
     for case, first, then in resumed:
-        start = folder / f"end-{case.name}-{first}-2x2x2"
-        results[case.name, first, "then", then] = trained(case, then, "2x1x4", start, folder / f"then-{first}-{then}")
+        start, end = folder / f"end-{case.name}-{first}-2x2x2", folder / f"then-{case.name}-{first}-{then}"
+        results[case.name, first, "then", then] = trained(case, then, "2x1x4", start, end)
         if first == then:
-            again = trained(case, then, "2x1x4", start, folder / f"again-{first}", steps=0)
+            again = trained(case, then, "2x1x4", start, folder / f"again-{case.name}-{first}", steps=0)
             results[case.name, first, "saved again"] = again
     for case, strategy in interrupted:
         start, end = folder / f"start-{case.name}", folder / f"end-{case.name}-{strategy}-2x2x2"
