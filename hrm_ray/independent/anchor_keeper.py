@@ -7,6 +7,7 @@ arguments, so it can be killed at any time, and another one started in its place
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from hrm_ray.independent.weights import SharedWeights, anchor_tensors, check_fil
 from hrm_ray.ledger import Contribution
 from hrm_ray.merging import OUTER_STEPS, AnchorFiles, MemberFigures, OuterStep, check_member, merge_deltas
 from hrm_ray.merging import Member as MemberFile
+from hrm_ray.merging.lora import LoraResidual
 from hrm_ray.rundir import RunDir, file_sha256
 from hrm_ray.settings.cluster import ClusterSettings
 from hrm_ray.train.checkpoint import Checkpointer, load_checkpoint
@@ -126,17 +128,20 @@ class AnchorKeeper:
             choice = leave_one_out(list(by_name), lambda names: merge.loss([by_name[n] for n in names]), before)
             rejected |= choice.rejected
             members = [by_name[name] for name in choice.taken]
-            figures = {"anchor_loss": choice.loss}
+            figures = {"anchor_loss": choice.loss} if members else {}
         names = tuple(one.name for one in members)
         seconds = time.monotonic() - began_s
         if not members:
             merge.discard_all_but(())
             return Merged((), rejected, lost, "", "", figures, seconds)
-        path, sha256 = merge.result(members)
+        made = merge.result(members)
         merge.discard_all_but(names)
         if figures:
-            self._losses = {sha256: figures["anchor_loss"]}
-        return Merged(names, rejected, lost, self._relative(path), sha256, figures, time.monotonic() - began_s)
+            self._losses = {made.sha256: figures["anchor_loss"]}
+        if made.lora is not None and made.lora.product > 0:
+            figures["lora_residual"] = made.lora.residual / made.lora.product
+        seconds = time.monotonic() - began_s
+        return Merged(names, rejected, lost, self._relative(made.path), made.sha256, figures, seconds, made.copied)
 
     def evaluate(self, anchor: AnchorRef) -> Evaluated | None:
         """Held-out figures of an anchor, whose weights go into best/ where they are the best; None without data."""
@@ -182,7 +187,7 @@ class AnchorKeeper:
         with strategy.evaluating() as objective, strategy.precision.computing(world.device):
             return evaluate(objective, self._guard, world)["loss"]
 
-    def _loss_before(self, parent: AnchorRef) -> float | None:
+    def _loss_before(self, parent: AnchorRef) -> float:
         if parent.sha256 not in self._losses:
             self._losses = {parent.sha256: self.loss_of(self.run_dir.root / parent.path, parent.sha256)}
         return self._losses[parent.sha256]
@@ -222,53 +227,80 @@ class AnchorKeeper:
         return path.relative_to(self.run_dir.root).as_posix()
 
 
+@dataclass(frozen=True)
+class _Made:
+    """A merge that was written, of all or some members of a round. `copied`: it is the weights of a sole trainer."""
+
+    path: Path
+    sha256: str
+    figures: tuple[MemberFigures, ...]
+    lora: LoraResidual | None
+    copied: bool
+
+
 class _RoundMerge:
-    """The merges of one round: that of all members, and where the guard asks for them those without one."""
+    """The merges of one round: that of all members, and where the guard asks for them those without one, of which only
+    the best is kept."""
 
     def __init__(self, keeper: AnchorKeeper, request: MergeRequest, parent: Path) -> None:
         self._keeper, self._request, self._parent = keeper, request, parent
-        self._made: dict[tuple[str, ...], tuple[Path, str, tuple[MemberFigures, ...]]] = {}
+        self._made: dict[tuple[str, ...], _Made] = {}
+        self._everyone: tuple[str, ...] | None = None
+        self._best: tuple[tuple[str, ...], float] | None = None
 
     def norms(self, members: Sequence[Contribution]) -> list[tuple[str, MemberFigures]]:
         """The figures of each member's change."""
-        return list(zip((one.name for one in members), self._merged(members)[2], strict=True))
+        return list(zip((one.name for one in members), self._merged(members).figures, strict=True))
 
     def loss(self, members: Sequence[Contribution]) -> float:
-        """The held-out loss with these members."""
-        path, sha256, _ = self._merged(members)
-        return self._keeper.loss_of(path, sha256)
+        """The held-out loss with these members; the first call is that with all."""
+        made, names = self._merged(members), tuple(one.name for one in members)
+        loss = self._keeper.loss_of(made.path, made.sha256)
+        if self._everyone is None:
+            self._everyone = names
+        elif math.isfinite(loss) and (self._best is None or loss < self._best[1]):
+            self._best = names, loss
+        if self._everyone == names:
+            return loss
+        kept = (self._everyone, self._best[0] if self._best is not None else ())
+        for tried in [tried for tried in self._made if tried not in kept]:
+            self._discard(tried)
+        return loss
 
-    def result(self, members: Sequence[Contribution]) -> tuple[Path, str]:
+    def result(self, members: Sequence[Contribution]) -> _Made:
         """The anchor with these members, read again: the ledger never names a file that is not whole."""
-        path, sha256, _ = self._merged(members)
-        check_file(path, sha256)
-        return path, sha256
+        made = self._merged(members)
+        check_file(made.path, made.sha256)
+        return made
 
     def discard_all_but(self, names: tuple[str, ...]) -> None:
         """Delete what was only tried."""
-        for tried, (path, _, _) in self._made.items():
-            if tried != names:
-                path.unlink(missing_ok=True)
-                momentum_of(path).unlink(missing_ok=True)
+        for tried in [tried for tried in self._made if tried != names]:
+            self._discard(tried)
 
-    def _merged(self, members: Sequence[Contribution]) -> tuple[Path, str, tuple[MemberFigures, ...]]:
+    def _discard(self, names: tuple[str, ...]) -> None:
+        path = self._made.pop(names).path
+        path.unlink(missing_ok=True)
+        momentum_of(path).unlink(missing_ok=True)
+
+    def _merged(self, members: Sequence[Contribution]) -> _Made:
         names = tuple(one.name for one in members)
         if names not in self._made:
             self._made[names] = self._merge(members)
         return self._made[names]
 
-    def _merge(self, members: Sequence[Contribution]) -> tuple[Path, str, tuple[MemberFigures, ...]]:
+    def _merge(self, members: Sequence[Contribution]) -> _Made:
         keeper, request = self._keeper, self._request
         root, outer = keeper.run_dir.root, keeper.outer
-        weighed = [Member(one.name, one.worker, one.sequences) for one in members]
+        weighed = [Member(one.name, one.worker, one.sequences, generation=one.generation) for one in members]
         weights = merge_weights(weighed, keeper.settings.cluster.merge_weights)
         sole = self._sole_weights() if outer.is_plain and len(members) == len(request.members) else None
         if sole is not None:
             files = [MemberFile(sole, 1.0, self._parent)]
         else:
             files = [
-                MemberFile(root / one.path, weight, series=one.worker)
-                for one, weight in zip(members, weights, strict=True)
+                MemberFile(root / one.path, weight, series=member.series)
+                for one, member, weight in zip(members, weighed, weights, strict=True)
             ]
         path = keeper.run_dir.independent.new_anchor(request.round)
         momentum = momentum_of(self._parent)
@@ -280,7 +312,7 @@ class _RoundMerge:
             metadata=_metadata(request, names=[one.name for one in members]),
         )
         figures = report.members if len(files) == len(members) else report.members * len(members)
-        return path, report.sha256, figures
+        return _Made(path, report.sha256, figures, report.lora, copied=sole is not None)
 
     def _sole_weights(self) -> Path | None:
         """The file with the weights of a sole trainer after its last report, where it is whole."""

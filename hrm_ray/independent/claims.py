@@ -49,12 +49,6 @@ class DataOrder:
         return order[position] if isinstance(order, list) else order.at(position)[0]
 
 
-def _from(order: ChunkOrder, first: int) -> list[int]:
-    """The chunks of an order without those before number `first`."""
-    numbers = (order.at(place)[0] for place in range(len(order)))
-    return [number for number in numbers if number >= first]
-
-
 def prepare_claims(plan: RunPlan, on_read: Callable[[str], None]) -> tuple[DataOrder, list[BlockLength]]:
     """The order of claims and all blocks. Text that the catalog does not know yet is read to its end.
 

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Literal
 
 from hrm_ray.errors import DataError, Fault
 from hrm_ray.independent.calls import (
@@ -33,7 +32,6 @@ from hrm_ray.independent.decisions import (
     WAIT_S,
     Member,
     MergeEvery,
-    merge_weights,
     report_updates,
     round_closes,
 )
@@ -55,7 +53,6 @@ class Rules:
     samples_per_update: int
     samples_per_step: float
     merge_every: MergeEvery = "auto"
-    weights: Literal["samples", "equal"] = "samples"
     budget: int | None = None
     epochs: int | None = None
     within_block: bool = False
@@ -64,12 +61,11 @@ class Rules:
 
 @dataclass(frozen=True)
 class MergeRequest:
-    """A round to be merged: the anchor to start from, the members in the order of their arrival, and their weights."""
+    """A round to be merged: the anchor to start from, and the members in the order of their arrival."""
 
     round: int
     parent: AnchorRef
     members: tuple[Contribution, ...]
-    weights: tuple[float, ...]
     whole: Report | None = None
     """The last report of a sole trainer, whose weights are the parent and all members' changes, to the bit."""
 
@@ -79,7 +75,8 @@ class Merged:
     """What a merge came to. `accepted` are names of members in the request's order; `rejected` and `lost` (the file is
     missing or damaged) have reasons. Without accepted members there is no new anchor (`path` is empty).
 
-    `figures` are those of the held-out data, empty where there is none; `seconds` all that it took.
+    `figures` are those of the held-out data, empty where there is none; `seconds` all that it took. `copied`: the
+    anchor is the weights of the request's whole report, to the bit.
     """
 
     accepted: tuple[str, ...]
@@ -89,6 +86,7 @@ class Merged:
     sha256: str
     figures: Mapping[str, float]
     seconds: float
+    copied: bool = False
 
 
 @dataclass
@@ -294,8 +292,7 @@ class LedgerCoordinator:
                 return None
             total = self.anchor.total_sequences + sum(one.sequences for one in staged)
             number = max(self.anchor.round + 1, int(total / self.rules.samples_per_step))
-            weights = merge_weights(members, self.rules.weights)
-            self.merging = MergeRequest(number, self.anchor, tuple(staged), weights, self._whole(staged))
+            self.merging = MergeRequest(number, self.anchor, tuple(staged), self._whole(staged))
             return self.merging
 
     def commit(self, request: MergeRequest, merged: Merged) -> Round | None:
@@ -318,8 +315,7 @@ class LedgerCoordinator:
                     hint = "End what else writes there, then use --resume"
                     raise DataError(Fault(f"round {request.round}", f"was not committed: {answer.reason}", hint))
                 made = answer
-                kept = request.whole is not None and len(merged.accepted) == len(request.members)
-                copied = request.whole.name if request.whole is not None and kept else None
+                copied = request.whole.name if request.whole is not None and merged.copied else None
                 self.anchor = AnchorRef(made.round, made.anchor, made.checksum, made.total_sequences, copied)
                 self._origins.add(made.checksum)
             else:
@@ -455,7 +451,7 @@ class LedgerCoordinator:
     def _member(self, staged: Contribution) -> Member:
         report = self._reports.get(staged.name)
         seconds, updates = (0.0, 0) if report is None else (report.seconds, report.updates)
-        return Member(staged.name, staged.worker, staged.sequences, seconds, updates)
+        return Member(staged.name, staged.worker, staged.sequences, seconds, updates, staged.generation)
 
     def _news(self, trainer: str) -> News:
         state = self.trainers.get(trainer)

@@ -51,6 +51,13 @@ class Member:
     sequences: int
     seconds: float = 0.0
     updates: int = 0
+    generation: int = 0
+
+    @property
+    def series(self) -> str:
+        """Reports of one series follow each other. A trainer that is started again begins a series, for it goes back to
+        the anchor."""
+        return f"{self.trainer}/{self.generation}"
 
 
 def round_closes(
@@ -122,15 +129,15 @@ def hung(
 
 
 def merge_weights(members: Sequence[Member], by: Literal["samples", "equal"]) -> tuple[float, ...]:
-    """The weight of each member's change. Those of one trainer follow each other, so each of them has the weight of
-    all; the weights of the trainers add up to 1."""
+    """The weight of each member's change. Those of one series follow each other, so each of them has the weight of
+    all; the weights of the series add up to 1."""
     samples: dict[str, int] = {}
     for member in members:
-        samples[member.trainer] = samples.get(member.trainer, 0) + member.sequences
+        samples[member.series] = samples.get(member.series, 0) + member.sequences
     total = sum(samples.values())
     if by == "equal" or not total:
         return (1 / len(samples),) * len(members)
-    return tuple(samples[member.trainer] / total for member in members)
+    return tuple(samples[member.series] / total for member in members)
 
 
 def report_updates(merge_every: MergeEvery, current: int | None, merge_s: float = 0.0, update_s: float = 0.0) -> int:
@@ -165,32 +172,39 @@ def unfit(norms: Mapping[str, float]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Choice:
-    """The members that a round takes, the member that it leaves out, if any, with the reason, and the held-out
-    loss."""
+    """The members that a round takes (none: it is not committed), those that it leaves out, with the reason, and the
+    held-out loss."""
 
     taken: tuple[str, ...]
     rejected: Mapping[str, str]
     loss: float
 
 
-def leave_one_out(members: Sequence[str], loss_of: Callable[[tuple[str, ...]], float], before: float | None) -> Choice:
+def leave_one_out(members: Sequence[str], loss_of: Callable[[tuple[str, ...]], float], before: float) -> Choice:
     """Which members to merge by the held-out loss of the result: all, unless leaving one out mends a rise.
 
     `loss_of` merges and evaluates; `before` is the loss of the anchor. A sole member is taken whatever its loss is: in
     plain training too the loss may rise. Without one of its members a round must be better by more than the tolerance.
+    Weights without a finite loss never take the place of those with one: then the members are taken whose change alone
+    has one, or none.
     """
     everyone = tuple(members)
     loss = loss_of(everyone)
-    fine = math.isfinite(loss) and (before is None or loss <= before * (1 + LOSS_TOLERANCE))
-    if fine or len(members) < 2:
+    if loss <= before * (1 + LOSS_TOLERANCE):
         return Choice(everyone, {}, loss)
-    others = {name: tuple(each for each in members if each != name) for name in members}
-    losses = {name: loss_of(rest) for name, rest in others.items()}
-    finite = {name: found for name, found in losses.items() if math.isfinite(found)}
-    if not finite:
+    ruined = math.isfinite(before) and not math.isfinite(loss)
+    if len(members) > 1:
+        others = {name: tuple(each for each in members if each != name) for name in members}
+        losses = {name: loss_of(rest) for name, rest in others.items()}
+        finite = {name: found for name, found in losses.items() if math.isfinite(found)}
+        worst = min(finite, key=lambda name: finite[name], default=None)
+        if worst is not None and not (math.isfinite(loss) and finite[worst] > loss * (1 - LOSS_TOLERANCE)):
+            reason = f"without it the held-out loss is {finite[worst]:.4f}, with it {loss:.4f}"
+            return Choice(others[worst], {worst: reason}, finite[worst])
+    if not ruined:
         return Choice(everyone, {}, loss)
-    worst = min(finite, key=lambda name: finite[name])
-    if math.isfinite(loss) and finite[worst] > loss * (1 - LOSS_TOLERANCE):
-        return Choice(everyone, {}, loss)
-    reason = f"without it the held-out loss is {finite[worst]:.4f}, with it {loss:.4f}"
-    return Choice(others[worst], {worst: reason}, finite[worst])
+    sound = tuple(name for name in members if math.isfinite(loss_of((name,)))) if len(members) > 2 else ()
+    rest = loss_of(sound) if sound else math.nan
+    taken = sound if math.isfinite(rest) else ()
+    reason = f"the held-out loss with it is not finite, and was {before:.4f}"
+    return Choice(taken, {name: reason for name in members if name not in taken}, rest)

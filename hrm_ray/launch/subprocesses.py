@@ -121,7 +121,6 @@ class _IndependentRun:
             samples_per_update=effective_batch(self.plan),
             samples_per_step=per_step,
             merge_every=every,
-            weights=cluster.merge_weights,
             budget=None if run.step_limit is None else max(1, round(run.step_limit * per_step)),
             epochs=epochs,
             within_block=run.stop_after_block,

@@ -19,6 +19,7 @@ from hrm_ray.independent.assembly import assemble_loop, samples_per_step
 from hrm_ray.independent.calls import AnchorRef
 from hrm_ray.independent.claims import prepare_claims
 from hrm_ray.independent.coordinator import LedgerCoordinator, Merged, MergeRequest, Rules
+from hrm_ray.independent.decisions import Member, merge_weights
 from hrm_ray.independent.trainer import BlockTrainer
 from hrm_ray.independent.weights import anchor_tensors, save_fixed_tensors
 from hrm_ray.launch.plan import make_plan
@@ -130,12 +131,14 @@ class Block:
         if request is None:
             return
         anchor = read_tensors(self.run_dir.root / request.parent.path)
-        merged = self._copied(request) or self._summed(request, anchor)
+        copied = self._copied(request)
+        merged = copied or self._summed(request, anchor)
         path = self.run_dir.independent.anchors / f"round-{request.round:06d}.safetensors"
         save_tensors(merged, path)
         names = tuple(member.name for member in request.members)
         place = path.relative_to(self.run_dir.root).as_posix()
-        self.coordinator.commit(request, Merged(names, {}, {}, place, file_sha256(path), {}, 0.0))
+        made = Merged(names, {}, {}, place, file_sha256(path), {}, 0.0, copied=copied is not None)
+        self.coordinator.commit(request, made)
         self.anchors.append(self.coordinator.anchor)
 
     def _copied(self, request: MergeRequest) -> dict[str, Tensor] | None:
@@ -146,7 +149,8 @@ class Block:
         return read_tensors(self.run_dir.root / whole.weights_path)
 
     def _summed(self, request: MergeRequest, anchor: dict[str, Tensor]) -> dict[str, Tensor]:
-        for member, weight in zip(request.members, request.weights, strict=True):
+        members = [Member(one.name, one.worker, one.sequences, generation=one.generation) for one in request.members]
+        for member, weight in zip(request.members, merge_weights(members, "samples"), strict=True):
             change = self.change(member)
             for name in anchor:
                 anchor[name] += weight * change[name]

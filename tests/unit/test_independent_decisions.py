@@ -103,8 +103,24 @@ def test_a_rise_that_nobody_is_to_blame_for_is_taken() -> None:
 
 
 def test_a_loss_that_is_not_finite_is_mended_where_that_is_possible() -> None:
-    choice = leave_one_out(["a", "b"], lambda names: math.inf if "b" in names else 5.0, None)
+    choice = leave_one_out(["a", "b"], lambda names: math.inf if "b" in names else 5.0, 5.0)
     assert choice.taken == ("a",) and set(choice.rejected) == {"b"}
+
+
+@pytest.mark.parametrize("members", ["a", "ab", "abcd"])
+def test_weights_without_a_finite_loss_take_the_place_of_no_others(members: str) -> None:
+    choice = leave_one_out(list(members), lambda names: math.nan, 5.0)
+    assert choice.taken == () and set(choice.rejected) == set(members)
+    assert leave_one_out(list(members), lambda names: math.nan, math.nan).taken == tuple(members)
+    two_bad = leave_one_out(list("abcd"), lambda names: math.nan if {"a", "c"} & {*names} else 5.2, 5.0)
+    assert two_bad.taken == ("b", "d") and two_bad.loss == 5.2
+
+
+def test_a_trainer_that_was_started_again_is_averaged_with_what_it_reported_before() -> None:
+    """Both began from the same anchor; added up they would be a double step."""
+    members = [Member("r1", "a", 30, generation=1), Member("r2", "a", 10, generation=2)]
+    assert merge_weights(members, "samples") == (0.75, 0.25)
+    assert members[0].series != members[1].series
 
 
 def test_a_block_whose_only_trainer_was_lost_is_not_finished(tmp_path: Path) -> None:
