@@ -45,11 +45,12 @@ def remove_reports(run_dir: RunDir, names: Iterable[str]) -> None:
             _remove(path)
 
 
-def remove_unreported(run_dir: RunDir, ledger: LedgerReader) -> None:
-    """Delete the contributions that are not staged. Only while no trainer writes any."""
-    staged = {run_dir.root / one.path for one in ledger.staged()}
+def remove_unreported(run_dir: RunDir, ledger: LedgerReader, trainer: str | None = None) -> None:
+    """Delete the contributions that are not staged, all or those of one trainer. Only while it writes none."""
+    staged = {one.name for one in ledger.staged()}
     for path in _files(run_dir.independent.contributions):
-        if path not in staged:
+        name = path.name.partition(".")[0]
+        if name not in staged and trainer in (None, name.rsplit("-", 2)[0]):
             _remove(path)
 
 

@@ -102,6 +102,8 @@ class TrainerState:
     reports: int = 0
     rejected: list[str] = field(default_factory=list)
     rejections: int = 0
+    rejected_in_row: int = 0
+    """Reports that the guard rejected since it took one."""
 
 
 class Stale(Exception):
@@ -324,9 +326,14 @@ class LedgerCoordinator:
             for member in request.members:
                 self._reports.pop(member.name, None)
                 state = self.trainers.get(member.worker)
-                if state is not None and member.name not in merged.accepted:
-                    state.rejected.append(member.name)
-                    state.rejections += 1
+                if state is None:
+                    continue
+                if member.name in merged.accepted:
+                    state.rejected_in_row = 0
+                    continue
+                state.rejected.append(member.name)
+                state.rejections += 1
+                state.rejected_in_row += member.name in merged.rejected
             self._closed_s = self._clock()
             self.merging = None
             paces = [state.update_s for state in self.trainers.values() if state.update_s]
@@ -430,7 +437,8 @@ class LedgerCoordinator:
         if self.ledger.any_leased():
             return False
         left = self._left()
-        if not self.trainers or (left is not None and left <= 0):
+        # Trainers that are away come back, unless the run stops.
+        if (self.stop is not None and not self.trainers) or (left is not None and left <= 0):
             return True
         return not self.ledger.has_more(self._allowed, self.rules.epochs)
 

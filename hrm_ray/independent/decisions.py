@@ -31,6 +31,8 @@ MERGE_SHARE = 0.03
 """The share of the time that merging may take under `auto`."""
 MOST_UPDATES = 100
 """Weight updates in a report, at most, unless --merge-every asks for more."""
+MOST_REJECTIONS = 3
+"""A trainer with so many rejected reports in a row is ended: it would use up the attempts of good data."""
 NORM_LIMIT = 3.0
 """A change whose norm is so many times the median of its round is rejected."""
 LOSS_TOLERANCE = 0.01

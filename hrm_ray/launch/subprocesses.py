@@ -14,14 +14,14 @@ from typing import Any
 
 from hrm_ray.bundle.folder_watch import FolderWatch
 from hrm_ray.bundle.progress import STATE
-from hrm_ray.errors import DataError, Fault, HrmRayError
+from hrm_ray.errors import DataError, DivergedError, Fault, HrmRayError
 from hrm_ray.independent.anchor_files import remove_old_anchors, remove_reports, remove_unreported, whole_anchor
 from hrm_ray.independent.anchor_keeper import Evaluated, Written
 from hrm_ray.independent.assembly import samples_per_step
 from hrm_ray.independent.calls import AnchorRef
 from hrm_ray.independent.claims import prepare_claims
 from hrm_ray.independent.coordinator import LedgerCoordinator, Merged, MergeRequest, Rules
-from hrm_ray.independent.decisions import MergeEvery, Watched, hung
+from hrm_ray.independent.decisions import MOST_REJECTIONS, MergeEvery, Watched, hung
 from hrm_ray.independent.processes import ChildProcess, Children
 from hrm_ray.independent.wire import Disconnected
 from hrm_ray.launch.restarts import LASTING, Cause, cause_of
@@ -75,9 +75,10 @@ class _IndependentRun:
         self.sink: MetricSink = display
         self._coordinator: LedgerCoordinator | None = None
         self.fatal: HrmRayError | None = None
+        """With what the run ends once all is saved."""
+        self.failure: HrmRayError | None = None
+        """The first error of a trainer that was not started again. The run fails with it if no trainer is left."""
         self.restarts: list[RestartRecord] = []
-        self.gone: set[str] = set()
-        """Trainers that are not started again."""
         self.evaluated: Evaluated | None = None
         self.saved_round: int | None = None
         self._shown_s = 0.0
@@ -191,9 +192,11 @@ class _IndependentRun:
                         self.children.end(child)
                         self.coordinator.lost(child.name, "it did not leave")
             elif not self.children.trainers:
-                raise self.fatal or HrmRayError(
+                self.fatal = self.failure or HrmRayError(
                     Fault("all trainers", "have ended and are not started again", "Use --resume, or see the messages")
                 )
+                self.coordinator.stop = StopReason.FINISHED  # what they had reported is merged and saved
+                continue
             threading.Event().wait(LOOK_EVERY_S)
 
     def _look(self) -> None:
@@ -240,17 +243,15 @@ class _IndependentRun:
             return
         told = str(error.faults[0]) if error is not None else f"its process ended with code {child.code}"
         coordinator.lost(child.name, told)
-        if error is not None and cause_of(error) in LASTING:
-            self.fatal = self.fatal or error
-            coordinator.stop = coordinator.stop or StopReason.FINISHED
-            return
-        if coordinator.stop is not None:
+        remove_unreported(self.run_dir, self.ledger, child.name)
+        if coordinator.stop is not None or coordinator.finished:
             self._event("WARNING", f"{child.name} has failed at the end of the run: {told}")
             return
-        if len(self.restarts) >= self.settings.cluster.max_failures:
-            self.fatal = self.fatal or error
-            self.gone.add(child.name)
-            self._event("WARNING", f"{child.name} has failed ({told}); the run goes on without it")
+        lasting = error is not None and cause_of(error) in LASTING
+        if lasting or len(self.restarts) >= self.settings.cluster.max_failures:
+            self.failure = self.failure or error
+            without = "; the run goes on without it" if self.children.trainers else ""
+            self._event("WARNING", f"{child.name} has failed ({told}){without}")
             return
         step = coordinator.anchor.round
         cause = Cause.WORKER_LOST if error is None else cause_of(error)
@@ -279,6 +280,7 @@ class _IndependentRun:
         for name, reason in {**merged.rejected, **merged.lost}.items():
             self._event("WARNING", f"a report of {trainers[name]} is not merged, and its samples go back: {reason}")
         remove_reports(self.run_dir, [one.name for one in request.members])
+        self._end_rejected(merged)
         if made is None:
             return
         taken = [one for one in reports if one is not None and one.name in merged.accepted]
@@ -312,6 +314,22 @@ class _IndependentRun:
         self._after_round(request, made.round)
         remove_old_anchors(self.run_dir, self.ledger, self.coordinator.anchor)
 
+    def _end_rejected(self, merged: Merged) -> None:
+        """End trainers whose reports are rejected again and again: their device or their settings are to blame."""
+        for name, state in list(self.coordinator.trainers.items()):
+            child = self.children.trainers.get(name)
+            if child is None or state.rejected_in_row < MOST_REJECTIONS:
+                continue
+            reason = f"had {state.rejected_in_row} reports in a row rejected; the run goes on without it"
+            self._event("WARNING", f"{name} {reason}")
+            self.children.end(child)
+            self.coordinator.lost(name, reason)
+            remove_unreported(self.run_dir, self.ledger, name)
+            if self.failure is None:
+                why = next(iter(merged.rejected.values()))
+                hint = "Give a lower --lr, or see whether its device is sound"
+                self.failure = DivergedError(Fault(name, f"had its reports rejected: {why}", hint))
+
     def _after_round(self, request: MergeRequest, step: int) -> None:
         """The evaluation and the checkpoint that became due in a round."""
         run, before = self.settings.run, request.parent.round
@@ -340,8 +358,13 @@ class _IndependentRun:
         coordinator = self.coordinator
         reason = StopReason.FINISHED if coordinator.finished else coordinator.stop or StopReason.FINISHED
         anchor = coordinator.anchor
-        if self.fatal is not None and self.saved_round is None and not anchor.total_sequences:
+        if self.fatal is not None and not anchor.total_sequences:
             raise self.fatal
+        if not anchor.total_sequences and coordinator.finished:
+            skipped, aside = sum(self.ledger.skipped().values()), sum(o.sequences for o in self.ledger.quarantined())
+            told = f"none of its samples was learned: {skipped} of skipped updates, {aside} that failed too often"
+            hint = "`hrm-ray ledger` names them; a lower --lr avoids updates that are not finite"
+            raise DivergedError(Fault(str(self.run_dir.root), told, hint))
         if not anchor.total_sequences:
             raise StopRequested(reason)
         if reason is StopReason.FINISHED and self.fatal is None:
