@@ -106,11 +106,13 @@ class AnchorKeeper:
         save_tensors(anchor_tensors(self.loop), path)
         return Written(self._relative(path), file_sha256(path))
 
-    def resume(self, checkpoint: Path) -> None:
-        """Go on with the figures of a checkpoint."""
+    def resume(self, checkpoint: Path, best: dict[str, Any] | None = None) -> None:
+        """Go on with the figures of a checkpoint, and with the `best` that a keeper found which died since."""
         extra = load_checkpoint(self.loop, checkpoint)
         self._laid = ""
         self.evaluator.load_state_dict(extra)
+        if best is not None:
+            self.evaluator.best = best
 
     def merge(self, request: MergeRequest) -> Merged:
         """Merge a round: members whose files are whole, without those that the guard rejects."""

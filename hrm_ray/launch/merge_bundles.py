@@ -187,10 +187,11 @@ def _shares(members: Sequence[Path], weights: Sequence[float] | None) -> tuple[f
     if len(weights) != len(members):
         reason = f"{len(weights)} weights for {len(members)} members"
         raise SettingsError(Fault(f"--weights {shown}", reason, "Give one weight for each member"))
-    total = math.fsum(weights)
+    total = sum(weights)  # infinite where math.fsum would raise
     if not all(weight > 0 for weight in weights) or not math.isfinite(total):
         reason = "each must be a finite number above 0"
         raise SettingsError(Fault(f"--weights {shown}", reason, "Leave out a member that shall not count"))
+    total = math.fsum(weights)
     return tuple(weight / total for weight in weights)
 
 

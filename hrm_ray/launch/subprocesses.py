@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
 
@@ -394,6 +394,11 @@ class _IndependentRun:
         failures = 0
         while True:
             try:
+                newest = self.run_dir.newest_whole_checkpoint() if failures and name != "resume" else None
+                if newest is not None:
+                    # The checkpoint may be older than the last evaluation.
+                    best = None if self.evaluated is None else self.evaluated.best
+                    self.children.call_keeper(KEEPER, "resume", (newest, best), self._meanwhile)
                 return self.children.call_keeper(KEEPER, name, arguments, self._meanwhile)
             except Disconnected:
                 failures += 1
@@ -402,10 +407,6 @@ class _IndependentRun:
                     fault = Fault("the process that merges", f"has ended {failures} times during `{name}`", hint)
                     raise HrmRayError(fault) from None
                 self._event("WARNING", "the process that merges has ended, and is started again")
-                newest = self.run_dir.newest_whole_checkpoint()
-                if name != "resume" and newest is not None:
-                    with suppress(Disconnected):  # the next call finds it gone, and counts
-                        self.children.call_keeper(KEEPER, "resume", (newest,), self._meanwhile)
 
     def _meanwhile(self) -> None:
         """While the keeper works, the trainers are looked after."""

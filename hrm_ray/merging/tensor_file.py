@@ -141,7 +141,7 @@ class TensorFile:
             header = json.loads(self._file.read(length))
         except OSError as error:
             raise _unreadable(self.path, error) from error
-        except ValueError:
+        except (ValueError, RecursionError):
             raise self._damaged("its header is not JSON") from None
         texts = header.get(_METADATA, {}) if isinstance(header, dict) else None
         if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
@@ -154,10 +154,11 @@ class TensorFile:
         for name, entry in header.items():
             try:
                 dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-                numbers_fit = all(type(number) is int and number >= 0 for number in (*shape, start, stop))
+                described = all(type(number) is int and number >= 0 for number in (*shape, start, stop))
+                described = described and isinstance(dtype, str)
             except (TypeError, KeyError, ValueError):
-                numbers_fit = False
-            if not numbers_fit:
+                described = False
+            if not described:
                 raise self._damaged(f"the place of {name} is not described")
             if dtype not in _STORED:
                 reason = f"tensor {name} has type {dtype}, which cannot be averaged"

@@ -193,6 +193,7 @@ def test_what_cannot_be_merged_is_named_and_nothing_is_made(folder: Path, tmp_pa
         (("a", "b", "--weights", "1,x"), ("--weights 1,x", "not a list of numbers")),
         (("a", "b", "--weights", "1,0"), ("--weights 1,0", "above 0")),
         (("a", "b", "--weights", "1,nan"), ("--weights 1,nan", "above 0")),
+        (("a", "b", "--weights", "1e308,1e308"), ("--weights 1e+308,1e+308", "finite")),
         (("a", "b", "--base", "a"), ("--base", "is a member too")),
         (("a", "b", "--limit", "3"), ("--limit 3", "--dataset-file")),
         (("a", "b", "--dataset-file", "absent.txt"), ("absent.txt", "no such file")),

@@ -317,7 +317,14 @@ def damaged_files() -> dict[str, bytes]:
         return len(text).to_bytes(8, "little") + text + data
 
     def entry(**changes: Any) -> dict[str, Any]:
-        return {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], **changes}
+        return {
+            "type that is a list": file({"a": {"dtype": [], "shape": [1], "data_offsets": [0, 4]}}, b"1234"),
+            "nested header": file(b"[" * 200_000),
+            "dtype": "F32",
+            "shape": [1],
+            "data_offsets": [0, 4],
+            **changes,
+        }
 
     return {
         "empty": b"",
