@@ -317,19 +317,14 @@ def damaged_files() -> dict[str, bytes]:
         return len(text).to_bytes(8, "little") + text + data
 
     def entry(**changes: Any) -> dict[str, Any]:
-        return {
-            "type that is a list": file({"a": {"dtype": [], "shape": [1], "data_offsets": [0, 4]}}, b"1234"),
-            "nested header": file(b"[" * 200_000),
-            "dtype": "F32",
-            "shape": [1],
-            "data_offsets": [0, 4],
-            **changes,
-        }
+        return {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], **changes}
 
     return {
         "empty": b"",
         "of another kind": b"PK\x03\x04" + b"\x00" * 100,
         "not JSON": file(b"{{{{"),
+        "nested": file(b"[" * 200_000),
+        "a type that is no text": file({"a": entry(dtype=[])}, b"1234"),
         "no object": file([1]),
         "no text": file({"__metadata__": {"a": 1}}),
         "no shape": file({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, b"1234"),
