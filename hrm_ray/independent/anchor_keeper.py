@@ -87,6 +87,7 @@ class AnchorKeeper:
         source = (str(self.settings.data.eval_file), self.settings.data.val_split)
         self.evaluator = Evaluator(self.loop, held_out, source, self.run_dir)
         self.checkpointer = Checkpointer(self.loop, self.run_dir, self.settings.run.keep)
+        self._sampler: Sampler | None = None
         self._guard: EvalSet | None = None
         if samples is not None:
             rows = max(self.settings.optimizer.batch_size, _GUARD_ROWS)
@@ -155,12 +156,14 @@ class AnchorKeeper:
         return Evaluated(self.evaluator.figures, self.evaluator.best, improved)
 
     def sample(self, anchor: AnchorRef) -> str | None:
-        """How the anchor continues --sample-prompt."""
+        """How the anchor continues --sample-prompt; None where it was asked before."""
         prompt = self.settings.run.sample_prompt
         if prompt is None or not isinstance(self.plan.data, TextData):
             return None
         self._lay(anchor)
-        return Sampler(self.loop, TextTokenizer.of_bundle(self.run_dir.root), prompt).sample()
+        if self._sampler is None:
+            self._sampler = Sampler(self.loop, TextTokenizer.of_bundle(self.run_dir.root), prompt)
+        return self._sampler.sample()
 
     def save(self, anchor: AnchorRef, skipped: int) -> None:
         """Write the checkpoint of an anchor."""
