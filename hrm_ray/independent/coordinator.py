@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice, takewhile
 from statistics import median
 
 from hrm_ray.errors import DataError, Fault
@@ -27,6 +28,7 @@ from hrm_ray.independent.calls import (
 )
 from hrm_ray.independent.decisions import (
     LEASE_S,
+    MOST_ROUNDS_BEHIND,
     RENEW_S,
     STOOD_STILL_S,
     WAIT_S,
@@ -222,6 +224,9 @@ class LedgerCoordinator:
             if report.base.sha256 not in self._origins:
                 return Refused(f"report {report.name} comes from no anchor of this run")
             if self.ledger.contribution(report.name) is None:
+                behind = self._rounds_since(report.base)
+                if behind > MOST_ROUNDS_BEHIND:
+                    return Refused(f"report {report.name} comes from an anchor that is {behind} rounds old")
                 try:
                     self._stage(report)
                 except Stale as stale:
@@ -455,6 +460,11 @@ class LedgerCoordinator:
                 return None
             before = report.name
         return report
+
+    def _rounds_since(self, anchor: AnchorRef) -> int:
+        """How many rounds were committed after that of an anchor; one more than is looked for, where there are more."""
+        newest = islice(self.ledger.lineage(), MOST_ROUNDS_BEHIND + 1)
+        return sum(1 for _ in takewhile(lambda one: one.round > anchor.round, newest))
 
     def _member(self, staged: Contribution) -> Member:
         report = self._reports.get(staged.name)

@@ -31,6 +31,9 @@ MERGE_SHARE = 0.03
 """The share of the time that merging may take under `auto`."""
 MOST_UPDATES = 100
 """Weight updates in a report, at most, unless --merge-every asks for more."""
+MOST_ROUNDS_BEHIND = 3
+"""A report is refused whose anchor is older than so many rounds. A trainer lays a newer anchor between any two steps,
+so only one whose single step takes longer than these rounds is so late."""
 MOST_REJECTIONS = 3
 """A trainer with so many rejected reports in a row is ended: it would use up the attempts of good data."""
 NORM_LIMIT = 3.0

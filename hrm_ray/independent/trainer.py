@@ -456,7 +456,7 @@ class BlockTrainer:
         self.loader.draining = True
         try:
             while self._step() is not None:
-                pass
+                self._lay_newer_anchor()  # draining may take longer than several rounds
         finally:
             self.loader.draining = False
 

@@ -16,7 +16,7 @@ from hrm_ray.independent.calls import AnchorRef, Claimed, Joined, Report, Report
 from hrm_ray.independent.coordinator import LedgerCoordinator, Merged, Rules
 from hrm_ray.independent.processes import ChildProcess
 from hrm_ray.launch.subprocesses import _IndependentRun
-from hrm_ray.ledger import BlockLength, Lease, Span, open_ledger
+from hrm_ray.ledger import BlockLength, Lease, Refused, Span, open_ledger
 from hrm_ray.rundir import RunDir
 from hrm_ray.types import Record, StopReason
 from tests.support.block_trainers import plan_of
@@ -41,6 +41,10 @@ class Started:
 
     def end(self, child: ChildProcess) -> None:
         del self.trainers[child.name]
+
+
+class TooLate(Exception):
+    """A report was refused."""
 
 
 class Shell:
@@ -71,7 +75,7 @@ class Shell:
     def close(self) -> None:
         pass
 
-    def report(self, name: str, number: int) -> str:
+    def report(self, name: str, number: int, base: AnchorRef | None = None) -> str:
         """A trainer joins, if it has not, and reports a sample; returns the report's name."""
         state = self.coordinator.trainers.get(name)
         if state is None:
@@ -85,8 +89,12 @@ class Shell:
         said = f"{name}-{generation}-{number}"
         span = Span(lease.epoch, lease.chunk, lease.start, lease.start + 1, False)
         path = f"independent/contributions/{said}.0.safetensors"
-        report = Report(said, name, generation, self.coordinator.anchor, path, "x", (lease,), (span,), 1, 1, 1.0, 1.0)
-        assert isinstance(self.coordinator.report(report), Reported)
+        base = base or self.coordinator.anchor
+        report = Report(said, name, generation, base, path, "x", (lease,), (span,), 1, 1, 1.0, 1.0)
+        answer = self.coordinator.report(report)
+        if isinstance(answer, Refused):
+            raise TooLate(answer.reason)
+        assert isinstance(answer, Reported)
         return said
 
     def fails(self, name: str, error: DivergedError | None) -> None:
@@ -144,3 +152,22 @@ def test_a_trainer_that_is_rejected_again_and_again_is_ended(shell: Shell) -> No
         shell.run._end_rejected(merged)
     assert set(shell.children.trainers) == {"trainer-1"} == set(shell.coordinator.trainers)
     assert isinstance(shell.run.failure, DivergedError)
+
+
+def test_a_report_from_an_anchor_of_many_rounds_ago_is_refused(shell: Shell) -> None:
+    coordinator = shell.coordinator
+    coordinator.rules = Rules(1, 1, merge_every=1, epochs=1)
+    shell.report("trainer-1", 1)
+    for number in range(1, 5):
+        said = shell.report("trainer-0", number)
+        request = coordinator.due()
+        assert request is not None
+        names = tuple(member.name for member in request.members)
+        assert said in names
+        anchor = f"r{number}"
+        coordinator.commit(request, Merged(names, {}, {}, anchor, anchor, {}, 0.1))
+        coordinator._origins.add("a")
+        if number < 4:
+            shell.report("trainer-1", number + 1, base=AnchorRef(0, "a", "a", 0))
+    with pytest.raises(TooLate, match="4 rounds old"):
+        shell.report("trainer-1", 9, base=AnchorRef(0, "a", "a", 0))
