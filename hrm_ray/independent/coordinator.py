@@ -190,7 +190,8 @@ class LedgerCoordinator:
                 return Wait(WAIT_S, self._news(trainer))
             if self.rules.within_block and self._block is None:
                 self._block = given.block
-            return Claimed(self._cut(given, left), self._news(trainer))
+            cut = self._cut(given, left)
+            return cut if isinstance(cut, Refused) else Claimed(cut, self._news(trainer))
 
     def measure(self, lease: Lease, sequences: int) -> Lease | Refused:
         with self._lock:
@@ -414,14 +415,14 @@ class LedgerCoordinator:
             return Refused(f"attempt {lease.attempt} of {lease.worker} at chunk {lease.chunk} is over")
         return held
 
-    def _cut(self, lease: Lease, left: int | None) -> Lease:
+    def _cut(self, lease: Lease, left: int | None) -> Lease | Refused:
         """The lease without what is beyond a report's length, or beyond the samples that are `left` to give out."""
         if lease.end is None:
             return lease
         most = self.report_updates * self.rules.samples_per_update
         end = lease.start + (most if left is None else min(most, left))
         if lease.start < end < lease.end:
-            return _valid(self.ledger.split(lease, end))
+            return self.ledger.split(lease, end)
         return lease
 
     def _left(self) -> int | None:
