@@ -165,7 +165,8 @@ def report_updates(merge_every: MergeEvery, current: int | None, merge_s: float 
 def unfit(norms: Mapping[str, float]) -> dict[str, str]:
     """Members that a round rejects for the norms of their changes, with the reason."""
     rejected = {name: "its change is not finite" for name, norm in norms.items() if not math.isfinite(norm)}
-    sound = {name: norm for name, norm in norms.items() if name not in rejected}
+    # A change of nothing, all of whose updates were skipped, does no harm and says nothing of the others.
+    sound = {name: norm for name, norm in norms.items() if name not in rejected and norm > 0}
     if len(sound) < 3:
         return rejected  # of two nobody can say which is the odd one
     middle = median(sound.values())

@@ -79,6 +79,8 @@ def test_an_outlier_is_rejected_by_its_norm_only_among_three() -> None:
     assert set(unfit({"a": 1.0, "b": 1.1, "c": 3.4})) == {"c"}
     assert unfit({"a": 1.0, "b": 50.0}) == {}
     assert set(unfit({"a": 1.0, "b": math.nan})) == {"b"}
+    assert unfit({"a": 0.0, "b": 0.0, "c": 1.0}) == {}
+    assert set(unfit({"a": 0.0, "b": 1.0, "c": 1.0, "d": 4.0, "e": 0.0})) == {"d"}
 
 
 @pytest.mark.parametrize(("bad", "before"), [("b", 2.0), ("c", 2.0)])
