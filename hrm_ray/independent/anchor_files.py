@@ -7,6 +7,7 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
+from hrm_ray.atomic_files import atomic_write
 from hrm_ray.independent.calls import AnchorRef
 from hrm_ray.ledger import LedgerReader, Round
 from hrm_ray.rundir import RunDir, file_sha256
@@ -14,12 +15,35 @@ from hrm_ray.rundir import RunDir, file_sha256
 KEPT_ANCHORS = 3
 """Newest anchors that stay: a trainer may be reading the one before, and recovery goes back where the newest is
 damaged."""
-_WEIGHTS, _MOMENTUM = ".safetensors", ".momentum.safetensors"
+_WEIGHTS, _MOMENTUM, _CHECKSUM = ".safetensors", ".momentum.safetensors", ".sha256"
 
 
 def momentum_of(anchor: Path) -> Path:
     """The momentum of the outer step beside an anchor."""
     return anchor.with_name(anchor.name.replace(_WEIGHTS, _MOMENTUM))
+
+
+def seal_momentum(anchor: Path, checksum: str) -> None:
+    """Write the sha256 of an anchor's momentum beside it."""
+    momentum = momentum_of(anchor)
+    with atomic_write(momentum.with_name(momentum.name + _CHECKSUM)) as file:
+        file.write(checksum.encode())
+
+
+def whole_momentum(anchor: Path) -> bool:
+    """Whether an anchor's momentum is there as it was written."""
+    momentum = momentum_of(anchor)
+    try:
+        sealed = momentum.with_name(momentum.name + _CHECKSUM).read_bytes().decode("ascii", "replace")
+        return file_sha256(momentum) == sealed
+    except FileNotFoundError:
+        return False
+
+
+def remove_anchor(anchor: Path) -> None:
+    """Delete an anchor that no round names."""
+    for path in anchor.parent.glob(f"{anchor.name.removesuffix(_WEIGHTS)}.*"):
+        _remove(path)
 
 
 def whole_anchor(run_dir: RunDir, round_: Round) -> bool:
@@ -34,7 +58,7 @@ def remove_old_anchors(run_dir: RunDir, ledger: LedgerReader, anchor: AnchorRef)
     kept = {run_dir.root / anchor.path}
     kept |= {run_dir.root / one.anchor for one in islice(ledger.lineage(), KEPT_ANCHORS)}
     for path in _files(run_dir.independent.anchors):
-        if path.with_name(path.name.replace(_MOMENTUM, _WEIGHTS)) not in kept:
+        if path.with_name(path.name.removesuffix(_CHECKSUM).replace(_MOMENTUM, _WEIGHTS)) not in kept:
             _remove(path)
 
 

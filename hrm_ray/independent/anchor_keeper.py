@@ -20,7 +20,7 @@ from hrm_ray.data.prepare import PuzzlePlan, open_puzzle_sets
 from hrm_ray.data.text_data import TextDataDir
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataError
-from hrm_ray.independent.anchor_files import momentum_of
+from hrm_ray.independent.anchor_files import momentum_of, remove_anchor, seal_momentum, whole_momentum
 from hrm_ray.independent.assembly import assemble_loop
 from hrm_ray.independent.calls import AnchorRef
 from hrm_ray.independent.coordinator import Merged, MergeRequest
@@ -136,7 +136,7 @@ class AnchorKeeper:
         seconds = time.monotonic() - began_s
         if not members:
             merge.discard_all_but(())
-            return Merged((), rejected, lost, "", "", figures, seconds)
+            return Merged((), rejected, lost, "", "", figures, seconds, warnings=merge.warnings)
         made = merge.result(members)
         merge.discard_all_but(names)
         if figures:
@@ -144,7 +144,8 @@ class AnchorKeeper:
         if made.lora is not None and made.lora.product > 0:
             figures["lora_residual"] = made.lora.residual / made.lora.product
         seconds = time.monotonic() - began_s
-        return Merged(names, rejected, lost, self._relative(made.path), made.sha256, figures, seconds, made.copied)
+        path = self._relative(made.path)
+        return Merged(names, rejected, lost, path, made.sha256, figures, seconds, made.copied, merge.warnings)
 
     def evaluate(self, anchor: AnchorRef) -> Evaluated | None:
         """Held-out figures of an anchor, whose weights go into best/ where they are the best; None without data."""
@@ -252,6 +253,13 @@ class _RoundMerge:
         self._made: dict[tuple[str, ...], _Made] = {}
         self._everyone: tuple[str, ...] | None = None
         self._best: tuple[tuple[str, ...], float] | None = None
+        momentum, needed = momentum_of(parent), bool(keeper.outer.momentum)
+        self._momentum = momentum if needed and whole_momentum(parent) else None
+        self.warnings = (
+            (f"{momentum.name} is not what was written: the outer step begins again without momentum",)
+            if needed and self._momentum is None and momentum.is_file()
+            else ()
+        )
 
     def norms(self, members: Sequence[Contribution]) -> list[tuple[str, MemberFigures]]:
         """The figures of each member's change."""
@@ -284,9 +292,7 @@ class _RoundMerge:
             self._discard(tried)
 
     def _discard(self, names: tuple[str, ...]) -> None:
-        path = self._made.pop(names).path
-        path.unlink(missing_ok=True)
-        momentum_of(path).unlink(missing_ok=True)
+        remove_anchor(self._made.pop(names).path)
 
     def _merged(self, members: Sequence[Contribution]) -> _Made:
         names = tuple(one.name for one in members)
@@ -308,14 +314,15 @@ class _RoundMerge:
                 for one, member, weight in zip(members, weighed, weights, strict=True)
             ]
         path = keeper.run_dir.independent.new_anchor(request.round)
-        momentum = momentum_of(self._parent)
         report = merge_deltas(
-            AnchorFiles(self._parent, momentum if momentum.is_file() else None),
+            AnchorFiles(self._parent, self._momentum),
             files,
             outer,
             AnchorFiles(path, momentum_of(path) if outer.momentum else None),
             metadata=_metadata(request, names=[one.name for one in members]),
         )
+        if report.momentum_sha256 is not None:
+            seal_momentum(path, report.momentum_sha256)
         figures = report.members if len(files) == len(members) else report.members * len(members)
         return _Made(path, report.sha256, figures, report.lora, copied=sole is not None)
 

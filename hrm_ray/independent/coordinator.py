@@ -78,7 +78,7 @@ class Merged:
     missing or damaged) have reasons. Without accepted members there is no new anchor (`path` is empty).
 
     `figures` are those of the held-out data, empty where there is none; `seconds` all that it took. `copied`: the
-    anchor is the weights of the request's whole report, to the bit.
+    anchor is the weights of the request's whole report, to the bit. `warnings` are for people.
     """
 
     accepted: tuple[str, ...]
@@ -89,6 +89,7 @@ class Merged:
     figures: Mapping[str, float]
     seconds: float
     copied: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass

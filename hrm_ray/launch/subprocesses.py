@@ -277,6 +277,8 @@ class _IndependentRun:
             self._save()  # before the first round, so that a run that is killed from now on can be resumed
         self.watch.check()
         made = self.coordinator.commit(request, merged)
+        for warning in merged.warnings:
+            self._event("WARNING", warning)
         for name, reason in {**merged.rejected, **merged.lost}.items():
             self._event("WARNING", f"a report of {trainers[name]} is not merged, and its samples go back: {reason}")
         remove_reports(self.run_dir, [one.name for one in request.members])
