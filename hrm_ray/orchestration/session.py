@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import importlib
 import logging
 import os
@@ -240,8 +239,6 @@ class Session:
         if self._thread.ident is not None:  # it was started
             self._thread.join(CLOSE_TIMEOUT_S if self._ready.is_set() or self.private else 0.0)
         _end(processes)
-        # Handles in cycles go while Ray is not connected: those of the next cluster have the same ids.
-        gc.collect()
         self._environment.undo()
         if self._owns_connection:
             self._owns_connection = False

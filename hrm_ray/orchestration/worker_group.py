@@ -250,18 +250,6 @@ def _check_nodes(session: Session, request: ResourceRequest, plan: RunPlan) -> N
     check_nodes(need, ask_nodes(plan.bundle, list(need.versions)), session.where)
 
 
-def _forget_frames(error: BaseException) -> None:
-    """Drop the tracebacks of an error that outlives its attempt: their frames hold handles of actors and objects."""
-    seen: set[int] = set()
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        one = waiting.pop()
-        if one is not None and id(one) not in seen:
-            seen.add(id(one))
-            one.__traceback__ = None
-            waiting += [one.__cause__, one.__context__]
-
-
 def _event(message: str, level: str = "WARNING", step: int = 0) -> Record:
     return Record("event", step, time.time(), {"message": message, "level": level})
 
@@ -348,15 +336,11 @@ class WorkerGroupRun:
             self._leave_fit.set()
             if self._fit.ident is not None:
                 self._fit.join(END_WAIT_S)  # No thread may wait for Ray when it is shut down.
-            # Actors of the next cluster get the same ids: a handle that is deleted then would end one of them.
-            self._monitor = self._hang_watch.monitor = None
-            self._config = {}
 
     def _failed(self, error: HrmRayError) -> Failed:
         plan = self._plan
         batch_size = plan.settings.optimizer.batch_size
         step = self._sink.step
-        _forget_frames(error)
         with suppress(OSError):  # The disk may be what failed.
             # The last records may not have arrived.
             step = max([step, *RunDir(plan.bundle).checkpoint_steps()])
