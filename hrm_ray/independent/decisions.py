@@ -187,7 +187,8 @@ class Choice:
 
 
 def leave_one_out(members: Sequence[str], loss_of: Callable[[tuple[str, ...]], float], before: float) -> Choice:
-    """Which members to merge by the held-out loss of the result: all, unless leaving one out mends a rise.
+    """Choose the members of a round by the held-out loss of the merge: all, unless the loss rises and does not without
+    one of them.
 
     `loss_of` merges and evaluates; `before` is the loss of the anchor. A sole member is taken whatever its loss is: in
     plain training too the loss may rise. Without one of its members a round must be better by more than the tolerance.

@@ -293,8 +293,8 @@ def _rows_note(rows: Sequence[str], bundles: Sequence[RunDir]) -> str:
 def _check_start(everyone: Sequence[_Source], force: bool) -> list[str]:
     """Raises DataError unless all began from the same weights, as far as that can be seen; with `force` it is noted.
 
-    H_init and L_init are drawn with the first weights and never trained, so equal ones show one start. Models without
-    them are told by their runs' settings.
+    H_init and L_init are drawn with the first weights and never trained, so equal ones show one start. For models
+    without them the settings of their runs decide.
     """
     first, *others = everyone
     for other in others:
