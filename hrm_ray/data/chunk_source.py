@@ -21,7 +21,7 @@ from hrm_ray.data.corpus import Corpus, CorpusReading
 from hrm_ray.data.order import ChunkOrder
 from hrm_ray.data.text_store import ChunkCache, TextStore, tokenise
 from hrm_ray.data.tokenizer import TextTokenizer
-from hrm_ray.types import StopPoll, StopRequested
+from hrm_ray.types import StopPoll, StopReason, StopRequested
 
 AHEAD = 2
 """Chunks that are read and tokenised before they are asked for."""
@@ -305,7 +305,8 @@ class _Prefetcher:
             with self._changed:
                 while not self._ready:
                     reason = self._stop()
-                    if reason is not None:
+                    # A resize waits for the next checkpoint.
+                    if reason not in (None, StopReason.RESIZE):
                         raise StopRequested(reason)
                     self._changed.wait(STOP_CHECK_INTERVAL_S)
                 item = self._ready.popleft()

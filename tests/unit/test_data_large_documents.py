@@ -17,6 +17,7 @@ from hrm_ray.data.chunks import FIRST
 from hrm_ray.data.rows import Document
 from hrm_ray.data.text_store import TextStore, load_store, save_store, tokenise
 from hrm_ray.data.tokenizer import TextTokenizer
+from hrm_ray.types import StopReason, StopRequested
 
 LINES = "".join(f"line {number} of a long document\n" for number in range(20_000))
 
@@ -89,3 +90,25 @@ def test_fewer_large_chunks_are_made_ahead(size_bytes: int, ahead: int, monkeypa
         assert len(made) <= taken + 1 + ahead
     prefetcher.close()
     assert made == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("reason", [StopReason.RESIZE, StopReason.SIGTERM])
+def test_a_wait_for_a_chunk_ends_for_a_stop_and_not_for_a_resize(reason: StopReason) -> None:
+    asked = threading.Event()
+    store = tokenise([Document("a text", "x", 0)], train_bpe([LINES[:999]], 300, 10))
+
+    def stop() -> StopReason:
+        asked.set()
+        return reason
+
+    def items() -> Iterator[Chunk]:
+        assert asked.wait(60)
+        yield Chunk(ChunkEntry(FIRST, 1, 0, 0, 6, "", True, RowPosition(1, 0)), store, position=0)
+
+    prefetcher = _Prefetcher(items(), stop)
+    if reason is StopReason.RESIZE:
+        assert len(list(prefetcher)) == 1
+    else:
+        with pytest.raises(StopRequested):
+            list(prefetcher)
+    prefetcher.close()
