@@ -50,6 +50,15 @@ class ChildProcess:
         """Its exit code; None while it lives."""
         return self.process.poll()
 
+    @property
+    def identity(self) -> int:
+        """The number of the process."""
+        return self.process.pid
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.process.kill()
+
 
 class Children:
     """All processes that this one has started. Closing ends those that are left."""

@@ -19,7 +19,7 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 LAUNCHERS = {
     "local": "hrm_ray.launch.local",
     "ray": "hrm_ray.orchestration.worker_group",
-    "subprocess": "hrm_ray.launch.subprocesses",
+    "subprocess": "hrm_ray.launch.independent_run",
 }
 """--launcher -> module, imported when it is used. Its function `run(plan, *, sink, stop)` gives a RunResult. That of a
 launcher with a cluster has `attached()` too, whether the program has connected this process to a cluster itself, and

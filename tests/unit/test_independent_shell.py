@@ -15,7 +15,7 @@ from hrm_ray.errors import DivergedError, Fault
 from hrm_ray.independent.calls import AnchorRef, Claimed, Joined, Report, Reported
 from hrm_ray.independent.coordinator import LedgerCoordinator, Merged, Rules
 from hrm_ray.independent.processes import ChildProcess
-from hrm_ray.launch.subprocesses import _IndependentRun
+from hrm_ray.launch.independent_run import IndependentRun
 from hrm_ray.ledger import BlockLength, Lease, Refused, Span, open_ledger
 from hrm_ray.rundir import RunDir
 from hrm_ray.types import Record, StopReason
@@ -58,7 +58,7 @@ class Shell:
         ledger.end_data()
         watch = opened.enter_context(closing(FolderWatch(plan.bundle)))
         self.children = Started()
-        self.run = _IndependentRun(plan, self, lambda: None, watch, ledger, self.children, opened)  # type: ignore[arg-type]
+        self.run = IndependentRun(plan, self, lambda: None, watch, ledger, self.children, opened)  # type: ignore[arg-type]
         rules = Rules(1, 1, merge_every="end", epochs=1)
         start = AnchorRef(0, "a", "a", 0)
         self.coordinator = LedgerCoordinator(ledger, start, rules, lambda epoch, place: place % 9, lambda: 0.0)

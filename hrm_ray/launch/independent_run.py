@@ -1,16 +1,17 @@
-"""The launcher of independent trainers: each is a process on this machine, and so is the keeper of anchors.
+"""A run of independent trainers, whatever starts them: from its start or resume to its end.
 
-This process owns the ledger and the files of the run. It answers the trainers in a thread for each, and between two
-looks at the processes it has the rounds merged that are due.
+This process owns the ledger and the files of the run. Between two looks at the trainers it has the rounds merged that
+are due. `run` is the launcher whose trainers, and the keeper of anchors, are processes on this machine.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from hrm_ray.bundle.folder_watch import FolderWatch
 from hrm_ray.bundle.progress import STATE
@@ -18,11 +19,11 @@ from hrm_ray.errors import DataError, DivergedError, Fault, HrmRayError
 from hrm_ray.independent.anchor_files import remove_old_anchors, remove_reports, remove_unreported, whole_anchor
 from hrm_ray.independent.anchor_keeper import Evaluated, Written
 from hrm_ray.independent.assembly import samples_per_step
-from hrm_ray.independent.calls import AnchorRef
+from hrm_ray.independent.calls import AnchorRef, Coordinator
 from hrm_ray.independent.claims import prepare_claims
 from hrm_ray.independent.coordinator import LedgerCoordinator, Merged, MergeRequest, Rules
 from hrm_ray.independent.decisions import MOST_REJECTIONS, MergeEvery, Watched, hung
-from hrm_ray.independent.processes import ChildProcess, Children
+from hrm_ray.independent.processes import Children
 from hrm_ray.independent.wire import Disconnected
 from hrm_ray.launch.restarts import LASTING, Cause, cause_of
 from hrm_ray.ledger import Ledger, Refused, open_ledger
@@ -45,17 +46,84 @@ LEAVE_S = 60.0
 KEEPER = "anchors"
 
 
+class TrainerHandle(Protocol):
+    """A trainer that was started: its name, its number among the trainers, and what it said about its failure."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def failure(self) -> HrmRayError | None: ...
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code; None while it lives."""
+
+    @property
+    def identity(self) -> Hashable:
+        """Another one when it is started again."""
+
+    def kill(self) -> None:
+        """End it at once, whatever it does; `Workers.take_ended` gives it when it has ended."""
+
+
+class Workers(Protocol):
+    """The trainers and the keeper of anchors, as a launcher starts them. Closing ends those that are left."""
+
+    @property
+    def trainers(self) -> Mapping[str, TrainerHandle]:
+        """The trainers whose end was not taken yet."""
+
+    def start_trainer(self, name: str, number: int) -> None:
+        """Start a trainer, which loads its libraries and waits until it is served."""
+
+    def serve(self, coordinator: Coordinator) -> None:
+        """Let the trainers that were started since the last call begin; their calls go to `coordinator`."""
+
+    def take_ended(self) -> Sequence[TrainerHandle]:
+        """The trainers that have ended since the last call, with all that they had said taken in."""
+
+    def end(self, child: Any) -> None:
+        """End a trainer, and forget it."""
+
+    def call_keeper(self, name: str, call: str, arguments: Sequence[Any], meanwhile: Callable[[], None]) -> Any:
+        """Call the keeper of anchors, started where there is none; `meanwhile` is called while it works.
+
+        Raises Disconnected where it ends, and the error that it answers with.
+        """
+
+    def close(self) -> None:
+        """End all."""
+
+
 def run(plan: RunPlan, *, sink: MetricSink, stop: StopPoll) -> RunResult:
-    """Train with independent trainers. Raises HrmRayError, and StopRequested for a stop before the first merge."""
+    """Train with independent trainers in processes of this machine. Raises HrmRayError, and StopRequested for a stop
+    before the first merge."""
+    return run_with(Children, plan, sink=sink, stop=stop)
+
+
+def run_with(
+    start: Callable[[RunPlan], Workers],
+    plan: RunPlan,
+    *,
+    sink: MetricSink,
+    stop: StopPoll,
+    begun: Callable[[], None] = lambda: None,
+) -> RunResult:
+    """Train with the trainers that `start` gives; `begun` is called when the files of the run are open. Raises as
+    `run`."""
     with ExitStack() as opened:
         watch = opened.enter_context(closing(FolderWatch(plan.bundle)))
         watch.take_generation()
         ledger = opened.enter_context(closing(open_ledger(RunDir(plan.bundle).ledger)))
-        children = opened.enter_context(closing(Children(plan)))
-        return _IndependentRun(plan, sink, stop, watch, ledger, children, opened).run()
+        workers = opened.enter_context(closing(start(plan)))
+        return IndependentRun(plan, sink, stop, watch, ledger, workers, opened, begun).run()
 
 
-class _IndependentRun:
+class IndependentRun:
     """One run of independent trainers, from its start or resume to its end."""
 
     def __init__(
@@ -65,11 +133,12 @@ class _IndependentRun:
         stop: StopPoll,
         watch: FolderWatch,
         ledger: Ledger,
-        children: Children,
+        children: Workers,
         opened: ExitStack,
+        begun: Callable[[], None] = lambda: None,
     ) -> None:
         self.plan, self.display, self.stop, self.watch, self.ledger = plan, display, stop, watch, ledger
-        self.children, self.opened = children, opened
+        self.children, self.opened, self._begun = children, opened, begun
         self.settings, self.run_dir = plan.settings, RunDir(plan.bundle)
         self.names = [f"trainer-{number}" for number in range(plan.world_size)]
         self.sink: MetricSink = display
@@ -99,6 +168,7 @@ class _IndependentRun:
             self.ledger, anchor, self._rules(), order, time.monotonic, renew_every_s=RENEW_EVERY_S
         )
         self._open_files(anchor)
+        self._begun()
         self.children.serve(self.coordinator)
         self._train()
         return self._end()
@@ -210,7 +280,7 @@ class _IndependentRun:
             self._event("WARNING", f"{name} was silent for the length of a lease; what it had not reported goes back")
             child = self.children.trainers.get(name)
             if child is not None:
-                child.process.kill()  # it is frozen; its end is seen below, and it is started again
+                child.kill()  # it is frozen; its end is seen below, and it is started again
         self._end_hung()
         for child in self.children.take_ended():
             self._ended(child)
@@ -225,15 +295,15 @@ class _IndependentRun:
         for name, child in self.children.trainers.items():
             state = self.coordinator.trainers.get(name)
             if state is None or state.progress is None:
-                done[name] = (child.process.pid, state is None), "starting"
+                done[name] = (child.identity, state is None), "starting"
             else:
-                done[name] = (child.process.pid, state.generation, state.progress.marks), state.progress.phase
+                done[name] = (child.identity, state.generation, state.progress.marks), state.progress.phase
         self._watched, hangs = hung(self._watched, done, time.monotonic(), self.settings.cluster.hang_after_s)
         for name, stood_s in hangs.items():
             self._event("WARNING", f"{name} has made no progress for {stood_s:.0f} s ({done[name][1]}) and is ended")
-            self.children.trainers[name].process.kill()
+            self.children.trainers[name].kill()
 
-    def _ended(self, child: ChildProcess) -> None:
+    def _ended(self, child: TrainerHandle) -> None:
         """A trainer's process has ended: in order, or it is started again, or the run goes on without it."""
         coordinator, left = self.coordinator, child.name not in self.coordinator.trainers
         error = child.failure
@@ -261,7 +331,7 @@ class _IndependentRun:
         self._write("event", {"level": "WARNING", "message": message, **restart.values()})
         self._start_again(child)
 
-    def _start_again(self, child: ChildProcess) -> None:
+    def _start_again(self, child: TrainerHandle) -> None:
         self.children.start_trainer(child.name, child.number)
         self.children.serve(self.coordinator)
 
