@@ -120,7 +120,7 @@ def decide(ending: Ending, before: Sequence[Ending], policy: RestartPolicy, room
     if len(before) >= policy.max_failures:
         return GiveUp(ending.error, f"--max-failures {policy.max_failures} is reached")
     same = [earlier for earlier in before if earlier.cause is ending.cause]
-    here = [earlier for earlier in same if earlier.step == ending.step and _as_large(earlier, ending)]
+    here = [earlier for earlier in same if _alike(earlier, ending)]
     batch_size, wait_s = ending.batch_size, 0.0
     if ending.cause in WAITING:
         if len(here) >= len(WAITS_S):
@@ -147,6 +147,10 @@ def decide(ending: Ending, before: Sequence[Ending], policy: RestartPolicy, room
     return Restart(workers, batch_size, wait_s)
 
 
-def _as_large(earlier: Ending, ending: Ending) -> bool:
-    """Whether the earlier attempt had the same workers and micro-batches: with others the step is another trial."""
-    return (earlier.world_size, earlier.batch_size) == (ending.world_size, ending.batch_size)
+def _alike(earlier: Ending, ending: Ending) -> bool:
+    """Whether two failures of one cause come from the same step of the same training: with other workers or
+    micro-batches the step is another trial, and the loss of another actor is another failure."""
+    if earlier.cause is Cause.ACTOR_LOST and earlier.error.faults[0].value != ending.error.faults[0].value:
+        return False
+    was, now = ((e.step, e.world_size, e.batch_size) for e in (earlier, ending))
+    return was == now

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,6 +56,15 @@ def ending(cause: Cause, step: int = 7, batch_size: int = 4, world_size: int = 2
 )
 def test_the_kind_of_an_error_says_the_cause(kind: type[HrmRayError], cause: Cause) -> None:
     assert cause_of(kind(Fault("a", "b", ""))) is cause
+
+
+@pytest.mark.parametrize("cause", [Cause.ACTOR_LOST, Cause.WORKER_LOST])
+def test_the_loss_of_another_actor_at_the_same_step_is_another_failure(cause: Cause) -> None:
+    """Of workers it does not matter which one was lost first."""
+    other = replace(ending(cause), error=HrmRayError(Fault("worker 0", "the process died", "Use --resume")))
+    again = decide(other, [ending(cause)], FIXED, 2)
+    assert isinstance(again, Restart if cause is Cause.ACTOR_LOST else GiveUp)
+    assert isinstance(decide(other, [ending(cause), other], FIXED, 2), GiveUp)
 
 
 @pytest.mark.parametrize("cause", sorted(LASTING))
