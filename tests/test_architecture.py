@@ -34,13 +34,15 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "train": _MIDDLE | {"bundle", "inference"},
     "independent": _MIDDLE | {"bundle", "merging", "train"},
     "launch": _MIDDLE | {"bundle", "merging", "train", "independent"},
-    "orchestration": _MIDDLE | {"bundle", "train", "launch"},
+    "orchestration": _MIDDLE | {"bundle", "train", "independent", "launch"},
     "cli": _MIDDLE | {"bundle", "inference", "train", "launch", "orchestration"},
 }
 """Layer -> layers below it that it may import (its own is always allowed)."""
 
 DOTTED_NAME = re.compile(r"hrm_ray(\.\w+)+(:\w+)?")
-NAMED_UPWARD = frozenset({("hrm_ray.launch.devices", "hrm_ray.orchestration.worker_group")})
+NAMED_UPWARD = frozenset(
+    ("hrm_ray.launch.devices", f"hrm_ray.orchestration.{name}") for name in ("worker_group", "independent_launcher")
+)
 """Modules of a layer above that a table names, to be loaded when they are asked for: the launchers."""
 RAY_ONLY_IN = frozenset({"orchestration"})
 NO_TORCH_IN = frozenset({"foundation", "settings", "data", "metrics", "ledger", "merging"})

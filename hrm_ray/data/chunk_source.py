@@ -180,6 +180,10 @@ class ChunkPipeline:
         finally:
             self._unwanted = False
 
+    def close(self) -> None:
+        """Release the catalog's file."""
+        self.catalog.close()
+
     def _check_wanted(self, reading: CorpusReading) -> None:
         if self._unwanted:
             raise _Unwanted

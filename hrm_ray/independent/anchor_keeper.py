@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,12 @@ class AnchorKeeper:
             self._guard = EvalSet(samples, rows, -(-GUARD_SAMPLES // rows), GUARD_SAMPLES)
         self._losses: dict[str, float] = {}
         """Held-out losses of anchors by their sha256."""
+
+    @property
+    def methods(self) -> Mapping[str, Callable[..., Any]]:
+        """The calls by their names."""
+        own = (self.begin, self.resume, self.merge, self.evaluate, self.sample, self.save, self.finish)
+        return {method.__name__: method for method in own}
 
     def begin(self, checkpoint: Path | None) -> Written:
         """Write the first anchor of a run, from its first weights or from a checkpoint, and the tensors that are not

@@ -5,8 +5,12 @@ from __future__ import annotations
 from hrm_ray.data.prepare import PuzzlePlan, open_puzzle_sets
 from hrm_ray.data.text_data import TextDataDir
 from hrm_ray.data.tokenizer import TextTokenizer
+from hrm_ray.independent.bundle_files import BundleFiles, SharedFiles
+from hrm_ray.independent.calls import Coordinator
+from hrm_ray.independent.trainer import BlockTrainer
 from hrm_ray.independent.weights import load_fixed_tensors
 from hrm_ray.log_filters import silence_unused_kernels
+from hrm_ray.metrics.jsonl import JsonlSink
 from hrm_ray.rundir import RunDir
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.claimed_rows import ClaimedPuzzles, ClaimedText
@@ -28,7 +32,39 @@ def claimed_rows(plan: RunPlan) -> ClaimedText | ClaimedPuzzles:
     return ClaimedText(pipeline, text.form, tokenizer.pad_id, seed=seed, shuffle_rows=text.shuffle_rows)
 
 
-def assemble_loop(plan: RunPlan, number: int = 0, *, starts: bool = False) -> TrainingLoop:
+def block_trainer(
+    plan: RunPlan,
+    name: str,
+    number: int,
+    coordinator: Coordinator,
+    files: BundleFiles | None = None,
+    rows: ClaimedText | ClaimedPuzzles | None = None,
+) -> BlockTrainer:
+    """A trainer on this process's device, with the files and rows of the plan's bundle unless others are given."""
+    files = files or SharedFiles(RunDir(plan.bundle))
+    files.fetch_state(name)
+    folder = files.run_dir.independent.trainer(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    return BlockTrainer(
+        name,
+        assemble_loop(plan, number, files=files, rows=rows),
+        files.run_dir,
+        coordinator,
+        samples_per_update=samples_per_step(plan),
+        log_every=plan.settings.run.log_every,
+        sink=JsonlSink(RunDir(folder).metrics),
+        files=files,
+    )
+
+
+def assemble_loop(
+    plan: RunPlan,
+    number: int = 0,
+    *,
+    starts: bool = False,
+    files: BundleFiles | None = None,
+    rows: ClaimedText | ClaimedPuzzles | None = None,
+) -> TrainingLoop:
     """A loop on this process's device over claimed ranges; its loader is to be closed. `number` is that of the trainer:
     each draws its dropout from a seed of its own.
 
@@ -37,11 +73,14 @@ def assemble_loop(plan: RunPlan, number: int = 0, *, starts: bool = False) -> Tr
     """
     silence_unused_kernels()
     world = World.here(plan.device, plan.threads, keep_freed=plan.keep_freed_memory)
-    fixed = RunDir(plan.bundle).independent.fixed
+    run_dir = RunDir(plan.bundle)
+    fixed = run_dir.independent.fixed
+    if files is not None:
+        fixed = files.fetch(fixed.relative_to(run_dir.root).as_posix())
     loop = assemble(
         plan.settings,
         plan.config,
-        claimed_rows(plan),
+        claimed_rows(plan) if rows is None else rows,
         world,
         plan.schedule_steps,
         resumes=not starts,

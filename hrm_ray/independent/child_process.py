@@ -8,10 +8,11 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Client, Connection
 from typing import Any, TypeAlias
 
-from hrm_ray.independent.wire import FAILED, Disconnected, RemoteCoordinator, expected, packed, serve_one
+from hrm_ray.independent.wire import FAILED, Disconnected, RemoteCoordinator, call, expected, packed, serve_one
 
 Work: TypeAlias = Callable[[dict[str, Any], Connection], None]
 
@@ -39,27 +40,13 @@ def main() -> int:
 
 
 def _load_trainer() -> Work:
-    from hrm_ray.independent.assembly import assemble_loop, samples_per_step
-    from hrm_ray.independent.trainer import BlockTrainer
-    from hrm_ray.metrics.jsonl import JsonlSink
-    from hrm_ray.rundir import RunDir
+    from hrm_ray.independent.assembly import block_trainer
     from hrm_ray.train.plan import RunPlan
 
     def train(task: dict[str, Any], connection: Connection) -> None:
-        plan, name = RunPlan.from_plain(task["plan"]), task["name"]
+        plan = RunPlan.from_plain(task["plan"])
         connection.recv()  # the first anchor is there
-        run_dir = RunDir(plan.bundle)
-        folder = run_dir.independent.trainer(name)
-        folder.mkdir(parents=True, exist_ok=True)
-        BlockTrainer(
-            name,
-            assemble_loop(plan, task["number"]),
-            run_dir,
-            RemoteCoordinator(connection),
-            samples_per_update=samples_per_step(plan),
-            log_every=plan.settings.run.log_every,
-            sink=JsonlSink(RunDir(folder).metrics),
-        ).run()
+        block_trainer(plan, task["name"], task["number"], RemoteCoordinator(partial(call, connection))).run()
 
     return train
 
@@ -70,18 +57,9 @@ def _load_keeper() -> Work:
 
     def keep_anchors(task: dict[str, Any], connection: Connection) -> None:
         keeper = AnchorKeeper(RunPlan.from_plain(task["plan"]))
-        methods: dict[str, Callable[..., Any]] = {
-            "begin": keeper.begin,
-            "resume": keeper.resume,
-            "merge": keeper.merge,
-            "evaluate": keeper.evaluate,
-            "sample": keeper.sample,
-            "save": keeper.save,
-            "finish": keeper.finish,
-        }
         try:
             while True:
-                serve_one(connection, methods)
+                serve_one(connection, keeper.methods)
         except (EOFError, OSError):
             return
         finally:

@@ -22,7 +22,7 @@ import torch
 
 from hrm_ray.errors import Fault, HrmRayError
 from hrm_ray.independent.calls import Coordinator
-from hrm_ray.independent.wire import BEGIN, FAILED, Disconnected, answer, serve_one, unpacked
+from hrm_ray.independent.wire import BEGIN, FAILED, Disconnected, answer, methods_of, serve_one, unpacked
 from hrm_ray.rundir import RunDir
 from hrm_ray.train.plan import RunPlan
 
@@ -91,13 +91,7 @@ class Children:
 
     def _serve(self, child: ChildProcess, coordinator: Coordinator) -> None:
         methods = {
-            "join": coordinator.join,
-            "claim": coordinator.claim,
-            "measure": coordinator.measure,
-            "renew": coordinator.renew,
-            "report": coordinator.report,
-            "release": coordinator.release,
-            "leave": coordinator.leave,
+            **methods_of(coordinator),
             FAILED: lambda plain: _set_failure(child, plain),
         }
         child.served = threading.Thread(target=_serve, args=(child, methods), name=f"serving {child.name}", daemon=True)

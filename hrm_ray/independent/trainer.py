@@ -17,6 +17,7 @@ from statistics import fmean
 from typing import TypeAlias
 
 from hrm_ray.errors import DataError
+from hrm_ray.independent.bundle_files import BundleFiles, SharedFiles
 from hrm_ray.independent.calls import (
     AnchorRef,
     Claimed,
@@ -97,17 +98,19 @@ class BlockTrainer:
         samples_per_update: float,
         log_every: int = 1,
         sink: MetricSink | None = None,
+        files: BundleFiles | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """`loop` has a ClaimedLoader; the trainer closes it. `samples_per_update`: samples after which
         the clock of the learning rate is one further (assembly.samples_per_step). `sink` gets the records of this
-        trainer."""
+        trainer. `files` are those below `run_dir`."""
         loader = loop.parts.loader
         if not isinstance(loader, ClaimedLoader):
             raise TypeError("a block trainer's loop has a ClaimedLoader")
         self.name, self.loop, self.loader, self.run_dir = name, loop, loader, run_dir
         self.coordinator = coordinator
+        self._files = files or SharedFiles(run_dir)
         loop.clock.samples_per_update = samples_per_update
         self._per_update = samples_per_update
         self._log_every = log_every
@@ -353,14 +356,14 @@ class BlockTrainer:
     def _lay_newest(self, *, keep_open_work: bool) -> None:
         anchor = self._news.anchor
         try:
-            self._weights.lay(self.run_dir.root / anchor.path, anchor.sha256, keep_open_work=keep_open_work)
+            self._weights.lay(self._files.fetch(anchor.path), anchor.sha256, keep_open_work=keep_open_work)
         except DataError:
             # It may be deleted by now, because there are newer ones.
             self.renew()
             if self._news.anchor.sha256 == anchor.sha256:
                 raise
             anchor = self._news.anchor
-            self._weights.lay(self.run_dir.root / anchor.path, anchor.sha256, keep_open_work=keep_open_work)
+            self._weights.lay(self._files.fetch(anchor.path), anchor.sha256, keep_open_work=keep_open_work)
         self._anchor = anchor
         self._chain = []
 
@@ -386,21 +389,23 @@ class BlockTrainer:
             return
         work, folder = self._work, self.run_dir.independent
         name = f"{self.name}-{self._joined.generation}-{self._reports + 1}"
-        path = folder.new_contribution(name)
-        weights_path: Path | None = None
+        path = self._relative(folder.new_contribution(name))
+        weights_path: str | None = None
         weights_checksum: str | None = None
         with self.loop.activity.doing("checkpoint"):
-            checksum = self._weights.save_change(path, self._expert_tokens.by_tensor())
+            checksum = self._weights.save_change(self.run_dir.root / path, self._expert_tokens.by_tensor())
+            self._files.deliver(path)
             if self._joined.whole_weights:
-                weights_path = folder.new_contribution(f"{name}.weights")
-                weights_checksum = self._weights.save_weights(weights_path)
+                weights_path = self._relative(folder.new_contribution(f"{name}.weights"))
+                weights_checksum = self._weights.save_weights(self.run_dir.root / weights_path)
+                self._files.deliver(weights_path)
         losses = self._losses.losses
         report = Report(
             name=name,
             trainer=self.name,
             generation=self._joined.generation,
             base=self._anchor,
-            path=path.relative_to(self.run_dir.root).as_posix(),
+            path=path,
             sha256=checksum,
             leases=leases,
             spans=spans,
@@ -409,7 +414,7 @@ class BlockTrainer:
             loss=fmean(losses) if losses else 0.0,
             seconds=self._clock() - work.since_s,
             keeps=keeps,
-            weights_path=None if weights_path is None else weights_path.relative_to(self.run_dir.root).as_posix(),
+            weights_path=weights_path,
             weights_sha256=weights_checksum,
             follows=self._chain[-1] if self._chain else None,
         )
@@ -420,9 +425,9 @@ class BlockTrainer:
                 self._held, self._report_updates = answer.rest, answer.report_updates
         self._reports += 1
         if isinstance(answer, Refused):
-            path.unlink(missing_ok=True)
+            self._files.remove(path)
             if weights_path is not None:
-                weights_path.unlink(missing_ok=True)
+                self._files.remove(weights_path)
             self._over = True
             return
         self._weights.take_snap()
@@ -480,6 +485,9 @@ class BlockTrainer:
         activity = self.loop.activity
         return Progress(self.loop.progress.step, self._work.samples, rate, loss, chunk, activity.marks, activity.phase)
 
+    def _relative(self, path: Path) -> str:
+        return path.relative_to(self.run_dir.root).as_posix()
+
     @property
     def _folder(self) -> RunDir:
         """This trainer's own folder, in the form of a bundle's."""
@@ -490,6 +498,7 @@ class BlockTrainer:
         self._folder.root.mkdir(parents=True, exist_ok=True)
         with self.loop.activity.doing("checkpoint"):
             save_checkpoint(self.loop, self._folder, {}, 1)
+            self._files.deliver_state(self.name)
         self._state_saved_s = self._clock()
 
     def _load_state(self) -> bool:

@@ -11,7 +11,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from hrm_ray.errors import ERROR_KINDS, Fault, HrmRayError, unreadable_if_away
-from hrm_ray.independent.calls import Claim, Joined, Progress, Renewed, Report, Reported
+from hrm_ray.independent.bundle_files import Call
+from hrm_ray.independent.calls import Claim, Coordinator, Joined, Progress, Renewed, Report, Reported
 from hrm_ray.ledger import Lease, Refused
 
 FAILED = "failed"
@@ -35,7 +36,12 @@ def call(connection: Connection, name: str, *arguments: Any) -> Any:
 
 def answer(connection: Connection) -> Any:
     """The answer to a call that was sent. Raises the HrmRayError of the other side, EOFError where it is gone."""
-    kind, value = connection.recv()
+    return value_of(connection.recv())
+
+
+def value_of(answered: tuple[str, Any]) -> Any:
+    """The value that `answered` has packed. Raises the HrmRayError of the other side."""
+    kind, value = answered
     if kind == FAILED:
         raise unpacked(value[0])
     if kind == "error":
@@ -47,12 +53,28 @@ def serve_one(connection: Connection, methods: Mapping[str, Callable[..., Any]])
     """Take one call and answer it, with an error where it fails. Raises EOFError or OSError where the other process is
     gone."""
     name, arguments = connection.recv()
+    connection.send(answered(methods, name, arguments))
+
+
+def answered(methods: Mapping[str, Callable[..., Any]], name: str, arguments: Sequence[Any]) -> tuple[str, Any]:
+    """What a call gives, with an error where it fails: plain values, which `value_of` takes."""
     try:
-        value = methods[name](*arguments)
+        return "ok", methods[name](*arguments)
     except Exception as error:  # noqa: BLE001 - the process's edge: the caller waits for an answer, whatever it is
-        connection.send(("error", packed(expected(error))))
-    else:
-        connection.send(("ok", value))
+        return "error", packed(expected(error))
+
+
+def methods_of(coordinator: Coordinator) -> dict[str, Callable[..., Any]]:
+    """The calls of a trainer, by their names."""
+    return {
+        "join": coordinator.join,
+        "claim": coordinator.claim,
+        "measure": coordinator.measure,
+        "renew": coordinator.renew,
+        "report": coordinator.report,
+        "release": coordinator.release,
+        "leave": coordinator.leave,
+    }
 
 
 def expected(error: Exception) -> HrmRayError:
@@ -79,34 +101,34 @@ def unpacked(plain: tuple[str, Sequence[tuple[str, str, str]], str]) -> HrmRayEr
 
 
 class RemoteCoordinator:
-    """`calls.Coordinator` over a connection."""
+    """`calls.Coordinator` in another process."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, call: Call) -> None:
+        self._call = call
 
     def join(self, trainer: str) -> Joined | Refused:
-        answered: Joined | Refused = call(self._connection, "join", trainer)
+        answered: Joined | Refused = self._call("join", trainer)
         return answered
 
     def claim(self, trainer: str, generation: int, key: str, origin: str) -> Claim:
-        answered: Claim = call(self._connection, "claim", trainer, generation, key, origin)
+        answered: Claim = self._call("claim", trainer, generation, key, origin)
         return answered
 
     def measure(self, lease: Lease, sequences: int) -> Lease | Refused:
-        answered: Lease | Refused = call(self._connection, "measure", lease, sequences)
+        answered: Lease | Refused = self._call("measure", lease, sequences)
         return answered
 
     def renew(self, trainer: str, generation: int, leases: Sequence[Lease], progress: Progress) -> Renewed | Refused:
-        answered: Renewed | Refused = call(self._connection, "renew", trainer, generation, tuple(leases), progress)
+        answered: Renewed | Refused = self._call("renew", trainer, generation, tuple(leases), progress)
         return answered
 
     def report(self, report: Report) -> Reported | Refused:
-        answered: Reported | Refused = call(self._connection, "report", report)
+        answered: Reported | Refused = self._call("report", report)
         return answered
 
     def release(self, lease: Lease) -> Refused | None:
-        answered: Refused | None = call(self._connection, "release", lease)
+        answered: Refused | None = self._call("release", lease)
         return answered
 
     def leave(self, trainer: str, generation: int, failure: str | None = None) -> None:
-        call(self._connection, "leave", trainer, generation, failure)
+        self._call("leave", trainer, generation, failure)

@@ -16,6 +16,8 @@ from hrm_ray.settings.cluster import ClusterSettings
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
+INDEPENDENT_ON_RAY = "hrm_ray.orchestration.independent_launcher"
+"""The module of --launcher ray for independent trainers."""
 LAUNCHERS = {
     "local": "hrm_ray.launch.local",
     "ray": "hrm_ray.orchestration.worker_group",
@@ -46,10 +48,18 @@ class Devices:
         """Workers whose rows are in one weight update."""
         return 1 if self.independent else self.world_size
 
+    gpus_per_worker: float = 1.0
+    """Where workers train on GPUs."""
+
     @property
     def request(self) -> ResourceRequest:
         """What the workers take."""
-        return ResourceRequest(self.world_size, self.threads, 1 if self.device == "cuda" else 0)
+        return ResourceRequest(self.world_size, self.threads, self.gpus_per_worker if self.device == "cuda" else 0)
+
+    @property
+    def module(self) -> str:
+        """The launcher's module."""
+        return INDEPENDENT_ON_RAY if self.independent and self.launcher == "ray" else LAUNCHERS[self.launcher]
 
 
 @contextmanager
@@ -120,7 +130,7 @@ def _choose(cluster: ClusterSettings, address: str | None) -> Devices:
     else:
         device = "cuda" if gpus else choose_device(cluster.device)
         if device == "cuda" and cluster.launcher != "local":
-            found = len(gpus) or _COUNT["cuda"]()
+            found = (len(gpus) or _COUNT["cuda"]()) * int(1 / cluster.gpus_per_worker)
     if cluster.max_workers is not None:
         found = min(found, cluster.max_workers)
     world_size = cluster.world_size or (1 if cluster.strategy == "single" else found)
@@ -135,10 +145,13 @@ def _choose(cluster: ClusterSettings, address: str | None) -> Devices:
     grows = (cluster.max_workers or 0) > world_size
     launcher = cluster.launcher or ("ray" if address or grows or strategy != "single" else "local")
     if cluster.parallel_independent:
-        launcher = "subprocess"
+        launcher = "ray" if address else cluster.launcher or "subprocess"
     threads = cluster.threads or (1 if address else max(1, usable_cpus() // world_size))
     visible = ",".join(gpus) or None
-    return Devices(device, world_size, threads, launcher, strategy, address, visible, cluster.parallel_independent)
+    return Devices(
+        device, world_size, threads, launcher, strategy, address, visible, cluster.parallel_independent,
+        cluster.gpus_per_worker,
+    )  # fmt: skip
 
 
 def _check_workers(cluster: ClusterSettings, world_size: int) -> None:
@@ -162,14 +175,16 @@ def _on_cluster(cluster: ClusterSettings, address: str) -> tuple[str, int]:
     if cluster.device not in ("auto", "cuda") or (cluster.device == "cuda" and not counts_workers):
         return cluster.device, 1
     nodes = import_module(LAUNCHERS["ray"]).cluster_nodes(address)
-    gpus = places(ResourceRequest(1, cluster.threads or 1, 1), nodes)
+    gpus = places(ResourceRequest(1, cluster.threads or 1, cluster.gpus_per_worker), nodes)
     return "cuda" if gpus or cluster.device == "cuda" else "cpu", max(1, gpus)
 
 
 def _cluster_address(cluster: ClusterSettings) -> str | None:
     """The running cluster to use, if any: the option, or what `ray job submit` sets; the local launcher uses none."""
-    if cluster.launcher == "local" or cluster.parallel_independent:
+    if cluster.launcher in ("local", "subprocess"):
         return None
+    if cluster.parallel_independent and cluster.launcher is None and cluster.ray_address is None:
+        return None  # They need no Ray.
     address = cluster.ray_address or os.environ.get("RAY_ADDRESS") or None
     return None if address == "local" else address
 

@@ -206,7 +206,7 @@ class IndependentRun:
             begun: Written = self._keeper("begin", None)
             return AnchorRef(0, begun.path, begun.sha256, 0)
         step: int = read_json(checkpoint / STATE)["progress"]["step"]
-        if self.settings.run.resume_from is not None:
+        if self.settings.run.resume_from is not None and not self.plan.attempt:
             self._roll_back(step)
         self._keeper("resume", checkpoint)
         for one in self.ledger.lineage():
@@ -239,8 +239,17 @@ class IndependentRun:
             self._event("WARNING", note)
         for remark in plan.remarks:
             self._event("INFO", remark)
+        if plan.ended:
+            self._write_restart(anchor)
         if resumed:
             self._event("INFO", f"resumed from {plan.checkpoint}: round {anchor.round} is the newest anchor")
+
+    def _write_restart(self, anchor: AnchorRef) -> None:
+        """The process of this run was lost, and another goes on in its place."""
+        number, ended = len(self.plan.ended), self.plan.ended[-1]
+        restart = RestartRecord(number, ended.cause, ended.step, anchor.round, 0.0)
+        message = f"restart {number} after {ended.message}; it goes on from round {anchor.round}"
+        self._write("event", {"level": "WARNING", "message": message, **restart.values()})
 
     def _train(self) -> None:
         """Until everything is merged, or the run was asked to stop and the trainers have left."""

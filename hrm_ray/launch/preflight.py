@@ -55,11 +55,12 @@ def check_launch(devices: Devices) -> None:
     if devices.strategy.startswith("zero") and devices.ray_address is None and find_spec("deepspeed") is None:
         hint = "Install it (Linux only), or use --strategy sharded-optimizer"
         raise UnavailableError(Fault(f"--strategy {devices.strategy}", "DeepSpeed is not installed", hint))
+    cpus = usable_cpus()
+    here = devices.ray_address is None
+    if here and (devices.launcher != "ray" or devices.independent) and devices.threads > cpus:
+        reason = f"this machine offers {cpus} CPUs"
+        raise ResourceError(Fault(f"--threads {devices.threads}", reason, f"Give --threads {cpus} or fewer"))
     if devices.launcher != "ray":
-        cpus = usable_cpus()
-        if devices.threads > cpus:
-            reason = f"this machine offers {cpus} CPUs"
-            raise ResourceError(Fault(f"--threads {devices.threads}", reason, f"Give --threads {cpus} or fewer"))
         if devices.request.gpus:
             check_local_gpus(devices.request, torch.cuda.device_count())
         return
@@ -67,7 +68,8 @@ def check_launch(devices: Devices) -> None:
         check_address(devices.ray_address)
         return
     request = devices.request
-    check_machine(request, usable_cpus(), available_memory_bytes())
+    # Trainers that share no step wait for nobody, so more of them than CPUs may take turns.
+    check_machine(request, max(cpus, request.cpus if devices.independent else 0), available_memory_bytes())
     if request.gpus:
         check_local_gpus(request, torch.cuda.device_count())
 

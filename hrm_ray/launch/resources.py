@@ -5,6 +5,7 @@ Ray would wait forever for missing resources. This module neither starts nor que
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,11 +23,11 @@ WORKER_MEMORY_BYTES = 500 * 2**20
 
 @dataclass(frozen=True)
 class ResourceRequest:
-    """The resources of a worker group: the number of workers, and the CPUs (threads) and GPUs (0 or 1) of each."""
+    """The resources of a worker group: the number of workers, and the CPUs (threads) and GPUs (0 to 1) of each."""
 
     world_size: int
     threads: int
-    gpus_per_worker: int
+    gpus_per_worker: float
 
     @property
     def cpus(self) -> int:
@@ -34,13 +35,14 @@ class ResourceRequest:
 
     @property
     def gpus(self) -> int:
-        return self.world_size * self.gpus_per_worker
+        """Whole GPUs: a worker does not span two."""
+        return math.ceil(self.world_size / int(1 / self.gpus_per_worker)) if self.gpus_per_worker else 0
 
     def per_worker(self) -> dict[str, float]:
         """The resources of one worker in Ray's terms."""
         need: dict[str, float] = {"CPU": float(self.threads)}
         if self.gpus_per_worker:
-            need["GPU"] = float(self.gpus_per_worker)
+            need["GPU"] = self.gpus_per_worker
         return need
 
 
@@ -138,7 +140,7 @@ def check_cluster(request: ResourceRequest, nodes: Sequence[Mapping[str, float]]
 
 def check_free(request: ResourceRequest, free: Mapping[str, float], total: Mapping[str, float], address: str) -> None:
     """Raise ResourceError unless the cluster has enough free right now; others may be using it."""
-    need = {"CPU": float(request.cpus), "GPU": float(request.gpus)}
+    need = {"CPU": float(request.cpus), "GPU": request.world_size * request.gpus_per_worker}
     short = [name for name, amount in need.items() if amount > free.get(name, 0.0)]
     if short:
         state = ", ".join(f"{free.get(name, 0.0):g} of {total.get(name, 0.0):g} {name}s free" for name in short)
@@ -152,7 +154,7 @@ def check_free(request: ResourceRequest, free: Mapping[str, float], total: Mappi
 
 
 def _words(request: ResourceRequest) -> str:
-    gpu = f" and {request.gpus_per_worker} GPU" if request.gpus_per_worker else ""
+    gpu = f" and {request.gpus_per_worker:g} GPU" if request.gpus_per_worker else ""
     return f"{request.threads} CPU{'s' if request.threads > 1 else ''}{gpu}"
 
 

@@ -81,7 +81,9 @@ def supervise(
 
     def workers() -> int:
         found = plan.world_size if room is None or least == most else room(plan)
-        return largest_divisor(effective_batch(first), min(found, most)) if found else 0
+        if not found or first.settings.cluster.parallel_independent:
+            return min(found, most)
+        return largest_divisor(effective_batch(first), min(found, most))
 
     while True:
         try:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection
 from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 import ray.exceptions
@@ -75,7 +75,9 @@ END_WAIT_S = 15.0
 
 
 def reads_text(plan: RunPlan) -> bool:
-    """Whether the run tokenises text while it trains."""
+    """Whether Ray Data tokenises text while the run trains."""
+    if plan.settings.cluster.parallel_independent:
+        return False
     return isinstance(plan.data, TextData) and plan.data.text.chunking_config.streaming and not plan.data.text.kept
 
 
@@ -97,7 +99,7 @@ def run(plan: RunPlan, *, sink: MetricSink, stop: StopPoll, body: Body | None = 
     Raises ResourceError or UnavailableError before anything has started, StopRequested, the error of the
     worker that failed first, or WorkerCrash.
     """
-    attempts = Attempts(plan, stop, body)
+    attempts = Attempts(plan, stop, partial(WorkerGroupRun, body))
     keep_logs = False
     try:
         return supervise(plan, attempts.run, sink=sink, stop=stop, room=attempts.room)
@@ -109,12 +111,23 @@ def run(plan: RunPlan, *, sink: MetricSink, stop: StopPoll, body: Body | None = 
         attempts.close(keep_logs)
 
 
+class Group(Protocol):
+    """The workers of one attempt, as their driver sees them."""
+
+    has_more_room: Callable[[], bool] | None
+    """Whether the run could go on with more workers; asked every few seconds while it trains."""
+
+    def run(self) -> RunResult | Failed:
+        """Pass on records and stop requests until the workers have ended; return how."""
+
+
 class Attempts:
     """Runs the attempts of one run in one Ray session; in a new one where a private cluster is lost."""
 
-    def __init__(self, plan: RunPlan, stop: StopPoll, body: Body | None) -> None:
-        """`plan` is the one that the run begins with."""
-        self._stop, self._body = stop, body
+    def __init__(self, plan: RunPlan, stop: StopPoll, make: Callable[..., Group]) -> None:
+        """`plan` is the one that the run begins with. `make` gets session, plan, sink, stop, the number of the attempt
+        in this process, and the turn to take resources, which it closes once the workers have theirs."""
+        self._stop, self._make = stop, make
         self._first = plan
         self._most = plan.settings.cluster.max_workers or plan.world_size
         self._elastic = self._most > (plan.settings.cluster.min_workers or plan.world_size)
@@ -163,7 +176,7 @@ class Attempts:
             return Failed(Ending(Cause.NO_ROOM, busy, records.step, plan.attempt, plan.world_size, rows), begun=False)
         self._count += 1
         with closing(turn):
-            group = WorkerGroupRun(session, request, plan, records, self._stop, self._body, self._count, turn)
+            group = self._make(session, plan, records, self._stop, self._count, turn)
             if plan.world_size < self._most and not session.private:
                 group.has_more_room = partial(self._has_more_room, session, plan)
             outcome = group.run()
@@ -207,7 +220,8 @@ class Attempts:
         session = Session(plan.ray_address, request, data=reads_text(plan), timeouts=timeouts)
         self._session = session
         if session.private:
-            resources.check_machine(request, usable_cpus(), resources.available_memory_bytes())
+            cpus = request.cpus if plan.settings.cluster.parallel_independent else usable_cpus()
+            resources.check_machine(request, cpus, resources.available_memory_bytes())
         elif plan.ray_address is not None and not session.attached:
             check_address(plan.ray_address)
         session.open(self._stop)
@@ -255,7 +269,8 @@ def _event(message: str, level: str = "WARNING", step: int = 0) -> Record:
 
 
 def _request(plan: RunPlan) -> ResourceRequest:
-    return ResourceRequest(plan.world_size, plan.threads, 1 if plan.device == "cuda" else 0)
+    gpus = plan.settings.cluster.gpus_per_worker if plan.device == "cuda" else 0
+    return ResourceRequest(plan.world_size, plan.threads, gpus)
 
 
 class WorkerGroupRun:
@@ -263,12 +278,11 @@ class WorkerGroupRun:
 
     def __init__(
         self,
+        body: Body | None,
         session: Session,
-        request: ResourceRequest,
         plan: RunPlan,
         sink: WatchedSink,
         stop: StopPoll,
-        body: Body | None,
         number: int,
         turn: StartTurn,
     ) -> None:
@@ -276,7 +290,7 @@ class WorkerGroupRun:
         self._session = session
         self._turn = turn
         self._data_cpus: PlacementGroup | None = None
-        self._request = request
+        self._request = _request(plan)
         self._plan = plan
         self._sink = sink
         self._stop = stop
@@ -300,7 +314,6 @@ class WorkerGroupRun:
         self._leave_fit = threading.Event()
         self._stop_sent: StopReason | None = None
         self.has_more_room: Callable[[], bool] | None = None
-        """Whether the run could go on with more workers; asked every few seconds while it trains."""
         self._look_s = 0.0
         self._status = StatusUpdate()
         self._forced: HrmRayError | None = None

@@ -29,8 +29,8 @@ class ClusterSettings(Section):
     launcher: Launcher | None = option(
         None, "free", replaces_stored=("cluster.strategy",), unset="local for one device without a cluster"
     )
-    """local: in this process; ray: through Ray Train; subprocess: trainers of --parallel-independent in processes of
-    their own, without Ray."""
+    """local: in this process; ray: through Ray Train, and trainers of --parallel-independent as Ray actors; subprocess:
+    those in processes of this machine, without Ray, which is their default without --ray-address."""
     world_size: int | None = option(None, "free", ge=1, unset="one per GPU of this machine or cluster, else one")
     """Number of workers that train together."""
     strategy: StrategyName | None = option(
@@ -63,6 +63,8 @@ class ClusterSettings(Section):
     """Nesterov momentum of the merges."""
     merge_weights: Literal["samples", "equal"] = option("samples", "free", needs=(MERGED,))
     """How much each trainer's change counts in a merge: by the samples that it was trained on, or all alike."""
+    gpu_share: float | None = option(None, "free", gt=0, le=1, needs=(MERGED,), unset="1: a GPU for each trainer")
+    """Part of a GPU that each trainer takes: with 0.5 two share one, also in its memory."""
     min_workers: int | None = option(None, "free", ge=1, unset="as many as --world-size")
     """Fewest workers to go on with where some are lost and nothing takes their place. The effective batch stays the
     same: fewer workers take more rows each."""
@@ -151,6 +153,11 @@ class ClusterSettings(Section):
     def hang_after_s(self) -> int | None:
         """The seconds of --hang-after."""
         return None if self.hang_after is None else seconds_of(self.hang_after)
+
+    @property
+    def gpus_per_worker(self) -> float:
+        """GPUs of each worker, where it trains on GPUs."""
+        return self.gpu_share if self.gpu_share and self.parallel_independent else 1.0
 
     def strategy_for(self, world_size: int) -> StrategyName:
         """The strategy for `world_size` workers."""

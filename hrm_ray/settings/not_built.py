@@ -15,7 +15,6 @@ _FAILURES = "Use --resume today: it continues from the newest checkpoint"
 _ARCHITECTURE = "Use --arch actv1 today"
 
 NOT_BUILT: dict[str, str] = {
-    "--gpu-share": "Use one trainer for each GPU today",
     "--cloud-provider": _CLOUD,
     "--cloud-bucket": _CLOUD,
     "--cloud-region": _CLOUD,

@@ -188,10 +188,10 @@ RUN_RULES: dict[str, Rule] = {
         "Use --strategy ddp, or another --peft-method",
     ),
     "independent_trainers_in_processes": refuse(
-        lambda s: s.cluster.parallel_independent and s.cluster.launcher not in (None, "subprocess"),
+        lambda s: s.cluster.parallel_independent and s.cluster.launcher == "local",
         ("cluster.launcher", "cluster.parallel_independent"),
         "independent trainers run in processes of their own",
-        "Give --launcher subprocess, or leave it out",
+        "Give --launcher subprocess or ray, or leave it out",
     ),
     "processes_for_independent_trainers": refuse(
         lambda s: s.cluster.launcher == "subprocess" and not s.cluster.parallel_independent,
@@ -213,11 +213,11 @@ RUN_RULES: dict[str, Rule] = {
         "--min-workers and --max-workers are for workers that train together",
         "Leave them out: a run can be resumed with any --world-size",
     ),
-    "independent_trainers_on_one_machine": refuse(
-        lambda s: s.cluster.parallel_independent and s.cluster.ray_address is not None,
-        ("cluster.parallel_independent", "cluster.ray_address"),
-        "independent trainers run on this machine, without Ray",
-        "Leave --ray-address out",
+    "processes_on_one_machine": refuse(
+        lambda s: s.cluster.launcher == "subprocess" and s.cluster.ray_address is not None,
+        ("cluster.launcher", "cluster.ray_address"),
+        "processes of this machine use no cluster",
+        "Give --launcher ray, or leave the address out",
     ),
     "independent_trainers_train_the_whole_model": refuse(
         lambda s: s.cluster.parallel_independent and s.run.expert_id is not None,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from hrm_ray.data.chunk_source import Chunk, ChunkPipeline
+from hrm_ray.data.chunk_source import Chunk
 from hrm_ray.data.order import epoch_order
 from hrm_ray.data.packing import RowForm
 from hrm_ray.data.stream import RowSlice, Shuffle, Window, rows_of
@@ -31,6 +32,19 @@ class TakenRange:
     start: int
     end: int
     skipped: bool = False
+
+
+class ChunkReader(Protocol):
+    """Reads chunks of text, by one thread at a time: a ChunkPipeline, or one on another machine."""
+
+    def get(self, number: int) -> Chunk | None:
+        """Chunk `number`, None after the last one. Raises DataError."""
+
+    def unwanted(self) -> AbstractContextManager[None]:
+        """Inside, what is being read is wanted no more."""
+
+    def close(self) -> None:
+        """Release the data."""
 
 
 class ClaimedRows(Protocol):
@@ -61,7 +75,7 @@ class ClaimedRows(Protocol):
 class ClaimedText:
     """ClaimedRows of text: chunks, read and tokenised by a thread of their own. A shuffle window is one chunk."""
 
-    def __init__(self, pipeline: ChunkPipeline, form: RowForm, pad_id: int, *, seed: int, shuffle_rows: int) -> None:
+    def __init__(self, pipeline: ChunkReader, form: RowForm, pad_id: int, *, seed: int, shuffle_rows: int) -> None:
         """`shuffle_rows`: see TextStream."""
         self._pipeline, self._form, self._pad_id = pipeline, form, pad_id
         self._seed, self._shuffle_rows = seed, shuffle_rows
@@ -107,7 +121,7 @@ class ClaimedText:
         """See ClaimedRows."""
         with self._pipeline.unwanted():
             self._reader.shutdown(cancel_futures=True)
-        self._pipeline.catalog.close()
+        self._pipeline.close()
 
     def _window(self, lease: Lease) -> Window:
         key = lease.epoch, lease.chunk

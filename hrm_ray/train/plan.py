@@ -143,6 +143,8 @@ def resized(plan: RunPlan, workers: int, batch_size: int | None = None) -> RunPl
     Nothing else changes: neither data, nor their order, nor the learning rate. From the plan that a run began with, not
     from one that was resized: its micro-batches may be smaller than those that were asked for.
     """
+    if plan.settings.cluster.parallel_independent:
+        return replace(plan, world_size=workers)  # each takes whole updates
     chosen, effective = plan.settings.optimizer, effective_batch(plan)
     world_size = largest_divisor(effective, workers)
     rows = effective // world_size

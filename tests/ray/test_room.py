@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hrm_ray.launch.resources import ResourceRequest
 from hrm_ray.orchestration import session as sessions
 from hrm_ray.orchestration import worker_group
 from hrm_ray.orchestration.session import Session
-from hrm_ray.orchestration.worker_group import Attempts
+from hrm_ray.orchestration.worker_group import Attempts, WorkerGroupRun
 from hrm_ray.types import StopReason
 from tests.ray.test_worker_group import never
 from tests.support.ray_bodies import plan_of
@@ -62,7 +63,7 @@ class Freeing:
 
 
 def attempts_on(session: Any, bundle: Path, stop: StopReason | None = None) -> Attempts:
-    attempts = Attempts(plan_of(bundle, world_size=4), (lambda: stop) if stop else never, None)
+    attempts = Attempts(plan_of(bundle, world_size=4), (lambda: stop) if stop else never, partial(WorkerGroupRun, None))
     attempts._session = session
     return attempts
 

@@ -306,8 +306,8 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
         "--strategy sharded-optimizer",
     ),
     "independent_trainers_in_processes": (
+        {**INDEPENDENT, "--launcher": "local"},
         {**INDEPENDENT, "--launcher": "ray"},
-        {**INDEPENDENT, "--launcher": "subprocess"},
         "--launcher subprocess",
     ),
     "processes_for_independent_trainers": (
@@ -325,10 +325,10 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
         {**INDEPENDENT, "--world-size": "2"},
         "any --world-size",
     ),
-    "independent_trainers_on_one_machine": (
+    "processes_on_one_machine": (
+        {**INDEPENDENT, "--launcher": "subprocess", "--ray-address": "a:1"},
         {**INDEPENDENT, "--ray-address": "a:1"},
-        INDEPENDENT,
-        "Leave --ray-address out",
+        "leave the address out",
     ),
     "independent_trainers_train_the_whole_model": (
         {**INDEPENDENT, "--use-moe": True, "--expert-id": "e", "--expert-index": "0", "--student-init": "b"},
@@ -526,7 +526,7 @@ def test_every_option_is_noted_where_what_it_needs_is_missing(key: str) -> None:
 def test_a_launcher_that_independent_trainers_lack_is_one_fault() -> None:
     with pytest.raises(SettingsError) as caught:
         load_settings({**INDEPENDENT, "--launcher": "local", "--world-size": "2"})
-    assert [fault.hint for fault in caught.value.faults] == ["Give --launcher subprocess, or leave it out"]
+    assert [fault.hint for fault in caught.value.faults] == ["Give --launcher subprocess or ray, or leave it out"]
 
 
 def test_an_option_that_lacks_two_things_is_noted_once() -> None:

@@ -1,0 +1,432 @@
+"""The actors of a run of independent trainers: the coordinator, which has the bundle's files, and those that it starts,
+the trainers and the keeper of anchors.
+
+Trainers and keeper belong to the coordinator, and end when it does.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from hrm_ray.errors import Fault, HrmRayError
+from hrm_ray.independent.bundle_files import FileServer, SentFiles
+from hrm_ray.independent.calls import Coordinator
+from hrm_ray.independent.sent_rows import RowServer, sent_rows
+from hrm_ray.independent.wire import (
+    Disconnected,
+    RemoteCoordinator,
+    answered,
+    expected,
+    methods_of,
+    packed,
+    unpacked,
+    value_of,
+)
+from hrm_ray.launch.independent_run import run_with
+from hrm_ray.orchestration.failures import death_reason
+from hrm_ray.orchestration.hang_watch import kill_workers
+from hrm_ray.orchestration.run_monitor import WorkerInfo
+from hrm_ray.orchestration.session import worker_environment
+from hrm_ray.orchestration.session_folder import make_session_folder, remove_abandoned_folders
+from hrm_ray.rundir import RunDir
+from hrm_ray.train.plan import RunPlan, as_restarted
+from hrm_ray.types import Record, RunResult, StopReason, StopRequested
+
+POLL_S = 0.05
+"""Seconds between two looks while an answer is waited for."""
+CLEAN_UP_S = 10.0
+"""How long the machines of a run may take to remove what ended trainers have left there."""
+
+Packed = tuple[str, tuple[tuple[str, str, str], ...], str]
+"""An error in plain values (wire.packed)."""
+
+
+@dataclass(frozen=True)
+class ActorTask:
+    """What an actor is given: the plan in plain values, the file in the bundle by which it knows that it sees the
+    bundle, and what that file holds."""
+
+    plan: Mapping[str, Any]
+    marker: str
+    token: str
+    private: bool
+    """Whether the cluster is this run's alone."""
+
+    def environment(self, threads: int) -> dict[str, Any]:
+        """The runtime environment of an actor with so many threads."""
+        return {"env_vars": worker_environment(threads)}
+
+    def sees_bundle(self) -> bool:
+        """Whether this machine has the bundle at its path."""
+        try:
+            return Path(self.marker).read_text(encoding="utf-8") == self.token
+        except OSError:
+            return False
+
+
+class TrainerActor:
+    """A trainer: a process on one device."""
+
+    def __init__(self, task: ActorTask, name: str, number: int, coordinator: Any, coordinator_node: str) -> None:
+        self._task, self._name, self._number = task, name, number
+        self._coordinator, self._coordinator_node = coordinator, coordinator_node
+        # It takes long; the coordinator gets on with other things until this is done.
+        from hrm_ray.independent.assembly import block_trainer
+
+        self._block_trainer = block_trainer
+
+    def here(self) -> WorkerInfo:
+        """This process."""
+        return WorkerInfo.here(self._number)
+
+    def train(self) -> Packed | None:
+        """Train until the run ends; returns the error that ended it before."""
+        folder: Path | None = None
+        try:
+            plan = RunPlan.from_plain(self._task.plan)
+            coordinator = RemoteCoordinator(self._call)
+            if ray.get_runtime_context().get_node_id() == self._coordinator_node:
+                self._block_trainer(plan, self._name, self._number, coordinator).run()
+                return None
+            rows = sent_rows(plan, self._call)
+            if self._task.sees_bundle():
+                self._block_trainer(plan, self._name, self._number, coordinator, rows=rows).run()
+                return None
+            folder = make_session_folder(Path(tempfile.gettempdir()))
+            files = SentFiles(folder, self._call)
+            self._block_trainer(replace(plan, bundle=folder), self._name, self._number, coordinator, files, rows).run()
+        except Disconnected:
+            return packed(HrmRayError(Fault(self._name, "has lost its coordinator", "")))
+        except Exception as error:  # noqa: BLE001 - the actor's edge: the coordinator reports it
+            return packed(expected(error))
+        finally:
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        asked = self._coordinator.answer.remote(method, arguments)
+        try:
+            # Not get: it spins for ever where the cluster is lost.
+            while not ray.wait([asked], timeout=60.0)[0]:
+                continue
+            return value_of(ray.get(asked))
+        except ray.exceptions.RayError as error:
+            raise Disconnected from error
+
+
+class KeeperActor:
+    """The keeper of anchors, on the coordinator's machine."""
+
+    def __init__(self, task: ActorTask) -> None:
+        from hrm_ray.independent.anchor_keeper import AnchorKeeper
+
+        plan = RunPlan.from_plain(task.plan)
+        if plan.device == "cuda":
+            import torch
+
+            if not torch.cuda.is_available():  # the machine of the bundle need not have a GPU
+                plan = replace(plan, device="cpu")
+        self._keeper: AnchorKeeper | None = None
+        self._make = partial(AnchorKeeper, plan)
+
+    def here(self) -> WorkerInfo:
+        """This process."""
+        return WorkerInfo.here(-1)
+
+    def call(self, method: str, arguments: Sequence[Any]) -> tuple[str, Any]:
+        """A call of the keeper, which is made by the first one, so that its errors are answers too."""
+
+        def called(*given: Any) -> Any:
+            if self._keeper is None:
+                self._keeper = self._make()
+            return self._keeper.methods[method](*given)
+
+        return answered({method: called}, method, arguments)
+
+
+class ActorHandle:
+    """A trainer's actor (launch.independent_run.TrainerHandle)."""
+
+    def __init__(self, name: str, number: int, actor: Any) -> None:
+        self.name, self.number, self.actor = name, number, actor
+        self.here = actor.here.remote()
+        self.failure: HrmRayError | None = None
+        self._training: Any = None
+        self._ended: int | None = None
+        self._killed = False
+
+    @property
+    def identity(self) -> Hashable:
+        """Another one when it is started again."""
+        return self.actor._actor_id.hex()
+
+    @property
+    def served(self) -> bool:
+        """Whether it was told to begin."""
+        return self._training is not None
+
+    def serve(self) -> None:
+        """Let it begin."""
+        self._training = self.actor.train.remote()
+
+    @property
+    def code(self) -> int | None:
+        """0 where it has left in order, 1 after an error that it told, -9 where its process is gone; None while it
+        lives."""
+        waited = self._training if self._training is not None else self.here
+        if self._killed:
+            self._ended = -9
+        elif self._ended is None and ray.wait([waited], timeout=0)[0]:
+            try:
+                told: Packed | None = ray.get(waited) if self.served else None
+            except ray.exceptions.RayError as error:
+                self._ended = -9
+                self.failure = HrmRayError(Fault(self.name, f"its process is gone ({death_reason(str(error))})", ""))
+            else:
+                self.failure = None if told is None else unpacked(told)
+                self._ended = None if not self.served else 0 if told is None else 1
+        return self._ended
+
+    @property
+    def info(self) -> WorkerInfo | None:
+        """Its process; None where it is not there yet."""
+        if not ray.wait([self.here], timeout=0)[0]:
+            return None
+        try:
+            found: WorkerInfo = ray.get(self.here)
+        except ray.exceptions.RayError:
+            return None
+        return found
+
+    def kill(self) -> None:
+        """End it at once, also where it is stopped and answers nothing."""
+        self._killed = True
+        process = self.info
+        with suppress(ray.exceptions.RayError):
+            ray.kill(self.actor)
+        if process is not None:
+            with suppress(ray.exceptions.RayError):
+                kill_workers([process], {"env_vars": worker_environment(1)})
+
+
+class ActorWorkers:
+    """launch.independent_run.Workers: trainers and keeper are actors of the coordinator's process."""
+
+    def __init__(self, task: ActorTask, files: FileServer, rows: RowServer, plan: RunPlan) -> None:
+        self._task, self._plan = replace(task, plan=plan.to_plain()), plan
+        context = ray.get_runtime_context()
+        self._coordinator, self._node = context.current_actor, context.get_node_id()
+        self._handles: dict[str, ActorHandle] = {}
+        self._keeper: Any = None
+        self._keeper_here: Any = None
+        self._rows = rows
+        self._other_nodes: set[str] = set()
+        self.methods: dict[str, Callable[..., Any]] = {**files.methods, **rows.methods}
+        """The calls that trainers may make."""
+
+    @property
+    def trainers(self) -> Mapping[str, ActorHandle]:
+        """See Workers."""
+        return self._handles
+
+    @property
+    def processes(self) -> list[WorkerInfo]:
+        """Those of all actors that are there."""
+        found = [handle.info for handle in list(self._handles.values())]
+        here = self._keeper_here
+        if here is not None and ray.wait([here], timeout=0)[0]:
+            with suppress(ray.exceptions.RayError):
+                found.append(ray.get(here))
+        return [each for each in found if each is not None]
+
+    def start_trainer(self, name: str, number: int) -> None:
+        """See Workers."""
+        gpus = self._plan.settings.cluster.gpus_per_worker if self._plan.device == "cuda" else 0
+        actor = ray.remote(TrainerActor).options(
+            num_cpus=self._plan.threads,
+            num_gpus=gpus,
+            scheduling_strategy="SPREAD",
+            max_restarts=0,
+            runtime_env=self._task.environment(self._plan.threads),
+        )
+        self._handles[name] = ActorHandle(
+            name, number, actor.remote(self._task, name, number, self._coordinator, self._node)
+        )
+
+    def serve(self, coordinator: Coordinator) -> None:
+        """See Workers."""
+        self.methods.update(methods_of(coordinator))
+        for handle in self._handles.values():
+            if not handle.served:
+                handle.serve()
+
+    def take_ended(self) -> list[ActorHandle]:
+        """See Workers."""
+        ended = [handle for handle in self._handles.values() if handle.code is not None]
+        for handle in ended:
+            del self._handles[handle.name]
+            self._forget(handle)
+        return ended
+
+    def end(self, child: ActorHandle) -> None:
+        """See Workers."""
+        child.kill()
+        self._handles.pop(child.name, None)
+        self._forget(child)
+
+    def call_keeper(self, name: str, call: str, arguments: Sequence[Any], meanwhile: Callable[[], None]) -> Any:
+        """See Workers."""
+        if self._keeper is None:
+            here = NodeAffinitySchedulingStrategy(self._node, soft=False)
+            actor = ray.remote(KeeperActor).options(
+                num_cpus=0,
+                scheduling_strategy=here,
+                max_restarts=0,
+                runtime_env=self._task.environment(self._plan.threads),
+            )
+            self._keeper = actor.remote(self._task)
+            self._keeper_here = self._keeper.here.remote()
+        asked = self._keeper.call.remote(call, tuple(arguments))
+        try:
+            while not ray.wait([asked], timeout=POLL_S)[0]:
+                meanwhile()
+            return value_of(ray.get(asked))
+        except ray.exceptions.RayError as error:
+            self._end_keeper()
+            raise Disconnected from error
+
+    def close(self) -> None:
+        """See Workers."""
+        for handle in list(self._handles.values()):
+            self.end(handle)
+        self._end_keeper()
+        self._rows.close()
+        self._remove_left_folders()
+
+    def _end_keeper(self) -> None:
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None:
+            with suppress(ray.exceptions.RayError):
+                ray.kill(keeper)
+
+    def _forget(self, handle: ActorHandle) -> None:
+        process = handle.info
+        if process is not None and process.node_id != self._node:
+            self._other_nodes.add(process.node_id)
+        with suppress(ray.exceptions.RayError):
+            ray.kill(handle.actor)  # it has ended its work, and still holds its CPUs
+
+    def _remove_left_folders(self) -> None:
+        """Trainers that were killed have left their folders on other machines."""
+        tasks = [
+            ray.remote(_remove_left_folders)
+            .options(
+                num_cpus=0,
+                max_retries=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+                runtime_env=self._task.environment(1),
+            )
+            .remote()
+            for node in self._other_nodes
+        ]
+        if tasks:
+            ray.wait(tasks, num_returns=len(tasks), timeout=CLEAN_UP_S)
+
+
+def _remove_left_folders() -> None:
+    remove_abandoned_folders(Path(tempfile.gettempdir()))
+
+
+@dataclass(frozen=True)
+class CoordinatorStatus:
+    """What the coordinator has to tell the driver: records since the last call, whether the files of the run are open,
+    and the processes of trainers and keeper."""
+
+    records: tuple[Record, ...]
+    begun: bool
+    workers: tuple[WorkerInfo, ...]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended in the coordinator: with a result, with an error, or with a stop before there was anything to
+    save."""
+
+    result: RunResult | None = None
+    error: Packed | None = None
+    stopped: StopReason | None = None
+
+
+class CoordinatorActor:
+    """The process that owns the ledger and the bundle's files, on the driver's node; several threads serve its
+    calls."""
+
+    def __init__(self, task: ActorTask) -> None:
+        self._task = task
+        self._records: list[Record] = []
+        self._lock = threading.Lock()
+        self._stop: StopReason | None = None
+        self._begun = False
+        self._workers: ActorWorkers | None = None
+
+    def here(self) -> WorkerInfo:
+        """This process."""
+        return WorkerInfo.here(-2)
+
+    def run(self) -> Ended:
+        """Train to the end."""
+        try:
+            plan = RunPlan.from_plain(self._task.plan)
+            run_dir = RunDir(plan.bundle)
+            if plan.attempt:
+                plan = as_restarted(plan, run_dir)
+            start = partial(self._start_workers, FileServer(run_dir), RowServer(plan))
+            return Ended(run_with(start, plan, sink=self, stop=lambda: self._stop, begun=self._begin))
+        except StopRequested as stopped:
+            return Ended(stopped=stopped.reason)
+        except Exception as error:  # noqa: BLE001 - the actor's edge: the driver reports it
+            return Ended(error=packed(expected(error)))
+
+    def answer(self, method: str, arguments: Sequence[Any]) -> tuple[str, Any]:
+        """A call of a trainer."""
+        workers = self._workers
+        return answered({} if workers is None else workers.methods, method, arguments)
+
+    def take(self) -> CoordinatorStatus:
+        """What is new."""
+        with self._lock:
+            records, self._records = tuple(self._records), []
+        workers = () if self._workers is None else tuple(self._workers.processes)
+        return CoordinatorStatus(records, self._begun, workers)
+
+    def ask_stop(self, reason: StopReason) -> None:
+        """End the run in order."""
+        self._stop = self._stop or reason
+
+    def write(self, record: Record) -> None:
+        """Keep a record for the driver (MetricSink)."""
+        with self._lock:
+            self._records.append(record)
+
+    def close(self) -> None:
+        """See MetricSink."""
+
+    def _begin(self) -> None:
+        self._begun = True
+
+    def _start_workers(self, files: FileServer, rows: RowServer, plan: RunPlan) -> ActorWorkers:
+        self._workers = ActorWorkers(self._task, files, rows, plan)
+        return self._workers
