@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,35 @@ class StepReport:
     """The smaller micro-batches used from this step on, where memory ran out."""
     adapted: Action | None
     """The adaptive learning rate's decision, where one of its windows ended with this step."""
+
+
+@dataclass
+class StepTotals:
+    """The step's denominators (and SAMPLES) over micro-batches and ranks, and a stop that any rank requests.
+
+    A CPU adds them over ranks while the step's first forward pass runs, which needs none: ranks that enter the step one
+    after the other do not wait for each other twice in it. `own_rows` are this rank's; 0 on a GPU, where the sum is
+    waited for at once.
+    """
+
+    names: list[str]
+    own_rows: float
+    summed: Callable[[], Tensor]
+
+    @cached_property
+    def _values(self) -> list[float]:
+        values: list[float] = self.summed().tolist()
+        return values
+
+    @cached_property
+    def sums(self) -> dict[str, float]:
+        """The total of each name."""
+        return dict(zip(self.names, self._values, strict=False))
+
+    @property
+    def stop(self) -> StopReason | None:
+        """The stop that a rank requested when it entered the step."""
+        return raised_stop(self._values[len(self.names) :])
 
 
 @dataclass
@@ -139,16 +169,17 @@ class TrainingLoop:
         while True:
             columns = self._next_batch(number)
             with self._outside_passes(number):
-                totals, stop = self._totals(columns)
-            if totals["rows"] > 0:
-                break
+                step_totals = self._totals(columns)
+                if step_totals.own_rows > 0 or step_totals.sums["rows"] > 0:
+                    break
             if not parts.loader.start_epoch(self.trained):
                 return None
         self.trained = True
         self.progress.batch_idx += 1
         factor = parts.lr_schedule.factor(self.clock.position + 1)
         parts.strategy.set_learning_rate(parts.lr_schedule.lr * factor)
-        metrics, new_batch_size = self._passes_that_fit(columns, totals, number)
+        metrics, new_batch_size = self._passes_that_fit(columns, step_totals, number)
+        totals, stop = step_totals.sums, step_totals.stop
         adapted: Action | None = None
         with self._outside_passes(number):
             rows = parts.sparse.gradients(self.world) if parts.sparse is not None else None
@@ -199,8 +230,8 @@ class TrainingLoop:
             return self.parts.objective.initial_carry(batch)
         return self.carries[number]
 
-    def _totals(self, columns: list[Columns]) -> tuple[dict[str, float], StopReason | None]:
-        """The step's denominators (and SAMPLES) over micro-batches and ranks, and a stop that any rank requests."""
+    def _totals(self, columns: list[Columns]) -> StepTotals:
+        """The step's totals, whose sum over ranks is begun."""
         batches = self._on_device(columns)
         shares = [
             self.parts.objective.weights(batch, self._carry_for(number, batch)) | {SAMPLES: batch["active"].sum()}
@@ -208,13 +239,12 @@ class TrainingLoop:
         ]
         names = sorted(shares[0])
         vector = torch.stack([torch.stack([share[n] for share in shares]).to(self.count_type).sum() for n in names])
-        vector = torch.cat((vector, self._stop_flags().to(vector.device)))
-        summed = self.parts.strategy.sum_over_ranks(vector).tolist()
-        return dict(zip(names, summed, strict=False)), self._raised(summed[len(names) :])
+        own_rows = float(vector[names.index("rows")]) if self.world.device.type == "cpu" else 0.0
+        return StepTotals(names, own_rows, self.world.begin_sum(torch.cat((vector, self._stop_flags().to(vector)))))
 
     def leave_if_stopped(self) -> None:
         """Raise StopRequested on every rank where any rank requests a stop. A collective."""
-        reason = self._raised(self.parts.strategy.sum_over_ranks(self._stop_flags()).tolist())
+        reason = raised_stop(self.parts.strategy.sum_over_ranks(self._stop_flags()).tolist())
         if reason is not None and reason is not StopReason.RESIZE:
             raise StopRequested(reason)
 
@@ -224,13 +254,8 @@ class TrainingLoop:
         flags = [float(requested is reason) for reason in STOP_REASONS]
         return torch.tensor(flags, dtype=self.count_type, device=self.world.device)
 
-    @staticmethod
-    def _raised(flags: list[float]) -> StopReason | None:
-        """The first stop that any rank requests, from the sums of their flags."""
-        return next((reason for reason, flag in zip(STOP_REASONS, flags, strict=True) if flag > 0), None)
-
     def _passes_that_fit(
-        self, columns: list[Columns], totals: dict[str, float], number: int
+        self, columns: list[Columns], totals: StepTotals, number: int
     ) -> tuple[MetricTotals, BatchSize | None]:
         """All passes of a step, repeated with smaller micro-batches while memory runs out on any rank; then their
         gradients are reduced.
@@ -267,17 +292,20 @@ class TrainingLoop:
         return parts.shape
 
     def _try_passes(
-        self, columns: list[Columns], totals: dict[str, float], number: int
+        self, columns: list[Columns], totals: StepTotals, number: int
     ) -> tuple[MetricTotals, list[Any]] | None:
         """`passes`, or None where memory ran out in one of them and they may be repeated."""
-        done = unless_out_of_memory(lambda: self.passes(self._on_device(columns), totals), self.world.device)
+        done = unless_out_of_memory(
+            lambda: self.passes(self._on_device(columns), lambda: totals.sums), self.world.device
+        )
         if done is None and not self.parts.strategy.retries_passes:
             # Before any further collective: the other ranks are in one of this pass, and end as this process does.
             raise needs_restart(f"step {number}", self.parts.shape.batch_size)
         return done
 
-    def passes(self, batches: list[Batch], totals: dict[str, float]) -> tuple[MetricTotals, list[Any]]:
-        """Forward and backward over every micro-batch and pass; a pass's graph is freed by its backward.
+    def passes(self, batches: list[Batch], totals: Callable[[], dict[str, float]]) -> tuple[MetricTotals, list[Any]]:
+        """Forward and backward over every micro-batch and pass; a pass's graph is freed by its backward. `totals` gives
+        the denominators of the loss, and is called when the first forward pass is done.
 
         Gives the metrics and the new carries; if it raises, only gradients have changed.
         """
@@ -312,12 +340,14 @@ class TrainingLoop:
         slots = torch.from_numpy(parts.shape.slots()[micro_batch])
         return row_keys(*place, slots).to(self.world.device, non_blocking=True)
 
-    def _pass(self, batch: Batch, carry: Any, totals: dict[str, float], scale: float, metrics: MetricTotals) -> Any:
+    def _pass(
+        self, batch: Batch, carry: Any, totals: Callable[[], dict[str, float]], scale: float, metrics: MetricTotals
+    ) -> Any:
         """One forward and backward; returns the new carry."""
         # A function of its own, so that `output` dies here: its graph, though freed, still refers to what the layers
         # were given, such as the keys and values of a whole row in chunks.
         output = self.parts.strategy.segment(batch, carry)
-        loss = weighted_loss(output, totals)
+        loss = weighted_loss(output, totals())
         self.parts.strategy.backward(loss * scale)
         metrics.add(output.metrics)
         metrics.add({"objective": (loss.detach(), torch.zeros(()))})
@@ -401,6 +431,11 @@ class TrainingLoop:
                 of = [name] if total.dim() == 0 else [f"{name}_{number}" for number in range(len(values))]
                 means |= {one: value / weight for one, value in zip(of, values, strict=True)}
         return means
+
+
+def raised_stop(flags: list[float]) -> StopReason | None:
+    """The first stop that any rank requests, from the sums of the ranks' flags, one for each of STOP_REASONS."""
+    return next((reason for reason, flag in zip(STOP_REASONS, flags, strict=True) if flag > 0), None)
 
 
 def _first_of(names: list[str]) -> str:

@@ -285,7 +285,7 @@ def _trace(loop: TrainingLoop, batches: list[Batch]) -> _Trace:
         tracker.name("carries", _tensors(loop.carries))
         # Denominators as large as the number of tokens keep float16 gradients within their range.
         tokens = float(sum(batch["inputs"].numel() for batch in batches))
-        _, carries = loop.passes(batches, defaultdict(lambda: tokens))
+        _, carries = loop.passes(batches, lambda: defaultdict(lambda: tokens))
         if parts.carried:
             tracker.name("carries", _tensors(carries))
             loop.carries = carries

@@ -61,7 +61,7 @@ def _timed(settings: RunSettings, config: ModelConfig, rows: int, threads: int) 
             taken = []
             for _ in range(1 + UPDATES):
                 start = time.perf_counter()
-                loop.passes([batch], defaultdict(lambda: float(batch["inputs"].numel())))
+                loop.passes([batch], lambda: defaultdict(lambda: float(batch["inputs"].numel())))
                 loop.parts.strategy.step(loop.parts.grad_clip, 1e-4)
                 if loop.parts.sparse is not None:
                     loop.parts.sparse.forget()

@@ -49,6 +49,17 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def begin_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Begin to add `tensor` over all ranks, in place; what is returned waits for the sum and gives it."""
+        work = dist.all_reduce(tensor, async_op=True) if self.grouped and self.size > 1 else None
+
+        def summed() -> Tensor:
+            if work is not None:
+                work.wait()
+            return tensor
+
+        return summed
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.grouped and self.size > 1:

@@ -69,7 +69,7 @@ class Timed:
             write(rank, "stepped", time.time())
             return report
 
-        TrainingLoop.step = step  # type: ignore[method-assign]
+        TrainingLoop.step = step  # type: ignore[method-assign, assignment]
         try:
             return train(plan, link)
         finally:

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from hrm_ray.cli import main as cli
-from hrm_ray.train.loop import TrainingLoop
+from hrm_ray.train.loop import StepTotals, TrainingLoop
 from hrm_ray.types import Columns, StopReason
 
 TINY = (
@@ -133,7 +133,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, reason: StopReason = Sto
     """Scripted: runs in this process are asked to stop while they take `step` (and any later one)."""
     real = TrainingLoop._totals
 
-    def asked(loop: TrainingLoop, columns: list[Columns]) -> tuple[dict[str, float], StopReason | None]:
+    def asked(loop: TrainingLoop, columns: list[Columns]) -> StepTotals:
         loop.stop_poll = lambda: reason if loop.progress.step + 1 >= step else None
         try:
             return real(loop, columns)

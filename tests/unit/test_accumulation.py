@@ -134,5 +134,39 @@ def test_a_step_of_one_pass_keeps_its_gradients_narrow() -> None:
     """Where nothing is added up, float32 would cost memory for nothing."""
     loop = loop_of(4, 1, memory={"amp": False, "model_dtype": "bf16"}, model={"halt_max_steps": 1})
     columns = loop.parts.loader.next_batch([np.ones(4, dtype=np.bool_)], 1)
-    loop.passes([to_batch(columns[0], loop.parts.wanted, loop.world.device)], defaultdict(lambda: 1.0))
+    loop.passes([to_batch(columns[0], loop.parts.wanted, loop.world.device)], lambda: defaultdict(lambda: 1.0))
     assert {p.grad.dtype for p in loop.parts.objective.parameters() if p.grad is not None} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("scenario", ["text", "puzzle-carried"])
+def test_the_totals_of_a_step_are_waited_for_after_its_first_forward_pass(
+    scenario: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And before it by a rank without rows: there may be none at all."""
+    order: list[str] = []
+
+    def begin_sum(world: World, tensor: Tensor) -> Callable[[], Tensor]:
+        order.append("begun")
+        return lambda: order.append("waited for") or tensor  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(World, "begin_sum", begin_sum)
+    loop = loop_of(4, 2, scenario=scenario, rows=8)
+    segment = loop.parts.strategy.segment
+
+    def noted(*words: Any) -> Any:
+        order.append("forward")
+        return segment(*words)
+
+    loop.parts.strategy.segment = noted  # type: ignore[method-assign]
+    report = loop.step()
+    assert report is not None and report.totals["rows"] > 0
+    assert order[:3] == ["begun", "forward", "waited for"] and order.count("waited for") == 1
+    order.clear()
+    loop.parts.loader.next_batch = lambda halted, step: [  # type: ignore[method-assign]
+        {name: np.zeros_like(values) if name == "active" else values for name, values in micro.items()}
+        for micro in type(loop.parts.loader).next_batch(loop.parts.loader, halted, step)
+    ]
+    loop.parts.loader.start_epoch = lambda trained: False  # type: ignore[method-assign]
+    if scenario == "text":
+        assert loop.step() is None
+        assert order == ["begun", "waited for"]
