@@ -19,13 +19,13 @@ from hrm_ray.independent.wire import unpacked
 from hrm_ray.launch.hangs import Timeouts
 from hrm_ray.launch.restarts import Cause, Ending
 from hrm_ray.launch.supervisor import Failed, WatchedSink, supervise
+from hrm_ray.orchestration.attempts import Attempts
 from hrm_ray.orchestration.cluster_room import StartTurn
 from hrm_ray.orchestration.failures import RESUME_HINT, WorkerCrash, actor_lost, cause_of, death_reason
 from hrm_ray.orchestration.hang_watch import kill_workers
 from hrm_ray.orchestration.independent_actors import ActorTask, CoordinatorActor, CoordinatorStatus, Ended
 from hrm_ray.orchestration.run_monitor import WorkerInfo
 from hrm_ray.orchestration.session import POLL_INTERVAL_S, Session, worker_environment
-from hrm_ray.orchestration.worker_group import Attempts
 from hrm_ray.rundir import DRIVER_MARKER
 from hrm_ray.train.plan import RunPlan
 from hrm_ray.types import MetricSink, RestartRecord, RunResult, StopPoll, StopReason, StopRequested

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from hrm_ray.launch.resources import ResourceRequest
+from hrm_ray.orchestration import attempts as attempts_module
 from hrm_ray.orchestration import session as sessions
-from hrm_ray.orchestration import worker_group
+from hrm_ray.orchestration.attempts import Attempts
 from hrm_ray.orchestration.session import Session
-from hrm_ray.orchestration.worker_group import Attempts, WorkerGroupRun
+from hrm_ray.orchestration.worker_group import WorkerGroupRun
 from hrm_ray.types import StopReason
 from tests.ray.test_worker_group import never
 from tests.support.ray_bodies import plan_of
@@ -69,14 +70,14 @@ def attempts_on(session: Any, bundle: Path, stop: StopReason | None = None) -> A
 
 
 def test_a_lost_worker_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_group, "POLL_INTERVAL_S", 0.0)
+    monkeypatch.setattr(attempts_module, "POLL_INTERVAL_S", 0.0)
     session = Freeing(2, 3, 3, 4)
     assert attempts_on(session, tmp_path).room(plan_of(tmp_path, world_size=4)) == 4
     assert session.looks == 4
 
 
 def test_without_a_replacement_the_others_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_group, "REPLACEMENT_WAIT_S", -1.0)
+    monkeypatch.setattr(attempts_module, "REPLACEMENT_WAIT_S", -1.0)
     assert attempts_on(Freeing(2), tmp_path).room(plan_of(tmp_path, world_size=4)) == 2
 
 

@@ -18,6 +18,7 @@ from hrm_ray.launch.resources import usable_cpus
 from hrm_ray.ledger import read_ledger
 from hrm_ray.ledger.verify import violations
 from hrm_ray.orchestration import worker_group
+from hrm_ray.orchestration.attempts import reads_text
 from hrm_ray.orchestration.datasets import ChunkTaskContext
 from hrm_ray.rundir import RunDir
 from hrm_ray.settings.load import load_settings
@@ -73,7 +74,7 @@ def test_ray_data_gives_the_rows_of_one_process(corpus: Path, tmp_path: Path, or
     alone = plan_of(corpus, tmp_path / "one", 1, **said)
     Faulty(rows=tmp_path / "rows1")(alone, local.LocalLink(Received(), never))
     plan = plan_of(corpus, tmp_path / "two", 2, **said)
-    assert worker_group.reads_text(plan), "there should be something left for Ray Data to make"
+    assert reads_text(plan), "there should be something left for Ray Data to make"
     outcome = worker_group.run(plan, sink=Received(), stop=never, body=Faulty(rows=tmp_path / "rows2"))
     one, two = rows_by_step(tmp_path / "rows1"), rows_by_step(tmp_path / "rows2")
     assert one == two
@@ -89,7 +90,7 @@ def test_several_workers_are_served_what_is_in_the_cache_too(corpus: Path, tmp_p
     plan = plan_of(corpus, tmp_path / "b", 2)
     assert isinstance(plan.data, TextData) and worker_group.is_served(plan)
     kept = replace(plan, data=replace(plan.data, text=replace(plan.data.text, kept=True)))
-    assert worker_group.is_served(kept) and not worker_group.reads_text(kept)
+    assert worker_group.is_served(kept) and not reads_text(kept)
     assert not worker_group.is_served(replace(kept, world_size=1))
 
 

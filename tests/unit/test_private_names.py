@@ -92,6 +92,7 @@ LISTED = [
 ]
 BY_CLASS_NAME = [
     # private classes that are compared by name
+    ("ray.actor", "ray.actor.ActorHandle._actor_id", ["orchestration/independent_actors.py"]),
     (
         "ray.train.v2._internal.callbacks.datasets",
         "ray.train.v2._internal.callbacks.datasets.DatasetsCallback",
