@@ -89,10 +89,10 @@ LISTED = [
         "ray.train.v2._internal.execution.controller.TrainController",
         ["orchestration/worker_group_trainer.py"],
     ),
+    ("ray.actor", "ray.actor.ActorHandle._actor_id", ["orchestration/independent_actors.py"]),
 ]
 BY_CLASS_NAME = [
     # private classes that are compared by name
-    ("ray.actor", "ray.actor.ActorHandle._actor_id", ["orchestration/independent_actors.py"]),
     (
         "ray.train.v2._internal.callbacks.datasets",
         "ray.train.v2._internal.callbacks.datasets.DatasetsCallback",
