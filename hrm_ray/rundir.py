@@ -17,6 +17,8 @@ from hrm_ray.errors import DataError, Fault, UnreadableError, away
 _STEP = re.compile(r"step_(\d+)")
 _PARTIAL = ".partial"
 _OLD = f".old{_PARTIAL}"
+_HASHED_BYTES = 2**23
+"""Bytes that are hashed at a time: a thread that hashes waits for the one that trains between two blocks."""
 MANIFEST = "manifest.json"
 DRIVER_MARKER = ".driver-"
 """How the name of a Ray driver's file begins. By this file a worker knows that its node has the same bundle."""
@@ -313,7 +315,7 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
+        while block := stream.read(_HASHED_BYTES):
             digest.update(block)
     return digest.hexdigest()
 

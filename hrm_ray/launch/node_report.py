@@ -13,8 +13,9 @@ from pathlib import Path
 
 import hrm_ray
 from hrm_ray.errors import Fault, HrmRayError, ResourceError, UnavailableError
-from hrm_ray.launch.resources import ResourceRequest, available_memory_bytes, gigabytes, places
+from hrm_ray.launch.resources import ResourceRequest, gigabytes, places
 from hrm_ray.tables import aligned
+from hrm_ray.train.host_memory import available_memory_bytes
 
 LIBRARIES = ("torch", "ray")
 """Libraries besides hrm_ray whose versions must be those of the command."""

@@ -19,7 +19,6 @@ from hrm_ray.launch.node_report import LIBRARIES, Need, installed
 from hrm_ray.launch.resources import (
     WORKER_MEMORY_BYTES,
     ResourceRequest,
-    available_memory_bytes,
     check_local_gpus,
     check_machine,
     gigabytes,
@@ -29,6 +28,7 @@ from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.describe import count_parameters
 from hrm_ray.rundir import RunDir
 from hrm_ray.settings.tree import RunSettings
+from hrm_ray.train.host_memory import available_memory_bytes
 from hrm_ray.train.memory_estimate import DEEPSPEED, DIVIDED, MemoryAccount, memory_estimate
 
 _ROOM_TO_KEEP = 3

@@ -9,9 +9,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-import psutil
 
 from hrm_ray.errors import Fault, ResourceError
 
@@ -52,17 +49,6 @@ def usable_cpus() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # Windows and macOS have no affinity mask
         return os.cpu_count() or 1
-
-
-def available_memory_bytes() -> int:
-    """Memory that can be taken without swapping; the container's limit (cgroup v2) where that is less."""
-    available = int(psutil.virtual_memory().available)
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return available
-    return available if limit == "max" else max(0, min(available, int(limit) - used))
 
 
 def check_machine(request: ResourceRequest, cpus: int, memory_bytes: int) -> None:

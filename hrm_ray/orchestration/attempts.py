@@ -27,6 +27,7 @@ from hrm_ray.orchestration.cluster_look import ask_nodes
 from hrm_ray.orchestration.cluster_room import StartTurn, wait_for_room
 from hrm_ray.orchestration.failures import RESUME_HINT, WorkerCrash
 from hrm_ray.orchestration.session import POLL_INTERVAL_S, Session, restore_signal_handlers
+from hrm_ray.train.host_memory import available_memory_bytes
 from hrm_ray.train.plan import RunPlan, TextData, effective_batch, largest_divisor
 from hrm_ray.types import MetricSink, RunResult, StopPoll
 
@@ -158,7 +159,7 @@ class Attempts:
         self._session = session
         if session.private:
             cpus = request.cpus if plan.settings.cluster.parallel_independent else usable_cpus()
-            resources.check_machine(request, cpus, resources.available_memory_bytes())
+            resources.check_machine(request, cpus, available_memory_bytes())
         elif plan.ray_address is not None and not session.attached:
             check_address(plan.ray_address)
         session.open(self._stop)

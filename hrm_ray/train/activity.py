@@ -55,6 +55,13 @@ class Activity:
         if phase == "step":
             self._steps_s.append(self.progress_s - begun_s)
 
+    def lasted(self, phase: Phase, longest_s: float | None) -> None:
+        """Set the longest time of a phase of which this thread does a part alone; None: not known."""
+        if longest_s is None:
+            self.longest_s.pop(phase, None)
+        else:
+            self.longest_s[phase] = longest_s
+
     @property
     def idle_s(self) -> float:
         """Seconds since the last progress."""

@@ -1,13 +1,12 @@
 """Saves and restores the state of a run, completely or not at all.
 
-The strategy writes weights, optimizer state and moving average; with carries each rank writes its slots (carries and
-position in the data), else rank 0 the position; rank 0 writes counters as JSON. Nothing is pickled. A checkpoint's
-folder is valid once its manifest exists.
+With carries each rank writes its slots (carries and position in the data), else rank 0 the position; rank 0 writes
+counters as JSON, and what the strategy gives: weights, optimizer state and moving average. Nothing is pickled. A
+checkpoint's folder is valid once its manifest exists.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hrm_ray.atomic_files import unwritable
 from hrm_ray.bundle.folder_watch import FolderWatch
 from hrm_ray.bundle.progress import STATE, Progress
 from hrm_ray.bundle.store import BundleWeights, save_final
@@ -28,6 +26,7 @@ from hrm_ray.errors import DataError, Fault, HrmRayError
 from hrm_ray.model.actv1 import States
 from hrm_ray.model.puzzle_objective import ROW_FIELDS, PuzzleCarry
 from hrm_ray.rundir import RunDir, read_json, write_json
+from hrm_ray.train.checkpoint_write import CheckpointWrite
 from hrm_ray.train.ledger_writer import LedgerWriter
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.precision import LossScaler
@@ -59,26 +58,74 @@ class Checkpointer:
         self.ledger_writer = ledger_writer
         self.watch = watch
         self.saved_step: int | None = None
+        """The step of the newest checkpoint, also while it is written in the background."""
+        self.took_s = 0.0
+        """Seconds that the last whole checkpoint took, with what a thread wrote of it; on the leading rank."""
         self._consumed: list[ConsumedRange] = []
-        """Read and not yet in a whole checkpoint."""
+        """Read and in no checkpoint."""
+        self._write: CheckpointWrite | None = None
+        """What is written in the background: one checkpoint at a time."""
+        self._notes: list[str] = []
+        self._told_of_room = False
 
-    def save(self, extra: dict[str, Any]) -> None:
-        """Save the current step, unless that was done; a collective. `extra` are JSON values that loading returns."""
+    def save(self, extra: dict[str, Any], *, background: bool = False) -> None:
+        """Save the current step, unless that was done; a collective. `extra` are JSON values that loading returns.
+
+        With `background` a large checkpoint may be written by a thread: then it is whole after `finish`, which comes
+        before the next one is begun.
+        """
+        self.finish()
         step, loader, ledger_writer = self.loop.progress.step, self.loop.parts.loader, self.ledger_writer
         if self.saved_step == step:
             return
         append_ranges(self._consumed, loader.take_consumed())
         consumed = self._consumed if ledger_writer is None else ledger_writer.covered(step, self._consumed)
+        data_ended = loader.data_ended
 
         def commit(checksum: str) -> None:
             self._check_folder()
             if ledger_writer is not None:
-                ledger_writer.commit(step, consumed, checksum, data_ended=loader.data_ended)
+                ledger_writer.commit(step, consumed, checksum, data_ended=data_ended)
 
         extra = {**extra, "trained": [astuple(item) for item in consumed]}
-        save_checkpoint(self.loop, self.run_dir, extra, self.keep, commit)
+        write = begin_checkpoint(self.loop, self.run_dir, extra, self.keep, commit, background=background)
+        self._write = write
+        if write.lacked_room_bytes and not self._told_of_room:
+            self._told_of_room = True
+            note = f"Host memory has no room for a copy of the {write.lacked_room_bytes / 1e9:.1f} GB of a checkpoint"
+            self._notes.append(f"{note}: training waits while checkpoints are written.")
+        if not write.in_background:
+            self.finish()
         self._consumed = []
         self.saved_step = step
+
+    def take_notes(self) -> list[str]:
+        """What the user should know of the saves since the last call; on the leading rank."""
+        notes, self._notes = self._notes, []
+        return notes
+
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is written in the background."""
+        return self._write is not None
+
+    def written(self) -> bool:
+        """Whether the writing in the background has ended and `finish` would not wait; on the leading rank."""
+        return self._write is not None and self.loop.world.leads and self._write.written
+
+    def finish(self) -> None:
+        """Wait for what is written in the background, and put it in its place, with its round in the ledger; a
+        collective. Raises what the writing raised."""
+        write, self._write = self._write, None
+        if write is not None:
+            write.finish()
+            self.took_s = write.took_s
+
+    def close(self) -> None:
+        """Finish what is written in the background where a run ends by an error; no collective."""
+        write, self._write = self._write, None
+        if write is not None and self.loop.world.leads:
+            write.finish_alone()
 
     def save_bundle(self, reason: StopReason, figures: Mapping[str, float], best: Mapping[str, Any] | None) -> None:
         """Write the final weights and metadata of a run that ended for `reason`; a collective."""
@@ -123,48 +170,40 @@ def save_checkpoint(
     files are written, before the rename that makes the checkpoint whole. Raises ResourceError on every rank where one
     of them cannot write; then nothing of this checkpoint is left, and the earlier checkpoints are.
     """
-    world, step = loop.world, loop.progress.step
+    begin_checkpoint(loop, run_dir, extra, keep, enter).finish()
+    return run_dir.checkpoint(loop.progress.step)
 
-    def begin() -> Path:
-        # Not its parents: where the bundle was deleted, nothing is made in its place.
-        run_dir.checkpoints.mkdir(exist_ok=True)
-        run_dir.remove_partial_checkpoints()
-        made = run_dir.partial_checkpoint(step)
-        made.mkdir()
-        return made
 
-    def finish() -> None:
-        enter(run_dir.describe_checkpoint(step, partial))
-        run_dir.seal_checkpoint(step, partial)
-        run_dir.prune(keep)
-
-    try:
-        partial = world.from_leader(begin)
-    except OSError as error:
-        raise unwritable(run_dir.checkpoints, error) from error
-    try:
-        # The trend is a sum over ranks: before any write, which may fail on one rank alone.
+def begin_checkpoint(
+    loop: TrainingLoop,
+    run_dir: RunDir,
+    extra: dict[str, Any],
+    keep: int,
+    enter: Callable[[str], None],
+    *,
+    background: bool = False,
+) -> CheckpointWrite:
+    """As `save_checkpoint`, but with `background` a thread may still write files; `finish` makes it complete."""
+    world = loop.world
+    write = CheckpointWrite(world, run_dir, loop.progress.step, keep, enter)
+    with write.discarded_on_error():
+        # Sums over ranks and collectives of the strategy: before any write, which may fail on one rank alone.
         adaptive = loop.parts.lr_schedule.adaptive
         trend = None if adaptive is None else adaptive.state(loop.parts.strategy.sum_over_ranks, world.leads)
+        files = loop.parts.strategy.state_files()
         failed: Exception | None = None
         try:
-            _write(loop, partial, trend, extra)
+            _write_small_files(loop, write.folder, trend, extra)
         except (HrmRayError, OSError, SafetensorError) as error:
             failed = error
         world.raise_together(failed)
-        world.from_leader(finish)
-    except (OSError, SafetensorError) as error:
-        raise unwritable(partial, error) from error
-    finally:
-        if world.leads:
-            shutil.rmtree(partial, ignore_errors=True)
-    return run_dir.checkpoint(step)
+        write.start(files, background=background)
+    return write
 
 
-def _write(loop: TrainingLoop, folder: Path, trend: dict[str, Any] | None, extra: dict[str, Any]) -> None:
-    """This rank's files of a checkpoint."""
+def _write_small_files(loop: TrainingLoop, folder: Path, trend: dict[str, Any] | None, extra: dict[str, Any]) -> None:
+    """This rank's files of a checkpoint, without those of the strategy."""
     parts = loop.parts
-    parts.strategy.save(folder)
     if parts.carried or loop.world.leads:  # without carries all ranks have the same state
         save_tensors(_slots(loop), _slots_file(folder, parts.shape.first_slot))
     if not loop.world.leads:

@@ -1,10 +1,15 @@
-"""Whether the C library of this process keeps or returns the memory that CPU tensors free."""
+"""Host memory: what is available, and whether the C library keeps or returns what CPU tensors free."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
 import sys
+from pathlib import Path
+
+import psutil
+
+from hrm_ray.metrics.meters import peak_resident_bytes
 
 # glibc's numbers of these parameters (malloc.h), and the largest value that mallopt takes.
 _M_TRIM_THRESHOLD = -1
@@ -13,6 +18,26 @@ _LARGEST = 2**31 - 1
 _OWN_MAPPING_BYTES = 2**20
 """From this size on a tensor gets pages of its own, which go back to the system with it. Smaller tensors hold little
 memory, and are half of a step's allocations."""
+_SPARE = 1.25
+"""What must be available for a copy, in sizes of it: other processes need memory too."""
+
+
+def available_memory_bytes() -> int:
+    """Memory that can be taken without swapping; the container's limit (cgroup v2) where that is less."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return available
+    return available if limit == "max" else max(0, min(available, int(limit) - used))
+
+
+def room_for_copy(size_bytes: int, workers: int) -> bool:
+    """Whether this machine has room for a copy of `size_bytes` between two steps, when each of its `workers` (training
+    processes like this one) takes again what it has given back since its peak."""
+    given_back_bytes = max(0, peak_resident_bytes() - int(psutil.Process().memory_info().rss))
+    return available_memory_bytes() - workers * given_back_bytes >= _SPARE * size_bytes
 
 
 def keep_freed_memory(keep: bool) -> bool:

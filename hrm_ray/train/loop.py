@@ -47,6 +47,8 @@ STOP_REASONS = tuple(StopReason)
 """A resize comes last: any other stop goes before it."""
 SAMPLES = "samples"
 """Beside the denominators of a step: samples that its batch took from the data."""
+WRITTEN = "checkpoints written"
+"""Beside them too: checkpoints that were written in the background, and wait to be put in their place."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class StepReport:
     """The result of one step.
 
     `applied` is False for a skipped update (non-finite gradients); `norm` is the gradient norm before clipping;
-    `totals` are the denominators over all micro-batches and ranks.
+    `totals` are the denominators over all micro-batches and ranks, with SAMPLES and WRITTEN.
     """
 
     applied: bool
@@ -143,6 +145,8 @@ class TrainingLoop:
         self.parts = parts
         self.asked_batch_size = parts.shape.batch_size
         self.stop_poll = stop_poll
+        self.written_poll: Callable[[], bool] = lambda: False
+        """Whether this rank has written a checkpoint in the background: all ranks learn of it with the next totals."""
         self.activity = Activity()
         self.progress = Progress()
         self.clock = ScheduleClock()
@@ -240,7 +244,9 @@ class TrainingLoop:
         names = sorted(shares[0])
         vector = torch.stack([torch.stack([share[n] for share in shares]).to(self.count_type).sum() for n in names])
         own_rows = float(vector[names.index("rows")]) if self.world.device.type == "cpu" else 0.0
-        return StepTotals(names, own_rows, self.world.begin_sum(torch.cat((vector, self._stop_flags().to(vector)))))
+        written = vector.new_tensor([float(self.written_poll())])
+        summed = self.world.begin_sum(torch.cat((vector, written, self._stop_flags().to(vector))))
+        return StepTotals([*names, WRITTEN], own_rows, summed)
 
     def leave_if_stopped(self) -> None:
         """Raise StopRequested on every rank where any rank requests a stop. A collective."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hrm_ray.bundle.weights_file import read_tensors, save_tensors
+from hrm_ray.bundle.weights_file import read_tensors
 from hrm_ray.errors import DataError, Fault
 from hrm_ray.train.per_parameter_optimizer import PerParameterOptimizer
 from hrm_ray.train.storage_tracker import storage_bytes
@@ -30,19 +30,14 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
     }
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
-    """Write the state of every parameter that has one."""
-    save_tensors(optimizer_tensors(optimizer, parameters), folder / OPTIMIZER_FILE)
-
-
 def load_optimizer(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
     folder: Path,
     only: Collection[str] | None = None,
 ) -> None:
-    """Restore what `save_optimizer` wrote, or the state of the parameters `only`. Raises DataError when it belongs to
-    other parameters."""
+    """Restore the `optimizer_tensors` of a checkpoint, or the state of the parameters `only`. Raises DataError when it
+    belongs to other parameters."""
     path = folder / OPTIMIZER_FILE
     tables: dict[str, Tensor] = {}
     for full_name, tensor in read_tensors(path).items():

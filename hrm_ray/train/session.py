@@ -162,6 +162,7 @@ def _train(plan: RunPlan, link: WorkerLink, watch: FolderWatch) -> RunResult:
         source = (str(settings.data.eval_file), settings.data.val_split)
         evaluator = Evaluator(loop, EvalSet.of_run(held_out, settings, world), source, run_dir, watch)
         checkpointer = Checkpointer(loop, run_dir, settings.run.keep, ledger_writer, watch)
+        opened.callback(checkpointer.close)
         prompt, sampler = settings.run.sample_prompt, None
         if prompt is not None and isinstance(plan.data, TextData):
             sampler = Sampler(loop, TextTokenizer.of_bundle(run_dir.root), prompt)

@@ -34,14 +34,18 @@ class TimeLimit:
         if self._stop_by_s is not None:
             self._unknown_save_s = max(0.0, min(_UNKNOWN_SAVE_S, _UNKNOWN_SAVE * (self._stop_by_s - clock())))
         self.due: tuple[int, int] = (0, 0)
-        """Evaluations that this step and the next bring, and saves after this step."""
+        """Evaluations that this step and the next bring, and saves after this step or still being written."""
 
     @contextmanager
     def measuring(self, part: Part) -> Iterator[None]:
         """Measure what the block does."""
         begun_s = self._clock()
         yield
-        self._took_s[part].append(self._clock() - begun_s)
+        self.measured(part, self._clock() - begun_s)
+
+    def measured(self, part: Part, took_s: float) -> None:
+        """Take into account how long a part took."""
+        self._took_s[part].append(took_s)
 
     def poll(self) -> StopReason | None:
         """MAX_TIME where this step, another one and what comes between and after them no longer fit."""

@@ -11,7 +11,7 @@ from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.checkpoint import Checkpointer
 from hrm_ray.train.evaluator import Evaluator, Sampler
 from hrm_ray.train.expert_run import ExpertRun
-from hrm_ray.train.loop import StepReport, TrainingLoop
+from hrm_ray.train.loop import WRITTEN, StepReport, TrainingLoop
 from hrm_ray.train.metric_logger import MetricLogger
 from hrm_ray.train.time_limit import TimeLimit
 from hrm_ray.types import RunResult, StopReason, StopRequested
@@ -47,6 +47,7 @@ class Trainer:
         self.watch = watch
         self.sampler = sampler
         self.time_limit = time_limit or TimeLimit(None)
+        loop.written_poll = checkpointer.written
         self.resumed = False
 
     def resume(self, extra: dict[str, Any], *, restarted: bool) -> None:
@@ -97,7 +98,8 @@ class Trainer:
         evaluations = 0
         if run.eval_every:
             evaluations = sum(number % run.eval_every == 0 for number in (step + 1, step + 2))
-        self.time_limit.due = evaluations, int(run.save_every > 0 and (step + 1) % run.save_every == 0)
+        saves = int(run.save_every > 0 and (step + 1) % run.save_every == 0) + int(self.checkpointer.writing)
+        self.time_limit.due = evaluations, saves
         activity = self.loop.activity
         activity.step = step + 1
         try:
@@ -121,6 +123,8 @@ class Trainer:
     def _after(self, report: StepReport) -> None:
         run, step = self.settings.run, self.loop.progress.step
         self.logger.observe(report)
+        if report.totals[WRITTEN]:
+            self._finish_save()
         if report.new_batch_size is not None:
             self.evaluator.limit_batch(report.new_batch_size.batch_size)
         if not report.applied:
@@ -131,7 +135,7 @@ class Trainer:
             self._evaluate_and_sample()
         # The last step is saved at the end, after the last evaluation, whose figures belong into the checkpoint.
         if run.save_every and step % run.save_every == 0 and step != run.step_limit:
-            self._save()
+            self._save(background=True)
 
     def _check_folder(self) -> None:
         if self.watch is not None:
@@ -143,6 +147,8 @@ class Trainer:
             self._sample()
 
     def _evaluate(self) -> None:
+        # An evaluation may need memory that the copies take which are written.
+        self._finish_save()
         # An improvement is written into best/.
         self.loop.world.from_leader(self._check_folder)
         with self.logger.paused():
@@ -159,11 +165,32 @@ class Trainer:
         if text is not None:
             self.logger.sample(self.sampler.prompt, text)
 
-    def _save(self) -> None:
+    def _save(self, *, background: bool = False) -> None:
+        """Save the current step; with `background` a thread may write the files while training goes on."""
+        self._finish_save()
         self.loop.world.from_leader(self._check_folder)
-        with self.logger.paused(), self.time_limit.measuring("save"), self.loop.activity.doing("checkpoint"):
+        activity = self.loop.activity
+        longest_s = activity.longest_s.get("checkpoint")
+        with self.logger.paused(), activity.doing("checkpoint"):
             expert = self.expert.plain() if self.expert is not None else None
-            self.checkpointer.save({**self.evaluator.state_dict(), "expert": expert})
+            self.checkpointer.save({**self.evaluator.state_dict(), "expert": expert}, background=background)
+        if self.checkpointer.writing:
+            # How long the copy took does not tell how long a wait for the writing may take.
+            activity.lasted("checkpoint", longest_s)
+        else:
+            self.time_limit.measured("save", self.checkpointer.took_s)
+        for note in self.checkpointer.take_notes():
+            self.logger.event("INFO", note)
+
+    def _finish_save(self) -> None:
+        """Wait until the checkpoint is whole that is written in the background, if there is one."""
+        if self.checkpointer.writing:
+            activity = self.loop.activity
+            with self.logger.paused(), activity.doing("checkpoint"):
+                self.checkpointer.finish()
+            took_s = self.checkpointer.took_s
+            activity.lasted("checkpoint", max(activity.longest_s["checkpoint"], took_s))
+            self.time_limit.measured("save", took_s)
 
     def _end(self, reason: StopReason) -> RunResult:
         """The last record and checkpoint; after a run that was not stopped, the last evaluation and the expert."""

@@ -6,9 +6,11 @@ import errno
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +21,10 @@ from torch import Tensor
 from hrm_ray.bundle.weights_file import unwritable
 from hrm_ray.errors import DataError, Fault, HrmRayError
 from hrm_ray.rundir import RunDir
-from hrm_ray.train import checkpoint
+from hrm_ray.train import checkpoint, checkpoint_write
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.evaluator import Evaluator
-from hrm_ray.train.loop import TrainingLoop
+from hrm_ray.train.loop import WRITTEN, TrainingLoop
 from hrm_ray.train.strategies import ddp
 from hrm_ray.train.world import World, collectives_begun
 from hrm_ray.types import StopReason, StopRequested
@@ -87,6 +89,44 @@ def folded_alike(loops: Sequence[TrainingLoop]) -> bool:
     return all(bool((one[name] == other[name]).all()) for name in one)
 
 
+def in_background(loop: TrainingLoop, run_dir: RunDir, error: OSError | None) -> dict[str, Any]:
+    """A checkpoint that a thread of rank 0 writes, where its disk may give an error: how all ranks learn of the end.
+
+    The thread writes once the step after the save is made, which has as many collectives as any other.
+    """
+    checkpointer = checkpoint.Checkpointer(loop, run_dir, 1)
+    loop.written_poll = checkpointer.written
+    real, may_write, told = checkpoint_write.save_tensors, threading.Event(), list[float]()
+    ended = "whole"
+
+    def writing(tensors: Mapping[str, Tensor], path: Path) -> None:
+        may_write.wait(STARTED_S)
+        if error is not None:
+            raise error
+        real(tensors, path)
+
+    def step() -> None:
+        report = loop.step()
+        assert report is not None
+        told.append(report.totals[WRITTEN])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint_write, "AT_ONCE_BYTES", 0)
+        patch.setattr(checkpoint_write, "save_tensors", writing)
+        checkpointer.save({}, background=True)
+        collectives = collectives_of(step)
+        may_write.set()
+        while told[-1] == 0:
+            step()
+        try:
+            checkpointer.finish()
+        except (HrmRayError, RuntimeError) as raised:
+            ended = f"{type(raised).__name__}: {raised}"
+    loop.written_poll = lambda: False
+    whole = len(run_dir.checkpoint_steps())
+    return {"collectives": collectives, "told": [told[0], told[-1]], "ended": ended, "whole": whole}
+
+
 def best_seen(loop: TrainingLoop, run_dir: RunDir) -> int:
     """The step of the best evaluation after a resume, where best/ is on rank 0's disk alone."""
     if loop.world.leads:
@@ -106,7 +146,7 @@ def spawned(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", rendezvous, timedelta(seconds=STARTED_S), rank=rank, world_size=2)
     loop, run_dir, real = loop_for(Cut(2, 1, 4)), RunDir(Path(folder) / "run"), checkpoint.save_tensors
     run_dir.root.mkdir(exist_ok=True)
-    found: list[str | int | list[int]] = []
+    found: list[Any] = []
     loop.step()
     found += [error_of(loop, run_dir), run_dir.checkpoint_steps()]
     loop.step()
@@ -128,6 +168,10 @@ def spawned(rank: int, folder: str) -> None:
     found += [error_of(loop, run_dir), run_dir.checkpoint_steps()]
     RunDir.describe_checkpoint = described  # type: ignore[method-assign]
     found += [error_of(loop, run_dir), run_dir.checkpoint_steps()]
+    run_dir = RunDir(Path(folder) / "in_background")
+    run_dir.root.mkdir(exist_ok=True)
+    found.append(in_background(loop, run_dir, None))
+    found.append(in_background(loop, run_dir, OSError(errno.ENOSPC, "No space left on device")))
     found.append(best_seen(loop, RunDir(Path(folder) / f"seen_by_{rank}")))
     found.append(stopped_before_its_first_batch(loop_for(Cut(2, 1, 4))))
     found.append(error_at_a_record(loop))
@@ -151,11 +195,17 @@ def test_all_ranks_end_with_the_error_of_one(tmp_path: Path) -> None:
     mp.spawn(spawned, (str(tmp_path),), nprocs=2)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0] == ranks[1]
-    whole, steps, full, after_full, unknown, after_unknown, again, at_last, best, stopped, *rest = ranks[0]
+    whole, steps, full, after_full, unknown, after_unknown, again, at_last, written, failed, best, stopped, *rest = (
+        ranks[0]
+    )
     assert (whole, steps, again, at_last) == ("nothing", [1], "nothing", [2])
     assert full.startswith("DiskError") and "slots_00000004" in full and "No space left" in full
     assert unknown.startswith("DataError: the ledger")
     assert after_full == after_unknown == [1], "the earlier checkpoint stays, and nothing of the other is left"
+    assert written == {"collectives": 2, "told": [0, 1], "ended": "whole", "whole": 1}
+    ended = failed.pop("ended")
+    assert failed == {"collectives": 2, "told": [0, 1], "whole": 1}
+    assert ended.startswith("DiskError") and "No space left" in ended
     assert best == 2, "rank 0 decides for all"
     assert stopped == "sigterm False"
     gone, counts, same = rest

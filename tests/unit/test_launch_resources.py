@@ -10,7 +10,6 @@ from hrm_ray.errors import ResourceError, SettingsError, UnavailableError
 from hrm_ray.launch.cluster_address import check_address
 from hrm_ray.launch.resources import (
     ResourceRequest,
-    available_memory_bytes,
     check_cluster,
     check_free,
     check_local_gpus,
@@ -19,6 +18,7 @@ from hrm_ray.launch.resources import (
     spare_cpus,
     usable_cpus,
 )
+from hrm_ray.train.host_memory import available_memory_bytes
 
 GIB = 2**30
 

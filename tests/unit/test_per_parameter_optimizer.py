@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hrm_ray.bundle.weights_file import save_tensors
 from hrm_ray.errors import DataError
 from hrm_ray.settings.optimizer import OptimizerSettings
-from hrm_ray.train.optimizer_state import load_optimizer, optimizer_bytes, save_optimizer
+from hrm_ray.train.optimizer_state import OPTIMIZER_FILE, load_optimizer, optimizer_bytes, optimizer_tensors
 from hrm_ray.train.optimizers import OPTIMIZERS, builder
 from hrm_ray.train.per_parameter_optimizer import (
     UPDATES,
@@ -25,6 +26,10 @@ CPU = torch.device("cpu")
 KINDS = [*OPTIMIZERS, "adamw-8bit"]
 SHAPES = {"wide": (80, 64), "tall": (70, 65), "square": (16, 16), "bias": (7,)}
 """Two large enough for bitsandbytes' 8 bits, two that it keeps in 32."""
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], folder: Path) -> None:
+    save_tensors(optimizer_tensors(optimizer, named), folder / OPTIMIZER_FILE)
 
 
 def chosen(kind: str, **more: Any) -> OptimizerSettings:

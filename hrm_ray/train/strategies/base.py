@@ -8,6 +8,7 @@ before it calls `prepare`. The loop owns accumulation.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,9 +81,12 @@ class Strategy(Protocol):
     def full_weights(self) -> dict[str, Tensor]:
         """All weights and buffers by name, on the leading rank (elsewhere possibly empty); a collective."""
 
-    def save(self, folder: Path) -> None:
-        """Write weights, optimizer state and moving average into a checkpoint's folder, or into a folder of the
-        strategy's own in it. Called on all ranks; collectives come before the first write."""
+    def state_files(self) -> dict[str, Mapping[str, Tensor]]:
+        """The weights, optimizer state and moving average of a checkpoint: tensors by name in files by name, on the
+        leading rank (elsewhere possibly none); a collective.
+
+        Tensors may be those that are trained: the next update changes them.
+        """
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote; called on all ranks."""
+        """Restore the files of `state_files` from a checkpoint's folder; called on all ranks."""

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hrm_ray.bundle.weights_file import check_fit, read_tensors, save_tensors
+from hrm_ray.bundle.weights_file import check_fit, read_tensors
 from hrm_ray.errors import DataError, Fault
 from hrm_ray.model.layers import Block
 from hrm_ray.model.objective import AnyObjective, Batch, SegmentOutput
@@ -154,7 +154,7 @@ class FsdpStrategy(SingleStrategy):
         # Every rank has read the whole tensor, so nothing is sent.
         return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
-    def save(self, folder: Path) -> None:
+    def state_files(self) -> dict[str, Mapping[str, Tensor]]:
         weights, trained = self.full_weights(), dict(self.objective.model.named_parameters())
         state = self._on_leader(
             (name, self._joined(value, self.trained[name.rpartition(SEPARATOR)[0]]) if value.dim() else value)
@@ -162,11 +162,10 @@ class FsdpStrategy(SingleStrategy):
         )
         average: Mapping[str, Tensor] = self.average.average if self.average is not None else {}
         whole = self._on_leader((name, self._joined(rows, trained[name])) for name, rows in average.items())
-        if self.world.leads:
-            save_tensors(weights, folder / WEIGHTS)
-            save_tensors(state, folder / OPTIMIZER_FILE)
-            if whole:
-                save_tensors(whole, folder / AVERAGE)
+        if not self.world.leads:
+            return {}
+        files: dict[str, Mapping[str, Tensor]] = {WEIGHTS: weights, OPTIMIZER_FILE: state}
+        return files | ({AVERAGE: whole} if whole else {})
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:

@@ -3,11 +3,13 @@ arXiv 1910.02054)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
-from hrm_ray.bundle.weights_file import fill_module, read_tensors, save_tensors
+from hrm_ray.bundle.weights_file import fill_module, read_tensors
 from hrm_ray.model.objective import AnyObjective
 from hrm_ray.train.optimizer_state import OPTIMIZER_FILE, load_optimizer, optimizer_tensors
 from hrm_ray.train.optimizers import BuildOptimizer
@@ -47,14 +49,13 @@ class ShardedOptimizerStrategy(DdpStrategy):
         dist.all_gather_object(names, super().overflowed_parameters())
         return [name for of_rank in names for name in of_rank]
 
-    def save(self, folder: Path) -> None:
+    def state_files(self) -> dict[str, Mapping[str, Tensor]]:
         state = self.world.to_leader(optimizer_tensors(self.optimizer, self.ownership.own))
         average = self.world.to_leader(self.average.average) if self.average is not None else {}
-        if self.world.leads:
-            save_tensors(self.full_weights(), folder / WEIGHTS)
-            save_tensors(state, folder / OPTIMIZER_FILE)
-            if average:
-                save_tensors(average, folder / AVERAGE)
+        if not self.world.leads:
+            return {}
+        files: dict[str, Mapping[str, Tensor]] = {WEIGHTS: self.full_weights(), OPTIMIZER_FILE: state}
+        return files | ({AVERAGE: average} if average else {})
 
     def load(self, folder: Path) -> None:
         fill_module(self.objective.model, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hrm_ray.bundle.weights_file import fill_module, read_tensors, save_tensors
+from hrm_ray.bundle.weights_file import fill_module, read_tensors
 from hrm_ray.model.objective import AnyObjective, Batch, SegmentOutput
-from hrm_ray.train.optimizer_state import load_optimizer, save_optimizer
+from hrm_ray.train.optimizer_state import OPTIMIZER_FILE, load_optimizer, optimizer_tensors
 from hrm_ray.train.optimizers import BuildOptimizer
 from hrm_ray.train.per_parameter_optimizer import PerParameterOptimizer, multiply_gradients
 from hrm_ray.train.precision import Precision, sum_gradients_in_float32
@@ -167,12 +167,14 @@ class SingleStrategy:
     def full_weights(self) -> dict[str, Tensor]:
         return dict(self.objective.model.state_dict())
 
-    def save(self, folder: Path) -> None:
-        if self.world.leads:
-            save_tensors(self.full_weights(), folder / WEIGHTS)
-            save_optimizer(self.optimizer, dict(self.objective.named_parameters()), folder)
-            if self.average is not None:
-                save_tensors(self.average.average, folder / AVERAGE)
+    def state_files(self) -> dict[str, Mapping[str, Tensor]]:
+        if not self.world.leads:
+            return {}
+        state = optimizer_tensors(self.optimizer, dict(self.objective.named_parameters()))
+        files: dict[str, Mapping[str, Tensor]] = {WEIGHTS: self.full_weights(), OPTIMIZER_FILE: state}
+        if self.average is not None:
+            files[AVERAGE] = self.average.average
+        return files
 
     def load(self, folder: Path) -> None:
         fill_module(self.objective.model, read_tensors(folder / WEIGHTS), str(folder / WEIGHTS))

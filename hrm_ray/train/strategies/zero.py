@@ -15,7 +15,7 @@ import math
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hrm_ray.bundle.weights_file import check_fit, read_tensors, save_tensors
+from hrm_ray.bundle.weights_file import check_fit, read_tensors
 from hrm_ray.errors import DataError, Fault
 from hrm_ray.model.objective import AnyObjective, Batch, SegmentOutput
 from hrm_ray.train.optimizer_state import OPTIMIZER_FILE, SEPARATOR
@@ -219,15 +219,14 @@ class ZeroStrategy:
     def full_weights(self) -> dict[str, Tensor]:
         return dict(self.objective.model.state_dict())
 
-    def save(self, folder: Path) -> None:
+    def state_files(self) -> dict[str, Mapping[str, Tensor]]:
         weights = self.full_weights() | self._float32_weights()
         state = self._optimizer_state()
         average = self._whole_average()
-        if self.world.leads:
-            save_tensors(weights, folder / WEIGHTS)
-            save_tensors(state, folder / OPTIMIZER_FILE)
-            if average is not None:
-                save_tensors(average, folder / AVERAGE)
+        if not self.world.leads:
+            return {}
+        files: dict[str, Mapping[str, Tensor]] = {WEIGHTS: weights, OPTIMIZER_FILE: state}
+        return files | ({AVERAGE: average} if average is not None else {})
 
     def _float32_weights(self) -> dict[str, Tensor]:
         """The weights that are updated, by name, on the leading rank, where they are more exact than those of the
