@@ -88,7 +88,8 @@ class Ending:
 
 @dataclass(frozen=True)
 class RestartPolicy:
-    """How often a run is restarted, and with how many workers."""
+    """How often a run is restarted (restarts with smaller micro-batches are not counted; 0: never), and with how many
+    workers."""
 
     max_failures: int
     min_workers: int
@@ -117,24 +118,21 @@ def decide(ending: Ending, before: Sequence[Ending], policy: RestartPolicy, room
     workers that there is room for now."""
     if ending.cause in LASTING:
         return GiveUp(ending.error)
-    if len(before) >= policy.max_failures:
+    smaller = halved(ending.batch_size) if _needs_less(ending, before) else None
+    if not policy.max_failures or (smaller is None and counted(before) >= policy.max_failures):
         return GiveUp(ending.error, f"--max-failures {policy.max_failures} is reached")
-    same = [earlier for earlier in before if earlier.cause is ending.cause]
-    here = [earlier for earlier in same if _alike(earlier, ending)]
-    batch_size, wait_s = ending.batch_size, 0.0
+    here = [earlier for earlier in before if earlier.cause is ending.cause and _alike(earlier, ending)]
+    batch_size, wait_s = smaller or ending.batch_size, 0.0
     if ending.cause in WAITING:
         if len(here) >= len(WAITS_S):
             return GiveUp(ending.error, f"waiting did not help ({ending.cause.value} at step {ending.step})")
         wait_s = WAITS_S[len(here)]
-    elif here:
+    elif ending.cause is Cause.OUT_OF_MEMORY and smaller is None:
+        return GiveUp(ending.error, "the micro-batch has one row already")
+    elif here and smaller is None:
         return GiveUp(ending.error, f"this was the second failure of its kind at step {ending.step}")
     if ending.cause is Cause.HOST_MEMORY:
         wait_s = MEMORY_WAIT_S
-    if ending.cause is Cause.OUT_OF_MEMORY or (ending.cause is Cause.HOST_MEMORY and same):
-        smaller = halved(batch_size)
-        if smaller is None and ending.cause is Cause.OUT_OF_MEMORY:
-            return GiveUp(ending.error, "the micro-batch has one row already")
-        batch_size = smaller or batch_size
     workers = min(room, policy.max_workers)
     if ending.cause is Cause.NO_ROOM and workers < ending.world_size:
         wait_s = 0.0  # It goes on with fewer.
@@ -145,6 +143,21 @@ def decide(ending: Ending, before: Sequence[Ending], policy: RestartPolicy, room
         hint = "Continue with --resume when the machines are there again"
         return GiveUp(ResourceError(Fault(f"{policy.min_workers} worker(s)", reason, hint)))
     return Restart(workers, batch_size, wait_s)
+
+
+def counted(endings: Sequence[Ending]) -> int:
+    """How many of a run's failures count towards `max_failures`: all but those after which its micro-batches were made
+    smaller. These are few, and each brings the run nearer to a size that fits."""
+    shrank = (_needs_less(each, endings[:n]) and halved(each.batch_size) is not None for n, each in enumerate(endings))
+    return len(endings) - sum(shrank)
+
+
+def _needs_less(ending: Ending, before: Sequence[Ending]) -> bool:
+    """Whether the next attempt should have smaller micro-batches. Other programs may have used up the memory of a
+    machine: the first time the run only waits."""
+    if ending.cause is Cause.HOST_MEMORY:
+        return any(earlier.cause is Cause.HOST_MEMORY for earlier in before)
+    return ending.cause is Cause.OUT_OF_MEMORY
 
 
 def _alike(earlier: Ending, ending: Ending) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from hrm_ray.bundle.progress import STATE
 from hrm_ray.errors import DataError
-from hrm_ray.launch.restarts import Ending, GiveUp, RestartPolicy, decide
+from hrm_ray.launch.restarts import Ending, GiveUp, RestartPolicy, counted, decide
 from hrm_ray.rundir import RunDir, read_json
 from hrm_ray.train.plan import EndedAttempt, RunPlan, effective_batch, largest_divisor, resized
 from hrm_ray.types import MetricSink, Record, RestartRecord, RunResult, StopPoll, StopReason, StopRequested
@@ -113,7 +113,9 @@ def supervise(
             raise decision.error
         endings.append(ending)
         waits = f" in {decision.wait_s:.0f} s" if decision.wait_s else ""
-        watched.warn(f"{_told(ending)}; restart {len(endings)} of at most {policy.max_failures}{waits}")
+        limit = policy.max_failures + len(endings) - counted(endings)
+        smaller = f" with micro-batches of {decision.batch_size}" if decision.batch_size < ending.batch_size else ""
+        watched.warn(f"{_told(ending)}; restart {len(endings)} of at most {limit}{smaller}{waits}")
         (wait or wait_for)(decision.wait_s, stop)
         reason = stop()
         if reason is not None:

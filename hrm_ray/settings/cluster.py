@@ -87,7 +87,7 @@ class ClusterSettings(Section):
     max_failures: int = option(3, "free", ge=0)
     """How often a run goes on by itself after a failure, from its newest checkpoint: a lost worker or machine, a full
     disk. Wrong settings or data and losses that are not finite end it at once, and so does a second failure at one
-    step. 0: never."""
+    step. Restarts with smaller micro-batches after out of memory are not counted. 0: never."""
     hang_after: str | None = option(None, "free", unset="120 s or 20 steps, whichever is longer")
     """End Ray workers that make no progress for this long (90s, 30m, 1h30m; a number alone is seconds), and write the
     stacks of all ranks to stacks.txt in the bundle. The first step, evaluations, checkpoints and waits for data may

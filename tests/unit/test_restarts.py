@@ -29,6 +29,7 @@ from hrm_ray.launch.restarts import (
     Restart,
     RestartPolicy,
     cause_of,
+    counted,
     decide,
 )
 
@@ -105,6 +106,23 @@ def test_host_memory_is_waited_for_once_and_then_needs_less() -> None:
     assert isinstance(decision, Restart) and decision.batch_size == 4 and decision.wait_s > 0
     again = decide(ending(Cause.HOST_MEMORY, step=9), [first], FIXED, 2)
     assert isinstance(again, Restart) and again.batch_size == 2
+    # Also where it is the same step, with the same micro-batches: half of them is another trial.
+    assert decide(first, [first], FIXED, 2) == replace(decision, batch_size=2)
+    single = ending(Cause.HOST_MEMORY, batch_size=1)
+    assert isinstance(decide(single, [single], FIXED, 2), GiveUp)
+
+
+def test_smaller_micro_batches_do_not_count_as_failures() -> None:
+    policy, before = RestartPolicy(1, 2, 2), list[Ending]()
+    for step, batch_size in enumerate((16, 8, 4)):
+        now = ending(Cause.OUT_OF_MEMORY, step, batch_size)
+        assert decide(now, before, policy, 2) == Restart(2, batch_size // 2)
+        before.append(now)
+    lost = ending(Cause.WORKER_LOST, 5, 2)
+    assert decide(lost, before, policy, 2) == Restart(2, 2)
+    again = decide(ending(Cause.NODE_LOST, 7, 2), [*before, lost], policy, 2)
+    assert isinstance(again, GiveUp) and "--max-failures 1" in again.why
+    assert isinstance(decide(before[0], [], replace(policy, max_failures=0), 2), GiveUp), "0: never"
 
 
 def test_too_little_room_ends_a_run_of_fixed_size() -> None:
@@ -126,7 +144,8 @@ def test_a_decision_is_always_within_the_budget(now: Ending, before: list[Ending
     policy = RestartPolicy(most, 1, 3)
     decision = decide(now, before, policy, room)
     if isinstance(decision, Restart):
-        assert len(before) < most and now.cause not in LASTING
+        assert most and now.cause not in LASTING
+        assert counted(before) < most or decision.batch_size < now.batch_size
         assert 1 <= decision.world_size <= min(room, 3)
         assert now.batch_size % decision.batch_size == 0
         assert decision.wait_s >= 0
