@@ -53,9 +53,9 @@ _SHORTAGES: tuple[tuple[type[Exception], type[ResourceError], str, str, str], ..
         "Free disk space, then --resume",
     ),
 )
-_NODE_DEATH = "node has died"
+NODE_DEATH = "node has died"
 """Part of Ray's message on an actor whose node is gone."""
-_MEMORY_DEATH = "OUT_OF_MEMORY"
+MEMORY_DEATH = "OUT_OF_MEMORY"
 """Part of the exit type that Ray gives an actor which its memory monitor has killed."""
 LONGEST_DEATH_REASON = 400
 """Characters of Ray's own message that are shown."""
@@ -144,8 +144,8 @@ def actor_lost(doing: str, detail: str, silent_s: float | None = None) -> Worker
 def death_reason(ray_message: str) -> str:
     """The informative part of Ray's message about a dead actor, on one line."""
     text = " ".join(ray_message.split())
-    if _NODE_DEATH in text:
-        return _NODE_DEATH
+    if NODE_DEATH in text:
+        return NODE_DEATH
     _, found, detail = text.partition("Worker exit type:")
     detail = f"exit type{detail}" if found else text
     return detail.partition("Some common causes include")[0].strip().rstrip(".")[:LONGEST_DEATH_REASON]
@@ -165,9 +165,9 @@ def first_cause(reports: Sequence[Failure], lost: Mapping[int, str], logs: str) 
     if silent:
         name = "worker " + " and ".join(str(rank) for rank in silent)
         message = lost[silent[0]]
-        if _MEMORY_DEATH in message:
+        if MEMORY_DEATH in message:
             return HostMemoryError(Fault(name, "was killed because its machine was nearly out of memory", _MEMORY_HINT))
-        if any(_NODE_DEATH in lost[rank] for rank in silent):
+        if any(NODE_DEATH in lost[rank] for rank in silent):
             return WorkerCrash(Fault(name, "its machine is lost", RESUME_HINT), logs, Cause.NODE_LOST)
         reason = "the process died without an error (killed, or crashed in native code)"
         return WorkerCrash(Fault(name, reason, RESUME_HINT), f"{message}\n{logs}", Cause.WORKER_LOST)

@@ -20,7 +20,7 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from hrm_ray.errors import Fault, HrmRayError
+from hrm_ray.errors import Fault, HostMemoryError, HrmRayError
 from hrm_ray.independent.bundle_files import FileServer, SentFiles
 from hrm_ray.independent.calls import Coordinator
 from hrm_ray.independent.sent_rows import RowServer, sent_rows
@@ -35,7 +35,7 @@ from hrm_ray.independent.wire import (
     value_of,
 )
 from hrm_ray.launch.independent_run import run_with
-from hrm_ray.orchestration.failures import death_reason
+from hrm_ray.orchestration.failures import MEMORY_DEATH, NODE_DEATH, death_reason
 from hrm_ray.orchestration.hang_watch import kill_workers
 from hrm_ray.orchestration.run_monitor import WorkerInfo
 from hrm_ray.orchestration.session import worker_environment
@@ -194,7 +194,7 @@ class ActorHandle:
                 told: Packed | None = ray.get(waited) if self.served else None
             except ray.exceptions.RayError as error:
                 self._ended = -9
-                self.failure = HrmRayError(Fault(self.name, f"its process is gone ({death_reason(str(error))})", ""))
+                self.failure = _death(self.name, death_reason(str(error)))
             else:
                 self.failure = None if told is None else unpacked(told)
                 self._ended = None if not self.served else 0 if told is None else 1
@@ -220,6 +220,16 @@ class ActorHandle:
         if process is not None:
             with suppress(ray.exceptions.RayError):
                 kill_workers([process], {"env_vars": worker_environment(1)})
+
+
+def _death(name: str, reason: str) -> HrmRayError | None:
+    """What is known of a lost process beyond that it was killed."""
+    if MEMORY_DEATH in reason:
+        hint = "Use a smaller --batch-size or fewer workers"
+        return HostMemoryError(Fault(name, "was killed because its machine was nearly out of memory", hint))
+    if NODE_DEATH in reason:
+        return HrmRayError(Fault(name, "its machine is lost", "See whether it is there"))
+    return None
 
 
 class ActorWorkers:

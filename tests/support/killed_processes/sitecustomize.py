@@ -2,22 +2,26 @@
 log which rows they train and what they merge, and kill themselves at named points.
 
 HRM_KILLS: a JSON list of [process, point, number of the call in that process], each done once, and those of a process
-in their order. HRM_AUDIT: the folder of logs.
+in their order. Under --launcher ray the coordinator is a process of its own, at whose points the driver is killed too.
+HRM_AUDIT: the folder of logs. HRM_HIDDEN: folders that Ray's processes of this node do not see, as on another machine.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
 _CALLS: Counter[str] = Counter()
 AUDIT = Path(os.environ.get("HRM_AUDIT", "."))
+IN_RAY = any(Path(word).name == "default_worker.py" for word in sys.orig_argv)
 
 
 def point(process: str, name: str) -> None:
@@ -25,10 +29,12 @@ def point(process: str, name: str) -> None:
     _CALLS[name] += 1
     for number, (victim, where, call) in enumerate(json.loads(os.environ.get("HRM_KILLS", "[]"))):
         done = AUDIT / f"killed-{number}"
-        if victim == process and not done.exists():
+        here = victim == process or (IN_RAY and (victim, process) == ("coordinator", "driver"))
+        if here and not done.exists():
             if where == name and _CALLS[name] >= call:
                 done.write_text(f"{victim} {where}")
-                os.kill(os.getpid(), signal.SIGKILL)
+                others = IN_RAY and victim == "driver"
+                os.kill(int((AUDIT / "driver.pid").read_text()) if others else os.getpid(), signal.SIGKILL)
             return
 
 
@@ -109,8 +115,45 @@ def watch_driver() -> None:
     )
 
 
+class AfterImport:
+    """A finder that calls a function when a module was loaded: Ray's processes load ours late, and some never."""
+
+    def __init__(self, watches: dict[str, Callable[[], None]]) -> None:
+        self.watches = watches
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        watch = self.watches.pop(name, None)
+        spec = None if watch is None else importlib.util.find_spec(name)
+        if watch is None or spec is None or spec.loader is None:
+            return None
+        load = spec.loader.exec_module
+
+        def load_and_watch(module: Any) -> None:
+            load(module)
+            watch()
+
+        spec.loader.exec_module = load_and_watch  # type: ignore[method-assign]
+        return spec
+
+
+def hide(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook: files below the hidden folders are not there."""
+    if (event == "open" or event.startswith("os.")) and arguments and isinstance(arguments[0], str | os.PathLike):
+        name = os.path.abspath(os.fspath(arguments[0]))
+        if any(name == hidden or name.startswith(f"{hidden}{os.sep}") for hidden in HIDDEN):
+            raise FileNotFoundError(2, "hidden from this node", name)
+
+
+HIDDEN = [os.path.abspath(folder) for folder in os.environ.get("HRM_HIDDEN", "").split(os.pathsep) if folder]
+if IN_RAY and HIDDEN:
+    sys.addaudithook(hide)
 if "hrm_ray.independent.child_process" in sys.orig_argv:
     watch_trainer()
     watch_keeper()
 elif "hrm_ray" in sys.orig_argv:
+    (AUDIT / "driver.pid").write_text(str(os.getpid()))
     watch_driver()
+elif IN_RAY and "HRM_AUDIT" in os.environ:
+    watches = {"trainer": watch_trainer, "anchor_keeper": watch_keeper, "coordinator": watch_driver}
+    finder: Any = AfterImport({f"hrm_ray.independent.{name}": watch for name, watch in watches.items()})
+    sys.meta_path.insert(0, finder)
