@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from hrm_ray.bundle.progress import STATE
-from hrm_ray.errors import DataError
+from hrm_ray.errors import DataError, HrmRayError
 from hrm_ray.launch.restarts import Ending, GiveUp, RestartPolicy, counted, decide
 from hrm_ray.rundir import RunDir, read_json
 from hrm_ray.train.plan import EndedAttempt, RunPlan, effective_batch, largest_divisor, resized
@@ -94,6 +94,7 @@ def supervise(
             if outcome.reason is StopReason.RESIZE:
                 reason = stop()
                 if reason is not None:
+                    _write_bundle(plan, reason, watched)
                     return replace(outcome, reason=reason, restarts=_restarts(watched, endings))
                 plan = _after_growth(plan, resized(first, max(workers(), plan.world_size), rows))
                 continue
@@ -159,18 +160,39 @@ def _told(ending: Ending) -> str:
     return f"{ending.cause.value} at step {ending.step} ({fault.value}: {fault.reason})"
 
 
+def _write_bundle(plan: RunPlan, reason: StopReason, watched: WatchedSink) -> None:
+    """Write the final bundle of a run that is stopped while it has no workers, from its newest checkpoint. Where that
+    is not possible, say so."""
+    why, run_dir = "only workers merge adapters into them", RunDir(plan.bundle)
+    if not plan.settings.adapt.use_peft:
+        from hrm_ray.train.checkpoint import save_bundle_of  # It loads torch.
+
+        try:
+            newest = run_dir.newest_checkpoint()
+            if newest is not None:
+                save_bundle_of(newest, run_dir, reason)
+                return
+            why = "there is no checkpoint"
+        except HrmRayError as error:
+            why = f"{error.faults[0].value}: {error.faults[0].reason}"
+        except OSError as error:
+            why = str(error)
+    watched.warn(f"no final weights are written ({why}); --resume continues from the newest checkpoint")
+
+
 def _stopped(plan: RunPlan, reason: StopReason, watched: WatchedSink, ending: Ending | None = None) -> RunResult:
-    """The result of a run that was asked to stop between attempts: that of its newest checkpoint. Raises the failure,
-    or StopRequested, where it has none."""
+    """The result of a run that was asked to stop between attempts: that of its newest checkpoint, with the final bundle
+    made of it. Raises the failure, or StopRequested, where it has none."""
     state: dict[str, Any] | None = None
     if plan.attempt or plan.ended or ending is not None:
-        with suppress(OSError, DataError):  # The disk may still be away.
+        with suppress(OSError, DataError):  # The disk may still be unreachable.
             newest = RunDir(plan.bundle).newest_checkpoint()
             state = None if newest is None else read_json(newest / STATE)
     if state is None:
         if ending is not None:
             raise ending.error
         raise StopRequested(reason)
+    _write_bundle(plan, reason, watched)
     return RunResult(
         reason, state["progress"]["step"], state["epoch"], str(plan.bundle), restarts=tuple(watched.restarts)
     )

@@ -25,11 +25,12 @@ from hrm_ray.data.stream import ConsumedRange, append_ranges
 from hrm_ray.errors import DataError, Fault, HrmRayError
 from hrm_ray.model.actv1 import States
 from hrm_ray.model.puzzle_objective import ROW_FIELDS, PuzzleCarry
-from hrm_ray.rundir import RunDir, read_json, write_json
+from hrm_ray.rundir import RunDir, checkpoint_damage, read_json, write_json
 from hrm_ray.train.checkpoint_write import CheckpointWrite
 from hrm_ray.train.ledger_writer import LedgerWriter
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.precision import LossScaler
+from hrm_ray.train.strategies.single import AVERAGE, WEIGHTS
 from hrm_ray.types import StopReason
 
 RANKS = "ranks.safetensors"
@@ -143,6 +144,22 @@ class Checkpointer:
     def _check_folder(self) -> None:
         if self.watch is not None:
             self.watch.check()
+
+
+def save_bundle_of(checkpoint: Path, run_dir: RunDir, reason: StopReason) -> None:
+    """Write the final weights and metadata of a run that was stopped for `reason` while it had no workers: what
+    `Checkpointer.save_bundle` writes at the step of this checkpoint. Not for adapters, which a model merges.
+
+    Raises DataError for a damaged checkpoint, DiskError.
+    """
+    damage = checkpoint_damage(checkpoint)
+    if damage is not None:
+        raise DataError(Fault(*damage, "Use --resume, which looks for an older checkpoint"))
+    state, weights = read_json(checkpoint / STATE), read_tensors(checkpoint / WEIGHTS)
+    average = read_tensors(checkpoint / AVERAGE) if (checkpoint / AVERAGE).is_file() else {}
+    weights |= {name: tensor.to(weights[name].dtype) for name, tensor in average.items()}
+    progress, extra = Progress.from_plain(state["progress"]), state["extra"]
+    save_final(run_dir, BundleWeights(weights), reason, progress, state["epoch"], extra["figures"], extra["best"])
 
 
 def bundle_weights(loop: TrainingLoop) -> BundleWeights:

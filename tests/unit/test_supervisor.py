@@ -12,10 +12,11 @@ from hrm_ray.errors import Fault, HrmRayError
 from hrm_ray.launch import supervisor
 from hrm_ray.launch.restarts import LASTING, WAITING, WAITS_S, Cause, Ending
 from hrm_ray.launch.supervisor import Failed, WatchedSink, supervise
-from hrm_ray.rundir import MANIFEST, RunDir, write_json
+from hrm_ray.rundir import MANIFEST, RunDir, read_json, write_json
 from hrm_ray.train.plan import RunPlan, effective_batch
 from hrm_ray.types import Record, RestartRecord, RunResult, StopPoll, StopReason, StopRequested
 from tests.support.ray_bodies import plan_of
+from tests.support.runs import PUZZLE, TEXT, puzzle_file, stopping_at, text_file, train
 
 STEPS, SAVE_EVERY = 30, 4
 
@@ -226,3 +227,33 @@ def test_a_restart_of_which_no_record_came_is_listed_too(tmp_path: Path) -> None
 
     result = supervise(plan_of(tmp_path, max_failures=3), attempt, sink=Shown(), stop=lambda: None, wait=Clock().wait)
     assert result.restarts == (RestartRecord(1, "crash", 5), RestartRecord(2, "crash", 9, 4, 1.5))
+
+
+@pytest.mark.parametrize("data", ["text", "puzzle"])
+def test_a_stop_between_attempts_leaves_the_bundle_of_a_stopped_run(data: str, tmp_path: Path) -> None:
+    """With the moving average as its weights, and the figures of the last evaluation."""
+    words = (*(PUZZLE if data == "puzzle" else TEXT), "--ema", "0.9", "--steps", "9", "--eval-every", "2")
+    file = puzzle_file(tmp_path) if data == "puzzle" else text_file(tmp_path)
+    with stopping_at(3):
+        train(file, tmp_path / "bundle", *words, "--eval-file", file)
+    run_dir = RunDir(tmp_path / "bundle")
+    weights, about = run_dir.weights.read_bytes(), read_json(run_dir.metadata)
+    run_dir.weights.unlink()
+    run_dir.metadata.unlink()
+    plan, shown = replace(plan_of(tmp_path / "bundle"), attempt=1), Shown()
+    result = supervisor._stopped(plan, StopReason.STOP_FILE, WatchedSink(shown))
+    assert result.step == 3 and not shown.records
+    assert run_dir.weights.read_bytes() == weights and about["figures"]
+    assert {**read_json(run_dir.metadata), "written": about["written"]} == about
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_stopped_run_without_final_weights_says_so(adapters: bool, tmp_path: Path) -> None:
+    saved(tmp_path, 4)
+    plan, shown = replace(plan_of(tmp_path), attempt=1), Shown()
+    adapt = plan.settings.adapt.model_copy(update={"use_peft": adapters})
+    plan = replace(plan, settings=plan.settings.model_copy(update={"adapt": adapt}))
+    assert supervisor._stopped(plan, StopReason.SIGTERM, WatchedSink(shown)).step == 4
+    (message,) = [str(record.values["message"]) for record in shown.records]
+    assert message.startswith("no final weights are written (") and "--resume" in message
+    assert "adapters" in message if adapters else "manifest.json" in message
