@@ -34,16 +34,14 @@ from hrm_ray.errors import (
 from hrm_ray.ledger import delete_ledger
 from hrm_ray.log_filters import silence_unused_kernels
 from hrm_ray.metrics.fanout import FanOut
-from hrm_ray.metrics.jsonl import JsonlSink, read_records
+from hrm_ray.metrics.jsonl import JsonlSink
 from hrm_ray.metrics.reporters import report_sinks
 from hrm_ray.metrics.tensorboard import TensorBoardSink
-from hrm_ray.model.transforms.compile import compile_notes
 from hrm_ray.rundir import MANIFEST, RunDir, file_sha256
 from hrm_ray.settings.schedule_length import schedule_length
 from hrm_ray.settings.tree import to_dotted
 from hrm_ray.train.activity import Activity
 from hrm_ray.train.assemble import assemble
-from hrm_ray.train.attention_choice import flash_notes
 from hrm_ray.train.checkpoint import Checkpointer, load_checkpoint
 from hrm_ray.train.evaluate import EvalSet
 from hrm_ray.train.evaluator import Evaluator, Sampler
@@ -52,12 +50,12 @@ from hrm_ray.train.ledger_writer import LedgerWriter, ResumePoint
 from hrm_ray.train.loop import TrainingLoop
 from hrm_ray.train.metric_logger import MetricLogger
 from hrm_ray.train.plan import RunPlan, TextData, as_restarted, rewind_to
-from hrm_ray.train.precision import slow_bfloat16
+from hrm_ray.train.start_events import log_attempt, log_rank_schedule, log_start
 from hrm_ray.train.stream_loader import StreamLoader, TextStream
 from hrm_ray.train.time_limit import TimeLimit
 from hrm_ray.train.trainer import Trainer
 from hrm_ray.train.world import World
-from hrm_ray.types import DriverLink, MetricSink, RestartRecord, RunResult, SampleSet, StopReason
+from hrm_ray.types import DriverLink, MetricSink, RunResult, SampleSet, StopPoll, StopReason
 
 FILL_REPORT_EVERY_S = 5.0
 """Seconds between two reports of how full the shuffle buffer is; shorter filling is not reported."""
@@ -110,20 +108,13 @@ def _train(plan: RunPlan, link: WorkerLink, watch: FolderWatch) -> RunResult:
         plan = world.from_leader(lambda: as_restarted(first, run_dir))
     data, held_out = _data(plan.data, run_dir, world, link)
     time_limit = TimeLimit(plan.stop_by_s)
-
-    def stop_poll() -> StopReason | None:
-        if not world.leads:
-            return None
-        requested = link.stop_requested()
-        return time_limit.poll() or requested if requested in (None, StopReason.RESIZE) else requested
-
     loop = assemble(
         settings,
         config,
         data,
         world,
         plan.schedule_steps,
-        stop_poll,
+        _stop_poll(world, link, time_limit),
         resumes=plan.checkpoint is not None,
         adaptive_lr=plan.adaptive_lr,
     )
@@ -171,52 +162,26 @@ def _train(plan: RunPlan, link: WorkerLink, watch: FolderWatch) -> RunResult:
             loop.parts.loader.on_fill = _while_filling(loop, logger)
         if isinstance(plan.data, TextData) and plan.data.rows_estimated:
             _refine_schedule(plan, plan.data, loop, logger)
-        # On a running cluster the driver has not seen the workers' machines.
-        own = flash_notes(settings, config, world.device) + compile_notes(settings, world.device)
-        for note in (*plan.notes, *(own if plan.ray_address else ())):
-            logger.event("WARNING", note)
-        for remark in plan.remarks:
-            logger.event("INFO", remark)
-        if loop.parts.strategy.precision.autocast is not None and slow_bfloat16(world.device):
-            logger.event("INFO", "This CPU has no bfloat16 units: --amp saves memory but is slower than --no-amp.")
+        log_start(plan, logger)
         if plan.checkpoint is not None:
             trainer.resume(extra, restarted=plan.attempt > 0)
             logger.event("INFO", f"resumed from {plan.checkpoint}")
-            _log_rank_schedule(logger)
-        if plan.grown_from:
-            _log_growth(plan, logger)
-        elif plan.ended and world.leads:
-            _log_restarts(plan, logger, run_dir.metrics)
+            log_rank_schedule(logger)
+        log_attempt(plan, logger)
         return trainer.run()
 
 
-def _log_growth(plan: RunPlan, logger: MetricLogger) -> None:
-    shape, step = logger.loop.parts.shape, logger.loop.progress.step
-    message = (
-        f"{shape.size} workers instead of {plan.grown_from} from step {step} on: micro-batches of {shape.batch_size}, "
-        f"{shape.accumulation} accumulated; the effective batch stays {shape.effective}"
-    )
-    logger.write("event", {"level": "INFO", "message": message, "world_size": shape.size})
+def _stop_poll(world: World, link: WorkerLink, time_limit: TimeLimit) -> StopPoll:
+    """Asks rank 0's driver and time limit whether the run is to end; a stop comes before a restart with more
+    workers."""
 
+    def stop_poll() -> StopReason | None:
+        if not world.leads:
+            return None
+        requested = link.stop_requested()
+        return time_limit.poll() or requested if requested in (None, StopReason.RESIZE) else requested
 
-def _log_restarts(plan: RunPlan, logger: MetricLogger, metrics: Path) -> None:
-    """Write a record of the restart, and of earlier ones that the metrics lack: of those the workers failed before they
-    could write, or the record went with what is trained again."""
-    step, last = logger.loop.progress.step, len(plan.ended)
-    since_s = plan.begun_s if plan.checkpoint is None else (plan.checkpoint / MANIFEST).stat().st_mtime
-    lost_s = max(0.0, time.time() - since_s)
-    written = {record.values.get("restart") for record in read_records(metrics) if record.time_s >= plan.begun_s}
-    for number, ended in enumerate(plan.ended, 1):
-        message = f"restart {number} after {ended.message}"
-        record = RestartRecord(number, ended.cause, ended.step)
-        if number == last:
-            workers = f" with {plan.world_size} workers" if plan.world_size > 1 else ""
-            message += f"; it goes on from step {step}{workers}, {lost_s:.0f} s lost"
-            record = replace(record, resumed_step=step, lost_s=round(lost_s, 1))
-        elif number in written:
-            continue
-        values = {**record.values(), "world_size": plan.world_size}
-        logger.write("event", {"level": "WARNING", "message": message, **values})
+    return stop_poll
 
 
 def _while_filling(loop: TrainingLoop, logger: MetricLogger) -> Callable[[int, int], None]:
@@ -267,7 +232,7 @@ def _refine_schedule(plan: RunPlan, data: TextData, loop: TrainingLoop, logger: 
         if steps != before:
             text = f"Epoch {epoch} had {sequences} sequences: the learning-rate schedule now has {steps} steps"
             logger.event("INFO", f"{text} instead of {before}.")
-            _log_rank_schedule(logger)
+            log_rank_schedule(logger)
 
     if loop.epoch_rows is not None:
         lay_out(*loop.epoch_rows)
@@ -359,20 +324,6 @@ def _ledger_writer(
 
 def _close_ledger(ledger_writer: LedgerWriter, watch: FolderWatch) -> None:
     ledger_writer.close(exports=watch.fault() is None)
-
-
-def _log_rank_schedule(logger: MetricLogger) -> None:
-    """Warn where AdaLoRA's ranks keep the schedule of another number of steps than the learning rate has now."""
-    parts = logger.loop.parts
-    adapters, schedule_steps = parts.adapters, parts.lr_schedule.schedule.total_steps
-    if adapters is None or adapters.ranks is None or adapters.ranks.plan.total_steps == schedule_steps:
-        return
-    planned = adapters.ranks.plan
-    logger.event(
-        "WARNING",
-        f"AdaLoRA's ranks keep the schedule of {planned.total_steps} steps that the run began with (the last go at "
-        f"step {planned.total_steps - planned.final_steps}), though the run has {schedule_steps} steps now.",
-    )
 
 
 def run_sinks(plan: RunPlan, run_dir: RunDir, resumed_step: int | None, display: MetricSink) -> FanOut:
