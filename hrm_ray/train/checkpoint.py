@@ -126,6 +126,7 @@ class Checkpointer:
         """Finish what is written in the background where a run ends by an error; no collective."""
         write, self._write = self._write, None
         if write is not None and self.loop.world.leads:
+            self.loop.activity.enter("ending")  # This wait is no part of the step that has failed.
             write.finish_alone()
 
     def save_bundle(self, reason: StopReason, figures: Mapping[str, float], best: Mapping[str, Any] | None) -> None:

@@ -26,6 +26,8 @@ from hrm_ray.train.world import World
 
 AT_ONCE_BYTES = 64 * 2**20
 """Up to this size the files of a strategy are written at once: that is quicker than what a thread costs the steps."""
+AFTER_ERROR_S = 60.0
+"""So long a run that ends by an error waits for what is being written: the disk may hang, and the error is to be told."""
 _WAIT_S = 1.0
 """On Windows a signal is seen only between two waits."""
 
@@ -92,9 +94,16 @@ class CheckpointWrite:
             self._world.from_leader(self._put_in_place)
 
     def finish_alone(self) -> None:
-        """`finish` on the leading rank, where others may have failed; nothing is raised."""
-        with suppress(Exception), self.discarded_on_error():
-            self._put_in_place()
+        """`finish` on the leading rank, where others may have failed; nothing is raised.
+
+        What is not written after AFTER_ERROR_S is left as it is, for the next save to remove.
+        """
+        deadline_s = time.monotonic() + AFTER_ERROR_S
+        while not self.written and time.monotonic() < deadline_s:
+            wait([self._checksum], _WAIT_S)
+        if self.written:
+            with suppress(Exception), self.discarded_on_error():
+                self._put_in_place()
 
     @contextmanager
     def discarded_on_error(self) -> Iterator[None]:

@@ -189,6 +189,23 @@ def test_an_error_while_a_thread_writes(tmp_path: Path, writing: Writing, monkey
     assert RunDir(tmp_path / "b").checkpoint_steps() == [2, 4, 6, 7]
 
 
+def test_an_error_is_told_though_the_disk_hangs(
+    tmp_path: Path, writing: Writing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training does not wait without end for a thread that does not come back."""
+    trainer = trainer_of(settings_of(steps=6, save_every=2), tmp_path / "b", None, None)
+    loop, hangs = trainer.loop, threading.Event()
+    monkeypatch.setattr(checkpoint_write, "save_tensors", lambda tensors, path: hangs.wait(WAIT_S))
+    monkeypatch.setattr(checkpoint_write, "AFTER_ERROR_S", 0.0)
+    monkeypatch.setattr(loop, "step", failing_at(3, loop.step, FULL))
+    with pytest.raises(OSError, match="No space left"):
+        trainer.run()
+    trainer.checkpointer.close()
+    assert loop.activity.phase == "ending" and not trainer.checkpointer.writing
+    assert [path.name.endswith(".partial") for path in (tmp_path / "b" / "checkpoints").iterdir()] == [True]
+    hangs.set()
+
+
 def test_others_who_opened_the_bundle_meanwhile(
     tmp_path: Path, writing: Writing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
