@@ -27,7 +27,7 @@ from hrm_ray.train.world import World
 AT_ONCE_BYTES = 64 * 2**20
 """Up to this size the files of a strategy are written at once: that is quicker than what a thread costs the steps."""
 AFTER_ERROR_S = 60.0
-"""So long a run that ends by an error waits for what is being written: the disk may hang, and the error is to be told."""
+"""So long a run that ends by an error waits for what is being written. On a disk that hangs that would have no end."""
 _WAIT_S = 1.0
 """On Windows a signal is seen only between two waits."""
 
