@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, TypeAlias
 
@@ -68,6 +69,10 @@ class SharedFiles:
 
     def deliver_state(self, trainer: str) -> None:
         """See BundleFiles."""
+
+
+class _Gone(Exception):
+    """A file was deleted or cut while it was read."""
 
 
 class SentFiles:
@@ -131,11 +136,11 @@ class SentFiles:
         target = self.run_dir.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with atomic_path(target) as temporary, temporary.open("wb") as file:
+            with suppress(_Gone), atomic_path(target) as temporary, temporary.open("wb") as file:
                 while file.tell() < size:
                     piece: bytes = self._call("read_piece", path, file.tell(), PIECE_BYTES)
                     if not piece:
-                        return  # it was deleted or cut meanwhile: whoever reads it compares checksums
+                        raise _Gone
                     file.write(piece)
         except OSError as error:
             raise unwritable(target, error) from error

@@ -55,6 +55,11 @@ class ChildProcess:
         """The number of the process."""
         return self.process.pid
 
+    @property
+    def placed(self) -> bool:
+        """Whether its process was started."""
+        return True
+
     def kill(self) -> None:
         """End it at once."""
         self.process.kill()

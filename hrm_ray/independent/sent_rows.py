@@ -14,11 +14,15 @@ from hrm_ray.data.chunk_source import Chunk, ChunkPipeline
 from hrm_ray.data.prepare import PuzzlePlan, open_puzzle_sets
 from hrm_ray.data.text_data import TextDataDir
 from hrm_ray.data.tokenizer import TextTokenizer
+from hrm_ray.errors import DataError, Fault
 from hrm_ray.independent.bundle_files import Call
 from hrm_ray.rundir import RunDir
 from hrm_ray.train.claimed_rows import ClaimedPuzzles, ClaimedText
 from hrm_ray.train.plan import RunPlan
 from hrm_ray.types import Columns, SampleSet
+
+CLOSE_S = 5.0
+"""How long the end of a run waits for a chunk that is being read."""
 
 
 class RowServer:
@@ -29,6 +33,7 @@ class RowServer:
         self._lock = threading.Lock()
         self._pipeline: ChunkPipeline | None = None
         self._puzzles: SampleSet | None = None
+        self._closed = False
 
     @property
     def methods(self) -> Mapping[str, Callable[..., Any]]:
@@ -38,6 +43,8 @@ class RowServer:
     def chunk(self, number: int) -> Chunk | None:
         """See ChunkReader."""
         with self._lock:  # a pipeline is used by one thread at a time
+            if self._closed:
+                raise DataError(Fault(f"chunk {number}", "is not read any more: the run ends", ""))
             if self._pipeline is None:
                 if isinstance(self._plan.data, PuzzlePlan):
                     raise TypeError("puzzles have no chunks of text")
@@ -57,11 +64,16 @@ class RowServer:
         return self._opened().rows(indices)
 
     def close(self) -> None:
-        """Release the data."""
-        with self._lock:
-            if self._pipeline is not None:
-                self._pipeline.close()
-                self._pipeline = None
+        """Release the data; what is being read ends at its next row."""
+        self._closed = True
+        pipeline = self._pipeline
+        if pipeline is None:
+            return
+        with pipeline.unwanted():
+            # Where the source does not answer, its thread ends with the process.
+            if self._lock.acquire(timeout=CLOSE_S):
+                pipeline.close()
+                self._lock.release()
 
     def _opened(self) -> SampleSet:
         with self._lock:

@@ -355,15 +355,16 @@ class BlockTrainer:
 
     def _lay_newest(self, *, keep_open_work: bool) -> None:
         anchor = self._news.anchor
-        try:
-            self._weights.lay(self._files.fetch(anchor.path), anchor.sha256, keep_open_work=keep_open_work)
-        except DataError:
-            # It may be deleted by now, because there are newer ones.
-            self.renew()
-            if self._news.anchor.sha256 == anchor.sha256:
-                raise
-            anchor = self._news.anchor
-            self._weights.lay(self._files.fetch(anchor.path), anchor.sha256, keep_open_work=keep_open_work)
+        while True:
+            try:
+                self._weights.lay(self._files.fetch(anchor.path), anchor.sha256, keep_open_work=keep_open_work)
+                break
+            except DataError:
+                # It may be deleted by now, because there are newer ones, also while it was fetched.
+                self.renew()
+                if self._news.anchor.sha256 == anchor.sha256:
+                    raise
+                anchor = self._news.anchor
         self._anchor = anchor
         self._chain = []
 

@@ -6,6 +6,7 @@ are due. `run` is the launcher whose trainers, and the keeper of anchors, are pr
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -43,6 +44,8 @@ RENEW_EVERY_S = 1.0
 """Seconds between two renewals of a trainer: so long a stop may take to reach it between its other calls."""
 LEAVE_S = 60.0
 """Seconds that trainers have to report and leave once the run ends."""
+UNPLACED_S = 60.0
+"""A trainer that has found no room on the cluster for so long is told of."""
 KEEPER = "anchors"
 
 
@@ -65,6 +68,10 @@ class TrainerHandle(Protocol):
     @property
     def identity(self) -> Hashable:
         """Another one when it is started again."""
+
+    @property
+    def placed(self) -> bool:
+        """Whether its process was started; on a cluster without room for it, it is not."""
 
     def kill(self) -> None:
         """End it at once, whatever it does; `Workers.take_ended` gives it when it has ended."""
@@ -152,6 +159,8 @@ class IndependentRun:
         self.saved_round: int | None = None
         self._shown_s = 0.0
         self._watched = Watched(time.monotonic())
+        self._unplaced_s: dict[Hashable, float] = {}
+        """When it is said of a trainer that it has found no room yet; infinite once it was said."""
 
     def run(self) -> RunResult:
         for number, name in enumerate(self.names):
@@ -263,6 +272,8 @@ class IndependentRun:
             ending = self.coordinator.stop is not None or self.coordinator.finished
             if ending:
                 ends_s = time.monotonic() + LEAVE_S if ends_s is None else ends_s
+                for child in [child for child in self.children.trainers.values() if not child.placed]:
+                    self.children.end(child)  # it has nothing to report
                 if not self.children.trainers:
                     return
                 if time.monotonic() >= ends_s:
@@ -302,6 +313,9 @@ class IndependentRun:
         """End trainers that make no progress, though a thread of theirs answers; also those that never joined."""
         done: dict[str, tuple[object, Phase]] = {}
         for name, child in self.children.trainers.items():
+            if not child.placed:
+                self._tell_unplaced(child)
+                continue
             state = self.coordinator.trainers.get(name)
             if state is None or state.progress is None:
                 done[name] = (child.identity, state is None), "starting"
@@ -311,6 +325,13 @@ class IndependentRun:
         for name, stood_s in hangs.items():
             self._event("WARNING", f"{name} has made no progress for {stood_s:.0f} s ({done[name][1]}) and is ended")
             self.children.trainers[name].kill()
+
+    def _tell_unplaced(self, child: TrainerHandle) -> None:
+        """Say once that a trainer finds no room on the cluster: no failure of it, and it may come yet."""
+        now_s = time.monotonic()
+        if now_s >= self._unplaced_s.setdefault(child.identity, now_s + UNPLACED_S):
+            self._unplaced_s[child.identity] = math.inf
+            self._event("WARNING", f"{child.name} waits for room on the cluster; the run goes on without it meanwhile")
 
     def _ended(self, child: TrainerHandle) -> None:
         """A trainer's process has ended: in order, or it is started again, or the run goes on without it."""

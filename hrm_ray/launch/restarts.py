@@ -45,12 +45,17 @@ class Cause(str, Enum):
     CRASH = "crash"
 
 
+class NodeLostError(HrmRayError):
+    """The machine of a process is lost."""
+
+
 _CAUSES: tuple[tuple[type[HrmRayError], Cause], ...] = (
     (DiskError, Cause.DISK),
     (DeviceMemoryError, Cause.OUT_OF_MEMORY),
     (HostMemoryError, Cause.HOST_MEMORY),
     (UnreadableError, Cause.UNREADABLE),
     (NoRoomError, Cause.NO_ROOM),
+    (NodeLostError, Cause.NODE_LOST),
     (DataError, Cause.DATA),
     (DivergedError, Cause.DIVERGED),
     (SettingsError, Cause.SETTINGS),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ from hrm_ray.independent.wire import (
     value_of,
 )
 from hrm_ray.launch.independent_run import run_with
+from hrm_ray.launch.restarts import NodeLostError
 from hrm_ray.orchestration.failures import MEMORY_DEATH, NODE_DEATH, death_reason
 from hrm_ray.orchestration.hang_watch import kill_workers
 from hrm_ray.orchestration.run_monitor import WorkerInfo
@@ -46,6 +48,11 @@ from hrm_ray.types import Record, RunResult, StopReason, StopRequested
 
 POLL_S = 0.05
 """Seconds between two looks while an answer is waited for."""
+START_S = 600.0
+"""The keeper of anchors must be there within that time; it imports PyTorch, on a busy machine."""
+SILENT_S = 60.0
+"""A keeper whose process does not answer for so long is ended, and started again. Merges answer meanwhile."""
+PING_EVERY_S = 1.0
 CLEAN_UP_S = 10.0
 """How long the machines of a run may take to remove what ended trainers have left there."""
 
@@ -146,6 +153,9 @@ class KeeperActor:
         """This process."""
         return WorkerInfo.here(-1)
 
+    def ping(self) -> None:
+        """Answer, on another thread than that of the calls."""
+
     def call(self, method: str, arguments: Sequence[Any]) -> tuple[str, Any]:
         """A call of the keeper, which is made by the first one, so that its errors are answers too."""
 
@@ -172,6 +182,11 @@ class ActorHandle:
     def identity(self) -> Hashable:
         """Another one when it is started again."""
         return self.actor._actor_id.hex()
+
+    @property
+    def placed(self) -> bool:
+        """Whether its process was started; without room on the cluster it is not."""
+        return bool(ray.wait([self.here], timeout=0)[0])
 
     @property
     def served(self) -> bool:
@@ -228,8 +243,28 @@ def _death(name: str, reason: str) -> HrmRayError | None:
         hint = "Use a smaller --batch-size or fewer workers"
         return HostMemoryError(Fault(name, "was killed because its machine was nearly out of memory", hint))
     if NODE_DEATH in reason:
-        return HrmRayError(Fault(name, "its machine is lost", "See whether it is there"))
+        return NodeLostError(Fault(name, "its machine is lost", "See whether it is there"))
     return None
+
+
+class _Silence:
+    """How long the keeper's process has not answered, while a call of it is waited for."""
+
+    def __init__(self, keeper: Any, here: Any) -> None:
+        """`here` is the answer of a keeper that has started."""
+        self._keeper, self._here = keeper, here
+        self._asked = keeper.ping.remote()
+        self._since_s = time.monotonic()
+
+    def too_long(self) -> bool:
+        """Whether it must be ended. Called far more often than once in SILENT_S."""
+        now_s = time.monotonic()
+        if ray.wait([self._asked], timeout=0)[0]:
+            if now_s - self._since_s >= PING_EVERY_S:
+                self._asked, self._since_s = self._keeper.ping.remote(), now_s
+            return False
+        longest_s = SILENT_S if ray.wait([self._here], timeout=0)[0] else START_S
+        return now_s - self._since_s >= longest_s
 
 
 class ActorWorkers:
@@ -305,14 +340,18 @@ class ActorWorkers:
                 num_cpus=0,
                 scheduling_strategy=here,
                 max_restarts=0,
+                max_concurrency=2,
                 runtime_env=self._task.environment(self._plan.threads),
             )
             self._keeper = actor.remote(self._task)
             self._keeper_here = self._keeper.here.remote()
-        asked = self._keeper.call.remote(call, tuple(arguments))
+        asked, silence = self._keeper.call.remote(call, tuple(arguments)), _Silence(self._keeper, self._keeper_here)
         try:
             while not ray.wait([asked], timeout=POLL_S)[0]:
                 meanwhile()
+                if silence.too_long():
+                    self._end_keeper()
+                    raise Disconnected
             return value_of(ray.get(asked))
         except ray.exceptions.RayError as error:
             self._end_keeper()
@@ -327,10 +366,13 @@ class ActorWorkers:
         self._remove_left_folders()
 
     def _end_keeper(self) -> None:
-        keeper, self._keeper = self._keeper, None
+        keeper, here = self._keeper, self._keeper_here
+        self._keeper = self._keeper_here = None
         if keeper is not None:
             with suppress(ray.exceptions.RayError):
                 ray.kill(keeper)
+                if ray.wait([here], timeout=0)[0]:
+                    kill_workers([ray.get(here)], {})  # also where it is stopped
 
     def _forget(self, handle: ActorHandle) -> None:
         process = handle.info

@@ -14,10 +14,10 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from hrm_ray.errors import DiskError, Fault, UnavailableError
+from hrm_ray.errors import DiskError, Fault, HrmRayError, UnavailableError
 from hrm_ray.independent.wire import unpacked
 from hrm_ray.launch.hangs import Timeouts
-from hrm_ray.launch.restarts import Cause, Ending
+from hrm_ray.launch.restarts import WAITING, Cause, Ending
 from hrm_ray.launch.supervisor import Failed, WatchedSink, supervise
 from hrm_ray.orchestration.attempts import Attempts
 from hrm_ray.orchestration.cluster_room import StartTurn
@@ -101,10 +101,8 @@ class CoordinatorRun:
                 raise DiskError(Fault(str(self._plan.bundle), f"cannot be written ({error})", hint)) from error
             task = ActorTask(self._plan.to_plain(), str(self._marker), token, self._session.private)
             ended = self._follow(task)
-        except WorkerCrash as error:
-            step, rows = self._sink.step, self._plan.settings.optimizer.batch_size
-            ending = Ending(cause_of(error), error, step, self._plan.attempt, self._plan.world_size, rows)
-            return Failed(ending, self._status.begun)
+        except (WorkerCrash, DiskError) as error:
+            return self._failed(error)
         finally:
             self._end_actors()
             with suppress(OSError):
@@ -112,10 +110,18 @@ class CoordinatorRun:
         if ended.stopped is not None:
             raise StopRequested(ended.stopped)
         if ended.error is not None:
-            raise unpacked(ended.error)
+            told = unpacked(ended.error)
+            if cause_of(told) in WAITING:
+                return self._failed(told)
+            raise told  # it would come again, or all trainers had their restarts
         if ended.result is None:
             raise RuntimeError("the coordinator ended without a result")
         return ended.result
+
+    def _failed(self, error: HrmRayError) -> Failed:
+        step, rows = self._sink.step, self._plan.settings.optimizer.batch_size
+        ending = Ending(cause_of(error), error, step, self._plan.attempt, self._plan.world_size, rows)
+        return Failed(ending, self._status.begun)
 
     def _follow(self, task: ActorTask) -> Ended:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -140,7 +146,10 @@ class CoordinatorRun:
                 self._here = self._get(pid)
             self._update()
         ended: Ended = self._get(running)
-        self._receive(self._actor.take.remote(), wait_s=self._timeouts.monitor_s)
+        # A call that is on its way has the records before those of the last one.
+        for asked in (self._asked, self._actor.take.remote()):
+            if asked is not None:
+                self._receive(asked, wait_s=self._timeouts.monitor_s)
         return ended
 
     def _update(self) -> None:

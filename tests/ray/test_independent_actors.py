@@ -179,7 +179,9 @@ def _on_other_nodes(folder: Path) -> None:
         said = {**_flat(words), "--ray-address": nodes.cluster.address}
         del said["--launcher"]
         result = run(load_run(said), sink=sink, stop=sink.stop)
-        assert result.reason is StopReason.STOP_FILE and [one.cause for one in result.restarts] == ["worker lost"]
+        assert result.reason is StopReason.STOP_FILE
+        # Which of the two Ray sees first is chance.
+        assert [one.cause for one in result.restarts] in (["worker lost"], ["node lost"])
         trainers = RunDir(folder / "b").independent.root / "trainers"
         for name in ("trainer-0", "trainer-1"):
             own = RunDir(trainers / name)

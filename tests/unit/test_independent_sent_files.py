@@ -97,3 +97,21 @@ def test_no_other_file_is_given_or_written(tmp_path: Path, path: str) -> None:
     with pytest.raises(DataError, match="no file of the trainers"):
         files.remove(path)
     assert bundle.config.read_text() == "{}"
+
+
+def test_a_file_that_is_gone_in_the_middle_is_not_taken_for_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, files, _ = connected(tmp_path)
+    bundle.independent.anchors.mkdir(parents=True)
+    (bundle.root / ANCHOR).write_bytes(b"0123456789")
+    monkeypatch.setattr(bundle_files, "PIECE_BYTES", 4)
+    genuine = files._call
+
+    def cut(name: str, *arguments: Any) -> Any:
+        return b"" if name == "read_piece" and arguments[1] else genuine(name, *arguments)
+
+    files._call = cut
+    assert not files.fetch(ANCHOR).exists()
+    files._call = genuine
+    assert files.fetch(ANCHOR).read_bytes() == b"0123456789"

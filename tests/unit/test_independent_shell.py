@@ -171,3 +171,31 @@ def test_a_report_from_an_anchor_of_many_rounds_ago_is_refused(shell: Shell) -> 
             shell.report("trainer-1", number + 1, base=AnchorRef(0, "a", "a", 0))
     with pytest.raises(TooLate, match="4 rounds old"):
         shell.report("trainer-1", 9, base=AnchorRef(0, "a", "a", 0))
+
+
+class Unplaced(ChildProcess):
+    """A trainer for which there is no room."""
+
+    @property
+    def code(self) -> int | None:
+        return None
+
+    @property
+    def placed(self) -> bool:
+        return False
+
+
+def test_a_trainer_without_room_is_told_of_once_and_costs_neither_a_failure_nor_the_end(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hrm_ray.launch.independent_run.UNPLACED_S", 0.0)
+    child = shell.children.trainers["trainer-1"]
+    shell.children.trainers = {"trainer-1": Unplaced("trainer-1", 1, child.process, 0.0)}
+    for _ in range(3):
+        shell.run._end_hung()
+    told = [str(record.values["message"]) for record in shell.events]
+    assert told == ["trainer-1 waits for room on the cluster; the run goes on without it meanwhile"]
+    shell.coordinator.stop = StopReason.INTERRUPT
+    shell.run._train()
+    assert shell.children.trainers == {} and shell.run.restarts == []
+    assert len([record for record in shell.events if record.kind == "event"]) == 1
