@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from hrm_ray.data.prepare import PuzzlePlan, open_puzzle_sets
 from hrm_ray.data.text_data import TextDataDir
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.independent.bundle_files import BundleFiles, SharedFiles
 from hrm_ray.independent.calls import Coordinator
+from hrm_ray.independent.synchronous_start import is_synchronous
 from hrm_ray.independent.trainer import BlockTrainer
 from hrm_ray.independent.weights import load_fixed_tensors
 from hrm_ray.log_filters import silence_unused_kernels
@@ -54,7 +57,16 @@ def block_trainer(
         log_every=plan.settings.run.log_every,
         sink=JsonlSink(RunDir(folder).metrics),
         files=files,
+        begins_from=_synchronous_checkpoint(plan),
     )
+
+
+def _synchronous_checkpoint(plan: RunPlan) -> Path | None:
+    """The checkpoint of a strategy that the run goes on from, where this machine sees it."""
+    checkpoint = plan.checkpoint
+    if checkpoint is None or not checkpoint.is_dir():
+        return None
+    return checkpoint if is_synchronous(checkpoint) else None
 
 
 def assemble_loop(

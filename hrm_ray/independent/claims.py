@@ -58,13 +58,14 @@ def prepare_claims(plan: RunPlan, on_read: Callable[[str], None]) -> tuple[DataO
         chunks = puzzle_chunks(len(open_puzzle_sets(plan.data)[0]))
         return DataOrder(EpochOrder(plan.settings.run.seed, shuffled=False), [chunks]), [BlockLength(0, chunks)]
     text = plan.data.text
-    catalog = _whole_catalog(plan, on_read)
+    catalog = whole_catalog(plan, on_read)
     sizes = catalog.block_sizes()
     blocks = [BlockLength(block, size) for block, size in enumerate(sizes)]
     return DataOrder(text.epoch_order, sizes, text.shuffle_rows > 0), blocks
 
 
-def _whole_catalog(plan: RunPlan, on_read: Callable[[str], None]) -> Catalog:
+def whole_catalog(plan: RunPlan, on_read: Callable[[str], None]) -> Catalog:
+    """The catalog of a run on text, read to its end where that is not known yet, and closed."""
     if isinstance(plan.data, PuzzlePlan):
         raise TypeError("puzzles have no catalog")
     text, run_dir = plan.data.text, RunDir(plan.bundle)

@@ -99,12 +99,14 @@ class BlockTrainer:
         log_every: int = 1,
         sink: MetricSink | None = None,
         files: BundleFiles | None = None,
+        begins_from: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """`loop` has a ClaimedLoader; the trainer closes it. `samples_per_update`: samples after which
         the clock of the learning rate is one further (assembly.samples_per_step). `sink` gets the records of this
-        trainer. `files` are those below `run_dir`."""
+        trainer. `files` are those below `run_dir`. `begins_from`: the checkpoint of a strategy whose optimizer state it
+        begins with where it has none of its own."""
         loader = loop.parts.loader
         if not isinstance(loader, ClaimedLoader):
             raise TypeError("a block trainer's loop has a ClaimedLoader")
@@ -121,7 +123,7 @@ class BlockTrainer:
         self._speed = Throughput(clock=clock)
         self._base_rates = loop.parts.lr_schedule.lr, loop.parts.lr_schedule.puzzle_emb_lr
         self._warm_up_left = 0
-        self._restored = self._load_state()
+        self._restored = self._load_state(begins_from)
         self._state_saved_s = clock()
         self._work = OpenWork(clock())
         self._reports = 0
@@ -502,9 +504,9 @@ class BlockTrainer:
             self._files.deliver_state(self.name)
         self._state_saved_s = self._clock()
 
-    def _load_state(self) -> bool:
-        """Restore the state of this trainer's earlier generation; whether there was one."""
-        folder = self._folder.newest_whole_checkpoint()
+    def _load_state(self, begins_from: Path | None) -> bool:
+        """Restore the state of this trainer's earlier generation, else that of `begins_from`; whether there was one."""
+        folder = self._folder.newest_whole_checkpoint() or begins_from
         if folder is None:
             return False
         try:

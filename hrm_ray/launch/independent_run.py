@@ -25,6 +25,7 @@ from hrm_ray.independent.claims import prepare_claims
 from hrm_ray.independent.coordinator import LedgerCoordinator, Merged, MergeRequest, Rules
 from hrm_ray.independent.decisions import MOST_REJECTIONS, MergeEvery, Watched, hung
 from hrm_ray.independent.processes import Children
+from hrm_ray.independent.synchronous_start import check_position, is_synchronous
 from hrm_ray.independent.wire import Disconnected
 from hrm_ray.launch.restarts import LASTING, Cause, cause_of
 from hrm_ray.ledger import Ledger, Refused, open_ledger
@@ -172,6 +173,8 @@ class IndependentRun:
         self.ledger.set_shuffled(order.shuffled)
         if order.start:
             self.ledger.start_at(order.start)
+        if self.plan.checkpoint is not None and is_synchronous(self.plan.checkpoint):
+            check_position(self.plan, order)
         anchor = self._first_anchor()
         self._coordinator = LedgerCoordinator(
             self.ledger, anchor, self._rules(), order, time.monotonic, renew_every_s=RENEW_EVERY_S

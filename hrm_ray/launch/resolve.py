@@ -147,7 +147,7 @@ def _resolve_on(
         notes.append(f"{location.damaged} is damaged: the run resumes from {location.checkpoint.name}.")
     if not settings.run.auto_resume:
         notes += _no_steps_left(settings, location)
-    check_effective_batch(location, effective_batch(settings, devices))
+    check_effective_batch(location, effective_batch(settings, devices), independent=devices.independent)
     check_own_files(settings, location)
     check_reporters(settings.run.services)
     if facts.puzzle is not None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hrm_ray.bundle.progress import STATE
 from hrm_ray.bundle.stored_settings import run_described_by, stored_args, stored_leaves
 from hrm_ray.data.file_systems import name_for_runs
 from hrm_ray.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
@@ -289,15 +290,17 @@ def check_unchanged(settings: RunSettings, location: RunLocation) -> RunLocation
     return location
 
 
-def check_effective_batch(location: RunLocation, effective: int) -> None:
+def check_effective_batch(location: RunLocation, effective: int, *, independent: bool = False) -> None:
     """Raises SettingsError if the effective batch is not that of the checkpoint, whose slots and position in the data
-    depend on it."""
+    depend on it. `independent`: it is that of each trainer."""
     if location.checkpoint is None:
         return
     trained: int = read_json(location.checkpoint / "state.json")["effective_batch_size"]
     if trained != effective:
         reason = f"the checkpoint {location.checkpoint} was trained with {trained}"
         hint = f"Choose --batch-size, --gradient-accumulation-steps and --world-size whose product is {trained}"
+        if independent:
+            hint = f"Choose --batch-size and --gradient-accumulation-steps whose product is {trained}, for each trainer"
         raise SettingsError(Fault(f"effective batch {effective}", reason, hint))
 
 
@@ -342,11 +345,32 @@ def _resumed(settings: RunSettings, run_dir: RunDir, checkpoint: Path, source: R
         reason = "is not a folder checkpoints/step_N of a bundle"
         raise DataError(Fault(str(checkpoint), reason, "Give the path of a checkpoint inside its bundle"))
     _check_same(settings, source)
+    _check_trainers(settings, source, checkpoint)
     _check_ledger(settings, source)
     location = RunLocation(run_dir, checkpoint, source)
     if not location.continues:
         _check_new_folder(location)
     return location
+
+
+def _check_trainers(settings: RunSettings, source: RunDir, checkpoint: Path) -> None:
+    """Raises SettingsError where independent trainers cannot go on from the checkpoint, or only they can."""
+    merged = read_json(checkpoint / STATE)["extra"].get("independent") is not None
+    wanted = settings.cluster.parallel_independent
+    if merged == wanted:
+        return
+    if merged:
+        # Trainers have taken ranges from all over the epoch, and a strategy goes on from one position.
+        reason = f"{checkpoint} was trained with --parallel-independent, and no strategy can go on from it"
+        hint = "Give --parallel-independent, or start a new run from its weights with --student-init"
+        raise SettingsError(Fault("--no-parallel-independent", reason, hint))
+    hint = "Leave it out, or start a new run from its weights with --student-init"
+    if stored_args(source)[1].get("task") != "lm":
+        reason = f"{checkpoint} was trained on puzzles under a strategy, and then no ledger says which are trained"
+        raise SettingsError(Fault("--parallel-independent", reason, hint))
+    if stored_leaves(source)["model.supervision"] == "segment":
+        reason = f"{checkpoint} has rows in the middle of their segments (--supervision segment)"
+        raise SettingsError(Fault("--parallel-independent", reason, hint))
 
 
 def _check_ledger(settings: RunSettings, source: RunDir) -> None:

@@ -44,9 +44,10 @@ class ClusterSettings(Section):
     among the workers. zero1, zero2, zero3: DeepSpeed ZeRO (Linux), which divides the optimizer state; the gradients
     too; the weights too. fsdp: PyTorch's FSDP2, which divides as zero3 does, without experts. The numbers are those of
     ddp, and a run can be resumed under another strategy. docs/memory.md says which to take."""
-    parallel_independent: bool = option(False, "fixed")
+    parallel_independent: bool = option(False, "free", replaces_stored=("cluster.strategy",))
     """Train in --world-size trainers that share no step: each trains ranges of the data on its own, and their changes
-    are merged every so many weight updates. For devices of unequal speed, and where workers cannot be connected."""
+    are merged every so many weight updates. For devices of unequal speed, and where workers cannot be connected. A run
+    on text that was trained under a strategy can go on so, but not the other way round."""
     merge_every: str = option("auto", "free", needs=(MERGED,))
     """Weight updates of a trainer between two merges. auto: as few as keep merging below 3 % of the time (8 to 500);
     end: once, at the end, which is much worse than one trainer alone."""

@@ -21,7 +21,7 @@ from hrm_ray.bundle.folder_watch import FolderWatch
 from hrm_ray.bundle.progress import STATE, Progress
 from hrm_ray.bundle.store import BundleWeights, save_final
 from hrm_ray.bundle.weights_file import read_rows, read_tensors, save_tensors
-from hrm_ray.data.stream import ConsumedRange, append_ranges
+from hrm_ray.data.stream import ConsumedRange, StreamState, append_ranges
 from hrm_ray.errors import DataError, Fault, HrmRayError
 from hrm_ray.model.actv1 import States
 from hrm_ray.model.puzzle_objective import ROW_FIELDS, PuzzleCarry
@@ -287,6 +287,14 @@ def load_checkpoint(loop: TrainingLoop, folder: Path) -> dict[str, Any]:
         loop.carries = _carries(loop, slots)
     extra: dict[str, Any] = state["extra"]
     return extra
+
+
+def stream_position(folder: Path) -> tuple[int, StreamState]:
+    """The epoch of a checkpoint of a run on text under a strategy, and its position in that epoch."""
+    slots = read_tensors(_slots_file(folder, 0))
+    taken = {name.removeprefix(_LOADER): int(t[0]) for name, t in slots.items() if name.startswith(_LOADER)}
+    epoch: int = read_json(folder / STATE)["epoch"]
+    return epoch, StreamState(**taken)
 
 
 def _slots(loop: TrainingLoop) -> dict[str, Tensor]:

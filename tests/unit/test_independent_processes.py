@@ -17,11 +17,14 @@ import torch
 
 from hrm_ray.bundle.store import open_bundle
 from hrm_ray.bundle.weights_file import read_tensors
+from hrm_ray.errors import SettingsError
+from hrm_ray.launch.resolve import resolve
 from hrm_ray.launch.run import run
 from hrm_ray.launch.run_directory import load_run
 from hrm_ray.ledger import read_ledger
 from hrm_ray.ledger.verify import violations
 from hrm_ray.rundir import RunDir
+from hrm_ray.types import Record, StopReason
 
 HOOKS = Path(__file__).resolve().parents[1] / "support" / "killed_processes"
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,6 +126,60 @@ def test_one_trainer_without_an_outer_step_is_plain_training(tmp_path: Path) -> 
     own, other = (read_tensors(RunDir(Path(one.bundle)).weights) for one in (plain, result))
     assert own.keys() == other.keys()
     assert [name for name in own if not torch.equal(own[name], other[name])] == []
+
+
+class StopsAfter:
+    """Asks for a stop when a step was logged."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.seen = step, 0
+
+    def write(self, record: Record) -> None:
+        self.seen = max(self.seen, record.step if record.kind == "train" else 0)
+
+    def close(self) -> None:
+        pass
+
+    def __call__(self) -> StopReason | None:
+        return StopReason.STOP_FILE if self.seen >= self.step else None
+
+
+@pytest.mark.slow
+def test_one_trainer_goes_on_from_plain_training_to_the_bit(tmp_path: Path) -> None:
+    text = text_file(tmp_path)
+    shape = [*OPTIONS[OPTIONS.index("--hidden-size") :], "--dataset-file", str(text), "--threads", "1"]
+    shape += ["--ema", "0.9", "--log-every", "1"]
+    whole = run(load_run(_flat([*shape, "--steps", "19", "--bundle-dir", str(tmp_path / "whole")])))
+    half = tmp_path / "half"
+    stops = StopsAfter(9)
+    run(load_run(_flat([*shape, "--steps", "19", "--bundle-dir", str(half)])), sink=stops, stop=stops)
+    alone = ["--parallel-independent", "--world-size", "1", "--outer-optimizer", "none", "--merge-every", "5"]
+    result = run(load_run(_flat(["--resume", "--bundle-dir", str(half), *alone])))
+    assert (result.step, result.samples) == (whole.step, whole.samples)
+    own, other = (read_tensors(RunDir(Path(one.bundle)).weights) for one in (whole, result))
+    assert [name for name in own if not torch.equal(own[name], other[name])] == []
+
+
+@pytest.mark.slow
+def test_several_trainers_go_on_from_two_workers_and_lose_no_row(tmp_path: Path) -> None:
+    text = text_file(tmp_path)
+    shape = [*OPTIONS[OPTIONS.index("--hidden-size") :], "--threads", "1"]
+    begun = command(tmp_path, "--dataset-file", str(text), *shape, "--steps", "9")
+    assert begun.returncode == 0, begun.stderr
+    bundle = RunDir(tmp_path / "b")
+    resumed = ["--resume", "--bundle-dir", str(bundle.root), "--world-size", "2"]
+    with pytest.raises(SettingsError, match="whose product is 2, for each trainer"):
+        resolve(load_run(_flat([*resumed, "--parallel-independent", "--batch-size", "4"])))
+    trainers = ["--parallel-independent", "--world-size", "2", "--merge-every", "4", "--steps", "999", "--epochs", "1"]
+    ended = command(tmp_path, "--resume", *trainers)
+    assert ended.returncode == 0, ended.stderr
+    trained = rows_of_the_weights(tmp_path, bundle)
+    with read_ledger(bundle.ledger) as ledger:
+        rows = ledger.sequences(0)
+        assert (ledger.chunks, ledger.epoch) == (1, 1) and rows is not None
+    assert trained == Counter((0, 0, row) for row in range(18, rows))
+    with pytest.raises(SettingsError, match="no strategy can go on from it"):
+        resolve(load_run(_flat([*resumed, "--no-parallel-independent"])))
 
 
 def _flat(words: list[str]) -> dict[str, str | bool]:
