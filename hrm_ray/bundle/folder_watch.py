@@ -23,6 +23,18 @@ def deleted(folder: Path) -> Fault:
     return Fault(str(folder), "the bundle was deleted or moved while training; nothing can be saved there", _HINT)
 
 
+def missing(folder: Path) -> Fault:
+    """The fault of a bundle that an earlier attempt of the run has written, and that is not there."""
+    # The folder below a mount point may be there, and be empty.
+    reason = "the bundle is not there any more: it was deleted or moved, or its disk is unmounted"
+    return Fault(str(folder), reason, "When it is there again, run the command with --resume")
+
+
+def _unmounted(folder: Path) -> Fault:
+    reason = "the disk of the bundle was unmounted while training; nothing can be saved there"
+    return Fault(str(folder), reason, "Mount it again and run the command with --resume")
+
+
 class FolderWatch:
     """Remembers which folder has this path, and the generation that this process took of it. Close it at the end.
 
@@ -62,13 +74,15 @@ class FolderWatch:
         except OSError as error:
             if error.errno not in _GONE:
                 return None  # Unreachable for the moment: what is written next says why.
-            return deleted(self.folder)
+            return _unmounted(self.folder) if self._is_on_another_disk() else deleted(self.folder)
         then = self._first
         if self._descriptor is not None:
             # The handle alone is stale after a network file system was restarted.
             with suppress(OSError):
                 then = os.fstat(self._descriptor)
         if not os.path.samestat(now, then):
+            if self._is_on_another_disk():
+                return _unmounted(self.folder)
             reason = "the bundle was deleted or moved while training, and another folder took its place"
             return Fault(str(self.folder), reason, _HINT)
         return None if self._generation is None else self._superseded(self._generation)
@@ -88,10 +102,10 @@ class FolderWatch:
         """Raises DataError where the folder is no longer in its place, and UnreadableError where its disk is not."""
         fault = self.fault()
         if fault is not None:
-            raise UnreadableError(fault) if self._unmounted() else DataError(fault)
+            raise UnreadableError(fault) if self._is_on_another_disk() else DataError(fault)
 
-    def _unmounted(self) -> bool:
-        """Whether the path is on another disk now: the folder's own may come back."""
+    def _is_on_another_disk(self) -> bool:
+        """Whether the path is on another disk now: its own was unmounted, and may come back."""
         for place in (self.folder, *self.folder.resolve().parents):
             with suppress(OSError):
                 return os.stat(place).st_dev != self._first.st_dev

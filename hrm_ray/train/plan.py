@@ -12,9 +12,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from hrm_ray.bundle.folder_watch import missing
 from hrm_ray.data.prepare import PuzzlePlan
 from hrm_ray.data.text_data import TextPlan
-from hrm_ray.errors import Fault, UnreadableError
+from hrm_ray.errors import UnreadableError
 from hrm_ray.metrics.jsonl import drop_copies, truncate_after
 from hrm_ray.model.config import ModelConfig
 from hrm_ray.rundir import RunDir, verify_checkpoint, write_json
@@ -194,10 +195,7 @@ def as_restarted(plan: RunPlan, run_dir: RunDir) -> RunPlan:
     the bundle. Raises DataError where all checkpoints are damaged: the run does not begin again beside them.
     """
     if not run_dir.config.is_file():
-        # The folder below a mount point, for example.
-        reason = "the bundle is not there any more: it was deleted or moved, or its disk is away"
-        hint = "When it is there again, run the command with --resume"
-        raise UnreadableError(Fault(str(run_dir.root), reason, hint))
+        raise UnreadableError(missing(run_dir.root))
     run_dir.recover()
     newest = run_dir.newest_whole_checkpoint()
     if newest is not None:

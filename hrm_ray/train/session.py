@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hrm_ray.atomic_files import unwritable
-from hrm_ray.bundle.folder_watch import FolderWatch
+from hrm_ray.bundle.folder_watch import FolderWatch, missing
 from hrm_ray.data.batches import BatchSource, LocalBatches
 from hrm_ray.data.catalog import Catalog
 from hrm_ray.data.chunk_source import ChunkPipeline, EpochOrder, InMemoryChunks, LocalChunks
@@ -88,7 +88,7 @@ def train(plan: RunPlan, link: WorkerLink) -> RunResult:
             if watch is not None:
                 watch.check()  # Without the folder any file may be missing; the error to report is that.
             elif plan.attempt and isinstance(error, DataError):
-                raise UnreadableError(error.faults) from error  # Its disk may be away.
+                raise UnreadableError(missing(plan.bundle)) from error
             if isinstance(error, HrmRayError):
                 known = unreadable_if_away(error)
                 if known is error:

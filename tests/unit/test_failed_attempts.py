@@ -150,7 +150,7 @@ def test_a_restart_waits_for_a_bundle_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UnreadableError, match="is not there any more"):
         as_restarted(plan, RunDir(tmp_path))
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UnreadableError, match="deleted or moved"):
+    with pytest.raises(UnreadableError, match="deleted or moved, or its disk is unmounted"):
         session.train(replace(plan, bundle=tmp_path / "gone"), local.LocalLink(FanOut([]), lambda: None))
 
 
@@ -171,7 +171,7 @@ def test_a_folder_on_another_disk_than_before_may_come_back(tmp_path: Path, monk
         return os.stat_result((*found[:2], found.st_dev + 1, *found[3:10]))
 
     monkeypatch.setattr(os, "stat", below_the_mount)
-    with pytest.raises(UnreadableError):
+    with pytest.raises(UnreadableError, match="was unmounted while training"):
         watch.check()
     monkeypatch.undo()
     watch.close()
