@@ -103,7 +103,7 @@ class BatchServer:
                 stream.drop_consumed()
                 self._changed.notify_all()
 
-    def as_told(self, error: Exception) -> Exception:
+    def as_reported(self, error: Exception) -> Exception:
         """The error that ranks raise where batches could not be made because of `error`."""
         if isinstance(error, HrmRayError):
             return error
@@ -131,7 +131,7 @@ class BatchServer:
             return
         except Exception as error:  # noqa: BLE001 - the thread's edge: the ranks raise it
             with suppress(_Closed):
-                self._publish(stream, self.as_told(error))
+                self._publish(stream, self.as_reported(error))
 
     def _wait_for_room(self, stream: _Stream) -> None:
         with self._changed:

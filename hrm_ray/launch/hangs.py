@@ -163,7 +163,7 @@ def behind(heartbeats: Collection[Heartbeat]) -> tuple[int, ...]:
     return tuple(beat.rank for beat in heartbeats) if len(heartbeats) == 1 else ()
 
 
-Kind: TypeAlias = Literal["nothing", "long", "warning", "goes on", "end"]
+Kind: TypeAlias = Literal["nothing", "long", "warning", "continues", "end"]
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,8 @@ def judge(
 ) -> tuple[Watched, Verdict]:
     """One look at the newest heartbeat of each rank that has begun and not finished.
 
-    `ends` says whether the run is ended when it hangs. Each stall is reported once, and once more when the run goes on.
+    `ends` says whether the run is ended when it hangs. Each stall is reported once, and once more when the run
+    continues.
     """
     marks = {beat.rank: beat.marks for beat in heartbeats}
     counts_from_s = before.counts_from_s
@@ -203,8 +204,8 @@ def judge(
     if not heartbeats or marks != before.marks:
         if before.warn_s is None:
             return seen, Verdict()
-        message = f"the run goes on, after {before.warn_s:.0f} s without progress"
-        return replace(seen, warn_s=None), Verdict("goes on", message)
+        message = f"the run continues, after {before.warn_s:.0f} s without progress"
+        return replace(seen, warn_s=None), Verdict("continues", message)
     idle_s = min(beat.idle_s + beat.age_s for beat in heartbeats)
     stalled_s = min(idle_s, now_s - counts_from_s)
     limit, culprits = limits(heartbeats, hang_after_s), behind(heartbeats)

@@ -1,6 +1,6 @@
 """What follows when an attempt of a run has failed: a restart, or the end of the run. Pure decisions.
 
-An attempt is one start of the run's workers. The next one goes on from the newest checkpoint.
+An attempt is one start of the run's workers. The next one continues from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -126,7 +126,9 @@ def decide(ending: Ending, before: Sequence[Ending], policy: RestartPolicy, room
     smaller = halved(ending.batch_size) if _needs_less(ending, before) else None
     if not policy.max_failures or (smaller is None and counted(before) >= policy.max_failures):
         return GiveUp(ending.error, f"--max-failures {policy.max_failures} is reached")
-    here = [earlier for earlier in before if earlier.cause is ending.cause and _alike(earlier, ending)]
+    # A disk that was unmounted fails in reading first, then in writing.
+    kinds = WAITING - {Cause.NO_ROOM} if ending.cause in (Cause.DISK, Cause.UNREADABLE) else {ending.cause}
+    here = [earlier for earlier in before if earlier.cause in kinds and _alike(earlier, ending)]
     batch_size, wait_s = smaller or ending.batch_size, 0.0
     if ending.cause in WAITING:
         if len(here) >= len(WAITS_S):
@@ -140,7 +142,7 @@ def decide(ending: Ending, before: Sequence[Ending], policy: RestartPolicy, room
         wait_s = MEMORY_WAIT_S
     workers = min(room, policy.max_workers)
     if ending.cause is Cause.NO_ROOM and workers < ending.world_size:
-        wait_s = 0.0  # It goes on with fewer.
+        wait_s = 0.0  # It continues with fewer.
     if workers < policy.min_workers:
         if ending.cause is Cause.NO_ROOM:
             return GiveUp(ending.error)

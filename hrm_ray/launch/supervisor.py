@@ -1,4 +1,4 @@
-"""Runs a training run as attempts: after a failure the next attempt goes on from the newest checkpoint.
+"""Runs a training run as attempts: after a failure the next attempt continues from the newest checkpoint.
 
 What follows on a failure is decided in `restarts`; how one attempt runs is the launcher's affair.
 """
@@ -102,7 +102,7 @@ def supervise(
         ending = outcome.ending
         reason = stop()
         if reason is not None:
-            watched.warn(f"{_told(ending)}; the run was asked to stop, so it is not restarted")
+            watched.warn(f"{_described(ending)}; the run was asked to stop, so it is not restarted")
             return _stopped(plan, reason, watched, ending)
         decision = decide(ending, endings, policy, workers())
         if isinstance(decision, GiveUp):
@@ -116,7 +116,7 @@ def supervise(
         waits = f" in {decision.wait_s:.0f} s" if decision.wait_s else ""
         limit = policy.max_failures + len(endings) - counted(endings)
         smaller = f" with micro-batches of {decision.batch_size}" if decision.batch_size < ending.batch_size else ""
-        watched.warn(f"{_told(ending)}; restart {len(endings)} of at most {limit}{smaller}{waits}")
+        watched.warn(f"{_described(ending)}; restart {len(endings)} of at most {limit}{smaller}{waits}")
         (wait or wait_for)(decision.wait_s, stop)
         reason = stop()
         if reason is not None:
@@ -138,12 +138,12 @@ def next_plan(plan: RunPlan, failed: Failed, sizes: RunPlan) -> RunPlan:
     # A run that continues its own bundle may find later checkpoints there until an attempt has set them aside.
     attempt = plan.attempt + 1 if failed.begun or not plan.continues else plan.attempt
     ending = failed.ending
-    ended = (*plan.ended, EndedAttempt(ending.cause.value, ending.step, _told(ending)))
+    ended = (*plan.ended, EndedAttempt(ending.cause.value, ending.step, _described(ending)))
     return replace(sizes, attempt=attempt, ended=ended, grown_from=0)
 
 
 def _after_growth(plan: RunPlan, sizes: RunPlan) -> RunPlan:
-    """The plan of the attempt after one that has made way for more workers."""
+    """The plan of the attempt after one that has ended for more workers."""
     return replace(sizes, attempt=plan.attempt + 1, ended=plan.ended, grown_from=plan.world_size)
 
 
@@ -154,7 +154,7 @@ def wait_for(wait_s: float, stop: StopPoll) -> None:
         threading.Event().wait(POLL_INTERVAL_S)
 
 
-def _told(ending: Ending) -> str:
+def _described(ending: Ending) -> str:
     """The failure in one sentence, without what to do about it."""
     fault = ending.error.faults[0]
     return f"{ending.cause.value} at step {ending.step} ({fault.value}: {fault.reason})"

@@ -32,8 +32,8 @@ from hrm_ray.train.plan import RunPlan, TextData, effective_batch, largest_divis
 from hrm_ray.types import MetricSink, RunResult, StopPoll
 
 REPLACEMENT_WAIT_S = 10.0
-"""How long a run that can go on with fewer workers waits for as many as it had. With the time that it takes to notice a
-lost node it has to stay below 30 s."""
+"""How long a run that can continue with fewer workers waits for as many as it had. With the time that it takes to
+notice a lost node it has to stay below 30 s."""
 
 
 def reads_text(plan: RunPlan) -> bool:
@@ -53,7 +53,7 @@ class Group(Protocol):
     """The workers of one attempt, as their driver sees them."""
 
     has_more_room: Callable[[], bool] | None
-    """Whether the run could go on with more workers; asked every few seconds while it trains."""
+    """Whether the run could continue with more workers; asked every few seconds while it trains."""
 
     def run(self) -> RunResult | Failed:
         """Pass on records and stop requests until the workers have ended; return how."""
@@ -109,7 +109,7 @@ class Attempts:
         except ResourceError as busy:
             if not self._count:
                 raise
-            # A replacement of what was lost may come, or the run may go on with fewer workers.
+            # A replacement of what was lost may come, or the run may continue with fewer workers.
             rows = plan.settings.optimizer.batch_size
             return Failed(Ending(Cause.NO_ROOM, busy, records.step, plan.attempt, plan.world_size, rows), begun=False)
         self._count += 1
@@ -143,7 +143,7 @@ class Attempts:
             threading.Event().wait(POLL_INTERVAL_S)
 
     def _has_more_room(self, session: Session, plan: RunPlan) -> bool:
-        """Whether the run could go on with more workers than it has now."""
+        """Whether the run could continue with more workers than it has now."""
         try:
             free = places(request_of(plan), session.free_nodes())
         except ray.exceptions.RayError:
@@ -176,7 +176,7 @@ class Attempts:
 
                 resources.check_local_gpus(request, torch.cuda.device_count())
             return StartTurn()
-        # A run that can go on with fewer workers does that, rather than wait for those that it has lost.
+        # A run that can continue with fewer workers does that, rather than wait for those that it has lost.
         wait_s = None if self._count and self._elastic else plan.settings.cluster.wait_s
         turn = wait_for_room(session, request, wait_s=wait_s, sink=sink, stop=self._stop)
         try:

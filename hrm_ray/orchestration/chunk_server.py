@@ -26,11 +26,11 @@ class ChunkServer(BatchServer):
     def __init__(self, context: ChunkTaskContext, world_size: int) -> None:
         super().__init__(ClusterChunks(context), world_size)
 
-    def as_told(self, error: Exception) -> Exception:
+    def as_reported(self, error: Exception) -> Exception:
         """See BatchServer."""
         if isinstance(error, HrmRayError):
             return unreadable_if_away(error)
-        return shortage(error) or super().as_told(error)
+        return shortage(error) or super().as_reported(error)
 
 
 class ClusterChunks:

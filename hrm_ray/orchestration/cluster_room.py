@@ -99,7 +99,7 @@ def wait_for_room(
             stopped = stop()
             if stopped is not None:
                 raise StopRequested(stopped)
-            # What passes at once is not told: a run that has just ended, or started.
+            # What passes at once is not reported: a run that has just ended, or started.
             if waited_s > 0.0 and time.monotonic() - reported_s >= REPORT_EVERY_S:
                 reported_s = time.monotonic()
                 message = f"{error.faults[0].reason}; waiting {longest_s - waited_s:.0f} s more at most"

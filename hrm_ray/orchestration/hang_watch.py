@@ -1,4 +1,4 @@
-"""The driver's watch over the workers' heartbeats: it tells of a stall, and ends workers that hang."""
+"""The driver's watch over the workers' heartbeats: it reports a stall, and ends workers that hang."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WRITE_WAIT_S = 5.0
 
 @dataclass
 class HangWatch:
-    """Looks at the state of one worker group, from its start. `tell` gets a level and a message for the user;
+    """Looks at the state of one worker group, from its start. `report` gets a level and a message for the user;
     `runtime_env` is that of tasks on other nodes."""
 
     monitor: Any
@@ -40,15 +40,15 @@ class HangWatch:
     run_dir: RunDir
     hang_after_s: float | None
     runtime_env: dict[str, Any]
-    tell: Callable[[str, str], None]
+    report: Callable[[str, str], None]
     _watched: Watched = field(default_factory=Watched)
     _start_s: float = 0.0
     """How long workers have been starting, without pauses of the driver itself."""
     _start_reported: bool = False
 
     def look(self, status: StatusUpdate) -> WorkerCrash | None:
-        """Tell what is to be told. Where the group hangs, end the processes of the ranks that the others wait for, or
-        of all ranks where these are not known, and return the error. Ray Train then ends the rest of the group."""
+        """Report a stall. Where the group hangs, end the processes of the ranks that the others wait for, or of all
+        ranks where these are not known, and return the error. Ray Train then ends the rest of the group."""
         now_s, before_s = time.monotonic(), self._watched.looked_s
         if before_s is not None:
             self._start_s += min(now_s - before_s, UNWATCHED_S)
@@ -59,7 +59,7 @@ class HangWatch:
         if verdict.kind == "end":
             return self._end(status, verdict)
         if verdict.message:
-            self.tell("WARNING" if verdict.kind == "warning" else "INFO", verdict.message)
+            self.report("WARNING" if verdict.kind == "warning" else "INFO", verdict.message)
         return None
 
     def _end(self, status: StatusUpdate, verdict: Verdict) -> WorkerCrash:

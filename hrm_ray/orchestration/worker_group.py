@@ -23,6 +23,7 @@ import ray.exceptions
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from hrm_ray.bundle.folder_watch import missing
 from hrm_ray.errors import DiskError, Fault, HrmRayError, NoRoomError, ResourceError, UnavailableError
 from hrm_ray.launch.hangs import Timeouts
 from hrm_ray.launch.resources import spare_cpus
@@ -148,7 +149,7 @@ class WorkerGroupRun:
         hang_after_s = plan.settings.cluster.hang_after_s
         self._timeouts = Timeouts.of(hang_after_s)
         self._hang_watch = HangWatch(
-            self._monitor, plan.world_size, RunDir(plan.bundle), hang_after_s, self._runtime_env(), self._tell
+            self._monitor, plan.world_size, RunDir(plan.bundle), hang_after_s, self._runtime_env(), self._report
         )
 
     def end(self, error: HrmRayError) -> None:
@@ -216,6 +217,8 @@ class WorkerGroupRun:
             try:
                 self._marker.write_text(self._token, encoding="utf-8")
             except OSError as error:
+                if isinstance(error, FileNotFoundError):
+                    raise DiskError(missing(self._plan.bundle)) from error
                 hint = "Check its free space and permissions"
                 raise DiskError(Fault(str(self._plan.bundle), f"cannot be written ({error})", hint)) from error
             self._fit.start()
@@ -245,7 +248,7 @@ class WorkerGroupRun:
                     remove_placement_group(self._data_cpus)
         return self._conclude()
 
-    def _tell(self, level: str, message: str) -> None:
+    def _report(self, level: str, message: str) -> None:
         step = max((beat.step for beat in self._status.heartbeats), default=0)
         self._sink.write(_event(message, level, step))
 

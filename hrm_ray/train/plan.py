@@ -189,7 +189,7 @@ def write_description(run_dir: RunDir, plan: RunPlan) -> None:
 
 
 def as_restarted(plan: RunPlan, run_dir: RunDir) -> RunPlan:
-    """The plan of an attempt after the first: it goes on from the bundle's newest whole checkpoint.
+    """The plan of an attempt after the first: it continues from the bundle's newest whole checkpoint.
 
     Where the run has none yet, its files are as at the first attempt. Only on rank 0, when no other process writes into
     the bundle. Raises DataError where all checkpoints are damaged: the run does not begin again beside them.

@@ -75,7 +75,7 @@ def _log_restarts(plan: RunPlan, logger: MetricLogger) -> None:
         record = RestartRecord(number, ended.cause, ended.step)
         if number == last:
             workers = f" with {plan.world_size} workers" if plan.world_size > 1 else ""
-            message += f"; it goes on from step {step}{workers}, {lost_s:.0f} s lost"
+            message += f"; it continues from step {step}{workers}, {lost_s:.0f} s lost"
             record = replace(record, resumed_step=step, lost_s=round(lost_s, 1))
         elif number in written:
             continue

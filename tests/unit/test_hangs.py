@@ -111,7 +111,7 @@ def test_a_stall_is_told_once_and_that_the_run_goes_on_once() -> None:
     assert group.kinds() == ["warning"]  # it answers again, but makes no progress yet
     group.together("step", 1.0)
     group.together("step", 1.0)
-    assert group.kinds() == ["warning", "goes on"]
+    assert group.kinds() == ["warning", "continues"]
     assert "after 6" in group.told[-1][1].message
 
 
@@ -155,7 +155,7 @@ def test_an_evaluation_and_a_checkpoint_may_take_ten_times_what_they_took_before
     group.together("evaluation", 10 * 140.0 - 5)
     assert group.kinds() == ["warning"]
     group.together("checkpoint", 10 * 140.0 + 5)
-    assert group.kinds()[:4] == ["warning", "goes on", "warning", "end"]
+    assert group.kinds()[:4] == ["warning", "continues", "warning", "end"]
 
 
 def test_a_first_step_that_compiles_lets_a_later_one_compile_again() -> None:
@@ -169,7 +169,7 @@ def test_a_first_step_that_compiles_lets_a_later_one_compile_again() -> None:
 def test_data_may_come_late() -> None:
     group = trained(hang_after_s=20.0)
     group.together("data", DATA_S - 5)
-    assert group.kinds() == ["warning", "goes on"] or group.kinds() == ["warning"]
+    assert group.kinds() == ["warning", "continues"] or group.kinds() == ["warning"]
 
 
 @pytest.mark.parametrize("phase", ["first step", "evaluation", "checkpoint", "data"])
@@ -248,7 +248,7 @@ def test_steps_of_any_length_and_steps_three_times_slower_are_no_stall(step_s: f
     group.together("step", step_s)
     group.together("step", step_s)
     group.together("step", step_s * slower)
-    assert set(group.kinds()) <= {"long", "goes on"}
+    assert set(group.kinds()) <= {"long", "continues"}
 
 
 @given(

@@ -44,4 +44,4 @@ def test_a_read_that_hangs_is_told_and_so_is_its_end() -> None:
     warning, end = told.records[:2]
     assert warning.values["level"] == "WARNING" and "waiting for data" in str(warning.values["message"])
     assert "ended after" not in str(warning.values["message"])
-    assert end.values["level"] == "INFO" and "goes on" in str(end.values["message"])
+    assert end.values["level"] == "INFO" and "continues" in str(end.values["message"])

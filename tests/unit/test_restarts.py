@@ -90,6 +90,17 @@ def test_a_disk_is_waited_for_longer_each_time_and_not_for_ever() -> None:
     assert decide(ending(Cause.DISK, step=9), before, policy, 2) == Restart(2, 4, WAITS_S[0])
 
 
+def test_a_disk_that_was_unmounted_is_waited_for_a_minute() -> None:
+    """Reading fails first, then writing: together they wait as long as either alone."""
+    before, waited_s = list[Ending](), 0.0
+    for cause in (Cause.UNREADABLE, Cause.DISK, Cause.DISK):
+        decision = decide(ending(cause), before, FIXED, 2)
+        assert isinstance(decision, Restart)
+        waited_s += decision.wait_s
+        before.append(ending(cause))
+    assert waited_s == sum(WAITS_S) >= 60
+
+
 def test_out_of_memory_halves_the_micro_batch_until_it_has_one_row() -> None:
     policy, before, batch_size = RestartPolicy(10, 2, 2), list[Ending](), 6
     for smaller in (3, 1):
