@@ -8,7 +8,7 @@ import pytest
 
 from hrm_ray.launch.resources import usable_cpus
 from tests.chaos import run_with_faults
-from tests.support.faults import SURVIVED, random_faults
+from tests.support.faults import SURVIVED, fail_at, random_faults
 
 pytestmark = [
     pytest.mark.ray,
@@ -24,3 +24,9 @@ def test_faults_of_every_kind_cost_no_row_and_no_weight(tmp_path: Path) -> None:
     assert {row.cause for row in result.restarts} == {
         *("worker lost", "crash", "disk", "data unreadable", "actor lost", "cluster lost"),
     }  # fmt: skip
+
+
+def test_faults_cost_no_carry_under_a_strategy_that_divides_the_optimizer(tmp_path: Path) -> None:
+    faults = [fail_at(rank=1, step=4), fail_at(rank=0, step=7, kind="disk", attempt=1)]
+    result = run_with_faults(tmp_path, faults, "zero1", "puzzle")
+    assert [row.cause for row in result.restarts] == ["worker lost", "disk"]
