@@ -170,7 +170,7 @@ def _write_bundle(plan: RunPlan, reason: StopReason, watched: WatchedSink) -> No
         try:
             newest = run_dir.newest_checkpoint()
             if newest is not None:
-                save_bundle_of(newest, run_dir, reason)
+                save_bundle_of(newest, run_dir, reason, plan.config, plan.settings.memory.model_dtype)
                 return
             why = "there is no checkpoint"
         except HrmRayError as error:

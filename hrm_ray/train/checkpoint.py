@@ -19,17 +19,20 @@ from torch import Tensor
 
 from hrm_ray.bundle.folder_watch import FolderWatch
 from hrm_ray.bundle.progress import STATE, Progress
-from hrm_ray.bundle.store import BundleWeights, save_final
+from hrm_ray.bundle.store import BundleWeights, save_final, step_of_best
 from hrm_ray.bundle.weights_file import read_rows, read_tensors, save_tensors
 from hrm_ray.data.stream import ConsumedRange, StreamState, append_ranges
 from hrm_ray.errors import DataError, Fault, HrmRayError
 from hrm_ray.model.actv1 import States
+from hrm_ray.model.build import build_model
+from hrm_ray.model.config import ModelConfig
 from hrm_ray.model.puzzle_objective import ROW_FIELDS, PuzzleCarry
 from hrm_ray.rundir import RunDir, checkpoint_damage, read_json, write_json
+from hrm_ray.settings.memory import ModelDtype
 from hrm_ray.train.checkpoint_write import CheckpointWrite
 from hrm_ray.train.ledger_writer import LedgerWriter
 from hrm_ray.train.loop import TrainingLoop
-from hrm_ray.train.precision import LossScaler
+from hrm_ray.train.precision import NARROW, LossScaler
 from hrm_ray.train.strategies.single import AVERAGE, WEIGHTS
 from hrm_ray.types import StopReason
 
@@ -147,7 +150,9 @@ class Checkpointer:
             self.watch.check()
 
 
-def save_bundle_of(checkpoint: Path, run_dir: RunDir, reason: StopReason) -> None:
+def save_bundle_of(
+    checkpoint: Path, run_dir: RunDir, reason: StopReason, config: ModelConfig, model_dtype: ModelDtype
+) -> None:
     """Write the final weights and metadata of a run that was stopped for `reason` while it had no workers: what
     `Checkpointer.save_bundle` writes at the step of this checkpoint. Not for adapters, which a model merges.
 
@@ -159,8 +164,16 @@ def save_bundle_of(checkpoint: Path, run_dir: RunDir, reason: StopReason) -> Non
     state, weights = read_json(checkpoint / STATE), read_tensors(checkpoint / WEIGHTS)
     average = read_tensors(checkpoint / AVERAGE) if (checkpoint / AVERAGE).is_file() else {}
     weights |= {name: tensor.to(weights[name].dtype) for name, tensor in average.items()}
+    if model_dtype in NARROW:
+        # ZeRO saves the float32 weights that it updates.
+        with torch.device("meta"):
+            names = weights.keys() & dict(build_model(config).named_parameters())
+        weights |= {name: weights[name].to(NARROW[model_dtype]) for name in names}
     progress, extra = Progress.from_plain(state["progress"]), state["extra"]
-    save_final(run_dir, BundleWeights(weights), reason, progress, state["epoch"], extra["figures"], extra["best"])
+    best = extra["best"]
+    if best is not None and best["step"] != step_of_best(run_dir):
+        best = None
+    save_final(run_dir, BundleWeights(weights), reason, progress, state["epoch"], extra["figures"], best)
 
 
 def bundle_weights(loop: TrainingLoop) -> BundleWeights:

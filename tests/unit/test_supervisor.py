@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import random
+import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load
 
+from hrm_ray.bundle.store import read_description
 from hrm_ray.errors import Fault, HrmRayError
 from hrm_ray.launch import supervisor
 from hrm_ray.launch.restarts import LASTING, WAITING, WAITS_S, Cause, Ending
 from hrm_ray.launch.supervisor import Failed, WatchedSink, supervise
+from hrm_ray.model.build import build_model
 from hrm_ray.rundir import MANIFEST, RunDir, read_json, write_json
 from hrm_ray.train.plan import RunPlan, effective_batch
 from hrm_ray.types import Record, RestartRecord, RunResult, StopPoll, StopReason, StopRequested
@@ -244,7 +249,20 @@ def test_a_stop_between_attempts_leaves_the_bundle_of_a_stopped_run(data: str, t
     result = supervisor._stopped(plan, StopReason.STOP_FILE, WatchedSink(shown))
     assert result.step == 3 and not shown.records
     assert run_dir.weights.read_bytes() == weights and about["figures"]
-    assert {**read_json(run_dir.metadata), "written": about["written"]} == about
+    assert {**read_json(run_dir.metadata), "written": about["written"]} == about and about["best"]
+    # ZeRO's checkpoints have float32 weights also where those of the bundle are narrower; best/ may be gone.
+    shutil.rmtree(run_dir.best.root)
+    memory = plan.settings.memory.model_copy(update={"model_dtype": "bf16"})
+    settings = plan.settings.model_copy(update={"memory": memory})
+    config, _ = read_description(run_dir.root)
+    supervisor._stopped(replace(plan, config=config, settings=settings), StopReason.STOP_FILE, WatchedSink(shown))
+    whole, narrow = load(weights), load(run_dir.weights.read_bytes())
+    assert whole.keys() == narrow.keys() and all(
+        whole[name].to(narrow[name].dtype).equal(narrow[name]) for name in whole
+    )
+    for name, parameter in build_model(config).state_dict(keep_vars=True).items():
+        assert (narrow[name].dtype == torch.bfloat16) == isinstance(parameter, torch.nn.Parameter)
+    assert read_json(run_dir.metadata)["best"] is None
 
 
 @pytest.mark.parametrize("adapters", [False, True])
