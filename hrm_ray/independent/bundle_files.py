@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeAlias
 
 from hrm_ray.atomic_files import atomic_path, sync_folder, unwritable
 from hrm_ray.errors import DataError, Fault
+from hrm_ray.metrics.jsonl import truncate_after
 from hrm_ray.rundir import RunDir
 
 PIECE_BYTES = 8 << 20
@@ -41,10 +42,17 @@ class BundleFiles(Protocol):
         """Delete a file that was delivered."""
 
     def fetch_state(self, trainer: str) -> None:
-        """Have the folder of a trainer here, with its newest checkpoint."""
+        """Have the folder of a trainer here, with its newest checkpoint, and the records up to that."""
 
     def deliver_state(self, trainer: str) -> None:
         """The bundle has the newest checkpoint and the records in the folder of a trainer."""
+
+
+def cut_records(folder: RunDir) -> None:
+    """Delete what a trainer's records say of steps behind its newest whole checkpoint: it takes them again."""
+    newest = folder.newest_whole_checkpoint()
+    with suppress(DataError):  # a file with other lines stays as it is
+        truncate_after(folder.metrics, 0 if newest is None else int(newest.name.partition("_")[2]))
 
 
 class SharedFiles:
@@ -66,6 +74,7 @@ class SharedFiles:
 
     def fetch_state(self, trainer: str) -> None:
         """See BundleFiles."""
+        cut_records(RunDir(self.run_dir.independent.trainer(trainer)))
 
     def deliver_state(self, trainer: str) -> None:
         """See BundleFiles."""
@@ -108,6 +117,7 @@ class SentFiles:
         """See BundleFiles."""
         for name in self._call("state_files", trainer):
             self._fetch(name)
+        cut_records(self._folder(trainer))
         records = self._folder(trainer).metrics
         self._records_sent = records.stat().st_size if records.is_file() else 0
 

@@ -12,7 +12,7 @@ from functools import partial
 from multiprocessing.connection import Client, Connection
 from typing import Any, TypeAlias
 
-from hrm_ray.independent.wire import FAILED, Disconnected, RemoteCoordinator, call, expected, packed, serve_one
+from hrm_ray.independent.wire import FAILED, Disconnected, RemoteCoordinator, call, expected, packed, serve_one_heard
 
 Work: TypeAlias = Callable[[dict[str, Any], Connection], None]
 
@@ -59,7 +59,7 @@ def _load_keeper() -> Work:
         keeper = AnchorKeeper(RunPlan.from_plain(task["plan"]))
         try:
             while True:
-                serve_one(connection, keeper.methods)
+                serve_one_heard(connection, keeper.methods)
         except (EOFError, OSError):
             return
         finally:

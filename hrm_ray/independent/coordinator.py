@@ -107,6 +107,8 @@ class TrainerState:
     rejections: int = 0
     rejected_in_row: int = 0
     """Reports that the guard rejected since it took one."""
+    rejected_by_guard: int = 0
+    """All reports that the guard rejected."""
 
 
 class Stale(Exception):
@@ -340,7 +342,9 @@ class LedgerCoordinator:
                     continue
                 state.rejected.append(member.name)
                 state.rejections += 1
-                state.rejected_in_row += member.name in merged.rejected
+                if member.name in merged.rejected:
+                    state.rejected_in_row += 1
+                    state.rejected_by_guard += 1
             self._closed_s = self._clock()
             self.merging = None
             paces = [state.update_s for state in self.trainers.values() if state.update_s]

@@ -34,6 +34,9 @@ MOST_UPDATES = 100
 MOST_ROUNDS_BEHIND = 3
 """A report is refused whose anchor is older than so many rounds. A trainer lays a newer anchor between any two steps,
 so only one whose single step takes longer than these rounds is so late."""
+SPOILS_FROM = 3
+"""A trainer is named as one that makes merges worse from so many rejected reports on, if they are at least a quarter of
+all of its reports."""
 MOST_REJECTIONS = 3
 """A trainer with so many rejected reports in a row is ended: it would use up the attempts of good data."""
 NORM_LIMIT = 3.0
@@ -160,6 +163,11 @@ def report_updates(merge_every: MergeEvery, current: int | None, merge_s: float 
     wanted = math.ceil(min(merge_s / MERGE_SHARE / update_s, MOST_MERGE_EVERY))
     near = min(max(wanted, current // 2), 2 * current)
     return min(max(near, LEAST_MERGE_EVERY), MOST_MERGE_EVERY)
+
+
+def makes_worse(reports: int, rejections: int) -> bool:
+    """Whether so many of a trainer's reports were rejected that it is to be named, with its device."""
+    return rejections >= SPOILS_FROM and 4 * rejections >= reports
 
 
 def unfit(norms: Mapping[str, float]) -> dict[str, str]:

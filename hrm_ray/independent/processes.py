@@ -22,12 +22,15 @@ import torch
 
 from hrm_ray.errors import Fault, HrmRayError
 from hrm_ray.independent.calls import Coordinator
-from hrm_ray.independent.wire import BEGIN, FAILED, Disconnected, answer, methods_of, serve_one, unpacked
+from hrm_ray.independent.decisions import STOOD_STILL_S
+from hrm_ray.independent.wire import BEGIN, FAILED, WORKING, Disconnected, methods_of, serve_one, unpacked, value_of
 from hrm_ray.rundir import RunDir
 from hrm_ray.train.plan import RunPlan
 
 START_S = 120.0
 """Seconds in which a process must be connected: it imports PyTorch, on a busy machine."""
+SILENT_S = 60.0
+"""Seconds without a word after which the process that keeps anchors counts as frozen."""
 _POLL_S = 0.05
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -110,6 +113,8 @@ class Children:
             child.connected.set()
             if child.served is not None:
                 child.served.join(5.0)
+            if child.code == 0:
+                self._messages(child.name).unlink(missing_ok=True)
         return ended
 
     def end(self, child: ChildProcess) -> None:
@@ -120,7 +125,7 @@ class Children:
     def call_keeper(self, name: str, call: str, arguments: Sequence[Any], meanwhile: Callable[[], None]) -> Any:
         """Call the process that keeps anchors, started where there is none; `meanwhile` is called while it works.
 
-        Raises Disconnected where it ends, and the error that it answers with.
+        Raises Disconnected where it ends or is frozen, and the error that it answers with.
         """
         if self._keeper is None:
             self._keeper = self._start("keeper", name, 0)
@@ -132,9 +137,7 @@ class Children:
             if keeper.connection is None:
                 raise Disconnected
             _send(keeper.connection, (call, tuple(arguments)))
-            while not _has_answer(keeper.connection):
-                meanwhile()
-            return _received(keeper.connection)
+            return _awaited(keeper.connection, meanwhile)
         except Disconnected:
             _end(keeper)
             self._keeper = None
@@ -147,6 +150,7 @@ class Children:
             _end(child)
             if child.served is not None:
                 child.served.join(5.0)  # the ledger that it calls is closed next
+            self._remove_empty(child.name)
         self._children.clear()
         self._keeper = None
         with suppress(OSError):
@@ -155,6 +159,17 @@ class Children:
         self._accepting.join(5.0)
         with suppress(OSError):
             self._listener.close()
+
+    def _messages(self, name: str) -> Path:
+        """What a process writes to standard error."""
+        return RunDir(self._plan.bundle).independent.root / f"{name}.stderr.txt"
+
+    def _remove_empty(self, name: str) -> None:
+        """Delete the file of a process that had nothing to say."""
+        path = self._messages(name)
+        with suppress(OSError):
+            if not path.stat().st_size:
+                path.unlink()
 
     def _check_started(self, child: ChildProcess) -> None:
         if child.code is not None:
@@ -181,7 +196,7 @@ class Children:
             "OMP_NUM_THREADS": str(self._plan.threads),
             **_device_of(self._plan, number),
         }
-        with (folder / f"{name}.stderr.txt").open("ab") as errors:
+        with self._messages(name).open("ab") as errors:
             process = subprocess.Popen(
                 [sys.executable, "-m", "hrm_ray.independent.child_process"],
                 stdin=subprocess.PIPE,
@@ -259,11 +274,25 @@ def _has_answer(connection: Connection) -> bool:
         raise Disconnected from error
 
 
-def _received(connection: Connection) -> Any:
-    try:
-        return answer(connection)
-    except (EOFError, OSError) as error:
-        raise Disconnected from error
+def _awaited(connection: Connection, meanwhile: Callable[[], None]) -> Any:
+    """The answer to a call that was sent; `meanwhile` is called until it is there. Raises Disconnected."""
+    heard_s = looked_s = time.monotonic()
+    while True:
+        if _has_answer(connection):
+            try:
+                said = connection.recv()
+            except (EOFError, OSError) as error:
+                raise Disconnected from error
+            if said[0] != WORKING:
+                return value_of(said)
+            heard_s = time.monotonic()
+        now_s = time.monotonic()
+        if now_s - looked_s > STOOD_STILL_S:
+            heard_s = now_s  # this process stood still, and the other one may have, too
+        if now_s - heard_s > SILENT_S:
+            raise Disconnected(f"has said nothing for {SILENT_S:.0f} s")
+        looked_s = now_s
+        meanwhile()
 
 
 def _set_failure(child: ChildProcess, plain: Any) -> None:

@@ -5,8 +5,10 @@ The process that serves answers each call in turn; an expected error of it is ra
 
 from __future__ import annotations
 
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -19,10 +21,13 @@ FAILED = "failed"
 """The last thing that a process says which ends because of an error."""
 BEGIN = "begin"
 """What a trainer waits for when it is connected: the first anchor is there."""
+WORKING = "working"
+"""What a process says while it works on a call that takes long."""
+WORKING_EVERY_S = 5.0
 
 
 class Disconnected(Exception):
-    """The other process is gone."""
+    """The other process is gone, or says nothing any more; the argument, if any, says which."""
 
 
 def call(connection: Connection, name: str, *arguments: Any) -> Any:
@@ -54,6 +59,24 @@ def serve_one(connection: Connection, methods: Mapping[str, Callable[..., Any]])
     gone."""
     name, arguments = connection.recv()
     connection.send(answered(methods, name, arguments))
+
+
+def serve_one_heard(connection: Connection, methods: Mapping[str, Callable[..., Any]]) -> None:
+    """As `serve_one`; the caller hears meanwhile that the process is WORKING, so that it can tell when it is frozen."""
+    name, arguments = connection.recv()
+    done = threading.Event()
+
+    def say() -> None:
+        with suppress(OSError):  # whoever called is gone, which the answer finds out
+            while not done.wait(WORKING_EVERY_S):
+                connection.send((WORKING, None))
+
+    thread = threading.Thread(target=say, name="working", daemon=True)
+    thread.start()
+    reply = answered(methods, name, arguments)
+    done.set()
+    thread.join()
+    connection.send(reply)
 
 
 def answered(methods: Mapping[str, Callable[..., Any]], name: str, arguments: Sequence[Any]) -> tuple[str, Any]:

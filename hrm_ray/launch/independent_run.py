@@ -23,7 +23,7 @@ from hrm_ray.independent.assembly import samples_per_step
 from hrm_ray.independent.calls import AnchorRef, Coordinator
 from hrm_ray.independent.claims import prepare_claims
 from hrm_ray.independent.coordinator import LedgerCoordinator, Merged, MergeRequest, Rules
-from hrm_ray.independent.decisions import MOST_REJECTIONS, MergeEvery, Watched, hung
+from hrm_ray.independent.decisions import MOST_REJECTIONS, MergeEvery, Watched, hung, makes_worse
 from hrm_ray.independent.processes import Children
 from hrm_ray.independent.synchronous_start import check_position, is_synchronous
 from hrm_ray.independent.wire import Disconnected
@@ -158,6 +158,7 @@ class IndependentRun:
         self.restarts: list[RestartRecord] = []
         self.evaluated: Evaluated | None = None
         self.saved_round: int | None = None
+        self._named_worse: set[str] = set()
         self._shown_s = 0.0
         self._watched = Watched(time.monotonic())
         self._unplaced_s: dict[Hashable, float] = {}
@@ -385,6 +386,7 @@ class IndependentRun:
         for name, reason in {**merged.rejected, **merged.lost}.items():
             self._event("WARNING", f"a report of {trainers[name]} is not merged, and its samples go back: {reason}")
         remove_reports(self.run_dir, [one.name for one in request.members])
+        self._name_worse(merged, trainers)
         self._end_rejected(merged)
         if made is None:
             return
@@ -418,6 +420,22 @@ class IndependentRun:
         self._write("train", values)
         self._after_round(request, made.round)
         remove_old_anchors(self.run_dir, self.ledger, self.coordinator.anchor)
+
+    def _name_worse(self, merged: Merged, trainers: Mapping[str, str]) -> None:
+        """Say once of a trainer that its reports make merges worse, with the figures."""
+        reasons = {trainers[report]: reason for report, reason in merged.rejected.items()}
+        for name, reason in reasons.items():
+            state, child = self.coordinator.trainers.get(name), self.children.trainers.get(name)
+            if state is None or child is None or name in self._named_worse:
+                continue
+            if makes_worse(state.reports, state.rejected_by_guard):
+                self._named_worse.add(name)
+                device = f"{self.plan.device} {child.number}" if self.plan.device != "cpu" else "cpu"
+                told = (
+                    f"{state.rejected_by_guard} of its {state.reports} reports were rejected, the last because {reason}"
+                )
+                hint = "run without its device, or with a lower --lr"
+                self._event("WARNING", f"{name} on {device} makes merges worse: {told}; {hint}")
 
     def _end_rejected(self, merged: Merged) -> None:
         """End trainers whose reports are rejected again and again: their device or their settings are to blame."""
@@ -505,13 +523,16 @@ class IndependentRun:
                     best = None if self.evaluated is None else self.evaluated.best
                     self.children.call_keeper(KEEPER, "resume", (newest, best), self._meanwhile)
                 return self.children.call_keeper(KEEPER, name, arguments, self._meanwhile)
-            except Disconnected:
+            except Disconnected as gone:
                 failures += 1
+                told = str(gone) or "has ended"
                 if failures > self.settings.cluster.max_failures:
                     hint = "See whether the machine's memory suffices, then use --resume"
-                    fault = Fault("the process that merges", f"has ended {failures} times during `{name}`", hint)
+                    fault = Fault(
+                        "the process that merges", f"{told}, and was lost {failures} times during `{name}`", hint
+                    )
                     raise HrmRayError(fault) from None
-                self._event("WARNING", "the process that merges has ended, and is started again")
+                self._event("WARNING", f"the process that merges {told}, and is started again")
 
     def _meanwhile(self) -> None:
         """While the keeper works, the trainers are looked after."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from hrm_ray.errors import Fault, ResourceError, UnavailableError
+from hrm_ray.independent.anchor_files import KEPT_ANCHORS
 from hrm_ray.launch.cluster_address import check_address
 from hrm_ray.launch.devices import Devices
 from hrm_ray.launch.node_report import LIBRARIES, Need, installed
@@ -82,7 +83,7 @@ def check_resources(settings: RunSettings, config: ModelConfig, devices: Devices
     """
     faults, keep = [], settings.memory.keep_freed_memory
     if devices.device == "cpu" and not devices.ray_address:
-        available = available_memory_bytes() // devices.world_size
+        available = (available_memory_bytes() - merging_bytes(settings, config)) // devices.world_size
         if not _fits(settings, config, available):
             faults.append(_memory_fault(settings, config, devices, available))
         elif keep is None:
@@ -95,6 +96,8 @@ def check_resources(settings: RunSettings, config: ModelConfig, devices: Devices
         faults.append(Fault(f"--bundle-dir {bundle}", reason, "Give a folder on a disk"))
     elif disk > free:
         kept = f"{settings.run.keep} checkpoints and one being written"
+        if settings.cluster.parallel_independent:
+            kept += f", anchors, and the states of {devices.world_size} trainers"
         beside = " more than those there" if RunDir(bundle).checkpoint_steps() else ""
         reason = f"{kept} take {gigabytes(disk)}{beside}, {gigabytes(free)} are free at {bundle}"
         faults.append(Fault("disk", reason, "Lower --keep, free some space, or give another --bundle-dir"))
@@ -151,7 +154,23 @@ def state_bytes(settings: RunSettings, config: ModelConfig) -> int:
     each = sum(size / workers if part in divided else size for part, size in of_a_weight.items())
     if strategy in DEEPSPEED:
         each += trained * 4 / workers
+    if cluster.parallel_independent:
+        each += _shared_bytes(settings)  # the weights that a report counts from
     return int(each * count_parameters(config).total)
+
+
+def _shared_bytes(settings: RunSettings) -> int:
+    """Bytes of one weight, and of its average, as a trainer has them that shares them with others."""
+    if _mostly_frozen(settings):
+        return 0
+    return _WEIGHT_BYTES[settings.memory.model_dtype] + (4 if settings.optimizer.ema is not None else 0)
+
+
+def merging_bytes(settings: RunSettings, config: ModelConfig) -> int:
+    """What the process that merges the weights of independent trainers keeps, at least; 0 without them."""
+    if not settings.cluster.parallel_independent:
+        return 0
+    return int((_weight_bytes(settings) + 2 * _shared_bytes(settings)) * count_parameters(config).total)
 
 
 def _mostly_frozen(settings: RunSettings) -> bool:
@@ -223,4 +242,18 @@ def disk_bytes(settings: RunSettings, config: ModelConfig, bundle: Path) -> int:
     one, run_dir = checkpoint_bytes(settings, config), RunDir(bundle)
     whole = [run_dir.checkpoint(step) for step in run_dir.checkpoint_steps()]
     there = sum(path.stat().st_size for folder in whole for path in folder.rglob("*") if path.is_file())
-    return max(one, one * (settings.run.keep + 1) - there)
+    return max(one, one * (settings.run.keep + 1) - there) + _independent_disk_bytes(settings, config, run_dir)
+
+
+def _independent_disk_bytes(settings: RunSettings, config: ModelConfig, run_dir: RunDir) -> int:
+    """What independent trainers take besides, without what is there: the anchors that are kept and a new one, each with
+    its momentum, and of each trainer a report, its state, and a state being written."""
+    cluster = settings.cluster
+    if not cluster.parallel_independent:
+        return 0
+    one = 0 if _mostly_frozen(settings) else 4 * (1 if settings.optimizer.ema is None else 2)
+    anchor = one * (1 if cluster.outer_optimizer == "none" else 2)
+    each = one * count_parameters(config).total + 2 * checkpoint_bytes(settings, config)
+    needed = anchor * (KEPT_ANCHORS + 1) * count_parameters(config).total + each * (cluster.world_size or 1)
+    there = sum(path.stat().st_size for path in run_dir.independent.root.rglob("*") if path.is_file())
+    return max(0, needed - there)

@@ -53,11 +53,13 @@ def text_file(folder: Path) -> Path:
     return path
 
 
-def command(folder: Path, *options: str, kills: object = ()) -> subprocess.CompletedProcess[str]:
+def command(
+    folder: Path, *options: str, kills: object = (), timeout_s: float = 170.0
+) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join([str(HOOKS), str(ROOT)])
     environment = {**os.environ, "PYTHONPATH": paths, "HRM_AUDIT": str(folder), "HRM_KILLS": json.dumps(kills)}
     words = [sys.executable, "-m", "hrm_ray", "train", "--bundle-dir", str(folder / "b"), *options]
-    return subprocess.run(words, env=environment, cwd=folder, capture_output=True, text=True, timeout=170)
+    return subprocess.run(words, env=environment, cwd=folder, capture_output=True, text=True, timeout=timeout_s)
 
 
 def lines(path: Path) -> list[list[object]]:

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from hrm_ray.errors import DataError
 from hrm_ray.independent import bundle_files
-from hrm_ray.independent.bundle_files import FileServer, SentFiles
+from hrm_ray.independent.bundle_files import FileServer, SentFiles, SharedFiles
+from hrm_ray.metrics.jsonl import read_records, to_line
 from hrm_ray.rundir import RunDir
+from hrm_ray.types import Record
 
 ANCHOR = "independent/anchors/round-1.a.safetensors"
 
@@ -74,17 +76,36 @@ def test_a_trainer_finds_its_state_on_another_machine(tmp_path: Path) -> None:
         own.describe_checkpoint(step, partial)
         own.seal_checkpoint(step, partial)
         with own.metrics.open("ab") as file:
-            file.write(b"record\n")
+            file.write(to_line(Record("train", step, 1.0, {"loss": 2.0})))
         files.deliver_state("trainer-0")
+    with own.metrics.open("ab") as file:
+        file.write(to_line(Record("train", 8, 1.0, {"loss": 2.0})))
+    files.deliver_state("trainer-0")
     there = RunDir(bundle.independent.trainer("trainer-0"))
     assert there.checkpoint_steps() == [7] and there.newest_whole_checkpoint() == there.checkpoint(7)
-    assert there.metrics.read_bytes() == b"record\nrecord\n"
+    assert [record.step for record in read_records(there.metrics)] == [3, 7, 8]
     assert sizes.count(7) >= 2, "only new records are sent"
     again = SentFiles(tmp_path / "another", files._call)
     again.fetch_state("trainer-0")
     begun = RunDir(again.run_dir.independent.trainer("trainer-0"))
     assert begun.newest_whole_checkpoint() == begun.checkpoint(7)
-    assert begun.metrics.read_bytes() == b"record\nrecord\n"
+    assert [record.step for record in read_records(begun.metrics)] == [3, 7], "step 8 is taken again"
+    with begun.metrics.open("ab") as file:
+        file.write(to_line(Record("train", 9, 1.0, {})))
+    again.deliver_state("trainer-0")
+    assert [record.step for record in read_records(there.metrics)] == [3, 7, 9]
+
+
+def test_records_of_a_trainer_are_cut_back_to_its_state(tmp_path: Path) -> None:
+    bundle = RunDir(tmp_path)
+    own = RunDir(bundle.independent.trainer("trainer-0"))
+    own.root.mkdir(parents=True)
+    own.metrics.write_bytes(b"".join(to_line(Record("train", step, 1.0, {})) for step in (1, 2)))
+    SharedFiles(bundle).fetch_state("trainer-0")
+    assert list(read_records(own.metrics)) == []
+    own.metrics.write_bytes(b"no record\n")
+    SharedFiles(bundle).fetch_state("trainer-0")
+    assert own.metrics.read_bytes() == b"no record\n"
 
 
 @pytest.mark.parametrize("path", ["config.json", "independent/../config.json", "/etc/nothing"])

@@ -199,3 +199,23 @@ def test_a_trainer_without_room_is_told_of_once_and_costs_neither_a_failure_nor_
     shell.run._train()
     assert shell.children.trainers == {} and shell.run.restarts == []
     assert len([record for record in shell.events if record.kind == "event"]) == 1
+
+
+def test_a_trainer_that_makes_merges_worse_is_named_once_with_its_figures(shell: Shell) -> None:
+    shell.coordinator.rules = Rules(1, 1, merge_every=1, epochs=1)
+    for number in range(1, 5):
+        bad, good = shell.report("trainer-1", number), shell.report("trainer-0", number)
+        request = shell.coordinator.due()
+        assert request is not None
+        why = f"without it the held-out loss is {number}.0, with it 9.0"
+        # Now and then a report of it is taken, so that it is not ended.
+        rejected = {} if number == 3 else {bad: why}
+        taken = tuple(member.name for member in request.members if member.name not in rejected)
+        merged = Merged(taken, rejected, {}, f"r{number}", f"r{number}", {}, 0.1)
+        shell.coordinator._origins.add("a")
+        shell.coordinator.commit(request, merged)
+        shell.run._name_worse(merged, {good: "trainer-0", bad: "trainer-1"})
+        shell.run._name_worse(merged, {good: "trainer-0", bad: "trainer-1"})
+    (said,) = [str(record.values["message"]) for record in shell.events]
+    assert "trainer-1 on cpu makes merges worse: 3 of its 4 reports" in said and "the held-out loss is 4.0" in said
+    assert len(said) < 300

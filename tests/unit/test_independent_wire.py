@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from hrm_ray.errors import DataError, Fault, HrmRayError
+from hrm_ray.independent import processes, wire
 from hrm_ray.independent.processes import ChildProcess, Children
-from hrm_ray.independent.wire import FAILED, Disconnected, call, expected, packed, serve_one
+from hrm_ray.independent.wire import FAILED, Disconnected, call, expected, packed, serve_one, serve_one_heard
 from tests.support.block_trainers import plan_of
 from tests.support.runs import TEXT, text_file
 
@@ -79,3 +80,30 @@ def test_a_stranger_that_says_nothing_keeps_no_process_out(tmp_path: Path) -> No
             assert child.connected.wait(10.0) and child.connection is not None
     assert "accepting" not in [thread.name for thread in set(threading.enumerate()) - before]
     stranger.close()
+
+
+def test_a_frozen_process_that_merges_is_found_and_one_that_works_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "WORKING_EVERY_S", 0.01)
+    monkeypatch.setattr(processes, "SILENT_S", 0.3)
+    looks: list[int] = []
+    with closing(Children(plan_of(text_file(tmp_path), tmp_path / "b", *TEXT))) as children:
+        ours, theirs = Pipe()
+        keeper = ChildProcess("anchors", 0, subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1), 0.0)
+        keeper.connection, children._keeper = ours, keeper
+        keeper.connected.set()
+        enough = threading.Event()
+
+        def look() -> None:
+            looks.append(1)
+            if len(looks) == 12:  # of 0.05 s: longer than a frozen one is waited for
+                enough.set()
+
+        merge = {"merge": lambda: enough.wait(60.0)}
+        working = threading.Thread(target=serve_one_heard, args=(theirs, merge), daemon=True)
+        working.start()
+        assert children.call_keeper("anchors", "merge", (), look) is True
+        with pytest.raises(Disconnected, match="has said nothing for"):
+            children.call_keeper("anchors", "merge", (), lambda: None)
+        assert keeper.process.poll() is not None and children._keeper is None

@@ -13,9 +13,12 @@ import torch
 
 from hrm_ray.errors import ResourceError, SettingsError, UnavailableError
 from hrm_ray.launch.devices import choose_device, choose_devices, visible_gpus
+from hrm_ray.launch.preflight import disk_bytes, merging_bytes, state_bytes
+from hrm_ray.model.describe import count_parameters
 from hrm_ray.rundir import RunDir
 from hrm_ray.settings.cluster import ClusterSettings
 from hrm_ray.train.plan import RunPlan
+from tests.support.block_trainers import plan_of
 from tests.support.runs import TEXT, files_below, hrm, last_said, refused, text_file, train
 
 Usage = namedtuple("Usage", "total used free")
@@ -47,6 +50,24 @@ def test_too_little_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     words = ("train", "--dataset-file", text_file(tmp_path), "--bundle-dir", tmp_path / "b", *TEXT)
     refused(4, *words, naming=("disk", "checkpoints", "--keep"))
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.txt"]
+
+
+def test_independent_trainers_need_room_for_anchors_states_and_a_second_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = plan_of(text_file(tmp_path), tmp_path / "a", *TEXT)
+    words = ("--parallel-independent", "--world-size", "3", "--launcher", "subprocess")
+    plan = plan_of(text_file(tmp_path), tmp_path / "b", *TEXT, *words)
+    weights = count_parameters(plan.config).total
+    # Weights and two moments in a state; of a trainer two of them, and its report.
+    own = disk_bytes(plan.settings, plan.config, plan.bundle) - disk_bytes(plain.settings, plain.config, plain.bundle)
+    assert own == weights * (4 * 2 * 4 + 3 * (4 + 2 * 12))
+    assert state_bytes(plan.settings, plan.config) - state_bytes(plain.settings, plain.config) == 4 * weights
+    assert merging_bytes(plan.settings, plan.config) == 12 * weights
+    assert merging_bytes(plain.settings, plain.config) == 0
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(10**9, 10**9, 1000))
+    again = ("train", "--dataset-file", text_file(tmp_path), "--bundle-dir", tmp_path / "c", *TEXT, *words)
+    refused(4, *again, naming=("disk", "checkpoints", "anchors, and the states of 3 trainers", "--keep"))
 
 
 def test_checkpoints_that_are_there_need_no_room_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
