@@ -97,6 +97,9 @@ def describe(resolved: ResolvedRun) -> str:
     workers = f"{devices.world_size} worker(s) = {effective}"
     if devices.independent:
         workers = f"1 = {effective}, in each of {devices.world_size} independent trainer(s)"
+    sizes = settings.cluster.trainer_batch_sizes
+    if devices.independent and sizes is not None:
+        workers = f"1, in independent trainers with batches of {sizes}"
     size = f"{facts.puzzle.count} puzzles" if facts.puzzle is not None else f"{facts.bytes / 1e6:.1f} MB of text"
     skipped = f", {facts.skipped_files} other file(s) not read" if facts.skipped_files else ""
     lines = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from hrm_ray.data.prepare import PuzzlePlan, open_puzzle_sets
@@ -50,7 +51,7 @@ def block_trainer(
     folder.mkdir(parents=True, exist_ok=True)
     return BlockTrainer(
         name,
-        assemble_loop(plan, number, files=files, rows=rows),
+        assemble_loop(_with_own_batch(plan, number), number, files=files, rows=rows),
         files.run_dir,
         coordinator,
         samples_per_update=samples_per_step(plan),
@@ -59,6 +60,15 @@ def block_trainer(
         files=files,
         begins_from=_synchronous_checkpoint(plan),
     )
+
+
+def _with_own_batch(plan: RunPlan, number: int) -> RunPlan:
+    """The plan with the batch size of one trainer; those beyond the list have the largest."""
+    sizes = plan.settings.cluster.batch_size_of_trainers
+    if number >= len(sizes):
+        return plan
+    optimizer = plan.settings.optimizer.model_copy(update={"batch_size": sizes[number]})
+    return replace(plan, settings=plan.settings.model_copy(update={"optimizer": optimizer}))
 
 
 def _synchronous_checkpoint(plan: RunPlan) -> Path | None:

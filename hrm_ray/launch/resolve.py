@@ -108,6 +108,7 @@ def _resolve_on(
     if devices.device == "mps" and settings.model.loss == "stablemax":
         reason = "it is computed in float64, which this device does not have"
         raise SettingsError(Fault("--loss stablemax on mps", reason, "Give --loss softmax, or --device cpu"))
+    _check_batch_sizes(settings, devices)
     settings = with_effective_batch(settings, devices.workers_of_an_update)
     no_effect = _without_effect(settings, facts, evaluation, devices.device)
     if settings.cluster.wait_for_resources is not None and devices.ray_address is None:
@@ -183,6 +184,15 @@ def _resolve_on(
         keep_freed,
         account_of_defaults(settings, config, devices.device, devices.threads),
     )
+
+
+def _check_batch_sizes(settings: RunSettings, devices: Devices) -> None:
+    """Raises SettingsError unless there is a batch size for each trainer, or one for all."""
+    sizes = settings.cluster.batch_size_of_trainers
+    if sizes and len(sizes) != devices.world_size:
+        value = f"--batch-size {settings.cluster.trainer_batch_sizes}"
+        reason = f"names {len(sizes)} batch sizes, and the run has {devices.world_size} trainer(s)"
+        raise SettingsError(Fault(value, reason, f"Give one number for all, or --world-size {len(sizes)}"))
 
 
 def _without_effect(

@@ -64,6 +64,11 @@ class ClusterSettings(Section):
     """Nesterov momentum of the merges."""
     merge_weights: Literal["samples", "equal"] = option("samples", "free", needs=(MERGED,))
     """How much each trainer's change counts in a merge: by the samples that it was trained on, or all alike."""
+    trainer_batch_sizes: str | None = option(
+        None, "free", affects=("memory",), needs=(MERGED,), unset="--batch-size for each trainer"
+    )
+    """The --batch-size of each trainer, for devices of unequal memory or speed: 16,8 (--batch-size 16,8 says the same).
+    The largest is the unit of steps."""
     gpu_share: float | None = option(None, "free", gt=0, le=1, needs=(MERGED,), unset="1: a GPU for each trainer")
     """Part of a GPU that each trainer takes: with 0.5 two share one, also in its memory."""
     min_workers: int | None = option(None, "free", ge=1, unset="as many as --world-size")
@@ -136,6 +141,19 @@ class ClusterSettings(Section):
         if value is not None and seconds_of(value) is None:
             raise refusal("is not a duration", "Give one like 90s, 30m, 1h30m or 1:30:00")
         return value
+
+    @field_validator("trainer_batch_sizes")
+    @classmethod
+    def _sizes(cls, value: str | None) -> str | None:
+        if value is not None and not all(part.strip().isdecimal() and int(part) for part in value.split(",")):
+            raise refusal("is not a list of batch sizes", "Give a number for each trainer, such as 16,8")
+        return value
+
+    @property
+    def batch_size_of_trainers(self) -> tuple[int, ...]:
+        """The batch size of each independent trainer; empty where all have the same."""
+        listed = self.trainer_batch_sizes
+        return () if listed is None else tuple(int(part) for part in listed.split(","))
 
     @field_validator("cuda_ids")
     @classmethod

@@ -52,6 +52,7 @@ def load_settings(
             read_tree(trial or {}, "trial"),
         ]
     )
+    _read_batch_sizes(user.values)
     traits = {key: option.traits for key, option in options().items()}
     dropped = {key for key in traits if traits[key].on_resume == "dropped"}
     resumed = read_tree({key: value for key, value in (base or {}).items() if key not in dropped}, "resumed run")
@@ -87,6 +88,15 @@ def load_settings(
     if faults:
         raise SettingsError(faults)
     return settings
+
+
+def _read_batch_sizes(values: dict[str, Any]) -> None:
+    """Take a --batch-size of several numbers, for independent trainers, apart: the largest is the batch size."""
+    several = values.get("optimizer.batch_size", values.get("cluster.trainer_batch_sizes"))
+    parts = several.split(",") if isinstance(several, str) else []
+    if len(parts) > 1 and all(part.strip().isdecimal() and int(part) for part in parts):
+        values["cluster.trainer_batch_sizes"] = several
+        values["optimizer.batch_size"] = max(int(part) for part in parts)
 
 
 def peek_leaves(

@@ -12,8 +12,16 @@ from hrm_ray.settings.needs import EXPERTS, FALLING_LR, MOMENTS, PUZZLE_EMBEDDIN
 class OptimizerSettings(Section):
     """Batch, learning rate and optimizer."""
 
-    batch_size: int = option(8, "free", ge=1, affects=("memory",), aliases={"--per-device-train-batch-size": None})
-    """Sequences or puzzles in one micro-batch of one worker."""
+    batch_size: int = option(
+        8,
+        "free",
+        ge=1,
+        affects=("memory",),
+        aliases={"--per-device-train-batch-size": None},
+        replaces=("cluster.trainer_batch_sizes",),
+    )
+    """Sequences or puzzles in one micro-batch of one worker. With --parallel-independent also one for each trainer, as
+    16,8."""
     gradient_accumulation_steps: int = option(
         1, "free", ge=1, affects=("memory",), replaces=("optimizer.effective_batch_size",)
     )

@@ -213,6 +213,18 @@ RUN_RULES: dict[str, Rule] = {
         "--min-workers and --max-workers are for workers that train together",
         "Leave them out: a run can be resumed with any --world-size",
     ),
+    "batch_sizes_of_independent_trainers": refuse(
+        lambda s: s.cluster.trainer_batch_sizes is not None and not s.cluster.parallel_independent,
+        ("cluster.trainer_batch_sizes", "cluster.parallel_independent"),
+        "workers that train together have one batch size",
+        "Give one number, or --parallel-independent",
+    ),
+    "batch_sizes_are_not_shared_out": refuse(
+        lambda s: s.cluster.trainer_batch_sizes is not None and s.optimizer.effective_batch_size is not None,
+        ("cluster.trainer_batch_sizes", "optimizer.effective_batch_size"),
+        "trainers of unequal batch sizes have no common effective batch",
+        "Leave one of them out",
+    ),
     "processes_on_one_machine": refuse(
         lambda s: s.cluster.launcher == "subprocess" and s.cluster.ray_address is not None,
         ("cluster.launcher", "cluster.ray_address"),

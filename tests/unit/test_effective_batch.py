@@ -16,6 +16,27 @@ from hrm_ray.settings.tree import to_dotted
 from tests.support.runs import TEXT, hrm, records, refused, text_file
 
 
+def test_a_batch_size_for_each_independent_trainer() -> None:
+    words: dict[str, str | bool] = {"--parallel-independent": True, "--batch-size": "8,16"}
+    settings = load_settings(words)
+    assert settings.optimizer.batch_size == 16 and settings.cluster.batch_size_of_trainers == (8, 16)
+    again = load_settings({"--batch-size": "4"}, base=to_dotted(settings))
+    assert again.optimizer.batch_size == 4 and again.cluster.batch_size_of_trainers == ()
+    kept = load_settings({}, base=to_dotted(settings))
+    assert kept.optimizer.batch_size == 16 and kept.cluster.batch_size_of_trainers == (8, 16)
+    for wrong in ("16,x", "16,0"):
+        with pytest.raises(SettingsError, match=wrong):
+            load_settings({**words, "--batch-size": wrong})
+    with pytest.raises(SettingsError, match="one batch size"):
+        load_settings({"--batch-size": "8,16"})
+
+
+def test_the_batch_sizes_are_as_many_as_the_trainers(tmp_path: Path) -> None:
+    words = ("--dataset-file", text_file(tmp_path), "--bundle-dir", tmp_path / "b", "--parallel-independent")
+    refused(2, "train", *words, "--world-size", 3, "--batch-size", "4,2", naming=("--batch-size 4,2", 2, 3))
+    assert not (tmp_path / "b").exists()
+
+
 def shape(words: dict[str, str | bool], world_size: int = 1) -> tuple[int, int]:
     chosen = with_effective_batch(load_settings(words), world_size).optimizer
     return chosen.batch_size, chosen.gradient_accumulation_steps

@@ -23,7 +23,7 @@ from hrm_ray.launch.run import run
 from hrm_ray.launch.run_directory import load_run
 from hrm_ray.ledger import read_ledger
 from hrm_ray.ledger.verify import violations
-from hrm_ray.rundir import RunDir
+from hrm_ray.rundir import RunDir, read_json
 from hrm_ray.types import Record, StopReason
 
 HOOKS = Path(__file__).resolve().parents[1] / "support" / "killed_processes"
@@ -128,6 +128,24 @@ def test_one_trainer_without_an_outer_step_is_plain_training(tmp_path: Path) -> 
     own, other = (read_tensors(RunDir(Path(one.bundle)).weights) for one in (plain, result))
     assert own.keys() == other.keys()
     assert [name for name in own if not torch.equal(own[name], other[name])] == []
+
+
+@pytest.mark.slow
+def test_each_trainer_has_its_own_batch_size(tmp_path: Path) -> None:
+    options = [*OPTIONS, "--dataset-file", str(text_file(tmp_path))]
+    options[options.index("--batch-size") + 1] = "4,2"
+    ended = command(tmp_path, *options)
+    assert ended.returncode == 0, ended.stderr
+    bundle = RunDir(tmp_path / "b")
+    sizes = []
+    for number in range(2):
+        newest = RunDir(bundle.independent.trainer(f"trainer-{number}")).newest_whole_checkpoint()
+        assert newest is not None
+        sizes.append(read_json(newest / "state.json")["effective_batch_size"])
+    assert sizes == [4, 2]
+    trained = rows_of_the_weights(tmp_path, bundle)
+    with read_ledger(bundle.ledger) as ledger:
+        assert trained == Counter((0, 0, row) for row in range(ledger.sequences(0) or 0))
 
 
 class StopsAfter:
