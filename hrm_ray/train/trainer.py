@@ -142,13 +142,13 @@ class Trainer:
             self.watch.check()
 
     def _evaluate_and_sample(self) -> None:
+        # An evaluation may need memory that the copies take which are written.
+        self._finish_save()
         with self.time_limit.measuring("evaluation"), self.loop.activity.doing("evaluation"):
             self._evaluate()
             self._sample()
 
     def _evaluate(self) -> None:
-        # An evaluation may need memory that the copies take which are written.
-        self._finish_save()
         # An improvement is written into best/.
         self.loop.world.from_leader(self._check_folder)
         with self.logger.paused():
