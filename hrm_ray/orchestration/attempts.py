@@ -111,6 +111,9 @@ class Attempts:
                 raise
             # A replacement of what was lost may come, or the run may continue with fewer workers.
             rows = plan.settings.optimizer.batch_size
+            missing = busy.faults[0]
+            hint = "Continue with --resume when there is room again, or with fewer workers as --world-size"
+            busy = type(busy)(Fault(missing.value, missing.reason, hint))
             return Failed(Ending(Cause.NO_ROOM, busy, records.step, plan.attempt, plan.world_size, rows), begun=False)
         self._count += 1
         with closing(turn):

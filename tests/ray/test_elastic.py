@@ -71,10 +71,11 @@ class Nodes:
 
 
 @contextmanager
-def four_nodes() -> Iterator[Nodes]:
+def nodes_of(number: int) -> Iterator[Nodes]:
+    """A cluster of so many nodes."""
     os.environ["RAY_AUTH_TOKEN"] = session._token()
     logging.getLogger("ray").setLevel(logging.ERROR)
-    made = Nodes(4)
+    made = Nodes(number)
     try:
         yield made
     finally:
@@ -124,7 +125,7 @@ def test_a_run_goes_on_while_its_cluster_shrinks_and_grows(tmp_path: Path) -> No
 
 def shrink_and_grow(tmp_path: Path) -> None:
     """The test, in its own process."""
-    with four_nodes() as nodes:
+    with nodes_of(4) as nodes:
         _shrink_and_grow(nodes, tmp_path)
 
 

@@ -10,7 +10,11 @@ from typing import Any
 
 import pytest
 
+from hrm_ray.errors import Fault, NoRoomError
 from hrm_ray.launch.resources import ResourceRequest
+from hrm_ray.launch.restarts import Cause
+from hrm_ray.launch.supervisor import Failed, WatchedSink
+from hrm_ray.metrics.fanout import FanOut
 from hrm_ray.orchestration import attempts as attempts_module
 from hrm_ray.orchestration import session as sessions
 from hrm_ray.orchestration.attempts import Attempts
@@ -85,3 +89,16 @@ def test_a_stop_is_not_kept_waiting_for_a_replacement(tmp_path: Path) -> None:
     session = Freeing(2)
     attempts_on(session, tmp_path, StopReason.SIGTERM).room(plan_of(tmp_path, world_size=4))
     assert session.looks == 1
+
+
+def test_a_restart_without_room_says_how_to_continue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def turn(*arguments: Any, **options: Any) -> None:
+        raise NoRoomError(Fault("--world-size 4", "the cluster has room for 3", "Start again"))
+
+    session: Any = Freeing(3)
+    attempts = attempts_on(session, tmp_path)
+    monkeypatch.setattr(attempts, "_count", 1)
+    monkeypatch.setattr(attempts, "_turn", turn)
+    failed = attempts.run(plan_of(tmp_path, world_size=4), WatchedSink(FanOut([])))
+    assert isinstance(failed, Failed) and not failed.begun and failed.ending.cause is Cause.NO_ROOM
+    assert type(failed.ending.error) is NoRoomError and "--resume" in str(failed.ending.error)
