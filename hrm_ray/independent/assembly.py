@@ -8,7 +8,7 @@ from pathlib import Path
 from hrm_ray.data.prepare import PuzzlePlan, open_puzzle_sets
 from hrm_ray.data.text_data import TextDataDir
 from hrm_ray.data.tokenizer import TextTokenizer
-from hrm_ray.independent.bundle_files import BundleFiles, SharedFiles
+from hrm_ray.independent.bundle_files import BundleFiles, SentFiles, SharedFiles
 from hrm_ray.independent.calls import Coordinator
 from hrm_ray.independent.synchronous_start import is_synchronous
 from hrm_ray.independent.trainer import BlockTrainer
@@ -49,9 +49,12 @@ def block_trainer(
     files.fetch_state(name)
     folder = files.run_dir.independent.trainer(name)
     folder.mkdir(parents=True, exist_ok=True)
+    loop = assemble_loop(_with_own_batch(plan, number), number, files=files, rows=rows)
+    if isinstance(files, SentFiles):
+        files.on_piece = loop.activity.progressed
     return BlockTrainer(
         name,
-        assemble_loop(_with_own_batch(plan, number), number, files=files, rows=rows),
+        loop,
         files.run_dir,
         coordinator,
         samples_per_update=samples_per_step(plan),

@@ -90,6 +90,8 @@ class SentFiles:
     def __init__(self, root: Path, call: Call) -> None:
         """`root` is a folder of this trainer alone."""
         self.run_dir, self._call = RunDir(root), call
+        self.on_piece: Callable[[], None] = lambda: None
+        """Called after each piece."""
         self._records_sent = 0
 
     def fetch(self, path: str) -> Path:
@@ -152,6 +154,7 @@ class SentFiles:
                     if not piece:
                         raise _Gone
                     file.write(piece)
+                    self.on_piece()
         except OSError as error:
             raise unwritable(target, error) from error
 
@@ -162,6 +165,7 @@ class SentFiles:
             while True:
                 place, piece = file.tell(), file.read(PIECE_BYTES)
                 self._call("write_piece", path, place, piece, len(piece) < PIECE_BYTES)
+                self.on_piece()
                 if len(piece) < PIECE_BYTES:
                     return file.tell()
 

@@ -123,4 +123,5 @@ class _SentPuzzles:
 
     def rows(self, indices: npt.NDArray[np.int64]) -> Columns:
         columns: Columns = self._call("puzzle_rows", indices)
-        return columns
+        # What comes from another process may be read-only, in memory that is shared.
+        return {name: values.copy() for name, values in columns.items()}

@@ -38,7 +38,7 @@ from hrm_ray.independent.wire import (
 from hrm_ray.launch.independent_run import run_with
 from hrm_ray.launch.restarts import NodeLostError
 from hrm_ray.orchestration.failures import MEMORY_DEATH, NODE_DEATH, death_reason
-from hrm_ray.orchestration.hang_watch import kill_workers
+from hrm_ray.orchestration.hang_watch import kill_worker
 from hrm_ray.orchestration.run_monitor import WorkerInfo
 from hrm_ray.orchestration.session import worker_environment
 from hrm_ray.orchestration.session_folder import make_session_folder, remove_abandoned_folders
@@ -68,8 +68,6 @@ class ActorTask:
     plan: Mapping[str, Any]
     marker: str
     token: str
-    private: bool
-    """Whether the cluster is this run's alone."""
 
     def environment(self, threads: int) -> dict[str, Any]:
         """The runtime environment of an actor with so many threads."""
@@ -124,7 +122,7 @@ class TrainerActor:
         return None
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        asked = self._coordinator.answer.remote(method, arguments)
+        asked = self._coordinator.answer.remote(ray.get_runtime_context().get_actor_id(), method, arguments)
         try:
             # Not get: it spins for ever where the cluster is lost.
             while not ray.wait([asked], timeout=60.0)[0]:
@@ -177,6 +175,8 @@ class ActorHandle:
         self._training: Any = None
         self._ended: int | None = None
         self._killed = False
+        self.killing: Any = None
+        """The call that ends its process on another node."""
 
     @property
     def identity(self) -> Hashable:
@@ -232,9 +232,17 @@ class ActorHandle:
         process = self.info
         with suppress(ray.exceptions.RayError):
             ray.kill(self.actor)
-        if process is not None:
-            with suppress(ray.exceptions.RayError):
-                kill_workers([process], {"env_vars": worker_environment(1)})
+        if process is None:
+            return
+        if process.node_id == ray.get_runtime_context().get_node_id():
+            kill_worker(process)
+            return
+        there = NodeAffinitySchedulingStrategy(process.node_id, soft=False)
+        environment = {"env_vars": worker_environment(1)}
+        killed = ray.remote(kill_worker).options(
+            num_cpus=0, max_retries=0, scheduling_strategy=there, runtime_env=environment
+        )
+        self.killing = killed.remote(process)  # not waited for: the machine may be gone
 
 
 def _death(name: str, reason: str) -> HrmRayError | None:
@@ -296,6 +304,12 @@ class ActorWorkers:
             with suppress(ray.exceptions.RayError):
                 found.append(ray.get(here))
         return [each for each in found if each is not None]
+
+    def answer(self, caller: str, method: str, arguments: Sequence[Any]) -> tuple[str, Any]:
+        """A call of the trainer whose actor is `caller`; one that was given up, and has a successor, is refused."""
+        if caller not in {handle.identity for handle in list(self._handles.values())}:
+            return "error", packed(HrmRayError(Fault(f"actor {caller[:8]}", "is no trainer of this run any more", "")))
+        return answered(self.methods, method, arguments)
 
     def start_trainer(self, name: str, number: int) -> None:
         """See Workers."""
@@ -359,9 +373,13 @@ class ActorWorkers:
 
     def close(self) -> None:
         """See Workers."""
-        for handle in list(self._handles.values()):
+        left = list(self._handles.values())
+        for handle in left:
             self.end(handle)
         self._end_keeper()
+        killing = [handle.killing for handle in left if handle.killing is not None]
+        if killing:
+            ray.wait(killing, num_returns=len(killing), timeout=CLEAN_UP_S)
         self._rows.close()
         self._remove_left_folders()
 
@@ -372,7 +390,7 @@ class ActorWorkers:
             with suppress(ray.exceptions.RayError):
                 ray.kill(keeper)
                 if ray.wait([here], timeout=0)[0]:
-                    kill_workers([ray.get(here)], {})  # also where it is stopped
+                    kill_worker(ray.get(here))  # also where it is stopped
 
     def _forget(self, handle: ActorHandle) -> None:
         process = handle.info
@@ -452,10 +470,11 @@ class CoordinatorActor:
         except Exception as error:  # noqa: BLE001 - the actor's edge: the driver reports it
             return Ended(error=packed(expected(error)))
 
-    def answer(self, method: str, arguments: Sequence[Any]) -> tuple[str, Any]:
+    def answer(self, caller: str, method: str, arguments: Sequence[Any]) -> tuple[str, Any]:
         """A call of a trainer."""
-        workers = self._workers
-        return answered({} if workers is None else workers.methods, method, arguments)
+        if self._workers is None:
+            raise RuntimeError("trainers are started by the run")
+        return self._workers.answer(caller, method, arguments)
 
     def take(self) -> CoordinatorStatus:
         """What is new."""

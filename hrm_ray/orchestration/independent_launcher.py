@@ -22,7 +22,7 @@ from hrm_ray.launch.supervisor import Failed, WatchedSink, supervise
 from hrm_ray.orchestration.attempts import Attempts
 from hrm_ray.orchestration.cluster_room import StartTurn
 from hrm_ray.orchestration.failures import RESUME_HINT, WorkerCrash, actor_lost, cause_of, death_reason
-from hrm_ray.orchestration.hang_watch import kill_workers
+from hrm_ray.orchestration.hang_watch import kill_worker, kill_workers
 from hrm_ray.orchestration.independent_actors import ActorTask, CoordinatorActor, CoordinatorStatus, Ended
 from hrm_ray.orchestration.run_monitor import WorkerInfo
 from hrm_ray.orchestration.session import POLL_INTERVAL_S, Session, worker_environment
@@ -99,7 +99,7 @@ class CoordinatorRun:
             except OSError as error:
                 hint = "Check its free space and permissions"
                 raise DiskError(Fault(str(self._plan.bundle), f"cannot be written ({error})", hint)) from error
-            task = ActorTask(self._plan.to_plain(), str(self._marker), token, self._session.private)
+            task = ActorTask(self._plan.to_plain(), str(self._marker), token)
             ended = self._follow(task)
         except (WorkerCrash, DiskError) as error:
             return self._failed(error)
@@ -170,7 +170,7 @@ class CoordinatorRun:
         if not ray.wait([asked], timeout=wait_s)[0]:
             return
         self._status = self._get(asked)
-        if len(self._status.workers) >= self._plan.world_size:
+        if sum(worker.rank >= 0 for worker in self._status.workers) >= self._plan.world_size:
             self._turn.close()
         for record in self._status.records:
             self._sink.write(record)
@@ -186,8 +186,13 @@ class CoordinatorRun:
         """End what is left, so that nothing writes into the bundle any more."""
         if self._actor is None:
             return
+        left = [each for each in (self._here, *self._status.workers) if each is not None]
+        if self._session.lost():
+            # They end with the cluster, which answers no call; what writes into the bundle is ended now.
+            for worker in left:
+                kill_worker(worker)
+            return
         with suppress(ray.exceptions.RayError):
             ray.kill(self._actor)
-        left = [each for each in (self._here, *self._status.workers) if each is not None]
         with suppress(ray.exceptions.RayError):
             kill_workers(left, {"env_vars": {"PYTHONPATH": worker_environment(1)["PYTHONPATH"]}})

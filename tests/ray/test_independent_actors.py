@@ -45,7 +45,7 @@ KILLS = [
     ["coordinator", "before commit", 1],
     ["driver", "before commit", 1],
 ]
-"""Process, point, and number of the call in that process. The first round is committed by the second start."""
+"""Process, point, and number of the call in that process. The first round is committed by the second command."""
 
 
 def check_rows(folder: Path) -> None:

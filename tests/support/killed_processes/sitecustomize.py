@@ -2,7 +2,8 @@
 log which rows they train and what they merge, and kill themselves at named points.
 
 HRM_KILLS: a JSON list of [process, point, number of the call in that process], each done once, and those of a process
-in their order. Under --launcher ray the coordinator is a process of its own, at whose points the driver is killed too.
+in their order. Under --launcher ray the coordinator is a process of its own, at whose points the driver and the raylet
+are killed too.
 HRM_AUDIT: the folder of logs. HRM_HIDDEN: folders that Ray's processes of this node do not see, as on another machine.
 """
 
@@ -29,12 +30,16 @@ def point(process: str, name: str) -> None:
     _CALLS[name] += 1
     for number, (victim, where, call) in enumerate(json.loads(os.environ.get("HRM_KILLS", "[]"))):
         done = AUDIT / f"killed-{number}"
-        here = victim == process or (IN_RAY and (victim, process) == ("coordinator", "driver"))
+        here = victim == process or (IN_RAY and process == "driver" and victim in ("coordinator", "raylet"))
         if here and not done.exists():
             if where == name and _CALLS[name] >= call:
                 done.write_text(f"{victim} {where}")
-                others = IN_RAY and victim == "driver"
-                os.kill(int((AUDIT / "driver.pid").read_text()) if others else os.getpid(), signal.SIGKILL)
+                pid = os.getpid()
+                if IN_RAY and victim == "driver":
+                    pid = int((AUDIT / "driver.pid").read_text())
+                elif victim == "raylet":
+                    pid = os.getppid()
+                os.kill(pid, signal.SIGKILL)
             return
 
 
