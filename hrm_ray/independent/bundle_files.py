@@ -101,7 +101,8 @@ class SentFiles:
             return target
         if target.parent == self.run_dir.independent.anchors:
             for other in target.parent.glob("*"):
-                other.unlink()
+                with suppress(OSError):  # Windows deletes no file that is open; the next fetch does
+                    other.unlink()
         self._fetch(path)
         return target
 

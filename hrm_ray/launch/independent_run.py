@@ -335,7 +335,10 @@ class IndependentRun:
         now_s = time.monotonic()
         if now_s >= self._unplaced_s.setdefault(child.identity, now_s + UNPLACED_S):
             self._unplaced_s[child.identity] = math.inf
-            self._event("WARNING", f"{child.name} waits for room on the cluster; the run goes on without it meanwhile")
+            self._event(
+                "WARNING",
+                f"{child.name} has not started yet: it waits for room on the cluster, or loads its libraries; the run goes on meanwhile",
+            )
 
     def _ended(self, child: TrainerHandle) -> None:
         """A trainer's process has ended: in order, or it is started again, or the run goes on without it."""

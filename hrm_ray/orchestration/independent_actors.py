@@ -111,7 +111,9 @@ class TrainerActor:
                 return None
             folder = make_session_folder(Path(tempfile.gettempdir()))
             files = SentFiles(folder, self._call)
-            self._block_trainer(replace(plan, bundle=folder), self._name, self._number, coordinator, files, rows).run()
+            # A checkpoint's path would name a folder of this machine, if any.
+            plan = replace(plan, bundle=folder, checkpoint=None)
+            self._block_trainer(plan, self._name, self._number, coordinator, files, rows).run()
         except Disconnected:
             return packed(HrmRayError(Fault(self._name, "has lost its coordinator", "")))
         except Exception as error:  # noqa: BLE001 - the actor's edge: the coordinator reports it
