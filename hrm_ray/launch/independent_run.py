@@ -337,7 +337,7 @@ class IndependentRun:
             self._unplaced_s[child.identity] = math.inf
             self._event(
                 "WARNING",
-                f"{child.name} has not started yet: it waits for room on the cluster, or loads its libraries; the run goes on meanwhile",
+                f"{child.name} has not started yet: no room on the cluster, or slow libraries; the run goes on",
             )
 
     def _ended(self, child: TrainerHandle) -> None:

@@ -194,9 +194,7 @@ def test_a_trainer_without_room_is_told_of_once_and_costs_neither_a_failure_nor_
     for _ in range(3):
         shell.run._end_hung()
     told = [str(record.values["message"]) for record in shell.events]
-    assert told == [
-        "trainer-1 has not started yet: it waits for room on the cluster, or loads its libraries; the run goes on meanwhile"
-    ]
+    assert told == ["trainer-1 has not started yet: no room on the cluster, or slow libraries; the run goes on"]
     shell.coordinator.stop = StopReason.INTERRUPT
     shell.run._train()
     assert shell.children.trainers == {} and shell.run.restarts == []
