@@ -112,7 +112,7 @@ def run_with_faults(folder: Path, faults: Sequence[Fault], strategy: str = "ddp"
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     with mock.patch.object(restarts, "WAITS_S", (WAIT_S,) * 3):
         result = worker_group.run(
-            plan, sink=Told(), stop=lambda: None, body=Faulty(faults, rows=folder / "faulty-rows")
+            plan, sink=Told(), stop=lambda: None, body=Faulty(faults, rows=folder / "faulty-rows", in_background=True)
         )
     left = [process for process in psutil.Process().children(recursive=True) if process.pid not in before]
     assert left == [], "no process is left"

@@ -21,6 +21,7 @@ import psutil
 
 from hrm_ray.errors import DataError, DeviceMemoryError, UnreadableError
 from hrm_ray.errors import Fault as Message
+from hrm_ray.train import checkpoint_write
 from hrm_ray.train.loop import StepReport, TrainingLoop
 from hrm_ray.train.plan import RunPlan
 from hrm_ray.train.session import WorkerLink, train
@@ -96,10 +97,12 @@ def random_faults(seed: int, count: int, *, ranks: int = 2, kinds: Sequence[Kind
 
 @dataclass(frozen=True)
 class Faulty:
-    """A training body with faults. With `rows` the rows of each step are written to `rows`/{rank}.jsonl."""
+    """A training body with faults. With `rows` the rows of each step are written to `rows`/{rank}.jsonl; with
+    `in_background` a thread writes checkpoints of any size."""
 
     faults: Sequence[Fault] = ()
     rows: Path | None = field(default=None, kw_only=True)
+    in_background: bool = field(default=False, kw_only=True)
 
     def __call__(self, plan: RunPlan, link: WorkerLink) -> RunResult:
         attempt, real, next_batch = len(plan.ended), TrainingLoop.step, TrainingLoop._next_batch
@@ -120,11 +123,15 @@ class Faulty:
                     file.write(json.dumps({"attempt": attempt, "step": number, "rows": taken}) + "\n")
             return columns
 
+        at_once_bytes = checkpoint_write.AT_ONCE_BYTES
+        if self.in_background:
+            checkpoint_write.AT_ONCE_BYTES = 0
         TrainingLoop.step, TrainingLoop._next_batch = step, recorded  # type: ignore[method-assign]
         try:
             return train(plan, link)
         finally:
             TrainingLoop.step, TrainingLoop._next_batch = real, next_batch  # type: ignore[method-assign]
+            checkpoint_write.AT_ONCE_BYTES = at_once_bytes
 
 
 def happen(kind: Kind) -> None:
