@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+from hrm_ray.bundle.progress import STATE
 from hrm_ray.metrics.jsonl import read_records
 from hrm_ray.model.transforms.compile import compile_notes
-from hrm_ray.rundir import MANIFEST, RunDir
+from hrm_ray.rundir import RunDir
 from hrm_ray.train.attention_choice import flash_notes
 from hrm_ray.train.metric_logger import MetricLogger
 from hrm_ray.train.plan import RunPlan
@@ -63,7 +64,7 @@ def _log_restarts(plan: RunPlan, logger: MetricLogger) -> None:
     """Write a record of the restart, and of earlier ones that the metrics lack: of those the workers failed before they
     could write, or the record went with what is trained again."""
     step, last = logger.loop.progress.step, len(plan.ended)
-    since_s = plan.begun_s if plan.checkpoint is None else (plan.checkpoint / MANIFEST).stat().st_mtime
+    since_s = plan.begun_s if plan.checkpoint is None else (plan.checkpoint / STATE).stat().st_mtime
     lost_s = max(0.0, time.time() - since_s)
     written = {
         record.values.get("restart")

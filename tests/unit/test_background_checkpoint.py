@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -179,6 +181,8 @@ def test_an_error_while_a_thread_writes(tmp_path: Path, writing: Writing, monkey
     close = Checkpointer.close
 
     def closing(checkpointer: Checkpointer) -> None:
+        for state in tmp_path.glob("b/checkpoints/*.partial/state.json"):
+            os.utime(state, (time.time() - 500, time.time() - 500))
         writing.may_write.set()
         close(checkpointer)
 
@@ -186,6 +190,7 @@ def test_an_error_while_a_thread_writes(tmp_path: Path, writing: Writing, monkey
     train(text_file(tmp_path, 40), tmp_path / "b", *WORDS)
     (restart,) = (entry for entry in records(tmp_path / "b", "event") if "restart" in entry)
     assert restart["resumed_step"] == 2
+    assert restart["lost_s"] >= 500, "training goes on while a checkpoint is written"
     assert RunDir(tmp_path / "b").checkpoint_steps() == [2, 4, 6, 7]
 
 
