@@ -57,6 +57,8 @@ NODE_DEATH = "node has died"
 """Part of Ray's message on an actor whose node is gone."""
 MEMORY_DEATH = "OUT_OF_MEMORY"
 """Part of the exit type that Ray gives an actor which its memory monitor has killed."""
+_LOW_ON_MEMORY = "running low on memory"
+"""Part of the message where Ray Train finds that such an actor does not answer, which names no exit type."""
 LONGEST_DEATH_REASON = 400
 """Characters of Ray's own message that are shown."""
 
@@ -146,6 +148,8 @@ def death_reason(ray_message: str) -> str:
     text = " ".join(ray_message.split())
     if NODE_DEATH in text:
         return NODE_DEATH
+    if _LOW_ON_MEMORY in text:
+        return f"exit type NODE_{MEMORY_DEATH}"
     _, found, detail = text.partition("Worker exit type:")
     detail = f"exit type{detail}" if found else text
     return detail.partition("Some common causes include")[0].strip().rstrip(".")[:LONGEST_DEATH_REASON]

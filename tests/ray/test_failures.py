@@ -102,8 +102,17 @@ def test_other_errors_are_no_shortage() -> None:
     assert shortage(ray.exceptions.RayTaskError("read", "Traceback ...", ValueError("odd"))) is None
 
 
-def test_a_worker_that_the_memory_monitor_has_killed_ran_out_of_memory() -> None:
-    message = death_reason("The actor died.\n Worker exit type: NODE_OUT_OF_MEMORY Worker exit detail: low on memory")
+@pytest.mark.parametrize(
+    "message",
+    [
+        "The actor died.\n Worker exit type: NODE_OUT_OF_MEMORY Worker exit detail: low on memory",
+        # From Ray Train's health check, without an exit type.
+        "A worker health check failed.\nWorker info: Worker(\n  actor=Actor(RayTrainWorker, 9e17),\n)\n"
+        "4 worker(s) were killed due to the node running low on memory. Memory on the node was 11.45GB / 23.54GB",
+    ],
+)
+def test_a_worker_that_the_memory_monitor_has_killed_ran_out_of_memory(message: str) -> None:
+    message = death_reason(message)
     error = first_cause([Failure.of(0, GLOO)], {1: message}, "the logs")
     assert isinstance(error, HostMemoryError) and cause_of(error) is Cause.HOST_MEMORY
     assert str(error).startswith("worker 1: was killed because its machine was nearly out of memory")
