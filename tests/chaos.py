@@ -44,7 +44,7 @@ WAIT_S = 0.1
 """In place of the waits for a disk."""
 WORDS: dict[str, str | bool] = {
     **{"--hidden-size": "32", "--num-heads": "2", "--num-layers": "2", "--no-use-moe": True, "--no-amp": True},
-    **{"--launcher": "ray", "--world-size": "2", "--threads": "1", "--batch-size": "4", "--log-every": "1"},
+    **{"--launcher": "ray", "--threads": "1", "--batch-size": "4", "--log-every": "1"},
     **{"--save-every": str(SAVE_EVERY), "--ema": "0.9", "--keep": "2"},
 }
 TEXT = {"--max-seq-len": "16", "--samples-per-block": "60", "--dataset-chunk-size": "13"}
@@ -68,12 +68,19 @@ class Told:
 
 
 def plan_of(
-    folder: Path, name: str, steps: int, max_failures: int, strategy: str = "ddp", data: Data = "text"
+    folder: Path,
+    name: str,
+    steps: int,
+    max_failures: int,
+    strategy: str = "ddp",
+    data: Data = "text",
+    *,
+    world_size: int = 2,
 ) -> RunPlan:
     """The plan of a run on the data of `folder`, which are made where they are not there."""
     own: dict[str, str | bool] = {
         **{"--bundle-dir": str(folder / name), "--steps": str(steps), "--max-failures": str(max_failures)},
-        "--strategy": strategy,
+        **{"--strategy": strategy, "--world-size": str(world_size)},
     }
     (folder / name).mkdir()
     if data == "puzzle":

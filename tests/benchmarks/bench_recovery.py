@@ -1,6 +1,7 @@
-"""Seconds from the end of a worker to the next step, part by part: `python -m tests.benchmarks.bench_recovery`.
+"""Seconds to the first step, and from the end of a worker to the next step, part by part:
+`python -m tests.benchmarks.bench_recovery`.
 
-A run on two Ray workers of one core each loses one of them again and again. The workers write down when they are
+A run on Ray workers of one thread each loses one of them again and again. The workers write down when they are
 entered and when their first step begins and ends; the driver when it decides. The parts:
 
   * noticed: from SIGKILL of a rank to the driver's decision (what Ray and this project need to find it);
@@ -20,10 +21,11 @@ import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from unittest import mock
 
 import psutil
 
+from hrm_ray.launch import resources
 from hrm_ray.orchestration import worker_group
 from hrm_ray.train.loop import StepReport, TrainingLoop
 from hrm_ray.train.plan import RunPlan
@@ -90,10 +92,14 @@ class Decisions:
         pass
 
 
-def measure(folder: Path, count: int) -> tuple[list[list[float]], list[float]]:
+def measure(folder: Path, workers: int, count: int) -> tuple[list[list[float]], list[float]]:
     """The parts of each recovery in seconds, and those of the first start: from its request to the first step."""
-    faults = tuple(fail_at(number % 2, STEPS_BETWEEN * (number + 1) + 1, attempt=number) for number in range(count))
-    plan, marks = plan_of(folder, "timed", STEPS_BETWEEN * (count + 1), count), folder / "marks"
+    faults = tuple(
+        fail_at(number % workers, STEPS_BETWEEN * (number + 1) + 1, attempt=number) for number in range(count)
+    )
+    strategy = "single" if workers == 1 else "ddp"
+    steps, name = STEPS_BETWEEN * (count + 1), f"{workers}-workers"
+    plan, marks = plan_of(folder, name, steps, count, strategy, world_size=workers), folder / f"{name}-marks"
     marks.mkdir()
     decisions, begun_s = Decisions(), time.time()
     result = worker_group.run(plan, sink=decisions, stop=lambda: None, body=Timed(faults, marks))
@@ -119,15 +125,25 @@ def measure(folder: Path, count: int) -> tuple[list[list[float]], list[float]]:
 def main() -> None:
     """Run and print."""
     options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     options.add_argument("--faults", type=int, default=6)
     said = options.parse_args()
-    with tempfile.TemporaryDirectory(prefix="hrm-ray-bench-") as folder:
-        recoveries, first = measure(Path(folder), said.faults)
-    columns = [*zip(*recoveries, strict=True), [sum(parts) for parts in recoveries]]
-    print(f"seconds from SIGKILL of one of two workers to the end of the next step, {said.faults} faults")
-    print(table((*PARTS, "whole"), [[summary(column).shown(1) for column in columns]]))
-    print("the first start: " + ", ".join(f"{n} {s:.1f}" for n, s in zip(PARTS[1:], first, strict=True)) + " s")
-    print(f"load average {os.getloadavg()[0]:.1f}; whole {median(columns[-1]):.1f} s")
+    again, first = [], []
+    cpus = max(*said.workers, resources.usable_cpus())
+    with (
+        tempfile.TemporaryDirectory(prefix="hrm-ray-bench-") as folder,
+        mock.patch.object(os, "sched_getaffinity", lambda pid: set(range(cpus))),
+    ):
+        for workers in said.workers:
+            recoveries, start = measure(Path(folder), workers, said.faults)
+            columns = [*zip(*recoveries, strict=True), [sum(parts) for parts in recoveries]]
+            again.append([str(workers), *(summary(column).shown(1) for column in columns)])
+            first.append([str(workers), *(f"{part_s:.1f}" for part_s in (*start, sum(start)))])
+    print(f"seconds from SIGKILL of one worker to the end of the next step, medians of {said.faults} [interval]")
+    print(table(("workers", *PARTS, "whole"), again))
+    print("\nseconds of the first start, from the request of workers on (Ray starts in the first part)")
+    print(table(("workers", *PARTS[1:], "whole"), first))
+    print(f"{resources.usable_cpus()} CPUs, load average {os.getloadavg()[0]:.1f}")
 
 
 if __name__ == "__main__":
