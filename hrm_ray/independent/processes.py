@@ -114,7 +114,7 @@ class Children:
             if child.served is not None:
                 child.served.join(5.0)
             if child.code == 0:
-                self._messages(child.name).unlink(missing_ok=True)
+                self._remove_empty(child.name)  # it may hold the traceback of the process before this one
         return ended
 
     def end(self, child: ChildProcess) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from hrm_ray.bundle.folder_watch import FolderWatch
 from hrm_ray.bundle.progress import STATE
-from hrm_ray.errors import DataError, DivergedError, Fault, HrmRayError
+from hrm_ray.errors import DataError, DivergedError, Fault, HrmRayError, NoRoomError
 from hrm_ray.independent.anchor_files import remove_old_anchors, remove_reports, remove_unreported, whole_anchor
 from hrm_ray.independent.anchor_keeper import Evaluated, Written
 from hrm_ray.independent.assembly import samples_per_step
@@ -47,6 +47,8 @@ LEAVE_S = 60.0
 """Seconds that trainers have to report and leave once the run ends."""
 UNPLACED_S = 60.0
 """A trainer that has found no room on the cluster for so long is told of."""
+NO_ROOM_S = 600.0
+"""A run none of whose trainers has found room for so long ends, or for --wait-for-resources where that is longer."""
 KEEPER = "anchors"
 
 
@@ -161,6 +163,8 @@ class IndependentRun:
         self._named_worse: set[str] = set()
         self._shown_s = 0.0
         self._watched = Watched(time.monotonic())
+        self._placed_s = time.monotonic()
+        """When a trainer was last seen in its place."""
         self._unplaced_s: dict[Hashable, float] = {}
         """When it is said of a trainer that it has found no room yet; infinite once it was said."""
 
@@ -306,6 +310,7 @@ class IndependentRun:
             if child is not None:
                 child.kill()  # it is frozen; its end is seen below, and it is started again
         self._end_hung()
+        self._end_without_room()
         for child in self.children.take_ended():
             self._ended(child)
         now_s = time.monotonic()
@@ -329,6 +334,19 @@ class IndependentRun:
         for name, stood_s in hangs.items():
             self._event("WARNING", f"{name} has made no progress for {stood_s:.0f} s ({done[name][1]}) and is ended")
             self.children.trainers[name].kill()
+
+    def _end_without_room(self) -> None:
+        """End the run where no trainer is left that has its place: the cluster may never have room again."""
+        now_s, trainers = time.monotonic(), self.children.trainers
+        if not trainers or any(child.placed for child in trainers.values()):
+            self._placed_s = now_s
+            return
+        longest_s = max(NO_ROOM_S, self.settings.cluster.wait_s or 0)
+        if now_s - self._placed_s >= longest_s and self.coordinator.stop is None:
+            reason = f"no trainer has found room on the cluster for {longest_s:.0f} s"
+            hint = "Look at `ray status`, and continue with --resume when there is room"
+            self.fatal = NoRoomError(Fault(f"--world-size {len(trainers)}", reason, hint))
+            self.coordinator.stop = StopReason.FINISHED  # what was reported is merged and saved
 
     def _tell_unplaced(self, child: TrainerHandle) -> None:
         """Say once that a trainer finds no room on the cluster: no failure of it, and it may come yet."""

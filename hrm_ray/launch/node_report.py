@@ -120,13 +120,19 @@ def _shortage(need: Need, usable: Sequence[NodeReport], where: str) -> ResourceE
         hint = f"Use --world-size {workers}" if workers else "Choose a smaller model or --batch-size, or larger nodes"
         return ResourceError(Fault(f"--world-size {need.request.world_size}", f"{reason}{workers}", hint))
     for name, _, node in measured:
-        if node.disk_bytes < need.disk_bytes:
-            takes, free = gigabytes(need.disk_bytes), gigabytes(node.disk_bytes)
-            hint = "Lower --keep, free some space, or give another --bundle-dir"
-            return ResourceError(
-                Fault(f"disk of node {name}", f"checkpoints take {takes}, {free} are free at the bundle", hint)
-            )
+        error = disk_shortage(need, node, f"disk of node {name}")
+        if error is not None:
+            return error
     return None
+
+
+def disk_shortage(need: Need, node: Measured, disk: str) -> ResourceError | None:
+    """The error where the disk of the bundle has no room for what the run saves."""
+    if node.disk_bytes >= need.disk_bytes:
+        return None
+    takes, free = gigabytes(need.disk_bytes), gigabytes(node.disk_bytes)
+    hint = "Lower --keep, free some space, or give another --bundle-dir"
+    return ResourceError(Fault(disk, f"checkpoints take {takes}, {free} are free at the bundle", hint))
 
 
 def table(need: Need, reports: Sequence[NodeReport]) -> str:

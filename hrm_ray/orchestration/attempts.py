@@ -19,7 +19,7 @@ from hrm_ray.errors import Fault, ResourceError, UnavailableError
 from hrm_ray.launch import resources
 from hrm_ray.launch.cluster_address import check_address
 from hrm_ray.launch.hangs import Timeouts
-from hrm_ray.launch.node_report import check_nodes
+from hrm_ray.launch.node_report import check_nodes, disk_shortage, measure
 from hrm_ray.launch.resources import ResourceRequest, places, usable_cpus
 from hrm_ray.launch.restarts import Cause, Ending
 from hrm_ray.launch.supervisor import Failed, WatchedSink
@@ -202,4 +202,10 @@ def _check_nodes(session: Session, request: ResourceRequest, plan: RunPlan) -> N
 
     strategy = plan.settings.cluster.strategy_for(request.world_size)
     need = need_of(plan.settings, plan.config, request, strategy, plan.device, plan.bundle)
+    if plan.settings.cluster.parallel_independent:
+        # Only this machine needs the bundle's disk: trainers elsewhere send what they save.
+        error = disk_shortage(need, measure(str(plan.bundle), []), "disk of this machine")
+        if error is not None:
+            raise error
+        need = replace(need, disk_bytes=0)
     check_nodes(need, ask_nodes(plan.bundle, list(need.versions)), session.where)

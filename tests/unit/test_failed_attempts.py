@@ -10,7 +10,8 @@ import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,11 +19,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hrm_ray.bundle.folder_watch import FolderWatch
-from hrm_ray.errors import DataError, DiskError, Fault, HrmRayError, UnavailableError, UnreadableError
+from hrm_ray.errors import DataError, DiskError, Fault, HrmRayError, ResourceError, UnavailableError, UnreadableError
 from hrm_ray.launch import local, supervisor
+from hrm_ray.launch.node_report import Measured, Need, NodeReport
+from hrm_ray.launch.resources import ResourceRequest
 from hrm_ray.launch.restarts import Cause, Ending
 from hrm_ray.launch.supervisor import WatchedSink
 from hrm_ray.metrics.fanout import FanOut
+from hrm_ray.orchestration import attempts
+from hrm_ray.orchestration.session import Session
 from hrm_ray.orchestration.worker import check_shared
 from hrm_ray.rundir import MANIFEST, RunDir
 from hrm_ray.train import session
@@ -244,3 +249,27 @@ def test_the_first_step_of_a_process_reduces_as_every_later_one(monkeypatch: pyt
         sent.append(lengths.copy())
         lengths.clear()
     assert sent == [[9], [9]]
+
+
+@pytest.mark.parametrize("independent", [True, False])
+def test_only_the_node_of_the_bundle_needs_its_disk_where_trainers_are_independent(
+    independent: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(tmp_path, world_size=2)
+    cluster = plan.settings.cluster.model_copy(update={"parallel_independent": independent})
+    plan = replace(plan, settings=plan.settings.model_copy(update={"cluster": cluster}))
+    request = ResourceRequest(2, 1, 0)
+    small = Measured(10**9, 10, True, {})
+    free_bytes = 1000
+    monkeypatch.setattr("hrm_ray.launch.preflight.need_of", lambda *_: Need(request, 1, 100))
+    monkeypatch.setattr(attempts, "ask_nodes", lambda *_: [NodeReport("10.0.0.2", {"CPU": 4.0}, small)])
+    monkeypatch.setattr(attempts, "measure", lambda *_: replace(small, disk_bytes=free_bytes))
+    session = cast(Session, SimpleNamespace(where="auto"))
+    if not independent:
+        with pytest.raises(ResourceError, match="disk of node 10"):
+            attempts._check_nodes(session, request, plan)
+        return
+    attempts._check_nodes(session, request, plan)
+    free_bytes = 10
+    with pytest.raises(ResourceError, match="disk of this machine"):
+        attempts._check_nodes(session, request, plan)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hrm_ray.bundle.folder_watch import FolderWatch
-from hrm_ray.errors import DivergedError, Fault
+from hrm_ray.errors import DivergedError, Fault, NoRoomError
 from hrm_ray.independent.calls import AnchorRef, Claimed, Joined, Report, Reported
 from hrm_ray.independent.coordinator import LedgerCoordinator, Merged, Rules
 from hrm_ray.independent.processes import ChildProcess
@@ -199,6 +199,23 @@ def test_a_trainer_without_room_is_told_of_once_and_costs_neither_a_failure_nor_
     shell.run._train()
     assert shell.children.trainers == {} and shell.run.restarts == []
     assert len([record for record in shell.events if record.kind == "event"]) == 1
+
+
+def test_a_run_none_of_whose_trainers_finds_room_ends(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = shell.children.trainers["trainer-1"]
+    shell.children.trainers = {"trainer-0": child, "trainer-1": Unplaced("trainer-1", 1, child.process, 0.0)}
+    monkeypatch.setattr("hrm_ray.launch.independent_run.NO_ROOM_S", 0.0)
+    shell.run._end_without_room()
+    assert shell.run.fatal is None and shell.coordinator.stop is None, "one has its place"
+    del shell.children.trainers["trainer-0"]
+    monkeypatch.setattr("hrm_ray.launch.independent_run.NO_ROOM_S", 1e9)
+    shell.run._end_without_room()
+    assert shell.run.fatal is None
+    monkeypatch.setattr("hrm_ray.launch.independent_run.NO_ROOM_S", 0.0)
+    shell.run._end_without_room()
+    assert isinstance(shell.run.fatal, NoRoomError) and "no trainer has found room" in str(shell.run.fatal)
+    shell.run._train()
+    assert shell.children.trainers == {}
 
 
 def test_a_trainer_that_makes_merges_worse_is_named_once_with_its_figures(shell: Shell) -> None:
