@@ -46,7 +46,7 @@ RENEW_EVERY_S = 1.0
 LEAVE_S = 60.0
 """Seconds that trainers have to report and leave once the run ends."""
 UNPLACED_S = 60.0
-"""A trainer that has found no room on the cluster for so long is told of."""
+"""After so long without room on the cluster a trainer is reported."""
 NO_ROOM_S = 600.0
 """A run none of whose trainers has found room for so long ends, or for --wait-for-resources where that is longer."""
 KEEPER = "anchors"
