@@ -57,7 +57,9 @@ def run_with(kills: list[Kill], folder: Path, launcher: str) -> tuple[int, int]:
             epochs += EPOCHS_MORE
         ended = command(folder, *words, "--epochs", str(epochs), kills=kills, timeout_s=1800.0)
         starts, words = starts + 1, ["--resume"]
-        assert ended.returncode in (0, -9), ended.stdout + ended.stderr
+        # A coordinator that is killed twice in one round ends the command, which names --resume.
+        gave_up = ended.returncode == 1 and "no restart: this was the second failure of its kind" in ended.stdout
+        assert ended.returncode in (0, -9) or gave_up, ended.stdout + ended.stderr
         assert "Traceback" not in ended.stdout + ended.stderr
         whole = ended.returncode == 0
         left = sum(not (folder / f"killed-{number}").exists() for number in range(len(kills)))
