@@ -325,6 +325,16 @@ EXAMPLES: dict[str, tuple[Options, Options, str]] = {
         {**INDEPENDENT, "--world-size": "2"},
         "any --world-size",
     ),
+    "batch_sizes_of_independent_trainers": (
+        {"--world-size": "2", "--trainer-batch-sizes": "4,2"},
+        {**INDEPENDENT, "--world-size": "2", "--trainer-batch-sizes": "4,2"},
+        "Give one number",
+    ),
+    "batch_sizes_are_not_shared_out": (
+        {**INDEPENDENT, "--world-size": "2", "--trainer-batch-sizes": "4,2", "--effective-batch-size": "8"},
+        {**INDEPENDENT, "--world-size": "2", "--trainer-batch-sizes": "4,2"},
+        "Leave one of them out",
+    ),
     "processes_on_one_machine": (
         {**INDEPENDENT, "--launcher": "subprocess", "--ray-address": "a:1"},
         {**INDEPENDENT, "--ray-address": "a:1"},
