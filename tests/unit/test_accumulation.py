@@ -142,7 +142,6 @@ def test_a_step_of_one_pass_keeps_its_gradients_narrow() -> None:
 def test_the_totals_of_a_step_are_waited_for_after_its_first_forward_pass(
     scenario: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And before it by a rank without rows: there may be none at all."""
     order: list[str] = []
 
     def begin_sum(world: World, tensor: Tensor) -> Callable[[], Tensor]:
@@ -161,12 +160,23 @@ def test_the_totals_of_a_step_are_waited_for_after_its_first_forward_pass(
     report = loop.step()
     assert report is not None and report.totals["rows"] > 0
     assert order[:3] == ["begun", "forward", "waited for"] and order.count("waited for") == 1
-    order.clear()
+
+
+def test_a_rank_without_rows_waits_for_the_totals_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be rows on no rank: then the epoch is over."""
+    order: list[str] = []
+
+    def begin_sum(world: World, tensor: Tensor) -> Callable[[], Tensor]:
+        order.append("begun")
+        return lambda: order.append("waited for") or tensor  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(World, "begin_sum", begin_sum)
+    loop = loop_of(4, 2, rows=8)
+    real = loop.parts.loader.next_batch
     loop.parts.loader.next_batch = lambda halted, step: [  # type: ignore[method-assign]
         {name: np.zeros_like(values) if name == "active" else values for name, values in micro.items()}
-        for micro in type(loop.parts.loader).next_batch(loop.parts.loader, halted, step)
+        for micro in real(halted, step)
     ]
     loop.parts.loader.start_epoch = lambda trained: False  # type: ignore[method-assign]
-    if scenario == "text":
-        assert loop.step() is None
-        assert order == ["begun", "waited for"]
+    assert loop.step() is None
+    assert order == ["begun", "waited for"]
