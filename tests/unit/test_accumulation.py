@@ -156,7 +156,7 @@ def test_the_totals_of_a_step_are_waited_for_after_its_first_forward_pass(
         order.append("forward")
         return segment(*words)
 
-    loop.parts.strategy.segment = noted  # type: ignore[method-assign]
+    loop.parts.strategy.segment = noted  # type: ignore[method-assign, assignment]
     report = loop.step()
     assert report is not None and report.totals["rows"] > 0
     assert order[:3] == ["begun", "forward", "waited for"] and order.count("waited for") == 1
