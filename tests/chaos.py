@@ -21,8 +21,8 @@ from unittest import mock
 import psutil
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
+from torch.multiprocessing.spawn import spawn
 
 from hrm_ray.launch import local, restarts
 from hrm_ray.launch.plan import make_plan
@@ -115,7 +115,7 @@ def run_with_faults(folder: Path, faults: Sequence[Fault], strategy: str = "ddp"
     steps = max(fault.step for fault in faults) + 3
     whole = plan_of(folder, "undisturbed", steps, 0, strategy, data)
     plan = plan_of(folder, "faulty", steps, len(faults), strategy, data)
-    mp.spawn(undisturbed, (whole, folder), nprocs=2)
+    spawn(undisturbed, (whole, folder), nprocs=2)
     before = {process.pid for process in psutil.Process().children(recursive=True)}
     with mock.patch.object(restarts, "WAITS_S", (WAIT_S,) * 3):
         result = worker_group.run(

@@ -126,7 +126,7 @@ class Faulty:
         at_once_bytes = checkpoint_write.AT_ONCE_BYTES
         if self.in_background:
             checkpoint_write.AT_ONCE_BYTES = 0
-        TrainingLoop.step, TrainingLoop._next_batch = step, recorded  # type: ignore[method-assign]
+        TrainingLoop.step, TrainingLoop._next_batch = step, recorded  # type: ignore[assignment, method-assign]
         try:
             return train(plan, link)
         finally:

@@ -97,7 +97,7 @@ class Opened:
 
     def chunks(self) -> LocalChunks:
         """The chunks in the order of an epoch."""
-        shape, source = self.shape, TextSource(self.corpus)
+        shape, source = self.shape, TextSource(str(self.corpus))
         parts = list_parts(source).parts
         cut = (shape.samples_per_block, shape.chunk_size, shape.offset, shape.max_rows)
         known = self.catalog or self.corpus / "none.catalog"
