@@ -251,6 +251,27 @@ def plot(
     return 0
 
 
+@app.command()
+@command
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    train: Annotated[
+        bool, typer.Option("--train", help="Train for a minute on each device of this machine, or on the cluster.")
+    ] = False,
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Running Ray cluster to examine too.")
+    ] = None,
+    bundle_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder of bundles: whether its disk has room, and whether the cluster's nodes share it."),
+    ] = None,
+) -> int:
+    """Report what this machine or cluster can do, and which options would not work; fit to paste into an issue."""
+    from hrm_ray.cli.doctor import run_doctor
+
+    return run_doctor(as_json=as_json, train=train, ray_address=ray_address, bundle_dir=bundle_dir)
+
+
 ExpertsDir: TypeAlias = Annotated[
     Path | None, typer.Option(help="Folder of stored experts [default: artifacts/experts].")
 ]

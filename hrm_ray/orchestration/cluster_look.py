@@ -5,6 +5,7 @@ Called before a run has started as well as by it; a connection that is opened fo
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hrm_ray.launch.cluster_address import check_address
-from hrm_ray.launch.node_report import NodeReport, measure
+from hrm_ray.launch.node_report import NodeReport, installed, measure
 from hrm_ray.launch.resources import ResourceRequest
 from hrm_ray.orchestration.session import Session, restore_signal_handlers, worker_environment
 
@@ -33,6 +34,21 @@ def node_reports(address: str, bundle: Path, libraries: Sequence[str]) -> list[N
     """What the nodes of the cluster say of themselves. Raises SettingsError or UnavailableError."""
     with _connected(address):
         return ask_nodes(bundle, libraries)
+
+
+def start_here() -> tuple[float, float]:
+    """Seconds until a cluster of this machine alone has started, and until a task on it has run. Raises
+    UnavailableError."""
+    began_s = time.monotonic()
+    session = Session(None, ResourceRequest(1, 1, 0))
+    try:
+        session.open(lambda: None)
+        restore_signal_handlers()
+        started_s = time.monotonic()
+        ray.get(ray.remote(installed).remote(()), timeout=REPORT_TIMEOUT_S)
+        return started_s - began_s, time.monotonic() - started_s
+    finally:
+        session.close()
 
 
 @contextmanager

@@ -46,7 +46,6 @@ NOT_BUILT: dict[str, str] = {
     "hrm-ray optimize": _FITTING,
     "hrm-ray recommend": _FITTING,
     "hrm-ray matrix": "Use `hrm-ray train --dry-run` with the options today: it refuses what cannot work",
-    "hrm-ray doctor": "Use `hrm-ray train --dry-run` today: it names the devices and what does not work here",
     "hrm-ray panel": "Use `hrm-ray train`, and TensorBoard on the bundle today",
 }
 """An option, `--option value`, or `hrm-ray command` -> the hint of its message."""
