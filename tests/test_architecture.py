@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "independent": _MIDDLE | {"bundle", "merging", "train"},
     "launch": _MIDDLE | {"bundle", "merging", "train", "independent"},
     "orchestration": _MIDDLE | {"bundle", "train", "independent", "launch"},
-    "cli": _MIDDLE | {"bundle", "inference", "train", "launch", "orchestration"},
+    "search": _MIDDLE | {"bundle", "train", "launch"},
+    "cli": _MIDDLE | {"bundle", "inference", "train", "launch", "orchestration", "search"},
 }
 """Layer -> layers below it that it may import (its own is always allowed)."""
 

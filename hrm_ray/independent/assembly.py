@@ -19,6 +19,7 @@ from hrm_ray.rundir import RunDir
 from hrm_ray.train.assemble import assemble
 from hrm_ray.train.claimed_rows import ClaimedPuzzles, ClaimedText
 from hrm_ray.train.loop import TrainingLoop
+from hrm_ray.train.memory_limit import limit_memory
 from hrm_ray.train.plan import RunPlan, effective_batch
 from hrm_ray.train.world import World
 
@@ -45,6 +46,7 @@ def block_trainer(
     rows: ClaimedText | ClaimedPuzzles | None = None,
 ) -> BlockTrainer:
     """A trainer on this process's device, with the files and rows of the plan's bundle unless others are given."""
+    limit_memory(plan.settings.memory.budget_bytes, plan.device)  # of a process that does nothing else
     files = files or SharedFiles(RunDir(plan.bundle))
     files.fetch_state(name)
     folder = files.run_dir.independent.trainer(name)

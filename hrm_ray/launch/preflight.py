@@ -32,6 +32,8 @@ from hrm_ray.settings.tree import RunSettings
 from hrm_ray.train.host_memory import available_memory_bytes
 from hrm_ray.train.memory_estimate import DEEPSPEED, DIVIDED, MemoryAccount, memory_estimate
 
+PROCESS_BYTES = 430 * 10**6
+"""Resident memory of a process that trains on a CPU, beside the tensors of its model (measured)."""
 _ROOM_TO_KEEP = 3
 """Freed memory is kept where this many times the peak is available. A process that keeps it was measured to take up to
 2.7 times what its tensors need (train/host_memory.py)."""
@@ -84,6 +86,7 @@ def check_resources(settings: RunSettings, config: ModelConfig, devices: Devices
     faults, keep = [], settings.memory.keep_freed_memory
     if devices.device == "cpu" and not devices.ray_address:
         available = (available_memory_bytes() - merging_bytes(settings, config)) // devices.world_size
+        available = _within_budget(available, settings, "cpu")
         if not _fits(settings, config, available):
             faults.append(_memory_fault(settings, config, devices, available))
         elif keep is None:
@@ -109,8 +112,16 @@ def check_resources(settings: RunSettings, config: ModelConfig, devices: Devices
 def fits_memory(settings: RunSettings, config: ModelConfig, device: str, world_size: int) -> bool:
     """Whether an update fits into half of the free memory of this machine, or of its first GPU."""
     if device == "cuda" and torch.cuda.is_available():
-        return _fits(settings, config, torch.cuda.mem_get_info()[0] // 2)
-    return _fits(settings, config, available_memory_bytes() // (2 * world_size))
+        return _fits(settings, config, _within_budget(torch.cuda.mem_get_info()[0], settings, device) // 2)
+    return _fits(settings, config, _within_budget(available_memory_bytes() // world_size, settings, device) // 2)
+
+
+def _within_budget(available: int, settings: RunSettings, device: str) -> int:
+    """What tensors of a worker may take of the available bytes under --memory-budget."""
+    budget = settings.memory.budget_bytes
+    if budget is None:
+        return available
+    return max(0, min(available, budget - (PROCESS_BYTES if device == "cpu" else 0)))
 
 
 def _fits(settings: RunSettings, config: ModelConfig, available: int) -> bool:
@@ -120,6 +131,10 @@ def _fits(settings: RunSettings, config: ModelConfig, available: int) -> bool:
 
 
 def _memory_fault(settings: RunSettings, config: ModelConfig, devices: Devices, available: int) -> Fault:
+    budget = settings.memory.budget_bytes
+    if budget is not None and budget <= PROCESS_BYTES:
+        reason = f"a process that trains on a CPU takes {gigabytes(PROCESS_BYTES)} without any model"
+        return Fault(f"--memory-budget {settings.memory.memory_budget}", reason, "Give more, or leave it out")
     least = least_bytes(settings, config)
     if least > available:
         takes = f"weights, optimizer state and one batch take at least {gigabytes(least)}"
@@ -127,6 +142,8 @@ def _memory_fault(settings: RunSettings, config: ModelConfig, devices: Devices, 
         takes = f"an update takes {gigabytes(needed_memory(settings, config, 'cpu').peak_bytes)}"
     each = f" for each of {devices.world_size} workers" if devices.world_size > 1 else ""
     hint = "Choose a smaller model, a smaller --batch-size with more --gradient-accumulation-steps, or fewer workers"
+    if budget is not None and available == budget - PROCESS_BYTES:
+        each += f" under --memory-budget {settings.memory.memory_budget}, beside the process itself"
     return Fault("memory", f"{takes}, {gigabytes(available)} are free{each}", hint)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-from hrm_ray.settings.base import Section, option, switch_aliases
+from pydantic import field_validator
+
+from hrm_ray.settings.base import Section, option, refusal, switch_aliases
 from hrm_ray.settings.needs import (
     AMP,
     CHUNKS,
@@ -12,6 +14,7 @@ from hrm_ray.settings.needs import (
     MOMENTS_TO_OFFLOAD,
     SEVERAL_CHUNKS,
 )
+from hrm_ray.settings.size import bytes_of
 
 AmpDtype: TypeAlias = Literal["auto", "bf16", "fp16"]
 ModelDtype: TypeAlias = Literal["fp32", "fp16", "bf16"]
@@ -62,3 +65,19 @@ class MemorySettings(Section):
     """Keep the optimizer state in host memory; during an update one parameter's state at a time is on the device."""
     keep_freed_memory: bool | None = option(None, "free", unset="on if three times the needed memory is free")
     """On the CPU: keep freed memory for the next tensors (faster, up to three times the memory), or give it back."""
+    memory_budget: str | None = option(None, "free", unset="what the machine or the device has")
+    """Most memory that each worker may take, as 900MB, 1.5GB or 8GiB: of a GPU, or on a CPU of the whole process (about
+    0.4 GB without any model). What needs more is refused, or runs out of memory as if no more were there (on a CPU on
+    Linux only)."""
+
+    @field_validator("memory_budget")
+    @classmethod
+    def _size(cls, value: str | None) -> str | None:
+        if value is not None and bytes_of(value) is None:
+            raise refusal("is not a size of memory", "Give a number with its unit, such as 900MB, 1.5GB or 8GiB")
+        return value
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The bytes of --memory-budget."""
+        return None if self.memory_budget is None else bytes_of(self.memory_budget)

@@ -26,7 +26,6 @@ NOT_BUILT: dict[str, str] = {
     "--hot-reload-steps": _PROMPTS,
     "--serve-port": _PROMPTS,
     "--optimize": _FITTING,
-    "--memory-budget": _FITTING,
     "--rejoin-every": _FAILURES,
     "--expert-parallel": "Use --strategy ddp today: every worker has all experts",
     "--context-parallel": "Use --use-chunked-training for long sequences today",

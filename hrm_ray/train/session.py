@@ -48,6 +48,7 @@ from hrm_ray.train.evaluator import Evaluator, Sampler
 from hrm_ray.train.expert_run import ExpertRun
 from hrm_ray.train.ledger_writer import LedgerWriter, ResumePoint
 from hrm_ray.train.loop import TrainingLoop
+from hrm_ray.train.memory_limit import limit_memory
 from hrm_ray.train.metric_logger import MetricLogger
 from hrm_ray.train.plan import RunPlan, TextData, as_restarted, rewind_to
 from hrm_ray.train.start_events import log_attempt, log_rank_schedule, log_start
@@ -83,6 +84,7 @@ def train(plan: RunPlan, link: WorkerLink) -> RunResult:
         watch: FolderWatch | None = None
         try:
             watch = opened.enter_context(closing(FolderWatch(plan.bundle)))
+            opened.callback(limit_memory(plan.settings.memory.budget_bytes, plan.device))
             return _train(plan, link, watch)
         except (OSError, HrmRayError) as error:
             if watch is not None:
