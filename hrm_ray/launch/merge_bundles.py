@@ -19,6 +19,7 @@ from hrm_ray.bundle.store import copied_names, read_description, save_copy
 from hrm_ray.bundle.stored_settings import stored_leaves
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataError, Fault, SettingsError, listed
+from hrm_ray.launch.job_package import check_outlives_job
 from hrm_ray.merging import AnchorFiles, Member, OuterStep, Rule, TensorFile, check_member, merge_deltas, rule_of
 from hrm_ray.merging.rules import is_start
 from hrm_ray.model.config import ModelConfig
@@ -159,6 +160,7 @@ def plan_merge(
     without `force`.
     """
     shares = _shares(members, weights)
+    check_outlives_job(out, "--out")
     _check_paths(members, base, out)
     sources = tuple(map(_source, members))
     bundles = [one.bundle for one in sources if one.bundle is not None]

@@ -15,6 +15,7 @@ from hrm_ray.bundle.stored_settings import run_described_by, stored_args, stored
 from hrm_ray.data.file_systems import name_for_runs
 from hrm_ray.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
 from hrm_ray.errors import DataError, Fault, SettingsError
+from hrm_ray.launch.job_package import check_outlives_job
 from hrm_ray.launch.named_bundles import architecture_leaves, find_checkpoint, with_start_weights
 from hrm_ray.launch.run_lock import check_not_in_use
 from hrm_ray.ledger.database import SIDE_FILES
@@ -202,6 +203,7 @@ def locate_run(settings: RunSettings) -> RunLocation:
     """
     run = settings.run
     run_dir = RunDir(_folder(run.brain_name, run.bundle_dir, settings.data.training_data, run.profile).absolute())
+    check_outlives_job(run_dir.root, "--bundle-dir")
     if run.resume_from is not None:
         source = RunDir(run.resume_from.absolute().parent.parent)
         return _resumed(settings, run_dir, run.resume_from.absolute(), source)
