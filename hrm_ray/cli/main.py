@@ -71,6 +71,15 @@ def train_actv1(ctx: typer.Context) -> int:
     return train_command(ctx.args, "train-actv1")
 
 
+@app.command(context_settings=FLAT_OPTIONS)
+@command
+def optimize(ctx: typer.Context) -> int:
+    """Find the longest context and the largest micro-batch that fit into memory, by trials of the run."""
+    from hrm_ray.cli.optimize import optimize_command
+
+    return optimize_command(ctx.args)
+
+
 @app.command(name="arch-summary", context_settings=FLAT_OPTIONS)
 @command
 def arch_summary(ctx: typer.Context) -> int:

@@ -10,8 +10,10 @@ from contextlib import closing
 from textwrap import TextWrapper
 
 from hrm_ray.cli.dry_run import print_dry_run
+from hrm_ray.cli.optimize import search_shown
 from hrm_ray.cli.output import print_if_possible
 from hrm_ray.cli.summary import ENDED_BY, summary
+from hrm_ray.errors import Fault, SettingsError
 from hrm_ray.launch.resolve import ResolvedRun, effective_batch, resolve
 from hrm_ray.launch.run import run
 from hrm_ray.launch.stopping import StopWatch
@@ -25,9 +27,15 @@ from hrm_ray.types import RunResult, StopPoll, StopRequested
 _INDENT = " " * len("device  ")
 
 
-def run_train(settings: RunSettings, dry_run: bool) -> int:
-    """Train, or with `dry_run` only print what would be done; returns the exit code."""
+def run_train(settings: RunSettings, *, dry_run: bool, optimize: bool) -> int:
+    """Train, or with `dry_run` only print what would be done; with `optimize` what fits is searched before. Returns the
+    exit code."""
+    if optimize and dry_run:
+        reason = "a search makes trials, and a dry run starts nothing"
+        raise SettingsError(Fault("--optimize with --dry-run", reason, "Leave one of them out"))
     with StopWatch(settings.run.stop_file) as watch:
+        if optimize:
+            settings, _ = search_shown(settings)
         if dry_run:
             resolved = resolve(settings)
             print(_wrapped(describe(resolved)))

@@ -10,6 +10,8 @@ from hrm_ray.settings.yaml_file import recipes
 OWN = {
     "--config FILE": f"YAML file of settings, or a recipe: {', '.join(recipes())}. Options override it.",
     "--dry-run": "Resolve the settings, check data and devices, count parameters and memory, and start nothing.",
+    "--optimize": "First search the longest context up to --max-seq-len and the largest micro-batch that fit into "
+    "memory (or --memory-budget), as hrm-ray optimize does, then train with them; the effective batch stays.",
     "--help": "Show the options that matter most.",
     "--help-all": "Show all options.",
 }
@@ -68,4 +70,4 @@ def train_command(argv: Sequence[str], name: str) -> int:
 
     from hrm_ray.cli.run import run_train
 
-    return run_train(settings, dry_run="--dry-run" in arguments.own)
+    return run_train(settings, dry_run="--dry-run" in arguments.own, optimize="--optimize" in arguments.own)

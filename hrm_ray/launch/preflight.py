@@ -77,14 +77,16 @@ def check_launch(devices: Devices) -> None:
         check_local_gpus(request, torch.cuda.device_count())
 
 
-def check_resources(settings: RunSettings, config: ModelConfig, devices: Devices, bundle: Path) -> bool:
+def check_resources(
+    settings: RunSettings, config: ModelConfig, devices: Devices, bundle: Path, *, checks_memory: bool = True
+) -> bool:
     """Raises ResourceError if memory or disk cannot suffice; returns whether workers keep freed memory.
 
     Only the host memory of this machine is checked: that of a cluster's nodes is unknown here, and if an accelerator
     runs out of memory the micro-batch is halved.
     """
     faults, keep = [], settings.memory.keep_freed_memory
-    if devices.device == "cpu" and not devices.ray_address:
+    if checks_memory and devices.device == "cpu" and not devices.ray_address:
         available = (available_memory_bytes() - merging_bytes(settings, config)) // devices.world_size
         available = _within_budget(available, settings, "cpu")
         if not _fits(settings, config, available):

@@ -64,8 +64,11 @@ class ResolvedRun:
     """The defaults that were chosen from the data and the device, in a line; None where the size was given."""
 
 
-def resolve(settings: RunSettings) -> ResolvedRun:
-    """Check everything that can be checked without writing: data, devices, names, resources. Raises HrmRayError."""
+def resolve(settings: RunSettings, *, checks_memory: bool = True) -> ResolvedRun:
+    """Check everything that can be checked without writing: data, devices, names, resources. Raises HrmRayError.
+
+    Without `checks_memory` the run may take more memory than there is.
+    """
     if settings.data.training_data is None:
         hint = (
             "Give --dataset-file or --dataset-id; `hrm-ray data build text --out corpus` makes one without a download"
@@ -75,7 +78,7 @@ def resolve(settings: RunSettings) -> ResolvedRun:
     settings, facts, evaluation, notes = _resolve_data(_with_absolute_paths(settings), devices.device)
     # Some checks ask CUDA what it can do, and CUDA keeps to the GPUs that it sees the first time.
     with visible_gpus(devices):
-        return _resolve_on(devices, settings, facts, evaluation, notes)
+        return _resolve_on(devices, settings, facts, evaluation, notes, checks_memory=checks_memory)
 
 
 def _resolve_data(settings: RunSettings, device: str) -> tuple[RunSettings, DataFacts, DataFacts | None, list[str]]:
@@ -103,7 +106,13 @@ def _resolve_data(settings: RunSettings, device: str) -> tuple[RunSettings, Data
 
 
 def _resolve_on(
-    devices: Devices, settings: RunSettings, facts: DataFacts, evaluation: DataFacts | None, notes: list[str]
+    devices: Devices,
+    settings: RunSettings,
+    facts: DataFacts,
+    evaluation: DataFacts | None,
+    notes: list[str],
+    *,
+    checks_memory: bool,
 ) -> ResolvedRun:
     if devices.device == "mps" and settings.model.loss == "stablemax":
         reason = "it is computed in float64, which this device does not have"
@@ -162,7 +171,7 @@ def _resolve_on(
         device = torch.device(devices.device)
         notes += flash_notes(settings, config, device) + compile_notes(settings, device)
     notes += _chunk_notes(settings) + _chat_notes(settings)
-    keep_freed = check_resources(settings, config, devices, location.run_dir.root)
+    keep_freed = check_resources(settings, config, devices, location.run_dir.root, checks_memory=checks_memory)
     resumes = location.checkpoint is not None
     check_expert_run(settings, config, location.run_dir.root, resumes=resumes, vocab_is_certain=certain)
     if settings.model.student_init is not None and not resumes:

@@ -33,13 +33,18 @@ def largest_fit(outcomes: Sequence[Outcome]) -> int | None:
 
 
 def next_trial(
-    estimates: Sequence[float], outcomes: Sequence[Outcome], limit_bytes: float, process_bytes: float
+    estimates: Sequence[float],
+    outcomes: Sequence[Outcome],
+    limit_bytes: float,
+    process_bytes: float,
+    known: int = 0,
 ) -> int | None:
     """The index of the value to try next, or None once the largest one that fits is known (`largest_fit`).
 
     `estimates` are the bytes of an update for each value, ascending with the value. A trial may take `limit_bytes`, of
     which the process takes about `process_bytes` without any update. The value that the outcomes so far predict as the
-    largest is tried, unless the trials that are left would not suffice to halve what is open after it.
+    largest is tried, unless the trials that are left would not suffice to halve what is open after it. The first
+    `known` outcomes were known before the search.
     """
     fitted = largest_fit(outcomes)
     low = -1 if fitted is None else fitted
@@ -48,7 +53,7 @@ def next_trial(
         return None
     aim = _predicted(estimates, outcomes, limit_bytes, process_bytes)
     # After this trial at most so many answers may be open: halving them takes the trials that are then left.
-    open_after = 2 ** max(0, most_trials(len(estimates)) - len(outcomes) - 1)
+    open_after = 2 ** max(0, most_trials(len(estimates)) - (len(outcomes) - known) - 1)
     aim = min(max(aim, high + 1 - open_after), low + open_after)
     return min(max(aim, low + 1), high)
 

@@ -25,7 +25,6 @@ NOT_BUILT: dict[str, str] = {
     "--inference-device": _PROMPTS,
     "--hot-reload-steps": _PROMPTS,
     "--serve-port": _PROMPTS,
-    "--optimize": _FITTING,
     "--rejoin-every": _FAILURES,
     "--expert-parallel": "Use --strategy ddp today: every worker has all experts",
     "--context-parallel": "Use --use-chunked-training for long sequences today",
@@ -42,14 +41,13 @@ NOT_BUILT: dict[str, str] = {
     "hrm-ray export": "Use the bundle's model.safetensors and config.json today",
     "hrm-ray serve": _PROMPTS,
     "hrm-ray tune": "Use `hrm-ray train` once for each set of options today, and `hrm-ray plot` to compare",
-    "hrm-ray optimize": _FITTING,
     "hrm-ray recommend": _FITTING,
     "hrm-ray matrix": "Use `hrm-ray train --dry-run` with the options today: it refuses what cannot work",
     "hrm-ray panel": "Use `hrm-ray train`, and TensorBoard on the bundle today",
 }
 """An option, `--option value`, or `hrm-ray command` -> the hint of its message."""
 
-SWITCHES = frozenset({"--optimize", "--expert-parallel", "--context-parallel", "--mlp-t"})
+SWITCHES = frozenset({"--expert-parallel", "--context-parallel", "--mlp-t"})
 """Those of the options that take no value."""
 
 

@@ -41,7 +41,8 @@ def test_all_pages_have_one_form(columns: int, monkeypatch: pytest.MonkeyPatch) 
 def test_train_help_shows_twenty_options_and_examples(monkeypatch: pytest.MonkeyPatch) -> None:
     out = help_of("train --help", 80, monkeypatch)
     shown = re.findall(r"^  (--[a-z-]+)", out, re.MULTILINE)
-    assert shown == [*(options()[key].flag for key in train.COMMON), "--config", "--dry-run", "--help", "--help-all"]
+    own = ["--config", "--dry-run", "--optimize", "--help", "--help-all"]
+    assert shown == [*(options()[key].flag for key in train.COMMON), *own]
     assert len(train.COMMON) == 20
     assert "--steps INT" in out and "FLOAT" in out and "--bundle-dir, --save-dir, --output-dir PATH" in out
     assert "Examples:\n  hrm-ray " in out
