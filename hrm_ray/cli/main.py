@@ -262,6 +262,48 @@ def plot(
 
 @app.command()
 @command
+def submit(
+    address: Annotated[
+        str, typer.Option(metavar="URL", help="The head's dashboard: http://HEAD:8265.", show_default=False)
+    ],
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="-- train OPTIONS", help="The command, with the options of train.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the job [default: that of the bundle and a number].")
+    ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Variable of this environment to give to the job; may be given several times."
+        ),
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="Follow the job until it ends.")] = True,
+    follow: Annotated[str | None, typer.Option(metavar="JOB", help="Follow a job that is there already.")] = None,
+) -> int:
+    """Train as a job on a Ray cluster: sends the code, follows the log, and ends with the run's exit code."""
+    from hrm_ray.cli.submit import run_submit
+
+    return run_submit(words or [], address=address, name=name, env=env or [], wait=wait, follow=follow)
+
+
+@app.command()
+@command
+def stop(
+    target: Annotated[str, typer.Argument(metavar="BUNDLE_OR_JOB", help="Folder of a bundle, or name of a job.")],
+    address: Annotated[
+        str | None, typer.Option(metavar="URL", help="The head's dashboard, for a job: http://HEAD:8265.")
+    ] = None,
+    wait: Annotated[str, typer.Option(metavar="TIME", help="Wait this long for the save.")] = "10m",
+) -> int:
+    """Stop a run so that it is saved, and wait until it has ended."""
+    from hrm_ray.cli.submit import run_stop
+
+    return run_stop(target, address=address, wait=wait)
+
+
+@app.command()
+@command
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     train: Annotated[

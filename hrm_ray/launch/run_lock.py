@@ -98,9 +98,15 @@ def _in_use(run_dir: RunDir) -> SettingsError:
     return SettingsError(Fault(str(run_dir.root), f"{_holder(run_dir)} is training in it", hint))
 
 
-def _holder(run_dir: RunDir) -> str:
+def holder_of(run_dir: RunDir) -> tuple[str, int] | None:
+    """The machine and the process that hold a bundle; None where that is not written there, or cannot be read."""
     try:
         holder = json.loads(run_dir.lock_holder.read_text(encoding="utf-8"))
-        return f"process {holder['pid']} on {holder['host']}"
+        return str(holder["host"]), int(holder["pid"])
     except (OSError, ValueError, KeyError, TypeError):
-        return "another process"  # It has not written its name yet, or cannot.
+        return None  # It has not written its name yet, or cannot.
+
+
+def _holder(run_dir: RunDir) -> str:
+    holder = holder_of(run_dir)
+    return "another process" if holder is None else f"process {holder[1]} on {holder[0]}"

@@ -36,8 +36,6 @@ NOT_BUILT: dict[str, str] = {
     "--bp-min-steps": "Use --bp-steps today",
     "--bp-max-steps": "Use --bp-steps today",
     "--bp-warmup-ratio": "Use --bp-steps today",
-    "hrm-ray submit": "Use `ray job submit -- hrm-ray train ...` today",
-    "hrm-ray stop": "Use --stop-file or SIGTERM today: both save the run",
     "hrm-ray export": "Use the bundle's model.safetensors and config.json today",
     "hrm-ray serve": _PROMPTS,
     "hrm-ray tune": "Use `hrm-ray train` once for each set of options today, and `hrm-ray plot` to compare",

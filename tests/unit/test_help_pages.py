@@ -16,7 +16,18 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = (
     *("", "train", "train-actv1", "arch-summary", "generate", "solve", "plot", "data", "data inspect", "data build"),
     *("data build sudoku", "data build maze", "data build arc", "data build text"),
-    *("expert", "expert list", "expert put", "ledger", "ledger show", "ledger verify", "merge", "doctor"),
+    *(
+        "expert",
+        "expert list",
+        "expert put",
+        "ledger",
+        "ledger show",
+        "ledger verify",
+        "merge",
+        "doctor",
+        "submit",
+        "stop",
+    ),
 )
 
 
