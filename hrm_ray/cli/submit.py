@@ -64,8 +64,8 @@ def run_submit(
         print(f"code    {len(package.files)} files of {package.root}, {gigabytes(package.size_bytes)}")
         if package.left_out:
             print(f"warning: {package.left_out} Python file(s) are not in git, and so not sent", file=sys.stderr)
-        given = [f"{option}={value}" if isinstance(value, str) else option for option, value in options.items()]
-        jobs.submit(name, shlex.join(["python", ENTRY, *given]), Path(folder), environment, bundle)
+        sent = [f"{option}={value}" if isinstance(value, str) else option for option, value in options.items()]
+        jobs.submit(name, shlex.join(["python", ENTRY, *sent]), Path(folder), environment, bundle)
     print(f"job     {name}\nbundle  {bundle} on the cluster", flush=True)
     if not wait:
         print(_afterwards(jobs, name))
@@ -75,7 +75,8 @@ def run_submit(
 
 def _jobs(address: str) -> Jobs:
     """A connection to the cluster's jobs; loads Ray."""
-    return import_module("hrm_ray.orchestration.jobs").Jobs(address)  # type: ignore[no-any-return]
+    jobs: Jobs = import_module("hrm_ray.orchestration.jobs").Jobs(address)
+    return jobs
 
 
 def _value_of(variable: str) -> str:
