@@ -2,7 +2,7 @@
 log which rows they train and what they merge, and kill themselves at named points.
 
 HRM_KILLS: a JSON list of [process, point, number of the call in that process], each done once, and those of a process
-in their order. Under --launcher ray the coordinator is a process of its own, at whose points the driver and the raylet
+in their order. "trainer" is whichever trainer comes there first. Under --launcher ray the coordinator is a process of its own, at whose points the driver and the raylet
 are killed too.
 HRM_AUDIT: the folder of logs. HRM_HIDDEN: folders that Ray's processes of this node do not see, as on another machine.
 """
@@ -30,7 +30,8 @@ def point(process: str, name: str) -> None:
     _CALLS[name] += 1
     for number, (victim, where, call) in enumerate(json.loads(os.environ.get("HRM_KILLS", "[]"))):
         done = AUDIT / f"killed-{number}"
-        here = victim == process or (IN_RAY and process == "driver" and victim in ("coordinator", "raylet"))
+        here = victim == process or (victim == "trainer" and process.startswith("trainer-"))
+        here |= IN_RAY and process == "driver" and victim in ("coordinator", "raylet")
         if here and not done.exists():
             if where == name and _CALLS[name] >= call:
                 done.write_text(f"{victim} {where}")
