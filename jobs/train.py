@@ -13,8 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # hrm_ray of the j
 
 
 def main(*options: str) -> None:
-    from hrm_ray.cli.error_handler import exit_code_of
-    from hrm_ray.cli.rerun import run_until_done
+    try:
+        from hrm_ray.cli.error_handler import exit_code_of
+        from hrm_ray.cli.rerun import run_until_done
+    except ImportError as error:  # The cluster lacks a library, or has a Python older than 3.10.
+        where = f"the Python {sys.version_info.major}.{sys.version_info.minor} that runs jobs on this cluster"
+        print(f"error: {error.name}: cannot be imported by {where} ({error}). Install hrm-ray there.", file=sys.stderr)
+        sys.exit(3)
 
     sys.exit(exit_code_of(lambda: run_until_done([*options, *sys.argv[1:]])))
 

@@ -50,7 +50,7 @@ def run_until_done(argv: Sequence[str], *, wait_s: float = WAIT_S) -> int:
             break
         if code != EXIT_STOPPED:
             failed_at.append(begins)
-        print(f"exit code {code}: training is run again from {begins}", file=sys.stderr, flush=True)
+        print(f"{child.ended}: training is run again from {begins}", file=sys.stderr, flush=True)
         child.pause(wait_s)
         if child.stopped:
             break
@@ -67,6 +67,8 @@ class _Child:
 
     def __init__(self) -> None:
         self.stopped = False
+        self.ended = ""
+        """How the last run ended."""
         self._process: subprocess.Popen[bytes] | None = None
         self._asked = threading.Event()
         handle_signals(self._signalled)
@@ -78,6 +80,7 @@ class _Child:
         command = [sys.executable, "-m", "hrm_ray", "train", *words]
         self._process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
         code = self._process.wait()
+        self.ended = f"exit code {code}" if code >= 0 else f"the command was ended by signal {-code}"
         # A process that a signal has killed is a failure like any other.
         return code if code >= 0 else 1
 

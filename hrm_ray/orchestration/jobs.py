@@ -100,7 +100,9 @@ class Jobs:
             except _LOST as error:
                 lost_s = lost_s or time.monotonic()
                 if time.monotonic() - lost_s > LOST_TIMEOUT_S:
-                    raise self._fault(f"the head does not answer any more; job {name} may go on") from error
+                    reason = f"the head does not answer any more; job {name} may go on"
+                    hint = f"Follow it again with hrm-ray submit --address {self.address} --follow {name}"
+                    raise UnavailableError(Fault(f"--address {self.address}", reason, hint)) from error
             else:
                 if info.status in ENDED:
                     return _exit_code(info)

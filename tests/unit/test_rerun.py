@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[
                 whole = RunDir(tmp_path / "b").checkpoint(step)
                 train(text_file(tmp_path), tmp_path / "b", *TEXT, "--steps", step, "--auto-resume")
                 assert whole.is_dir()
+            child.ended = f"exit code {code}"
             return code
 
         monkeypatch.setattr(rerun._Child, "run", run)
@@ -109,23 +111,47 @@ def test_a_stop_of_the_job_is_passed_on(monkeypatch: pytest.MonkeyPatch, tmp_pat
         signal.signal(signal.SIGTERM, before)
 
 
-def job(name: str, *options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "jobs" / f"{name}.py", *options]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, env=environment)
-
-
-def test_the_entry_points_are_the_commands(tmp_path: Path) -> None:
+def test_the_entry_points_are_the_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     data, bundle = text_file(tmp_path), tmp_path / "b"
-    trained = job("train", "--dataset-file", data, "--bundle-dir", bundle, *TEXT, "--steps", "2", "--resume")
+
+    def job(name: str, *options: object) -> int:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, options)])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(ROOT / "jobs" / f"{name}.py"), run_name="__main__")
+        assert isinstance(left.value.code, int)
+        return left.value.code
+
+    monkeypatch.setattr(sys, "path", [str(ROOT / "jobs"), *sys.path])
+    monkeypatch.setattr(rerun, "handle_signals", lambda handler: {})
+    given = ("--dataset-file", data, "--bundle-dir", bundle, *TEXT, "--steps", "2", "--resume")
+    command = [sys.executable, ROOT / "jobs" / "train.py", *map(str, given)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    trained = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     assert records(bundle)[-1]["step"] == 2
-    wrong = job("independent", "--dataset-file", data, "--bundle-dir", tmp_path / "c", "--no-such-option")
-    assert wrong.returncode == 2 and wrong.stderr.count("error: ") == 1 and "Traceback" not in wrong.stderr
-    evaluated = job("evaluate", bundle, "--dataset-file", data)
-    assert evaluated.returncode == 0 and "bits_per_byte" in evaluated.stdout
-    merged = job("merge", bundle, bundle, "--out", tmp_path / "merged")
-    assert merged.returncode in (0, 2) and "hrm_ray" not in merged.stderr
+
+    seen: list[Sequence[str]] = []
+    monkeypatch.setattr(rerun._Child, "run", lambda child, words: seen.append(words) or 4)
+    assert job("independent", "--world-size", "3") == 4
+    assert seen == [
+        ["--parallel-independent", "--launcher", "ray", "--ray-address", "auto", "--world-size", "3", "--auto-resume"]
+    ]
+    monkeypatch.delitem(sys.modules, "train")
+    assert job("evaluate", bundle, "--dataset-file", data) == 0
+    assert "bits_per_byte" in capsys.readouterr().out
+    assert job("merge", bundle, tmp_path / "missing", "--out", tmp_path / "merged") == 2
+    assert "missing" in capsys.readouterr().err
+
+
+def test_a_cluster_without_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pydantic.py").write_text("raise ModuleNotFoundError(\"No module named 'pydantic'\", name='pydantic')")
+    command = [sys.executable, ROOT / "jobs" / "train.py", "--dataset-file", "x"]
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3 and done.stderr.startswith("error: pydantic: cannot be imported by the Python 3.")
+    assert done.stderr.count("\n") == 1 and len(done.stderr) < 300
 
 
 def test_a_bundle_in_the_package_of_a_job_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_a_head_that_is_lost_is_told(head: type[Client], monkeypatch: Any) -> No
     monkeypatch.setattr(jobs, "LOST_TIMEOUT_S", -1.0)
     monkeypatch.setattr(head, "log", (ConnectionError("gone"),))
     ran = submit("--follow", "docs-1")
-    assert ran.code == 3 and "may go on" in ran.err and ran.err.count("\n") == 1
+    assert ran.code == 3 and f"submit --address {HEAD} --follow docs-1" in ran.err and ran.err.count("\n") == 1
 
 
 def test_ctrl_c_leaves_the_job_alone(head: type[Client], monkeypatch: Any) -> None:
