@@ -19,6 +19,8 @@ _PARTIAL = ".partial"
 _OLD = f".old{_PARTIAL}"
 _HASHED_BYTES = 2**23
 """Bytes that are hashed at a time: a thread that hashes waits for the one that trains between two blocks."""
+INDEPENDENT = "independent"
+"""The folder of parallel-independent training below a bundle."""
 MANIFEST = "manifest.json"
 DRIVER_MARKER = ".driver-"
 """How the name of a Ray driver's file begins. By this file a worker knows that its node has the same bundle."""
@@ -102,7 +104,7 @@ class RunDir:
     @property
     def independent(self) -> IndependentDir:
         """The files of parallel-independent training."""
-        return IndependentDir(self.root / "independent")
+        return IndependentDir(self.root / INDEPENDENT)
 
     @property
     def run_lock(self) -> Path:
@@ -250,7 +252,11 @@ class IndependentDir:
 
     def trainer(self, name: str) -> Path:
         """The folder of one trainer: its records, and its optimizer's state."""
-        return self.root / "trainers" / name
+        return self.trainers / name
+
+    @property
+    def trainers(self) -> Path:
+        return self.root / "trainers"
 
 
 def _files(folder: Path) -> list[Path]:

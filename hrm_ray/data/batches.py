@@ -12,7 +12,7 @@ from typing import Protocol
 
 from hrm_ray.data.chunk_source import ChunkSource
 from hrm_ray.data.packing import RowForm, RowTokens
-from hrm_ray.data.stream import ConsumedRange, SequenceStream, Shuffle, StreamState, rows_of
+from hrm_ray.data.stream import ConsumedRange, SequenceStream, Shuffle, StreamState, TrainedRanges, rows_of
 
 OnFill = Callable[[int, int], None]
 """Called after each chunk that does not fill the shuffle buffer yet: with its rows, and how many it can hold."""
@@ -23,7 +23,7 @@ class BatchRequest:
     """Which batches are wanted, the same on every rank: those of `rows` sequences each of an epoch, from a position on.
 
     `shuffle_rows` samples are shuffled together (0: none). `within_block`: a batch ends at the end of a block, and an
-    empty one follows it.
+    empty one follows it. `trained`: see SequenceStream.
     """
 
     epoch: int
@@ -33,6 +33,7 @@ class BatchRequest:
     shuffle_rows: int
     rows: int
     within_block: bool
+    trained: TrainedRanges | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,9 @@ class BatchReader:
     def __init__(self, chunks: ChunkSource, request: BatchRequest, slots: range, on_fill: OnFill) -> None:
         shuffle = Shuffle(request.seed, request.epoch, request.shuffle_rows) if request.shuffle_rows else None
         self._request, self._slots = request, slots
-        self._stream = SequenceStream(chunks, request.form, request.epoch, request.state, shuffle, on_fill)
+        self._stream = SequenceStream(
+            chunks, request.form, request.epoch, request.state, shuffle, on_fill, request.trained
+        )
 
     def next(self) -> TextBatch:
         """See Batches."""

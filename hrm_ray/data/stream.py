@@ -18,6 +18,10 @@ from hrm_ray.data.packing import RowForm, RowTokens, TextSamples, merged_rows
 
 Ints = npt.NDArray[np.int64]
 
+TrainedRanges = tuple[tuple[int, int, int], ...]
+"""Sequences of chunks that independent trainers have trained in an epoch: (chunk, start, end), places in the order of
+its window."""
+
 _TAKEN_AT_ONCE = 1024
 """Sequences that are passed over at once where only their ranges are wanted."""
 
@@ -82,7 +86,10 @@ class Shuffle:
 class Window:
     """Sequences that are taken in one order: those of `chunks`."""
 
-    def __init__(self, chunks: list[Chunk], form: RowForm, shuffle: Shuffle | None) -> None:
+    def __init__(
+        self, chunks: list[Chunk], form: RowForm, shuffle: Shuffle | None, trained: TrainedRanges = ()
+    ) -> None:
+        """A window of one chunk leaves out what is `trained` of it."""
         self.position, self.next = chunks[0].position, chunks[-1].position + 1
         self.ends_block = chunks[-1].ends_block
         self.bad_rows = sum(chunk.entry.bad for chunk in chunks)
@@ -91,14 +98,29 @@ class Window:
         self._starts = [chunk.entry.start for chunk in chunks]
         self._ends = np.cumsum([len(samples) for samples in self._samples])
         self.cut_pairs = sum(samples.cut_pairs for samples in self._samples)
-        self._order = None if shuffle is None else shuffle.order(self.position, len(self), chunks)
+        sequences = int(self._ends[-1])
+        self._order = None if shuffle is None else shuffle.order(self.position, sequences, chunks)
+        self._left: Ints | None = None
+        """Where a part is trained: the places that are left."""
+        own = [(start, end) for chunk, start, end in trained if chunk == self._starts[0].number]
+        if own:
+            left = np.ones(sequences, dtype=np.bool_)
+            for start, end in own:
+                left[start:end] = False
+            self._left = np.flatnonzero(left)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self._ends[-1]) if self._left is None else len(self._left)
 
     def consumed(self, epoch: int, first: int, beyond: int) -> list[ConsumedRange]:
         """The ranges of chunks that the places first..beyond-1 of the window stand for. A chunk without sequences is
         consumed once all before it are; `first` is -1 if nothing of the window was reported yet."""
+        if self._left is not None:
+            places = self._left[max(first, 0) : beyond]
+            runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
+            own_start, count = self._starts[0], len(self._samples[0])
+            place = own_start.block, own_start.chunk, own_start.number, count
+            return [ConsumedRange(epoch, *place, int(run[0]), int(run[-1]) + 1) for run in runs if len(run)]
         found = []
         for start, samples, end in zip(self._starts, self._samples, self._ends.tolist(), strict=True):
             begin = end - len(samples)
@@ -109,6 +131,8 @@ class Window:
 
     def where(self, positions: Ints) -> tuple[Ints, Ints]:
         """For positions in the window's order: which of its chunks, and which sequence of that chunk."""
+        if self._left is not None:
+            positions = self._left[positions]
         sequences = positions if self._order is None else self._order.at(positions)
         chunk = np.searchsorted(self._ends, sequences, side="right")
         return chunk, sequences - np.where(chunk > 0, self._ends[chunk - 1], 0)
@@ -177,10 +201,14 @@ class SequenceStream:
         state: StreamState,
         shuffle: Shuffle | None,
         on_fill: Callable[[int, int], None] = lambda rows, wanted: None,
+        trained: TrainedRanges | None = None,
     ) -> None:
         """Without `shuffle` the order is that of the chunks. `on_fill` is called after each chunk that does not
-        fill the shuffle buffer yet, with its rows and how many it can hold; what it raises ends the filling."""
-        self._form, self._shuffle, self._on_fill = form, shuffle, on_fill
+        fill the shuffle buffer yet, with its rows and how many it can hold; what it raises ends the filling.
+
+        `trained`: of an epoch in which independent trainers took part, what they trained from `state` on. It is left
+        out, and a window is one chunk, as theirs are."""
+        self._form, self._shuffle, self._on_fill, self._trained = form, shuffle, on_fill, trained
         self._chunks = source.chunks(epoch, state.position)
         self._window: Window | None = None
         self._begin = state
@@ -287,12 +315,12 @@ class SequenceStream:
             self._notes += chunk.notes
             rows += chunk.entry.rows
             # In a chunk without the end of a row a text goes on that is longer than a chunk: memory stays bounded.
-            if chunk.ends_block or rows >= wanted or not chunk.entry.rows:
+            if chunk.ends_block or rows >= wanted or not chunk.entry.rows or self._trained is not None:
                 break
             self._on_fill(rows, wanted)
         if not chunks:
             return None
-        window = Window(chunks, self._form, self._shuffle)
+        window = Window(chunks, self._form, self._shuffle, self._trained or ())
         if window.cut_pairs:
             cut = f"longer than a row of {self._form.seq_len} tokens and were cut"
             self._notes.append(f"{chunks[0].entry.name}: {window.cut_pairs} pairs are {cut}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from itertools import islice
@@ -76,6 +77,12 @@ def remove_unreported(run_dir: RunDir, ledger: LedgerReader, trainer: str | None
         name = path.name.partition(".")[0]
         if name not in staged and trainer in (None, name.rsplit("-", 2)[0]):
             _remove(path)
+
+
+def remove_states(run_dir: RunDir) -> None:
+    """Delete the states of their optimizers that trainers have left."""
+    for folder in _files(run_dir.independent.trainers):
+        shutil.rmtree(RunDir(folder).checkpoints, ignore_errors=True)
 
 
 def _files(folder: Path) -> list[Path]:

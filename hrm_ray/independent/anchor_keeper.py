@@ -14,9 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from hrm_ray.bundle.progress import STATE
 from hrm_ray.bundle.weights_file import save_tensors
 from hrm_ray.data.packing import TextSamples
 from hrm_ray.data.prepare import PuzzlePlan, open_puzzle_sets
+from hrm_ray.data.stream import TrainedRanges
 from hrm_ray.data.text_data import TextDataDir
 from hrm_ray.data.tokenizer import TextTokenizer
 from hrm_ray.errors import DataError
@@ -30,12 +34,16 @@ from hrm_ray.ledger import Contribution
 from hrm_ray.merging import OUTER_STEPS, AnchorFiles, MemberFigures, OuterStep, check_member, merge_deltas
 from hrm_ray.merging import Member as MemberFile
 from hrm_ray.merging.lora import LoraResidual
-from hrm_ray.rundir import RunDir, file_sha256
+from hrm_ray.rundir import RunDir, file_sha256, read_json, verify_checkpoint
 from hrm_ray.settings.cluster import ClusterSettings
-from hrm_ray.train.checkpoint import Checkpointer, load_checkpoint
+from hrm_ray.train.checkpoint import Checkpointer, load_checkpoint, save_checkpoint
+from hrm_ray.train.claimed_loader import ClaimedLoader
 from hrm_ray.train.evaluate import EvalSet, evaluate
 from hrm_ray.train.evaluator import Evaluator, Sampler
+from hrm_ray.train.optimizer_state import load_optimizer
 from hrm_ray.train.plan import RunPlan, TextData
+from hrm_ray.train.precision import LossScaler
+from hrm_ray.train.strategies.single import SingleStrategy
 from hrm_ray.types import SampleSet, StopReason
 
 _GUARD_ROWS = 32
@@ -49,6 +57,16 @@ class Evaluated:
     figures: dict[str, float]
     best: dict[str, Any] | None
     improved: bool
+
+
+@dataclass(frozen=True)
+class LoaderPlace:
+    """Where the loader of a strategy goes on after independent trainers: the arrays of its position, and what they have
+    trained of the epoch from there on."""
+
+    epoch: int
+    position: Mapping[str, Sequence[int]]
+    trained: TrainedRanges
 
 
 @dataclass(frozen=True)
@@ -98,7 +116,7 @@ class AnchorKeeper:
     @property
     def methods(self) -> Mapping[str, Callable[..., Any]]:
         """The calls by their names."""
-        own = (self.begin, self.resume, self.merge, self.evaluate, self.sample, self.save, self.finish)
+        own = (self.begin, self.resume, self.merge, self.evaluate, self.sample, self.save, self.hand_over, self.finish)
         return {method.__name__: method for method in own}
 
     def begin(self, checkpoint: Path | None) -> Written:
@@ -178,6 +196,40 @@ class AnchorKeeper:
         self.loop.progress.skipped_samples = skipped
         state = {"round": anchor.round, "path": anchor.path, "sha256": anchor.sha256}
         self.checkpointer.save({**self.evaluator.state_dict(), "expert": None, "independent": state})
+
+    def hand_over(self, anchor: AnchorRef, skipped: int, place: LoaderPlace, states: Sequence[Path]) -> Path | None:
+        """Write the checkpoint of an anchor that a strategy goes on from at `place`; gives the folder whose optimizer
+        state it has: the first of `states` (folders of checkpoints) that fits. Without one it has that of the
+        checkpoint which this keeper resumed from, where there is one."""
+        self._lay(anchor)
+        loop = self.loop
+        loop.progress.skipped_samples = skipped
+        taken_from = next((folder for folder in states if self._take_optimizer(folder)), None)
+        loader = loop.parts.loader
+        if not isinstance(loader, ClaimedLoader):
+            raise TypeError("a keeper of anchors has a ClaimedLoader")
+        loader.epoch, loader.trained = place.epoch, place.trained
+        loader.position = {name: np.array(values, dtype=np.int64) for name, values in place.position.items()}
+        extra = {**self.evaluator.state_dict(), "expert": None, "trained": []}
+        # Nothing is deleted: later checkpoints are set aside when the strategy begins.
+        save_checkpoint(loop, self.run_dir, extra, keep=len(self.run_dir.checkpoint_steps()) + 1)
+        return taken_from
+
+    def _take_optimizer(self, folder: Path) -> bool:
+        """Have the optimizer state and the loss scale of a trainer's checkpoint; False where they are of another
+        optimizer or model, or damaged."""
+        parts = self.loop.parts
+        if not isinstance(parts.strategy, SingleStrategy):
+            raise TypeError("a keeper of anchors has the strategy single")
+        try:
+            verify_checkpoint(folder)
+            scale = read_json(folder / STATE)["loss_scaler"]
+            load_optimizer(parts.strategy.optimizer, dict(parts.objective.named_parameters()), folder)
+        except DataError:
+            return False
+        if parts.scaler is not None and scale is not None:
+            parts.scaler = LossScaler(**scale)
+        return True
 
     def finish(self, anchor: AnchorRef, reason: StopReason, epoch: int) -> None:
         """Write the final weights and metadata of a run that ended for `reason`."""

@@ -12,7 +12,7 @@ import torch
 
 from hrm_ray.errors import Fault, SettingsError, UnavailableError
 from hrm_ray.launch.resources import ResourceRequest, places, usable_cpus
-from hrm_ray.settings.cluster import ClusterSettings
+from hrm_ray.settings.cluster import ClusterSettings, Launcher
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -143,7 +143,7 @@ def _choose(cluster: ClusterSettings, address: str | None) -> Devices:
         )
     _check_workers(cluster, world_size)
     grows = (cluster.max_workers or 0) > world_size
-    launcher = cluster.launcher or ("ray" if address or grows or strategy != "single" else "local")
+    launcher = _launcher(cluster) or ("ray" if address or grows or strategy != "single" else "local")
     if cluster.parallel_independent:
         launcher = "ray" if address else cluster.launcher or "subprocess"
     threads = cluster.threads or (1 if address else max(1, usable_cpus() // world_size))
@@ -181,12 +181,18 @@ def _on_cluster(cluster: ClusterSettings, address: str) -> tuple[str, int]:
 
 def _cluster_address(cluster: ClusterSettings) -> str | None:
     """The running cluster to use, if any: the option, or what `ray job submit` sets; the local launcher uses none."""
-    if cluster.launcher in ("local", "subprocess"):
+    if _launcher(cluster) in ("local", "subprocess"):
         return None
     if cluster.parallel_independent and cluster.launcher is None and cluster.ray_address is None:
         return None  # They need no Ray.
     address = cluster.ray_address or os.environ.get("RAY_ADDRESS") or None
     return None if address == "local" else address
+
+
+def _launcher(cluster: ClusterSettings) -> Launcher | None:
+    """The launcher that was chosen. That of independent trainers alone gives way where their run goes on with a
+    strategy."""
+    return None if cluster.launcher == "subprocess" and not cluster.parallel_independent else cluster.launcher
 
 
 def choose_device(wanted: str) -> str:

@@ -12,20 +12,28 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from hrm_ray.bundle.folder_watch import FolderWatch
 from hrm_ray.bundle.progress import STATE
+from hrm_ray.data.prepare import PuzzlePlan
 from hrm_ray.errors import DataError, DivergedError, Fault, HrmRayError, NoRoomError
-from hrm_ray.independent.anchor_files import remove_old_anchors, remove_reports, remove_unreported, whole_anchor
-from hrm_ray.independent.anchor_keeper import Evaluated, Written
+from hrm_ray.independent.anchor_files import (
+    remove_old_anchors,
+    remove_reports,
+    remove_states,
+    remove_unreported,
+    whole_anchor,
+)
+from hrm_ray.independent.anchor_keeper import Evaluated, LoaderPlace, Written
 from hrm_ray.independent.assembly import samples_per_step
 from hrm_ray.independent.calls import AnchorRef, Coordinator
-from hrm_ray.independent.claims import prepare_claims
+from hrm_ray.independent.claims import DataOrder, prepare_claims
 from hrm_ray.independent.coordinator import LedgerCoordinator, Merged, MergeRequest, Rules
 from hrm_ray.independent.decisions import MOST_REJECTIONS, MergeEvery, Watched, hung, makes_worse
 from hrm_ray.independent.processes import Children
-from hrm_ray.independent.synchronous_start import check_position, is_synchronous
+from hrm_ray.independent.synchronous_start import check_position, enter_puzzles, is_synchronous
 from hrm_ray.independent.wire import Disconnected
 from hrm_ray.launch.restarts import LASTING, Cause, cause_of
 from hrm_ray.ledger import Ledger, Refused, open_ledger
@@ -171,6 +179,38 @@ class IndependentRun:
     def run(self) -> RunResult:
         for number, name in enumerate(self.names):
             self.children.start_trainer(name, number)
+        order = self._order_of_claims()
+        if self.plan.checkpoint is not None and is_synchronous(self.plan.checkpoint):
+            check_position(self.plan, order)
+            if isinstance(self.plan.data, PuzzlePlan):
+                enter_puzzles(self.ledger, self.plan.checkpoint, self.plan.data.rows)
+        anchor = self._begin(order)
+        self._open_files(anchor)
+        self._begun()
+        self.children.serve(self.coordinator)
+        self._train()
+        return self._end()
+
+    def merge_staged(self) -> AnchorRef:
+        """In place of `run`, without trainers: merge the reports that are staged. Gives the newest anchor."""
+        self._begin(self._order_of_claims())
+        if self.settings.run.resume_from is not None:
+            for one in self.ledger.staged():
+                self.ledger.reject(one.name, "the run was resumed from before it", lost=True)
+        self.coordinator.stop = StopReason.FINISHED
+        while (request := self.coordinator.due()) is not None:
+            self._merge(request)
+        return self.coordinator.anchor
+
+    def hand_over(self, anchor: AnchorRef, place: LoaderPlace, states: Sequence[Path]) -> Path | None:
+        """Write the checkpoint that a strategy goes on from, as the keeper of anchors says."""
+        self.watch.check()
+        skipped = sum(self.ledger.skipped().values())
+        taken_from: Path | None = self._keeper("hand_over", anchor, skipped, place, states)
+        return taken_from
+
+    def _order_of_claims(self) -> DataOrder:
+        """The order of claims, with all blocks of the data in the ledger."""
         order, blocks = prepare_claims(self.plan, self._reading)
         self.ledger.add_blocks(blocks)
         if not self.ledger.data_ended:
@@ -178,17 +218,15 @@ class IndependentRun:
         self.ledger.set_shuffled(order.shuffled)
         if order.start:
             self.ledger.start_at(order.start)
-        if self.plan.checkpoint is not None and is_synchronous(self.plan.checkpoint):
-            check_position(self.plan, order)
+        return order
+
+    def _begin(self, order: DataOrder) -> AnchorRef:
+        """The anchor that the run begins with, known to the coordinator."""
         anchor = self._first_anchor()
         self._coordinator = LedgerCoordinator(
             self.ledger, anchor, self._rules(), order, time.monotonic, renew_every_s=RENEW_EVERY_S
         )
-        self._open_files(anchor)
-        self._begun()
-        self.children.serve(self.coordinator)
-        self._train()
-        return self._end()
+        return anchor
 
     @property
     def coordinator(self) -> LedgerCoordinator:
@@ -233,6 +271,8 @@ class IndependentRun:
             if one.round <= step:
                 break
         self._roll_back(step)
+        if is_synchronous(checkpoint):
+            remove_states(self.run_dir)  # of trainers before the strategy: its optimizer state is newer
         head = self.ledger.head
         written: Written = self._keeper("begin", checkpoint)
         return AnchorRef(step, written.path, written.sha256, 0 if head is None else head.total_sequences)

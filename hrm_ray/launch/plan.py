@@ -249,6 +249,9 @@ def _prepare_puzzles(resolved: ResolvedRun, run_dir: RunDir) -> PuzzlePlan:
     )
     if not resolved.location.continues:
         write_json(run_dir.puzzle, prepared.train.plain())
+        source = resolved.location.source
+        if source is not None and source.has_ledger:
+            copy_ledger(source.ledger, run_dir.ledger)  # of independent trainers
     _check_puzzles_unchanged(resolved.location, prepared.plan)
     return replace(
         prepared.plan, held_out_rows=settings.data.eval_batches * effective_batch(settings, resolved.devices)

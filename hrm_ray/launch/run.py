@@ -13,6 +13,7 @@ from functools import partial
 from importlib import import_module
 
 from hrm_ray.data.corpus import CorpusReading
+from hrm_ray.launch.after_trainers import after_trainers
 from hrm_ray.launch.devices import visible_gpus
 from hrm_ray.launch.new_bundle import removed_unless_trained
 from hrm_ray.launch.plan import make_plan
@@ -70,6 +71,7 @@ def run(
         held.enter_context(removed_unless_trained(resolved.location))
         held.enter_context(visible_gpus(devices))
         plan = replace(make_plan(resolved, _ReadingProgress(sink, stop)), stop_by_s=stop_by_s)
+        plan = after_trainers(plan, devices.launcher, sink=sink, stop=stop)
         launch: Callable[..., RunResult] = import_module(devices.module).run
         if on_start is not None:
             on_start()

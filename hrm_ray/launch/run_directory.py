@@ -356,20 +356,11 @@ def _resumed(settings: RunSettings, run_dir: RunDir, checkpoint: Path, source: R
 
 
 def _check_trainers(settings: RunSettings, source: RunDir, checkpoint: Path) -> None:
-    """Raises SettingsError where independent trainers cannot go on from the checkpoint, or only they can."""
+    """Raises SettingsError where independent trainers cannot go on from the checkpoint."""
     merged = read_json(checkpoint / STATE)["extra"].get("independent") is not None
-    wanted = settings.cluster.parallel_independent
-    if merged == wanted:
+    if merged or not settings.cluster.parallel_independent:
         return
-    if merged:
-        # Trainers have taken ranges from all over the epoch, and a strategy goes on from one position.
-        reason = f"{checkpoint} was trained with --parallel-independent, and no strategy can go on from it"
-        hint = "Give --parallel-independent, or start a new run from its weights with --student-init"
-        raise SettingsError(Fault("--no-parallel-independent", reason, hint))
     hint = "Leave it out, or start a new run from its weights with --student-init"
-    if stored_args(source)[1].get("task") != "lm":
-        reason = f"{checkpoint} was trained on puzzles under a strategy, and then no ledger says which are trained"
-        raise SettingsError(Fault("--parallel-independent", reason, hint))
     if stored_leaves(source)["model.supervision"] == "segment":
         reason = f"{checkpoint} has rows in the middle of their segments (--supervision segment)"
         raise SettingsError(Fault("--parallel-independent", reason, hint))

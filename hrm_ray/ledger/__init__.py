@@ -5,9 +5,19 @@ from __future__ import annotations
 from hrm_ray.ledger.blocks import BlockLength
 from hrm_ray.ledger.database import copy as copy_ledger
 from hrm_ray.ledger.database import delete as delete_ledger
+from hrm_ray.ledger.epoch_rest import EpochRest, TrainedRange, rest_of_epoch
 from hrm_ray.ledger.owner import Ledger, open_ledger
 from hrm_ray.ledger.ranges import ClaimOrder
-from hrm_ray.ledger.reader import Contribution, EpochCounts, LedgerBlock, LedgerReader, Round, StateCount, read_ledger
+from hrm_ray.ledger.reader import (
+    Contribution,
+    EpochCounts,
+    LedgerBlock,
+    LedgerReader,
+    Round,
+    StateCount,
+    is_anchor,
+    read_ledger,
+)
 from hrm_ray.ledger.states import Idle, Lease, Range, Refused, Span, State
 from hrm_ray.ledger.synchronous import SynchronousRun
 
@@ -16,6 +26,7 @@ __all__ = [
     "ClaimOrder",
     "Contribution",
     "EpochCounts",
+    "EpochRest",
     "Idle",
     "Lease",
     "Ledger",
@@ -28,8 +39,11 @@ __all__ = [
     "State",
     "StateCount",
     "SynchronousRun",
+    "TrainedRange",
     "copy_ledger",
     "delete_ledger",
+    "is_anchor",
     "open_ledger",
     "read_ledger",
+    "rest_of_epoch",
 ]

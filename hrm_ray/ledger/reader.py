@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from hrm_ray.ledger import ranges
 from hrm_ray.ledger.database import Database, read
 from hrm_ray.ledger.states import Lease, Range, State
+from hrm_ray.rundir import INDEPENDENT
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -60,6 +61,11 @@ class Round:
     checksum: str
     sequences: int
     total_sequences: int
+
+
+def is_anchor(round_: Round) -> bool:
+    """Whether a round was committed by independent trainers: its anchor is a file of theirs, not a checkpoint."""
+    return round_.anchor.startswith(f"{INDEPENDENT}/")
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class ClusterSettings(Section):
         None,
         "free",
         aliases={"--ddp": "ddp", "--no-ddp": "single", "--zero-stage": None},
+        replaces_stored=("cluster.parallel_independent", "cluster.trainer_batch_sizes"),
         unset="ddp for several workers, else single",
     )
     """How several workers train together. single: one worker. ddp: every worker has the whole model, and gradients are
@@ -47,7 +48,7 @@ class ClusterSettings(Section):
     parallel_independent: bool = option(False, "free", replaces_stored=("cluster.strategy",))
     """Train in --world-size trainers that share no step: each trains ranges of the data on its own, and their changes
     are merged every so many weight updates. For devices of unequal speed, and where workers cannot be connected. A run
-    on text that was trained under a strategy can go on so, but not the other way round."""
+    can change between this and a strategy when it is resumed."""
     merge_every: str = option("auto", "free", needs=(MERGED,))
     """Weight updates of a trainer between two merges. auto: as few as keep merging below 3 % of the time (8 to 500);
     end: once, at the end, which is much worse than one trainer alone."""

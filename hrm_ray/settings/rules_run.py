@@ -194,7 +194,10 @@ RUN_RULES: dict[str, Rule] = {
         "Give --launcher subprocess or ray, or leave it out",
     ),
     "processes_for_independent_trainers": refuse(
-        lambda s: s.cluster.launcher == "subprocess" and not s.cluster.parallel_independent,
+        # That of a stored run, which is resumed with a strategy, gives way.
+        lambda s: (
+            s.cluster.launcher == "subprocess" and "cluster.launcher" in s.given and not s.cluster.parallel_independent
+        ),
         ("cluster.launcher",),
         "it runs trainers that share no step",
         "Give --parallel-independent too, or --launcher ray",

@@ -21,7 +21,7 @@ from hrm_ray.bundle.folder_watch import FolderWatch
 from hrm_ray.bundle.progress import STATE, Progress
 from hrm_ray.bundle.store import BundleWeights, save_final, step_of_best
 from hrm_ray.bundle.weights_file import read_rows, read_tensors, save_tensors
-from hrm_ray.data.stream import ConsumedRange, StreamState, append_ranges
+from hrm_ray.data.stream import ConsumedRange, StreamState, TrainedRanges, append_ranges
 from hrm_ray.errors import DataError, Fault, HrmRayError
 from hrm_ray.model.actv1 import States
 from hrm_ray.model.build import build_model
@@ -251,6 +251,7 @@ def _write_small_files(loop: TrainingLoop, folder: Path, trend: dict[str, Any] |
         "asked_batch_size": loop.asked_batch_size,
         "loss_scaler": None if parts.scaler is None else vars(parts.scaler),
         "adaptive_lr": trend,
+        "trained_ranges": parts.loader.trained,
         "extra": extra,
     }
     write_json(folder / STATE, state)
@@ -294,6 +295,7 @@ def load_checkpoint(loop: TrainingLoop, folder: Path) -> dict[str, Any]:
     position = {
         name.removeprefix(_LOADER): tensor.numpy() for name, tensor in slots.items() if name.startswith(_LOADER)
     }
+    parts.loader.trained = _trained_ranges(state)
     parts.loader.load_state_dict(state["epoch"], position)
     # Before the first step there are no carries.
     if parts.carried and "carry.z_h" in slots:
@@ -302,12 +304,23 @@ def load_checkpoint(loop: TrainingLoop, folder: Path) -> dict[str, Any]:
     return extra
 
 
+def _trained_ranges(state: Mapping[str, Any]) -> TrainedRanges | None:
+    """What independent trainers have trained of a checkpoint's epoch; older checkpoints do not say."""
+    found = state.get("trained_ranges")
+    return None if found is None else tuple((chunk, start, end) for chunk, start, end in found)
+
+
 def stream_position(folder: Path) -> tuple[int, StreamState]:
     """The epoch of a checkpoint of a run on text under a strategy, and its position in that epoch."""
     slots = read_tensors(_slots_file(folder, 0))
     taken = {name.removeprefix(_LOADER): int(t[0]) for name, t in slots.items() if name.startswith(_LOADER)}
     epoch: int = read_json(folder / STATE)["epoch"]
     return epoch, StreamState(**taken)
+
+
+def puzzles_taken(folder: Path) -> int:
+    """Of a checkpoint of a run on puzzles with whole batches: how many were taken of what its epoch had left."""
+    return int(read_tensors(_slots_file(folder, 0))[f"{_LOADER}taken"][0])
 
 
 def _slots(loop: TrainingLoop) -> dict[str, Tensor]:

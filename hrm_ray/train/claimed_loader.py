@@ -36,6 +36,8 @@ class ClaimedLoader(BatchLoader):
         super().__init__(shape, StopCondition())
         self.rows = rows
         self.draining = False
+        self.position: dict[str, npt.NDArray[np.int64]] = {}
+        """For a checkpoint that a strategy goes on from: the position that its loader begins with."""
         self._carried, self._explore = carried, explore
         self._ranges: deque[TakenRange] = deque()
         """What is left of each range."""
@@ -98,8 +100,8 @@ class ClaimedLoader(BatchLoader):
         self._keep_last()
 
     def state_dict(self) -> dict[str, npt.NDArray[np.int64]]:
-        """Nothing: the ledger knows what is left."""
-        return {}
+        """`position`, mostly empty: the ledger knows what is left."""
+        return self.position
 
     def load_state_dict(self, epoch: int, state_dict: dict[str, npt.NDArray[np.int64]]) -> None:
         """See BatchLoader."""

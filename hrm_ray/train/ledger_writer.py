@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hrm_ray.data.catalog import Catalog
 from hrm_ray.data.stream import ConsumedRange, append_ranges
 from hrm_ray.errors import DataError, Fault
-from hrm_ray.ledger import BlockLength, Span, SynchronousRun, open_ledger
+from hrm_ray.ledger import BlockLength, Span, SynchronousRun, is_anchor, open_ledger
 from hrm_ray.ledger.export import export
 from hrm_ray.rundir import RunDir
 
@@ -59,11 +59,15 @@ class LedgerWriter:
         self._run = SynchronousRun(self._ledger, None if resume_point is None else resume_point.step)
         self._head = None if resume_point is None else resume_point.step
         self._of_head: list[ConsumedRange] = [] if resume_point is None else list(resume_point.trained)
+        self._head_is_anchor = False
+        """Whether the head is a round of independent trainers: it stays as it is, and what is trained after it belongs
+        to the next round."""
         if resume_point is not None:
             # If the run died between the commit of a round and the rename of its checkpoint, the round gets the ranges
             # of the checkpoint that exists.
             known = self._ledger.round(resume_point.step)
-            if known is not None and known.checksum != resume_point.checksum:
+            self._head_is_anchor = known is not None and is_anchor(known)
+            if known is not None and not self._head_is_anchor and known.checksum != resume_point.checksum:
                 self._enter(resume_point.step, resume_point.trained, resume_point.checksum, False)
 
     def covered(self, step: int, trained: Sequence[ConsumedRange]) -> list[ConsumedRange]:
@@ -71,14 +75,16 @@ class LedgerWriter:
 
         A checkpoint that replaces another of the same step (no update was applied in between) has the ranges of both.
         """
-        ranges = list(self._of_head) if step == self._head else []
+        ranges = list(self._of_head) if step == self._head or self._head_is_anchor else []
         append_ranges(ranges, trained)
         return ranges
 
     def commit(self, step: int, covered: Sequence[ConsumedRange], checksum: str, *, data_ended: bool) -> None:
         """Commit the round of a checkpoint whose files are written, before its rename; `checksum` is its manifest's."""
         self._restore()
-        self._enter(step, covered, checksum, data_ended)
+        if not self._head_is_anchor or step != self._head:
+            self._enter(step, covered, checksum, data_ended)
+            self._head_is_anchor = False
         self._head, self._of_head = step, list(covered)
 
     def _restore(self) -> None:

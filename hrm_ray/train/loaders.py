@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hrm_ray.data.order import epoch_order
-from hrm_ray.data.stream import ConsumedRange
+from hrm_ray.data.stream import ConsumedRange, TrainedRanges
 from hrm_ray.types import Columns, SampleSet
 
 HaltedSlots = Sequence["npt.NDArray[np.bool_]"]
@@ -74,6 +74,9 @@ class BatchLoader:
         self.shape = shape
         self.stop_condition = stop_condition
         self.epoch = 0
+        self.trained: TrainedRanges | None = None
+        """Of an epoch in which independent trainers took part: the ranges that they trained, which are left out. The
+        chunk of a puzzle is 0, and the range counts places of the epoch's order. To be set before `load_state_dict`."""
 
     def next_batch(self, halted: HaltedSlots, step: int) -> list[Columns]:
         """This rank's micro-batches for update number `step`; rows without a sample are inactive."""
@@ -149,13 +152,14 @@ class RolloutLoader(BatchLoader):
 
     def next_batch(self, halted: HaltedSlots, step: int) -> list[Columns]:
         positions = self.taken + self.shape.slots()
-        self.taken = np.minimum(self.taken + self.shape.effective, len(self.samples))
+        self.taken = np.minimum(self.taken + self.shape.effective, self._count)
         return [self._rows(micro) for micro in positions]
 
     def start_epoch(self, trained: bool) -> bool:
         # Past the last epoch the position stays: a checkpoint of the end must not begin that epoch again.
         if self.stop_condition.at_epoch_end(self.epoch, trained):
             return False
+        self.trained = None
         self._enter(self.epoch + 1)
         self.taken[:] = 0
         return True
@@ -170,10 +174,15 @@ class RolloutLoader(BatchLoader):
     def _enter(self, epoch: int) -> None:
         self.epoch = epoch
         self.order = epoch_order(self.seed, epoch, len(self.samples), self.linear)
+        self._left = None if self.trained is None else places_left(len(self.samples), self.trained)
+        self._count = len(self.samples) if self._left is None else len(self._left)
 
     def _rows(self, positions: npt.NDArray[np.int64]) -> Columns:
-        """The samples at `positions` of the epoch's order; inactive rows past its end and for -1."""
-        inside = (positions >= 0) & (positions < len(self.samples))
+        """The samples at `positions` of what the epoch's order has left; inactive rows past its end and for -1."""
+        inside = (positions >= 0) & (positions < self._count)
+        if self._left is not None:
+            # A place that is not inside is masked below; an epoch with nothing left has none to look up.
+            positions = np.append(self._left, 0)[np.where(inside, positions, self._count)]
         return self.samples.rows(np.where(inside, self.order.at(np.where(inside, positions, 0)), -1))
 
 
@@ -203,13 +212,21 @@ class SlotLoader(RolloutLoader):
         for number, slots in enumerate(self.shape.slots()):
             positions = slots + self.taken[number] * self.shape.effective
             wanted = np.where(halted[number], positions, -1)
-            self.taken[number] += (wanted >= 0) & (wanted < len(self.samples))
+            self.taken[number] += (wanted >= 0) & (wanted < self._count)
             micro_batches.append(self._rows(wanted) | {"min_steps": self.explore(step, slots)})
         return micro_batches
 
     def set_microbatch(self, shape: BatchSize) -> None:
         super().set_microbatch(shape)
         self.taken = self.taken.reshape(shape.accumulation, shape.batch_size)
+
+
+def places_left(places: int, trained: TrainedRanges) -> npt.NDArray[np.int64]:
+    """The places 0..places-1 of an epoch's order that no trained range has, int64 [L]."""
+    left = np.ones(places, dtype=np.bool_)
+    for _, start, end in trained:
+        left[start:end] = False
+    return np.flatnonzero(left)
 
 
 def exploration(

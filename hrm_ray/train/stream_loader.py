@@ -73,11 +73,16 @@ class StreamLoader(BatchLoader):
             raise DataError(Fault("the training data", reason, "Give other data, or leave out --ascii-only"))
         self.on_epoch_end(self.epoch, self.position.sequences)
         self._batches.close()
+        self.trained = None
         self._batches = self._enter(self.epoch + 1, StreamState())
         return True
 
     def ranges_before(self, source: ChunkSource) -> Generator[list[ConsumedRange], None, None]:
         """All that was taken before the present position, read again from `source`: as the stream's ranges_before."""
+        if self.trained is not None:
+            reason = "it alone says what independent trainers have trained in this epoch"
+            hint = "Restore it from a copy, or resume from a checkpoint of an earlier epoch"
+            raise DataError(Fault("the lost ledger", reason, hint))
         position, text = self.position, self.text
         return ranges_before(source, text.form, self.epoch, position, seed=self.seed, shuffle_rows=text.shuffle_rows)
 
@@ -133,6 +138,9 @@ class StreamLoader(BatchLoader):
         self._chunks_ended = False
         text, shape = self.text, self.shape
         within_block = self.stop_condition.after_block
-        request = BatchRequest(epoch, position, text.form, self.seed, text.shuffle_rows, shape.effective, within_block)
+        rows, trained = shape.effective, self.trained
+        request = BatchRequest(
+            epoch, position, text.form, self.seed, text.shuffle_rows, rows, within_block, trained=trained
+        )
         slots = range(shape.first_slot, shape.first_slot + shape.per_rank)
         return text.source.batches(request, slots, lambda rows, wanted: self.on_fill(rows, wanted))

@@ -182,6 +182,22 @@ def test_one_trainer_goes_on_from_plain_training_to_the_bit(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+def test_plain_training_goes_on_from_one_trainer_to_the_bit(tmp_path: Path) -> None:
+    text = text_file(tmp_path)
+    shape = [*OPTIONS[OPTIONS.index("--hidden-size") :], "--dataset-file", str(text), "--threads", "1"]
+    shape += ["--ema", "0.9", "--log-every", "1", "--steps", "19"]
+    whole = run(load_run(_flat([*shape, "--bundle-dir", str(tmp_path / "whole")])))
+    alone = ["--parallel-independent", "--world-size", "1", "--outer-optimizer", "none", "--merge-every", "5"]
+    half = tmp_path / "half"
+    stops = StopsAfter(5)
+    run(load_run(_flat([*shape, *alone, "--bundle-dir", str(half)])), sink=stops, stop=stops)
+    result = run(load_run(_flat(["--resume", "--bundle-dir", str(half), "--strategy", "single"])))
+    assert (result.step, result.samples) == (whole.step, whole.samples)
+    own, other = (read_tensors(RunDir(Path(one.bundle)).weights) for one in (whole, result))
+    assert [name for name in own if not torch.equal(own[name], other[name])] == []
+
+
+@pytest.mark.slow
 def test_several_trainers_go_on_from_two_workers_and_lose_no_row(tmp_path: Path) -> None:
     text = text_file(tmp_path)
     shape = [*OPTIONS[OPTIONS.index("--hidden-size") :], "--threads", "1"]
@@ -199,7 +215,7 @@ def test_several_trainers_go_on_from_two_workers_and_lose_no_row(tmp_path: Path)
         rows = ledger.sequences(0)
         assert (ledger.chunks, ledger.epoch) == (1, 1) and rows is not None
     assert trained == Counter((0, 0, row) for row in range(18, rows))
-    with pytest.raises(SettingsError, match="no strategy can go on from it"):
+    with pytest.raises(SettingsError, match="effective batch 4"):
         resolve(load_run(_flat([*resumed, "--no-parallel-independent"])))
 
 

@@ -39,7 +39,7 @@ def test_not_inside_a_shuffle_window_of_several_chunks(tmp_path: Path, chunk_siz
         check_position(plan, order)
 
 
-def test_not_from_puzzles_of_a_strategy(tmp_path: Path) -> None:
+def test_not_in_the_middle_of_segments(tmp_path: Path) -> None:
     train(puzzle_file(tmp_path), tmp_path / "b", *PUZZLE_HERE, "--steps", 2)
-    with pytest.raises(SettingsError, match="puzzles under a strategy"):
+    with pytest.raises(SettingsError, match="in the middle of their segments"):
         resumed(tmp_path / "b")
