@@ -2,8 +2,8 @@
 log which rows they train and what they merge, and kill themselves at named points.
 
 HRM_KILLS: a JSON list of [process, point, number of the call in that process], each done once, and those of a process
-in their order. "trainer" is whichever trainer comes there first. Under --launcher ray the coordinator is a process of its own, at whose points the driver and the raylet
-are killed too.
+in their order. "trainer" is whichever trainer comes there first. Under --launcher ray the coordinator is a process of
+its own, at whose points the driver and the raylet are killed too.
 HRM_AUDIT: the folder of logs. HRM_HIDDEN: folders that Ray's processes of this node do not see, as on another machine.
 """
 
