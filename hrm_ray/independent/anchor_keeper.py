@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -360,7 +360,7 @@ class _RoundMerge:
 
     def _merge(self, members: Sequence[Contribution]) -> _Made:
         keeper, request = self._keeper, self._request
-        root, outer = keeper.run_dir.root, keeper.outer
+        root, outer = keeper.run_dir.root, replace(keeper.outer, lr=keeper.outer.lr * request.share)
         weighed = [Member(one.name, one.worker, one.sequences, generation=one.generation) for one in members]
         weights = merge_weights(weighed, keeper.settings.cluster.merge_weights)
         sole = self._sole_weights() if outer.is_plain and len(members) == len(request.members) else None

@@ -36,6 +36,7 @@ from hrm_ray.independent.decisions import (
     MergeEvery,
     report_updates,
     round_closes,
+    round_share,
 )
 from hrm_ray.ledger import ClaimOrder, Contribution, Idle, Lease, Ledger, Refused, Round, Span
 from hrm_ray.types import StopReason
@@ -70,6 +71,8 @@ class MergeRequest:
     members: tuple[Contribution, ...]
     whole: Report | None = None
     """The last report of a sole trainer, whose weights are the parent and all members' changes, to the bit."""
+    share: float = 1.0
+    """What the mean of the changes is scaled by: the part of the trainers that the round has reports of."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +98,16 @@ class Merged:
 @dataclass
 class TrainerState:
     """What is known of a trainer, for displays and to decide when rounds close: when it was heard of, how long its
-    last report and an update of it took, its reports and how many were rejected, and those that it was not told of."""
+    last report and an update of it took, its speed in that, when it joined, its reports and how many were rejected, and
+    those that it was not told of."""
 
     generation: int
     seen_s: float
     progress: Progress | None = None
     duration_s: float = 0.0
     update_s: float = 0.0
+    samples_per_s: float = 0.0
+    joined_s: float = 0.0
     reports: int = 0
     rejected: list[str] = field(default_factory=list)
     rejections: int = 0
@@ -146,6 +152,7 @@ class LedgerCoordinator:
         self._block: int | None = None
         self._clock = clock
         self._closed_s = self._awake_s = clock()
+        self._last_reporters: frozenset[str] = frozenset()
         self._reports: dict[str, Report] = {}
         self._lock = threading.RLock()
 
@@ -154,7 +161,8 @@ class LedgerCoordinator:
             if self.stop is not None or self.finished:
                 return Refused("the run ends: no trainer joins it any more")
             generation = self.ledger.start_worker(trainer)
-            self.trainers[trainer] = TrainerState(generation, self._clock())
+            now_s = self._clock()
+            self.trainers[trainer] = TrainerState(generation, now_s, joined_s=now_s)
             return Joined(
                 trainer,
                 generation,
@@ -240,6 +248,8 @@ class LedgerCoordinator:
                 state.duration_s = report.seconds
                 if report.updates:
                     state.update_s = report.seconds / report.updates
+                if report.seconds > 0:
+                    state.samples_per_s = sum(span.end - span.start for span in report.spans) / report.seconds
             return Reported(tuple(self.ledger.leases(report.trainer)), self.report_updates, self._news(report.trainer))
 
     def release(self, lease: Lease) -> Refused | None:
@@ -289,13 +299,21 @@ class LedgerCoordinator:
                 return None
             staged = self.ledger.staged()
             members = [self._member(one) for one in staged]
-            durations = {name: state.duration_s for name, state in self.trainers.items() if state.duration_s}
+            # The next reports may have more updates than the last ones.
+            durations = {
+                name: state.update_s * self.report_updates if state.update_s else state.duration_s
+                for name, state in self.trainers.items()
+                if state.duration_s
+            }
+            # A first report takes from when its trainer joined. The median: one that joins over and over delays none.
+            joined_s = [state.joined_s for state in self.trainers.values()]
+            since_s = max(self._closed_s, median(joined_s)) if joined_s else self._closed_s
             idle = bool(staged) and self._nobody_reports()
             if not round_closes(
                 members,
                 frozenset(self.trainers),
                 durations,
-                self._closed_s,
+                since_s,
                 self._clock(),
                 at_end=self.rules.merge_every == "end",
                 idle=idle,
@@ -303,7 +321,10 @@ class LedgerCoordinator:
                 return None
             total = self.anchor.total_sequences + sum(one.sequences for one in staged)
             number = max(self.anchor.round + 1, int(total / self.rules.samples_per_step))
-            self.merging = MergeRequest(number, self.anchor, tuple(staged), self._whole(staged))
+            speeds = dict.fromkeys(self._last_reporters, 0.0)
+            speeds |= {name: state.samples_per_s for name, state in self.trainers.items()}
+            share = round_share({member.trainer for member in members}, speeds)
+            self.merging = MergeRequest(number, self.anchor, tuple(staged), self._whole(staged), share)
             return self.merging
 
     def commit(self, request: MergeRequest, merged: Merged) -> Round | None:
@@ -346,10 +367,12 @@ class LedgerCoordinator:
                     state.rejected_in_row += 1
                     state.rejected_by_guard += 1
             self._closed_s = self._clock()
+            self._last_reporters = frozenset(member.worker for member in request.members)
             self.merging = None
             paces = [state.update_s for state in self.trainers.values() if state.update_s]
+            update_s = median(paces) if paces else 0.0
             self.report_updates = report_updates(
-                self.rules.merge_every, self.report_updates, merged.seconds, median(paces) if paces else 0.0
+                self.rules.merge_every, self.report_updates, merged.seconds, update_s, len(self.trainers)
             )
             return made
 

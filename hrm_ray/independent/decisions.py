@@ -6,9 +6,9 @@ When a round closes, with which weights and which of its members, and how many w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean, median
 from typing import Literal, TypeAlias
 
 from hrm_ray.train.activity import Phase
@@ -28,7 +28,7 @@ FIRST_MERGE_EVERY = 50
 """Weight updates of a trainer between two reports with which `auto` begins."""
 LEAST_MERGE_EVERY, MOST_MERGE_EVERY = 8, 500
 MERGE_SHARE = 0.03
-"""The share of the time that merging may take under `auto`."""
+"""The share of the trainers' time that merging may take under `auto`."""
 MOST_UPDATES = 100
 """Weight updates in a report, at most, unless --merge-every asks for more."""
 MOST_ROUNDS_BEHIND = 3
@@ -136,6 +136,21 @@ def hung(
     return Watched(now_s, stands), found
 
 
+def round_share(reporters: Collection[str], samples_per_s: Mapping[str, float]) -> float:
+    """The part of all trainers, each counted by its speed, that a round has reports of.
+
+    The round's mean change is scaled by it, so that a report that comes late and alone moves the anchor no further than
+    it would have in the round of the others: otherwise the anchor would go the same way twice. `samples_per_s` are the
+    speeds of those at work and of those that took part in the round before (0: not known, then the mean of the others).
+    """
+    known = [speed for speed in samples_per_s.values() if speed > 0]
+    usual = fmean(known) if known else 1.0
+    speeds = {name: samples_per_s.get(name, 0.0) or usual for name in {*samples_per_s, *reporters}}
+    if speeds.keys() == set(reporters):
+        return 1.0
+    return sum(speeds[name] for name in set(reporters)) / sum(speeds.values())
+
+
 def merge_weights(members: Sequence[Member], by: Literal["samples", "equal"]) -> tuple[float, ...]:
     """The weight of each member's change. Those of one series follow each other, so each of them has the weight of
     all; the weights of the series add up to 1."""
@@ -148,11 +163,14 @@ def merge_weights(members: Sequence[Member], by: Literal["samples", "equal"]) ->
     return tuple(samples[member.series] / total for member in members)
 
 
-def report_updates(merge_every: MergeEvery, current: int | None, merge_s: float = 0.0, update_s: float = 0.0) -> int:
+def report_updates(
+    merge_every: MergeEvery, current: int | None, merge_s: float = 0.0, update_s: float = 0.0, trainers: int = 1
+) -> int:
     """Weight updates of a trainer between two reports.
 
-    Under `auto` the smallest number with which merging takes at most MERGE_SHARE of the time, after a round that took
-    `merge_s` with updates of `update_s`; at most twice or half as many as `current`.
+    Under `auto` the smallest number with which merging, which one process does while `trainers` go on, takes at most
+    MERGE_SHARE of their time, after a round that took `merge_s` with updates of `update_s`; at most twice or half as
+    many as `current`.
     """
     if merge_every == "end":
         return MOST_UPDATES
@@ -160,7 +178,7 @@ def report_updates(merge_every: MergeEvery, current: int | None, merge_s: float 
         return merge_every
     if current is None or merge_s <= 0 or update_s <= 0:
         return FIRST_MERGE_EVERY if current is None else current
-    wanted = math.ceil(min(merge_s / MERGE_SHARE / update_s, MOST_MERGE_EVERY))
+    wanted = math.ceil(min(merge_s / MERGE_SHARE / update_s / max(trainers, 1), MOST_MERGE_EVERY))
     near = min(max(wanted, current // 2), 2 * current)
     return min(max(near, LEAST_MERGE_EVERY), MOST_MERGE_EVERY)
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from hrm_ray.types import Record
+
 COMMAND_TIMEOUT_S = 600.0
 
 
@@ -113,6 +115,14 @@ def run_quietly(words: Sequence[str]) -> tuple[float, str]:
         said = "\n".join((done.stdout + done.stderr).splitlines()[-20:])
         raise RuntimeError(f"exit code {done.returncode} of: {' '.join(words)}\n{said}")
     return taken, done.stdout
+
+
+def number(record: Record, name: str) -> float:
+    """A figure of a record. RuntimeError where it has none of that name."""
+    value = record.values.get(name)
+    if not isinstance(value, int | float):
+        raise RuntimeError(f"the record of step {record.step} has no {name}")
+    return float(value)
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

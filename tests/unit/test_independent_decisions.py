@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hrm_ray.independent.calls import AnchorRef, Claimed, Joined
-from hrm_ray.independent.coordinator import LedgerCoordinator, Rules
+from hrm_ray.independent.calls import AnchorRef, Claimed, Joined, Report, Reported
+from hrm_ray.independent.coordinator import LedgerCoordinator, Merged, Rules
 from hrm_ray.independent.decisions import (
     HANG_AFTER_S,
     LEAST_MERGE_EVERY,
@@ -23,9 +23,10 @@ from hrm_ray.independent.decisions import (
     merge_weights,
     report_updates,
     round_closes,
+    round_share,
     unfit,
 )
-from hrm_ray.ledger import BlockLength, open_ledger
+from hrm_ray.ledger import BlockLength, Lease, Span, open_ledger
 from hrm_ray.train.activity import Phase
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -60,11 +61,35 @@ def test_changes_of_one_trainer_are_added_and_those_of_several_averaged() -> Non
     assert merge_weights([Member("r1", "a", 0), Member("r2", "b", 0)], "samples") == (0.5, 0.5)
 
 
+def test_a_round_of_few_trainers_moves_the_anchor_by_their_part() -> None:
+    """A late report alone would go the whole way that the others went already."""
+    equal = dict.fromkeys("abcd", 10.0)
+    assert round_share("abcd", equal) == round_share("a", {"a": 10.0}) == round_share("a", {}) == 1.0
+    assert round_share("d", equal) == 0.25 and round_share("abc", equal) == 0.75
+    # A slow trainer that is not waited for takes little from the others.
+    assert round_share("abc", {**equal, "d": 2.5}) == pytest.approx(30 / 32.5)
+    # Whose speed is not known counts as the mean of the others, also where it has left since.
+    assert round_share("d", {**equal, "a": 0.0}) == 0.25
+    assert round_share("ab", dict.fromkeys("abcd", 0.0)) == 0.5
+    assert round_share("e", {**equal, "d": 0.0}) == 0.2
+
+
+@given(st.dictionaries(st.sampled_from("abcdef"), st.floats(0, 1e6)), st.sets(st.sampled_from("abcdefg"), min_size=1))
+def test_shares_of_rounds_without_common_trainers_add_up_to_one(
+    samples_per_s: dict[str, float], reporters: set[str]
+) -> None:
+    team = dict.fromkeys(reporters, 0.0) | samples_per_s
+    rest = team.keys() - reporters
+    assert round_share(reporters, team) + (round_share(rest, team) if rest else 0.0) == pytest.approx(1.0)
+
+
 def test_auto_approaches_the_smallest_interval_whose_merges_are_cheap() -> None:
     current = report_updates("auto", None)
     for _ in range(10):
         current = report_updates("auto", current, merge_s=0.3, update_s=0.1)
     assert current == 100  # 0.3 s is 3 % of 100 updates of 0.1 s
+    assert report_updates("auto", current, merge_s=0.3, update_s=0.1, trainers=4) == 50  # 25 would be more than halved
+    assert report_updates("auto", 50, merge_s=0.3, update_s=0.1, trainers=4) == 25
     assert report_updates(7, None) == report_updates(7, 7, 9.0, 0.001) == 7
 
 
@@ -136,6 +161,43 @@ def test_a_block_whose_only_trainer_was_lost_is_not_finished(tmp_path: Path) -> 
         assert isinstance(coordinator.claim("t", joined.generation, "k", "a"), Claimed)
         coordinator.lost("t", "it was killed")
         assert not coordinator.finished and isinstance(coordinator.join("t"), Joined)
+
+
+def test_a_late_report_is_merged_by_its_part_also_where_the_others_have_left(tmp_path: Path) -> None:
+    """Two trainers of one range each: the first is merged past its deadline, and the second alone after the first has
+    left. The deadline runs from when they joined."""
+    now_s = 0.0
+    with open_ledger(tmp_path / "l.sqlite", durable=False) as ledger:
+        ledger.add_blocks([BlockLength(0, 2)])
+        ledger.end_data()
+        start = AnchorRef(0, "a", "a", 0)
+        rules = Rules(1, 1, merge_every=1, epochs=1)
+        coordinator = LedgerCoordinator(ledger, start, rules, lambda e, p: p if p < 2 else None, lambda: now_s)
+        now_s = 50.0  # reading torch took long
+        reports = {}
+        for name in ("t", "u"):
+            joined = coordinator.join(name)
+            assert isinstance(joined, Joined)
+            claimed = coordinator.claim(name, joined.generation, name, "a")
+            assert isinstance(claimed, Claimed)
+            lease = coordinator.measure(claimed.lease, 1)
+            assert isinstance(lease, Lease)
+            span = Span(0, lease.chunk, 0, 1)
+            reports[name] = Report(name, name, joined.generation, start, name, name, (lease,), (span,), 1, 1, 1.0, 10.0)
+        shares = []
+        for name, from_s in (("t", 60.0), ("u", 80.0)):
+            now_s = from_s
+            assert isinstance(coordinator.report(reports[name]), Reported)
+            if name == "t":
+                assert coordinator.due() is None
+                now_s = 63.0
+            request = coordinator.due()
+            assert request is not None
+            shares.append(request.share)
+            merged = Merged((name,), {}, {}, f"after {name}", f"after {name}", {}, 0.1)
+            assert coordinator.commit(request, merged) is not None
+            coordinator.leave(name, 1)
+        assert shares == [0.5, 0.5] and coordinator.finished
 
 
 def test_a_command_that_stood_still_blames_no_trainer(tmp_path: Path) -> None:
