@@ -100,11 +100,13 @@ def memory(data: Path, folder: Path, launcher: str, rounds: int) -> dict[str, An
         if len({at for at, _ in late}) < 5:
             continue  # a process of the start, or one that came late
         numbers, used_mb = np.array(late).T
-        slope = float(np.polyfit(numbers, used_mb, 1)[0])
-        found[name] = {"slope_mb_per_round": slope, "first_mb": used_mb[0], "last_mb": used_mb[-1]}
-        rows.append([name, f"{used_mb[0]:.1f}", f"{used_mb[-1]:.1f}", f"{int(numbers[-1])}", f"{slope:+.3f}"])
+        half = len(numbers) // 2
+        slope, later = (float(np.polyfit(numbers[at:], used_mb[at:], 1)[0]) for at in (0, half))
+        found[name] = {"slope_mb_per_round": slope, "later": later, "first_mb": used_mb[0], "last_mb": used_mb[-1]}
+        shown = [f"{used_mb[0]:.1f}", f"{used_mb[-1]:.1f}", f"{int(numbers[-1])}", f"{slope:+.3f}", f"{later:+.3f}"]
+        rows.append([name, *shown])
     print(f"launcher {launcher}, from round {SETTLED_ROUNDS} on")
-    print(table(["process", "first MB", "last MB", "rounds", "MB a round"], rows))
+    print(table(["process", "first MB", "last MB", "rounds", "MB a round", "in the second half"], rows))
     return found
 
 
