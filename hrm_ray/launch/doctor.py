@@ -12,8 +12,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
@@ -24,7 +25,6 @@ import hrm_ray
 from hrm_ray.errors import HrmRayError
 from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.options import options
-from hrm_ray.stop_signals import EXIT_STOPPED
 
 DISTRIBUTION = "hrm-ray"
 ASKED_SECTIONS = ("cluster", "memory", "adapt", "optimizer")
@@ -44,8 +44,11 @@ PROBED_RUN: Mapping[str, str | bool] = {
     **{"--vocab-size": "300", "--batch-size": "1", "--steps": "1", "--warmup-steps": "0", "--threads": "1"},
 }
 """A run that every machine has room for."""
-TRAINING_S = 60
-"""How long `--train` trains on a device."""
+TRAINING_S = 60.0
+"""How long `--train` trains on a device, from its first step."""
+START_S = 300.0
+"""How long it waits for that step. Ray alone may take a minute on a machine that is in use."""
+POLL_S = 0.5
 TRAINED_CHARACTERS = 200_000
 CREDENTIALS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "Amazon S3": (("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ROLE_ARN"), "~/.aws/credentials"),
@@ -268,7 +271,7 @@ def trainings(bundle_dir: Path | None, ray_address: str | None, say: Callable[[s
         text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
         corpus.write_text(text[:TRAINED_CHARACTERS], encoding="utf-8")
         for number, (name, words) in enumerate(runs.items()):
-            say(f"training on {name} for at most {TRAINING_S} s")
+            say(f"training on {name} for {TRAINING_S:.0f} s")
             yield _training(name, corpus, Path(folder) / f"bundle-{number}", words)
 
 
@@ -297,13 +300,33 @@ def _training(name: str, corpus: Path, bundle: Path, words: Sequence[str]) -> Ro
     from hrm_ray.rundir import RunDir
 
     # Compiling may take a minute by itself; whether it is possible is said among the options.
+    stop_file, log = bundle.with_suffix(".stop"), bundle.with_suffix(".log")
     command = [sys.executable, "-m", "hrm_ray", "train", "--dataset-file", str(corpus), "--bundle-dir", str(bundle)]
-    command += ["--max-time", f"{TRAINING_S}s", "--steps", "100000", "--no-compile", "--log-every", "1", *words]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False)
+    command += ["--stop-file", str(stop_file), "--steps", "100000", "--no-compile", "--log-every", "1", *words]
     metrics = RunDir(bundle).metrics
+    with log.open("wb") as said, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said) as process:
+        try:
+            _wait_for_end(process, metrics, stop_file)
+        finally:
+            process.terminate()  # It does nothing to a process that has ended.
     steps = [record for record in read_records(metrics) if record.kind == "train"] if metrics.is_file() else []
-    if done.returncode not in (0, EXIT_STOPPED) or not steps:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        return Row(name, said[0] if said else f"exit code {done.returncode}, no step was trained", False)
+    if process.returncode or not steps:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        first = next((line for line in lines if line.startswith("error: ")), "")
+        return Row(name, first or f"exit code {process.returncode}, {len(steps)} step(s) were trained", False)
     last: Mapping[str, Any] = steps[-1].values
     return Row(name, f"{steps[-1].step} steps, loss {last['loss']:.3g}, {last['tokens_per_s']:,.0f} tokens/s", True)
+
+
+def _wait_for_end(process: subprocess.Popen[bytes], metrics: Path, stop_file: Path) -> None:
+    """Wait until the training has ended; it is stopped TRAINING_S after its first step, or START_S without one."""
+    ends_s, trains = time.monotonic() + START_S, False
+    while process.poll() is None and time.monotonic() < ends_s:
+        if not trains and metrics.is_file() and '"train"' in metrics.read_text(encoding="utf-8", errors="replace"):
+            ends_s, trains = time.monotonic() + TRAINING_S, True
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(POLL_S)
+    if trains and process.poll() is None:
+        stop_file.touch()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(START_S)
