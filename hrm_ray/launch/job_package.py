@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import hrm_ray
 from hrm_ray.errors import Fault, ResourceError, SettingsError, UnavailableError
 from hrm_ray.launch.resources import gigabytes
-from hrm_ray.settings.load import read_options
+from hrm_ray.settings.load import load_settings, read_options
 from hrm_ray.settings.options import options
 from hrm_ray.settings.yaml_file import is_recipe
 
@@ -27,6 +27,8 @@ LEFT_OUT = ("tests/", "docs/", ".git")
 _NAMED_DATA = ("data.dataset_file", "data.eval_file")
 _PATHS = ("model.student_init", "run.bundle_dir", "run.experts_dir", "run.resume_from", "run.stop_file", "run.log_file")
 """Options that name a folder or file on the cluster."""
+_OF_ANOTHER_RUN = ("run.resume", "run.auto_resume", "run.resume_from", "model.student_init")
+"""Options with which settings come from a bundle on the cluster."""
 
 
 def check_outlives_job(path: Path, option: str) -> None:
@@ -133,10 +135,17 @@ def job_options(
         found[option] = f".job/{Path(str(file)).name}"
     if faults:
         raise SettingsError(faults)
+    if not any(parsed.values.get(key) for key in _OF_ANOTHER_RUN) and _is_settings_file(config):
+        load_settings(given, config)  # Wrong values and options that do not go together need no cluster to be found.
     if config is not None and "--config" not in found:
         found["--config"] = str(config)
     name = parsed.values.get("run.brain_name")
     return found, files, str(bundle) if name is None else str(PurePosixPath(str(bundle)) / str(name))
+
+
+def _is_settings_file(config: Path | None) -> bool:
+    """Whether the settings are all known here: without a file, or with one that is no description of a run."""
+    return config is None or is_recipe(config) or (config.is_file() and config.suffix in (".yaml", ".yml"))
 
 
 def _flag(name: str) -> str:

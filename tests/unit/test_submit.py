@@ -193,6 +193,8 @@ def test_without_waiting(head: type[Client]) -> None:
         ((*GOOD, "--log-file", "log.jsonl"), ("--log-file log.jsonl",)),
         ((*GOOD, "--tokenizer-path", "notes.txt"), ("--tokenizer-path notes.txt", "on this machine")),
         ((*GOOD, "--no-such-option"), ("--no-such-option", "is not an option")),
+        ((*GOOD, "--lr", "fast"), ("--lr fast",)),
+        ((*GOOD, "--strategy", "single", "--world-size", "2"), ("--strategy single", "one worker")),
         ((*GOOD, "stray"), ("stray", "belongs to no option")),
         (("evaluate", "/mnt/b"), ("only train",)),
         ((), ("only train",)),
@@ -201,6 +203,11 @@ def test_without_waiting(head: type[Client]) -> None:
 def test_wrong_words_are_refused_before_anything(words: Any, naming: Any, head: type[Client]) -> None:
     message = refused(2, "submit", "--address", HEAD, "--", *words, naming=naming)
     assert len(message) < 300 and head.made == []
+
+
+def test_settings_of_a_run_on_the_cluster_are_not_judged_here(head: type[Client]) -> None:
+    """The run to resume may have several workers, or another strategy."""
+    assert submit("--", *GOOD, "--resume", "--strategy", "single", "--world-size", "2").code == 0
 
 
 def test_wrong_variables_show_no_value(head: type[Client]) -> None:
