@@ -80,6 +80,15 @@ def optimize(ctx: typer.Context) -> int:
     return optimize_command(ctx.args)
 
 
+@app.command(context_settings=FLAT_OPTIONS)
+@command
+def recommend(ctx: typer.Context) -> int:
+    """Recommend options for a model of a size and a context in a given memory, without training."""
+    from hrm_ray.cli.recommend import recommend_command
+
+    return recommend_command(ctx.args)
+
+
 @app.command(name="arch-summary", context_settings=FLAT_OPTIONS)
 @command
 def arch_summary(ctx: typer.Context) -> int:

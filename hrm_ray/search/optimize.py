@@ -6,6 +6,7 @@ that save memory are added, those that cost least speed first.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -52,11 +53,11 @@ class Lever:
 
 
 EIGHT_BITS = Lever(
-    "8-bit optimizer", 1.05, {"optimizer.use_8bit_optimizer": True}, "moments are kept in 8 bits, not in 32"
+    "8-bit optimizer", 1.01, {"optimizer.use_8bit_optimizer": True}, "moments are kept in 8 bits, not in 32"
 )
-CHECKPOINTING = Lever("gradient checkpointing", 1.25, {"memory.gradient_checkpointing": True})
-CHUNKED = Lever("chunked training", 1.4, {"memory.use_chunked_training": True, "memory.chunk_gradients": "exact"})
-SHARDED = Lever("sharded optimizer", 1.02, {"cluster.strategy": "sharded-optimizer"})
+CHECKPOINTING = Lever("gradient checkpointing", 1.07, {"memory.gradient_checkpointing": True})
+CHUNKED = Lever("chunked training", 1.06, {"memory.use_chunked_training": True, "memory.chunk_gradients": "exact"})
+SHARDED = Lever("sharded optimizer", 1.0, {"cluster.strategy": "sharded-optimizer"})
 DIVIDED_WEIGHTS = Lever("zero3", 1.5, {"cluster.strategy": "zero3"})
 LEVERS = (EIGHT_BITS, CHECKPOINTING, CHUNKED, SHARDED, DIVIDED_WEIGHTS)
 
@@ -208,20 +209,7 @@ class Search:
 
     def settings_at(self, point: Point) -> RunSettings:
         """The settings (resolved) of the run at a point, as it is to be trained."""
-        leaves: dict[str, Any] = {
-            "optimizer.batch_size": point.batch_size,
-            "optimizer.gradient_accumulation_steps": self.share // point.batch_size,
-            "optimizer.effective_batch_size": None,
-        }
-        if point.context is not None:
-            leaves["data.max_seq_len"] = point.context
-        if "memory.gradient_checkpointing" not in self.resolved.settings.given:
-            leaves["memory.gradient_checkpointing"] = False
-        for lever in point.levers:
-            leaves |= lever.leaves
-        if CHUNKED in point.levers and point.context is not None:
-            leaves["memory.chunk_size"] = max(SHORTEST_CHUNK, -(-point.context // CHUNKS))
-        return with_leaves(self.resolved.settings, leaves)
+        return settings_at(self.resolved.settings, point, self.share)
 
     def estimate(self, point: Point) -> int:
         """Bytes of the tensors of an update, without running it."""
@@ -285,11 +273,7 @@ class Search:
         """The asked context in micro-batches of one row, with the fewest levers with which it fits; where it fits with
         none, those that save most."""
         least = replace(self.asked, batch_size=1)
-        by_cost = sorted(
-            (chosen for count in range(len(self.levers()) + 1) for chosen in combinations(self.levers(), count)),
-            key=lambda chosen: float(np.prod([lever.slower for lever in chosen])),
-        )
-        points = [replace(least, levers=chosen) for chosen in by_cost if _at_most_one_strategy(chosen)]
+        points = [replace(least, levers=chosen) for chosen in by_cost(self.levers())]
         estimates: dict[Point, int] = {}
         failed: list[int] = []
         for point in points:
@@ -346,6 +330,35 @@ class Search:
         needed = self.process_bytes + FIRST_RATIO * self.estimate(point)
         reason = f"not even {point} fits into {gigabytes(self.limit_bytes)}, it needs about {gigabytes(round(needed))}"
         return ResourceError(Fault("memory", reason, "Give more --memory-budget, or a smaller model"))
+
+
+def settings_at(settings: RunSettings, point: Point, share: int) -> RunSettings:
+    """The settings (resolved) at a point, with as much accumulation as an update of `share` rows then takes."""
+    leaves: dict[str, Any] = {
+        "optimizer.batch_size": point.batch_size,
+        "optimizer.gradient_accumulation_steps": share // point.batch_size,
+        "optimizer.effective_batch_size": None,
+    }
+    if point.context is not None:
+        leaves["data.max_seq_len"] = point.context
+    if "memory.gradient_checkpointing" not in settings.given:
+        leaves["memory.gradient_checkpointing"] = False
+    for lever in point.levers:
+        leaves |= lever.leaves
+    if CHUNKED in point.levers and point.context is not None:
+        leaves["memory.chunk_size"] = max(SHORTEST_CHUNK, -(-point.context // CHUNKS))
+    return with_leaves(settings, leaves)
+
+
+def by_cost(levers: Sequence[Lever]) -> list[tuple[Lever, ...]]:
+    """All sets of these levers that go together, none first, then in the order of the time that they cost."""
+    every = (chosen for count in range(len(levers) + 1) for chosen in combinations(levers, count))
+    return sorted(filter(_at_most_one_strategy, every), key=slower)
+
+
+def slower(levers: Sequence[Lever]) -> float:
+    """For how many times the time of an update these levers save memory."""
+    return math.prod(lever.slower for lever in levers)
 
 
 def _at_most_one_strategy(levers: Sequence[Lever]) -> bool:

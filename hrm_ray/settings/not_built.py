@@ -10,7 +10,6 @@ from hrm_ray.errors import Fault
 _WORKERS = "Use --launcher ray --world-size N today"
 _CLOUD = "Use a --bundle-dir on a disk today, and copy the bundle with the cloud's own tool"
 _PROMPTS = "Use `hrm-ray generate BUNDLE --prompt TEXT` after the run today"
-_FITTING = "Use `hrm-ray train --dry-run` today: it prints the memory that a run needs"
 _FAILURES = "Use --resume today: it continues from the newest checkpoint"
 _ARCHITECTURE = "Use --arch actv1 today"
 
@@ -39,7 +38,6 @@ NOT_BUILT: dict[str, str] = {
     "hrm-ray export": "Use the bundle's model.safetensors and config.json today",
     "hrm-ray serve": _PROMPTS,
     "hrm-ray tune": "Use `hrm-ray train` once for each set of options today, and `hrm-ray plot` to compare",
-    "hrm-ray recommend": _FITTING,
     "hrm-ray matrix": "Use `hrm-ray train --dry-run` with the options today: it refuses what cannot work",
     "hrm-ray panel": "Use `hrm-ray train`, and TensorBoard on the bundle today",
 }

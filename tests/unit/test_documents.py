@@ -15,7 +15,7 @@ import pytest
 from typer.main import get_command
 
 import hrm_ray
-from hrm_ray.cli import arch_summary, inspect, train
+from hrm_ray.cli import arch_summary, inspect, optimize, recommend, train
 from hrm_ray.cli.main import app
 from hrm_ray.settings.not_built import NOT_BUILT
 from hrm_ray.settings.options import spellings
@@ -73,7 +73,7 @@ def subcommands() -> dict[str, Any]:
 
 @cache
 def known_options() -> frozenset[str]:
-    own = {name for command in (arch_summary.COMMAND, inspect.COMMAND) for name in command.own_names}
+    own = {name for command in (arch_summary.COMMAND, inspect.COMMAND, optimize.COMMAND, recommend.COMMAND) for name in command.own_names}
     typer_options = {
         name
         for each in subcommands().values()
