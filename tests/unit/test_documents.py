@@ -73,7 +73,11 @@ def subcommands() -> dict[str, Any]:
 
 @cache
 def known_options() -> frozenset[str]:
-    own = {name for command in (arch_summary.COMMAND, inspect.COMMAND, optimize.COMMAND, recommend.COMMAND) for name in command.own_names}
+    own = {
+        name
+        for command in (arch_summary.COMMAND, inspect.COMMAND, optimize.COMMAND, recommend.COMMAND)
+        for name in command.own_names
+    }
     typer_options = {
         name
         for each in subcommands().values()
