@@ -42,7 +42,7 @@ def environment() -> dict[str, str]:
 @pytest.fixture
 def head() -> Iterator[str]:
     """The address of the job server of a head of its own."""
-    folder = tempfile.mkdtemp(prefix="hrm-", dir="/tmp")
+    folder = tempfile.mkdtemp(prefix="head-", dir="/tmp")
     port, dashboard, agent, client = free_ports(4)
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}"]
     command += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", "--num-cpus=1"]

@@ -132,12 +132,12 @@ def test_a_head_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_training_on_each_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each is stopped so long after its first step; nothing is left."""
     monkeypatch.setattr(doctor, "TRAINING_S", 0.0)
-    monkeypatch.setattr(doctor, "_on_each_device", lambda: {"cpu": SMALL, "GPU 7": ("--device", "cuda")})
+    monkeypatch.setattr(doctor, "_on_each_device", lambda: {"cpu": SMALL, "GPU 7": ("--cuda-idz", "7")})
     monkeypatch.setattr(doctor, "TRAINED_CHARACTERS", 2000)
     said: list[str] = []
     good, bad = doctor.trainings(tmp_path, None, said.append)
     assert good.works and good.name == "cpu" and re.match(r"\d+ steps, loss \d", good.value)
-    assert bad.works is False and bad.value.startswith("error: --device cuda: this machine has no such device")
+    assert bad.works is False and bad.value.startswith("error: --cuda-idz: is not an option")
     assert len(said) == 2 and list(tmp_path.iterdir()) == []
 
 

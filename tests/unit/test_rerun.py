@@ -111,6 +111,27 @@ def test_a_stop_of_the_job_is_passed_on(monkeypatch: pytest.MonkeyPatch, tmp_pat
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_a_command_that_is_killed_is_run_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hrm_ray").mkdir()
+    (tmp_path / "hrm_ray" / "__init__.py").touch()
+    (tmp_path / "hrm_ray" / "__main__.py").write_text(
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "if not Path('killed').exists():\n"
+        "    Path('killed').touch()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Path('words').write_text(' '.join(sys.argv[1:]))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rerun, "handle_signals", lambda handler: {})
+    assert run_until_done(words(tmp_path, "--steps", "4"), wait_s=0) == 0
+    assert "ended by signal 9: training is run again from the start" in capsys.readouterr().err
+    assert (tmp_path / "words").read_text().startswith("train --dataset-file=")
+
+
 def test_the_entry_points_are_the_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

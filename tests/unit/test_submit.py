@@ -365,7 +365,7 @@ PLACES = st.one_of(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(PLACES, PLACES)
 def test_only_places_of_the_cluster_are_taken(data: tuple[str, bool], bundle: tuple[str, bool]) -> None:
     given_options = {"--dataset-file": data[0], "--bundle-dir": bundle[0]}
