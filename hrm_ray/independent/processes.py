@@ -47,6 +47,8 @@ class ChildProcess:
     connected: threading.Event = field(default_factory=threading.Event)
     served: threading.Thread | None = None
     failure: HrmRayError | None = None
+    device: str = "cpu"
+    """What it trains on, for people."""
 
     @property
     def code(self) -> int | None:
@@ -190,11 +192,12 @@ class Children:
         folder.mkdir(exist_ok=True)
         package = str(Path(__file__).resolve().parents[2])
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+        device = _device_of(self._plan, number)
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(paths),
             "OMP_NUM_THREADS": str(self._plan.threads),
-            **_device_of(self._plan, number),
+            **device,
         }
         with self._messages(name).open("ab") as errors:
             process = subprocess.Popen(
@@ -204,7 +207,8 @@ class Children:
                 stderr=errors,
                 env=environment,
             )
-        child = ChildProcess(name, number, process, time.monotonic())
+        told = f"{self._plan.device} {device.get(_VISIBLE, '')}".strip()
+        child = ChildProcess(name, number, process, time.monotonic(), device=told)
         if role == "keeper":
             self._keeper = child
         else:

@@ -70,6 +70,10 @@ class TrainerHandle(Protocol):
     def number(self) -> int: ...
 
     @property
+    def device(self) -> str:
+        """What it trains on, for people."""
+
+    @property
     def failure(self) -> HrmRayError | None: ...
 
     @property
@@ -151,12 +155,12 @@ class IndependentRun:
         stop: StopPoll,
         watch: FolderWatch,
         ledger: Ledger,
-        children: Workers,
+        workers: Workers,
         opened: ExitStack,
         begun: Callable[[], None] = lambda: None,
     ) -> None:
         self.plan, self.display, self.stop, self.watch, self.ledger = plan, display, stop, watch, ledger
-        self.children, self.opened, self._begun = children, opened, begun
+        self.workers, self.opened, self._begun = workers, opened, begun
         self.settings, self.run_dir = plan.settings, RunDir(plan.bundle)
         self.names = [f"trainer-{number}" for number in range(plan.world_size)]
         self.sink: MetricSink = display
@@ -178,7 +182,7 @@ class IndependentRun:
 
     def run(self) -> RunResult:
         for number, name in enumerate(self.names):
-            self.children.start_trainer(name, number)
+            self.workers.start_trainer(name, number)
         order = self._order_of_claims()
         if self.plan.checkpoint is not None and is_synchronous(self.plan.checkpoint):
             check_position(self.plan, order)
@@ -187,7 +191,7 @@ class IndependentRun:
         anchor = self._begin(order)
         self._open_files(anchor)
         self._begun()
-        self.children.serve(self.coordinator)
+        self.workers.serve(self.coordinator)
         self._train()
         return self._end()
 
@@ -320,16 +324,16 @@ class IndependentRun:
             ending = self.coordinator.stop is not None or self.coordinator.finished
             if ending:
                 ends_s = time.monotonic() + LEAVE_S if ends_s is None else ends_s
-                for child in [child for child in self.children.trainers.values() if not child.placed]:
-                    self.children.end(child)  # it has nothing to report
-                if not self.children.trainers:
+                for child in [child for child in self.workers.trainers.values() if not child.placed]:
+                    self.workers.end(child)  # it has nothing to report
+                if not self.workers.trainers:
                     return
                 if time.monotonic() >= ends_s:
-                    for child in list(self.children.trainers.values()):
+                    for child in list(self.workers.trainers.values()):
                         self._event("WARNING", f"{child.name} did not leave for {LEAVE_S:.0f} s and is ended")
-                        self.children.end(child)
+                        self.workers.end(child)
                         self.coordinator.lost(child.name, "it did not leave")
-            elif not self.children.trainers:
+            elif not self.workers.trainers:
                 self.fatal = self.failure or HrmRayError(
                     Fault("all trainers", "have ended and are not started again", "Use --resume, or see the messages")
                 )
@@ -346,12 +350,12 @@ class IndependentRun:
                 coordinator.stop = reason
         for name in coordinator.tick():
             self._event("WARNING", f"{name} was silent for the length of a lease; what it had not reported goes back")
-            child = self.children.trainers.get(name)
+            child = self.workers.trainers.get(name)
             if child is not None:
                 child.kill()  # it is frozen; its end is seen below, and it is started again
         self._end_hung()
         self._end_without_room()
-        for child in self.children.take_ended():
+        for child in self.workers.take_ended():
             self._ended(child)
         now_s = time.monotonic()
         if now_s >= self._shown_s + PROGRESS_EVERY_S:
@@ -361,7 +365,7 @@ class IndependentRun:
     def _end_hung(self) -> None:
         """End trainers that make no progress, though a thread of theirs answers; also those that never joined."""
         done: dict[str, tuple[object, Phase]] = {}
-        for name, child in self.children.trainers.items():
+        for name, child in self.workers.trainers.items():
             if not child.placed:
                 self._tell_unplaced(child)
                 continue
@@ -373,11 +377,11 @@ class IndependentRun:
         self._watched, hangs = hung(self._watched, done, time.monotonic(), self.settings.cluster.hang_after_s)
         for name, stood_s in hangs.items():
             self._event("WARNING", f"{name} has made no progress for {stood_s:.0f} s ({done[name][1]}) and is ended")
-            self.children.trainers[name].kill()
+            self.workers.trainers[name].kill()
 
     def _end_without_room(self) -> None:
         """End the run where no trainer is left that has its place: the cluster may never have room again."""
-        now_s, trainers = time.monotonic(), self.children.trainers
+        now_s, trainers = time.monotonic(), self.workers.trainers
         if not trainers or any(child.placed for child in trainers.values()):
             self._placed_s = now_s
             return
@@ -415,7 +419,7 @@ class IndependentRun:
         lasting = error is not None and cause_of(error) in LASTING
         if lasting or len(self.restarts) >= self.settings.cluster.max_failures:
             self.failure = self.failure or error
-            without = "; the run goes on without it" if self.children.trainers else ""
+            without = "; the run goes on without it" if self.workers.trainers else ""
             self._event("WARNING", f"{child.name} has failed ({told}){without}")
             return
         step = coordinator.anchor.round
@@ -427,8 +431,8 @@ class IndependentRun:
         self._start_again(child)
 
     def _start_again(self, child: TrainerHandle) -> None:
-        self.children.start_trainer(child.name, child.number)
-        self.children.serve(self.coordinator)
+        self.workers.start_trainer(child.name, child.number)
+        self.workers.serve(self.coordinator)
 
     def _merge(self, request: MergeRequest) -> None:
         try:
@@ -486,27 +490,26 @@ class IndependentRun:
         """Say once of a trainer that its reports make merges worse, with the figures."""
         reasons = {trainers[report]: reason for report, reason in merged.rejected.items()}
         for name, reason in reasons.items():
-            state, child = self.coordinator.trainers.get(name), self.children.trainers.get(name)
+            state, child = self.coordinator.trainers.get(name), self.workers.trainers.get(name)
             if state is None or child is None or name in self._named_worse:
                 continue
             if makes_worse(state.reports, state.rejected_by_guard):
                 self._named_worse.add(name)
-                device = f"{self.plan.device} {child.number}" if self.plan.device != "cpu" else "cpu"
                 told = (
                     f"{state.rejected_by_guard} of its {state.reports} reports were rejected, the last because {reason}"
                 )
                 hint = "run without its device, or with a lower --lr"
-                self._event("WARNING", f"{name} on {device} makes merges worse: {told}; {hint}")
+                self._event("WARNING", f"{name} on {child.device} makes merges worse: {told}; {hint}")
 
     def _end_rejected(self, merged: Merged) -> None:
         """End trainers whose reports are rejected again and again: their device or their settings are to blame."""
         for name, state in list(self.coordinator.trainers.items()):
-            child = self.children.trainers.get(name)
+            child = self.workers.trainers.get(name)
             if child is None or state.rejected_in_row < MOST_REJECTIONS:
                 continue
             reason = f"had {state.rejected_in_row} reports in a row rejected; the run goes on without it"
             self._event("WARNING", f"{name} {reason}")
-            self.children.end(child)
+            self.workers.end(child)
             self.coordinator.lost(name, reason)
             remove_unreported(self.run_dir, self.ledger, name)
             if self.failure is None:
@@ -582,8 +585,8 @@ class IndependentRun:
                 if newest is not None:
                     # The checkpoint may be older than the last evaluation.
                     best = None if self.evaluated is None else self.evaluated.best
-                    self.children.call_keeper(KEEPER, "resume", (newest, best), self._meanwhile)
-                return self.children.call_keeper(KEEPER, name, arguments, self._meanwhile)
+                    self.workers.call_keeper(KEEPER, "resume", (newest, best), self._meanwhile)
+                return self.workers.call_keeper(KEEPER, name, arguments, self._meanwhile)
             except Disconnected as gone:
                 failures += 1
                 told = str(gone) or "has ended"

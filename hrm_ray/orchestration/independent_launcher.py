@@ -23,7 +23,8 @@ from hrm_ray.orchestration.attempts import Attempts
 from hrm_ray.orchestration.cluster_room import StartTurn
 from hrm_ray.orchestration.failures import RESUME_HINT, WorkerCrash, actor_lost, cause_of, death_reason
 from hrm_ray.orchestration.hang_watch import kill_worker, kill_workers
-from hrm_ray.orchestration.independent_actors import ActorTask, CoordinatorActor, CoordinatorStatus, Ended
+from hrm_ray.orchestration.independent_actors import ActorTask
+from hrm_ray.orchestration.independent_coordinator import CoordinatorActor, CoordinatorStatus, Ended
 from hrm_ray.orchestration.run_monitor import WorkerInfo
 from hrm_ray.orchestration.session import POLL_INTERVAL_S, Session, worker_environment
 from hrm_ray.rundir import DRIVER_MARKER
@@ -135,7 +136,7 @@ class CoordinatorRun:
         )
         self._actor = actor.remote(task)
         running = self._actor.run.remote()
-        pid = self._actor.here.remote()
+        pid = self._actor.worker_info.remote()
         while True:
             done, _ = ray.wait([running], timeout=POLL_INTERVAL_S)
             if self._session.lost():
@@ -147,7 +148,7 @@ class CoordinatorRun:
             self._update()
         ended: Ended = self._get(running)
         # A call that is on its way has the records before those of the last one.
-        for asked in (self._asked, self._actor.take.remote()):
+        for asked in (self._asked, self._actor.take_status.remote()):
             if asked is not None:
                 self._receive(asked, wait_s=self._timeouts.monitor_s)
         return ended
@@ -159,7 +160,7 @@ class CoordinatorRun:
             self._stop_sent = True
             self._actor.ask_stop.remote(reason)
         if self._asked is None:
-            self._asked, self._asked_s = self._actor.take.remote(), time.monotonic()
+            self._asked, self._asked_s = self._actor.take_status.remote(), time.monotonic()
         if ray.wait([self._asked], timeout=0)[0]:
             asked, self._asked = self._asked, None
             self._receive(asked)

@@ -52,6 +52,7 @@ def load_settings(
             read_tree(trial or {}, "trial"),
         ]
     )
+    several_in_one = isinstance(user.values.get("optimizer.batch_size"), str)
     _read_batch_sizes(user.values)
     traits = {key: option.traits for key, option in options().items()}
     dropped = {key for key in traits if traits[key].on_resume == "dropped"}
@@ -66,6 +67,8 @@ def load_settings(
     defaults = {**named, **profiled, **(architecture or {})}
     values = {**{key: value for key, value in defaults.items() if key not in replaced}, **kept, **by_user}
     given = frozenset(key for key, value in user.values.items() if value is not None)
+    if several_in_one:
+        given -= {"cluster.trainer_batch_sizes"}  # messages name what was written, --batch-size
     if is_recipe(config_path) and "run.steps" in read_options(flat_options).values:
         # A recipe's warm-up is meant for the recipe's steps: with others it gives way, as a default does.
         given -= {"optimizer.warmup_steps"} - read_options(flat_options).values.keys()

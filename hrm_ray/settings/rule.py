@@ -13,6 +13,9 @@ Rule: TypeAlias = Callable[[RunSettings], Fault | None]
 """Gives what is wrong with a combination of options, or None. `rules` notes which leaves it reads."""
 
 
+_BATCH_SIZES = "cluster.trainer_batch_sizes"
+
+
 def refuse(broken: Callable[[RunSettings], bool], shows: tuple[str, ...], reason: str, hint: str) -> Rule:
     """A rule that is one condition. `reason` and `hint` may contain leaves, such as {model.num_experts}."""
 
@@ -33,4 +36,13 @@ def gives_way(settings: RunSettings, key: str) -> bool:
 
 def written(settings: RunSettings, *shown: str) -> str:
     """Leaves as a user would write them, `--num-heads 3 with --hidden-size 64`; other text stays as it is."""
-    return " with ".join(options()[part].written(settings.leaf(part)) if part in options() else part for part in shown)
+    return " with ".join(_written(settings, part) for part in shown)
+
+
+def _written(settings: RunSettings, part: str) -> str:
+    if part not in options():
+        return part
+    value = settings.leaf(part)
+    if part == _BATCH_SIZES and part not in settings.given:
+        return options()["optimizer.batch_size"].written(value)  # it was given as --batch-size 4,2
+    return options()[part].written(value)

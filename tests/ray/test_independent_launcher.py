@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +15,8 @@ from hrm_ray.errors import DataError, DiskError, Fault, HrmRayError
 from hrm_ray.independent.wire import packed
 from hrm_ray.launch.restarts import Cause
 from hrm_ray.launch.supervisor import Failed, WatchedSink
-from hrm_ray.orchestration import independent_actors, independent_launcher
-from hrm_ray.orchestration.independent_actors import ActorHandle, CoordinatorStatus, Ended, _Silence
+from hrm_ray.orchestration import independent_coordinator, independent_launcher
+from hrm_ray.orchestration.independent_coordinator import ActorTrainer, CoordinatorStatus, Ended, _Silence
 from hrm_ray.orchestration.independent_launcher import CoordinatorRun
 from hrm_ray.types import Record, RunResult, StopReason
 from tests.support.ray_bodies import plan_of
@@ -67,8 +69,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch, coordinator: Coordinator, module: 
     running = Running(coordinator.ended)
     running.coordinator = coordinator
     actor = SimpleNamespace(
-        take=calls(coordinator.take),
-        here=calls(None),
+        take_status=calls(coordinator.take),
+        worker_info=calls(None),
         ask_stop=calls(None),
         run=SimpleNamespace(remote=lambda: running),
     )
@@ -132,9 +134,9 @@ def test_a_full_disk_is_waited_for_and_wrong_data_is_not(tmp_path: Path, monkeyp
 
 
 def test_a_keeper_that_is_stopped_is_found_by_its_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    scripted(monkeypatch, Coordinator(Ended()), independent_actors)
+    scripted(monkeypatch, Coordinator(Ended()), independent_coordinator)
     now_s = [0.0]
-    monkeypatch.setattr(independent_actors, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    monkeypatch.setattr(independent_coordinator, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
     answers = [0, 0, 10**9]  # the third call is never answered
     keeper = SimpleNamespace(ping=SimpleNamespace(remote=lambda: Asked(None, after=answers.pop(0))))
     silence = _Silence(keeper, Asked(None, after=0))
@@ -142,7 +144,7 @@ def test_a_keeper_that_is_stopped_is_found_by_its_silence(monkeypatch: pytest.Mo
     for now in range(0, 70, 2):
         now_s[0] = float(now)
         found.append(silence.too_long())
-    assert found.index(True) * 2 == 4 + independent_actors.SILENT_S
+    assert found.index(True) * 2 == 4 + independent_coordinator.SILENT_S
     starting = _Silence(
         SimpleNamespace(ping=SimpleNamespace(remote=lambda: Asked(None, after=10**9))), Asked(None, after=10**9)
     )
@@ -151,7 +153,14 @@ def test_a_keeper_that_is_stopped_is_found_by_its_silence(monkeypatch: pytest.Mo
 
 
 def test_an_actor_without_room_has_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    scripted(monkeypatch, Coordinator(Ended()), independent_actors)
-    here = SimpleNamespace(remote=lambda: Asked(None, after=10**9))
-    handle = ActorHandle("trainer-0", 0, SimpleNamespace(here=here))
+    scripted(monkeypatch, Coordinator(Ended()), independent_coordinator)
+    never = SimpleNamespace(remote=lambda: Asked(None, after=10**9))
+    handle = ActorTrainer("trainer-0", 0, SimpleNamespace(worker_info=never, load=never))
     assert not handle.placed and handle.info is None and handle.code is None
+
+
+def test_an_actor_whose_libraries_hang_has_its_process() -> None:
+    """Ray imports the class's file before the actor answers: nothing in it may take long, so that what follows is
+    watched as the start of a trainer is."""
+    words = "import sys, hrm_ray.orchestration.independent_actors; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", words], check=False).returncode == 0

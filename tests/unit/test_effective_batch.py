@@ -34,6 +34,10 @@ def test_a_batch_size_for_each_independent_trainer() -> None:
 def test_the_batch_sizes_are_as_many_as_the_trainers(tmp_path: Path) -> None:
     words = ("--dataset-file", text_file(tmp_path), "--bundle-dir", tmp_path / "b", "--parallel-independent")
     refused(2, "train", *words, "--world-size", 3, "--batch-size", "4,2", naming=("--batch-size 4,2", 2, 3))
+    together = [word for word in words if word != "--parallel-independent"]
+    said = refused(2, "train", *together, "--batch-size", "4,2", naming=("--batch-size 4,2 with",))
+    assert "trainer-batch-sizes" not in said
+    refused(2, "train", *together, "--trainer-batch-sizes", "4,2", naming=("--trainer-batch-sizes 4,2 with",))
     assert not (tmp_path / "b").exists()
 
 

@@ -220,6 +220,7 @@ def test_a_run_none_of_whose_trainers_finds_room_ends(shell: Shell, monkeypatch:
 
 def test_a_trainer_that_makes_merges_worse_is_named_once_with_its_figures(shell: Shell) -> None:
     shell.coordinator.rules = Rules(1, 1, merge_every=1, epochs=1)
+    shell.children.trainers["trainer-1"].device = "cuda 5"
     for number in range(1, 5):
         bad, good = shell.report("trainer-1", number), shell.report("trainer-0", number)
         request = shell.coordinator.due()
@@ -234,5 +235,5 @@ def test_a_trainer_that_makes_merges_worse_is_named_once_with_its_figures(shell:
         shell.run._name_worse(merged, {good: "trainer-0", bad: "trainer-1"})
         shell.run._name_worse(merged, {good: "trainer-0", bad: "trainer-1"})
     (said,) = [str(record.values["message"]) for record in shell.events]
-    assert "trainer-1 on cpu makes merges worse: 3 of its 4 reports" in said and "the held-out loss is 4.0" in said
+    assert "trainer-1 on cuda 5 makes merges worse: 3 of its 4 reports" in said and "the held-out loss is 4.0" in said
     assert len(said) < 300

@@ -89,7 +89,7 @@ LISTED = [
         "ray.train.v2._internal.execution.controller.TrainController",
         ["orchestration/worker_group_trainer.py"],
     ),
-    ("ray.actor", "ray.actor.ActorHandle._actor_id", ["orchestration/independent_actors.py"]),
+    ("ray.actor", "ray.actor.ActorHandle._actor_id", ["orchestration/independent_coordinator.py"]),
     (
         "ray.dashboard.modules.dashboard_sdk",
         "'_server_ray_version' in ray.dashboard.modules.dashboard_sdk.SubmissionClient.__init__.__code__.co_names",
