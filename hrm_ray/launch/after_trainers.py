@@ -55,7 +55,11 @@ def after_trainers(plan: RunPlan, launcher: str, *, sink: MetricSink, stop: Stop
         anchor = run.merge_staged()
         place = _place(plan, ledger)
         source = RunDir(checkpoint.parent.parent)
-        taken_from = run.hand_over(anchor, place, _states(source))
+        states = _states(source)
+        if plan.settings.run.resume_from is not None:
+            # Those that were saved later know of samples that are not trained any more.
+            states = [one for one in states if read_json(one / STATE)["progress"]["step"] <= anchor.round]
+        taken_from = run.hand_over(anchor, place, states)
     moments = "no trainer has left the state of its optimizer: it begins without"
     if taken_from is not None:
         moments = f"the state of the optimizer is that of {RunDir(taken_from.parent.parent).root.name}"

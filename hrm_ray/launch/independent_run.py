@@ -204,6 +204,7 @@ class IndependentRun:
         self.coordinator.stop = StopReason.FINISHED
         while (request := self.coordinator.due()) is not None:
             self._merge(request)
+        remove_unreported(self.run_dir, self.ledger)
         return self.coordinator.anchor
 
     def hand_over(self, anchor: AnchorRef, place: LoaderPlace, states: Sequence[Path]) -> Path | None:

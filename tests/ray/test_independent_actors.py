@@ -39,13 +39,14 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ACTORS = [word.replace("subprocess", "ray") for word in OPTIONS]
 KILLS = [
-    ["trainer-0", "before write", 1],
     ["trainer-1", "after report", 1],
     ["anchors", "after merge", 1],
     ["coordinator", "before commit", 1],
     ["driver", "before commit", 1],
+    ["raylet", "before commit", 1],
 ]
-"""Process, point, and number of the call in that process. The first round is committed by the second command."""
+"""Process, point, and number of the call in that process. The first round is committed by the second command, in its
+second cluster. Trainers that die while they write are tests/unit/test_independent_processes.py's."""
 
 
 def check_rows(folder: Path) -> None:
