@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from hrm_ray.orchestration.jobs import Jobs
 
 _POLL_S = 0.2
+_NOT_IN_A_NAME = r"[^A-Za-z0-9._-]"
+"""What addresses of the job server would need to escape."""
 _RERUNNING = (("jobs", "train.py"), ("jobs", "independent.py"))
 
 
@@ -48,6 +51,8 @@ def run_submit(
         given = words[0] if words else "hrm-ray submit"
         hint = "Write hrm-ray submit --address http://HEAD:8265 -- train --dataset-file ... --bundle-dir ..."
         raise SettingsError(Fault(given, "only train can be submitted", hint))
+    if name is not None and (not name or re.search(_NOT_IN_A_NAME, name)):
+        raise SettingsError(Fault(f"--name {name}", "cannot be the name of a job", "Give letters, digits, - and _"))
     arguments = FlatCommand("submit -- train [OPTIONS]", "", OWN).parse(words[1:])
     if arguments.faults:
         raise SettingsError(arguments.faults)
@@ -55,11 +60,11 @@ def run_submit(
     environment = {variable: _value_of(variable) for variable in env}
     package = code_package(Path.cwd())
     jobs = _jobs(address)
-    name = name or f"{PurePosixPath(bundle).name}-{secrets.token_hex(3)}"
+    name = name or f"{re.sub(_NOT_IN_A_NAME, '-', PurePosixPath(bundle).name)}-{secrets.token_hex(3)}"
     with tempfile.TemporaryDirectory(prefix="hrm-ray-job-") as folder:
         package.write(Path(folder))
         for target, source in files.items():
-            (Path(folder) / target).parent.mkdir(exist_ok=True)
+            (Path(folder) / target).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, Path(folder) / target)
         print(f"code    {len(package.files)} files of {package.root}, {gigabytes(package.size_bytes)}")
         if package.left_out:

@@ -130,9 +130,10 @@ def job_options(
     for option, file in (("--config", config), ("--adaptive-lr-config", rate)):
         if file is None or (option == "--config" and is_recipe(config)) or not Path(str(file)).is_file():
             continue
-        files[f".job/{Path(str(file)).name}"] = Path(str(file))
+        target = f".job/{option[2:]}/{Path(str(file)).name}"
+        files[target] = Path(str(file))
         found = {name: value for name, value in found.items() if _flag(name) != option}
-        found[option] = f".job/{Path(str(file)).name}"
+        found[option] = target
     if faults:
         raise SettingsError(faults)
     if not any(parsed.values.get(key) for key in _OF_ANOTHER_RUN) and _is_settings_file(config):

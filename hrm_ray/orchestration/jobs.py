@@ -80,6 +80,8 @@ class Jobs:
     def follow(self, name: str, write: Callable[[str], None]) -> int:
         """Pass on what the job prints until it has ended; returns its exit code. Raises HrmRayError where the head is
         lost: the job may go on."""
+        if name not in [job.submission_id for job in self._listed()]:
+            raise SettingsError(Fault(f"--follow {name}", f"there is no such job at {self.address}", "Give its name"))
         printed = 0
 
         async def tail() -> None:
@@ -98,6 +100,10 @@ class Jobs:
                 info = self._info(name)
                 lost_s = None
             except _LOST as error:
+                if "does not exist" in str(error):
+                    reason = f"the head was started again, and job {name} is lost"
+                    hint = "Submit it again: it goes on from its newest checkpoint"
+                    raise UnavailableError(Fault(f"--address {self.address}", reason, hint)) from error
                 lost_s = lost_s or time.monotonic()
                 if time.monotonic() - lost_s > LOST_TIMEOUT_S:
                     reason = f"the head does not answer any more; job {name} may go on"
@@ -110,10 +116,7 @@ class Jobs:
 
     def find(self, target: str) -> str:
         """The name of the job that is meant by a name or by the bundle that it writes. Raises SettingsError."""
-        try:
-            found = [job for job in self._client.list_jobs() if job.submission_id is not None]
-        except _LOST as error:
-            raise self._fault(f"its jobs cannot be listed ({_line(error)})") from error
+        found = self._listed()
         running = [job for job in found if job.status not in ENDED]
         for job in running:
             if target in (job.submission_id, (job.metadata or {}).get(BUNDLE)):
@@ -142,6 +145,13 @@ class Jobs:
         raise UnavailableError(
             Fault(f"job {name}", f"was asked to stop and still runs after {wait_s:.0f} s", "Give a longer --wait")
         )
+
+    def _listed(self) -> list[Any]:
+        """The jobs that were submitted, not the programs that have connected to the cluster."""
+        try:
+            return [job for job in self._client.list_jobs() if job.submission_id is not None]
+        except _LOST as error:
+            raise self._fault(f"its jobs cannot be listed ({_line(error)})") from error
 
     def _info(self, name: str) -> Any:
         return self._client.get_job_info(name)

@@ -52,12 +52,13 @@ class Client:
         self.stopped: list[str] = []
         self.connections = 0
         self.sent: dict[str, str] = {}
+        self.sent_as = ""
         Client.made.append(self)
 
     def submit_job(self, *, entrypoint: str, submission_id: str, runtime_env: Any, metadata: Any) -> None:
         if self.error is not None:
             raise self.error
-        self.entrypoint, self.name, self.metadata = entrypoint, submission_id, metadata
+        self.entrypoint, self.name, self.sent_as, self.metadata = entrypoint, submission_id, submission_id, metadata
         self.environment = runtime_env["env_vars"]
         folder = Path(runtime_env["working_dir"])
         self.sent = {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*") if p.is_file()}
@@ -74,7 +75,8 @@ class Client:
         return SimpleNamespace(**{"message": "", "driver_exit_code": None, **self.ends})
 
     def list_jobs(self) -> list[Any]:
-        return [SimpleNamespace(**each) for each in self.listed]
+        submitted = [{"submission_id": self.sent_as, "status": "RUNNING", "metadata": {}}] if self.sent_as else []
+        return [SimpleNamespace(**each) for each in (*self.listed, *submitted)]
 
     def stop_job(self, name: str) -> bool:
         self.stopped.append(name)
@@ -103,7 +105,7 @@ def git(root: Path, *words: str) -> None:
 @pytest.fixture
 def head(monkeypatch: pytest.MonkeyPatch, checkout: Path) -> type[Client]:
     monkeypatch.chdir(checkout)
-    for name, value in (("error", None), ("made", []), ("listed", ()), ("version", ray.__version__)):
+    for name, value in (("error", None), ("made", []), ("listed", (RUNNING,)), ("version", ray.__version__)):
         monkeypatch.setattr(Client, name, value)
     monkeypatch.setattr(jobs, "JobSubmissionClient", Client)
     monkeypatch.setattr(jobs, "_check_answers", lambda address: None)
@@ -179,6 +181,19 @@ def test_ctrl_c_leaves_the_job_alone(head: type[Client], monkeypatch: Any) -> No
     assert f"hrm-ray stop docs-1 --address {HEAD}" in ran.out
 
 
+def test_following_what_is_not_there(head: type[Client], monkeypatch: Any) -> None:
+    refused(2, "submit", "--address", HEAD, "--follow", "docs-2", naming=("--follow docs-2", "no such job"))
+    monkeypatch.setattr(head, "log", (RuntimeError("Request failed with status code 404: Job docs-1 does not exist."),))
+    ran = submit("--follow", "docs-1")
+    assert ran.code == 3 and "job docs-1 is lost" in ran.err and "Submit it again" in ran.err
+
+
+def test_names_of_jobs(head: type[Client]) -> None:
+    refused(2, "submit", "--address", HEAD, "--name", "a/b", "--", *GOOD, naming=("--name a/b", "letters"))
+    assert submit("--", *GOOD, "--bundle-dir", "/mnt/my docs").code == 0
+    assert head.made[0].name.startswith("my-docs-")
+
+
 def test_without_waiting(head: type[Client]) -> None:
     ran = submit("--no-wait", "--", *GOOD)
     assert ran.code == 0 and head.made[0].connections == 0 and "--follow docs-" in ran.out
@@ -221,8 +236,8 @@ def test_own_files_go_with_the_code(head: type[Client], tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("optimizer:\n  lr: 0.001\n")
     assert submit("--", *GOOD, "--config", config).code == 0
-    assert head.made[0].sent[".job/run.yaml"] == config.read_text()
-    assert "--config=.job/run.yaml" in shlex.split(head.made[0].entrypoint)
+    assert head.made[0].sent[".job/config/run.yaml"] == config.read_text()
+    assert "--config=.job/config/run.yaml" in shlex.split(head.made[0].entrypoint)
     assert submit("--", *GOOD, "--config", "sudoku4").code == 0  # a recipe is in the code
     assert "--config=sudoku4" in shlex.split(head.made[1].entrypoint)
 
