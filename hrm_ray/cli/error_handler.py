@@ -98,7 +98,9 @@ def _report(error: BaseException) -> int:
             fault = Fault(str(error.filename or "the output"), f"it cannot be written ({error.strerror})", hint)
             print_error(f"error: {fault}")
             return ResourceError.exit_code
-    print_error(f"error: {type(error).__name__}: hrm-ray did not expect it. Report this traceback.")
+    print_error(
+        f"error: {type(error).__name__}: hrm-ray did not expect it. Report this traceback and `hrm-ray doctor`."
+    )
     print_error("".join(traceback.format_exception(error)).rstrip())
     return EXIT_UNEXPECTED
 

@@ -70,6 +70,7 @@ def run_submit(
         if package.left_out:
             print(f"warning: {package.left_out} Python file(s) are not in git, and so not sent", file=sys.stderr)
         sent = [f"{option}={value}" if isinstance(value, str) else option for option, value in options.items()]
+        sent += [option for option in arguments.own if option == "--dry-run"]
         jobs.submit(name, shlex.join(["python", ENTRY, *sent]), Path(folder), environment, bundle)
     print(f"job     {name}\nbundle  {bundle} on the cluster", flush=True)
     if not wait:

@@ -195,7 +195,8 @@ def test_names_of_jobs(head: type[Client]) -> None:
 
 
 def test_without_waiting(head: type[Client]) -> None:
-    ran = submit("--no-wait", "--", *GOOD)
+    ran = submit("--no-wait", "--", *GOOD, "--dry-run")
+    assert shlex.split(head.made[0].entrypoint)[-1] == "--dry-run"
     assert ran.code == 0 and head.made[0].connections == 0 and "--follow docs-" in ran.out
 
 
