@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import FileIO
@@ -38,6 +40,8 @@ WHOLE_NUMBERS: Mapping[str, np.dtype[Any]] = {
 _STORED = {**FLOATS, **WHOLE_NUMBERS}
 _BLOCK = 1 << 16
 """Values that are rounded to bfloat16 at a time."""
+_FLUSH_BYTES = 4 << 20
+"""Bytes after which the system is asked to begin to write what it was given, so that the last sync has little to do."""
 _LENGTH = 8
 """Bytes of the header's length. The tensors begin at a multiple of it."""
 _LONGEST_HEADER = 100_000_000
@@ -196,6 +200,7 @@ class TensorWriter:
         text += b" " * (-len(text) % _LENGTH)
         self._file = file
         self._digest = hashlib.sha256()
+        self._written = self._flushing = 0
         self._write(len(text).to_bytes(_LENGTH, "little") + text)
 
     @property
@@ -218,6 +223,17 @@ class TensorWriter:
     def _write(self, content: bytes | memoryview) -> None:
         self._digest.update(content)
         self._file.write(content)
+        self._written += len(content)
+        if self._written - self._flushing >= _FLUSH_BYTES:
+            self._begin_flush()
+
+    def _begin_flush(self) -> None:
+        """Let the system write to the disk while the next values are computed."""
+        if sys.platform == "linux":
+            # What is not on the disk yet is not dropped by this, but its writing begins.
+            count = self._written - self._flushing
+            os.posix_fadvise(self._file.fileno(), self._flushing, count, os.POSIX_FADV_DONTNEED)
+        self._flushing = self._written
 
 
 def _bfloat16(values: Array) -> Array:
