@@ -36,6 +36,9 @@ class News:
     `staged_sequences` are the samples of all reports that no round has taken yet, of any trainer. The clock of the
     learning rate is what the anchor has learned, what is staged, and the trainer's open samples.
 
+    `unmerged`: a report of the trainer waits for a round, and the next one better waits for that: a newer anchor does
+    not have what waits, so the trainer would go on from weights without its own work (never under --merge-every end).
+
     A trainer lays a newer anchor in place at a step boundary: weights = anchor + (weights - snap), snap = anchor. It
     does the same with the anchor that it has where one of its reports was `rejected`.
     """
@@ -44,6 +47,7 @@ class News:
     rejected: tuple[str, ...] = ()
     stop: StopReason | None = None
     staged_sequences: int = 0
+    unmerged: bool = False
 
 
 @dataclass(frozen=True)

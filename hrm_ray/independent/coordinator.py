@@ -505,8 +505,9 @@ class LedgerCoordinator:
         rejected: tuple[str, ...] = ()
         if state is not None:
             rejected, state.rejected = tuple(state.rejected), []
-        staged = sum(one.sequences for one in self.ledger.staged())
-        return News(self.anchor, rejected, self.stop, staged)
+        staged = self.ledger.staged()
+        unmerged = self.rules.merge_every != "end" and any(one.worker == trainer for one in staged)
+        return News(self.anchor, rejected, self.stop, sum(one.sequences for one in staged), unmerged)
 
     def _now_s(self) -> float:
         """The clock. Where nothing was asked of this process for long, it stood still itself (Ctrl-Z, a paused

@@ -46,6 +46,11 @@ SAVE_STATE_EVERY_S = 60.0
 """A trainer's optimizer state is saved at a report when the last time is so long ago, and when it leaves."""
 HEAR_EVERY_S = 1.0
 """Between two steps the coordinator is asked for news so often at least: a stop, or a newer anchor."""
+HEAR_OF_REPORT_EVERY_S = 0.1
+"""The same while a report of the trainer waits for its round."""
+MOST_OPEN_REPORTS = 4
+"""A trainer whose last report waits for a round trains on, and reports again at the latest when it has so many times
+the updates of a report."""
 
 _Key: TypeAlias = tuple[int, int, int, int]
 
@@ -181,7 +186,7 @@ class BlockTrainer:
         self.loop.activity.progressed()
         if self._renewal_error is not None:
             raise self._renewal_error
-        if self._clock() - self._heard_s >= HEAR_EVERY_S:
+        if self._clock() - self._heard_s >= (HEAR_OF_REPORT_EVERY_S if self._news.unmerged else HEAR_EVERY_S):
             self.renew()
         self._drop_lost()
         if self._over:
@@ -195,7 +200,8 @@ class BlockTrainer:
         if self.loader.left or (self.loop.parts.carried and self.loop.carries is not None):
             step = self._step()
             if step is not None:
-                if self._work.updates >= self._report_updates:
+                waits = MOST_OPEN_REPORTS if self._news.unmerged else 1
+                if self._work.updates >= waits * self._report_updates:
                     self._report()
                 return None
         if self._work.updates or self._emptied():

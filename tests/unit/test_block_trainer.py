@@ -17,7 +17,7 @@ from hrm_ray.errors import DataError
 from hrm_ray.independent.anchor_keeper import AnchorKeeper
 from hrm_ray.independent.calls import Progress, Report, Reported
 from hrm_ray.independent.coordinator import Merged
-from hrm_ray.independent.trainer import HEAR_EVERY_S, NEWCOMER_STEPS, BlockTrainer
+from hrm_ray.independent.trainer import HEAR_EVERY_S, MOST_OPEN_REPORTS, NEWCOMER_STEPS, BlockTrainer
 from hrm_ray.independent.weights import AVERAGE
 from hrm_ray.ledger import Lease, Refused
 from hrm_ray.ledger.verify import violations
@@ -175,12 +175,31 @@ def test_each_report_has_what_was_learned_since_the_one_before(tmp_path: Path) -
     block = Block(plan_of(data, tmp_path / "block", *TEXT, *CHUNKS, "--epochs", 1), report_updates=2)
     with block.trainer() as trainer:
         assert trainer.join() is None
-        for _ in range(4):
+        for _ in range(2 + 2 * MOST_OPEN_REPORTS):
             trainer.turn()
         weights = trainer.loop.parts.strategy.full_weights()
     first, second = map(block.change, block.ledger.staged())
     for name, start in block.weights().items():
         torch.testing.assert_close(start + first[name] + second[name], weights[name], rtol=0, atol=1e-6)
+
+
+def test_the_next_report_waits_for_the_round_of_the_last(tmp_path: Path) -> None:
+    """Otherwise it would go on from an anchor with the first report and lose the second from its weights."""
+    data = lines_file(tmp_path)
+    block = Block(plan_of(data, tmp_path / "block", *TEXT, *CHUNKS, "--epochs", 1), report_updates=2)
+    with block.trainer() as trainer:
+        assert trainer.join() is None
+        for _ in range(5):
+            trainer.turn()
+        assert len(block.ledger.staged()) == 1
+        block.merge()
+        trainer.renew()
+        trainer.turn()  # lays the anchor, which has the first report, and has more than enough updates for another
+        assert trainer._anchor == block.anchors[1] and len(block.ledger.staged()) == 1
+        second, weights = block.change(block.ledger.staged()[0]), trainer.loop.parts.strategy.full_weights()
+    for name, anchor in block.weights().items():
+        torch.testing.assert_close(anchor + second[name], weights[name], rtol=0, atol=1e-6)
+    assert block.ledger.staged()[0].sequences == 4 * 4  # three updates of 4 rows, and that of the last turn
 
 
 def test_experts_are_reported_with_the_tokens_they_were_trained_on(tmp_path: Path) -> None:
@@ -333,15 +352,15 @@ def test_a_trainer_that_comes_back_has_its_moments_and_another_warms_up(tmp_path
 
 def test_the_learning_rate_follows_the_samples_of_all(tmp_path: Path) -> None:
     data = lines_file(tmp_path)
-    words = (*TEXT, *CHUNKS, "--epochs", 1, "--lr-schedule", "linear", "--lr", 0.01, "--warmup-steps", 0)
+    words = (*TEXT, *CHUNKS, "--epochs", 9, "--lr-schedule", "linear", "--lr", 0.01, "--warmup-steps", 0)
     block = Block(plan_of(data, tmp_path / "block", *words), report_updates=2)
     with block.trainer("0") as first, block.trainer("1", 1) as second:
         assert first.join() is None and second.join() is None
-        for _ in range(4):
+        for _ in range(2 + 2 * MOST_OPEN_REPORTS):
             first.turn()  # two reports, staged
         second.renew()
         second.turn()
-    assert second.loop.clock.position == pytest.approx(5.0)
+    assert second.loop.clock.position == pytest.approx(3.0 + 2 * MOST_OPEN_REPORTS)
 
 
 def test_with_another_batch_a_trainer_begins_without_its_moments(tmp_path: Path) -> None:
