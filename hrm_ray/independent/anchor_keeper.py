@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -360,10 +360,14 @@ class _RoundMerge:
 
     def _merge(self, members: Sequence[Contribution]) -> _Made:
         keeper, request = self._keeper, self._request
-        root, outer = keeper.run_dir.root, replace(keeper.outer, lr=keeper.outer.lr * request.share)
+        root, outer = keeper.run_dir.root, keeper.outer
         weighed = [Member(one.name, one.worker, one.sequences, generation=one.generation) for one in members]
         weights = merge_weights(weighed, keeper.settings.cluster.merge_weights)
-        sole = self._sole_weights() if outer.is_plain and len(members) == len(request.members) else None
+        sole = (
+            self._sole_weights()
+            if outer.is_plain and request.share == 1.0 and len(members) == len(request.members)
+            else None
+        )
         if sole is not None:
             files = [MemberFile(sole, 1.0, self._parent)]
         else:
@@ -378,6 +382,7 @@ class _RoundMerge:
             outer,
             AnchorFiles(path, momentum_of(path) if outer.momentum else None),
             metadata=_metadata(request, names=[one.name for one in members]),
+            share=request.share,
         )
         if report.momentum_sha256 is not None:
             seal_momentum(path, report.momentum_sha256)

@@ -139,9 +139,11 @@ def hung(
 def round_share(reporters: Collection[str], samples_per_s: Mapping[str, float]) -> float:
     """The part of all trainers, each counted by its speed, that a round has reports of.
 
-    The round's mean change is scaled by it, so that a report that comes late and alone moves the anchor no further than
-    it would have in the round of the others: otherwise the anchor would go the same way twice. `samples_per_s` are the
-    speeds of those at work and of those that took part in the round before (0: not known, then the mean of the others).
+    The round's mean change is scaled by it, so that a report that comes late and alone moves the anchor as far as it
+    would have in the round of the others: otherwise the anchor would go the same way twice. The momentum takes the
+    scaled change and fades as in any round, so all that a change ever moves is the same in few rounds and in many.
+    `samples_per_s` are the speeds of those at work and of those that took part in the round before (0: not known, then
+    the mean of the others).
     """
     known = [speed for speed in samples_per_s.values() if speed > 0]
     usual = fmean(known) if known else 1.0

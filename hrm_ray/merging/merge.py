@@ -75,12 +75,15 @@ def merge_deltas(
     out: AnchorFiles,
     *,
     metadata: Mapping[str, str] | None = None,
+    share: float = 1.0,
     rule: RuleOf = rule_of,
     window_bytes: int = WINDOW_BYTES,
 ) -> MergeReport:
     """Write `out`: the anchor plus the outer step over the members' changes, in the anchor's types.
 
-    A sole member with whole weights of this anchor is copied bit for bit where the outer step is plain. With a momentum
+    `share` scales the sum of changes, before the momentum, where the members are only a part of those that go the same
+    way; not by rows, which count for those alone that changed them. A sole member with whole weights of this anchor is
+    copied bit for bit where the outer step is plain and the share is 1. With a momentum
     `out` needs a place for it. Both files reach the disk, the weights last, under names that must be new; on any error
     neither is there. What is not finite is merged and reported: the caller decides. Raises DataError for members that
     do not fit the anchor or cannot be read, DiskError where `out` cannot be written.
@@ -109,6 +112,7 @@ def merge_deltas(
                 for one in members
             ],
             outer,
+            share,
             rule,
             window_bytes,
         )
@@ -139,16 +143,18 @@ class _Merge:
         momentum: TensorFile | None,
         members: list[OpenMember],
         outer: OuterStep,
+        share: float,
         rule: RuleOf,
         window_bytes: int,
     ) -> None:
         self.anchor = anchor
+        self.share = share
         self.momentum = momentum
         self.members = members
         self.outer = outer
         self.rule = rule
         (only, *others) = members
-        self.verbatim = not others and only.base is anchor and only.weight == 1.0 and outer.is_plain
+        self.verbatim = not others and only.base is anchor and only.weight == share == 1.0 and outer.is_plain
         self.window_bytes = max(8, window_bytes // 8 * 8)
         self._buffers: dict[str, Array] = {}
 
@@ -193,7 +199,7 @@ class _Merge:
             if by_rows:
                 shares = self._shares(name, first, rows, row)
             else:
-                shares = np.array([[member.weight] for member in self.members])
+                shares = np.array([[member.weight * self.share] for member in self.members])
             for start, size in _windows(first * row, rows * row, window):
                 self._step(_Window(name, stored, start, size), shares, weights, momentum)
 

@@ -57,6 +57,8 @@ CASES = {
     "merge end": independent(merge_every="end"),
     "outer none": independent(outer="none"),
     "outer diloco": independent(outer="diloco"),
+    "momentum 0.6": independent(outer="nesterov --outer-momentum 0.6"),
+    "lr 6e-3": independent(outer="nesterov --lr 6e-3"),
     "2 trainers": independent(2),
     "8 trainers": independent(8),
     "ddp, Ray": Case(f"--strategy ddp --launcher ray --world-size {TRAINERS}", TRAINERS),

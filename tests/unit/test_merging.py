@@ -199,6 +199,28 @@ def test_rows_count_for_those_who_changed_them(name: str, window: int, tmp_path:
     assert [float(row.unique()) for row in momentum] == [5.0, 8.0, 2.0]
 
 
+def test_changes_move_as_far_in_rounds_of_their_own_as_in_one(tmp_path: Path) -> None:
+    """With and without momentum, over all rounds that follow; rows belong to who changed them, whatever the share."""
+    one, two = ({"a": torch.tensor([size]), PUZZLES: torch.zeros(2, 2)} for size in (1.0, 3.0))
+    one[PUZZLES][0], two[PUZZLES][1] = 1.0, 1.0
+    still = {name: torch.zeros_like(tensor) for name, tensor in one.items()}
+    for outer in (PLAIN, OUTER_STEPS["nesterov"], OUTER_STEPS["diloco"]):
+        ends = []
+        for rounds in ([([one, two], 1.0)], [([one], 0.5), ([two], 0.5)]):
+            weights, momentum, folder = dict(still), None, tmp_path / str(len(list(tmp_path.iterdir())))
+            folder.mkdir()
+            for changes, share in [*rounds, *[([still], 1.0)] * (40 if outer.momentum > 0.5 else 5)]:
+                weights, _ = merged(folder, weights, changes, None, outer, momentum=momentum, share=share)
+                made = folder / str(len(list(folder.iterdir())) - 1) / "momentum.safetensors"
+                momentum = made if outer.momentum else None
+            ends.append(weights)
+        goal = 2.0 * outer.lr / (1 - outer.momentum)
+        assert float(ends[0]["a"]) == pytest.approx(goal, rel=0.03) == float(ends[1]["a"]), outer
+        torch.testing.assert_close(ends[0]["a"], ends[1]["a"], rtol=0.01, atol=0)
+        if outer is PLAIN:
+            assert torch.equal(ends[0][PUZZLES], torch.ones(2, 2)) and torch.equal(ends[1][PUZZLES], torch.ones(2, 2))
+
+
 def test_what_training_never_changes_is_copied_and_must_be_equal(tmp_path: Path) -> None:
     anchor = {
         "a": torch.zeros(2),
