@@ -6,19 +6,18 @@ are due. `run` is the launcher whose trainers, and the keeper of anchors, are pr
 
 from __future__ import annotations
 
-import math
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from hrm_ray.bundle.folder_watch import FolderWatch
 from hrm_ray.bundle.progress import STATE
 from hrm_ray.data.prepare import PuzzlePlan
-from hrm_ray.errors import DataError, DivergedError, Fault, HrmRayError, NoRoomError
+from hrm_ray.errors import DataError, DivergedError, Fault, HrmRayError
 from hrm_ray.independent.anchor_files import (
     remove_old_anchors,
     remove_reports,
@@ -28,19 +27,19 @@ from hrm_ray.independent.anchor_files import (
 )
 from hrm_ray.independent.anchor_keeper import Evaluated, LoaderPlace, Written
 from hrm_ray.independent.assembly import samples_per_step
-from hrm_ray.independent.calls import AnchorRef, Coordinator
+from hrm_ray.independent.calls import AnchorRef
 from hrm_ray.independent.claims import DataOrder, prepare_claims
 from hrm_ray.independent.coordinator import LedgerCoordinator, Merged, MergeRequest, Rules
-from hrm_ray.independent.decisions import MOST_REJECTIONS, MergeEvery, Watched, hung, makes_worse
+from hrm_ray.independent.decisions import MergeEvery
 from hrm_ray.independent.processes import Children
 from hrm_ray.independent.synchronous_start import check_position, enter_puzzles, is_synchronous
 from hrm_ray.independent.wire import Disconnected
-from hrm_ray.launch.restarts import LASTING, Cause, cause_of
+from hrm_ray.independent.workers import Workers
+from hrm_ray.launch.trainer_watch import TrainerWatch
 from hrm_ray.ledger import Ledger, Refused, open_ledger
 from hrm_ray.ledger.export import export
 from hrm_ray.metrics.fanout import FanOut
 from hrm_ray.rundir import RunDir, read_json
-from hrm_ray.train.activity import Phase
 from hrm_ray.train.plan import RunPlan, effective_batch, rewind_to
 from hrm_ray.train.session import run_sinks
 from hrm_ray.types import MetricSink, Record, RestartRecord, RunResult, StopPoll, StopReason, StopRequested
@@ -53,72 +52,7 @@ RENEW_EVERY_S = 1.0
 """Seconds between two renewals of a trainer: so long a stop may take to reach it between its other calls."""
 LEAVE_S = 60.0
 """Seconds that trainers have to report and leave once the run ends."""
-UNPLACED_S = 60.0
-"""After so long without room on the cluster a trainer is reported."""
-NO_ROOM_S = 600.0
-"""A run none of whose trainers has found room for so long ends, or for --wait-for-resources where that is longer."""
 KEEPER = "anchors"
-
-
-class TrainerHandle(Protocol):
-    """A trainer that was started: its name, its number among the trainers, and what it said about its failure."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def number(self) -> int: ...
-
-    @property
-    def device(self) -> str:
-        """What it trains on, for people."""
-
-    @property
-    def failure(self) -> HrmRayError | None: ...
-
-    @property
-    def code(self) -> int | None:
-        """Its exit code; None while it lives."""
-
-    @property
-    def identity(self) -> Hashable:
-        """Another one when it is started again."""
-
-    @property
-    def placed(self) -> bool:
-        """Whether its process was started; on a cluster without room for it, it is not."""
-
-    def kill(self) -> None:
-        """End it at once, whatever it does; `Workers.take_ended` gives it when it has ended."""
-
-
-class Workers(Protocol):
-    """The trainers and the keeper of anchors, as a launcher starts them. Closing ends those that are left."""
-
-    @property
-    def trainers(self) -> Mapping[str, TrainerHandle]:
-        """The trainers whose end was not taken yet."""
-
-    def start_trainer(self, name: str, number: int) -> None:
-        """Start a trainer, which loads its libraries and waits until it is served."""
-
-    def serve(self, coordinator: Coordinator) -> None:
-        """Let the trainers that were started since the last call begin; their calls go to `coordinator`."""
-
-    def take_ended(self) -> Sequence[TrainerHandle]:
-        """The trainers that have ended since the last call, with all that they had said taken in."""
-
-    def end(self, child: Any) -> None:
-        """End a trainer, and forget it."""
-
-    def call_keeper(self, name: str, call: str, arguments: Sequence[Any], meanwhile: Callable[[], None]) -> Any:
-        """Call the keeper of anchors, started where there is none; `meanwhile` is called while it works.
-
-        Raises Disconnected where it ends, and the error that it answers with.
-        """
-
-    def close(self) -> None:
-        """End all."""
 
 
 def run(plan: RunPlan, *, sink: MetricSink, stop: StopPoll) -> RunResult:
@@ -165,20 +99,10 @@ class IndependentRun:
         self.names = [f"trainer-{number}" for number in range(plan.world_size)]
         self.sink: MetricSink = display
         self._coordinator: LedgerCoordinator | None = None
-        self.fatal: HrmRayError | None = None
-        """With what the run ends once all is saved."""
-        self.failure: HrmRayError | None = None
-        """The first error of a trainer that was not started again. The run fails with it if no trainer is left."""
-        self.restarts: list[RestartRecord] = []
+        self._trainers: TrainerWatch | None = None
         self.evaluated: Evaluated | None = None
         self.saved_round: int | None = None
-        self._named_worse: set[str] = set()
         self._shown_s = 0.0
-        self._watched = Watched(time.monotonic())
-        self._placed_s = time.monotonic()
-        """When a trainer was last seen in its place."""
-        self._unplaced_s: dict[Hashable, float] = {}
-        """When it is said of a trainer that it has found no room yet; infinite once it was said."""
 
     def run(self) -> RunResult:
         for number, name in enumerate(self.names):
@@ -228,16 +152,26 @@ class IndependentRun:
     def _begin(self, order: DataOrder) -> AnchorRef:
         """The anchor that the run begins with, known to the coordinator."""
         anchor = self._first_anchor()
-        self._coordinator = LedgerCoordinator(
-            self.ledger, anchor, self._rules(), order, time.monotonic, renew_every_s=RENEW_EVERY_S
+        self._lead(
+            LedgerCoordinator(self.ledger, anchor, self._rules(), order, time.monotonic, renew_every_s=RENEW_EVERY_S)
         )
         return anchor
+
+    def _lead(self, coordinator: LedgerCoordinator) -> None:
+        self._coordinator = coordinator
+        self._trainers = TrainerWatch(self.plan, self.workers, coordinator, self._write)
 
     @property
     def coordinator(self) -> LedgerCoordinator:
         if self._coordinator is None:
             raise RuntimeError("the run has no anchor yet")
         return self._coordinator
+
+    @property
+    def trainers(self) -> TrainerWatch:
+        if self._trainers is None:
+            raise RuntimeError("the run has no anchor yet")
+        return self._trainers
 
     def _rules(self) -> Rules:
         cluster, run = self.settings.cluster, self.settings.run
@@ -335,105 +269,21 @@ class IndependentRun:
                         self.workers.end(child)
                         self.coordinator.lost(child.name, "it did not leave")
             elif not self.workers.trainers:
-                self.fatal = self.failure or HrmRayError(
-                    Fault("all trainers", "have ended and are not started again", "Use --resume, or see the messages")
-                )
-                self.coordinator.stop = StopReason.FINISHED  # what they had reported is merged and saved
+                self.trainers.end_without_trainers()
                 continue
             threading.Event().wait(LOOK_EVERY_S)
 
     def _look(self) -> None:
         """See to processes that have ended, expired leases, a requested stop, and the display."""
-        coordinator = self.coordinator
-        if coordinator.stop is None:
+        if self.coordinator.stop is None:
             reason = self.stop()
             if reason is not None:
-                coordinator.stop = reason
-        for name in coordinator.tick():
-            self._event("WARNING", f"{name} was silent for the length of a lease; what it had not reported goes back")
-            child = self.workers.trainers.get(name)
-            if child is not None:
-                child.kill()  # it is frozen; its end is seen below, and it is started again
-        self._end_hung()
-        self._end_without_room()
-        for child in self.workers.take_ended():
-            self._ended(child)
+                self.coordinator.stop = reason
+        self.trainers.look()
         now_s = time.monotonic()
         if now_s >= self._shown_s + PROGRESS_EVERY_S:
             self._shown_s = now_s
             self._show_progress()
-
-    def _end_hung(self) -> None:
-        """End trainers that make no progress, though a thread of theirs answers; also those that never joined."""
-        done: dict[str, tuple[object, Phase]] = {}
-        for name, child in self.workers.trainers.items():
-            if not child.placed:
-                self._tell_unplaced(child)
-                continue
-            state = self.coordinator.trainers.get(name)
-            if state is None or state.progress is None:
-                done[name] = (child.identity, state is None), "starting"
-            else:
-                done[name] = (child.identity, state.generation, state.progress.marks), state.progress.phase
-        self._watched, hangs = hung(self._watched, done, time.monotonic(), self.settings.cluster.hang_after_s)
-        for name, stood_s in hangs.items():
-            self._event("WARNING", f"{name} has made no progress for {stood_s:.0f} s ({done[name][1]}) and is ended")
-            self.workers.trainers[name].kill()
-
-    def _end_without_room(self) -> None:
-        """End the run where no trainer is left that has its place: the cluster may never have room again."""
-        now_s, trainers = time.monotonic(), self.workers.trainers
-        if not trainers or any(child.placed for child in trainers.values()):
-            self._placed_s = now_s
-            return
-        longest_s = max(NO_ROOM_S, self.settings.cluster.wait_s or 0)
-        if now_s - self._placed_s >= longest_s and self.coordinator.stop is None:
-            reason = f"no trainer has found room on the cluster for {longest_s:.0f} s"
-            hint = "Look at `ray status`, and continue with --resume when there is room"
-            self.fatal = NoRoomError(Fault(f"--world-size {len(trainers)}", reason, hint))
-            self.coordinator.stop = StopReason.FINISHED  # what was reported is merged and saved
-
-    def _tell_unplaced(self, child: TrainerHandle) -> None:
-        """Say once that a trainer finds no room on the cluster: no failure of it, and it may come yet."""
-        now_s = time.monotonic()
-        if now_s >= self._unplaced_s.setdefault(child.identity, now_s + UNPLACED_S):
-            self._unplaced_s[child.identity] = math.inf
-            self._event(
-                "WARNING",
-                f"{child.name} has not started yet: no room on the cluster, or slow libraries; the run goes on",
-            )
-
-    def _ended(self, child: TrainerHandle) -> None:
-        """A trainer's process has ended: in order, or it is started again, or the run goes on without it."""
-        coordinator, left = self.coordinator, child.name not in self.coordinator.trainers
-        error = child.failure
-        if left and error is None and child.code == 0:
-            if coordinator.stop is None and not coordinator.finished:
-                self._start_again(child)
-            return
-        told = str(error.faults[0]) if error is not None else f"its process ended with code {child.code}"
-        coordinator.lost(child.name, told)
-        remove_unreported(self.run_dir, self.ledger, child.name)
-        if coordinator.stop is not None or coordinator.finished:
-            self._event("WARNING", f"{child.name} has failed at the end of the run: {told}")
-            return
-        lasting = error is not None and cause_of(error) in LASTING
-        if lasting or len(self.restarts) >= self.settings.cluster.max_failures:
-            self.failure = self.failure or error
-            without = "; the run goes on without it" if self.workers.trainers else ""
-            self._event("WARNING", f"{child.name} has failed ({told}){without}")
-            return
-        step = coordinator.anchor.round
-        cause = Cause.WORKER_LOST if error is None else cause_of(error)
-        restart = RestartRecord(len(self.restarts) + 1, cause.value, step, step, 0.0)
-        self.restarts.append(restart)
-        message = f"{child.name} has failed ({told}) and is started again; only what it had not reported is lost"
-        self._write("event", {"level": "WARNING", "message": message, **restart.values()})
-        self._start_again(child)
-
-    def _start_again(self, child: TrainerHandle) -> None:
-        self.workers.start_trainer(child.name, child.number)
-        self.workers.serve(self.coordinator)
 
     def _merge(self, request: MergeRequest) -> None:
         try:
@@ -452,8 +302,7 @@ class IndependentRun:
         for name, reason in {**merged.rejected, **merged.lost}.items():
             self._event("WARNING", f"a report of {trainers[name]} is not merged, and its samples go back: {reason}")
         remove_reports(self.run_dir, [one.name for one in request.members])
-        self._name_worse(merged, trainers)
-        self._end_rejected(merged)
+        self.trainers.judge(merged, trainers)
         if made is None:
             return
         taken = [one for one in reports if one is not None and one.name in merged.accepted]
@@ -487,37 +336,6 @@ class IndependentRun:
         self._after_round(request, made.round)
         remove_old_anchors(self.run_dir, self.ledger, self.coordinator.anchor)
 
-    def _name_worse(self, merged: Merged, trainers: Mapping[str, str]) -> None:
-        """Say once of a trainer that its reports make merges worse, with the figures."""
-        reasons = {trainers[report]: reason for report, reason in merged.rejected.items()}
-        for name, reason in reasons.items():
-            state, child = self.coordinator.trainers.get(name), self.workers.trainers.get(name)
-            if state is None or child is None or name in self._named_worse:
-                continue
-            if makes_worse(state.reports, state.rejected_by_guard):
-                self._named_worse.add(name)
-                told = (
-                    f"{state.rejected_by_guard} of its {state.reports} reports were rejected, the last because {reason}"
-                )
-                hint = "run without its device, or with a lower --lr"
-                self._event("WARNING", f"{name} on {child.device} makes merges worse: {told}; {hint}")
-
-    def _end_rejected(self, merged: Merged) -> None:
-        """End trainers whose reports are rejected again and again: their device or their settings are to blame."""
-        for name, state in list(self.coordinator.trainers.items()):
-            child = self.workers.trainers.get(name)
-            if child is None or state.rejected_in_row < MOST_REJECTIONS:
-                continue
-            reason = f"had {state.rejected_in_row} reports in a row rejected; the run goes on without it"
-            self._event("WARNING", f"{name} {reason}")
-            self.workers.end(child)
-            self.coordinator.lost(name, reason)
-            remove_unreported(self.run_dir, self.ledger, name)
-            if self.failure is None:
-                why = next(iter(merged.rejected.values()))
-                hint = "Give a lower --lr, or see whether its device is sound"
-                self.failure = DivergedError(Fault(name, f"had its reports rejected: {why}", hint))
-
     def _after_round(self, request: MergeRequest, step: int) -> None:
         """The evaluation and the checkpoint that became due in a round."""
         run, before = self.settings.run, request.parent.round
@@ -545,9 +363,9 @@ class IndependentRun:
     def _end(self) -> RunResult:
         coordinator = self.coordinator
         reason = StopReason.FINISHED if coordinator.finished else coordinator.stop or StopReason.FINISHED
-        anchor = coordinator.anchor
-        if self.fatal is not None and not anchor.total_sequences:
-            raise self.fatal
+        anchor, fatal = coordinator.anchor, self.trainers.fatal
+        if fatal is not None and not anchor.total_sequences:
+            raise fatal
         if not anchor.total_sequences and coordinator.finished:
             skipped, aside = sum(self.ledger.skipped().values()), sum(o.sequences for o in self.ledger.quarantined())
             told = f"none of its samples was learned: {skipped} of skipped updates, {aside} that failed too often"
@@ -555,17 +373,17 @@ class IndependentRun:
             raise DivergedError(Fault(str(self.run_dir.root), told, hint))
         if not anchor.total_sequences:
             raise StopRequested(reason)
-        if reason is StopReason.FINISHED and self.fatal is None:
+        if reason is StopReason.FINISHED and fatal is None:
             self._evaluate()
         self._save()
         aside = sum(one.sequences for one in self.ledger.quarantined())
         if aside:
             self._event("WARNING", f"{aside} samples failed too often and were left out; `hrm-ray ledger` names them")
-        if self.fatal is not None:
+        if fatal is not None:
             hint = f"step {anchor.round} is saved, --resume continues from it"
-            faults = [replace(each, hint=f"{each.hint}; {hint}" if each.hint else hint) for each in self.fatal.faults]
-            ended = type(self.fatal)(faults)
-            ended.detail = self.fatal.detail
+            faults = [replace(each, hint=f"{each.hint}; {hint}" if each.hint else hint) for each in fatal.faults]
+            ended = type(fatal)(faults)
+            ended.detail = fatal.detail
             raise ended
         epoch = self.ledger.epoch
         self._keeper("finish", anchor, reason, epoch)
@@ -574,7 +392,7 @@ class IndependentRun:
         figures, best = (found.figures, found.best or {}) if found is not None else ({}, {})
         return RunResult(
             reason, anchor.round, epoch, str(self.run_dir.root), figures, best, anchor.total_sequences,
-            tuple(self.restarts),
+            tuple(self.trainers.restarts),
         )  # fmt: skip
 
     def _keeper(self, name: str, *arguments: Any) -> Any:

@@ -46,7 +46,7 @@ CLEAN_UP_S = 10.0
 
 
 class ActorTrainer:
-    """A trainer's actor (launch.independent_run.TrainerHandle)."""
+    """A trainer's actor (independent.workers.TrainerHandle)."""
 
     def __init__(self, name: str, number: int, actor: Any, kind: str = "cpu") -> None:
         """`kind`: of its device."""
@@ -165,7 +165,7 @@ class _Silence:
 
 
 class ActorWorkers:
-    """launch.independent_run.Workers: trainers and keeper are actors of the coordinator's process."""
+    """independent.workers.Workers: trainers and keeper are actors of the coordinator's process."""
 
     def __init__(self, task: ActorTask, files: FileServer, rows: RowServer, plan: RunPlan) -> None:
         self._task, self._plan = replace(task, plan=plan.to_plain()), plan

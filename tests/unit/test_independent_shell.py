@@ -62,7 +62,7 @@ class Shell:
         rules = Rules(1, 1, merge_every="end", epochs=1)
         start = AnchorRef(0, "a", "a", 0)
         self.coordinator = LedgerCoordinator(ledger, start, rules, lambda epoch, place: place % 9, lambda: 0.0)
-        self.run._coordinator = self.coordinator
+        self.run._lead(self.coordinator)
         for number in range(2):
             name = f"trainer-{number}"
             process = subprocess.Popen([sys.executable, "-S", "-c", ""])
@@ -100,7 +100,7 @@ class Shell:
     def fails(self, name: str, error: DivergedError | None) -> None:
         child = self.children.trainers.pop(name)
         child.failure = error
-        self.run._ended(child)
+        self.run.trainers._take_end(child)
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_one_trainer_that_diverges_ends_and_the_run_goes_on(shell: Shell) -> Non
     for name in (kept, "trainer-0-1-2", "trainer-1-1-1"):
         (folder / f"{name}.0.safetensors").write_text("")
     shell.fails("trainer-0", DivergedError(Fault("loss", "is nan", "")))
-    assert shell.coordinator.stop is None and shell.run.fatal is None and shell.children.again == []
+    assert shell.coordinator.stop is None and shell.run.trainers.fatal is None and shell.children.again == []
     assert {path.name.partition(".")[0] for path in folder.iterdir()} == {kept, "trainer-1-1-1"}
     shell.fails("trainer-1", None)
     assert shell.children.again == ["trainer-1"]
@@ -134,7 +134,7 @@ def test_the_run_fails_with_the_error_of_the_first_when_no_trainer_is_left(shell
     for name in ("trainer-0", "trainer-1"):
         shell.fails(name, DivergedError(Fault(name, "has a loss of nan", "")))
     shell.run._train()
-    assert str(shell.run.fatal).startswith("trainer-0")
+    assert str(shell.run.trainers.fatal).startswith("trainer-0")
 
 
 def test_a_trainer_that_is_rejected_again_and_again_is_ended(shell: Shell) -> None:
@@ -149,9 +149,9 @@ def test_a_trainer_that_is_rejected_again_and_again_is_ended(shell: Shell) -> No
         merged = Merged((good,), {said: "its change is not finite"}, {}, f"r{number}", f"r{number}", {}, 0.1)
         shell.coordinator._origins.add("a")
         shell.coordinator.commit(request, merged)
-        shell.run._end_rejected(merged)
+        shell.run.trainers._end_rejected(merged)
     assert set(shell.children.trainers) == {"trainer-1"} == set(shell.coordinator.trainers)
-    assert isinstance(shell.run.failure, DivergedError)
+    assert isinstance(shell.run.trainers.failure, DivergedError)
 
 
 def test_a_report_from_an_anchor_of_many_rounds_ago_is_refused(shell: Shell) -> None:
@@ -188,32 +188,34 @@ class Unplaced(ChildProcess):
 def test_a_trainer_without_room_is_told_of_once_and_costs_neither_a_failure_nor_the_end(
     shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hrm_ray.launch.independent_run.UNPLACED_S", 0.0)
+    monkeypatch.setattr("hrm_ray.launch.trainer_watch.UNPLACED_S", 0.0)
     child = shell.children.trainers["trainer-1"]
     shell.children.trainers = {"trainer-1": Unplaced("trainer-1", 1, child.process, 0.0)}
     for _ in range(3):
-        shell.run._end_hung()
+        shell.run.trainers._end_hung()
     told = [str(record.values["message"]) for record in shell.events]
     assert told == ["trainer-1 has not started yet: no room on the cluster, or slow libraries; the run goes on"]
     shell.coordinator.stop = StopReason.INTERRUPT
     shell.run._train()
-    assert shell.children.trainers == {} and shell.run.restarts == []
+    assert shell.children.trainers == {} and shell.run.trainers.restarts == []
     assert len([record for record in shell.events if record.kind == "event"]) == 1
 
 
 def test_a_run_none_of_whose_trainers_finds_room_ends(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     child = shell.children.trainers["trainer-1"]
     shell.children.trainers = {"trainer-0": child, "trainer-1": Unplaced("trainer-1", 1, child.process, 0.0)}
-    monkeypatch.setattr("hrm_ray.launch.independent_run.NO_ROOM_S", 0.0)
-    shell.run._end_without_room()
-    assert shell.run.fatal is None and shell.coordinator.stop is None, "one has its place"
+    monkeypatch.setattr("hrm_ray.launch.trainer_watch.NO_ROOM_S", 0.0)
+    shell.run.trainers._end_without_room()
+    assert shell.run.trainers.fatal is None and shell.coordinator.stop is None, "one has its place"
     del shell.children.trainers["trainer-0"]
-    monkeypatch.setattr("hrm_ray.launch.independent_run.NO_ROOM_S", 1e9)
-    shell.run._end_without_room()
-    assert shell.run.fatal is None
-    monkeypatch.setattr("hrm_ray.launch.independent_run.NO_ROOM_S", 0.0)
-    shell.run._end_without_room()
-    assert isinstance(shell.run.fatal, NoRoomError) and "no trainer has found room" in str(shell.run.fatal)
+    monkeypatch.setattr("hrm_ray.launch.trainer_watch.NO_ROOM_S", 1e9)
+    shell.run.trainers._end_without_room()
+    assert shell.run.trainers.fatal is None
+    monkeypatch.setattr("hrm_ray.launch.trainer_watch.NO_ROOM_S", 0.0)
+    shell.run.trainers._end_without_room()
+    assert isinstance(shell.run.trainers.fatal, NoRoomError) and "no trainer has found room" in str(
+        shell.run.trainers.fatal
+    )
     shell.run._train()
     assert shell.children.trainers == {}
 
@@ -232,8 +234,8 @@ def test_a_trainer_that_makes_merges_worse_is_named_once_with_its_figures(shell:
         merged = Merged(taken, rejected, {}, f"r{number}", f"r{number}", {}, 0.1)
         shell.coordinator._origins.add("a")
         shell.coordinator.commit(request, merged)
-        shell.run._name_worse(merged, {good: "trainer-0", bad: "trainer-1"})
-        shell.run._name_worse(merged, {good: "trainer-0", bad: "trainer-1"})
+        shell.run.trainers._name_worse(merged, {good: "trainer-0", bad: "trainer-1"})
+        shell.run.trainers._name_worse(merged, {good: "trainer-0", bad: "trainer-1"})
     (said,) = [str(record.values["message"]) for record in shell.events]
     assert "trainer-1 on cuda 5 makes merges worse: 3 of its 4 reports" in said and "the held-out loss is 4.0" in said
     assert len(said) < 300
