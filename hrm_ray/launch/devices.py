@@ -42,14 +42,13 @@ class Devices:
     visible_gpus: str | None
     independent: bool = False
     """Whether the workers share no step."""
+    gpus_per_worker: float = 1.0
+    """Where workers train on GPUs."""
 
     @property
     def workers_of_an_update(self) -> int:
         """Workers whose rows are in one weight update."""
         return 1 if self.independent else self.world_size
-
-    gpus_per_worker: float = 1.0
-    """Where workers train on GPUs."""
 
     @property
     def request(self) -> ResourceRequest:

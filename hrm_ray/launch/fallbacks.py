@@ -41,7 +41,7 @@ def settle_memory_options(
 
 
 def without_effect_on(settings: RunSettings, device: str) -> list[NoEffect]:
-    """The memory options that the user gave and that change nothing on this device.
+    """The options on memory and GPUs that the user gave and that change nothing on this device.
 
     Raises SettingsError for --cpu-offload on a device that could be relieved but is not: memory was to be saved.
     """
@@ -55,6 +55,14 @@ def without_effect_on(settings: RunSettings, device: str) -> list[NoEffect]:
             reason = f"chunks are moved to host memory from CUDA devices only, not from {device}"
             raise SettingsError(Fault("--cpu-offload", reason, "Leave it out, or train on a GPU with CUDA"))
         found.append(NoEffect("--cpu-offload", "on the CPU what is kept between chunks is in host memory anyway"))
+    share = settings.cluster.gpu_share
+    if (
+        share is not None
+        and "cluster.gpu_share" in given
+        and settings.cluster.parallel_independent
+        and device != "cuda"
+    ):
+        found.append(NoEffect(f"--gpu-share {share:g}", f"the trainers are on {device}, and share no GPU"))
     keep = memory.keep_freed_memory
     if keep is not None and "memory.keep_freed_memory" in given and not (device == "cpu" and malloc_is_tunable()):
         reason = "this C library, which is not glibc, decides"

@@ -140,7 +140,7 @@ def table(need: Need, reports: Sequence[NodeReport]) -> str:
     names = list(dict.fromkeys(["hrm_ray", *LIBRARIES, *need.versions]))
     request = need.request
     workers = f"{request.world_size} worker{'' if request.world_size == 1 else 's'}, each"
-    asked = [workers, f"{request.threads}", f"{request.gpus_per_worker}", gigabytes(need.memory_bytes)]
+    asked = [workers, f"{request.threads}", f"{request.gpus_per_worker:g}", gigabytes(need.memory_bytes)]
     versions = [need.versions.get(name, "") for name in names]
     rows = [
         ["", "CPUs", "GPUs", "memory", "disk", *names],

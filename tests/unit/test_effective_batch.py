@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hrm_ray.errors import SettingsError
+from hrm_ray.launch.fallbacks import without_effect_on
 from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.resolve import with_effective_batch
 from hrm_ray.settings.tree import to_dotted
@@ -39,6 +40,12 @@ def test_the_batch_sizes_are_as_many_as_the_trainers(tmp_path: Path) -> None:
     assert "trainer-batch-sizes" not in said
     refused(2, "train", *together, "--trainer-batch-sizes", "4,2", naming=("--trainer-batch-sizes 4,2 with",))
     assert not (tmp_path / "b").exists()
+
+
+def test_a_share_of_no_gpu_is_said_to_have_no_effect() -> None:
+    given = load_settings({"--parallel-independent": True, "--gpu-share": "0.5"})
+    assert [noted.option for noted in without_effect_on(given, "cpu")] == ["--gpu-share 0.5"]
+    assert without_effect_on(given, "cuda") == []
 
 
 def shape(words: dict[str, str | bool], world_size: int = 1) -> tuple[int, int]:
