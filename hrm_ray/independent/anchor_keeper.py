@@ -28,7 +28,7 @@ from hrm_ray.independent.anchor_files import momentum_of, remove_anchor, seal_mo
 from hrm_ray.independent.assembly import assemble_loop
 from hrm_ray.independent.calls import AnchorRef
 from hrm_ray.independent.coordinator import Merged, MergeRequest
-from hrm_ray.independent.decisions import GUARD_SAMPLES, Member, leave_one_out, merge_weights, unfit
+from hrm_ray.independent.decisions import GUARD_SAMPLES, Member, leave_one_out, merge_weights, round_share, unfit
 from hrm_ray.independent.weights import SharedWeights, anchor_tensors, check_file, save_fixed_tensors
 from hrm_ray.ledger import Contribution
 from hrm_ray.merging import OUTER_STEPS, AnchorFiles, MemberFigures, OuterStep, check_member, merge_deltas
@@ -165,6 +165,9 @@ class AnchorKeeper:
         merge.discard_all_but(names)
         if figures:
             self._losses = {made.sha256: figures["anchor_loss"]}
+        share = _share(request, members)
+        if share < 1:
+            figures["share"] = share
         if made.lora is not None and made.lora.product > 0:
             figures["lora_residual"] = made.lora.residual / made.lora.product
         seconds = time.monotonic() - began_s
@@ -363,11 +366,9 @@ class _RoundMerge:
         root, outer = keeper.run_dir.root, keeper.outer
         weighed = [Member(one.name, one.worker, one.sequences, generation=one.generation) for one in members]
         weights = merge_weights(weighed, keeper.settings.cluster.merge_weights)
-        sole = (
-            self._sole_weights()
-            if outer.is_plain and request.share == 1.0 and len(members) == len(request.members)
-            else None
-        )
+        share = _share(request, members)
+        plain = outer.is_plain and share == 1.0 and len(members) == len(request.members)
+        sole = self._sole_weights() if plain else None
         if sole is not None:
             files = [MemberFile(sole, 1.0, self._parent)]
         else:
@@ -381,8 +382,8 @@ class _RoundMerge:
             files,
             outer,
             AnchorFiles(path, momentum_of(path) if outer.momentum else None),
-            metadata=_metadata(request, names=[one.name for one in members]),
-            share=request.share,
+            metadata={**_metadata(request, names=[one.name for one in members]), "share": str(share)},
+            share=share,
         )
         if report.momentum_sha256 is not None:
             seal_momentum(path, report.momentum_sha256)
@@ -396,6 +397,11 @@ class _RoundMerge:
             return None
         path = self._keeper.run_dir.root / whole.weights_path
         return path if path.is_file() and file_sha256(path) == whole.weights_sha256 else None
+
+
+def _share(request: MergeRequest, members: Sequence[Contribution]) -> float:
+    """The part of the trainers that is merged; what the guard leaves out is trained again, and merged then."""
+    return round_share({one.worker for one in members}, request.samples_per_s)
 
 
 def _metadata(request: MergeRequest, names: Sequence[str]) -> Mapping[str, str]:

@@ -36,7 +36,6 @@ from hrm_ray.independent.decisions import (
     MergeEvery,
     report_updates,
     round_closes,
-    round_share,
 )
 from hrm_ray.ledger import ClaimOrder, Contribution, Idle, Lease, Ledger, Refused, Round, Span
 from hrm_ray.types import StopReason
@@ -71,8 +70,8 @@ class MergeRequest:
     members: tuple[Contribution, ...]
     whole: Report | None = None
     """The last report of a sole trainer, whose weights are the parent and all members' changes, to the bit."""
-    share: float = 1.0
-    """What the mean of the changes is scaled by: the part of the trainers that the round has reports of."""
+    samples_per_s: Mapping[str, float] = field(default_factory=dict)
+    """The speeds of the trainers whose work goes into this round or the next ones (decisions.round_share)."""
 
 
 @dataclass(frozen=True)
@@ -321,10 +320,9 @@ class LedgerCoordinator:
                 return None
             total = self.anchor.total_sequences + sum(one.sequences for one in staged)
             number = max(self.anchor.round + 1, int(total / self.rules.samples_per_step))
-            speeds = dict.fromkeys(self._last_reporters, 0.0)
-            speeds |= {name: state.samples_per_s for name, state in self.trainers.items()}
-            share = round_share({member.trainer for member in members}, speeds)
-            self.merging = MergeRequest(number, self.anchor, tuple(staged), self._whole(staged), share)
+            self.merging = MergeRequest(
+                number, self.anchor, tuple(staged), self._whole(staged), self._team_speeds(staged)
+            )
             return self.merging
 
     def commit(self, request: MergeRequest, merged: Merged) -> Round | None:
@@ -475,6 +473,13 @@ class LedgerCoordinator:
         if (self.stop is not None and not self.trainers) or (left is not None and left <= 0):
             return True
         return not self.ledger.has_more(self._allowed, self.rules.epochs)
+
+    def _team_speeds(self, staged: Sequence[Contribution]) -> dict[str, float]:
+        """The speeds of the trainers in this round, in the one before, and of those that have something to train: one
+        that only waits for ranges takes no part."""
+        team = {one.worker for one in staged} | self._last_reporters
+        team |= {name for name in self.trainers if self.ledger.leases(name)}
+        return {name: self.trainers[name].samples_per_s if name in self.trainers else 0.0 for name in sorted(team)}
 
     def _whole(self, staged: Sequence[Contribution]) -> Report | None:
         """The last of the staged reports, where they follow each other from the anchor on and have their weights."""

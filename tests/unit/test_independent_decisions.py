@@ -193,11 +193,34 @@ def test_a_late_report_is_merged_by_its_part_also_where_the_others_have_left(tmp
                 now_s = 63.0
             request = coordinator.due()
             assert request is not None
-            shares.append(request.share)
+            shares.append(round_share({name}, request.samples_per_s))
             merged = Merged((name,), {}, {}, f"after {name}", f"after {name}", {}, 0.1)
             assert coordinator.commit(request, merged) is not None
             coordinator.leave(name, 1)
         assert shares == [0.5, 0.5] and coordinator.finished
+
+
+def test_trainers_that_only_wait_for_ranges_take_no_part_in_a_round(tmp_path: Path) -> None:
+    """One chunk, claimed by one of three: its report is all that there is to learn."""
+    with open_ledger(tmp_path / "l.sqlite", durable=False) as ledger:
+        ledger.add_blocks([BlockLength(0, 1)])
+        ledger.end_data()
+        start = AnchorRef(0, "a", "a", 0)
+        rules = Rules(1, 1, merge_every=1, epochs=1)
+        coordinator = LedgerCoordinator(ledger, start, rules, lambda e, p: p if p < 1 else None, lambda: 1.0)
+        for name in ("t", "u", "v"):
+            joined = coordinator.join(name)
+            assert isinstance(joined, Joined)
+            claimed = coordinator.claim(name, joined.generation, name, "a")
+            if name == "t":
+                assert isinstance(claimed, Claimed)
+                lease = coordinator.measure(claimed.lease, 1)
+                assert isinstance(lease, Lease)
+        span = Span(0, lease.chunk, 0, 1)
+        report = Report("r", "t", 1, start, "r", "r", (lease,), (span,), 1, 1, 1.0, 10.0)
+        assert isinstance(coordinator.report(report), Reported)
+        request = coordinator.due()
+        assert request is not None and round_share({"t"}, request.samples_per_s) == 1.0
 
 
 def test_a_command_that_stood_still_blames_no_trainer(tmp_path: Path) -> None:
