@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,6 +18,8 @@ FEWEST_STEPS, MOST_STEPS = 2, 12
 TIMED_S = 1.0
 """Updates that are timed: so many at least, then until they took so long, or the most of them. One more follows: a stop
 is heard at the beginning of an update."""
+SLOW_S = 5.0
+"""Where the first update takes longer, the second is the last."""
 SAVED_EVERY = 2
 """Updates between saves and evaluations in a trial: after the second update, the first that finds optimizer state."""
 LONGEST_RUN = 1000
@@ -62,6 +65,7 @@ class _Watch:
 
     def __init__(self, batch_size: int, say: Say) -> None:
         self._batch_size, self._say = batch_size, say
+        self._begun_s = time.time()
         self._finished_s: list[float] = []
         self._enough = False
 
@@ -82,6 +86,9 @@ class _Watch:
     def close(self) -> None:
         pass
 
+    def begin(self) -> None:
+        self._begun_s = time.time()
+
     def stop(self) -> StopReason | None:
         return StopReason.STOP_FILE if self._enough else None
 
@@ -96,6 +103,8 @@ class _Watch:
 
     def _timed_enough(self) -> bool:
         done = len(self._finished_s)
+        if done == 1 and self._finished_s[0] - self._begun_s > SLOW_S:
+            return True
         return done >= MOST_STEPS or (done >= FEWEST_STEPS and sum(self._timed()) >= TIMED_S)
 
 
@@ -106,7 +115,7 @@ def first_updates(settings: RunSettings, say: Say) -> None:
     Raises HrmRayError, as a run does.
     """
     watch = _Watch(settings.optimizer.batch_size, say)
-    run(settings, sink=watch, stop=watch.stop)
+    run(settings, sink=watch, stop=watch.stop, on_start=watch.begin)
     devices = choose_devices(settings.cluster)
     if devices.launcher == "local" and devices.device == "cpu":
         say(peak_bytes=peak_resident_bytes())  # the last save is in it

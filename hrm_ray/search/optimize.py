@@ -252,7 +252,7 @@ class Search:
         settings = self.settings_at(point)
         leaves: dict[str, Any] = {
             "optimizer.gradient_accumulation_steps": self._accumulated(point),
-            "memory.memory_budget": f"{self.budget_bytes // 1000}kB",
+            "memory.memory_budget": self._budget(settings),
         }
         if settings.cluster.parallel_independent:
             # Trainers share no step: one of them is tried.
@@ -264,6 +264,13 @@ class Search:
         self.trials.append(trial)
         self.on_trial(len(self.trials), trial)
         return trial.verdict
+
+    def _budget(self, settings: RunSettings) -> str:
+        """The --memory-budget of a trial: that of the run, or what is free."""
+        given = settings.memory.memory_budget
+        if given is not None and settings.memory.budget_bytes == self.budget_bytes:
+            return given
+        return f"{self.budget_bytes // 1000}kB"
 
     def _estimated_to_fit(self, point: Point) -> bool:
         """Whether a trial may fit: its tensors alone do not take more than there is."""

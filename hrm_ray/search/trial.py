@@ -76,7 +76,7 @@ def _verdict(said: dict[str, Any], code: int, limit_bytes: int, errors: str) -> 
         return Verdict("too large", None, why="a micro-batch ran out of memory")
     if "error" in said:
         error = ERROR_KINDS.get(said["error"], HrmRayError)([Fault(*fault) for fault in said["faults"]])
-        if isinstance(error, ResourceError) and error.faults[0].value != "disk":
+        if isinstance(error, ResourceError) and "memory" in f"{error.faults[0].value} {error.faults[0].reason}":
             return Verdict("too large", None, why=error.faults[0].reason)
         raise error
     if code in _KILLED or code == -signal.SIGABRT or "can't allocate memory" in errors or "bad_alloc" in errors:

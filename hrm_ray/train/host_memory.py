@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from hrm_ray.metrics.meters import peak_resident_bytes
+from hrm_ray.train.memory_limit import memory_left_bytes
 
 # glibc's numbers of these parameters (malloc.h), and the largest value that mallopt takes.
 _M_TRIM_THRESHOLD = -1
@@ -34,9 +35,12 @@ def available_memory_bytes() -> int:
 
 
 def room_for_copy(size_bytes: int, workers: int) -> bool:
-    """Whether this machine has room for a copy of `size_bytes` between two steps, when each of its `workers` (training
-    processes like this one) takes again what it has given back since its peak."""
+    """Whether this machine, and --memory-budget, have room for a copy of `size_bytes` between two steps, when each of
+    its `workers` (training processes like this one) takes again what it has given back since its peak."""
     given_back_bytes = max(0, peak_resident_bytes() - int(psutil.Process().memory_info().rss))
+    left_bytes = memory_left_bytes()
+    if left_bytes is not None and left_bytes - given_back_bytes < _SPARE * size_bytes:
+        return False
     return available_memory_bytes() - workers * given_back_bytes >= _SPARE * size_bytes
 
 

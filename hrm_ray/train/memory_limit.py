@@ -39,6 +39,16 @@ def limit_memory(budget_bytes: int | None, device: str) -> Callable[[], None]:
     return partial(resource.setrlimit, resource.RLIMIT_DATA, (before, most))
 
 
+def memory_left_bytes() -> int | None:
+    """What this process may still allocate in host memory; None where that is not limited."""
+    if sys.platform != "linux":
+        return None
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    return None if limit == resource.RLIM_INFINITY else max(0, limit - _status_bytes("VmData"))
+
+
 def _status_bytes(name: str) -> int:
     """A size of this process as Linux counts it."""
     for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from hrm_ray.settings.size import bytes_of
-from hrm_ray.train.memory_limit import can_limit, limit_memory
+from hrm_ray.train.host_memory import room_for_copy
+from hrm_ray.train.memory_limit import can_limit, limit_memory, memory_left_bytes
 from hrm_ray.train.out_of_memory import is_out_of_memory
 from tests.support.runs import TEXT, hrm, last_said, records, refused, text_file
 
@@ -51,12 +52,14 @@ def test_an_allocation_beyond_the_budget_fails_until_the_limit_is_undone() -> No
     assert can_limit("cpu") and not can_limit("mps")
     undo = limit_memory(psutil.Process().memory_info().rss + 50_000_000, "cpu")
     try:
+        left = memory_left_bytes()
+        assert left is not None and left <= 50_000_000 and not room_for_copy(60_000_000, 1)
         with pytest.raises(RuntimeError) as raised:
             torch.ones(200_000_000, dtype=torch.uint8)
     finally:
         undo()
     assert is_out_of_memory(raised.value)
-    assert torch.ones(200_000_000, dtype=torch.uint8).all()
+    assert torch.ones(200_000_000, dtype=torch.uint8).all() and memory_left_bytes() is None
 
 
 @enforced

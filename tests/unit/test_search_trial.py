@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hrm_ray.errors import DataError, HrmRayError
+from hrm_ray.errors import DataError, HrmRayError, ResourceError
 from hrm_ray.launch.resolve import resolve
 from hrm_ray.launch.run_directory import load_run
 from hrm_ray.search.optimize import with_leaves
@@ -68,6 +68,11 @@ def test_a_verdict_and_nothing_left(
     ("script", "error", "said"),
     [
         ("print(json.dumps({'error': 'DataError', 'faults': [['a', 'b', 'c']]})); sys.exit(5)", DataError, "a: b. c."),
+        (
+            "print(json.dumps({'error': 'ResourceError', 'faults': [['/b', 'cannot be written', 'c']]})); sys.exit(4)",
+            ResourceError,
+            "cannot be written",
+        ),
         ("sys.stderr.write('Boom\\n'); sys.exit(3)", HrmRayError, "Boom"),
         ("pass", HrmRayError, "it said nothing"),
     ],
