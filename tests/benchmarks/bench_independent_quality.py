@@ -1,6 +1,6 @@
 """What parallel-independent training learns from as many samples as one worker and as DDP.
 
-`python -m tests.benchmarks.bench_independent_quality --out FOLDER` trains a model of 0.15 M parameters on Python's
+`python -m tests.benchmarks.bench_independent_quality --out FOLDER` trains a model of 0.2 M parameters on Python's
 documentation in every case of CASES, one factor apart from the base: 4 trainers, --merge-every 50, nesterov. Every case
 gets the same number of samples; "a quarter" gets what one of four trainers gets. `--task sudoku` does so with 4x4
 puzzles. A run that is done leaves a file of figures in FOLDER and is not run again, so the command can be stopped and
@@ -61,6 +61,7 @@ CASES = {
     "lr 6e-3": independent(outer="nesterov --lr 6e-3"),
     "2 trainers": independent(2),
     "8 trainers": independent(8),
+    "ddp, lr 6e-3": Case(f"--gradient-accumulation-steps {TRAINERS} --lr 6e-3", TRAINERS),
     "ddp, Ray": Case(f"--strategy ddp --launcher ray --world-size {TRAINERS}", TRAINERS),
 }
 """By name, those that matter most first."""
