@@ -47,6 +47,10 @@ COMMAND = FlatCommand(
     ),
 )
 DEFAULT_OUT = "optimized.yaml"
+KEPT = frozenset(
+    {"data.max_seq_len", "data.vocab_size", "optimizer.batch_size", "optimizer.gradient_accumulation_steps"}
+)
+"""What a search decides and a resumed run keeps."""
 
 
 def optimize_command(argv: Sequence[str]) -> int:
@@ -93,6 +97,17 @@ def _begins_with(path: Path, text: str) -> bool:
         return file.read(len(text.encode())) == text.encode()
 
 
+def optimized(settings: RunSettings) -> RunSettings:
+    """The settings with what a search finds; a run that --auto-resume continues keeps the sizes that it has."""
+    from hrm_ray.launch.run_directory import trained_with
+    from hrm_ray.search.found_settings import settings_with
+
+    if not (settings.run.auto_resume and settings.run.resume):
+        return search_shown(settings)[0]
+    print("search  the run goes on from its checkpoint, with the context and batch that it has: nothing is searched")
+    return settings_with(settings, {key: value for key, value in trained_with(settings).items() if key in KEPT})
+
+
 def search_shown(settings: RunSettings) -> tuple[RunSettings, str]:
     """Search, and print each trial, the speeds and the options; returns the settings with what was found, and what that
     is in a line."""
@@ -130,7 +145,7 @@ def _found(search: Search) -> Found:
     """What an earlier search found, where a trial confirms it; otherwise what a search finds now, which is kept."""
     from hrm_ray.search.earlier_searches import file_of, recall, remember
 
-    file = file_of(search.resolved)
+    file = file_of(search)
     earlier = recall(file, search.limit_bytes)
     if earlier is not None:
         print(f"earlier {earlier.point} ({file}); one trial confirms it", flush=True)

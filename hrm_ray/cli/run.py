@@ -10,7 +10,7 @@ from contextlib import closing
 from textwrap import TextWrapper
 
 from hrm_ray.cli.dry_run import print_dry_run
-from hrm_ray.cli.optimize import search_shown
+from hrm_ray.cli.optimize import optimized
 from hrm_ray.cli.output import print_if_possible
 from hrm_ray.cli.summary import ENDED_BY, summary
 from hrm_ray.errors import Fault, SettingsError
@@ -35,7 +35,7 @@ def run_train(settings: RunSettings, *, dry_run: bool, optimize: bool) -> int:
         raise SettingsError(Fault("--optimize with --dry-run", reason, "Leave one of them out"))
     with StopWatch(settings.run.stop_file) as watch:
         if optimize:
-            settings, _ = search_shown(settings)
+            settings = optimized(settings)
         if dry_run:
             resolved = resolve(settings)
             print(_wrapped(describe(resolved)))

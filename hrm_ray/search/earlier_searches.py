@@ -16,7 +16,7 @@ import torch
 from hrm_ray import __version__
 from hrm_ray.launch.resolve import ResolvedRun
 from hrm_ray.rundir import write_json
-from hrm_ray.search.optimize import LEVERS, Found, Point, Trial
+from hrm_ray.search.optimize import LEVERS, Found, Point, Search, Trial, gpus_of
 from hrm_ray.search.trial import Verdict
 from hrm_ray.settings.tree import to_dotted
 
@@ -26,8 +26,9 @@ SAME_LIMIT = 0.05
 """Where more or less memory is free than at the earlier search, by more than this part, the search is made anew."""
 
 
-def file_of(resolved: ResolvedRun) -> Path:
-    """The file for what a search for this run finds, on this machine with these versions."""
+def file_of(search: Search) -> Path:
+    """The file for what this search finds, on this machine with these versions."""
+    resolved = search.resolved
     dotted = to_dotted(resolved.settings)
     leaves = {key: value for key, value in dotted.items() if key.partition(".")[0] in _SECTIONS}
     leaves |= {f"data.{name}": dotted[f"data.{name}"] for name in _DATA_LEAVES}
@@ -37,6 +38,8 @@ def file_of(resolved: ResolvedRun) -> Path:
         "config": asdict(resolved.config),
         "evaluates": resolved.evaluation is not None,
         "settings": leaves,
+        # What the user has decided is not among the levers.
+        "levers": [lever.name for lever in search.levers()],
     }
     key = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
     return _cache_folder() / "optimize" / f"{key[:32]}.json"
@@ -80,8 +83,7 @@ def _point(plain: dict[str, Any]) -> Point:
 def _device(resolved: ResolvedRun) -> list[str]:
     if resolved.devices.device != "cuda":
         return [resolved.devices.device, str(os.cpu_count())]
-    properties = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
-    return [f"{each.name} {each.total_memory}" for each in properties]
+    return [f"{gpu.name} {gpu.total_bytes}" for gpu in gpus_of(resolved.devices)]
 
 
 def _cache_folder() -> Path:

@@ -6,19 +6,21 @@ that save memory are added, those that cost least speed first.
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
 from itertools import combinations
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 
-from hrm_ray.errors import Fault, ResourceError, SettingsError
+from hrm_ray.errors import Fault, ResourceError, SettingsError, UnavailableError
+from hrm_ray.launch.devices import Devices, visible_gpus
 from hrm_ray.launch.preflight import PROCESS_BYTES
 from hrm_ray.launch.resolve import ResolvedRun
 from hrm_ray.launch.resources import gigabytes
@@ -114,25 +116,55 @@ class Found:
 
 def check_optimizable(settings: RunSettings) -> None:
     """Raises SettingsError for a run whose sizes cannot be searched."""
-    if settings.run.resume or settings.run.auto_resume or settings.run.resume_from is not None:
+    if settings.run.resume or settings.run.resume_from is not None:
         reason = "the context and the effective batch of a resumed run are those of its checkpoint"
         raise SettingsError(Fault("a resumed run", reason, "Search before the run begins, and give it what was found"))
     if settings.cluster.ray_address is not None:
-        reason = "the trials run on this machine, and not on the cluster"
-        hint = "Run `hrm-ray optimize` on a machine of the cluster, and give the run what it finds"
-        raise SettingsError(Fault(f"--ray-address {settings.cluster.ray_address}", reason, hint))
+        raise _on_a_cluster(f"--ray-address {settings.cluster.ray_address}")
     if settings.cluster.trainer_batch_sizes is not None:
         value = f"--batch-size {settings.cluster.trainer_batch_sizes}"
         raise SettingsError(Fault(value, "one size is searched for all trainers", "Give the effective batch of each"))
 
 
+def _on_a_cluster(named: str) -> SettingsError:
+    hint = "Run `hrm-ray optimize --launcher local` on a machine of the cluster, and give the run what it finds"
+    return SettingsError(Fault(named, "trials run on this machine, and not on a cluster", hint))
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU of the run."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+
+_ASK_GPUS = (
+    "import json, torch; print(json.dumps([[torch.cuda.get_device_name(n), *torch.cuda.mem_get_info(n)] "
+    "for n in range(torch.cuda.device_count())]))"
+)
+
+
+@cache
+def gpus_of(devices: Devices) -> tuple[Gpu, ...]:
+    """The GPUs that the workers take. They are asked in a process of their own: this one would keep memory of each, and
+    could not choose among them any more."""
+    if devices.device != "cuda":
+        return ()
+    with visible_gpus(devices):
+        asked = subprocess.run([sys.executable, "-c", _ASK_GPUS], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        last = asked.stderr.strip().splitlines()[-1:] or ["no answer"]
+        raise UnavailableError(Fault("the GPUs", f"they cannot be asked ({last[0][:120]})", "Give --device cpu"))
+    found = [Gpu(name, total, free) for name, free, total in json.loads(asked.stdout.splitlines()[-1])]
+    return tuple(found[: devices.request.gpus])
+
+
 def memory_of(resolved: ResolvedRun) -> int:
     """Bytes that a worker of this run may take: --memory-budget, or what is free on the fullest of its devices."""
     devices, budget = resolved.devices, resolved.settings.memory.budget_bytes
-    if devices.device == "cuda":
-        free = min(torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count()))
-    else:
-        free = available_memory_bytes() // devices.world_size
+    free = min((gpu.free_bytes for gpu in gpus_of(devices)), default=available_memory_bytes() // devices.world_size)
     return free if budget is None else min(free, budget)
 
 
@@ -144,6 +176,11 @@ class Search:
     try_run: TryRun
     on_trial: OnTrial = lambda number, trial: None
     trials: list[Trial] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Raises SettingsError for a run on a cluster, whose address may come from the environment."""
+        if self.resolved.devices.ray_address is not None:
+            raise _on_a_cluster(f"the cluster at {self.resolved.devices.ray_address}")
 
     @cached_property
     def budget_bytes(self) -> int:

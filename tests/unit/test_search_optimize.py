@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
+from hrm_ray.errors import SettingsError
 from hrm_ray.launch.preflight import PROCESS_BYTES
 from hrm_ray.launch.resolve import ResolvedRun, resolve
 from hrm_ray.launch.run_directory import load_run
-from hrm_ray.search.optimize import CHECKPOINTING, CHUNKED, EIGHT_BITS, Point, Search, contexts_up_to, divisors
+from hrm_ray.search.earlier_searches import file_of
+from hrm_ray.search.optimize import (
+    CHECKPOINTING,
+    CHUNKED,
+    EIGHT_BITS,
+    Point,
+    Search,
+    contexts_up_to,
+    divisors,
+    memory_of,
+    with_leaves,
+)
 from hrm_ray.search.trial import Verdict
 from hrm_ray.settings.tree import RunSettings
 from tests.support.runs import TEXT, hrm, last_said, refused, text_file
@@ -194,6 +209,58 @@ def test_train_with_optimize_trains_with_what_was_found(tmp_path: Path, tried: l
     ran = hrm("train", *words(tmp_path), "--optimize", "--bundle-dir", tmp_path / "b")
     assert ran.code == 0, ran.err
     assert "batch   2 x 4 accumulated x 1 worker(s) = 8" in ran.out and "finished at step 2" in ran.out
+
+
+def test_with_auto_resume_the_first_run_searches_and_later_ones_go_on(tmp_path: Path, tried: list[Point]) -> None:
+    more = ("--optimize", "--auto-resume", "--bundle-dir", tmp_path / "b")
+    first = hrm("train", *words(tmp_path), *more)
+    assert first.code == 0 and "batch   2 x 4 accumulated" in first.out, first.err
+    before = len(tried)
+    # The words of the command are those of the first run, though another size was found then.
+    again = hrm("train", *last_said([*words(tmp_path), *more, "--steps", "3"]))
+    assert again.code == 0 and "nothing is searched" in again.out, again.err
+    assert "batch   2 x 4 accumulated" in again.out and "finished at step 3" in again.out and len(tried) == before
+
+
+def test_what_the_user_has_refused_is_another_search(resolved: ResolvedRun) -> None:
+    from dataclasses import replace
+
+    def file(*given: str) -> Path:
+        settings = resolved.settings.model_copy(update={"given": frozenset(given)})
+        return file_of(Search(replace(resolved, settings=settings), lambda settings, limit_bytes: Verdict("fits")))
+
+    every = [file(), *(file(key) for lever in (EIGHT_BITS, CHECKPOINTING, CHUNKED) for key in lever.leaves)]
+    # Both leaves of chunked training decide about it alike.
+    assert len(set(every)) == 4
+    assert file("run.steps", "optimizer.lr") == every[0]
+
+
+def test_a_cluster_from_the_environment_is_refused(resolved: ResolvedRun) -> None:
+    from dataclasses import replace
+
+    devices = replace(resolved.devices, ray_address="1.2.3.4:5")
+    with pytest.raises(SettingsError, match=r"the cluster at 1\.2\.3\.4:5: trials run on this machine"):
+        Search(replace(resolved, devices=devices), lambda settings, limit_bytes: Verdict("fits"))
+
+
+def test_only_the_gpus_of_the_run_are_asked_and_in_another_process(
+    resolved: ResolvedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    def asked(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "1,3"
+        said = [["GPU", 5_000_000_000, 8_000_000_000], ["GPU", 1_000_000_000, 8_000_000_000]]
+        return subprocess.CompletedProcess(command, 0, f"a note\n{json.dumps(said)}\n", "")
+
+    monkeypatch.setattr("subprocess.run", asked)
+    monkeypatch.setattr("torch.cuda._lazy_init", lambda: pytest.fail("CUDA was initialised here"))
+    settings = with_leaves(resolved.settings, {"memory.memory_budget": "3GB"})
+    for workers, memory in ((1, 3_000_000_000), (2, 1_000_000_000)):
+        devices = replace(resolved.devices, device="cuda", world_size=workers, visible_gpus="1,3")
+        run = replace(resolved, settings=settings, devices=devices)
+        assert memory_of(run) == memory
+        assert file_of(Search(run, lambda settings, limit_bytes: Verdict("fits"))).suffix == ".json"
 
 
 @pytest.mark.parametrize(
