@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
 
 from hrm_ray.errors import DataError
 from hrm_ray.rundir import RunDir, read_json
@@ -37,6 +40,13 @@ class Progress:
             self.skipped_samples += samples
         elif not skipped and self.trained_samples is not None:
             self.trained_samples += samples
+
+
+def has_carries(checkpoint: Path) -> bool:
+    """Whether a checkpoint has rows in the middle of their segments: not before the first step, nor just after
+    independent trainers."""
+    with safe_open(checkpoint / "slots_00000000.safetensors", framework="numpy") as file:
+        return "carry.z_h" in set(file.keys())
 
 
 def stored_counts(run_dir: RunDir) -> dict[int, tuple[int | None, int | None]]:

@@ -105,6 +105,7 @@ class AnchorKeeper:
         source = (str(self.settings.data.eval_file), self.settings.data.val_split)
         self.evaluator = Evaluator(self.loop, held_out, source, self.run_dir)
         self.checkpointer = Checkpointer(self.loop, self.run_dir, self.settings.run.keep)
+        self._resumed_from: Path | None = None
         self._sampler: Sampler | None = None
         self._guard: EvalSet | None = None
         if samples is not None:
@@ -134,6 +135,7 @@ class AnchorKeeper:
     def resume(self, checkpoint: Path, best: dict[str, Any] | None = None) -> None:
         """Go on with the figures of a checkpoint, and with the `best` that a keeper found which died since."""
         extra = load_checkpoint(self.loop, checkpoint)
+        self._resumed_from = checkpoint
         self._laid = ""
         self.evaluator.load_state_dict(extra)
         if best is not None:
@@ -202,12 +204,15 @@ class AnchorKeeper:
 
     def hand_over(self, anchor: AnchorRef, skipped: int, place: LoaderPlace, states: Sequence[Path]) -> Path | None:
         """Write the checkpoint of an anchor that a strategy goes on from at `place`; gives the folder whose optimizer
-        state it has: the first of `states` (folders of checkpoints) that fits. Without one it has that of the
-        checkpoint which this keeper resumed from, where there is one."""
+        state it has: the first of `states` (folders of checkpoints) that fits, else the checkpoint that this keeper
+        resumed from; None where that has none either."""
         self._lay(anchor)
         loop = self.loop
         loop.progress.skipped_samples = skipped
         taken_from = next((folder for folder in states if self._take_optimizer(folder)), None)
+        strategy = loop.parts.strategy
+        if taken_from is None and isinstance(strategy, SingleStrategy) and strategy.optimizer.state:
+            taken_from = self._resumed_from
         loader = loop.parts.loader
         if not isinstance(loader, ClaimedLoader):
             raise TypeError("a keeper of anchors has a ClaimedLoader")

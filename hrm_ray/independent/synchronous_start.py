@@ -55,14 +55,11 @@ def check_position(plan: RunPlan, order: DataOrder) -> None:
     epoch, state = stream_position(checkpoint)
     if not state.taken or read_json(checkpoint / STATE).get("trained_ranges") is not None:
         return  # after trainers of before, windows are one chunk to the end of the epoch
-    entries = whole_catalog(plan, lambda message: None).entries
-    chunk = order(epoch, state.position)
-    first = order.start if epoch == 0 else 0
-    ends_block = state.position + 1 >= len(entries) - first
-    if not ends_block:
-        ends_block = entries[order(epoch, state.position + 1)].start.block != entries[chunk].start.block
-    rows = entries[chunk].rows
-    if ends_block or not rows or rows >= plan.data.text.shuffle_rows:
+    catalog = whole_catalog(plan, lambda message: None)
+    # The order of the stream, whose positions are not the ledger's where the first epoch begins with a later chunk.
+    slot = next(order.epochs.slots(catalog, epoch, state.position))
+    rows = catalog.entries[slot.number].rows
+    if slot.ends_block or not rows or rows >= plan.data.text.shuffle_rows:
         return
     reason = "lies inside a shuffle window of several chunks, which independent trainers cannot go on with"
     hint = "Resume from a checkpoint at the end of an epoch, or start a new run with --student-init"

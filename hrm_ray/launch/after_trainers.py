@@ -41,9 +41,8 @@ def after_trainers(plan: RunPlan, launcher: str, *, sink: MetricSink, stop: Stop
         raise DataError(Fault(str(run_dir.ledger), reason, hint))
     step: int = read_json(checkpoint / STATE)["progress"]["step"]
     if is_synchronous(checkpoint) and not _has_newer_anchors(plan, step):
-        if isinstance(plan.data, PuzzlePlan):
-            _undo_later_rounds(run_dir.ledger, step)
-        return plan
+        dropped = _go_back(run_dir.ledger, step, isinstance(plan.data, PuzzlePlan))
+        return replace(plan, remarks=(*plan.remarks, _told(dropped))) if dropped else plan
     merging = _merging_plan(plan, on_this_machine=launcher == "local")
     with ExitStack() as opened:
         watch = opened.enter_context(closing(FolderWatch(plan.bundle)))
@@ -51,36 +50,50 @@ def after_trainers(plan: RunPlan, launcher: str, *, sink: MetricSink, stop: Stop
         ledger = opened.enter_context(closing(open_ledger(run_dir.ledger)))
         workers = opened.enter_context(closing(Children(merging)))
         run = IndependentRun(merging, sink, stop, watch, ledger, workers, opened)
+        goes_back = plan.settings.run.resume_from is not None
         staged = len(ledger.staged())
         anchor = run.merge_staged()
         place = _place(plan, ledger)
         source = RunDir(checkpoint.parent.parent)
         states = _states(source)
-        if plan.settings.run.resume_from is not None:
+        if goes_back:
             # Those that were saved later know of samples that are not trained any more.
             states = [one for one in states if read_json(one / STATE)["progress"]["step"] <= anchor.round]
         taken_from = run.hand_over(anchor, place, states)
-    moments = "no trainer has left the state of its optimizer: it begins without"
+    moments = "there is no state of the optimizer that fits: it begins from zeros, at the scheduled learning rate"
     if taken_from is not None:
-        moments = f"the state of the optimizer is that of {RunDir(taken_from.parent.parent).root.name}"
-    merged = f", {staged} staged report(s) merged," if staged and plan.settings.run.resume_from is None else ""
-    remark = f"after independent trainers{merged} from the anchor of step {anchor.round}; {moments}"
-    return replace(plan, checkpoint=run_dir.checkpoint(anchor.round), continues=True, remarks=(*plan.remarks, remark))
+        from_trainer = taken_from.is_relative_to(source.independent.trainers)
+        owner = taken_from.parent.parent.name if from_trainer else f"{taken_from}, before the trainers"
+        moments = f"the state of the optimizer is that of {owner}"
+    merged = f", {staged} staged report(s) merged," if staged and not goes_back else ""
+    remarks = [f"after independent trainers{merged} from the anchor of step {anchor.round}; {moments}"]
+    if staged and goes_back:
+        remarks.append(_told(staged))
+    return replace(plan, checkpoint=run_dir.checkpoint(anchor.round), continues=True, remarks=(*plan.remarks, *remarks))
+
+
+def _told(dropped: int) -> str:
+    return f"{dropped} staged report(s) of independent trainers are dropped, and what they had is trained again"
 
 
 def _has_newer_anchors(plan: RunPlan, step: int) -> bool:
-    """Whether trainers that went on from this checkpoint were killed before they wrote one."""
+    """Whether trainers that went on from this checkpoint were killed before they wrote one, after an anchor or a
+    report."""
     if plan.settings.run.resume_from is not None:
         return False
     with read_ledger(RunDir(plan.bundle).ledger) as ledger:
         head = ledger.head
-        return head is not None and is_anchor(head) and (head.round > step or bool(ledger.staged()))
+        return bool(ledger.staged()) or (head is not None and is_anchor(head) and head.round > step)
 
 
-def _undo_later_rounds(path: Path, step: int) -> None:
-    """A strategy keeps no ledger of puzzles: roll that of the trainers before it back to what the checkpoint has."""
+def _go_back(path: Path, step: int, on_puzzles: bool) -> int:
+    """Before a strategy goes on from a checkpoint of its own: drop what trainers have staged since, and of puzzles, of
+    which a strategy keeps no ledger, the later rounds. Returns the number of staged reports."""
     with closing(open_ledger(path)) as ledger:
-        ledger.rollback(next((one.round for one in ledger.lineage() if one.round <= step), None))
+        dropped = ledger.drop_staged()
+        if on_puzzles:
+            ledger.rollback(next((one.round for one in ledger.lineage() if one.round <= step), None))
+        return dropped
 
 
 def _merging_plan(plan: RunPlan, *, on_this_machine: bool) -> RunPlan:
@@ -108,8 +121,9 @@ def _place(plan: RunPlan, ledger: Ledger) -> LoaderPlace:
         return LoaderPlace(rest.epoch, {"taken": [0] * slots}, places)
     text = plan.data.text
     start = text.start if rest.epoch == 0 else 0
-    if start and text.shuffle_rows and any(one.position >= rest.position for one in rest.trained):
-        reason = "begins in the middle of the data, and trainers have taken ranges from all over it"
+    if start and text.epoch_order.shuffled and not ledger.complete(0):
+        # The stream counts the chunks before the start in its positions, and the ledger does not.
+        reason = "begins in the middle of the data, where positions of trainers are not those of a strategy"
         hint = "Go on with --parallel-independent to the end of the epoch, and change then"
         raise DataError(Fault(f"the shuffled epoch {rest.epoch}", reason, hint))
     state = asdict(StreamState(rest.position + start, 0, rest.sequences, *_left_out(plan, rest)))

@@ -123,8 +123,7 @@ class IndependentRun:
         """In place of `run`, without trainers: merge the reports that are staged. Gives the newest anchor."""
         self._begin(self._order_of_claims())
         if self.settings.run.resume_from is not None:
-            for one in self.ledger.staged():
-                self.ledger.reject(one.name, "the run was resumed from before it", lost=True)
+            self.ledger.drop_staged()
         self.coordinator.stop = StopReason.FINISHED
         while (request := self.coordinator.due()) is not None:
             self._merge(request)

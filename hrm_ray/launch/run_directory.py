@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hrm_ray.bundle.progress import STATE
+from hrm_ray.bundle.progress import STATE, has_carries
 from hrm_ray.bundle.stored_settings import run_described_by, stored_args, stored_leaves
 from hrm_ray.data.file_systems import name_for_runs
 from hrm_ray.data.tokenizer import CONFIG_FILE, TOKENIZER_FILE
@@ -361,7 +361,7 @@ def _check_trainers(settings: RunSettings, source: RunDir, checkpoint: Path) -> 
     if merged or not settings.cluster.parallel_independent:
         return
     hint = "Leave it out, or start a new run from its weights with --student-init"
-    if stored_leaves(source)["model.supervision"] == "segment":
+    if stored_leaves(source)["model.supervision"] == "segment" and has_carries(checkpoint):
         reason = f"{checkpoint} has rows in the middle of their segments (--supervision segment)"
         raise SettingsError(Fault("--parallel-independent", reason, hint))
 

@@ -282,6 +282,11 @@ class Ledger(LedgerReader):
         with self.database.transaction(durable=True):
             return rounds.roll_back(self, to)
 
+    def drop_staged(self) -> int:
+        """Drop all staged contributions, whose ranges are PENDING again without a failed attempt; returns how many."""
+        with self.database.transaction(durable=True):
+            return rounds.drop_staged(self)
+
     def requeue(self, aside: Iterable[Range]) -> None:
         """Make quarantined ranges PENDING again; `quarantined()` lists them."""
         with self.database.transaction():

@@ -69,11 +69,18 @@ def roll_back(ledger: LedgerReader, to: int | None) -> list[Round] | Refused:
         for contribution in ledger.contributions_of(one.round):
             drop(ledger, contribution, [states.undo(part) for part in _ranges(ledger, contribution)])
         ledger.database.rows("DELETE FROM rounds WHERE round = ?", (one.round,))
-    for contribution in ledger.staged():
-        drop(ledger, contribution, [states.undo(part) for part in _ranges(ledger, contribution)])
+    drop_staged(ledger)
     stop_all(ledger)
     ledger.database.rows("UPDATE facts SET value = ? WHERE name = 'head'", (to,))
     return undone
+
+
+def drop_staged(ledger: LedgerReader) -> int:
+    """Drop all staged contributions, without a failed attempt; returns how many there were."""
+    staged = ledger.staged()
+    for contribution in staged:
+        drop(ledger, contribution, [states.undo(part) for part in _ranges(ledger, contribution)])
+    return len(staged)
 
 
 def stop_all(ledger: LedgerReader) -> None:

@@ -29,13 +29,15 @@ class SynchronousRun:
     def __init__(self, ledger: Ledger, checkpoint: int | None) -> None:
         """Roll the ledger back to the checkpoint that the run resumes from (its step; None: the start).
 
-        Leases of an earlier start are released without a failed attempt: here any failure ends all workers. Raises
+        Staged reports of independent trainers are dropped: this run trains what they have. Leases of an earlier start
+        are released without a failed attempt: here any failure ends all workers. Raises
         DataError where the checkpoint's round is not in the ledger.
         """
         self.ledger = ledger
         with ledger.database.transaction(durable=True):
             self.undone = _accepted(ledger, ledger.rollback(checkpoint))
             """Rounds that this start has undone, newest first."""
+            rounds.drop_staged(ledger)
             rounds.stop_all(ledger)
             self.generation = ledger.start_worker(_WORKER)
 

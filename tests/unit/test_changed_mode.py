@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +14,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hrm_ray.data.prepare import PuzzlePlan
+from hrm_ray.errors import SettingsError
+from hrm_ray.independent import anchor_keeper
 from hrm_ray.independent.anchor_keeper import AnchorKeeper
 from hrm_ray.independent.synchronous_start import enter_puzzles
 from hrm_ray.launch import after_trainers
+from hrm_ray.launch.plan import make_plan
+from hrm_ray.launch.resolve import resolve
+from hrm_ray.launch.run_directory import load_run
 from hrm_ray.ledger import Lease, Ledger, is_anchor, open_ledger, read_ledger, rest_of_epoch
 from hrm_ray.ledger.verify import violations
 from hrm_ray.rundir import RunDir
 from hrm_ray.train.loaders import BatchLoader, HaltedSlots, RolloutLoader, SlotLoader
-from hrm_ray.train.plan import RunPlan
+from hrm_ray.train.plan import RunPlan, TextData
 from hrm_ray.train.stream_loader import StreamLoader
 from hrm_ray.types import Columns, StopReason
 from tests.support.block_trainers import Block, plan_of
 from tests.support.ledgers import ledger_of, linear, reported
-from tests.support.runs import PUZZLE, TEXT, hrm, puzzle_file, text_file, train
+from tests.support.runs import PUZZLE, TEXT, hrm, puzzle_file, train
 
 CHUNKS = ("--dataset-chunk-size", 3, "--samples-per-block", 9, "--batch-size", 2)
 SHUFFLED = ("--no-linear-dataset", "--shuffle-buffer-size", 7)
@@ -67,9 +75,10 @@ def _record(patch: pytest.MonkeyPatch, kind: type[BatchLoader], rows: list[bytes
 
 
 def lines_file(folder: Path) -> Path:
-    path = text_file(folder, rows=40)
-    words = path.read_text(encoding="utf-8")
-    path.write_text("\n".join(words[at : at + 37] for at in range(0, len(words), 37)), encoding="utf-8")
+    """Text in rows, so that it has several chunks whose sequences no batch size divides."""
+    path = folder / "rows.jsonl"
+    rows = (json.dumps({"text": f"{number}: {'abcdefgh ' * (1 + number % 4)}"}) for number in range(64))
+    path.write_text("\n".join(rows), encoding="utf-8")
     return path
 
 
@@ -78,6 +87,8 @@ def trained_by_two(data: Path, bundle: Path, words: Sequence[object], turns: int
     staged, and the checkpoint is older. Gives the rows that they have trained."""
     plan = plan_of(data, bundle, *words)
     block = Block(plan, report_updates=2)
+    if isinstance(plan.data, TextData) and plan.data.text.start:
+        block.ledger.start_at(plan.data.text.start)
     keeper = AnchorKeeper(plan)
     keeper.save(block.coordinator.anchor, 0)
     with ExitStack() as opened:
@@ -114,6 +125,7 @@ def test_a_strategy_trains_the_rest_of_the_epoch(
 ) -> None:
     """Also where it is stopped and resumed in that epoch, and the ledger holds."""
     monkeypatch.setattr(after_trainers, "Children", InThisProcess)
+    monkeypatch.setattr(anchor_keeper, "unfit", lambda norms: {})  # what is rejected would be trained again
     is_text, bundle = "--vocab-size" in words, RunDir(tmp_path / "b")
     data = lines_file(tmp_path) if is_text else puzzle_file(tmp_path, count=30)
     with recorded() as expected:
@@ -159,6 +171,89 @@ def test_trainers_go_on_from_a_strategy_on_puzzles(tmp_path: Path, monkeypatch: 
                 rest = rest_of_epoch(ledger)
                 assert (rest.epoch, rest.sequences) == divmod(trained, 30)
                 assert [(one.start, one.end) for one in rest.trained] == [(0, rest.sequences)]
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("words", [(*TEXT, *CHUNKS), (*PUZZLE, *PUZZLES, "--supervision", "rollout")])
+def test_reports_on_a_checkpoint_of_a_strategy_are_merged_or_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: Sequence[object], back: bool
+) -> None:
+    """Trainers that went on from a strategy and were killed before their first round."""
+    monkeypatch.setattr(after_trainers, "Children", InThisProcess)
+    data = lines_file(tmp_path) if "--vocab-size" in words else puzzle_file(tmp_path, count=30)
+    with recorded() as expected:
+        train(data, tmp_path / "plain", *words, "--epochs", 1)
+    bundle = RunDir(tmp_path / "b")
+    with recorded() as rows:
+        train(data, bundle.root, *words, "--epochs", 1, "--steps", 3)
+        checkpoint = bundle.newest_checkpoint()
+        assert checkpoint is not None
+        block = Block(plan_of_resumed(bundle), report_updates=2)
+        if isinstance(block.plan.data, PuzzlePlan):
+            enter_puzzles(block.ledger, checkpoint, block.plan.data.rows)
+        _stage_one(block)
+        named = ("--resume-from", checkpoint) if back else ("--resume", "--bundle-dir", bundle.root)
+        ran = hrm("train", *named, "--no-parallel-independent", "--steps", 999)
+        assert ran.code == 0, ran.err
+        said = "staged report(s) of independent trainers are dropped" if back else "staged report(s) merged"
+        assert said in ran.out, ran.out
+        assert f"the state of the optimizer is that of {checkpoint}" in ran.out or back
+    merged = Counter[bytes]() if back else block.rows()
+    assert merged + Counter(rows) == Counter(expected)
+    with read_ledger(bundle.ledger) as ledger:
+        assert list(violations(ledger)) == [] and ledger.staged() == []
+
+
+def plan_of_resumed(bundle: RunDir) -> RunPlan:
+    words: dict[str, str | bool] = {"--resume": True, "--bundle-dir": str(bundle.root)}
+    return make_plan(resolve(load_run(words)))
+
+
+def _stage_one(block: Block) -> None:
+    """A trainer reports from the checkpoint, and is killed with the run."""
+    head = block.ledger.head
+    assert head is not None
+    first = block.coordinator.anchor
+    block.coordinator.anchor = replace(first, round=head.round, total_sequences=head.total_sequences)
+    with block.trainer("trainer-0") as trainer:
+        assert trainer.join() is None
+        while not block.ledger.staged():
+            trainer.turn()
+        _drop_unreported(block)
+    block.ledger.close()
+
+
+def _drop_unreported(block: Block) -> None:
+    """Of the rows that were trained keep those that were reported."""
+    reported = sum(one.sequences for one in block.ledger.staged())
+    rows = [row for batch in block.trained["trainer-0"] for row in batch]
+    block.trained["trainer-0"] = [tuple(rows[:reported])]
+
+
+def test_trainers_may_go_on_where_no_row_is_in_the_middle_of_its_segments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A strategy that ended before its first step has changed nothing."""
+    monkeypatch.setattr(after_trainers, "Children", InThisProcess)
+    bundle = RunDir(tmp_path / "b")
+    trained_by_two(puzzle_file(tmp_path, count=30), bundle.root, (*PUZZLE, *PUZZLES, "--epochs", 1), 2)
+    assert hrm("train", "--resume", "--bundle-dir", bundle.root, "--steps", 1).code == 0
+    words: dict[str, str | bool] = {"--resume": True, "--bundle-dir": str(bundle.root), "--parallel-independent": True}
+    assert make_plan(resolve(load_run(words | {"--launcher": "subprocess"}))).checkpoint is not None
+    assert hrm("train", "--resume", "--bundle-dir", bundle.root, "--steps", 20).code == 0
+    with pytest.raises(SettingsError, match="in the middle of their segments"):
+        resolve(load_run(words | {"--launcher": "subprocess"}))
+
+
+def test_a_shuffled_first_epoch_from_a_later_chunk_on_is_ended_by_trainers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(after_trainers, "Children", InThisProcess)
+    words = (*TEXT, *CHUNKS, *SHUFFLED, "--start-block-id", 1, "--epochs", 2)
+    bundle = RunDir(tmp_path / "b")
+    trained_by_two(lines_file(tmp_path), bundle.root, words, 2)
+    ran = hrm("train", "--resume", "--bundle-dir", bundle.root)
+    assert ran.code == 5 and "begins in the middle of the data" in ran.faults[0]
 
 
 def test_a_strategy_needs_the_ledger_of_the_trainers(tmp_path: Path) -> None:
