@@ -18,6 +18,7 @@ from types import FrameType
 import hrm_ray
 from hrm_ray.cli.flat_command import FlatCommand
 from hrm_ray.cli.train import OWN
+from hrm_ray.errors import HrmRayError
 from hrm_ray.launch.run_directory import load_run, locate_run
 from hrm_ray.stop_signals import EXIT_STOPPED, handle_signals
 
@@ -33,16 +34,24 @@ def run_until_done(argv: Sequence[str], *, wait_s: float = WAIT_S) -> int:
     """Run `hrm-ray train --auto-resume` on the words until it is done; returns its last exit code.
 
     It is run again after the codes of RERUN_ON, unless this process was asked to stop, --max-time was given (then the
-    time is over), or two runs in a row have failed with the same newest checkpoint.
+    time is over), two runs in a row have failed with the same newest checkpoint, or one with --resume-from has saved
+    nothing.
     """
     arguments = FlatCommand("train [OPTIONS]", "", OWN).parse(argv)
     child = _Child()
     # A run that fails with wrong options says so itself.
     words = [word for word in argv if word != "--resume"]
-    code = child.run(words if "--resume-from" in arguments.options else [*words, "--auto-resume"])
+    again = {name: value for name, value in arguments.options.items() if name not in ("--resume", "--resume-from")}
+    branches = "--resume-from" in arguments.options
+    before = _newest_saved(again, arguments.config) if branches else None
+    code = child.run(words if branches else [*words, "--auto-resume"])
     failed_at: list[str] = []
     while code in RERUN_ON and not child.stopped:
-        again = {name: value for name, value in arguments.options.items() if name not in ("--resume", "--resume-from")}
+        if branches and _newest_saved(again, arguments.config) == before:
+            # Without a checkpoint of its own it would begin from other weights than those that were named.
+            print(f"{child.ended} before the first save: --resume-from is not run again", file=sys.stderr, flush=True)
+            break
+        branches = False
         settings = load_run({**again, "--auto-resume": True}, arguments.config)
         newest = locate_run(settings).run_dir.newest_checkpoint()
         begins = "the start" if newest is None else newest.name
@@ -56,6 +65,15 @@ def run_until_done(argv: Sequence[str], *, wait_s: float = WAIT_S) -> int:
             break
         code = child.run([*_words({**again, **arguments.own}), "--auto-resume"])
     return code
+
+
+def _newest_saved(options: Mapping[str, str | bool], config: Path | None) -> tuple[str, int] | None:
+    """Name and time of the newest checkpoint of the bundle; None where there is none, or no bundle can be named."""
+    try:
+        newest = locate_run(load_run({**options, "--auto-resume": True}, config)).run_dir.newest_checkpoint()
+        return None if newest is None else (newest.name, newest.stat().st_mtime_ns)
+    except (HrmRayError, OSError):
+        return None  # The run itself says what is wrong.
 
 
 def _words(options: Mapping[str, str | bool]) -> list[str]:

@@ -22,7 +22,7 @@ import psutil
 
 from hrm_ray.cli.flat_command import FlatCommand
 from hrm_ray.cli.train import OWN
-from hrm_ray.errors import Fault, ResourceError, SettingsError, UnavailableError
+from hrm_ray.errors import Fault, HrmRayError, ResourceError, SettingsError, UnavailableError
 from hrm_ray.launch.job_package import ENTRY, code_package, job_options
 from hrm_ray.launch.resources import gigabytes
 from hrm_ray.launch.run_lock import holder_of, is_in_use
@@ -70,7 +70,8 @@ def run_submit(
         if package.left_out:
             print(f"warning: {package.left_out} Python file(s) are not in git, and so not sent", file=sys.stderr)
         sent = [f"{option}={value}" if isinstance(value, str) else option for option, value in options.items()]
-        sent += [option for option in arguments.own if option == "--dry-run"]
+        own = {option: value for option, value in arguments.own.items() if option != "--config"}
+        sent += [f"{option}={value}" if isinstance(value, str) else option for option, value in own.items()]
         jobs.submit(name, shlex.join(["python", ENTRY, *sent]), Path(folder), environment, bundle)
     print(f"job     {name}\nbundle  {bundle} on the cluster", flush=True)
     if not wait:
@@ -130,8 +131,13 @@ def run_stop(target: str, *, address: str | None, wait: str) -> int:
         message = jobs.stop(name, wait_s)
         print(f"job {name} has ended{f': {message}' if message else ''}")
         return 0
-    _stop_here(RunDir(Path(target)), wait_s)
-    print(f"{target} is saved; next: hrm-ray train --bundle-dir {shlex.quote(target)} --resume")
+    run_dir = RunDir(Path(target))
+    _stop_here(run_dir, wait_s)
+    newest = run_dir.newest_whole_checkpoint() if run_dir.root.is_dir() else None
+    if newest is None:
+        raise HrmRayError(Fault(target, "the run has ended, and has saved no checkpoint", "Its log says why"))
+    print(f"the run has ended; its newest checkpoint is {newest.name}")
+    print(f"next: hrm-ray train --bundle-dir {shlex.quote(target)} --resume")
     return 0
 
 
@@ -151,7 +157,13 @@ def _stop_here(run_dir: RunDir, wait_s: float) -> None:
     if os.name == "nt":
         hint = "Press Ctrl-C in its window, or start runs with --stop-file"
         raise UnavailableError(Fault(target, "Windows cannot ask a process to stop", hint))
-    os.kill(_asked_to_stop(holder[1]), signal.SIGTERM)
+    try:
+        os.kill(_asked_to_stop(holder[1]), signal.SIGTERM)
+    except PermissionError:
+        reason = f"its process {holder[1]} is another user's"
+        raise UnavailableError(Fault(target, reason, "Stop it as that user")) from None
+    except ProcessLookupError:
+        return  # It has ended meanwhile.
     print(f"stopping process {holder[1]}: its step is finished and saved", flush=True)
     deadline_s = time.monotonic() + wait_s
     while is_in_use(run_dir):

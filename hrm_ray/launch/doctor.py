@@ -48,6 +48,8 @@ TRAINING_S = 60.0
 """How long `--train` trains on a device, from its first step."""
 START_S = 300.0
 """How long it waits for that step. Ray alone may take a minute on a machine that is in use."""
+END_S = 30.0
+"""How long a training that is told to end may take; one that hangs in a library never does."""
 POLL_S = 0.5
 TRAINED_CHARACTERS = 200_000
 CREDENTIALS: Mapping[str, tuple[tuple[str, ...], str]] = {
@@ -308,14 +310,26 @@ def _training(name: str, corpus: Path, bundle: Path, words: Sequence[str]) -> Ro
         try:
             _wait_for_end(process, metrics, stop_file)
         finally:
-            process.terminate()  # It does nothing to a process that has ended.
+            hung = _end(process)
     steps = [record for record in read_records(metrics) if record.kind == "train"] if metrics.is_file() else []
     if process.returncode or not steps:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         first = next((line for line in lines if line.startswith("error: ")), "")
-        return Row(name, first or f"exit code {process.returncode}, {len(steps)} step(s) were trained", False)
+        ended = f"it hung, and was killed after {END_S:.0f} s" if hung else f"exit code {process.returncode}"
+        return Row(name, first or f"{ended}, {len(steps)} step(s) were trained", False)
     last: Mapping[str, Any] = steps[-1].values
     return Row(name, f"{steps[-1].step} steps, loss {last['loss']:.3g}, {last['tokens_per_s']:,.0f} tokens/s", True)
+
+
+def _end(process: subprocess.Popen[bytes]) -> bool:
+    """End the training where it has not ended itself; whether it had to be killed."""
+    process.terminate()  # It does nothing to a process that has ended.
+    try:
+        process.wait(END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return True
+    return False
 
 
 def _wait_for_end(process: subprocess.Popen[bytes], metrics: Path, stop_file: Path) -> None:

@@ -83,6 +83,7 @@ class Jobs:
         if name not in [job.submission_id for job in self._listed()]:
             raise SettingsError(Fault(f"--follow {name}", f"there is no such job at {self.address}", "Give its name"))
         printed = 0
+        unwritten: list[OSError] = []
 
         async def tail() -> None:
             nonlocal printed
@@ -90,7 +91,11 @@ class Jobs:
             async for text in self._client.tail_job_logs(name):
                 seen += len(text)
                 if seen > printed:  # After a lost connection the log comes again from its beginning.
-                    write(text[max(0, len(text) - (seen - printed)) :])
+                    try:
+                        write(text[max(0, len(text) - (seen - printed)) :])
+                    except OSError as error:  # Nobody reads, or the disk is full: the head is well.
+                        unwritten.append(error)
+                        return
                     printed = seen
 
         lost_s: float | None = None
@@ -110,6 +115,8 @@ class Jobs:
                     hint = f"Follow it again with hrm-ray submit --address {self.address} --follow {name}"
                     raise UnavailableError(Fault(f"--address {self.address}", reason, hint)) from error
             else:
+                if unwritten:
+                    raise unwritten[0]
                 if info.status in ENDED:
                     return _exit_code(info)
             time.sleep(POLL_S)

@@ -148,6 +148,16 @@ def test_a_training_that_does_not_begin_is_ended(monkeypatch: pytest.MonkeyPatch
     assert row.works is False and row.value.endswith("0 step(s) were trained") and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows kills at once")
+def test_a_training_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "END_S", 0.05)
+    script = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); signal.pause()"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        assert doctor._end(process)
+    assert process.returncode
+
+
 SMALL = (
     *("--hidden-size", "32", "--num-heads", "2", "--num-layers", "2", "--no-use-moe", "--threads", "1"),
     *("--vocab-size", "300", "--batch-size", "2", "--max-seq-len", "16", "--device", "cpu", "--launcher", "local"),

@@ -83,9 +83,20 @@ def test_max_time_is_the_end(runs: Callable[..., list[list[str]]], tmp_path: Pat
     assert run_until_done(words(tmp_path, "--max-time", "5m"), wait_s=0) == 75 and len(seen) == 1
 
 
+def test_a_branch_that_has_saved_nothing_is_not_run_again(runs: Callable[..., list[list[str]]], tmp_path: Path) -> None:
+    """It would begin from random weights, or from the checkpoint that --resume-from was to undo."""
+    train(text_file(tmp_path), tmp_path / "old", *TEXT, "--steps", "2", "--save-every", "1")
+    start = str(tmp_path / "old" / "checkpoints" / "step_1")
+    seen = runs(1, 0)
+    assert run_until_done(words(tmp_path, "--resume-from", start), wait_s=0) == 1 and len(seen) == 1
+    seen = runs(75, 0)
+    assert run_until_done(["--bundle-dir", str(tmp_path / "old"), "--resume-from", start], wait_s=0) == 75
+    assert len(seen) == 1
+
+
 def test_a_branch_is_made_once(runs: Callable[..., list[list[str]]], tmp_path: Path) -> None:
     train(text_file(tmp_path), tmp_path / "old", *TEXT, "--steps", "2")
-    seen = runs(1, 0)
+    seen = runs((1, 2), 0)
     start = str(tmp_path / "old" / "checkpoints" / "step_2")
     assert run_until_done(words(tmp_path, "--resume-from", start), wait_s=0) == 0
     assert seen[0][-2:] == ["--resume-from", start]

@@ -26,7 +26,7 @@ from hrm_ray.launch import job_package
 from hrm_ray.launch.job_package import code_package, job_options
 from hrm_ray.orchestration import jobs
 from hrm_ray.rundir import RunDir
-from tests.support.runs import hrm, refused
+from tests.support.runs import TEXT, hrm, refused, text_file, train
 
 HEAD = "http://10.0.0.1:8265"
 SECRET = "hf_VERY_SECRET"
@@ -166,6 +166,15 @@ def test_a_lost_connection_is_taken_up_without_repeating(head: type[Client], mon
     assert ran.code == 0 and ran.out.startswith("one\ntwo\nthree\n") and ran.out.count("one") == 1
 
 
+def test_a_reader_that_is_gone_is_no_lost_head(head: type[Client]) -> None:
+    def write(text: str) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        jobs.Jobs(HEAD).follow("docs-1", write)
+    assert head.made[0].connections == 1
+
+
 def test_a_head_that_is_lost_is_told(head: type[Client], monkeypatch: Any) -> None:
     monkeypatch.setattr(jobs, "LOST_TIMEOUT_S", -1.0)
     monkeypatch.setattr(head, "log", (ConnectionError("gone"),))
@@ -195,8 +204,8 @@ def test_names_of_jobs(head: type[Client]) -> None:
 
 
 def test_without_waiting(head: type[Client]) -> None:
-    ran = submit("--no-wait", "--", *GOOD, "--dry-run")
-    assert shlex.split(head.made[0].entrypoint)[-1] == "--dry-run"
+    ran = submit("--no-wait", "--", *GOOD, "--optimize", "--dry-run")
+    assert shlex.split(head.made[0].entrypoint)[-2:] == ["--optimize", "--dry-run"]
     assert ran.code == 0 and head.made[0].connections == 0 and "--follow docs-" in ran.out
 
 
@@ -347,7 +356,7 @@ root = Path(sys.argv[1])
 lock = FileLock(root / ".run.lock")
 lock.acquire()
 (root / ".in_use.json").write_text(json.dumps({"host": sys.argv[2], "pid": __import__("os").getpid()}))
-signal.signal(signal.SIGTERM, lambda *_: ((root / "saved").touch(), sys.exit(75)))
+signal.signal(signal.SIGTERM, lambda *_: ((root / "saved").touch(), sys.exit(75)))  # It has no checkpoint.
 print("holds", flush=True)
 signal.pause()
 """
@@ -359,18 +368,25 @@ def test_stop_of_a_run_on_this_machine(tmp_path: Path) -> None:
     refused(2, "stop", root, naming=(root, "no such folder", "--address"))
     root.mkdir()
     refused(2, "stop", root, naming=(root, "no run is training in it"))
-    for host, code in (("elsewhere", 3), (socket.gethostname(), 0)):
+    for host, code in (("elsewhere", 3), (socket.gethostname(), 1)):
         process = subprocess.Popen([sys.executable, "-c", HOLDER, root, host], stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None and process.stdout.readline() == "holds\n"
         ran = hrm("stop", root)
         assert ran.code == code, ran
-        if code:
+        if code == 3:
             assert "process is on elsewhere" in ran.err and not (root / "saved").exists()
             process.terminate()
         assert process.wait() == 75
-        if code:
+        if code == 3:
             (root / "saved").unlink()
-    assert (root / "saved").exists() and "--resume" in ran.out
+    trained = RunDir(tmp_path / "trained").root
+    train(text_file(tmp_path), trained, *TEXT, "--steps", "1")
+    command = [sys.executable, "-c", HOLDER, trained, socket.gethostname()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "holds\n"
+        said = hrm("stop", trained)
+    assert said.code == 0 and "newest checkpoint is step_1" in said.out and "--resume" in said.out
+    assert (root / "saved").exists() and "has saved no checkpoint" in ran.err and "--resume" not in ran.out
 
 
 PLACES = st.one_of(
