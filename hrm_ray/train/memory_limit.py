@@ -9,6 +9,9 @@ from pathlib import Path
 
 import torch
 
+_STACKS_BYTES = 64 * 2**20
+"""Stacks of threads that are started later: eight of the usual size, which count whole and are hardly used."""
+
 
 def can_limit(device: str) -> bool:
     """Whether memory can be limited on this kind of device here: the CPU on Linux, and CUDA."""
@@ -19,7 +22,8 @@ def limit_memory(budget_bytes: int | None, device: str) -> Callable[[], None]:
     """Let allocations fail as out of memory beyond the budget, where that `can_limit`; returns what undoes it.
 
     On a CPU the resident memory of this process may grow up to the budget, counted from what it is now. The system
-    counts what is allocated, so what is allocated and never used counts too. On CUDA it is what PyTorch's allocator
+    counts what is allocated, so what is allocated and never used counts too; what was freed before and is kept by the C
+    library may be taken besides. On CUDA it is what PyTorch's allocator
     takes of the current device.
     """
     if budget_bytes is None or not can_limit(device):
@@ -32,7 +36,7 @@ def limit_memory(budget_bytes: int | None, device: str) -> Callable[[], None]:
     import resource  # not on Windows
 
     before, most = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = _status_bytes("VmData") + max(0, budget_bytes - _status_bytes("VmRSS"))
+    limit = _status_bytes("VmData") + _STACKS_BYTES + max(0, budget_bytes - _status_bytes("VmRSS"))
     if before != resource.RLIM_INFINITY:
         limit = min(limit, before)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, most))

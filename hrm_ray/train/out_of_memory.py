@@ -22,9 +22,11 @@ _PHRASES = (
     "bad_alloc",
     "not enough memory",
     "failed to allocate",
+    "can't start new thread",
     "status_alloc_failed",
 )
-"""In messages of PyTorch on several devices, of C++, and of cuBLAS and cuDNN, which allocate at their first use."""
+"""In messages of PyTorch on several devices, of C++, of cuBLAS and cuDNN, which allocate at their first use, and of
+Python where a thread's stack does not fit into --memory-budget."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
