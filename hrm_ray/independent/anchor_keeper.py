@@ -148,7 +148,8 @@ class AnchorKeeper:
         lost, rejected, members = self._whole_members(request, parent)
         merge = _RoundMerge(self, request, parent)
         if members:
-            rejected |= unfit({name: one.norm if one.finite else float("nan") for name, one in merge.norms(members)})
+            norms = {name: one.norm if one.finite else math.nan for name, one in merge.norms(members)}
+            rejected |= unfit(norms, {one.name: one.sequences for one in members})
             members = [one for one in members if one.name not in rejected]
         figures: dict[str, float] = {}
         if members and self._guard is not None:

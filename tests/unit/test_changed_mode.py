@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from hrm_ray.data.prepare import PuzzlePlan
 from hrm_ray.errors import SettingsError
-from hrm_ray.independent import anchor_keeper
 from hrm_ray.independent.anchor_keeper import AnchorKeeper
 from hrm_ray.independent.synchronous_start import enter_puzzles
 from hrm_ray.launch import after_trainers
@@ -125,7 +124,6 @@ def test_a_strategy_trains_the_rest_of_the_epoch(
 ) -> None:
     """Also where it is stopped and resumed in that epoch, and the ledger holds."""
     monkeypatch.setattr(after_trainers, "Children", InThisProcess)
-    monkeypatch.setattr(anchor_keeper, "unfit", lambda norms: {})  # what is rejected would be trained again
     is_text, bundle = "--vocab-size" in words, RunDir(tmp_path / "b")
     data = lines_file(tmp_path) if is_text else puzzle_file(tmp_path, count=30)
     with recorded() as expected:

@@ -101,11 +101,15 @@ def test_auto_stays_within_its_bounds(current: int, merge_s: float, update_s: fl
 
 
 def test_an_outlier_is_rejected_by_its_norm_only_among_three() -> None:
-    assert set(unfit({"a": 1.0, "b": 1.1, "c": 3.4})) == {"c"}
-    assert unfit({"a": 1.0, "b": 50.0}) == {}
-    assert set(unfit({"a": 1.0, "b": math.nan})) == {"b"}
-    assert unfit({"a": 0.0, "b": 0.0, "c": 1.0}) == {}
-    assert set(unfit({"a": 0.0, "b": 1.0, "c": 1.0, "d": 4.0, "e": 0.0})) == {"d"}
+    alike = dict.fromkeys("abcde", 8)
+    assert set(unfit({"a": 1.0, "b": 1.1, "c": 3.4}, alike)) == {"c"}
+    assert unfit({"a": 1.0, "b": 50.0}, alike) == {}
+    assert set(unfit({"a": 1.0, "b": math.nan}, alike)) == {"b"}
+    assert unfit({"a": 0.0, "b": 0.0, "c": 1.0}, alike) == {}
+    assert set(unfit({"a": 0.0, "b": 1.0, "c": 1.0, "d": 4.0, "e": 0.0}, alike)) == {"d"}
+    # Four times the updates, all in one direction.
+    assert unfit({"a": 1.0, "b": 1.0, "c": 4.0}, {"a": 8, "b": 8, "c": 32}) == {}
+    assert set(unfit({"a": 4.0, "b": 4.0, "c": 4.0}, {"a": 32, "b": 32, "c": 2})) == {"c"}
 
 
 @pytest.mark.parametrize(("bad", "before"), [("b", 2.0), ("c", 2.0)])
