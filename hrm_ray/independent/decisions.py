@@ -193,22 +193,20 @@ def makes_worse(reports: int, rejections: int) -> bool:
 def unfit(norms: Mapping[str, float], samples: Mapping[str, int]) -> dict[str, str]:
     """Members that a round rejects for the norms of their changes, with the reason.
 
-    A norm is compared by the root of the samples that it stands for: the change of many updates is larger than that of
-    few, but by less than their number.
+    A norm must be out of the ordinary both as it is and divided by the root of its samples: the change of several
+    reports' updates is larger than the others, and an update of the last few samples of an epoch is as large as one of
+    a whole batch.
     """
     rejected = {name: "its change is not finite" for name, norm in norms.items() if not math.isfinite(norm)}
     # A change of nothing, all of whose updates were skipped, does no harm and says nothing of the others.
-    sound = {
-        name: norm / math.sqrt(max(1, samples[name]))
-        for name, norm in norms.items()
-        if name not in rejected and norm > 0
-    }
+    sound = {name: norm for name, norm in norms.items() if name not in rejected and norm > 0}
     if len(sound) < 3:
         return rejected  # of two nobody can say which is the odd one
-    middle = median(sound.values())
+    of_root = {name: norm / math.sqrt(max(1, samples[name])) for name, norm in sound.items()}
+    middle, middle_of_root = median(sound.values()), median(of_root.values())
     for name, norm in sound.items():
-        if norm > NORM_LIMIT * middle:
-            rejected[name] = f"its change has {norm / middle:.1f} times the median norm of its round, for its samples"
+        if norm > NORM_LIMIT * middle and of_root[name] > NORM_LIMIT * middle_of_root:
+            rejected[name] = f"its change has {norm / middle:.1f} times the median norm of its round"
     return rejected
 
 

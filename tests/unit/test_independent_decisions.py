@@ -109,7 +109,9 @@ def test_an_outlier_is_rejected_by_its_norm_only_among_three() -> None:
     assert set(unfit({"a": 0.0, "b": 1.0, "c": 1.0, "d": 4.0, "e": 0.0}, alike)) == {"d"}
     # Four times the updates, all in one direction.
     assert unfit({"a": 1.0, "b": 1.0, "c": 4.0}, {"a": 8, "b": 8, "c": 32}) == {}
-    assert set(unfit({"a": 4.0, "b": 4.0, "c": 4.0}, {"a": 32, "b": 32, "c": 2})) == {"c"}
+    assert set(unfit({"a": 1.0, "b": 1.0, "c": 7.0}, {"a": 8, "b": 8, "c": 32})) == {"c"}
+    # An update of one sample at the end of an epoch, beside 50 of 32.
+    assert unfit({"a": 7.0, "b": 7.1, "c": 7.2, "d": 1.0}, {"a": 1600, "b": 1600, "c": 1600, "d": 1}) == {}
 
 
 @pytest.mark.parametrize(("bad", "before"), [("b", 2.0), ("c", 2.0)])
