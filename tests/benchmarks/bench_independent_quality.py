@@ -59,9 +59,13 @@ CASES = {
     "outer diloco": independent(outer="diloco"),
     "momentum 0.6": independent(outer="nesterov --outer-momentum 0.6"),
     "lr 6e-3": independent(outer="nesterov --lr 6e-3"),
+    "lr 12e-3": independent(outer="nesterov --lr 12e-3"),
+    "lr 24e-3": independent(outer="nesterov --lr 24e-3"),
     "2 trainers": independent(2),
     "8 trainers": independent(8),
     "ddp, lr 6e-3": Case(f"--gradient-accumulation-steps {TRAINERS} --lr 6e-3", TRAINERS),
+    "ddp, lr 12e-3": Case(f"--gradient-accumulation-steps {TRAINERS} --lr 12e-3", TRAINERS),
+    "ddp, lr 24e-3": Case(f"--gradient-accumulation-steps {TRAINERS} --lr 24e-3", TRAINERS),
     "ddp, Ray": Case(f"--strategy ddp --launcher ray --world-size {TRAINERS}", TRAINERS),
 }
 """By name, those that matter most first."""
