@@ -94,11 +94,10 @@ def _asked(arguments: Arguments) -> tuple[Asked, bool]:
     )
     settings = with_effective_batch(resolve_task(loaded, "lm"), loaded.cluster.world_size or 1)
     device, memory_bytes = _device(str(memory) if memory is not None else None, settings.cluster.device)
-    from hrm_ray.search.optimize import with_leaves
     from hrm_ray.search.recommend import Asked, with_shape
 
     if settings.memory.amp is None:
-        settings = with_leaves(settings, {"memory.amp": device == "cuda"})
+        settings = settings.with_leaves({"memory.amp": device == "cuda"})
     tokens = int(vocab_size or settings.data.vocab_size or DEFAULT_VOCABULARY)
     if parameters is not None:
         sizes = ("model_preset", "hidden_size", "h_layers", "l_layers", "num_layers", "num_heads", "expansion", "d_ff")

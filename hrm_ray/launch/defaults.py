@@ -219,11 +219,4 @@ def _vocabulary(size_bytes: int, settings: RunSettings) -> int:
 
 def _filled(settings: RunSettings, leaves: dict[str, Any]) -> RunSettings:
     """The settings with these leaves, by dotted key, where the user gave no value."""
-    changed: dict[str, dict[str, Any]] = {}
-    for key, value in leaves.items():
-        if key not in settings.given:
-            section, _, name = key.partition(".")
-            changed.setdefault(section, {})[name] = value
-    return settings.model_copy(
-        update={name: getattr(settings, name).model_copy(update=values) for name, values in changed.items()}
-    )
+    return settings.with_leaves({key: value for key, value in leaves.items() if key not in settings.given})

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from hrm_ray.search.optimize import CHUNKED, Found, Search, with_leaves
+from hrm_ray.search.optimize import CHUNKED, Found, Search
 from hrm_ray.settings.options import options
 from hrm_ray.settings.tree import RunSettings, to_dotted
 
@@ -31,7 +31,7 @@ def found_leaves(search: Search, found: Found) -> dict[str, Any]:
 
 def settings_with(settings: RunSettings, leaves: dict[str, Any]) -> RunSettings:
     """The settings of a user with what was found, as if the user had given it."""
-    changed = with_leaves(settings, {**leaves, "optimizer.effective_batch_size": None})
+    changed = settings.with_leaves({**leaves, "optimizer.effective_batch_size": None})
     given = (settings.given | leaves.keys()) - {"optimizer.effective_batch_size"}
     return changed.model_copy(update={"given": given})
 

@@ -296,7 +296,7 @@ class Search:
             alone = {"parallel_independent": False, "world_size": 1, "strategy": None, "launcher": "local"}
             leaves |= {f"cluster.{name}": value for name, value in alone.items()}
             leaves["cluster.threads"] = self.resolved.devices.threads
-        settings = with_leaves(settings, leaves)
+        settings = settings.with_leaves(leaves)
         trial = Trial(point, self.try_run(settings, self.limit_bytes))
         self.trials.append(trial)
         self.on_trial(len(self.trials), trial)
@@ -391,7 +391,7 @@ def settings_at(settings: RunSettings, point: Point, share: int) -> RunSettings:
         leaves |= lever.leaves
     if CHUNKED in point.levers and point.context is not None:
         leaves["memory.chunk_size"] = max(SHORTEST_CHUNK, -(-point.context // CHUNKS))
-    return with_leaves(settings, leaves)
+    return settings.with_leaves(leaves)
 
 
 def by_cost(levers: Sequence[Lever]) -> list[tuple[Lever, ...]]:
@@ -420,14 +420,3 @@ def contexts_up_to(longest: int) -> list[int]:
     """The contexts among which the longest that fits is searched, ascending."""
     parts = (longest * part // CONTEXTS // CONTEXT_UNIT * CONTEXT_UNIT for part in range(1, CONTEXTS))
     return sorted({*(context for context in parts if context >= CONTEXT_UNIT), longest})
-
-
-def with_leaves(settings: RunSettings, leaves: dict[str, Any]) -> RunSettings:
-    """The settings with these leaves, by dotted key."""
-    changed: dict[str, dict[str, Any]] = {}
-    for key, value in leaves.items():
-        section, _, name = key.partition(".")
-        changed.setdefault(section, {})[name] = value
-    return settings.model_copy(
-        update={name: getattr(settings, name).model_copy(update=values) for name, values in changed.items()}
-    )

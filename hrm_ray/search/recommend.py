@@ -27,7 +27,6 @@ from hrm_ray.search.optimize import (
     contexts_up_to,
     divisors,
     settings_at,
-    with_leaves,
 )
 from hrm_ray.settings.presets import PRESETS
 from hrm_ray.settings.tree import RunSettings
@@ -199,7 +198,7 @@ def _more_workers(asked: Asked, least: Point) -> int | None:
     workers = 2 * asked.workers
     while "cluster.strategy" not in asked.settings.given and workers <= MOST_WORKERS:
         if account.peak_bytes - divided + divided / workers <= asked.room_bytes:
-            more = replace(asked, settings=with_leaves(asked.settings, {"cluster.world_size": workers}))
+            more = replace(asked, settings=asked.settings.with_leaves({"cluster.world_size": workers}))
             if more.fits(point):
                 return workers
         workers *= 2
@@ -244,14 +243,14 @@ def with_shape(settings: RunSettings, parameters: int, vocab_size: int) -> RunSe
         off = 10 * abs(np.log(total / parameters)) + abs(np.log(layers / np.interp(width, widths, depths)))
         if best is None or off < best[0]:
             best = float(off), {**shape, "model.h_layers": layers, "model.l_layers": layers}
-    if best is None or not 0.8 < count_of(with_leaves(settings, best[1]), vocab_size) / parameters < 1.25:
+    if best is None or not 0.8 < count_of(settings.with_leaves(best[1]), vocab_size) / parameters < 1.25:
         reason = f"no architecture with a vocabulary of {vocab_size} has about so many"
         raise SettingsError(Fault(f"--parameters {_count(parameters)}", reason, "Give another number, or the sizes"))
-    return with_leaves(settings, best[1])
+    return settings.with_leaves(best[1])
 
 
 def _count_with(settings: RunSettings, shape: dict[str, Any], layers: int, vocab_size: int) -> int:
-    return count_of(with_leaves(settings, {**shape, "model.h_layers": layers, "model.l_layers": layers}), vocab_size)
+    return count_of(settings.with_leaves({**shape, "model.h_layers": layers, "model.l_layers": layers}), vocab_size)
 
 
 def count_of(settings: RunSettings, vocab_size: int) -> int:

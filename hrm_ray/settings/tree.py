@@ -61,6 +61,15 @@ class RunSettings(BaseModel):
         part: Section = getattr(self, section)
         return getattr(part, name)
 
+    def with_leaves(self, leaves: Mapping[str, Any]) -> RunSettings:
+        """The same settings with these leaves, by dotted key; they are not checked."""
+        changed: dict[str, dict[str, Any]] = {}
+        for key, value in leaves.items():
+            section, _, name = key.partition(".")
+            changed.setdefault(section, {})[name] = value
+        sections: dict[str, Section] = {name: getattr(self, name) for name in changed}
+        return self.model_copy(update={name: part.model_copy(update=changed[name]) for name, part in sections.items()})
+
 
 def leaf_keys() -> Iterator[str]:
     """Every leaf's dotted key, in the order of the tree."""

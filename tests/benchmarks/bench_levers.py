@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from hrm_ray.model.config import model_config
-from hrm_ray.search.optimize import CHECKPOINTING, CHUNKED, CHUNKS, EIGHT_BITS, LEVERS, Lever, with_leaves
+from hrm_ray.search.optimize import CHECKPOINTING, CHUNKED, CHUNKS, EIGHT_BITS, LEVERS, Lever
 from hrm_ray.settings.load import load_settings
 from hrm_ray.settings.resolve import resolve_task
 from hrm_ray.settings.tree import RunSettings
@@ -38,7 +38,7 @@ def settings_of(context: int, rows: int, levers: tuple[Lever, ...]) -> RunSettin
     leaves = {key: value for lever in levers for key, value in lever.leaves.items()}
     if CHUNKED in levers:
         leaves["memory.chunk_size"] = -(-context // CHUNKS)
-    return with_leaves(settings, leaves)
+    return settings.with_leaves(leaves)
 
 
 def update_of(settings: RunSettings) -> Callable[[], None]:

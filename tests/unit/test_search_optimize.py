@@ -26,7 +26,6 @@ from hrm_ray.search.optimize import (
     contexts_up_to,
     divisors,
     memory_of,
-    with_leaves,
 )
 from hrm_ray.search.trial import Verdict
 from hrm_ray.settings.tree import RunSettings
@@ -255,7 +254,7 @@ def test_only_the_gpus_of_the_run_are_asked_and_in_another_process(
 
     monkeypatch.setattr("subprocess.run", asked)
     monkeypatch.setattr("torch.cuda._lazy_init", lambda: pytest.fail("CUDA was initialised here"))
-    settings = with_leaves(resolved.settings, {"memory.memory_budget": "3GB"})
+    settings = resolved.settings.with_leaves({"memory.memory_budget": "3GB"})
     for workers, memory in ((1, 3_000_000_000), (2, 1_000_000_000)):
         devices = replace(resolved.devices, device="cuda", world_size=workers, visible_gpus="1,3")
         run = replace(resolved, settings=settings, devices=devices)

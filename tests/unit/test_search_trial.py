@@ -13,7 +13,6 @@ import pytest
 from hrm_ray.errors import DataError, HrmRayError, ResourceError
 from hrm_ray.launch.resolve import resolve
 from hrm_ray.launch.run_directory import load_run
-from hrm_ray.search.optimize import with_leaves
 from hrm_ray.search.trial import run_trial
 from hrm_ray.settings.tree import RunSettings
 from tests.support.runs import text_file
@@ -137,6 +136,6 @@ def test_a_real_trial_measures_the_run_and_one_that_is_too_large_is_told(tmp_pat
     small = run_trial(settings, 1_000_000_000)
     assert small.kind == "fits" and small.peak_bytes is not None and small.update_s is not None
     assert 200e6 < small.peak_bytes < 900e6
-    large = run_trial(with_leaves(settings, {"optimizer.batch_size": 4096}), 1_000_000_000)
+    large = run_trial(settings.with_leaves({"optimizer.batch_size": 4096}), 1_000_000_000)
     assert large.kind == "too large"
     assert not (tmp_path / "b").exists() and not list(temporary_files.iterdir())
