@@ -89,10 +89,15 @@ def _has_newer_anchors(plan: RunPlan, step: int) -> bool:
 def _go_back(path: Path, step: int, on_puzzles: bool) -> int:
     """Before a strategy goes on from a checkpoint of its own: drop what trainers have staged since, and of puzzles, of
     which a strategy keeps no ledger, the later rounds. Returns the number of staged reports."""
+    with read_ledger(path) as reader:
+        kept = next((one.round for one in reader.lineage() if one.round <= step), None)
+        head = None if reader.head is None else reader.head.round
+        if not reader.staged() and (not on_puzzles or kept == head):
+            return 0  # nothing is written, for a run that is refused later
     with closing(open_ledger(path)) as ledger:
         dropped = ledger.drop_staged()
         if on_puzzles:
-            ledger.rollback(next((one.round for one in ledger.lineage() if one.round <= step), None))
+            ledger.rollback(kept)
         return dropped
 
 

@@ -21,6 +21,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
+
 import hrm_ray
 from hrm_ray.errors import HrmRayError
 from hrm_ray.settings.load import load_settings
@@ -114,8 +116,6 @@ def versions() -> Iterator[Row]:
     yield Row("system", platform.platform())
     yield Row("python", platform.python_version())
     yield Row("hrm_ray", hrm_ray.__version__)
-    from packaging.requirements import Requirement
-
     try:
         declared = [Requirement(line) for line in requires(DISTRIBUTION) or ()]
     except PackageNotFoundError:

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
-
 _STACKS_BYTES = 64 * 2**20
 """Stacks of threads that are started later: eight of the usual size, which count whole and are hardly used."""
 
@@ -23,12 +21,13 @@ def limit_memory(budget_bytes: int | None, device: str) -> Callable[[], None]:
 
     On a CPU the resident memory of this process may grow up to the budget, counted from what it is now. The system
     counts what is allocated, so what is allocated and never used counts too; what was freed before and is kept by the C
-    library may be taken besides. On CUDA it is what PyTorch's allocator
-    takes of the current device.
+    library may be taken besides. On CUDA it is what PyTorch's allocator takes of the current device.
     """
     if budget_bytes is None or not can_limit(device):
         return lambda: None
     if device == "cuda":
+        import torch  # the command asks for the limit too, and starts without torch
+
         number = torch.cuda.current_device()
         total_bytes = torch.cuda.get_device_properties(number).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, budget_bytes / total_bytes), number)
