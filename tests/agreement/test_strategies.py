@@ -37,7 +37,7 @@ CASES = {
         Case("puzzle-rollout", "puzzle-rollout", "sgd"),
         Case("lora", more={"adapt": _LORA, "optimizer": _CLIPPED}),
         Case("not-finite-ema", more={"optimizer": {"ema": 0.9, **_CLIPPED}}, bad_steps=(1, 2, 3)),
-        Case("text-rank-without-rows", more={"optimizer": {"ema": 0.9, **_CLIPPED}}, rows=26),
+        Case("text-ema-rank-without-rows", more={"optimizer": {"ema": 0.9, **_CLIPPED}}, rows=26),
         Case("puzzle-rank-without-rows", "puzzle-rollout", rows=26),
         Case("nf4", more={"adapt": _LORA, "memory": {"load_in_4bit": True}}),
     )
