@@ -51,7 +51,7 @@ TRAINING_S = 60.0
 START_S = 300.0
 """How long it waits for that step. Ray alone may take a minute on a machine that is in use."""
 END_S = 30.0
-"""How long a training that is told to end may take; one that hangs in a library never does."""
+"""How long a training may take to end after it was asked to; one that hangs in a library never ends."""
 POLL_S = 0.5
 TRAINED_CHARACTERS = 200_000
 CREDENTIALS: Mapping[str, tuple[tuple[str, ...], str]] = {

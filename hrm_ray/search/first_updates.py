@@ -109,7 +109,7 @@ class _Watch:
 
 
 def first_updates(settings: RunSettings, say: Say) -> None:
-    """Do the first updates of a run with these settings (`shortened`). `say` is told, as keywords: `step` and
+    """Do the first updates of a run with these settings (`shortened`). `say` receives, as keywords: `step` and
     `peak_bytes` after each, `halved` where a micro-batch did not fit, at the end `update_s` and `peak_bytes`.
 
     Raises HrmRayError, as a run does.

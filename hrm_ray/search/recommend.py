@@ -121,7 +121,7 @@ def recommend(asked: Asked) -> Recommendation:
     if asked.fits(plain):
         return _described(asked, _largest_batch(asked, plain))
     sets = by_cost(asked.levers())
-    # Whether anything fits is told by sets that no other one contains.
+    # Whether anything fits is decided by the sets that no other set contains.
     largest = [levers for levers in sets if not any(set(levers) < set(other) for other in sets)]
     least = min(
         (replace(plain, levers=levers) for levers in largest), key=lambda point: asked.account(point).peak_bytes
